@@ -1,0 +1,1 @@
+"""The EnvironmentAgent actor and its prompt styles; installs as `flash.agents`."""

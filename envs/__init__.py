@@ -1,0 +1,1 @@
+"""Environments: one `gymnasium.Env` with text spaces a file; installs as `flash.envs`."""

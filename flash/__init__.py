@@ -1,0 +1,1 @@
+"""Asynchronous RL post-training of LLMs; see flash/train.py for a whole run."""

@@ -1,0 +1,70 @@
+"""What can go wrong, named after the boundary it crossed.
+
+    FlashError
+    ├── EpisodeFailure        ends one episode, is counted, and the task is started again
+    │   ├── EnvFailure        the environment or its host
+    │   ├── AgentFailure      the agent's own code
+    │   ├── RewardFailure     the reward stage
+    │   └── DeadlineFailure   an episode or a stage of it took too long
+    ├── InferenceFailure      no worker could answer
+    ├── TrainerFailure        a trainer rank died or raised
+    ├── PublishFailure        new weights did not become the policy, or not exactly
+    ├── RolloutFailure        the rollout loop can't go on: too many failures, or a stall
+    └── ProcessFailure        a child process of ours died or raised
+
+A user's mistake is a `ValueError` with the field, the value and the remedy.
+"""
+
+
+class FlashError(Exception):
+    """Base of every error that crosses a boundary of the engine."""
+
+
+class EpisodeFailure(FlashError):
+    """Ends one episode; the run goes on."""
+
+    kind = "episode"
+
+
+class EnvFailure(EpisodeFailure):
+    """The environment raised, hung, or its host died."""
+
+    kind = "env"
+
+
+class AgentFailure(EpisodeFailure):
+    """The agent's code raised something that it did not foresee."""
+
+    kind = "agent"
+
+
+class RewardFailure(EpisodeFailure):
+    """The reward could not be computed; it never becomes a reward of 0."""
+
+    kind = "reward"
+
+
+class DeadlineFailure(EpisodeFailure):
+    """An episode, or one of its stages, passed its deadline."""
+
+    kind = "deadline"
+
+
+class InferenceFailure(FlashError):
+    """The worker pool can't answer any more, or answered what can't be true."""
+
+
+class TrainerFailure(FlashError):
+    """A trainer rank died or raised; carries its traceback."""
+
+
+class PublishFailure(FlashError):
+    """Weights could not be published, or a worker's logprobs differ from the trainer's."""
+
+
+class RolloutFailure(FlashError):
+    """The rollout loop can't go on; the message names the episodes and stages at fault."""
+
+
+class ProcessFailure(FlashError):
+    """A child process died or raised; the message holds its last output or traceback."""

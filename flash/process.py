@@ -1,0 +1,189 @@
+"""Child processes of ours that answer calls: environment hosts and trainer ranks.
+
+The parent starts `python -m module` with one end of a socket pair and awaits `call(method, …)`;
+the child runs `serve(handler)`, which answers calls one at a time, in order. Messages are pickles
+with a length in front: both ends are ours, and nobody else holds the socket. A child ends when
+its parent does, because the socket closes, and on Linux at once, by the kernel's signal.
+"""
+
+import asyncio
+import contextlib
+import ctypes
+import itertools
+import os
+import pickle
+import signal
+import socket
+import struct
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flash.errors import ProcessFailure
+
+_LENGTH = struct.Struct("!Q")
+_FD_VARIABLE = "FLASH_CHILD_FD"
+_LOG_TAIL_BYTES = 4000
+
+
+class Child:
+    """One child process; make it with `await Child.start(…)`."""
+
+    def __init__(
+        self,
+        name: str,
+        process: asyncio.subprocess.Process,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        log_path: Path,
+    ) -> None:
+        self.name = name
+        self.log_path = log_path
+        self._process = process
+        self._reader = reader
+        self._writer = writer
+        self._ids = itertools.count()
+        self._waiting: dict[int, asyncio.Future[Any]] = {}
+        self._dead: ProcessFailure | None = None
+        self._receiver = asyncio.create_task(self._receive(), name=f"receive from {name}")
+
+    @classmethod
+    async def start(
+        cls,
+        module: str,
+        *args: str,
+        name: str,
+        log_path: Path,
+        env: Mapping[str, str] | None = None,
+    ) -> "Child":
+        """Start `python -m module *args`; its output goes to `log_path`."""
+        ours, theirs = socket.socketpair()
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        with theirs, log_path.open("ab") as log:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                module,
+                *args,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=[theirs.fileno()],
+                env={**os.environ, **(env or {}), _FD_VARIABLE: str(theirs.fileno())},
+                start_new_session=True,
+            )
+        reader, writer = await asyncio.open_unix_connection(sock=ours)
+        return cls(name, process, reader, writer, log_path)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._dead is None
+
+    async def call(self, method: str, *args: Any, timeout_s: float | None = None) -> Any:
+        """The result of `handler.method(*args)` in the child.
+
+        Raises ProcessFailure with the child's traceback if the method raised, with the end of its
+        log if it died, TimeoutError if there was no answer in time (the child may still be busy).
+        """
+        if self._dead is not None:
+            raise self._dead
+        call_id = next(self._ids)
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._waiting[call_id] = answer
+        try:
+            payload = pickle.dumps((call_id, method, args), protocol=pickle.HIGHEST_PROTOCOL)
+            self._writer.write(_LENGTH.pack(len(payload)) + payload)
+            async with asyncio.timeout(timeout_s):
+                return await answer
+        finally:
+            self._waiting.pop(call_id, None)
+
+    async def wait_dead(self) -> ProcessFailure:
+        """Waits until the process has ended, and says why."""
+        await asyncio.shield(self._receiver)
+        assert self._dead is not None
+        return self._dead
+
+    async def stop(self, grace_s: float = 5.0) -> None:
+        """End the child: closed socket first, SIGKILL after `grace_s`."""
+        self._writer.close()
+        try:
+            async with asyncio.timeout(grace_s):
+                await self._process.wait()
+        except TimeoutError:
+            self.kill()
+        await asyncio.shield(self._receiver)
+
+    def kill(self) -> None:
+        """SIGKILL to the child and all that it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    async def _receive(self) -> None:
+        # ConnectionError: the child's end vanished; IncompleteReadError: it closed.
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
+                call_id, ok, value = pickle.loads(await self._reader.readexactly(length))
+                answer = self._waiting.get(call_id)
+                if answer is None or answer.done():
+                    continue
+                if ok:
+                    answer.set_result(value)
+                else:
+                    answer.set_exception(ProcessFailure(f"{self.name} raised:\n{value}"))
+        # A child that closed its socket but lives on (an environment's stray thread) is no use.
+        try:
+            async with asyncio.timeout(5.0):
+                code = await self._process.wait()
+        except TimeoutError:
+            self.kill()
+            code = await self._process.wait()
+        self._writer.close()
+        self._dead = ProcessFailure(
+            f"{self.name} (pid {self.pid}) ended with exit code {code}. "
+            f"The end of {self.log_path}:\n{log_tail(self.log_path)}"
+        )
+        for answer in self._waiting.values():
+            if not answer.done():
+                answer.set_exception(self._dead)
+
+
+def log_tail(path: Path) -> str:
+    """The last lines of a log file, for error messages."""
+    if not path.exists():
+        return "(no log)"
+    with path.open("rb") as log:
+        log.seek(max(0, path.stat().st_size - _LOG_TAIL_BYTES))
+        return log.read().decode(errors="replace").strip() or "(empty)"
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent ends; does nothing off Linux."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def serve(handler: object) -> None:
+    """In the child: answer the parent's calls on `handler` until the parent closes the socket."""
+    die_with_parent()
+    # Ctrl-C goes to the parent, which ends its children in order.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with socket.socket(fileno=int(os.environ[_FD_VARIABLE])) as connection:
+        stream = connection.makefile("rb")
+        while header := stream.read(_LENGTH.size):
+            (length,) = _LENGTH.unpack(header)
+            call_id, method, args = pickle.loads(stream.read(length))
+            try:
+                answer = (call_id, True, getattr(handler, method)(*args))
+            except Exception:  # the boundary: the parent gets the traceback
+                answer = (call_id, False, traceback.format_exc())
+            payload = pickle.dumps(answer, protocol=pickle.HIGHEST_PROTOCOL)
+            connection.sendall(_LENGTH.pack(len(payload)) + payload)

@@ -1,0 +1,209 @@
+"""The records that pass between the parts, and the seams they pass through.
+
+Arrays are NumPy, one-dimensional over the tokens of one sample: [T].
+"""
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Outcome = Literal["trained", "dropped", "failed", "cancelled"]
+UpdateMode = Literal["keep", "abort", "wait"]
+FinishReason = Literal["stop", "length", "abort"]
+
+
+# ── inference ────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How one response is sampled."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    """One response to sample after `token_ids`.
+
+    Requests that share a `session` share prefixes; the hub sends them to one worker if it can.
+    """
+
+    token_ids: Sequence[int]
+    sampling: SamplingParams
+    session: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """What the engine sampled: tokens, their logprobs and policy versions, all of one length."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    versions: list[int]
+    finish_reason: FinishReason
+    worker: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """Weights of one policy version: a directory of safetensors in Hugging Face layout.
+
+    `score` gives the trainer's own logprobs of `token_ids[1:]` under these weights; with it,
+    every publish is probed. Without it the probe can't be made and the gap is not known.
+    """
+
+    version: int
+    path: Path
+    score: Callable[[Sequence[int]], Awaitable[Sequence[float]]] | None = None
+
+
+# ── environments ─────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What an environment is reset to; the episodes of a group share it.
+
+    `seed` goes to `reset(seed=…)`, `options` to `reset(options=…)`.
+    """
+
+    seed: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    """What the agent sees after a reset or a step.
+
+    `info` is the environment's: `goal` (str), `admissible_commands` (list of str) and `success`
+    (bool, at the end) are understood by the prompt styles and the metrics.
+    """
+
+    text: str
+    reward: float = 0.0
+    terminated: bool = False
+    truncated: bool = False
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def done(self) -> bool:
+        return self.terminated or self.truncated
+
+
+class AsyncEnv(Protocol):
+    """One environment in the hands of one agent. Raises EnvFailure, nothing else."""
+
+    async def reset(self, task: Task) -> Observation: ...
+
+    async def step(self, action: str) -> Observation: ...
+
+    async def close(self) -> None: ...
+
+
+class EnvSource(Protocol):
+    """Opens environments for agents: in this process, or in environment hosts."""
+
+    async def open(self) -> AsyncEnv: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One turn of a demonstration: what was seen, and what the expert then did.
+
+    With `imitate` false the action was done but is not to be learned (a random command that shows
+    what "Nothing happens." means).
+    """
+
+    observation: Observation
+    action: str
+    imitate: bool = True
+
+
+class Teachable(Protocol):
+    """An environment that can teach a small policy from nothing.
+
+    `vocabulary`: every word or phrase that observations and actions are made of; a phrase such as
+    "drawer 3" becomes one token. `demonstrate`: one expert episode on the game of that task.
+    """
+
+    def vocabulary(self) -> list[str]: ...
+
+    def demonstrate(self, task: Task) -> list[Turn]: ...
+
+
+# ── samples ──────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One token sequence to train on; every array is [T].
+
+    `logprobs` and `versions` are the engine's own, and mean something only where `loss_mask` is
+    above 0 (elsewhere 0 and -1). The mask is 1 on sampled tokens; in supervised samples it may be
+    any weight.
+    """
+
+    token_ids: NDArray[np.int64]
+    loss_mask: NDArray[np.float32]
+    logprobs: NDArray[np.float32]
+    versions: NDArray[np.int64]
+    advantage: float = 0.0
+    reward: float = 0.0
+    group: int = 0
+    episode: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    def sampled_versions(self) -> NDArray[np.int64]:
+        """Versions of the sampled tokens only, [sampled]."""
+        return self.versions[self.loss_mask > 0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Whole groups, to be trained at policy version `version`."""
+
+    samples: list[Sample]
+    version: int
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trajectory:
+    """An episode that came to its end: its samples and what it was worth."""
+
+    samples: list[Sample]
+    reward: float
+    turns: int
+    success: bool = False
+
+
+class PromptStyle(Protocol):
+    """Turns observations into prompt tokens and sampled tokens into actions.
+
+    The conversation only grows: each call returns the tokens to append, so sampled tokens are
+    never tokenised again.
+    """
+
+    stop_token_ids: tuple[int, ...]
+
+    def first(self, observation: Observation) -> list[int]:
+        """Tokens of the prompt for the first action."""
+        ...
+
+    def next(self, observation: Observation, sampled: Sequence[int]) -> list[int]:
+        """Tokens between the sampled action (which may lack its stop token) and the next one."""
+        ...
+
+    def action(self, sampled: Sequence[int]) -> str:
+        """The command that the sampled tokens spell."""
+        ...
