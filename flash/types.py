@@ -104,7 +104,9 @@ class AsyncEnv(Protocol):
 
     async def step(self, action: str) -> Observation: ...
 
-    async def close(self) -> None: ...
+    def close(self) -> None:
+        """Lets go of it, at once and whatever it is doing."""
+        ...
 
 
 class EnvSource(Protocol):

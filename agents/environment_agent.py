@@ -1,0 +1,199 @@
+"""The actor that lives one episode at a time: reset → (generate → step)* → reward."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from flash.errors import AgentFailure, DeadlineFailure, EnvFailure, EpisodeFailure, RewardFailure
+from flash.rollout.episode import Abort, Cancelled, Episode, EpisodeEnd, Message, Start, Stop
+from flash.types import (
+    AsyncEnv,
+    Completion,
+    EnvSource,
+    Observation,
+    PromptStyle,
+    Sample,
+    SamplingParams,
+    Trajectory,
+)
+
+_T = TypeVar("_T")
+Reward = Callable[[Sequence[Observation]], Awaitable[float]]
+
+
+class EnvironmentAgent:
+    """Plays episodes: one coroutine, one mailbox, one environment open at a time.
+
+    Args:
+        envs: where environments come from.
+        style: turns observations into prompt tokens and sampled tokens into actions.
+        max_tokens: of one response.
+        max_turns: responses in an episode; None leaves the end to the environment.
+        max_sequence_tokens: an episode whose conversation would grow past it ends there, with the
+            reward it has.
+        step_timeout_s, episode_timeout_s: past them the episode fails (env, deadline).
+        reward: computes the episode's reward from all its observations; by default the sum of
+            what the environment gave.
+        reward_timeout_s: past it the episode fails (reward).
+    """
+
+    def __init__(
+        self,
+        *,
+        envs: EnvSource,
+        style: PromptStyle,
+        max_tokens: int,
+        max_turns: int | None = None,
+        max_sequence_tokens: int = 32_768,
+        temperature: float = 1.0,
+        step_timeout_s: float = 60.0,
+        episode_timeout_s: float = 1800.0,
+        reward: Reward | None = None,
+        reward_timeout_s: float = 60.0,
+    ) -> None:
+        # Bound: at most one Start, one Abort and one Stop are ever under way.
+        self.mailbox: asyncio.Queue[Message] = asyncio.Queue(maxsize=4)
+        self._envs = envs
+        self._style = style
+        self._max_tokens = max_tokens
+        self._max_turns = max_turns
+        self._max_sequence_tokens = max_sequence_tokens
+        self._temperature = temperature
+        self._step_timeout_s = step_timeout_s
+        self._episode_timeout_s = episode_timeout_s
+        self._reward = reward
+        self._reward_timeout_s = reward_timeout_s
+
+    async def run(self, report: Callable[[Episode, EpisodeEnd], None]) -> None:
+        """Reads the mailbox until Stop; an error that `play` did not foresee ends the agent."""
+        async with asyncio.TaskGroup() as tasks:
+            life: tuple[Episode, asyncio.Task[None]] | None = None
+            while True:
+                message = await self.mailbox.get()
+                match message:
+                    case Start(episode):
+                        coroutine = self._live(episode, report)
+                        life = episode, tasks.create_task(coroutine, name=episode.session)
+                    case Abort(episode):
+                        if life is not None and life[0] is episode:
+                            life[1].cancel()
+                    case Stop():
+                        if life is not None:
+                            life[1].cancel()
+                        return
+
+    async def _live(self, episode: Episode, report: Callable[[Episode, EpisodeEnd], None]) -> None:
+        end: EpisodeEnd
+        try:
+            async with asyncio.timeout(self._episode_timeout_s) as deadline:
+                end = await self.play(episode)
+        except EpisodeFailure as failure:
+            end = failure
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            end = DeadlineFailure(
+                f"episode_timeout_s={self._episode_timeout_s:g} passed after {episode.turns} turns"
+            )
+        except asyncio.CancelledError:
+            report(episode, Cancelled())
+            raise
+        report(episode, end)
+
+    async def play(self, episode: Episode) -> Trajectory:
+        """One whole episode; a subclass may live it differently."""
+        with episode.stage("env"):
+            env = await self._within_step("open", self._envs.open())
+        try:
+            return await self._play_in(env, episode)
+        finally:
+            env.close()
+
+    async def _play_in(self, env: AsyncEnv, episode: Episode) -> Trajectory:
+        with episode.stage("env"):
+            seen = [await self._within_step("reset", env.reset(episode.task))]
+        conversation = _Conversation(self._style.first(seen[0]))
+        if len(conversation.token_ids) >= self._max_sequence_tokens:
+            raise AgentFailure(
+                f"the first prompt has {len(conversation.token_ids)} tokens, which leaves no room "
+                f"to answer in max_sequence_tokens={self._max_sequence_tokens}"
+            )
+        while not seen[-1].done and (self._max_turns is None or episode.turns < self._max_turns):
+            room = self._max_sequence_tokens - len(conversation.token_ids)
+            if room <= 0:
+                break
+            sampling = SamplingParams(
+                max_tokens=min(self._max_tokens, room),
+                temperature=self._temperature,
+                stop_token_ids=self._style.stop_token_ids,
+            )
+            completion = await episode.generate(conversation.token_ids, sampling)
+            conversation.add_sampled(completion)
+            with episode.stage("env"):
+                action = self._style.action(completion.token_ids)
+                seen.append(await self._within_step("step", env.step(action)))
+            if not seen[-1].done:
+                conversation.add_prompt(self._style.next(seen[-1], completion.token_ids))
+        with episode.stage("reward"):
+            reward = await self._reward_of(seen)
+        return Trajectory(
+            samples=[conversation.sample()],
+            reward=reward,
+            turns=episode.turns,
+            success=bool(seen[-1].info.get("success", reward > 0)),
+        )
+
+    async def _within_step(self, what: str, awaitable: Awaitable[_T]) -> _T:
+        try:
+            async with asyncio.timeout(self._step_timeout_s):
+                return await awaitable
+        except TimeoutError as error:
+            raise EnvFailure(
+                f"{what} took longer than step_timeout_s={self._step_timeout_s:g}"
+            ) from error
+
+    async def _reward_of(self, seen: Sequence[Observation]) -> float:
+        if self._reward is None:
+            return float(sum(observation.reward for observation in seen))
+        try:
+            async with asyncio.timeout(self._reward_timeout_s):
+                return float(await self._reward(seen))
+        except TimeoutError as error:
+            raise RewardFailure(
+                f"the reward took longer than reward_timeout_s={self._reward_timeout_s:g}"
+            ) from error
+        except Exception as error:  # the boundary to the user's function
+            raise RewardFailure(f"the reward function raised {error!r}") from error
+
+
+class _Conversation:
+    """Tokens in the order they were seen or sampled, with what the engine said of each."""
+
+    def __init__(self, prompt: Sequence[int]) -> None:
+        self.token_ids: list[int] = []
+        self._mask: list[float] = []
+        self._logprobs: list[float] = []
+        self._versions: list[int] = []
+        self.add_prompt(prompt)
+
+    def add_prompt(self, token_ids: Sequence[int]) -> None:
+        self.token_ids += token_ids
+        self._mask += [0.0] * len(token_ids)
+        self._logprobs += [0.0] * len(token_ids)
+        self._versions += [-1] * len(token_ids)
+
+    def add_sampled(self, completion: Completion) -> None:
+        self.token_ids += completion.token_ids
+        self._mask += [1.0] * len(completion.token_ids)
+        self._logprobs += completion.logprobs
+        self._versions += completion.versions
+
+    def sample(self) -> Sample:
+        return Sample(
+            token_ids=np.array(self.token_ids, dtype=np.int64),
+            loss_mask=np.array(self._mask, dtype=np.float32),
+            logprobs=np.array(self._logprobs, dtype=np.float32),
+            versions=np.array(self._versions, dtype=np.int64),
+        )

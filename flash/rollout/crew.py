@@ -1,0 +1,152 @@
+"""A crew of supervised agents: each seat runs one episode at a time, and outlives its agents."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from flash.errors import AgentFailure, EpisodeFailure, FlashError
+from flash.rollout.episode import (
+    Abort,
+    Agent,
+    AgentFactory,
+    Cancelled,
+    Episode,
+    EpisodeEnd,
+    Start,
+    Stop,
+)
+
+logger = logging.getLogger(__name__)
+
+_STOP_GRACE_S = 10.0
+
+
+@dataclass(slots=True, eq=False)
+class _Seat:
+    agent: Agent
+    episode: Episode | None = None
+    task: asyncio.Task[None] | None = field(default=None)
+
+
+class Crew:
+    """Starts episodes on idle agents, and replaces an agent that crashes.
+
+    Seats are made as they are needed, so the caller's bound on running episodes is the bound on
+    agents. `on_end(episode, end)` is called once for each started episode, from the event loop.
+    `on_fatal(error)` is called when an error that no episode can be blamed for reaches an agent.
+    """
+
+    def __init__(
+        self,
+        make_agent: AgentFactory,
+        *,
+        on_end: Callable[[Episode, EpisodeEnd], None],
+        on_fatal: Callable[[FlashError], None],
+    ) -> None:
+        self.crashes = 0
+        self._make_agent = make_agent
+        self._on_end = on_end
+        self._on_fatal = on_fatal
+        self._idle: list[_Seat] = []
+        self._busy: dict[int, _Seat] = {}
+        self._tasks = asyncio.TaskGroup()
+        self._closing = False
+
+    async def __aenter__(self) -> "Crew":
+        await self._tasks.__aenter__()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        """Every agent is asked to stop; after a grace they are cancelled."""
+        self._closing = True
+        seats = [*self._idle, *self._busy.values()]
+        for seat in seats:
+            seat.agent.mailbox.put_nowait(Stop())
+        if tasks := [seat.task for seat in seats if seat.task is not None]:
+            try:
+                await asyncio.wait(tasks, timeout=_STOP_GRACE_S)
+            finally:
+                for task in tasks:
+                    task.cancel()
+        await self._tasks.__aexit__(None, None, None)
+        for seat in [*self._busy.values()]:
+            self._release(seat, Cancelled())
+
+    def start(self, episode: Episode) -> None:
+        """Give the episode to an idle agent, or to a new one."""
+        if self._idle:
+            seat = self._idle.pop()
+        else:
+            seat = _Seat(self._make_agent())
+            seat.task = self._tasks.create_task(self._supervise(seat), name="agent seat")
+        seat.episode = episode
+        self._busy[episode.id] = seat
+        seat.agent.mailbox.put_nowait(Start(episode))
+
+    def abort(self, episode: Episode, reason: str) -> None:
+        """Ask the episode's agent to give it up; its end is reported like any other."""
+        if episode.cancel_reason is None:
+            episode.cancel_reason = reason
+            self._busy[episode.id].agent.mailbox.put_nowait(Abort(episode))
+
+    async def _supervise(self, seat: _Seat) -> None:
+        """Runs the seat's agent; when it crashes, fails its episode and seats a new one."""
+
+        def report(episode: Episode, end: EpisodeEnd) -> None:
+            if seat.episode is not episode:
+                raise AgentFailure(f"reported episode {episode.id}, which it was not given")
+            self._release(seat, end)
+
+        while True:
+            try:
+                await seat.agent.run(report)
+            except Exception as crash:  # the boundary between agents and engine
+                cause = _root_cause(crash)
+            else:
+                if seat.episode is None or self._closing:
+                    return
+                cause = AgentFailure("the agent returned before its episode ended")
+            if isinstance(cause, FlashError) and not isinstance(cause, EpisodeFailure):
+                # Nobody's fault here (no inference worker is left, say): the run can't go on.
+                self._on_fatal(cause)
+                return
+            self.crashes += 1
+            blamed = seat.episode
+            logger.warning(
+                "an agent crashed%s and is replaced",
+                f" in {blamed.describe()}" if blamed else " while idle",
+                exc_info=cause,
+            )
+            seat.agent = self._make_agent()
+            if blamed is None:
+                self._discard(seat)
+                self._on_fatal(AgentFailure(f"an idle agent crashed: {cause!r}"))
+                return
+            self._release(seat, _as_failure(cause))
+
+    def _release(self, seat: _Seat, end: EpisodeEnd) -> None:
+        episode = seat.episode
+        assert episode is not None
+        seat.episode = None
+        del self._busy[episode.id]
+        self._idle.append(seat)
+        self._on_end(episode, end)
+
+    def _discard(self, seat: _Seat) -> None:
+        self._idle.remove(seat)
+
+
+def _as_failure(cause: BaseException) -> EpisodeFailure:
+    if isinstance(cause, EpisodeFailure):
+        return cause
+    failure = AgentFailure(f"the agent crashed: {cause!r}")
+    failure.__cause__ = cause
+    return failure
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """The first real error inside the groups that TaskGroups wrap around it."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -1,0 +1,148 @@
+"""One episode's life, and the messages between the loop and the agent that lives it."""
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from flash.errors import EpisodeFailure
+from flash.types import Completion, GenerateRequest, SamplingParams, Task, Trajectory
+
+
+class Generator(Protocol):
+    """What an episode needs of the hub."""
+
+    async def generate(
+        self, request: GenerateRequest, on_start: Callable[[int], None] | None = None
+    ) -> Completion: ...
+
+
+class Episode:
+    """One agent's life in one environment: its task, its stage, its clocks and its tokens.
+
+    The agent calls `generate` and marks its other stages with `with episode.stage("env")`; the
+    loop reads the rest. Times are seconds of the event loop's clock.
+    """
+
+    def __init__(
+        self, episode_id: int, task: Task, *, hub: Generator, group: int = -1, attempt: int = 1
+    ) -> None:
+        self.id = episode_id
+        self.task = task
+        self.group = group
+        self.attempt = attempt
+        self.clock = asyncio.get_running_loop().time
+        self.admitted_at = self.clock()
+        self.ended_at: float | None = None
+        self.stage_name = "start"
+        self.stage_since = self.admitted_at
+        self.seconds: dict[str, float] = {}
+        self.prompt_tokens = 0
+        self.generated_tokens = 0
+        self.turns = 0
+        self.oldest_version: int | None = None
+        self.newest_version: int | None = None
+        self.trajectory: Trajectory | None = None
+        self.cancel_reason: str | None = None
+        self._hub = hub
+
+    @property
+    def session(self) -> str:
+        """Names the episode to the hub, so that its turns can share a prefix."""
+        return f"episode-{self.id}"
+
+    async def generate(self, token_ids: Sequence[int], sampling: SamplingParams) -> Completion:
+        """One sampled response after `token_ids`; counted, timed and stamped."""
+        request = GenerateRequest(token_ids=token_ids, sampling=sampling, session=self.session)
+        with self.stage("generate"):
+            completion = await self._hub.generate(request, on_start=self._note_version)
+        self.turns += 1
+        self.prompt_tokens += len(token_ids)
+        self.generated_tokens += len(completion.token_ids)
+        if completion.versions:
+            self.newest_version = max(completion.versions)
+        return completion
+
+    def _note_version(self, version: int) -> None:
+        """A worker at `version` began to sample for us: no token of ours can be older."""
+        if self.oldest_version is None:
+            self.oldest_version = version
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Names what the episode is doing, and adds the time it takes to `seconds[name]`."""
+        outer, outer_since = self.stage_name, self.stage_since
+        self.stage_name, self.stage_since = name, self.clock()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + self.clock() - self.stage_since
+            self.stage_name, self.stage_since = outer, outer_since
+
+    def finish(self, trajectory: Trajectory) -> None:
+        """The episode came to its end; its true token versions replace what was estimated."""
+        self.trajectory = trajectory
+        versions = [int(v) for sample in trajectory.samples for v in sample.sampled_versions()]
+        if versions:
+            self.oldest_version, self.newest_version = min(versions), max(versions)
+        self.stage_name = "ready"
+        self.stage_since = self.clock()
+
+    def describe(self) -> str:
+        """Who it is, what it does and since when: for logs and for errors about stalls."""
+        since = self.clock() - self.stage_since
+        return (
+            f"episode {self.id} (seed {self.task.seed}, group {self.group}, attempt "
+            f"{self.attempt}) in stage '{self.stage_name}' for {since:.1f} s"
+        )
+
+
+# ── the actor's messages ─────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Live this episode; its end is reported once, whatever happens."""
+
+    episode: Episode
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """Give up this episode, if it still runs."""
+
+    episode: Episode
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Give up the present episode, if any, and return from `run`."""
+
+
+Message = Start | Abort | Stop
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """The episode was given up on request."""
+
+
+EpisodeEnd = Trajectory | EpisodeFailure | Cancelled
+
+
+class Agent(Protocol):
+    """An actor: one coroutine, one mailbox, one episode at a time.
+
+    `run` reads the mailbox until Stop. It reports each started episode exactly once: with its
+    trajectory, with an EpisodeFailure, or as Cancelled. Any other error may leave `run`: then the
+    agent has crashed, its episode fails, and a new agent takes its seat. The mailbox must have
+    room for one message of each kind.
+    """
+
+    mailbox: asyncio.Queue[Message]
+
+    async def run(self, report: Callable[[Episode, EpisodeEnd], None]) -> None: ...
+
+
+AgentFactory = Callable[[], Agent]

@@ -1,0 +1,466 @@
+"""The rollout loop: admits, supervises and collects episodes, enforces α, feeds the trainer.
+
+    tasks ──► admission (slots, α) ──► Crew of agents ──► groups ──► hand-over ──► trainer
+                  ▲                                          │           │
+                  └────────── regenerate / replace ◄── eviction (α)      │
+                  └────────── slots freed by publish ◄───────────────────┘
+
+Everything here runs between two awaits of one event loop; the only waits are `next_batch` (for
+an episode to end) and `publish` (for the hub). What always holds:
+
+1. No token in a batch is older than α versions: `_evict_stale`, and a check at hand-over.
+2. Each admitted episode has one outcome: `Ledger.end`, once, and `Ledger.check`.
+3. running + ready + handed over but unpublished ≤ (1+α)·batch: `_admit`.
+5. `next_batch` never waits in silence: a stall or a streak of failures ends the run by name.
+"""
+
+import asyncio
+import logging
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flash.errors import EpisodeFailure, FlashError, RolloutFailure
+from flash.rollout.crew import Crew
+from flash.rollout.episode import AgentFactory, Cancelled, Episode, EpisodeEnd, Generator
+from flash.rollout.evaluation import Evaluation, evaluate
+from flash.rollout.ledger import EpisodeRecord, Ledger
+from flash.trainer.advantages import grpo
+from flash.types import Batch, Sample, Task, Trajectory, UpdateMode, Weights
+
+logger = logging.getLogger(__name__)
+
+OnStale = Literal["regenerate", "wait", "drop"]
+Advantages = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+
+_EPISODES_NAMED_IN_ERRORS = 8
+
+
+class Hub(Generator, Protocol):
+    """What the loop needs of the InferenceHub."""
+
+    @property
+    def version(self) -> int: ...
+
+    async def publish(self, weights: Weights, mode: UpdateMode = "keep") -> Any: ...
+
+    def forget(self, session: str) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class _Group:
+    """The episodes of one task on their way into a batch."""
+
+    id: int
+    task: Task
+    size: int
+    members: dict[int, Episode] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        ready = sum(1 for member in self.members.values() if member.trajectory is not None)
+        return ready == self.size
+
+    @property
+    def oldest_version(self) -> float:
+        """The version of the oldest token so far; infinite if there is none."""
+        versions = [m.oldest_version for m in self.members.values() if m.oldest_version is not None]
+        return min(versions, default=math.inf)
+
+
+class RolloutLoop:
+    """Keeps agents busy, and hands over batches of whole groups that are fresh enough.
+
+    >>> async with RolloutLoop(hub, agent=make_agent, tasks=tasks, batch_size=64,
+    ...                        group_size=8, alpha=2) as rollouts:
+    ...     batch = await rollouts.next_batch()
+    ...     weights = ...  # train on it
+    ...     await rollouts.publish(weights)
+
+    Args:
+        hub: answers the agents' requests and publishes weights.
+        agent: makes an actor; called once for each episode that runs at the same time.
+        tasks: where groups come from, in order; may be endless.
+        batch_size: samples in a batch, a multiple of `group_size`.
+        alpha: the asynchronous ratio. A token sampled by version u is trained at version v only
+            if v - u ≤ alpha, and (1+alpha)·batch_size samples at most are under way. 0 is
+            synchronous. A fraction adds room for work, not for age.
+        on_stale: what becomes of an episode that would pass the bound: start it again
+            (`regenerate`), hold the batch until it ends (`wait`), or drop its group (`drop`).
+        advantages: maps the rewards of one group, [G], to advantages, [G].
+        max_attempts: how often an episode is started before a failure gives up its group.
+        stall_timeout_s: `next_batch` raises if no episode ends for so long.
+        on_episode: called with the record of each ended episode.
+
+    Errors: `next_batch` and `publish` raise RolloutFailure when the loop can't go on, and the
+    hub's own failures (InferenceFailure, PublishFailure) with their causes.
+    """
+
+    def __init__(
+        self,
+        hub: Hub,
+        *,
+        agent: AgentFactory,
+        tasks: Iterable[Task],
+        batch_size: int,
+        group_size: int,
+        alpha: float = 1.0,
+        on_stale: OnStale = "regenerate",
+        update_mode: UpdateMode = "keep",
+        advantages: Advantages = grpo,
+        max_attempts: int = 3,
+        stall_timeout_s: float = 600.0,
+        on_episode: Callable[[EpisodeRecord], None] | None = None,
+    ) -> None:
+        if group_size < 1 or batch_size < 1 or batch_size % group_size:
+            raise ValueError(
+                f"batch_size={batch_size} must be a positive multiple of group_size={group_size}"
+            )
+        if not (math.isfinite(alpha) and alpha >= 0):
+            raise ValueError(f"alpha={alpha} must be a number of at least 0; 0 is synchronous")
+        self.hub = hub
+        self.alpha = alpha
+        self.capacity = math.floor((1 + alpha) * batch_size)
+        self.ledger = Ledger()
+        self._agent = agent
+        self._tasks = iter(tasks)
+        self._groups_per_batch = batch_size // group_size
+        self._group_size = group_size
+        self._on_stale = on_stale
+        self._update_mode = update_mode
+        self._advantages = advantages
+        self._max_attempts = max_attempts
+        self._stall_timeout_s = stall_timeout_s
+        self._on_episode = on_episode
+
+        self._groups: dict[int, _Group] = {}  # in the order of their tasks
+        self._owed: deque[tuple[_Group, int]] = deque()  # starts not yet admitted, with attempt
+        self._held: deque[tuple[int, int]] = deque()  # (version, samples) handed over, unpublished
+        self._next_version = hub.version  # at which the next batch will be trained
+        self._next_episode = 0
+        self._next_group = 0
+        self._exhausted = False
+        self._admitting = False
+        self._failure: FlashError | None = None
+        self._failures_in_a_row = 0
+        self._progress = asyncio.Event()
+        self._crew = Crew(agent, on_end=self._on_end, on_fatal=self._fail)
+
+    async def __aenter__(self) -> "RolloutLoop":
+        await self._crew.__aenter__()
+        self._admitting = True
+        self._admit()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        """Ends what runs (cancelled) and what waits (dropped), for the reason `shutdown`."""
+        self._admitting = False
+        for group in list(self._groups.values()):
+            self._give_up(group, "shutdown")
+        await self._crew.__aexit__(*exc_info)
+
+    # ── what the trainer's side calls ────────────────────────────────────────────────────────
+
+    async def next_batch(self) -> Batch:
+        """Waits for enough complete, fresh groups; consumes them, oldest first.
+
+        What unblocks it: an episode that ends. What it never waits for: a running group while
+        enough others are complete, unless `on_stale` is `wait` and it would grow too old.
+        """
+        while True:
+            if self._failure is not None:
+                raise self._failure
+            if chosen := self._choose():
+                return self._hand_over(chosen)
+            if self._exhausted and not self._owed and len(self._groups) < self._groups_per_batch:
+                raise RolloutFailure(
+                    f"the tasks have ended with {len(self._groups)} groups left, and a batch takes "
+                    f"{self._groups_per_batch}: give more tasks, or ask for fewer batches"
+                )
+            self._progress.clear()
+            try:
+                async with asyncio.timeout(self._stall_timeout_s):
+                    await self._progress.wait()
+            except TimeoutError:
+                raise RolloutFailure(self._describe_stall()) from None
+
+    async def publish(self, weights: Weights) -> Any:
+        """Make these weights the policy, then free the slots of the batches they were made from.
+
+        Returns the hub's report. Waits for every worker, one after another; sampling goes on.
+        """
+        if self._failure is not None:
+            raise self._failure
+        self._next_version = max(self._next_version, weights.version)
+        report = await self.hub.publish(weights, self._update_mode)
+        while self._held and self._held[0][0] < weights.version:
+            self._held.popleft()
+        self._evict_stale()
+        self._admit()
+        return report
+
+    async def evaluate(
+        self, tasks: Sequence[Task], *, agent: AgentFactory | None = None
+    ) -> Evaluation:
+        """Plays the tasks once each on the current version, with admission paused meanwhile.
+
+        `agent` makes the agents if evaluation has its own (another split, another temperature).
+        These episodes train nothing and are not in the ledger.
+        """
+        self._admitting = False
+        try:
+            return await evaluate(
+                self.hub,
+                agent or self._agent,
+                tasks,
+                concurrency=self.capacity,
+                max_attempts=self._max_attempts,
+                stall_timeout_s=self._stall_timeout_s,
+            )
+        finally:
+            self._admitting = True
+            self._admit()
+
+    @property
+    def crashes(self) -> int:
+        """Agents that crashed and were replaced."""
+        return self._crew.crashes
+
+    def ages(self) -> list[int]:
+        """For each running or ready episode with tokens: next training version - oldest token."""
+        return [
+            self._next_version - member.oldest_version
+            for group in self._groups.values()
+            for member in group.members.values()
+            if member.oldest_version is not None
+        ]
+
+    def episodes(self) -> list[Episode]:
+        """The episodes on their way into a batch, oldest group first."""
+        return [m for group in self._groups.values() for m in group.members.values()]
+
+    # ── admission ────────────────────────────────────────────────────────────────────────────
+
+    def _slots_used(self) -> int:
+        return self.ledger.running + self.ledger.ready + sum(n for _, n in self._held)
+
+    def _admit(self) -> None:
+        """Starts episodes while there are slots, and while what they'd sample could be trained."""
+        fresh_enough = self._next_version - self.hub.version <= self.alpha
+        while (
+            self._admitting
+            and self._failure is None
+            and fresh_enough
+            and self._slots_used() < self.capacity
+            and (owed := self._next_start()) is not None
+        ):
+            group, attempt = owed
+            episode = Episode(
+                self._next_episode, group.task, hub=self.hub, group=group.id, attempt=attempt
+            )
+            self._next_episode += 1
+            group.members[episode.id] = episode
+            self.ledger.admit()
+            self._crew.start(episode)
+
+    def _next_start(self) -> tuple[_Group, int] | None:
+        """The next episode owed: of a group under way, else of a new one."""
+        while True:
+            while self._owed:
+                group, attempt = self._owed.popleft()
+                if group.id in self._groups:
+                    return group, attempt
+            task = next(self._tasks, None)
+            if task is None:
+                self._exhausted = True
+                return None
+            group = _Group(self._next_group, task, self._group_size)
+            self._next_group += 1
+            self._groups[group.id] = group
+            self._owed.extend([(group, 1)] * group.size)
+
+    # ── ends of episodes ─────────────────────────────────────────────────────────────────────
+
+    def _on_end(self, episode: Episode, end: EpisodeEnd) -> None:
+        """Called by the crew, once for each episode it was given."""
+        self.hub.forget(episode.session)
+        group = self._groups.get(episode.group)
+        wanted = group is not None and episode.id in group.members
+        if isinstance(end, Trajectory):
+            episode.finish(end)
+            self.ledger.finish()
+            self._failures_in_a_row = 0
+            if not wanted:  # it finished in the moment it was given up
+                self._end(episode, "dropped", episode.cancel_reason or "shutdown")
+        elif isinstance(end, Cancelled):
+            self._end(episode, "cancelled", episode.cancel_reason or "shutdown")
+            if group is not None and wanted:
+                self._restart(group, episode)
+        else:
+            self._end(episode, "failed", end.kind)
+            if group is not None and wanted:
+                self._after_failure(group, episode, end)
+        self._admit()
+        self._progress.set()
+
+    def _after_failure(self, group: _Group, episode: Episode, failure: EpisodeFailure) -> None:
+        logger.warning("%s failed: %s", episode.describe(), failure)
+        self._failures_in_a_row += 1
+        # Everything under way may fail at once for one cause (a host that died), and that is
+        # nothing to stop for; but not again and again with no success between.
+        if self._failures_in_a_row >= self._max_attempts * max(self.capacity, 8):
+            error = RolloutFailure(
+                f"{self._failures_in_a_row} episodes failed and none came to its end between; "
+                f"the last one: {failure}"
+            )
+            error.__cause__ = failure
+            self._fail(error)
+        elif episode.attempt >= self._max_attempts:
+            logger.warning("group %d is given up after %d attempts", group.id, episode.attempt)
+            del group.members[episode.id]
+            self._give_up(group, "group_failed")
+        else:
+            self._restart(group, episode, attempt=episode.attempt + 1)
+
+    def _restart(self, group: _Group, episode: Episode, attempt: int | None = None) -> None:
+        del group.members[episode.id]
+        self._owed.appendleft((group, attempt or episode.attempt))
+
+    def _give_up(self, group: _Group, reason: str) -> None:
+        """Drops the group's ready episodes, cancels the running ones; its slots become free."""
+        del self._groups[group.id]
+        for member in group.members.values():
+            self._discard(member, reason)
+
+    def _discard(self, episode: Episode, reason: str) -> None:
+        if episode.trajectory is None:
+            self._crew.abort(episode, reason)
+        else:
+            self._end(episode, "dropped", reason)
+
+    def _end(
+        self,
+        episode: Episode,
+        outcome: Literal["trained", "dropped", "failed", "cancelled"],
+        reason: str = "",
+        version: int | None = None,
+    ) -> None:
+        record = self.ledger.end(episode, outcome, reason, version=version)
+        if self._on_episode is not None:
+            self._on_episode(record)
+
+    def _fail(self, error: FlashError) -> None:
+        """The first error that no episode can be blamed for; `next_batch` raises it."""
+        if self._failure is None:
+            self._failure = error
+        self._progress.set()
+
+    # ── staleness ────────────────────────────────────────────────────────────────────────────
+
+    def _evict_stale(self) -> None:
+        """Gives up every episode that would break the bound in the next batch already."""
+        for group in list(self._groups.values()):
+            stale = [
+                member
+                for member in group.members.values()
+                if member.oldest_version is not None
+                and self._next_version - member.oldest_version > self.alpha
+            ]
+            if stale and self._on_stale == "drop":
+                self._give_up(group, "stale")
+                continue
+            for member in stale:
+                self._restart(group, member)
+                self._discard(member, "stale")
+
+    def _choose(self) -> list[_Group] | None:
+        """The groups of the next batch, if there are enough."""
+        wanted = self._groups_per_batch
+        if self.ledger.ready < wanted * self._group_size:
+            return None
+        # An episode that was admitted in time may have sampled late, from old weights.
+        self._evict_stale()
+        due: list[_Group] = []
+        if self._on_stale == "wait":
+            # Those that would be too old for the batch after this one. More than a batch of them
+            # exists only if α is no integer; those left over are regenerated.
+            due = [
+                group
+                for group in self._groups.values()
+                if self._next_version + 1 - group.oldest_version > self.alpha
+            ][:wanted]
+            if not all(group.complete for group in due):
+                return None
+        complete = [g for g in self._groups.values() if g.complete and g not in due]
+        chosen = (due + complete)[:wanted]
+        return chosen if len(chosen) == wanted else None
+
+    def _hand_over(self, chosen: list[_Group]) -> Batch:
+        version = self._next_version
+        samples: list[Sample] = []
+        episodes: list[Episode] = []
+        for group in chosen:
+            members = list(group.members.values())
+            rewards = np.array([_trajectory(m).reward for m in members], dtype=np.float64)
+            for member, advantage in zip(members, self._advantages(rewards), strict=True):
+                samples += [
+                    replace(
+                        sample,
+                        advantage=float(advantage),
+                        reward=_trajectory(member).reward,
+                        group=group.id,
+                        episode=member.id,
+                    )
+                    for sample in _trajectory(member).samples
+                ]
+            episodes += members
+            del self._groups[group.id]
+        ages = version - np.concatenate([s.sampled_versions() for s in samples])
+        assert ages.size == 0 or ages.max() <= self.alpha, f"a token is {ages.max()} versions old"
+        for episode in episodes:
+            self._end(episode, "trained", version=version)
+        self._held.append((version, len(episodes)))
+        self._next_version += 1
+        self._evict_stale()  # at once: what is doomed should not sample while the trainer trains
+        self._admit()
+        return Batch(samples=samples, version=version, metrics=_batch_metrics(episodes, ages))
+
+    def _describe_stall(self) -> str:
+        by_age = sorted(self.episodes(), key=lambda episode: episode.stage_since)
+        running = [e for e in by_age if e.trajectory is None]
+        lines = [episode.describe() for episode in running[:_EPISODES_NAMED_IN_ERRORS]]
+        return (
+            f"no episode ended for {self._stall_timeout_s:g} s (stall_timeout_s); "
+            f"{len(running)} run, {self.ledger.ready} are ready, {len(self._owed)} wait for "
+            f"a slot of {self.capacity}. Longest in their stage:\n  " + "\n  ".join(lines)
+        )
+
+
+def _trajectory(episode: Episode) -> Trajectory:
+    assert episode.trajectory is not None
+    return episode.trajectory
+
+
+def _batch_metrics(episodes: list[Episode], ages: NDArray[np.int64]) -> dict[str, Any]:
+    """What is known of a batch at hand-over; ages are per token, in versions."""
+
+    def mean_seconds(stage: str) -> float:
+        return float(np.mean([episode.seconds.get(stage, 0.0) for episode in episodes]))
+
+    trajectories = [_trajectory(episode) for episode in episodes]
+    return {
+        "reward/mean": float(np.mean([t.reward for t in trajectories])),
+        "success_rate": float(np.mean([t.success for t in trajectories])),
+        "turns/mean": float(np.mean([t.turns for t in trajectories])),
+        "staleness/mean": float(ages.mean()) if ages.size else 0.0,
+        "staleness/max": int(ages.max()) if ages.size else 0,
+        "staleness/histogram": np.bincount(ages).tolist() if ages.size else [],
+        "time/generate_s": mean_seconds("generate"),
+        "time/env_s": mean_seconds("env"),
+        "time/reward_s": mean_seconds("reward"),
+    }
