@@ -1,0 +1,52 @@
+"""Demonstrations as samples: what a warm start trains on, with a weight for every token.
+
+    Turn(observation, action) … ──style──→ prompt tokens | action tokens | prompt tokens | …
+                                 weight        0.5              1 (0 if not to be imitated)
+
+Observation tokens are worth training on too: names are first learned by reading lists.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from flash.types import PromptStyle, Sample, Turn
+
+
+class TeachingStyle(PromptStyle, Protocol):
+    """A prompt style that can also write an action down as tokens."""
+
+    def spell(self, action: str) -> list[int]:
+        """The tokens that would have to be sampled for this action, with the stop token."""
+        ...
+
+
+def to_sample(
+    turns: Sequence[Turn],
+    style: TeachingStyle,
+    *,
+    action_weight: float = 1.0,
+    observation_weight: float = 0.5,
+) -> Sample:
+    """One demonstration as one sample; `loss_mask` holds the weights, versions are all -1.
+
+    Raises ValueError for a demonstration without turns.
+    """
+    if not turns:
+        raise ValueError("turns is empty: a demonstration needs at least one turn")
+    token_ids: list[int] = []
+    weights: list[float] = []
+    action: list[int] = []
+    for turn in turns:
+        prompt = style.next(turn.observation, action) if action else style.first(turn.observation)
+        action = style.spell(turn.action)
+        token_ids += prompt + action
+        weights += [observation_weight] * len(prompt)
+        weights += [action_weight if turn.imitate else 0.0] * len(action)
+    return Sample(
+        token_ids=np.array(token_ids, dtype=np.int64),
+        loss_mask=np.array(weights, dtype=np.float32),
+        logprobs=np.zeros(len(token_ids), dtype=np.float32),
+        versions=np.full(len(token_ids), -1, dtype=np.int64),
+    )
