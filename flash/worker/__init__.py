@@ -1,0 +1,1 @@
+"""The embedded worker: transformers' continuous batching behind vLLM's HTTP routes."""

@@ -1,0 +1,331 @@
+"""transformers' continuous batching as an engine whose weights change under running requests.
+
+    submit ──► manager (its own thread) ──► result ──► future
+                      │
+    pause ── freezes it between two steps ── load_weights, set_version ── resume
+
+Every token carries the version in force when it was sampled. The engine is frozen while weights
+change, so what a request has sampled by then is all that the old weights have sampled of it.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
+
+PauseMode = Literal["keep", "abort", "wait"]
+
+# Small pages fit short conversations, and make short prefixes shareable.
+_PAGE_SIZE = 16
+_MIN_BATCH_TOKENS = 2048
+
+# Per-request temperatures exist only if the engine is made with one that is neither None nor 1.
+_TEMPERATURE_AT_START = 0.5
+# The engine always samples. So sharp a distribution is the greedy choice, but for exact ties.
+_GREEDY_TEMPERATURE = 1e-4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineRequest:
+    """One response to sample."""
+
+    request_id: str
+    token_ids: Sequence[int]
+    max_tokens: int
+    temperature: float = 1.0
+    stop_token_ids: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineResult:
+    """What was sampled; `spans` are (version, start, end), end excluded, without gaps."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: Literal["stop", "length", "abort"]
+    spans: list[tuple[int, int, int]]
+
+
+class EngineDied(RuntimeError):
+    """The engine's thread has ended; no request can be answered any more."""
+
+
+@dataclass(slots=True, eq=False)
+class _Running:
+    request: EngineRequest
+    result: asyncio.Future[EngineResult]
+    spans: list[tuple[int, int, int]] = field(default_factory=list)
+
+    def close_span(self, version: int, end: int) -> None:
+        """The tokens since the last span, up to `end`, were sampled by `version`."""
+        start = self.spans[-1][2] if self.spans else 0
+        if end > start:
+            if self.spans and self.spans[-1][0] == version:
+                start = self.spans.pop()[1]
+            self.spans.append((version, start, end))
+
+
+class EmbeddedEngine:
+    """One model, sampling many requests at once, in a thread of its own.
+
+    The logprobs are those of the distribution that was sampled from, temperature included; a
+    trainer must divide its logits by the same temperature to compare (1 is what it expects).
+
+    Args:
+        model: a directory or a hub name.
+        cache_tokens: room for keys and values, in tokens; a request must fit in alone.
+        max_running: requests in one step.
+
+    Use it from one event loop only.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        device: str,
+        dtype: str,
+        cache_tokens: int,
+        max_running: int,
+        version: int = 0,
+        seed: int = 0,
+    ) -> None:
+        torch.manual_seed(seed)
+        self.version = version
+        self.max_request_tokens = cache_tokens
+        self._model = AutoModelForCausalLM.from_pretrained(
+            model, dtype=dtype, attn_implementation="sdpa"
+        ).to(device)
+        self._manager = self._model.init_continuous_batching(
+            GenerationConfig(
+                do_sample=True,
+                temperature=_TEMPERATURE_AT_START,
+                top_k=0,
+                eos_token_id=-1,
+                max_new_tokens=1,
+            ),
+            ContinuousBatchingConfig(
+                page_size=_PAGE_SIZE,
+                num_blocks=-(-cache_tokens // _PAGE_SIZE),
+                max_batch_tokens=max(_MIN_BATCH_TOKENS, max_running),
+                max_requests_per_batch=max_running,
+                return_logprobs=True,
+                per_request_processors=True,
+                # A step must be over before the next begins, or a token's version is a guess.
+                use_async_batching=False,
+            ),
+        )
+        self._running: dict[str, _Running] = {}
+        self._gate = asyncio.Event()  # open unless a pause waits for the running ones to end
+        self._gate.set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._freeze = contextlib.ExitStack()
+        # The manager counts pauses per thread, so that one thread makes and ends them all.
+        self._pauser = ThreadPoolExecutor(1, thread_name_prefix="pause")
+        self._manager.start()
+
+    @property
+    def running(self) -> int:
+        """Requests submitted and not yet answered."""
+        return len(self._running)
+
+    @property
+    def alive(self) -> bool:
+        return bool(self._manager.is_running())
+
+    async def generate(self, request: EngineRequest) -> EngineResult:
+        """Samples one response; a cancelled caller frees the request's place.
+
+        Raises ValueError for a request that can't be, EngineDied if the engine's thread has ended.
+        """
+        self._check(request)
+        await self._gate.wait()
+        running = _Running(request, asyncio.get_running_loop().create_future())
+        self._running[request.request_id] = running
+        self._idle.clear()
+        try:
+            self._manager.register_result_handler(request.request_id, self._on_output)
+            added = self._manager.add_request(
+                list(request.token_ids),
+                request_id=request.request_id,
+                max_new_tokens=request.max_tokens,
+                eos_token_id=list(request.stop_token_ids) or -1,
+                temperature=request.temperature or _GREEDY_TEMPERATURE,
+            )
+            if added is None:
+                raise EngineDied(f"the engine has ended: {self._cause()}")
+            return await running.result
+        except asyncio.CancelledError:
+            self._forget(request.request_id)
+            raise
+        finally:
+            del self._running[request.request_id]
+            if not self._running:
+                self._idle.set()
+
+    def abort(self, request_id: str) -> bool:
+        """Answer a running request with what it has so far; False if there is no such request."""
+        running = self._running.get(request_id)
+        if running is None or running.result.done():
+            return False
+        token_ids, logprobs = self._sampled_so_far(request_id)
+        self._forget(request_id)
+        self._answer(running, token_ids, logprobs, "abort")
+        return True
+
+    # ── changing weights ─────────────────────────────────────────────────────────────────────
+
+    async def pause(self, mode: PauseMode) -> None:
+        """Freeze between two steps: with the requests inside (`keep`), after answering each with
+        what it has (`abort`), or after all have ended (`wait`, in which new ones queue)."""
+        if mode == "wait":
+            self._gate.clear()
+            await self._idle.wait()
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._pauser, self._freeze.enter_context, self._manager.pause())
+        if mode == "abort":
+            for request_id in list(self._running):
+                self.abort(request_id)
+
+    async def resume(self) -> None:
+        """Go on where `pause` stopped; does nothing if it did not."""
+        await asyncio.get_running_loop().run_in_executor(self._pauser, self._freeze.close)
+        self._gate.set()
+
+    def load_weights(self, directory: Path) -> None:
+        """Replace the weights in place, while paused. Raises ValueError if they don't fit."""
+        tensors: dict[str, torch.Tensor] = {}
+        for file in sorted(directory.glob("*.safetensors")):
+            tensors |= load_file(file)
+        if not tensors:
+            raise ValueError(f"no safetensors in {directory}")
+        own = self._model.state_dict(keep_vars=True)
+        tied = {name for name in own if _is_tied(name, own, tensors)}
+        if missing := own.keys() - tensors.keys() - tied:
+            raise ValueError(f"{directory} lacks weights of this model: {sorted(missing)[:3]} …")
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                if name not in own or own[name].shape != tensor.shape:
+                    raise ValueError(f"{directory} has {name} {list(tensor.shape)}, not the model")
+                own[name].copy_(tensor)
+        self._forget_prefixes()
+
+    def set_version(self, version: int) -> None:
+        """Tokens sampled from now on carry this version. Call it while paused."""
+        for request_id, running in self._running.items():
+            token_ids, _ = self._sampled_so_far(request_id)
+            running.close_span(self.version, len(token_ids))
+        self.version = version
+
+    def close(self) -> None:
+        """End the engine's thread; running requests fail."""
+        self._freeze.close()
+        self._manager.stop(block=True, timeout=10.0, hard_stop=True)
+        self._pauser.shutdown()
+
+    # ── between the manager's thread and the event loop ──────────────────────────────────────
+
+    def _on_output(self, output: Any) -> None:
+        """Called by the manager in the event loop, once a request has ended."""
+        running = self._running.get(output.request_id)
+        if running is None or running.result.done() or not output.is_finished():
+            return
+        if output.error is not None:
+            running.result.set_exception(EngineDied(f"the engine failed: {output.error}"))
+            return
+        stopped = output.generated_tokens[-1:] and (
+            output.generated_tokens[-1] in running.request.stop_token_ids
+        )
+        reason: Literal["stop", "length"] = "stop" if stopped else "length"
+        self._answer(running, output.generated_tokens, output.logprobs, reason)
+
+    def _answer(
+        self,
+        running: _Running,
+        token_ids: list[int],
+        logprobs: list[float],
+        reason: Literal["stop", "length", "abort"],
+    ) -> None:
+        running.close_span(self.version, len(token_ids))
+        running.result.set_result(
+            EngineResult(
+                token_ids=token_ids, logprobs=logprobs, finish_reason=reason, spans=running.spans
+            )
+        )
+
+    def _sampled_so_far(self, request_id: str) -> tuple[list[int], list[float]]:
+        processor = self._manager.batch_processor
+        state = None
+        if processor is not None:
+            scheduler = processor.scheduler
+            state = scheduler.active_requests.get(request_id)
+            state = state or scheduler.waiting_requests.get(request_id)
+        if state is None:
+            return [], []
+        output = state.to_generation_output()
+        # The manager's thread may be between the two appends of a token.
+        known = min(len(output.generated_tokens), len(output.logprobs))
+        return output.generated_tokens[:known], output.logprobs[:known]
+
+    def _forget(self, request_id: str) -> None:
+        router = self._manager.output_router
+        with router._lock:
+            router.result_handlers.pop(request_id, None)
+        self._manager.cancel_request(request_id)
+
+    def _forget_prefixes(self) -> None:
+        """Keys and values of old weights must not serve new requests.
+
+        Blocks that no request holds go back to the pool, the others lose their hashes. A request
+        that lives on must register none of its blocks again: they hold old and new weights' keys.
+        """
+        processor = self._manager.batch_processor
+        if processor is None:
+            return
+        cache = processor.cache
+        cache.evict_cached_blocks()
+        for allocator in cache.cache_allocators.values():
+            allocator.ledger.hash_to_block.clear()
+            allocator.ledger.block_to_hash.clear()
+        survivors = set(processor.scheduler.active_requests)
+        register = type(cache).mark_complete_blocks
+
+        def register_unless_survivor(state: Any, complete_blocks: dict[str, int]) -> None:
+            if state.request_id not in survivors:
+                register(cache, state, complete_blocks)
+
+        cache.mark_complete_blocks = register_unless_survivor
+
+    def _check(self, request: EngineRequest) -> None:
+        if request.request_id in self._running:
+            raise ValueError(f"request_id {request.request_id!r} is already running")
+        if not request.token_ids:
+            raise ValueError("token_ids is empty: a prompt needs at least one token")
+        vocabulary = self._model.config.get_text_config().vocab_size
+        if min(request.token_ids) < 0 or max(request.token_ids) >= vocabulary:
+            raise ValueError(f"token_ids must lie in 0 … {vocabulary - 1}, the model's vocabulary")
+        if request.max_tokens < 1:
+            raise ValueError(f"max_tokens={request.max_tokens} must be at least 1")
+        if request.temperature < 0:
+            raise ValueError(f"temperature={request.temperature} must be at least 0")
+        if (total := len(request.token_ids) + request.max_tokens) > self.max_request_tokens:
+            raise ValueError(
+                f"prompt and max_tokens are {total} tokens, more than the cache's "
+                f"{self.max_request_tokens}: shorten them, or start the worker with more"
+            )
+
+    def _cause(self) -> str:
+        return str(self._manager.background_thread_status.fatal_error or "it was closed")
+
+
+def _is_tied(name: str, own: dict[str, Any], given: dict[str, torch.Tensor]) -> bool:
+    """Whether a weight that is not given is the same tensor as one that is."""
+    return name not in given and any(own[other] is own[name] for other in given if other in own)
