@@ -310,6 +310,7 @@ def _digest(domain: str) -> str:
 def _read_problem(problem: str) -> tuple[dict[str, str], list[list[str]], str]:
     """The type of each object, the initial facts, and the goal's text; all in lower case."""
     text = re.sub(r";[^\n]*", "", problem).lower()
+    text = re.sub(r"\(:metric[^()]*(\([^()]*\))?\s*\)", "", text)  # for planners
     sections = re.fullmatch(
         r".*?\(:objects(.*?)\)\s*\(:init(.*)\)\s*\(:goal(.*)\)\s*\)\s*", text, re.DOTALL
     )
