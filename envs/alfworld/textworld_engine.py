@@ -32,7 +32,8 @@ class TextWorldEngine:
 
     Not thread-safe: TextWorld's parsers are global, and grounding swaps `sys.argv` and
     `sys.stdout`. Several engines in a process work if one call is made at a time, so run them
-    in environment host processes. Raises ImportError without the packages
+    in environment host processes. The alfworld package creates `~/.cache/alfworld` when it is
+    imported, unless ALFWORLD_DATA names another folder. Raises ImportError without the packages
     (`pip install "flash-rl[alfworld]"`). With another textworld than 1.7.0 it runs as shipped,
     ten times slower, and logs a warning.
     """
