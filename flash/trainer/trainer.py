@@ -1,0 +1,213 @@
+"""The trainer's handle in the controller: starts the ranks, calls all of them at once."""
+
+import asyncio
+import itertools
+import json
+import shutil
+import tempfile
+from collections.abc import Awaitable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flash.errors import ProcessFailure, TrainerFailure
+from flash.process import Child
+from flash.trainer.config import TrainerConfig
+from flash.trainer.packing import plan
+from flash.types import Batch, Sample, Weights
+
+MODEL_FOLDER = "model"
+STATE_FILE = "trainer.json"
+_TMPFS = Path("/dev/shm")
+_EXPORTS_KEPT = 2  # the one that is published, and the one before, which a worker may be reading
+
+
+class Trainer:
+    """FSDP ranks in their own processes, used as one object.
+
+    >>> async with Trainer(model="path", config=TrainerConfig(), run_dir=Path("runs/x")) as trainer:
+    ...     metrics = await trainer.step(batch)
+    ...     weights = await trainer.export_weights()
+
+    Args:
+        model: a directory or a hub name, for AutoModelForCausalLM.
+        run_dir: where the ranks' logs go.
+        resume_from: a checkpoint of `save_checkpoint`; its model takes the place of `model`.
+
+    `version` counts the batches trained into the weights; a batch is one version, however many
+    optimizer steps (`mini_batches`) it takes, because α is measured in batches.
+    Any call raises TrainerFailure, with the rank's traceback or log, when a rank raises or dies;
+    the other ranks are killed then.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str | Path,
+        config: TrainerConfig,
+        run_dir: Path,
+        seed: int = 0,
+        resume_from: Path | None = None,
+    ) -> None:
+        self.config = config
+        self.model = str(model)
+        self.version = 0
+        if resume_from is not None:
+            self.version = checkpoint_version(resume_from)
+            self.model = str(resume_from / MODEL_FOLDER)
+        self._resume_from = resume_from
+        self._run_dir = run_dir
+        self._seed = seed
+        self._children: list[Child] = []
+        self._work_dir = Path()
+        self._exports: list[Path] = []
+        self._export_ids = itertools.count()
+
+    async def __aenter__(self) -> "Trainer":
+        in_memory = _TMPFS if _TMPFS.is_dir() else None
+        self._work_dir = Path(tempfile.mkdtemp(prefix="flash-trainer-", dir=in_memory))
+        rendezvous = str(self._work_dir / "rendezvous")
+        ranks = self.config.ranks
+        try:
+            for rank in range(ranks):
+                child = await Child.start(
+                    "flash.trainer.rank",
+                    name=f"trainer rank {rank}",
+                    log_path=self._run_dir / "logs" / f"trainer_rank_{rank}.log",
+                )
+                self._children.append(child)
+            checkpoint = str(self._resume_from) if self._resume_from else None
+            await self._call_each(
+                "start",
+                [
+                    (self.model, checkpoint, self.config, rank, ranks, rendezvous, self._seed)
+                    for rank in range(ranks)
+                ],
+                timeout_s=self.config.start_timeout_s,
+            )
+        except BaseException:
+            await self.__aexit__()
+            raise
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        for child in self._children:
+            child.kill()  # a rank keeps nothing that a checkpoint has not
+        for child in self._children:
+            await child.stop()
+        shutil.rmtree(self._work_dir, ignore_errors=True)
+
+    async def step(self, batch: Batch) -> dict[str, float]:
+        """Train one batch: the next version. Returns means over its trained tokens.
+
+        Raises ValueError for samples that can't be trained on, naming the episode.
+        """
+        for sample in batch.samples:
+            _check(sample)
+        lengths = [sample.num_tokens for sample in batch.samples]
+        divided = plan(
+            lengths,
+            mini_batches=self.config.mini_batches,
+            ranks=self.config.ranks,
+            tokens_per_micro_batch=self.config.tokens_per_micro_batch,
+        )
+        shares = [
+            [
+                [[[batch.samples[i] for i in row] for row in micro] for micro in mini[rank]]
+                for mini in divided
+            ]
+            for rank in range(self.config.ranks)
+        ]
+        started = asyncio.get_running_loop().time()
+        metrics: dict[str, float] = await self._call_each(
+            "step", [(share, self.version) for share in shares]
+        )
+        self.version += 1
+        trained = int(sum((sample.loss_mask > 0).sum() for sample in batch.samples))
+        elapsed = asyncio.get_running_loop().time() - started
+        return {**metrics, "tokens/trained": trained, "time/train_s": elapsed}
+
+    async def score(self, token_ids: Sequence[int]) -> list[float]:
+        """The trainer's own logprobs of `token_ids[1:]`, under the present weights."""
+        logprobs: list[float] = await self._call("score", list(token_ids))
+        return logprobs
+
+    async def export_weights(self) -> Weights:
+        """Weights of the present version, in memory where there is a tmpfs.
+
+        They stay until the export after next; `score` answers for them until the next step.
+        """
+        path = self._work_dir / f"version_{self.version}_{next(self._export_ids)}"
+        await self._call("export", str(path))
+        self._exports.append(path)
+        while len(self._exports) > _EXPORTS_KEPT:
+            shutil.rmtree(self._exports.pop(0))
+        return Weights(version=self.version, path=path, score=self.score)
+
+    async def save_checkpoint(self, directory: Path) -> None:
+        """All it takes to go on: model (Hugging Face format), optimizer, schedule, version."""
+        await self._save(directory, optimizer=True)
+
+    async def save_model(self, directory: Path) -> None:
+        """The model alone, in Hugging Face format."""
+        await self._save(directory, optimizer=False)
+
+    async def _save(self, directory: Path, *, optimizer: bool) -> None:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        await self._call("save", str(directory), self.version, optimizer)
+
+    async def _call(self, method: str, *args: Any) -> Any:
+        return await self._call_each(method, [args] * self.config.ranks)
+
+    async def _call_each(
+        self, method: str, args_of_ranks: Sequence[tuple[Any, ...]], timeout_s: float | None = None
+    ) -> Any:
+        """Calls every rank with its arguments; rank 0's answer."""
+        timeout_s = timeout_s or self.config.step_timeout_s
+        calls: list[Awaitable[Any]] = [
+            child.call(method, *args, timeout_s=timeout_s)
+            for child, args in zip(self._children, args_of_ranks, strict=True)
+        ]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(_await(call)) for call in calls]
+        except BaseExceptionGroup as errors:
+            # The first rank to fail is the cause; the others hang in a collective.
+            cause = errors.exceptions[0]
+            for child in self._children:
+                child.kill()
+            if isinstance(cause, ProcessFailure):
+                raise TrainerFailure(str(cause)) from cause
+            if isinstance(cause, TimeoutError):
+                raise TrainerFailure(
+                    f"the trainer's {method} took longer than {timeout_s:g} s "
+                    f"(trainer.step_timeout_s, trainer.start_timeout_s)"
+                ) from cause
+            raise
+        return tasks[0].result()
+
+
+def checkpoint_version(directory: Path) -> int:
+    """The policy version of a checkpoint; ValueError if it is none, or not whole."""
+    state = directory / STATE_FILE
+    if not state.is_file() or not (directory / MODEL_FOLDER).is_dir():
+        raise ValueError(
+            f"{directory} is no checkpoint, or not a whole one ({STATE_FILE} or {MODEL_FOLDER}/ "
+            f"is missing): give a folder under runs/<name>/checkpoints"
+        )
+    return int(json.loads(state.read_text())["policy_version"])
+
+
+async def _await(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable
+
+
+def _check(sample: Sample) -> None:
+    lengths = {
+        len(a) for a in (sample.token_ids, sample.loss_mask, sample.logprobs, sample.versions)
+    }
+    if len(lengths) != 1 or 0 in lengths:
+        raise ValueError(f"episode {sample.episode}: arrays of lengths {sorted(lengths)}")
+    if not np.isfinite(sample.logprobs).all() or not np.isfinite(sample.advantage):
+        raise ValueError(f"episode {sample.episode}: a logprob or the advantage is not finite")
