@@ -39,7 +39,7 @@ def create(
     Raises ValueError for sizes that can't be.
     """
     import torch  # noqa: PLC0415 (heavy: `import flash` must not need it)
-    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
+    import transformers  # noqa: PLC0415
 
     if layers < 1:
         raise ValueError(f"layers={layers}: give 1 or more")
@@ -52,7 +52,7 @@ def create(
     tokenizer = _tokenizer(vocabulary)
     # Not Qwen2: for that type AutoTokenizer (transformers 5) puts a tokenizer of its own in the
     # place of the one that was saved.
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
         intermediate_size=4 * hidden_size,
@@ -60,23 +60,24 @@ def create(
         num_attention_heads=heads,
         num_key_value_heads=heads,
         max_position_embeddings=max_tokens,
-        rope_theta=10_000.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         tie_word_embeddings=True,  # the token to copy is scored against its own embedding
         bos_token_id=None,
         eos_token_id=tokenizer.convert_tokens_to_ids(STOP_TOKEN),
         pad_token_id=tokenizer.convert_tokens_to_ids(PAD_TOKEN),
     )
+    model_class: Any = transformers.AutoModelForCausalLM  # its types are not published
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config).to(torch.float32)
+        model = model_class.from_config(config, dtype=torch.float32)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 
 
 def _tokenizer(vocabulary: Iterable[str]) -> Any:
+    import transformers  # noqa: PLC0415
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers  # noqa: PLC0415
-    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
 
     phrases = sorted({" ".join(phrase.lower().split()) for phrase in vocabulary} - {""})
     if not phrases:
@@ -93,7 +94,8 @@ def _tokenizer(vocabulary: Iterable[str]) -> Any:
     backend.pre_tokenizer = pre_tokenizers.Split(
         Regex(_pattern(phrases)), behavior="removed", invert=True
     )
-    return PreTrainedTokenizerFast(
+    tokenizer_class: Any = transformers.PreTrainedTokenizerFast
+    return tokenizer_class(
         tokenizer_object=backend,
         pad_token=PAD_TOKEN,
         unk_token=UNKNOWN_TOKEN,

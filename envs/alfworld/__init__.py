@@ -10,7 +10,7 @@ Rewards are 1 for the command that fulfils the goal, which ends the episode, and
 import random
 import re
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -142,7 +142,7 @@ class AlfWorldEnv(gymnasium.Env[str, str]):
             for number in range(1, 31 if kind in _MANY else 8)
         ]
         numbered += [f"{kind} {number}" for kind in objects for number in range(1, 5)]
-        return [*_PHRASES, *receptacles, *objects, *numbered]
+        return [*_PHRASES, _help(), *receptacles, *objects, *numbered]
 
     def demonstrate(self, task: Task) -> list[Turn]:
         """The expert's episode on the task's game; takes the place of the episode in progress.
@@ -196,6 +196,14 @@ def _detour(rng: random.Random, state: State, names: list[str]) -> str:
     one, other = _pick(rng, names), _pick(rng, names)
     return _pick(rng, (f"go to {one}", f"open {one}", f"take {one} from {other}",
                        f"move {one} to {other}"))  # fmt: skip
+
+
+@cache
+def _help() -> str:
+    """The answer to "help", a page long: one token for it keeps an episode short."""
+    engine = _engine("native")
+    engine.reset(generate(0))
+    return engine.step("help").text
 
 
 def _pick(rng: random.Random, items: Sequence[str]) -> str:

@@ -186,8 +186,10 @@ class Expert:
 
     def _is_placed(self, name: str, receptacle: str) -> bool:
         goal = self._goal
-        return bool(goal.target) and _kind(receptacle) == goal.target and not (
-            goal.verb and name not in self._worked_on
+        return (
+            bool(goal.target)
+            and _kind(receptacle) == goal.target
+            and not (goal.verb and name not in self._worked_on)
         )
 
     def _of_kind(self, kind: str) -> list[str]:

@@ -102,7 +102,8 @@ def generate(
     goal = _pick(rng, _goals(plan, task_type))
     receptacles = _furnish(rng, plan, goal, max_receptacles)
     objects = _scatter(rng, plan, goal, receptacles, max_objects)
-    return _game(rng, seed, split, plan, goal, receptacles, objects)
+    trial = f"{split}_{seed}"
+    return _game(rng, trial, plan, goal, receptacles=receptacles, objects=objects)
 
 
 def check(
@@ -119,12 +120,14 @@ def check(
     for task_type in task_types:
         if task_type not in TASK_TYPES:
             raise ValueError(f"task_types={task_type!r}: choose from {', '.join(TASK_TYPES)}")
-    if max_receptacles is not None and max_receptacles < 4:
+    if max_receptacles is not None and max_receptacles < 3:
         raise ValueError(
-            f"max_receptacles={max_receptacles}: a goal needs up to 4; give 4 or more, or None"
+            f"max_receptacles={max_receptacles}: a goal needs up to 3; give 3 or more, or None"
         )
-    if max_objects is not None and max_objects < 3:
-        raise ValueError(f"max_objects={max_objects}: a goal needs up to 3; give 3 or more, or None")
+    if max_objects is not None and max_objects < 4:
+        raise ValueError(
+            f"max_objects={max_objects}: a goal needs up to 4; give 4 or more, or None"
+        )
 
 
 # ── choosing ─────────────────────────────────────────────────────────────────────────────────
@@ -165,9 +168,7 @@ def _goals(plan: _Plan, task_type: str) -> tuple[_Goal, ...]:
     )
 
 
-def _furnish(
-    rng: random.Random, plan: _Plan, goal: _Goal, limit: int | None
-) -> list[_Receptacle]:
+def _furnish(rng: random.Random, plan: _Plan, goal: _Goal, limit: int | None) -> list[_Receptacle]:
     """The receptacles of the game: those the goal needs first, then others up to the limit."""
     order = _shuffled(rng, plan.receptacles)
     needed = [next(r for r in order if goal.kind in _fits()[r.kind] and r.kind != goal.target)]
@@ -227,21 +228,20 @@ def _scatter(
 
 def _game(
     rng: random.Random,
-    seed: int,
-    split: Split,
+    trial: str,
     plan: _Plan,
     goal: _Goal,
+    *,
     receptacles: Sequence[_Receptacle],
     objects: Sequence[_Object],
 ) -> Game:
     templates = _goal_library().gdict[goal.task_type]
-    # "put some apple in fridge": the second template of the library says "on", the first "in".
     words = {"obj": goal.kind, "recep": goal.target, "toggle": goal.target}
     task = _pick(rng, templates["templates"]).format(**{k: v.lower() for k, v in words.items()})
     goal_pddl = templates["pddl"].format(**words).replace(" # ", " - ")
-    problem = _problem(f"{split}_{seed}", receptacles, objects, goal_pddl)
+    problem = _problem(trial, receptacles, objects, goal_pddl)
     return Game(
-        name=f"{goal.task_type}-{goal.kind}-None-{goal.target}-{plan.number}/{split}_{seed}",
+        name=f"{goal.task_type}-{goal.kind}-None-{goal.target}-{plan.number}/{trial}",
         pddl_domain=_package_text("data/alfred.pddl"),
         grammar=_package_text("data/alfred.twl2").replace("UNKNOWN GOAL", task),
         pddl_problem=problem,
@@ -388,12 +388,16 @@ def _plan(number: int) -> _Plan:
     stem = f"gen/layouts/FloorPlan{number}"
     poses: dict[str, list[float]] = json.loads(_package_text(f"{stem}-openable.json"))
     kinds: set[str] = set(json.loads(_package_text(f"{stem}-objects.json")))
-    receptacles = [
-        _Receptacle(_mangle(ident), kind, _mangle("|".join(["loc", *_grid(pose)])))
-        for ident, pose in sorted(poses.items())
-        for kind in [ident.split("|")[-1] if ident.endswith("Basin") else ident.split("|")[0]]
-        if kind in _fits()
-    ]
+    receptacles = []
+    for ident, pose in sorted(poses.items()):
+        fixture, *_, last = ident.split("|")
+        if last.endswith("Basin"):  # some layouts call the basin of a bathtub a sink's
+            last = f"{fixture}Basin"
+            ident = "|".join([*ident.split("|")[:-1], last])  # noqa: PLW2901
+        kind = last if last.endswith("Basin") else fixture
+        if kind in _fits():
+            location = _mangle("|".join(["loc", *_grid(pose)]))
+            receptacles.append(_Receptacle(_mangle(ident), kind, location))
     present = {receptacle.kind for receptacle in receptacles}
     free = 1
     for kind, count in _WITHOUT_POSE.items():
@@ -475,5 +479,7 @@ def _package_text(path: str) -> str:
 def _package_folder() -> Path:
     spec = importlib.util.find_spec("alfworld")
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError("generated games need the alfworld package: pip install 'flash-rl[alfworld]'")
+        raise ValueError(
+            "generated games need the alfworld package: pip install 'flash-rl[alfworld]'"
+        )
     return Path(spec.submodule_search_locations[0])
