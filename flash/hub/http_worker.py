@@ -1,0 +1,114 @@
+"""A worker behind vLLM's token-in-token-out HTTP protocol: a vLLM server or the embedded worker."""
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from flash.hub.worker import BadRequest, WorkerFailure
+from flash.types import Completion, SamplingParams, UpdateMode
+
+# vLLM puts it before the client's request_id, and abort_requests wants it there.
+_REQUEST_PREFIX = "generate-tokens-"
+_HTTP_SERVER_ERROR = 500
+_HTTP_CLIENT_ERROR = 400
+# Their fault is not the request's: the worker is busy or gone, or lacks our key.
+_HTTP_NOT_THE_REQUEST = (401, 403, 404, 408, 429)
+
+
+class HttpWorker:
+    """Client of one worker at `url`. Deadlines are the caller's."""
+
+    def __init__(self, url: str, *, api_key: str = "") -> None:
+        self.name = url.rstrip("/")
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._session: aiohttp.ClientSession | None = None
+
+    async def generate(
+        self, request_id: str, token_ids: Sequence[int], sampling: SamplingParams
+    ) -> Completion:
+        body = {
+            "request_id": request_id,
+            "token_ids": list(token_ids),
+            "sampling_params": {
+                "max_tokens": sampling.max_tokens,
+                "temperature": sampling.temperature,
+                "stop_token_ids": list(sampling.stop_token_ids),
+                "logprobs": 0,
+            },
+        }
+        answer = await self._call("POST", "/inference/v1/generate", body)
+        try:
+            return _completion(answer["choices"][0], self.name)
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise WorkerFailure(
+                f"{self.name} answered what this protocol does not know ({error!r}): "
+                f"{json.dumps(answer)[:300]}"
+            ) from error
+
+    async def abort(self, request_id: str) -> None:
+        body = {"request_ids": [_REQUEST_PREFIX + request_id]}
+        await self._call("POST", "/inference/v1/abort_requests", body)
+
+    async def pause(self, mode: UpdateMode) -> None:
+        await self._call("POST", f"/pause?mode={mode}")
+
+    async def load_weights(self, path: Path) -> None:
+        body = {"method": "reload_weights", "kwargs": {"weights_path": str(path)}}
+        await self._call("POST", "/collective_rpc", body)
+
+    async def set_version(self, version: int) -> None:
+        await self._call("POST", "/update_weight_version", {"new_version": str(version)})
+
+    async def resume(self) -> None:
+        await self._call("POST", "/resume")
+
+    async def check_health(self) -> None:
+        await self._call("GET", "/health")
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def _call(self, method: str, route: str, body: Mapping[str, Any] | None = None) -> Any:
+        if self._session is None:
+            # One connection a request in flight, as many as the hub allows; the hub's deadlines.
+            self._session = aiohttp.ClientSession(
+                headers=self._headers,
+                connector=aiohttp.TCPConnector(limit=0),
+                timeout=aiohttp.ClientTimeout(total=None),
+            )
+        try:
+            async with self._session.request(method, self.name + route, json=body) as response:
+                text = await response.text()
+                status = response.status
+        except (aiohttp.ClientError, OSError, asyncio.IncompleteReadError) as error:
+            raise WorkerFailure(f"{self.name}{route} can't be reached: {error!r}") from error
+        if status >= _HTTP_CLIENT_ERROR:
+            message = f"{self.name}{route} answered {status}: {text[:500]}"
+            if status < _HTTP_SERVER_ERROR and status not in _HTTP_NOT_THE_REQUEST:
+                raise BadRequest(message)
+            raise WorkerFailure(message)
+        try:
+            return json.loads(text) if text else None
+        except json.JSONDecodeError as error:
+            raise WorkerFailure(f"{self.name}{route} answered no JSON: {text[:200]!r}") from error
+
+
+def _completion(choice: Mapping[str, Any], worker: str) -> Completion:
+    token_ids = [int(token) for token in choice["token_ids"]]
+    logprobs = [float(entry["logprob"]) for entry in choice["logprobs"]["content"]]
+    versions = [-1] * len(token_ids)
+    for span in choice["weight_versions"]:
+        start, end = int(span["start"]), int(span["end"])
+        versions[start:end] = [int(span["version"])] * (end - start)
+    return Completion(
+        token_ids=token_ids,
+        logprobs=logprobs,
+        versions=versions,
+        finish_reason=choice["finish_reason"],
+        worker=worker,
+    )

@@ -1,0 +1,516 @@
+"""InferenceHub: the proxy between any number of agents and a pool of workers.
+
+    generate ──► queue (FIFO) ──► the worker with room and the least outstanding tokens
+        ▲                              │ failed? out of the pool, the request goes elsewhere
+        └── tokens, logprobs, versions ┘ aborted by a publish? the rest is asked for again
+
+A request waits here, not in a worker, until a worker has room; so each response is routed when it
+can start, and nothing queues behind a long one. A publish takes the workers one after another.
+"""
+
+import asyncio
+import itertools
+import logging
+import math
+import uuid
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from flash.errors import InferenceFailure, PublishFailure
+from flash.hub.http_worker import HttpWorker
+from flash.hub.worker import BadRequest, Worker, WorkerFailure
+from flash.types import Completion, GenerateRequest, SamplingParams, UpdateMode, Weights
+
+logger = logging.getLogger(__name__)
+
+_SESSIONS_KEPT = 100_000  # routing hints only: losing one costs a prefill
+_FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.5, 8.0
+_ABORT_TIMEOUT_S = 10.0
+_PROBE_PROMPT = (1, 2, 3, 1, 2, 3)  # any token ids that every vocabulary has
+_PROBE_SAMPLING = SamplingParams(max_tokens=12)
+
+
+class Pool(Protocol):
+    """Workers that the hub starts and ends; `on_exit(worker, why)` tells of one that is gone."""
+
+    async def start(self, on_exit: Callable[[Worker, str], None]) -> list[Worker]: ...
+
+    async def stop(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishReport:
+    """How a publish went. `gap_max` is nan if the weights came without `score`."""
+
+    version: int
+    gap_max: float
+    paused_s: float
+    workers: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerStats:
+    """One worker as the hub sees it."""
+
+    name: str
+    healthy: bool
+    version: int
+    running: int
+    outstanding_tokens: int
+    busy_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubStats:
+    """Totals since the start, and what is under way now."""
+
+    version: int
+    queued: int
+    running: int
+    prompt_tokens: int
+    generated_tokens: int
+    requests: int
+    retries: int
+    publishes: int
+    paused_s: float
+    workers: tuple[WorkerStats, ...]
+
+
+@dataclass(slots=True, eq=False)
+class _Slot:
+    """A worker and what it has been given."""
+
+    worker: Worker
+    version: int
+    healthy: bool = True
+    gone: bool = False
+    updating: bool = False
+    outstanding_tokens: int = 0
+    deadlines: dict[str, asyncio.Timeout] = field(default_factory=dict)
+    running: int = 0
+    busy_s: float = 0.0
+    busy_since: float = 0.0
+
+    @property
+    def accepting(self) -> bool:
+        return self.healthy and not self.updating
+
+
+@dataclass(slots=True, eq=False)
+class _Waiter:
+    request: GenerateRequest
+    cost: int
+    slot: asyncio.Future[_Slot]
+
+
+class InferenceHub:
+    """Answers `generate` from a pool of workers, and makes new weights their policy.
+
+    >>> async with InferenceHub(["http://127.0.0.1:8000"]) as hub:
+    ...     completion = await hub.generate(GenerateRequest(token_ids=[1, 2], sampling=sampling))
+
+    Args:
+        workers: URLs, Worker objects, or a Pool that starts its own.
+        max_running: requests at one worker at a time.
+        version: the policy version of the weights that the workers have now.
+        request_timeout_s: for one answer; a worker that takes longer has failed.
+        control_timeout_s: for a pause, a weight load, a health check.
+        recovery_timeout_s: how long the pool may be without any healthy worker.
+        gap_limit: by how much a worker's logprobs may differ from the trainer's after a publish.
+            1e-3 holds for float32; bfloat16 on both sides needs about 0.1.
+
+    Raises InferenceFailure from every call once no worker is left.
+    """
+
+    def __init__(
+        self,
+        workers: Sequence[str | Worker] | Pool,
+        *,
+        max_running: int = 64,
+        version: int = 0,
+        request_timeout_s: float = 600.0,
+        control_timeout_s: float = 300.0,
+        recovery_timeout_s: float = 60.0,
+        gap_limit: float = 1e-3,
+    ) -> None:
+        if isinstance(workers, Sequence) and not workers:
+            raise ValueError("workers is empty: give at least one URL")
+        self.version = version
+        self._given = workers
+        self._max_running = max_running
+        self._request_timeout_s = request_timeout_s
+        self._control_timeout_s = control_timeout_s
+        self._recovery_timeout_s = recovery_timeout_s
+        self._gap_limit = gap_limit
+        self._slots: list[_Slot] = []
+        # Bound: one entry for each caller that waits; the agents are bounded by their loop.
+        self._queue: deque[_Waiter] = deque()
+        self._sessions: OrderedDict[str, _Slot] = OrderedDict()
+        self._published = {version}
+        self._weights: Weights | None = None
+        self._publishing = asyncio.Lock()
+        self._no_worker_since = math.inf
+        self._failure: InferenceFailure | None = None
+        self._tasks = asyncio.TaskGroup()
+        self._recoveries: set[asyncio.Task[None]] = set()
+        self._id = uuid.uuid4().hex[:8]
+        self._request_ids = itertools.count()
+        self._prompt_tokens = self._generated_tokens = self._requests = self._retries = 0
+        self._publishes = 0
+        self._paused_s = 0.0
+
+    async def __aenter__(self) -> "InferenceHub":
+        self._clock = asyncio.get_running_loop().time
+        if isinstance(self._given, Sequence):
+            workers = [HttpWorker(w) if isinstance(w, str) else w for w in self._given]
+        else:
+            workers = await self._given.start(self._on_exit)
+        self._slots = [_Slot(worker, self.version) for worker in workers]
+        await self._tasks.__aenter__()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        for task in self._recoveries:
+            task.cancel()
+        await self._tasks.__aexit__(None, None, None)
+        for slot in self._slots:
+            await slot.worker.close()
+        if not isinstance(self._given, Sequence):
+            await self._given.stop()
+
+    # ── requests ─────────────────────────────────────────────────────────────────────────────
+
+    async def generate(
+        self, request: GenerateRequest, on_start: Callable[[int], None] | None = None
+    ) -> Completion:
+        """One response, from whichever worker is best, retried elsewhere if that one fails.
+
+        `on_start` is called with the worker's policy version each time a worker begins: no token
+        sampled from then on can be older. Raises ValueError for a request that no worker takes.
+        """
+        token_ids: list[int] = []
+        logprobs: list[float] = []
+        versions: list[int] = []
+        while True:
+            sampling = replace(
+                request.sampling, max_tokens=request.sampling.max_tokens - len(token_ids)
+            )
+            prompt = [*request.token_ids, *token_ids]
+            slot = await self._acquire(request, cost=len(prompt) + sampling.max_tokens)
+            try:
+                if on_start is not None:
+                    on_start(slot.version)
+                piece = await self._ask(slot, prompt, sampling)
+                self._check(piece, sampling)
+            except WorkerFailure as failure:
+                self._retries += 1
+                self._take_out(slot, failure)
+                continue
+            except BadRequest as error:
+                raise ValueError(str(error)) from error
+            finally:
+                self._release(slot, cost=len(prompt) + sampling.max_tokens)
+            token_ids += piece.token_ids
+            logprobs += piece.logprobs
+            versions += piece.versions
+            if piece.finish_reason == "abort" and len(token_ids) < request.sampling.max_tokens:
+                continue
+            self._requests += 1
+            self._prompt_tokens += len(request.token_ids)
+            self._generated_tokens += len(token_ids)
+            reason = "length" if piece.finish_reason == "abort" else piece.finish_reason
+            return Completion(
+                token_ids=token_ids,
+                logprobs=logprobs,
+                versions=versions,
+                finish_reason=reason,
+                worker=slot.worker.name,
+            )
+
+    def forget(self, session: str) -> None:
+        """No more requests of this session will come."""
+        self._sessions.pop(session, None)
+
+    def stats(self) -> HubStats:
+        """A snapshot."""
+        return HubStats(
+            version=self.version,
+            queued=len(self._queue),
+            running=sum(slot.running for slot in self._slots),
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+            requests=self._requests,
+            retries=self._retries,
+            publishes=self._publishes,
+            paused_s=self._paused_s,
+            workers=tuple(
+                WorkerStats(
+                    name=slot.worker.name,
+                    healthy=slot.healthy,
+                    version=slot.version,
+                    running=slot.running,
+                    outstanding_tokens=slot.outstanding_tokens,
+                    busy_s=slot.busy_s + (self._clock() - slot.busy_since) * (slot.running > 0),
+                )
+                for slot in self._slots
+            ),
+        )
+
+    async def _acquire(self, request: GenerateRequest, *, cost: int) -> _Slot:
+        """Waits for a place at a worker; `_release` gives it back."""
+        if self._failure is not None:
+            raise self._failure
+        waiter = _Waiter(request, cost, asyncio.get_running_loop().create_future())
+        self._queue.append(waiter)
+        self._dispatch()
+        try:
+            return await waiter.slot
+        except asyncio.CancelledError:
+            if waiter.slot.done() and not waiter.slot.cancelled():
+                self._release(waiter.slot.result(), cost=cost)
+            raise
+
+    def _dispatch(self) -> None:
+        """Gives places to those that wait, first come first served."""
+        while self._queue:
+            waiter = self._queue[0]
+            if waiter.slot.done():  # its caller was cancelled
+                self._queue.popleft()
+                continue
+            slot = self._best(waiter.request)
+            if slot is None:
+                return
+            self._queue.popleft()
+            if slot.running == 0:
+                slot.busy_since = self._clock()
+            slot.running += 1
+            slot.outstanding_tokens += waiter.cost
+            if session := waiter.request.session:
+                self._sessions[session] = slot
+                self._sessions.move_to_end(session)
+                if len(self._sessions) > _SESSIONS_KEPT:
+                    self._sessions.popitem(last=False)
+            waiter.slot.set_result(slot)
+
+    def _best(self, request: GenerateRequest) -> _Slot | None:
+        """The least loaded worker; or the one with the prefix, unless waiting there costs more."""
+        free = [s for s in self._slots if s.accepting and s.running < self._max_running]
+        if not free:
+            return None
+        least = min(free, key=lambda slot: slot.outstanding_tokens)
+        home = self._sessions.get(request.session)
+        if home is not None and home in free:
+            extra_wait = home.outstanding_tokens - least.outstanding_tokens
+            if extra_wait <= len(request.token_ids):
+                return home
+        return least
+
+    def _release(self, slot: _Slot, *, cost: int) -> None:
+        slot.running -= 1
+        slot.outstanding_tokens -= cost
+        if slot.running == 0:
+            slot.busy_s += self._clock() - slot.busy_since
+        self._dispatch()
+
+    async def _ask(
+        self, slot: _Slot, prompt: Sequence[int], sampling: SamplingParams
+    ) -> Completion:
+        request_id = f"{self._id}-{next(self._request_ids)}"
+        answered = False
+        try:
+            async with asyncio.timeout(self._request_timeout_s) as deadline:
+                slot.deadlines[request_id] = deadline
+                completion = await slot.worker.generate(request_id, prompt, sampling)
+                answered = True
+                return completion
+        except TimeoutError as error:
+            if not slot.healthy:
+                raise WorkerFailure(f"{slot.worker.name} was taken out meanwhile") from error
+            raise WorkerFailure(
+                f"{slot.worker.name} took longer than request_timeout_s="
+                f"{self._request_timeout_s:g} for an answer"
+            ) from error
+        except (WorkerFailure, BadRequest):
+            answered = True
+            raise
+        finally:
+            del slot.deadlines[request_id]
+            if not answered and not slot.gone:
+                # Never in the way of the cancellation: its own task, with its own deadline.
+                self._tasks.create_task(self._abort(slot, request_id), name=f"abort {request_id}")
+
+    async def _abort(self, slot: _Slot, request_id: str) -> None:
+        try:
+            async with asyncio.timeout(_ABORT_TIMEOUT_S):
+                await slot.worker.abort(request_id)
+        except (TimeoutError, WorkerFailure, BadRequest) as error:
+            logger.warning("could not abort %s at %s: %s", request_id, slot.worker.name, error)
+
+    def _check(self, piece: Completion, sampling: SamplingParams) -> None:
+        """A worker that answers what can't be true has failed."""
+        lengths = {len(piece.token_ids), len(piece.logprobs), len(piece.versions)}
+        if len(lengths) != 1 or len(piece.token_ids) > sampling.max_tokens:
+            raise WorkerFailure(
+                f"{piece.worker} answered {len(piece.token_ids)} tokens, {len(piece.logprobs)} "
+                f"logprobs, {len(piece.versions)} versions to max_tokens={sampling.max_tokens}"
+            )
+        if not all(math.isfinite(logprob) for logprob in piece.logprobs):
+            raise WorkerFailure(f"{piece.worker} answered a logprob that is not finite")
+        if unknown := set(piece.versions) - self._published:
+            raise WorkerFailure(
+                f"{piece.worker} answered with policy versions {sorted(unknown)}, which were "
+                f"never published to it"
+            )
+        if not piece.token_ids and piece.finish_reason != "abort":
+            raise WorkerFailure(f"{piece.worker} answered no tokens at all")
+
+    # ── workers that fail and return ─────────────────────────────────────────────────────────
+
+    def _on_exit(self, worker: Worker, why: str) -> None:
+        """The pool lost a worker for good."""
+        for slot in self._slots:
+            if slot.worker is worker and not slot.gone:
+                slot.gone = True
+                self._take_out(slot, WorkerFailure(why))
+
+    def _take_out(self, slot: _Slot, cause: WorkerFailure) -> None:
+        """No more requests for this worker, and those it has go elsewhere, until it is healthy."""
+        if not slot.healthy and not slot.gone:
+            return  # it is known, and being looked after
+        was_healthy, slot.healthy = slot.healthy, False
+        for deadline in slot.deadlines.values():
+            if not deadline.expired():
+                deadline.reschedule(self._clock())
+        if was_healthy:
+            logger.warning("worker taken out: %s", cause)
+        if not any(other.healthy for other in self._slots):
+            self._no_worker_since = min(self._no_worker_since, self._clock())
+        if all(other.gone for other in self._slots):
+            self._fail(cause)
+        elif was_healthy and not slot.gone:
+            recovery = self._tasks.create_task(
+                self._recover(slot, cause), name=f"recover {slot.worker.name}"
+            )
+            self._recoveries.add(recovery)
+            recovery.add_done_callback(self._recoveries.discard)
+
+    async def _recover(self, slot: _Slot, cause: WorkerFailure) -> None:
+        """Asks for its health until it is well, then gives it the present weights."""
+        backoff_s = _FIRST_BACKOFF_S
+        while not slot.gone and self._failure is None:
+            await asyncio.sleep(backoff_s)
+            backoff_s = min(2 * backoff_s, _LONGEST_BACKOFF_S)
+            try:
+                async with asyncio.timeout(self._control_timeout_s):
+                    await slot.worker.check_health()
+                    async with self._publishing:
+                        if self._weights is not None:
+                            await self._replace_weights(slot, self._weights, "abort")
+                        slot.healthy = not slot.gone
+            except (WorkerFailure, BadRequest, TimeoutError) as error:
+                logger.warning("%s is not well yet: %s", slot.worker.name, error)
+            if slot.healthy:
+                logger.warning("worker %s is back", slot.worker.name)
+                self._no_worker_since = math.inf
+                self._dispatch()
+                return
+            if self._clock() - self._no_worker_since > self._recovery_timeout_s:
+                self._fail(cause)
+
+    def _fail(self, cause: WorkerFailure) -> None:
+        """The pool has nobody left: every caller is told, now and later."""
+        self._failure = InferenceFailure(f"no inference worker is left; the last one: {cause}")
+        self._failure.__cause__ = cause
+        for waiter in self._queue:
+            if not waiter.slot.done():
+                waiter.slot.set_exception(self._failure)
+        self._queue.clear()
+
+    # ── new weights ──────────────────────────────────────────────────────────────────────────
+
+    async def publish(self, weights: Weights, mode: UpdateMode = "keep") -> PublishReport:
+        """Make these weights the policy of every worker, one after another.
+
+        mode: what happens to requests under way at a worker: `keep` freezes them and goes on with
+        the new weights, `abort` ends them and samples the rest anew, `wait` lets them end first.
+        Raises ValueError for a version that is not newer, PublishFailure if a worker's logprobs
+        of a probe differ from `weights.score` by more than `gap_limit`, or if the weights don't
+        fit; InferenceFailure if no worker is left.
+        """
+        async with self._publishing:
+            if self._failure is not None:
+                raise self._failure
+            if weights.version <= self.version:
+                raise ValueError(
+                    f"version {weights.version} is not newer than the published {self.version}"
+                )
+            self._published.add(weights.version)
+            self._weights = weights
+            paused_s = 0.0
+            for slot in [s for s in self._slots if s.healthy]:
+                started = self._clock()
+                slot.updating = True
+                try:
+                    async with asyncio.timeout(self._control_timeout_s):
+                        await self._replace_weights(slot, weights, mode)
+                except BadRequest as error:
+                    raise PublishFailure(f"version {weights.version}: {error}") from error
+                except (WorkerFailure, TimeoutError) as error:
+                    failure = WorkerFailure(f"{slot.worker.name} failed in a publish: {error!r}")
+                    self._take_out(slot, failure)
+                finally:
+                    slot.updating = False
+                paused_s += self._clock() - started
+                self._dispatch()
+            self.version = weights.version
+            gap_max = await self._probe_all(weights)
+            self._publishes += 1
+            self._paused_s += paused_s
+            return PublishReport(
+                version=weights.version,
+                gap_max=gap_max,
+                paused_s=paused_s,
+                workers=sum(slot.version == weights.version for slot in self._slots),
+            )
+
+    async def probe(self, weights: Weights) -> float:
+        """The largest difference between the workers' logprobs and `weights.score`, on a probe.
+
+        For weights that the workers have already (at the start of a run). Raises PublishFailure
+        above `gap_limit`; nan if `weights.score` is None.
+        """
+        async with self._publishing:
+            return await self._probe_all(weights)
+
+    async def _replace_weights(self, slot: _Slot, weights: Weights, mode: UpdateMode) -> None:
+        await slot.worker.pause(mode)
+        await slot.worker.load_weights(weights.path)
+        await slot.worker.set_version(weights.version)
+        slot.version = weights.version
+        await slot.worker.resume()
+
+    async def _probe_all(self, weights: Weights) -> float:
+        if weights.score is None:
+            return math.nan
+        gaps = [0.0]
+        for slot in [s for s in self._slots if s.healthy and s.version == weights.version]:
+            try:
+                piece = await self._ask(slot, _PROBE_PROMPT, _PROBE_SAMPLING)
+                self._check(piece, _PROBE_SAMPLING)
+            except WorkerFailure as failure:
+                self._take_out(slot, failure)
+                continue
+            expected = await weights.score([*_PROBE_PROMPT, *piece.token_ids])
+            expected = expected[len(_PROBE_PROMPT) - 1 :]
+            gap = max(abs(a - b) for a, b in zip(piece.logprobs, expected, strict=True))
+            if set(piece.versions) != {weights.version} or not gap <= self._gap_limit:
+                raise PublishFailure(
+                    f"{slot.worker.name} should sample with version {weights.version}: it says "
+                    f"{sorted(set(piece.versions))}, and its logprobs differ from the trainer's by "
+                    f"{gap:.2g}, more than engine.gap_limit={self._gap_limit:g}. Either it has "
+                    f"other weights, or the two compute in precisions that need a higher limit"
+                )
+            gaps.append(gap)
+        return max(gaps)

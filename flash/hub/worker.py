@@ -1,0 +1,44 @@
+"""The seam between the hub and a worker, whatever it runs on."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from flash.errors import FlashError
+from flash.types import Completion, SamplingParams, UpdateMode
+
+
+class WorkerFailure(FlashError):
+    """The worker did not answer, or answered that it can't; the request may go elsewhere."""
+
+
+class BadRequest(FlashError):
+    """The worker refused this request; another worker would too."""
+
+
+class Worker(Protocol):
+    """One inference engine. Every method raises WorkerFailure when the worker fails.
+
+    `generate` raises BadRequest for a request that no worker would take. When it is cancelled the
+    hub calls `abort` with the same `request_id`.
+    """
+
+    name: str
+
+    async def generate(
+        self, request_id: str, token_ids: Sequence[int], sampling: SamplingParams
+    ) -> Completion: ...
+
+    async def abort(self, request_id: str) -> None: ...
+
+    async def pause(self, mode: UpdateMode) -> None: ...
+
+    async def load_weights(self, path: Path) -> None: ...
+
+    async def set_version(self, version: int) -> None: ...
+
+    async def resume(self) -> None: ...
+
+    async def check_health(self) -> None: ...
+
+    async def close(self) -> None: ...
