@@ -63,7 +63,9 @@ class AlfWorldEnv(gymnasium.Env[str, str]):
         max_turns: an episode is truncated after that many commands.
         admissible: "none", "info" (`info["admissible_commands"]`) or "text" (also a line of the
             observation).
-        detours: how often `demonstrate` does something random, not to be imitated.
+        detours: how often `demonstrate` does something random that is not to be imitated.
+        wander: how often it does something random that is possible, and that is imitated: what a
+            policy learns from an untidy teacher, and reinforcement then removes.
 
     `info` holds `goal` always and `success` at the end.
     `reset(options={"game": path})` plays that file, whatever the seed.
@@ -84,14 +86,18 @@ class AlfWorldEnv(gymnasium.Env[str, str]):
         max_turns: int = 50,
         admissible: Literal["none", "info", "text"] = "info",
         detours: float = 0.15,
+        wander: float = 0.0,
     ) -> None:
         check(split, task_types, max_receptacles, max_objects)
         if max_turns < 1:
             raise ValueError(f"max_turns={max_turns}: give 1 or more")
         if admissible not in ("none", "info", "text"):
             raise ValueError(f"admissible={admissible!r}: choose none, info or text")
-        if not 0 <= detours < 1:
-            raise ValueError(f"detours={detours}: give a share from 0 to below 1")
+        for name, share in (("detours", detours), ("wander", wander)):
+            if share < 0 or detours + wander >= 1:
+                raise ValueError(
+                    f"{name}={share}: give a share of 0 or more, detours + wander below 1"
+                )
         self._generate = lru_cache(maxsize=256)(
             lambda seed: generate(
                 seed,
@@ -106,6 +112,7 @@ class AlfWorldEnv(gymnasium.Env[str, str]):
         self._max_turns = max_turns
         self._admissible = admissible
         self._detours = detours
+        self._wander = wander
         self._turn = 0
         self._goal = ""
         self.observation_space = spaces.Text(max_length=20_000, charset=_PRINTABLE)
@@ -147,7 +154,8 @@ class AlfWorldEnv(gymnasium.Env[str, str]):
     def demonstrate(self, task: Task) -> list[Turn]:
         """The expert's episode on the task's game; takes the place of the episode in progress.
 
-        The same task gives the same demonstration. It may end without success at `max_turns`.
+        The same task gives the same demonstration. It goes on past `max_turns`, so that detours
+        don't keep it from showing how a game ends.
         """
         rng = random.Random(f"demonstrate {task.seed}")
         text, info = self.reset(seed=task.seed, options=dict(task.options))
@@ -155,10 +163,9 @@ class AlfWorldEnv(gymnasium.Env[str, str]):
         expert = Expert(self._goal, self._state.text, rng)
         names: set[str] = set()
         turns: list[Turn] = []
-        while not observation.done:
+        while not observation.terminated and len(turns) < 3 * self._max_turns:
             names.update(_ENTITY.findall(self._state.text))
-            imitate = rng.random() >= self._detours
-            action = expert.act() if imitate else _detour(rng, self._state, sorted(names))
+            action, imitate = self._demonstrated(rng, expert, sorted(names))
             turns.append(Turn(observation, action, imitate))
             text, reward, terminated, truncated, info = self.step(action)
             expert.observe(self._state.text, action)
@@ -166,6 +173,17 @@ class AlfWorldEnv(gymnasium.Env[str, str]):
                 text=text, reward=reward, terminated=terminated, truncated=truncated, info=info
             )
         return turns
+
+    def _demonstrated(
+        self, rng: random.Random, expert: Expert, names: list[str]
+    ) -> tuple[str, bool]:
+        """The teacher's next command, and whether to imitate it."""
+        chance = rng.random()
+        if chance < self._detours:
+            return _detour(rng, self._state, names), False
+        if chance < self._detours + self._wander:
+            return _pick(rng, self._state.admissible), True
+        return expert.act(), True
 
     def _choose(self, seed: int, options: dict[str, Any]) -> Game:
         if path := options.get("game"):

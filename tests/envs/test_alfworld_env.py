@@ -99,6 +99,17 @@ def test_demonstrations_are_repeatable_mostly_win_and_mark_their_detours():
     assert all(turn.imitate for turn in straight)
 
 
+def test_a_wandering_teacher_is_imitated_and_still_shows_how_a_game_ends():
+    tidy = AlfWorldEnv(max_turns=12, detours=0, **SMALL)
+    untidy = AlfWorldEnv(max_turns=12, detours=0, wander=0.4, **SMALL)
+    lengths = {True: 0, False: 0}
+    for seed in range(20):
+        assert all(turn.imitate for turn in untidy.demonstrate(Task(seed)))
+        lengths[False] += len(untidy.demonstrate(Task(seed)))
+        lengths[True] += len(tidy.demonstrate(Task(seed)))
+    assert lengths[False] > 1.3 * lengths[True]
+
+
 def test_every_word_of_demonstrations_is_in_the_vocabulary(tmp_path):
     from transformers import AutoTokenizer  # noqa: PLC0415
 
@@ -125,6 +136,8 @@ def test_every_word_of_demonstrations_is_in_the_vocabulary(tmp_path):
         ({"max_turns": 0}, "max_turns=0"),
         ({"admissible": "yes"}, "admissible='yes'"),
         ({"detours": 1.0}, "detours=1.0"),
+        ({"wander": -0.1}, "wander=-0.1"),
+        ({"detours": 0.5, "wander": 0.5}, "below 1"),
     ],
 )
 def test_an_option_that_can_not_be_is_refused_by_name(options, words):
