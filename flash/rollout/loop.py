@@ -244,6 +244,10 @@ class RolloutLoop:
         """The episodes on their way into a batch, oldest group first."""
         return [m for group in self._groups.values() for m in group.members.values()]
 
+    def unfinished_tasks(self) -> list[Task]:
+        """Tasks of the groups on their way: what a run that stops now has begun and not trained."""
+        return [group.task for group in self._groups.values()]
+
     # ── admission ────────────────────────────────────────────────────────────────────────────
 
     def _slots_used(self) -> int:

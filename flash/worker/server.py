@@ -14,13 +14,13 @@ import logging
 import signal
 import uuid
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from aiohttp import web
 
 from flash.process import die_with_parent
+from flash.worker.config import WorkerConfig
 from flash.worker.engine import EmbeddedEngine, EngineDied, EngineRequest, EngineResult
 
 logger = logging.getLogger(__name__)
@@ -31,23 +31,6 @@ _MAX_BODY_BYTES = 64 * 1024 * 1024
 _SAMPLING_FIELDS = {"max_tokens", "temperature", "stop_token_ids", "logprobs"}
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerConfig:
-    """How an embedded worker runs. `port` 0 lets the system choose; 0 `threads` leaves torch's."""
-
-    model: str
-    host: str = "127.0.0.1"
-    port: int = 0
-    device: str = "auto"
-    dtype: str = "auto"
-    max_running: int = 64
-    cache_tokens: int = 65_536
-    threads: int = 0
-    version: int = 0
-    seed: int = 0
-    api_key: str = ""
 
 
 def make_app(engine: EmbeddedEngine, *, api_key: str = "") -> web.Application:

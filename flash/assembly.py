@@ -1,0 +1,159 @@
+"""From a configuration to the parts of a run: model, workers, environments, agents, tasks."""
+
+import contextlib
+import itertools
+import json
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from flash import registry
+from flash.config import SMALL, Config
+from flash.environments import EnvHosts, InlineEnvs
+from flash.hub import EmbeddedPool, HttpWorker, InferenceHub
+from flash.rollout import AgentFactory
+from flash.types import EnvSource, PromptStyle, Task
+from flash.warm_start import Progress, small_model
+
+logger = logging.getLogger(__name__)
+
+_TASKS_FILE = "tasks.json"
+_TASKS_PER_SEED = 1 << 24
+
+
+async def prepared_model(config: Config, on_progress: Progress) -> str:
+    """The model to start from: as given, or the small policy, made and taught if need be."""
+    if config.model != SMALL:
+        return str(Path(config.model).expanduser()) if Path(config.model).exists() else config.model
+    env_key = {"name": config.env.name, "options": config.env.options}
+    path = await small_model(
+        env=registry.environment(config.env.name)(**config.env.options),
+        env_key=env_key,
+        make_style=lambda tokenizer: make_style(config, tokenizer),
+        policy=config.policy,
+        warm_start=config.warm_start,
+        threads=config.trainer.threads,
+        seed=config.seed,
+        cache_dir=config.runs_dir / ".small_policies",
+        on_progress=on_progress,
+    )
+    return str(path)
+
+
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer that comes with the model."""
+    from transformers import AutoTokenizer  # noqa: PLC0415  (seconds to import)
+
+    return AutoTokenizer.from_pretrained(model)
+
+
+def make_style(config: Config, tokenizer: Any) -> PromptStyle:
+    """The prompt style of the configuration, for a tokenizer."""
+    style: PromptStyle = registry.style(config.agent.style)(tokenizer, **config.agent.style_options)
+    return style
+
+
+def open_hub(config: Config, *, model: str, version: int, log_dir: Path) -> InferenceHub:
+    """The hub, over workers that run already or over embedded ones that it starts."""
+    engine = config.engine
+    workers: list[HttpWorker] | EmbeddedPool
+    if engine.urls:
+        logger.info("engine: %d workers that run already (engine.urls)", len(engine.urls))
+        workers = [HttpWorker(url, api_key=engine.api_key) for url in engine.urls]
+    else:
+        logger.info("engine: %d embedded (no engine.urls are given)", engine.workers)
+        workers = EmbeddedPool(
+            model,
+            size=engine.workers,
+            max_running=engine.max_running,
+            cache_tokens=engine.cache_tokens,
+            threads=engine.threads,
+            dtype=engine.dtype,
+            version=version,
+            seed=config.seed,
+            log_dir=log_dir,
+            start_timeout_s=engine.start_timeout_s,
+        )
+    return InferenceHub(
+        workers,
+        max_running=engine.max_running,
+        version=version,
+        request_timeout_s=engine.request_timeout_s,
+        gap_limit=engine.gap_limit,
+    )
+
+
+@contextlib.asynccontextmanager
+async def open_envs(
+    config: Config, log_dir: Path, *, heldout: bool = False
+) -> AsyncIterator[EnvSource]:
+    """Environments of the training or the held-out kind; in hosts if any are configured."""
+    options = config.env.options | (config.env.eval_options if heldout else {})
+    make: Callable[..., Any] = registry.environment(config.env.name)
+    if config.env.hosts == 0:
+        yield InlineEnvs(lambda: make(**options))
+        return
+    async with EnvHosts(
+        config.env.name,
+        options,
+        hosts=config.env.hosts,
+        call_timeout_s=config.agent.step_timeout_s,
+        log_dir=log_dir,
+    ) as hosts:
+        yield hosts
+
+
+def agent_factory(
+    config: Config, *, envs: EnvSource, style: PromptStyle, temperature: float
+) -> AgentFactory:
+    """Makes EnvironmentAgents; found by name, because `flash` does not import `flash.agents`."""
+    agent = registry.agent("environment")
+    settings = config.agent
+    return lambda: agent(  # type: ignore[no-any-return]
+        envs=envs,
+        style=style,
+        max_tokens=settings.max_tokens,
+        max_turns=settings.max_turns,
+        max_sequence_tokens=settings.max_sequence_tokens,
+        temperature=temperature,
+        # A host that hangs is found by its own deadline first, which can tell who was working.
+        step_timeout_s=settings.step_timeout_s * (2 if config.env.hosts else 1),
+        episode_timeout_s=settings.episode_timeout_s,
+    )
+
+
+class Tasks:
+    """The endless tasks of a run: consecutive seeds, from a start that the run's seed decides.
+
+    A checkpoint keeps which ones were begun and not trained; a resumed run begins with those.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._first = seed * _TASKS_PER_SEED
+        self._next = itertools.count(self._first)
+        self._unfinished: list[int] = []
+        self.given = 0
+
+    def __iter__(self) -> Iterator[Task]:
+        while True:
+            if self._unfinished:
+                yield Task(self._unfinished.pop(0))
+            else:
+                self.given += 1
+                yield Task(next(self._next))
+
+    def save(self, checkpoint: Path, unfinished: list[Task]) -> None:
+        seeds = [task.seed for task in unfinished] + self._unfinished
+        state = {"given": self.given, "unfinished": seeds}
+        (checkpoint / _TASKS_FILE).write_text(json.dumps(state))
+
+    def restore(self, checkpoint: Path) -> None:
+        state = json.loads((checkpoint / _TASKS_FILE).read_text())
+        self.given, self._unfinished = state["given"], state["unfinished"]
+        self._next = itertools.count(self._first + self.given)
+
+
+def heldout_tasks(config: Config) -> list[Task]:
+    """The same for every run, so that runs can be compared."""
+    return [Task(seed) for seed in range(config.eval.tasks)]

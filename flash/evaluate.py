@@ -1,0 +1,44 @@
+"""`flash eval`: how a run, or one checkpoint of it, does on held-out tasks."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flash import assembly
+from flash import config as configuration
+from flash.rollout import Evaluation
+from flash.rollout import evaluate as play
+from flash.telemetry import newest_checkpoint
+from flash.trainer.trainer import MODEL_FOLDER, checkpoint_version
+
+
+async def evaluate(source: Path, overrides: Mapping[str, Any]) -> Evaluation:
+    """Plays the held-out tasks with a checkpoint: the newest one if `source` is a run's folder.
+
+    The run's own configuration says how; `overrides` change it. Raises ValueError if there is no
+    checkpoint, and what `flash.rollout.evaluate` raises.
+    """
+    checkpoint = source if source.parent.name == "checkpoints" else newest_checkpoint(source)
+    if checkpoint is None:
+        raise ValueError(f"{source} holds no checkpoint: give a run's folder or a checkpoint of it")
+    version = checkpoint_version(checkpoint)
+    run = checkpoint.parent.parent
+    config = configuration.load(str(run / "config.yaml"), overrides)
+    model = str(checkpoint / MODEL_FOLDER)
+    style = assembly.make_style(config, assembly.load_tokenizer(model))
+    logs = run / "logs"
+    async with (
+        assembly.open_hub(config, model=model, version=version, log_dir=logs) as hub,
+        assembly.open_envs(config, logs, heldout=True) as envs,
+    ):
+        agent = assembly.agent_factory(
+            config, envs=envs, style=style, temperature=config.eval.temperature
+        )
+        return await play(
+            hub,
+            agent,
+            assembly.heldout_tasks(config),
+            concurrency=config.engine.max_running,
+            max_attempts=config.rollout.max_attempts,
+            stall_timeout_s=config.rollout.stall_timeout_s,
+        )

@@ -1,0 +1,128 @@
+"""One whole run, top to bottom.
+
+       tasks ─► RolloutLoop ─► batch ─► Trainer ─► weights ─► RolloutLoop.publish ─► workers
+                    ▲  agents ⇄ environments                        │
+                    └──────────── InferenceHub ◄────────────────────┘
+
+Rollout goes on by itself, in agents' coroutines and workers' processes; the loop below only takes
+batches, trains on them and publishes. With α=0 nothing is admitted between batch and publish, so
+the same lines are synchronous training.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable
+from typing import Any, TypeVar
+
+from flash import assembly
+from flash.config import Config
+from flash.live import open_view
+from flash.progress import Progress
+from flash.rollout import RolloutLoop
+from flash.telemetry import RunFolder
+from flash.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+
+async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any]:
+    """Trains until `config.steps` or until `stop` is set, then saves; returns the summary.
+
+    Raises ValueError for what the user got wrong, FlashError with the cause if the run can't go
+    on. What was measured until then is in the run's folder.
+    """
+    with RunFolder(config) as folder, open_view() as view:
+        model = await assembly.prepared_model(config, view.progress)
+        style = assembly.make_style(config, assembly.load_tokenizer(model))
+        tasks = assembly.Tasks(config.seed)
+        if folder.resume_from is not None:
+            tasks.restore(folder.resume_from)
+        async with (
+            Trainer(
+                model=model,
+                config=config.trainer,
+                run_dir=folder.path,
+                seed=config.seed,
+                resume_from=folder.resume_from,
+            ) as trainer,
+            assembly.open_hub(
+                config, model=trainer.model, version=trainer.version, log_dir=folder.logs
+            ) as hub,
+            assembly.open_envs(config, folder.logs) as envs,
+            assembly.open_envs(config, folder.logs, heldout=True) as heldout_envs,
+            RolloutLoop(
+                hub,
+                agent=assembly.agent_factory(
+                    config, envs=envs, style=style, temperature=config.agent.temperature
+                ),
+                tasks=tasks,
+                batch_size=config.batch_size,
+                group_size=config.group_size,
+                alpha=config.alpha,
+                on_stale=config.rollout.on_stale,
+                update_mode=config.engine.update_mode,
+                max_attempts=config.rollout.max_attempts,
+                stall_timeout_s=config.rollout.stall_timeout_s,
+                on_episode=folder.episode,
+            ) as rollouts,
+        ):
+            progress = Progress(config, folder, view, hub=hub, rollouts=rollouts, envs=envs)
+            examinee = assembly.agent_factory(
+                config, envs=heldout_envs, style=style, temperature=config.eval.temperature
+            )
+            exam = assembly.heldout_tasks(config)
+            async with progress.ticking():
+                if trainer.version == 0:
+                    await hub.probe(await trainer.export_weights())
+                    progress.evaluated(await rollouts.evaluate(exam, agent=examinee))
+                while trainer.version < config.steps:
+                    batch = await _unless(stop, rollouts.next_batch())
+                    if batch is None:
+                        break
+                    progress.took(batch)
+                    trained = await trainer.step(batch)
+                    progress.trained(trained)
+                    report = await rollouts.publish(await trainer.export_weights())
+                    progress.published(report)
+                    step = trainer.version
+                    if step == config.steps or (
+                        config.eval_every and step % config.eval_every == 0
+                    ):
+                        progress.evaluated(await rollouts.evaluate(exam, agent=examinee))
+                    progress.step_done(step)
+                    if config.checkpoint.every and step % config.checkpoint.every == 0:
+                        await _save(folder, trainer, rollouts, tasks)
+                if not folder.checkpoint(trainer.version).exists():
+                    await _save(folder, trainer, rollouts, tasks)
+            return await progress.summarise(stopped=stop.is_set())
+
+
+async def _save(
+    folder: RunFolder, trainer: Trainer, rollouts: RolloutLoop, tasks: assembly.Tasks
+) -> None:
+    checkpoint = folder.checkpoint(trainer.version)
+    unfinished = rollouts.unfinished_tasks()
+    await trainer.save_checkpoint(checkpoint)
+    tasks.save(checkpoint, unfinished)
+    logger.info("saved %s", checkpoint)
+
+
+async def _unless(stop: asyncio.Event, awaitable: Awaitable[_T]) -> _T | None:
+    """The awaitable's result; None, and the awaitable cancelled, if `stop` is set first."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            wanted = tasks.create_task(_await(awaitable), name="next batch")
+            stopped = tasks.create_task(stop.wait(), name="stop")
+            await asyncio.wait((wanted, stopped), return_when=asyncio.FIRST_COMPLETED)
+            stopped.cancel()
+            if not wanted.done():
+                wanted.cancel()
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return None if wanted.cancelled() else wanted.result()
+
+
+async def _await(awaitable: Awaitable[_T]) -> _T:
+    return await awaitable
