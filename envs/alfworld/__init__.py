@@ -22,14 +22,12 @@ from flash.types import Observation, Task, Turn
 from .engine import Engine, State
 from .expert import Expert
 from .game import TASK_TYPES, Game
-from .generate import HELD_OUT_PLANS, Split, check, entity_kinds, generate
+from .generate import HELD_OUT_PLANS, Split, check, entity_counts, generate
 
 __all__ = ["HELD_OUT_PLANS", "TASK_TYPES", "AlfWorldEnv", "Expert", "Game", "generate"]
 
 _PRINTABLE = "".join(map(chr, range(32, 127))) + "\n"
 _ENTITY = re.compile(r"\b([a-z]+ \d+)\b")
-# Numbers that a kind of receptacle or object reaches in games of the package's floor plans.
-_MANY = ("cabinet", "drawer", "shelf")
 # Pieces that texts, goals and commands are made of, in lower case. Entities come in addition.
 _PHRASES = (
     "-= welcome to textworld, alfred! =-",
@@ -142,14 +140,9 @@ class AlfWorldEnv(gymnasium.Env[str, str]):
 
     def vocabulary(self) -> list[str]:
         """Phrases and entity names; each becomes one token of a small policy."""
-        receptacles, objects = entity_kinds()
-        numbered = [
-            f"{kind} {number}"
-            for kind in receptacles
-            for number in range(1, 31 if kind in _MANY else 8)
-        ]
-        numbered += [f"{kind} {number}" for kind in objects for number in range(1, 5)]
-        return [*_PHRASES, _help(), *receptacles, *objects, *numbered]
+        counts = entity_counts()
+        numbered = [f"{kind} {number}" for kind in counts for number in range(1, counts[kind] + 1)]
+        return [*_PHRASES, _help(), *counts, *numbered]
 
     def demonstrate(self, task: Task) -> list[Turn]:
         """The expert's episode on the task's game; takes the place of the episode in progress.

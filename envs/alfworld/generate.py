@@ -364,12 +364,19 @@ def _object_ident(rng: random.Random, kind: str, taken: set[str]) -> str:
 # ── the tables of the alfworld package ───────────────────────────────────────────────────────
 
 
-def entity_kinds() -> tuple[list[str], list[str]]:
-    """Receptacle kinds and object kinds that games may have, in lower case, sorted."""
-    return (
-        sorted(kind.lower() for kind in _fits()),
-        sorted({kind.lower() for kind in _movable_kinds()} | {"desklamp", "floorlamp"}),
-    )
+@cache
+def entity_counts() -> dict[str, int]:
+    """How high names count, by kind in lower case: "drawer" and 13 if a room has drawer 13."""
+    objects = _movable_kinds() | set(_tables().VAL_ACTION_OBJECTS["Toggleable"])
+    counts = dict.fromkeys(sorted(kind.lower() for kind in objects), 5)  # in published games too
+    for kind in sorted(_fits()):
+        rooms = [
+            sum(receptacle.kind == kind for receptacle in plan.receptacles)
+            for split in SPLITS
+            for plan in _plans(split)
+        ]
+        counts[kind.lower()] = max(1, *rooms)
+    return counts
 
 
 def plausible_places(kind: str) -> set[str]:
