@@ -25,7 +25,8 @@ _TASKS_PER_SEED = 1 << 24
 async def prepared_model(config: Config, on_progress: Progress) -> str:
     """The model to start from: as given, or the small policy, made and taught if need be."""
     if config.model != SMALL:
-        return str(Path(config.model).expanduser()) if Path(config.model).exists() else config.model
+        local = Path(config.model).expanduser()
+        return str(local) if local.is_dir() else config.model
     env_key = {"name": config.env.name, "options": config.env.options}
     path = await small_model(
         env=registry.environment(config.env.name)(**config.env.options),

@@ -99,6 +99,10 @@ async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any]:
             return await progress.summarise(stopped=stop.is_set())
 
 
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
 async def _save(
     folder: RunFolder, trainer: Trainer, rollouts: RolloutLoop, tasks: assembly.Tasks
 ) -> None:

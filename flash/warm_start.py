@@ -70,15 +70,14 @@ async def small_model(
         small_policy.create, model, teacher.vocabulary(), seed=seed, **policy.model_dump()
     )
     if warm_start.steps:
-        model = await _teach(
-            model,
-            teacher,
-            make_style,
-            warm_start,
+        config = TrainerConfig(
+            objective="supervised",
+            learning_rate=warm_start.learning_rate,
+            warmup_steps=max(1, warm_start.steps // 20),
+            decay_steps=warm_start.steps,
             threads=threads,
-            seed=seed,
-            on_progress=on_progress,
         )
+        model = await _teach(model, teacher, make_style, warm_start, config, seed, on_progress)
     # Renamed only now, so that a run that is stopped leaves nothing half-taught behind.
     model.rename(kept)
     shutil.rmtree(working)
@@ -90,8 +89,7 @@ async def _teach(
     teacher: Teachable,
     make_style: Callable[[Any], PromptStyle],
     settings: WarmStartConfig,
-    *,
-    threads: int,
+    config: TrainerConfig,
     seed: int,
     on_progress: Progress,
 ) -> Path:
@@ -113,13 +111,6 @@ async def _teach(
         )
         samples.append(sample)
         on_progress("demonstrations", index + 1, settings.demonstrations, {})
-    config = TrainerConfig(
-        objective="supervised",
-        learning_rate=settings.learning_rate,
-        warmup_steps=max(1, settings.steps // 20),
-        decay_steps=settings.steps,
-        threads=threads,
-    )
     batches = _batches(samples, settings.batch_tokens, random.Random(seed))
     async with Trainer(model=model, config=config, run_dir=model.parent, seed=seed) as trainer:
         for done in range(settings.steps):
