@@ -1,1 +1,7 @@
 """The EnvironmentAgent actor and its prompt styles; installs as `flash.agents`."""
+
+from .chat import ChatStyle
+from .environment_agent import EnvironmentAgent
+from .plain import PlainStyle
+
+__all__ = ["ChatStyle", "EnvironmentAgent", "PlainStyle"]

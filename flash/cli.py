@@ -91,7 +91,7 @@ def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
     summary = _run(until_stopped())
     first, last = summary["eval_success_rate_first"], summary["eval_success_rate_last"]
-    print(f"{config.runs_dir / config.name}: {summary['steps']} steps in {summary['time_s']:.0f} s")
+    print(f"{summary['folder']}: {summary['steps']} steps in {summary['time_s']:.0f} s")
     if first is not None and last is not None:
         print(
             f"success rate on {summary['eval_tasks']} held-out tasks: "

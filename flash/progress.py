@@ -105,7 +105,7 @@ class Progress:
         evaluations = [line for line in self._lines if "eval/success_rate" in line]
         last = self._lines[-1] if self._lines else {}
         summary = {
-            "name": self._config.name,
+            "folder": str(self._folder.path),
             "env": self._config.env.name,
             "alpha": self._config.alpha,
             "seed": self._config.seed,

@@ -69,8 +69,9 @@ METRICS = {
 class RunFolder:
     """Writes a run's files; each line is flushed, so that a crash loses none.
 
-    Raises ValueError if the run is there already and `checkpoint.resume` is off, or on and there
-    is nothing to resume.
+    A run never writes into another's folder: if there is a run of that name, this one is
+    `<name>-2` and so on. With `checkpoint.resume` it goes on in its own; ValueError if there is
+    nothing to resume.
     """
 
     def __init__(self, config: Config) -> None:
@@ -83,11 +84,10 @@ class RunFolder:
                     f"checkpoint.resume is on, but {self.path}/checkpoints holds no checkpoint: "
                     f"leave it out to start anew"
                 )
-        elif (self.path / "metrics.jsonl").exists():
-            raise ValueError(
-                f"{self.path} holds a run already: choose another --name, go on with "
-                f"--checkpoint.resume true, or delete the folder"
-            )
+        number = 2
+        while self.resume_from is None and (self.path / "metrics.jsonl").exists():
+            self.path = config.runs_dir / f"{config.name}-{number}"
+            number += 1
         self.config = config
         self._files = contextlib.ExitStack()
 

@@ -21,6 +21,7 @@ from flash.progress import Progress
 from flash.rollout import RolloutLoop
 from flash.telemetry import RunFolder
 from flash.trainer import Trainer
+from flash.trainer.trainer import checkpoint_version
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any]:
         tasks = assembly.Tasks(config.seed)
         if folder.resume_from is not None:
             tasks.restore(folder.resume_from)
+            folder.forget_after(checkpoint_version(folder.resume_from))
         async with (
             Trainer(
                 model=model,

@@ -314,6 +314,7 @@ class RolloutLoop:
 
     def _after_failure(self, group: _Group, episode: Episode, failure: EpisodeFailure) -> None:
         logger.warning("%s failed: %s", episode.describe(), failure)
+        del group.members[episode.id]
         self._failures_in_a_row += 1
         # Everything under way may fail at once for one cause (a host that died), and that is
         # nothing to stop for; but not again and again with no success between.
@@ -326,14 +327,14 @@ class RolloutLoop:
             self._fail(error)
         elif episode.attempt >= self._max_attempts:
             logger.warning("group %d is given up after %d attempts", group.id, episode.attempt)
-            del group.members[episode.id]
             self._give_up(group, "group_failed")
         else:
-            self._restart(group, episode, attempt=episode.attempt + 1)
+            self._owed.appendleft((group, episode.attempt + 1))
 
-    def _restart(self, group: _Group, episode: Episode, attempt: int | None = None) -> None:
+    def _restart(self, group: _Group, episode: Episode) -> None:
+        """In the place of an episode that is no failure: it does not count as an attempt."""
         del group.members[episode.id]
-        self._owed.appendleft((group, attempt or episode.attempt))
+        self._owed.appendleft((group, episode.attempt))
 
     def _give_up(self, group: _Group, reason: str) -> None:
         """Drops the group's ready episodes, cancels the running ones; its slots become free."""

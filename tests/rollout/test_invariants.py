@@ -6,13 +6,11 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flash import virtual_time
 from flash.agents.environment_agent import EnvironmentAgent
-from flash.errors import EnvFailure, RolloutFailure
 from flash.fakes import FakeEnvs, FakeStyle, FakeWorker
 from flash.hub import InferenceHub
 from flash.rollout import RolloutLoop
@@ -177,7 +175,7 @@ def test_alpha_zero_is_on_policy_token_for_token():
 
 
 def test_alpha_lets_rollout_and_training_overlap():
-    """With α=1 some tokens are older than the version they are trained at; else nothing overlaps."""
+    """With α=1 some tokens are older than the version they are trained at."""
     scenario = Scenario(3, alpha=1, on_stale="regenerate", update_mode="keep")
     virtual_time.run(scenario.run(steps=8))
     ages = [b.version - s.sampled_versions() for b in scenario.batches for s in b.samples]

@@ -1,0 +1,58 @@
+# Everything runs in .venv, which the first target that needs it makes. See `make help`.
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+	&& { echo $$p; break; }; done)
+ENV ?= alfworld
+ENGINE ?= auto
+ARGS ?=
+
+BIN := .venv/bin
+UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt \
+	$(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)")
+EXTRAS := alfworld,reasoning,dev
+READY := .venv/.ready
+
+.PHONY: help setup train test test-fast lint bench clean
+
+help:  ## show this
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@echo
+	@echo "  make train ENV=frozen_lake ARGS='--steps 20 --alpha 2 --name try'"
+
+setup: $(READY)  ## make .venv and install everything (other targets do it when needed)
+
+$(READY): setup.cfg pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed: install one, or name it with PYTHON=…"; exit 1; }
+	@echo "setting up .venv with $(PYTHON) (a few minutes, once)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@# Without an NVIDIA GPU, the CPU build of torch, if the index in use has one.
+	@command -v nvidia-smi >/dev/null 2>&1 \
+	|| $(UV) "$$(grep '^torch==' constraints.txt)+cpu" 2>/dev/null \
+	|| UV_TORCH_BACKEND=cpu $(UV) torch 2>/dev/null \
+	|| true
+	@$(UV) --editable ".[$(EXTRAS)]"
+	@touch $(READY)
+
+train: $(READY)  ## train: ENV=alfworld (or frozen_lake, reasoning_gym, a YAML file), ARGS='--alpha 2 …'
+	$(BIN)/flash train $(ENV) --engine $(ENGINE) $(ARGS)
+
+test: $(READY)  ## all tests
+	$(BIN)/python -m pytest
+
+test-fast: $(READY)  ## the tests that start no processes and train nothing, in under two minutes
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(READY)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy flash envs agents
+
+bench: $(READY)  ## every script in benchmarks/, with its tables
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:  ## remove .venv, caches and runs
+	rm -rf .venv runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf benchmarks/results
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

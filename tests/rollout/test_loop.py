@@ -1,0 +1,330 @@
+"""The rollout loop's behaviour, one promise at a time, under virtual time."""
+
+import asyncio
+import contextlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flash import virtual_time
+from flash.agents.environment_agent import EnvironmentAgent
+from flash.errors import EnvFailure, InferenceFailure, RolloutFailure
+from flash.fakes import FakeEnvs, FakeStyle, FakeWorker
+from flash.hub import InferenceHub
+from flash.rollout import RolloutLoop
+from flash.types import Task, Weights
+
+
+def weights(version: int) -> Weights:
+    return Weights(version=version, path=Path("/fake"))
+
+
+def tasks(count: int = 10**6):
+    return (Task(seed) for seed in range(count))
+
+
+@contextlib.asynccontextmanager
+async def rollouts(*, envs=None, worker=None, agent=None, agent_options=None, hub=None, **options):
+    """A loop of small batches over one fake worker, with what the test changes."""
+    envs = envs or FakeEnvs()
+    settings = {"max_tokens": 4, "step_timeout_s": 10.0, "episode_timeout_s": 100.0}
+    settings |= agent_options or {}
+
+    def make_agent():
+        return (agent or EnvironmentAgent)(envs=envs, style=FakeStyle(), **settings)
+
+    options = {"batch_size": 4, "group_size": 2, "alpha": 1, "tasks": tasks(), **options}
+    async with (
+        InferenceHub([worker or FakeWorker("w")], **(hub or {})) as inference,
+        RolloutLoop(inference, agent=make_agent, **options) as loop,
+    ):
+        yield loop
+
+
+def test_admission_fills_the_capacity_and_publish_frees_it():
+    async def main():
+        async with rollouts(alpha=1.5) as loop:
+            assert loop.capacity == 10
+            assert loop.ledger.running == 10
+            await loop.next_batch()
+            await asyncio.sleep(1000)
+            assert loop.ledger.running + loop.ledger.ready == 6, "slots stay held until publish"
+            await loop.publish(weights(1))
+            assert loop.ledger.running + loop.ledger.ready == 10
+
+    virtual_time.run(main())
+
+
+def test_alpha_zero_admits_nothing_between_batch_and_publish():
+    async def main():
+        async with rollouts(alpha=0) as loop:
+            await loop.next_batch()
+            await asyncio.sleep(1000)
+            assert (loop.ledger.running, loop.ledger.ready) == (0, 0)
+            await loop.publish(weights(1))
+            assert loop.ledger.running == 4
+
+    virtual_time.run(main())
+
+
+def test_groups_are_handed_over_oldest_first_and_whole():
+    async def main():
+        async with rollouts(alpha=3) as loop:
+            await asyncio.sleep(1000)  # all of them are ready
+            batch = await loop.next_batch()
+            assert Counter(sample.group for sample in batch.samples) == {0: 2, 1: 2}
+
+    virtual_time.run(main())
+
+
+def test_a_straggler_holds_up_nobody():
+    class OneHangs(FakeEnvs):
+        async def take_time(self):
+            if not hasattr(self, "hung"):
+                self.hung = True
+                await asyncio.sleep(50)
+            await super().take_time()
+
+    async def main():
+        options = {"step_timeout_s": 1e6, "episode_timeout_s": 1e6}
+        async with rollouts(envs=OneHangs(step_s=(1, 1)), agent_options=options) as loop:
+            batch = await loop.next_batch()
+            assert 0 not in {sample.group for sample in batch.samples}
+            assert asyncio.get_running_loop().time() < 50
+
+    virtual_time.run(main())
+
+
+def test_stale_episodes_are_started_again_dropped_or_waited_for():
+    class FirstGroupIsSlow(FakeEnvs):
+        """Its episodes sample a turn at once, and then take their time."""
+
+        async def open(self):
+            env = await super().open()
+            step = env.step
+
+            async def slow_step(action):
+                await asyncio.sleep(100 if env.seed == 0 else 0)
+                return await step(action)
+
+            async def reset(task):
+                env.seed = task.seed
+                return await type(env).reset(env, task)
+
+            env.step, env.reset = slow_step, reset
+            return env
+
+    async def main(on_stale):
+        records = []
+        options = {"step_timeout_s": 1e6, "episode_timeout_s": 1e6}
+        async with rollouts(
+            envs=FirstGroupIsSlow(turns=(2, 2), step_s=(1, 1)), agent_options=options,
+            on_stale=on_stale, on_episode=records.append,
+        ) as loop:  # fmt: skip
+            for version in range(1, 4):
+                batch = await loop.next_batch()
+                await asyncio.sleep(1)
+                await loop.publish(weights(version))
+                if 0 in {sample.group for sample in batch.samples}:
+                    break
+            now = asyncio.get_running_loop().time()
+        outcomes = Counter((r.outcome, r.reason) for r in records if r.group == 0)
+        return outcomes, now
+
+    outcomes, now = virtual_time.run(main("regenerate"))
+    assert outcomes[("cancelled", "stale")] >= 2
+    assert now < 100
+    outcomes, now = virtual_time.run(main("drop"))
+    assert outcomes == {("cancelled", "stale"): 2}
+    assert now < 100
+    outcomes, now = virtual_time.run(main("wait"))
+    assert outcomes == {("trained", ""): 2}
+    assert now > 200, "the batch was held until the slow group ended"
+
+
+def test_an_episode_past_its_deadlines_fails_and_is_started_again():
+    async def main(agent_options, hang_rate):
+        records = []
+        async with rollouts(
+            envs=FakeEnvs(hang_rate=hang_rate, step_s=(1, 1)), agent_options=agent_options,
+            on_episode=records.append, max_attempts=100, alpha=0,
+        ) as loop:  # fmt: skip
+            await loop.next_batch()
+        return Counter((r.outcome, r.reason) for r in records)
+
+    outcomes = virtual_time.run(main({}, 0.3))
+    assert outcomes[("failed", "env")] > 0
+    outcomes = virtual_time.run(main({"step_timeout_s": 1e6, "episode_timeout_s": 7.0}, 0.3))
+    assert outcomes[("failed", "deadline")] > 0
+    assert outcomes[("trained", "")] == 4
+
+
+def test_a_group_that_keeps_failing_is_given_up_and_replaced():
+    class FirstTaskFails(FakeEnvs):
+        async def open(self):
+            env = await super().open()
+            reset = env.reset
+
+            async def failing(task):
+                if task.seed == 0:
+                    raise EnvFailure("always")
+                return await reset(task)
+
+            env.reset = failing
+            return env
+
+    async def main():
+        records = []
+        async with rollouts(envs=FirstTaskFails(), on_episode=records.append) as loop:
+            batch = await loop.next_batch()
+            assert 0 not in {sample.group for sample in batch.samples}
+        failed = [r for r in records if r.outcome == "failed"]
+        assert {r.group for r in failed} == {0}
+        assert max(r.attempt for r in failed) == 3
+
+    virtual_time.run(main())
+
+
+def test_a_run_in_which_everything_fails_ends_with_the_cause():
+    async def main():
+        async with rollouts(envs=FakeEnvs(fail_rate=1.0)) as loop:
+            with pytest.raises(RolloutFailure, match="none came to its end between.*planned"):
+                await loop.next_batch()
+
+    virtual_time.run(main())
+
+
+def test_an_agent_that_crashes_is_replaced_and_its_task_started_again():
+    crashes = iter([True, True, False])
+
+    class Crashing(EnvironmentAgent):
+        async def play(self, episode):
+            if next(crashes, False):
+                raise KeyError("a bug")
+            return await super().play(episode)
+
+    async def main():
+        records = []
+        async with rollouts(agent=Crashing, on_episode=records.append) as loop:
+            await loop.next_batch()
+            assert loop.crashes == 2
+        assert Counter(r.reason for r in records if r.outcome == "failed") == {"agent": 2}
+
+    virtual_time.run(main())
+
+
+def test_a_stall_is_named_with_episode_stage_and_time():
+    async def main():
+        options = {"step_timeout_s": 1e9, "episode_timeout_s": 1e9}
+        async with rollouts(
+            envs=FakeEnvs(hang_rate=1.0), agent_options=options, stall_timeout_s=50
+        ) as loop:
+            with pytest.raises(RolloutFailure) as caught:
+                await loop.next_batch()
+        return str(caught.value)
+
+    message = virtual_time.run(main())
+    assert "no episode ended for 50 s" in message
+    assert "episode 0 (seed 0, group 0, attempt 1) in stage 'env' for 50.0 s" in message
+
+
+def test_a_pool_with_no_worker_left_ends_the_run_with_the_cause():
+    async def main():
+        worker = FakeWorker("only")
+        async with rollouts(worker=worker, hub={"recovery_timeout_s": 5.0}) as loop:
+            worker.die()
+            with pytest.raises(InferenceFailure, match="no inference worker is left.*only is dead"):
+                await loop.next_batch()
+
+    virtual_time.run(main())
+
+
+def test_tasks_that_end_are_an_error_that_says_so_not_a_hang():
+    async def main():
+        async with rollouts(tasks=tasks(3), alpha=0) as loop:
+            await loop.next_batch()
+            await loop.publish(weights(1))
+            with pytest.raises(RolloutFailure, match="the tasks have ended"):
+                await loop.next_batch()
+
+    virtual_time.run(main())
+
+
+def test_evaluation_pauses_admission_and_stays_out_of_the_ledger():
+    async def main():
+        async with rollouts(alpha=1) as loop:
+            batch = await loop.next_batch()
+            held = loop.ledger.admitted
+            evaluation = await loop.evaluate([Task(seed) for seed in range(20)])
+            assert evaluation.episodes == 20
+            assert 0 <= evaluation.success_rate <= 1
+            assert loop.ledger.admitted == held
+            await loop.publish(weights(batch.version + 1))
+            assert loop.ledger.admitted > held
+
+    virtual_time.run(main())
+
+
+def test_an_evaluation_task_that_fails_is_tried_again_and_counted_if_it_keeps_failing():
+    async def main():
+        async with rollouts(envs=FakeEnvs(fail_rate=0.4), max_attempts=2) as loop:
+            return await loop.evaluate([Task(seed) for seed in range(40)])
+
+    evaluation = virtual_time.run(main())
+    assert evaluation.failed > 0
+    assert evaluation.episodes + evaluation.failed == 40
+
+
+def test_advantages_are_relative_to_the_group():
+    async def main():
+        async with rollouts(batch_size=16, group_size=4) as loop:
+            return await loop.next_batch()
+
+    batch = virtual_time.run(main())
+    for group in {sample.group for sample in batch.samples}:
+        members = [sample for sample in batch.samples if sample.group == group]
+        rewards = np.array([sample.reward for sample in members])
+        expected = (rewards - rewards.mean()) / rewards.std() if rewards.std() else 0 * rewards
+        assert np.allclose([sample.advantage for sample in members], expected)
+
+
+def test_a_run_that_stops_knows_which_tasks_it_leaves_unfinished():
+    async def main():
+        async with rollouts(alpha=1) as loop:
+            batch = await loop.next_batch()
+            trained = {sample.group for sample in batch.samples}
+            return trained, {task.seed for task in loop.unfinished_tasks()}
+
+    trained, unfinished = virtual_time.run(main())
+    assert trained | unfinished == {0, 1, 2, 3}
+    assert not trained & unfinished
+
+
+def test_thousands_of_agents_run_at_once():
+    async def main():
+        worker = FakeWorker("w", token_s=(0.5, 1.0))
+        async with rollouts(
+            worker=worker, batch_size=2000, group_size=4, alpha=1, hub={"max_running": 10_000}
+        ) as loop:
+            assert loop.ledger.running == 4000
+            batch = await loop.next_batch()
+            assert len(batch.samples) == 2000
+            assert worker.max_running_seen > 2000
+
+    virtual_time.run(main())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"batch_size": 5}, "batch_size=5"), ({"alpha": -1}, "alpha=-1"),
+     ({"alpha": float("nan")}, "alpha=nan")],
+)  # fmt: skip
+def test_impossible_settings_are_refused_by_name(options, message):
+    async def main():
+        async with rollouts(**options):
+            pass
+
+    with pytest.raises(ValueError, match=message):
+        virtual_time.run(main())
