@@ -1,40 +1,69 @@
-"""Divides a batch over optimizer steps, ranks, forward passes and rows, by tokens.
+"""Divides a batch over optimizer steps, ranks and forward passes, by tokens.
 
     batch ─► mini-batches (one optimizer step each) ─► ranks ─► micro-batches (one pass each)
-          ─► rows (a few sequences one after the other; attention stays within a row)
 
-Attention over a row costs its length squared, whatever the mask says, so rows are short: twice the
-longest sample, which leaves little room unused and keeps attention cheap.
+The samples of a micro-batch lie one after the other, without padding (see scorer.py).
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-Row = list[int]  # sample indices
-MicroBatch = list[Row]
+from flash.types import Sample
+
+MicroBatch = list[int]  # sample indices
+
+
+@dataclass(frozen=True, slots=True)
+class MiniBatch:
+    """A rank's part of what one optimizer step trains on.
+
+    `total_weight` is the sum of the loss masks of the whole mini-batch, on all ranks.
+    """
+
+    micro_batches: list[list[Sample]]
+    total_weight: float
+
+
+def divide(
+    samples: Sequence[Sample], *, mini_batches: int, ranks: int, tokens_per_micro_batch: int
+) -> list[list[MiniBatch]]:
+    """`divide[rank]` is what that rank trains on, one MiniBatch an optimizer step."""
+    planned = plan(
+        [sample.num_tokens for sample in samples],
+        mini_batches=mini_batches,
+        ranks=ranks,
+        tokens_per_micro_batch=tokens_per_micro_batch,
+    )
+    shares: list[list[MiniBatch]] = [[] for _ in range(ranks)]
+    for of_ranks in planned:
+        members = [i for micros in of_ranks for micro in micros for i in micro]
+        # The first token has no logprob, so its weight counts for nothing.
+        total_weight = float(sum(samples[i].loss_mask[1:].sum(dtype=float) for i in members))
+        for share, micros in zip(shares, of_ranks, strict=True):
+            share.append(MiniBatch([[samples[i] for i in micro] for micro in micros], total_weight))
+    return shares
 
 
 def plan(
     lengths: Sequence[int], *, mini_batches: int, ranks: int, tokens_per_micro_batch: int
 ) -> list[list[list[MicroBatch]]]:
-    """`plan[mini_batch][rank]` is a list of micro-batches of rows of sample indices.
+    """`plan[mini_batch][rank]` is a list of micro-batches of sample indices.
 
-    Every sample is in exactly one row. All ranks have equally many micro-batches in a mini-batch,
-    because every pass is a collective; some may be empty lists. A row is longer than
-    `tokens_per_micro_batch` only if it is one sample that is.
+    Every sample is in exactly one micro-batch. All ranks have equally many of them in a
+    mini-batch, because every pass is a collective; some may be empty. A micro-batch is longer
+    than `tokens_per_micro_batch` only if it is one sample that is. No mini-batch is empty: with
+    fewer samples than `mini_batches` there are fewer of them.
     """
-    row_tokens = min(2 * max(lengths), tokens_per_micro_batch)
-    rows_per_pass = max(1, tokens_per_micro_batch // row_tokens)
     # Every mini-batch takes some of each group, because neighbours go to different ones.
+    strides = min(mini_batches, len(lengths))
     return [
-        _over_ranks(
-            range(start, len(lengths), mini_batches), lengths, ranks, row_tokens, rows_per_pass
-        )
-        for start in range(mini_batches)
+        _over_ranks(range(start, len(lengths), strides), lengths, ranks, tokens_per_micro_batch)
+        for start in range(strides)
     ]
 
 
 def _over_ranks(
-    indices: Sequence[int], lengths: Sequence[int], ranks: int, row_tokens: int, rows_per_pass: int
+    indices: Sequence[int], lengths: Sequence[int], ranks: int, tokens_per_micro_batch: int
 ) -> list[list[MicroBatch]]:
     """The longest sample first, each to the rank with the fewest tokens."""
     shares: list[list[int]] = [[] for _ in range(ranks)]
@@ -43,24 +72,25 @@ def _over_ranks(
         rank = loads.index(min(loads))
         shares[rank].append(index)
         loads[rank] += lengths[index]
-    rows_of = [_pack(share, lengths, row_tokens) for share in shares]
-    passes = max(-(-len(rows) // rows_per_pass) for rows in rows_of)
-    # Rows are dealt out evenly, so that no pass is much smaller than the others.
-    return [[rows[number::passes] for number in range(passes)] for rows in rows_of]
+    packed = [_pack(share, lengths, tokens_per_micro_batch) for share in shares]
+    passes = max(len(micro_batches) for micro_batches in packed)
+    return [micro_batches + [[]] * (passes - len(micro_batches)) for micro_batches in packed]
 
 
-def _pack(indices: Sequence[int], lengths: Sequence[int], row_tokens: int) -> list[Row]:
+def _pack(
+    indices: Sequence[int], lengths: Sequence[int], tokens_per_micro_batch: int
+) -> list[MicroBatch]:
     """First fit, longest first."""
-    rows: list[Row] = []
+    micro_batches: list[MicroBatch] = []
     room: list[int] = []
     for index in indices:
         length = lengths[index]
         for number, left in enumerate(room):
             if length <= left:
-                rows[number].append(index)
+                micro_batches[number].append(index)
                 room[number] -= length
                 break
         else:
-            rows.append([index])
-            room.append(row_tokens - length)
-    return rows
+            micro_batches.append([index])
+            room.append(tokens_per_micro_batch - length)
+    return micro_batches

@@ -4,7 +4,6 @@ All ranks get every call at the same time, because each is a collective: step, s
 save. Between calls a rank does nothing.
 """
 
-import json
 import logging
 import os
 import shutil
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
@@ -26,38 +26,44 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flash.process import serve
+from flash.trainer.checkpoint import MODEL_FOLDER, OPTIMIZER_FILE, write_state
 from flash.trainer.config import TrainerConfig
 from flash.trainer.objectives import Metrics, TokenBatch, make_objective
-from flash.trainer.scorer import TokenScorer
+from flash.trainer.packing import MiniBatch
+from flash.trainer.scorer import PACKED_ATTENTION, TokenScorer
 from flash.types import Sample
 
 logger = logging.getLogger(__name__)
-
-MODEL_FOLDER = "model"
-OPTIMIZER_FILE = "optimizer.pt"
-STATE_FILE = "trainer.json"
 
 # Below it one FSDP unit is faster than one a layer: gathering small layers is all overhead.
 _ONE_UNIT_PARAMETERS = 50_000_000
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
-MicroBatch = list[list[Sample]]  # rows of samples
+
+_NOTHING = Sample(
+    token_ids=np.zeros(2, np.int64),
+    loss_mask=np.zeros(2, np.float32),
+    logprobs=np.zeros(2, np.float32),
+    versions=np.full(2, -1, np.int64),
+)
 
 
 @dataclass(frozen=True, slots=True)
 class _Packed:
-    """One micro-batch: R rows of L tokens, each row sequences one after the other, padded."""
+    """One micro-batch: its sequences one after the other, N tokens, S of them trained on."""
 
-    token_ids_RL: Tensor
-    positions_RL: Tensor
-    mask_RL: Tensor
-    behaviour_logprobs_RL: Tensor
-    advantages_RL: Tensor
-    on_policy_RL: Tensor
+    token_ids_N: Tensor
+    lengths: tuple[int, ...]
+    trained_S: Tensor  # indices into N
+    weights_S: Tensor
+    behaviour_logprobs_S: Tensor
+    advantages_S: Tensor
+    on_policy_S: Tensor
 
 
 class Rank:
@@ -82,7 +88,7 @@ class Rank:
         self._device = torch.device("cuda", torch.cuda.current_device()) if cuda else "cpu"
         dist.init_process_group(
             "nccl" if cuda else "gloo",
-            store=dist.FileStore(rendezvous, ranks),
+            init_method=f"file://{rendezvous}",
             rank=rank,
             world_size=ranks,
         )
@@ -91,12 +97,15 @@ class Rank:
         self._source = model
         self._objective = make_objective(config)
         # Weights and optimizer are float32 everywhere; on a GPU layers compute in bfloat16.
-        self._model = AutoModelForCausalLM.from_pretrained(
-            model, dtype=torch.float32, attn_implementation="sdpa"
+        self._model: Any = AutoModelForCausalLM.from_pretrained(
+            model, dtype=torch.float32, attn_implementation=PACKED_ATTENTION
         )
         if config.gradient_checkpointing:
             self._model.gradient_checkpointing_enable({"use_reentrant": False})
-        self._model.train()
+        self._model.train()  # for the sake of gradient checkpointing
+        for module in self._model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0  # or logprobs would differ between two looks at the same weights
         self._scorer = TokenScorer(self._model).to(self._device)
         half = config.dtype == "bfloat16" or (config.dtype == "auto" and cuda)
         policy = MixedPrecisionPolicy(
@@ -104,8 +113,9 @@ class Rank:
         )
         mesh = init_device_mesh("cuda" if cuda else "cpu", (ranks,))
         if sum(p.numel() for p in self._model.parameters()) > _ONE_UNIT_PARAMETERS:
-            for layer in self._model.base_model.layers:
-                fully_shard(layer, mesh=mesh, mp_policy=policy)
+            for module in self._model.modules():
+                if type(module).__name__ in (self._model._no_split_modules or ()):
+                    fully_shard(module, mesh=mesh, mp_policy=policy)
         fully_shard(self._scorer, mesh=mesh, mp_policy=policy)
         self._max_grad_norm = config.max_grad_norm
         self._optimizer = torch.optim.AdamW(
@@ -113,7 +123,7 @@ class Rank:
             lr=config.learning_rate,
             betas=config.betas,
             weight_decay=config.weight_decay,
-            foreach=True,
+            fused=True,
         )
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self._optimizer, lambda done: _learning_rate_factor(done, config)
@@ -123,95 +133,87 @@ class Rank:
 
     # ── learning ─────────────────────────────────────────────────────────────────────────────
 
-    def step(self, mini_batches: list[list[MicroBatch]], version: int) -> dict[str, float]:
+    def step(self, mini_batches: list[MiniBatch], version: int) -> dict[str, float]:
         """One optimizer step a mini-batch; the metrics are means over all tokens of the batch."""
-        packed = [[self._pack(micro, version) for micro in mini] for mini in mini_batches]
+        packed = [[self._pack(micro, version) for micro in m.micro_batches] for m in mini_batches]
         # With one optimizer step the proximal policy is the policy itself, at no cost.
         several = len(packed) > 1
         proximal = [[self._score(micro) if several else None for micro in mini] for mini in packed]
         sums = _Sums(self._device)
         norms: list[float] = []
-        for mini, proximal_of_mini in zip(packed, proximal, strict=True):
-            total_mask = self._all_sum(sum(float(micro.mask_RL.sum()) for micro in mini))
-            for micro, proximal_RL in zip(mini, proximal_of_mini, strict=True):
-                logprobs_RL = self._scorer(micro.token_ids_RL, micro.positions_RL)
-                if proximal_RL is None:
-                    proximal_RL = logprobs_RL.detach()  # noqa: PLW2901
-                loss_T, metrics = self._objective(
+        for mini, micros, proximal_of_mini in zip(mini_batches, packed, proximal, strict=True):
+            for micro, known_S in zip(micros, proximal_of_mini, strict=True):
+                logprobs_S = self._logprobs(micro)
+                proximal_S = logprobs_S.detach() if known_S is None else known_S
+                loss_S, metrics = self._objective(
                     TokenBatch(
-                        logprobs_T=logprobs_RL.flatten(),
-                        proximal_logprobs_T=proximal_RL.flatten(),
-                        behaviour_logprobs_T=micro.behaviour_logprobs_RL.flatten(),
-                        advantages_T=micro.advantages_RL.flatten(),
+                        logprobs_T=logprobs_S,
+                        proximal_logprobs_T=proximal_S,
+                        behaviour_logprobs_T=micro.behaviour_logprobs_S,
+                        advantages_T=micro.advantages_S,
                     )
                 )
-                loss = (loss_T * micro.mask_RL.flatten()).sum() / total_mask
+                loss: Any = (loss_S * micro.weights_S).sum() / mini.total_weight
                 # FSDP averages gradients over ranks; ours is a sum over all tokens.
                 (loss * self._ranks).backward()
-                sums.add(micro, loss_T, proximal_RL, metrics)
+                sums.add(micro, loss_S, proximal_S, metrics)
             norm = torch.nn.utils.clip_grad_norm_(self._scorer.parameters(), self._max_grad_norm)
-            norms.append(float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm))
+            norms.append(float(norm.full_tensor() if isinstance(norm, DTensor) else norm))
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
             self._schedule.step()
         return {
             **sums.means(),
             "grad_norm": float(np.mean(norms)),
-            "learning_rate": self._schedule.get_last_lr()[0],
+            "learning_rate": float(self._schedule.get_last_lr()[0]),
         }
 
     def score(self, token_ids: Sequence[int]) -> list[float]:
         """Logprobs of `token_ids[1:]` under the present weights."""
         with torch.no_grad():
-            token_ids_RL = torch.tensor([token_ids], device=self._device)
-            positions_RL = torch.arange(len(token_ids), device=self._device)[None]
-            logprobs: list[float] = self._scorer(token_ids_RL, positions_RL)[0, 1:].tolist()
+            token_ids_N = torch.tensor(token_ids, device=self._device)
+            scored_S = torch.arange(1, len(token_ids), device=self._device)
+            logprobs: list[float] = self._scorer(token_ids_N, (len(token_ids),), scored_S).tolist()
         return logprobs
 
     @torch.no_grad()
     def _score(self, micro: _Packed) -> Tensor:
-        scored: Tensor = self._scorer(micro.token_ids_RL, micro.positions_RL)
-        return scored
+        return self._logprobs(micro)
 
-    def _pack(self, rows: MicroBatch, version: int) -> _Packed:
-        shape = max(1, len(rows)), max((sum(s.num_tokens for s in row) for row in rows), default=2)
-        # Padding is a sequence of its own: positions from 0 on, mask 0. So is the whole of an
-        # empty micro-batch: the other ranks have something to pass through the model.
-        packed = {
-            "token_ids_RL": np.zeros(shape, np.int64),
-            "positions_RL": np.zeros(shape, np.int64),
-            "mask_RL": np.zeros(shape, np.float32),
-            "behaviour_logprobs_RL": np.zeros(shape, np.float32),
-            "advantages_RL": np.zeros(shape, np.float32),
-            "on_policy_RL": np.zeros(shape, np.bool_),
-        }
-        for number in range(shape[0]):
-            end = 0
-            for sample in rows[number] if rows else []:
-                start, end = end, end + sample.num_tokens
-                where = number, slice(start, end)
-                packed["token_ids_RL"][where] = sample.token_ids
-                packed["positions_RL"][where] = np.arange(sample.num_tokens)
-                packed["mask_RL"][where] = sample.loss_mask
-                packed["mask_RL"][number, start] = 0.0  # nothing predicts the first token
-                packed["behaviour_logprobs_RL"][where] = sample.logprobs
-                packed["advantages_RL"][where] = sample.advantage
-                packed["on_policy_RL"][where] = sample.versions == version
-            packed["positions_RL"][number, end:] = np.arange(shape[1] - end)
+    def _logprobs(self, micro: _Packed) -> Tensor:
+        logprobs_S: Tensor = self._scorer(micro.token_ids_N, micro.lengths, micro.trained_S)
+        return logprobs_S
+
+    def _pack(self, samples: Sequence[Sample], version: int) -> _Packed:
+        # A rank without samples passes something too, because every pass is a collective.
+        samples = samples or [_NOTHING]
+        weights_N = np.concatenate([sample.loss_mask for sample in samples])
+        lengths = [sample.num_tokens for sample in samples]
+        weights_N[np.cumsum([0, *lengths[:-1]])] = 0.0  # nothing predicts a first token
+        (trained_S,) = np.nonzero(weights_N > 0)
+        versions_N = np.concatenate([sample.versions for sample in samples])
+        advantages_N = np.repeat([sample.advantage for sample in samples], lengths)
+
+        def on_device(array: NDArray[Any]) -> Tensor:
+            return torch.from_numpy(array).to(self._device)
+
         return _Packed(
-            **{name: torch.from_numpy(array).to(self._device) for name, array in packed.items()}
+            token_ids_N=on_device(np.concatenate([s.token_ids for s in samples])),
+            lengths=tuple(lengths),
+            trained_S=on_device(trained_S),
+            weights_S=on_device(weights_N[trained_S]),
+            behaviour_logprobs_S=on_device(
+                np.concatenate([s.logprobs for s in samples])[trained_S]
+            ),
+            advantages_S=on_device(advantages_N[trained_S].astype(np.float32)),
+            on_policy_S=on_device(versions_N[trained_S] == version),
         )
-
-    def _all_sum(self, value: float) -> float:
-        total = torch.tensor(value, dtype=torch.float64, device=self._device)
-        dist.all_reduce(total)
-        return float(total)
 
     # ── weights and checkpoints ──────────────────────────────────────────────────────────────
 
     def export(self, directory: str) -> None:
         """Write the weights as safetensors under their Hugging Face names; rank 0 writes."""
-        weights = get_model_state_dict(self._model, options=_FULL)
+        weights: dict[str, Any] = get_model_state_dict(self._model, options=_FULL)
         if self._rank == 0:
             if getattr(self._model.config, "tie_word_embeddings", False):
                 for name in self._model._tied_weights_keys or {}:
@@ -225,7 +227,7 @@ class Rank:
 
     def save(self, directory: str, version: int, optimizer: bool) -> None:
         """Write a Hugging Face model, and with `optimizer` all it takes to go on training."""
-        weights = get_model_state_dict(self._model, options=_FULL)
+        weights: dict[str, Any] = get_model_state_dict(self._model, options=_FULL)
         state = get_optimizer_state_dict(self._scorer, self._optimizer, options=_FULL)
         if self._rank != 0:
             return
@@ -245,8 +247,7 @@ class Rank:
                 },
                 partial / OPTIMIZER_FILE,
             )
-            # Last, so that a folder that has it is whole.
-            (partial / STATE_FILE).write_text(json.dumps({"policy_version": version}))
+            write_state(partial, version)
         shutil.rmtree(directory, ignore_errors=True)
         partial.rename(directory)
 
@@ -265,28 +266,27 @@ class _Sums:
     def __init__(self, device: torch.device | str) -> None:
         self._device = device
         self._sums: dict[str, Tensor] = {}
-        self._mask = torch.zeros((), dtype=torch.float64, device=device)
+        self._weight = torch.zeros((), dtype=torch.float64, device=device)
         self._gap = torch.full((), -1.0, device=device)
 
-    def add(self, micro: _Packed, loss_T: Tensor, proximal_RL: Tensor, metrics: Metrics) -> None:
-        mask_T = micro.mask_RL.flatten()
-        for name, value_T in {"loss": loss_T.detach(), **metrics}.items():
-            total = (value_T.double() * mask_T).sum()
+    def add(self, micro: _Packed, loss_S: Tensor, proximal_S: Tensor, metrics: Metrics) -> None:
+        weights_S = micro.weights_S.double()
+        for name, value_S in {"loss": loss_S.detach(), **metrics}.items():
+            total = (value_S * weights_S).sum()
             self._sums[name] = self._sums.get(name, torch.zeros_like(total)) + total
-        self._mask += mask_T.sum()
-        on_policy_RL = micro.on_policy_RL & (micro.mask_RL > 0)
-        if on_policy_RL.any():
-            gap_RL = (proximal_RL - micro.behaviour_logprobs_RL).abs()
-            self._gap = torch.maximum(self._gap, gap_RL[on_policy_RL].max())
+        self._weight += weights_S.sum()
+        if micro.on_policy_S.any():
+            gap_S = (proximal_S - micro.behaviour_logprobs_S).abs()
+            self._gap = torch.maximum(self._gap, gap_S[micro.on_policy_S].max())
 
     def means(self) -> dict[str, float]:
-        """Means over masked tokens; `logprob_gap/max` only if any token was on policy."""
+        """Means over trained tokens; `logprob_gap/max` only if any token was on policy."""
         names = sorted(self._sums)
-        totals = torch.stack([self._mask, *(self._sums[name] for name in names)])
+        totals = torch.stack([self._weight, *(self._sums[name] for name in names)])
         dist.all_reduce(totals)
         dist.all_reduce(self._gap, op=dist.ReduceOp.MAX)
-        mask, *sums = totals.tolist()
-        means = {name: total / mask for name, total in zip(names, sums, strict=True)}
+        weight, *sums = totals.tolist()
+        means = {name: total / weight for name, total in zip(names, sums, strict=True)}
         if self._gap >= 0:
             means["logprob_gap/max"] = float(self._gap)
         return means

@@ -2,7 +2,6 @@
 
 import asyncio
 import itertools
-import json
 import shutil
 import tempfile
 from collections.abc import Awaitable, Sequence
@@ -13,12 +12,14 @@ import numpy as np
 
 from flash.errors import ProcessFailure, TrainerFailure
 from flash.process import Child
+from flash.trainer.checkpoint import MODEL_FOLDER, checkpoint_version
 from flash.trainer.config import TrainerConfig
-from flash.trainer.packing import plan
+from flash.trainer.packing import divide
 from flash.types import Batch, Sample, Weights
 
-MODEL_FOLDER = "model"
-STATE_FILE = "trainer.json"
+__all__ = ["MODEL_FOLDER", "Trainer", "checkpoint_version"]
+
+_DEATH_NOTICE_S = 1.0  # for a rank's death to be known, once another complains of it
 _TMPFS = Path("/dev/shm")
 _EXPORTS_KEPT = 2  # the one that is published, and the one before, which a worker may be reading
 
@@ -103,28 +104,31 @@ class Trainer:
 
         Raises ValueError for samples that can't be trained on, naming the episode.
         """
+        if batch.version != self.version:
+            raise ValueError(
+                f"the batch is for policy version {batch.version}, the trainer is at "
+                f"{self.version}: hand over a batch that was checked against the present version"
+            )
         for sample in batch.samples:
             _check(sample)
-        lengths = [sample.num_tokens for sample in batch.samples]
-        divided = plan(
-            lengths,
+        samples = [sample for sample in batch.samples if (sample.loss_mask[1:] > 0).any()]
+        if not samples:
+            raise ValueError(
+                f"no token to train on: the loss mask of all {len(batch.samples)} samples is 0 "
+                f"(the first token of a sample never counts)"
+            )
+        shares = divide(
+            samples,
             mini_batches=self.config.mini_batches,
             ranks=self.config.ranks,
             tokens_per_micro_batch=self.config.tokens_per_micro_batch,
         )
-        shares = [
-            [
-                [[[batch.samples[i] for i in row] for row in micro] for micro in mini[rank]]
-                for mini in divided
-            ]
-            for rank in range(self.config.ranks)
-        ]
         started = asyncio.get_running_loop().time()
         metrics: dict[str, float] = await self._call_each(
             "step", [(share, self.version) for share in shares]
         )
         self.version += 1
-        trained = int(sum((sample.loss_mask > 0).sum() for sample in batch.samples))
+        trained = int(sum((sample.loss_mask[1:] > 0).sum() for sample in samples))
         elapsed = asyncio.get_running_loop().time() - started
         return {**metrics, "tokens/trained": trained, "time/train_s": elapsed}
 
@@ -142,7 +146,7 @@ class Trainer:
         await self._call("export", str(path))
         self._exports.append(path)
         while len(self._exports) > _EXPORTS_KEPT:
-            shutil.rmtree(self._exports.pop(0))
+            await asyncio.to_thread(shutil.rmtree, self._exports.pop(0))
         return Weights(version=self.version, path=path, score=self.score)
 
     async def save_checkpoint(self, directory: Path) -> None:
@@ -173,8 +177,7 @@ class Trainer:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(_await(call)) for call in calls]
         except BaseExceptionGroup as errors:
-            # The first rank to fail is the cause; the others hang in a collective.
-            cause = errors.exceptions[0]
+            cause = await self._cause(errors.exceptions[0])
             for child in self._children:
                 child.kill()
             if isinstance(cause, ProcessFailure):
@@ -187,16 +190,20 @@ class Trainer:
             raise
         return tasks[0].result()
 
+    async def _cause(self, first: BaseException) -> BaseException:
+        """Why the ranks failed: the death of one, or else what the first raised.
 
-def checkpoint_version(directory: Path) -> int:
-    """The policy version of a checkpoint; ValueError if it is none, or not whole."""
-    state = directory / STATE_FILE
-    if not state.is_file() or not (directory / MODEL_FOLDER).is_dir():
-        raise ValueError(
-            f"{directory} is no checkpoint, or not a whole one ({STATE_FILE} or {MODEL_FOLDER}/ "
-            f"is missing): give a folder under runs/<name>/checkpoints"
+        The others, in a collective with the dead one, may notice its death before we do.
+        """
+        if not isinstance(first, ProcessFailure):
+            return first
+        deaths = [asyncio.create_task(child.wait_dead()) for child in self._children]
+        dead, alive = await asyncio.wait(
+            deaths, timeout=_DEATH_NOTICE_S, return_when=asyncio.FIRST_COMPLETED
         )
-    return int(json.loads(state.read_text())["policy_version"])
+        for task in alive:
+            task.cancel()
+        return dead.pop().result() if dead else first
 
 
 async def _await(awaitable: Awaitable[Any]) -> Any:
@@ -204,10 +211,14 @@ async def _await(awaitable: Awaitable[Any]) -> Any:
 
 
 def _check(sample: Sample) -> None:
-    lengths = {
-        len(a) for a in (sample.token_ids, sample.loss_mask, sample.logprobs, sample.versions)
-    }
-    if len(lengths) != 1 or 0 in lengths:
-        raise ValueError(f"episode {sample.episode}: arrays of lengths {sorted(lengths)}")
+    arrays = (sample.token_ids, sample.loss_mask, sample.logprobs, sample.versions)
+    lengths = [len(array) for array in arrays]
+    if len(set(lengths)) != 1 or 0 in lengths:
+        raise ValueError(
+            f"episode {sample.episode}: token_ids, loss_mask, logprobs and versions have lengths "
+            f"{lengths}; they must be equal, and above 0"
+        )
     if not np.isfinite(sample.logprobs).all() or not np.isfinite(sample.advantage):
         raise ValueError(f"episode {sample.episode}: a logprob or the advantage is not finite")
+    if not np.isfinite(sample.loss_mask).all() or (sample.loss_mask < 0).any():
+        raise ValueError(f"episode {sample.episode}: the loss mask must be finite and at least 0")
