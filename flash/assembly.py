@@ -111,7 +111,7 @@ def agent_factory(
     """Makes EnvironmentAgents; found by name, because `flash` does not import `flash.agents`."""
     agent = registry.agent("environment")
     settings = config.agent
-    return lambda: agent(  # type: ignore[no-any-return]
+    return lambda: agent(
         envs=envs,
         style=style,
         max_tokens=settings.max_tokens,

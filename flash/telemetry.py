@@ -54,7 +54,7 @@ METRICS = {
     "tokens_per_s": "sampled by workers, over this step",
     "idle/trainer": "share of this step in which the trainer waited for a batch",
     "idle/workers": "share of this step in which a worker had no request, mean over workers",
-    "idle/env_hosts": "share of this step in which a host had no call, mean; nan without hosts",
+    "idle/env_hosts": "share of this step in which a host had no call, mean; null without hosts",
     "time/generate_s": "of a trained episode, mean",
     "time/env_s": "of a trained episode, mean",
     "time/reward_s": "of a trained episode, mean",

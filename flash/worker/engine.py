@@ -100,11 +100,12 @@ class EmbeddedEngine:
         torch.manual_seed(seed)
         self.version = version
         self.max_request_tokens = cache_tokens
-        self._model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             model, dtype=dtype, attn_implementation="sdpa"
-        ).to(device)
+        )
+        self._model = loaded.to(device)
         self._manager = self._model.init_continuous_batching(
-            GenerationConfig(
+            GenerationConfig(  # type: ignore[no-untyped-call]
                 do_sample=True,
                 temperature=_TEMPERATURE_AT_START,
                 top_k=0,

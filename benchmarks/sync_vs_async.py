@@ -1,0 +1,139 @@
+"""Synchronous against asynchronous training of the same job, with slow, long-tailed environments.
+
+The real hub, worker, agents, loop and trainer play FrozenLake; each environment step also sleeps a
+seeded lognormal time, the same in every run, so that cores are no limit. Every run trains the same
+number of samples.
+
+    python benchmarks/sync_vs_async.py [--steps 10] [--alphas 0,1,2] [--mean-s 0.25] [--sigma 1.2]
+"""
+
+import argparse
+import asyncio
+import itertools
+import json
+import math
+import random
+import tempfile
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from flash import InferenceHub, InlineEnvs, RolloutLoop, Task
+from flash.agents import EnvironmentAgent, PlainStyle
+from flash.envs.frozen_lake import FrozenLakeTextEnv
+from flash.hub import EmbeddedPool
+from flash.small_policy import create
+from flash.trainer import Trainer, TrainerConfig
+from flash.types import AsyncEnv, EnvSource, Observation
+
+RESULTS = Path(__file__).parent / "results" / "sync_vs_async.json"
+
+
+class SlowEnvs:
+    """Environments whose steps take a lognormal time, decided by task, episode and turn."""
+
+    def __init__(self, envs: EnvSource, *, mean_s: float, sigma: float) -> None:
+        self._envs = envs
+        self._mu = math.log(mean_s) - sigma**2 / 2
+        self._sigma = sigma
+        self._episodes = itertools.count()
+
+    async def open(self) -> AsyncEnv:
+        return _SlowEnv(await self._envs.open(), self, next(self._episodes))
+
+    async def take_time(self, rng: random.Random) -> None:
+        await asyncio.sleep(rng.lognormvariate(self._mu, self._sigma))
+
+
+class _SlowEnv:
+    def __init__(self, env: AsyncEnv, slow: SlowEnvs, number: int) -> None:
+        self._env, self._slow, self._number = env, slow, number
+
+    async def reset(self, task: Task) -> Observation:
+        self._rng = random.Random(f"{task.seed} {self._number}")
+        return await self._env.reset(task)
+
+    async def step(self, action: str) -> Observation:
+        await self._slow.take_time(self._rng)
+        return await self._env.step(action)
+
+    def close(self) -> None:
+        self._env.close()
+
+
+async def one_run(alpha: float, options: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """Train `options.steps` batches; what it took."""
+    model = create(folder / "model", FrozenLakeTextEnv().vocabulary(), layers=2, hidden_size=64)
+    style = PlainStyle(AutoTokenizer.from_pretrained(model))
+    envs = SlowEnvs(
+        InlineEnvs(lambda: FrozenLakeTextEnv(max_turns=8)),
+        mean_s=options.mean_s,
+        sigma=options.sigma,
+    )
+    pool = EmbeddedPool(
+        str(model), size=1, max_running=12, cache_tokens=32_768, threads=1, dtype="float32",
+        version=0, seed=0, log_dir=folder / "logs", start_timeout_s=120,
+    )  # fmt: skip
+    config = TrainerConfig(threads=1, learning_rate=1e-4)
+    clock = asyncio.get_running_loop().time
+    train_s = 0.0
+    async with (
+        Trainer(model=model, config=config, run_dir=folder) as trainer,
+        InferenceHub(pool, max_running=12) as hub,
+        RolloutLoop(
+            hub,
+            agent=lambda: EnvironmentAgent(envs=envs, style=style, max_tokens=3),
+            tasks=(Task(seed) for seed in itertools.count()),
+            batch_size=options.batch_size,
+            group_size=options.group_size,
+            alpha=alpha,
+        ) as rollouts,
+    ):
+        started = clock()
+        for _ in range(options.steps):
+            batch = await rollouts.next_batch()
+            began = clock()
+            await trainer.step(batch)
+            train_s += clock() - began
+            await rollouts.publish(await trainer.export_weights())
+        wall_s = clock() - started
+        busy_s = sum(worker.busy_s for worker in hub.stats().workers)
+        ledger = rollouts.ledger
+        return {
+            "alpha": alpha,
+            "samples": ledger.count("trained"),
+            "wall_s": wall_s,
+            "idle_trainer": 1 - train_s / wall_s,
+            "idle_worker": 1 - min(1.0, busy_s / wall_s),
+            "wasted_tokens": ledger.waste_tokens,
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--alphas", default="0,1,2")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--group-size", type=int, default=4)
+    parser.add_argument("--mean-s", type=float, default=0.25, help="mean latency of a step")
+    parser.add_argument("--sigma", type=float, default=1.2, help="of its logarithm")
+    options = parser.parse_args()
+    rows = []
+    print(f"{'alpha':>5} {'samples':>7} {'wall s':>7} {'idle trainer':>12} {'idle worker':>11} "
+          f"{'wasted tokens':>13} {'speed-up':>8}")  # fmt: skip
+    for alpha in map(float, options.alphas.split(",")):
+        with tempfile.TemporaryDirectory() as folder:
+            row = asyncio.run(one_run(alpha, options, Path(folder)))
+        rows.append(row)
+        row["speed_up"] = rows[0]["wall_s"] / row["wall_s"]
+        print(
+            f"{alpha:5g} {row['samples']:7.0f} {row['wall_s']:7.1f} {row['idle_trainer']:12.0%} "
+            f"{row['idle_worker']:11.0%} {row['wasted_tokens']:13.0f} {row['speed_up']:7.2f}x"
+        )
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps({"settings": vars(options), "rows": rows}, indent=2) + "\n")
+    print(f"written to {RESULTS}")
+
+
+if __name__ == "__main__":
+    main()
