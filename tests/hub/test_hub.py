@@ -1,0 +1,446 @@
+"""The hub's promises, under virtual time with fake workers."""
+
+import asyncio
+import math
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flash import virtual_time
+from flash.errors import InferenceFailure, PublishFailure
+from flash.fakes import FakeWorker
+from flash.hub import BadRequest, InferenceHub
+from flash.types import Completion, GenerateRequest, SamplingParams, Weights
+
+
+def request(max_tokens: int = 10, prompt: int = 5, session: str = "") -> GenerateRequest:
+    return GenerateRequest(
+        token_ids=list(range(prompt)),
+        sampling=SamplingParams(max_tokens=max_tokens),
+        session=session,
+    )
+
+
+def weights(version: int, score=None) -> Weights:
+    return Weights(version=version, path=Path(f"/fake/{version}"), score=score)
+
+
+def steady(name: str = "w", token_s: float = 1.0, **options) -> FakeWorker:
+    """Samples exactly `max_tokens`, one each `token_s`."""
+    whole = (1_000_000, 1_000_000)
+    return FakeWorker(name, token_s=(token_s, token_s), tokens=whole, load_s=(1, 1), **options)
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+async def all_ended(tasks) -> list:
+    return await asyncio.gather(*tasks, return_exceptions=True)
+
+
+# ── scheduling ───────────────────────────────────────────────────────────────────────────────
+
+
+def test_requests_wait_for_room_first_come_first_served():
+    async def main():
+        ended = []
+        async with InferenceHub([steady()], max_running=2) as hub:
+
+            async def one(number):
+                await hub.generate(request())
+                ended.append((number, now()))
+
+            await asyncio.gather(*(one(n) for n in range(6)))
+        assert [number for number, _ in ended] == list(range(6))
+        assert [when for _, when in ended] == [10, 10, 20, 20, 30, 30]
+
+    virtual_time.run(main())
+
+
+def test_the_worker_with_the_least_outstanding_tokens_gets_the_request():
+    async def main():
+        workers = [steady("a"), steady("b")]
+        async with InferenceHub(workers) as hub, asyncio.TaskGroup() as tasks:
+            tasks.create_task(hub.generate(request(max_tokens=100)))
+            for _ in range(3):
+                tasks.create_task(hub.generate(request(max_tokens=10)))
+            await asyncio.sleep(0.5)
+            assert [worker.running for worker in workers] == [1, 3]
+
+    virtual_time.run(main())
+
+
+def test_a_later_turn_goes_where_its_prefix_is_though_that_worker_is_busier():
+    async def main():
+        workers = [steady("a"), steady("b")]
+        async with InferenceHub(workers) as hub:
+            first = await hub.generate(request(session="s"))
+            filler = asyncio.ensure_future(hub.generate(request(max_tokens=30, prompt=1)))
+            await asyncio.sleep(0.5)
+            assert first.worker == "a"
+            # Worker a has 31 tokens to do, b none: a prefix of 40 is worth the wait.
+            assert (await hub.generate(request(prompt=40, session="s"))).worker == "a"
+            await filler
+
+    virtual_time.run(main())
+
+
+def test_a_short_prefix_does_not_hold_a_request_at_a_busy_worker():
+    async def main():
+        workers = [steady("a"), steady("b")]
+        async with InferenceHub(workers) as hub:
+            assert (await hub.generate(request(session="s"))).worker == "a"
+            busy = asyncio.ensure_future(hub.generate(request(max_tokens=100, prompt=1)))
+            await asyncio.sleep(0.5)
+            assert (await hub.generate(request(prompt=5, session="s"))).worker == "b"
+            await busy
+
+    virtual_time.run(main())
+
+
+def test_sessions_are_forgotten():
+    async def main():
+        async with InferenceHub([steady()]) as hub:
+            for number in range(100):
+                await hub.generate(request(max_tokens=1, session=f"s{number}"))
+                hub.forget(f"s{number}")
+            assert not hub._sessions
+
+    virtual_time.run(main())
+
+
+# ── cancellation ─────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_cancelled_caller_frees_its_place_and_its_request_is_aborted():
+    async def main():
+        worker = steady()
+        async with InferenceHub([worker], max_running=1) as hub:
+            running = asyncio.ensure_future(hub.generate(request(max_tokens=1000)))
+            queued = asyncio.ensure_future(hub.generate(request(max_tokens=1000)))
+            last = asyncio.ensure_future(hub.generate(request()))
+            await asyncio.sleep(5)
+            queued.cancel()
+            running.cancel()
+            await all_ended([running, queued])
+            assert now() == 5, "the cancellation waits for nobody"
+            await last
+            assert now() == 15
+        assert worker.aborted == worker.started[:1]
+
+    virtual_time.run(main())
+
+
+# ── failing workers ──────────────────────────────────────────────────────────────────────────
+
+
+def test_a_failing_workers_requests_move_to_others():
+    async def main():
+        workers = [steady("a"), steady("b")]
+        async with InferenceHub(workers) as hub:
+            calls = [asyncio.ensure_future(hub.generate(request())) for _ in range(6)]
+            await asyncio.sleep(3.5)
+            workers[0].die()
+            answers = await asyncio.gather(*calls)
+            assert {answer.worker for answer in answers} == {"b"}
+            assert hub.stats().retries == 3
+
+    virtual_time.run(main())
+
+
+def test_a_worker_that_hangs_is_found_by_the_deadline_and_all_it_has_moves_at_once():
+    async def main():
+        workers = [steady("a"), steady("b")]
+        async with InferenceHub(workers, request_timeout_s=60) as hub:
+            first = asyncio.ensure_future(hub.generate(request()))
+            await asyncio.sleep(1)
+            workers[0].hang()
+            other = asyncio.ensure_future(hub.generate(request(max_tokens=10)))
+            third = asyncio.ensure_future(hub.generate(request(max_tokens=10)))
+            await asyncio.sleep(0.1)
+            assert workers[0].running == 2
+            await asyncio.gather(first, other, third)
+            assert now() < 60 + 11, "the second request at the hung worker did not wait anew"
+            workers[0].wake()
+
+    virtual_time.run(main())
+
+
+def test_a_worker_comes_back_with_the_present_weights_before_it_takes_requests():
+    async def main():
+        workers = [steady("a"), steady("b")]
+        async with InferenceHub(workers) as hub:
+            workers[0].fail_next(2)
+            await hub.generate(request())
+            await hub.publish(weights(1))
+            await hub.publish(weights(2))
+            await asyncio.sleep(60)
+            stats = {worker.name: worker for worker in hub.stats().workers}
+            assert stats["a"].healthy
+            assert workers[0].version == 2
+            answers = await asyncio.gather(*(hub.generate(request()) for _ in range(4)))
+            assert {answer.worker for answer in answers} == {"a", "b"}
+            assert {v for answer in answers for v in answer.versions} == {2}
+
+    virtual_time.run(main())
+
+
+def test_with_no_worker_left_every_caller_is_told_the_cause_now_and_later():
+    async def main():
+        worker = steady("only")
+        async with InferenceHub([worker], max_running=1, recovery_timeout_s=10) as hub:
+            calls = [asyncio.ensure_future(hub.generate(request())) for _ in range(3)]
+            await asyncio.sleep(1.5)
+            worker.die()
+            for error in await all_ended(calls):
+                assert isinstance(error, InferenceFailure)
+                assert "only is dead" in str(error)
+            with pytest.raises(InferenceFailure):
+                await hub.generate(request())
+            with pytest.raises(InferenceFailure):
+                await hub.publish(weights(1))
+
+    virtual_time.run(main())
+
+
+class Answering(FakeWorker):
+    """Answers what it is told to."""
+
+    def __init__(self, answer) -> None:
+        super().__init__("odd")
+        self.answer = answer
+
+    async def generate(self, request_id, token_ids, sampling):
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+def answer(**changes) -> Completion:
+    fields = {
+        "token_ids": [1, 2], "logprobs": [-1.0, -2.0], "versions": [0, 0],
+        "finish_reason": "stop", "worker": "odd",
+    }  # fmt: skip
+    return Completion(**(fields | changes))
+
+
+def test_a_request_that_is_refused_is_its_callers_mistake_alone():
+    async def main():
+        worker = Answering(BadRequest("max_tokens must be at least 1"))
+        async with InferenceHub([worker]) as hub:
+            with pytest.raises(ValueError, match="max_tokens must be at least 1"):
+                await hub.generate(request())
+            worker.answer = answer()
+            assert (await hub.generate(request())).token_ids == [1, 2]
+            assert hub.stats().retries == 0
+
+    virtual_time.run(main())
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        answer(logprobs=[-1.0]),
+        answer(versions=[0, 0, 0]),
+        answer(logprobs=[-1.0, math.nan]),
+        answer(versions=[0, 7]),
+        answer(versions=[0, -1]),
+        answer(token_ids=[], logprobs=[], versions=[]),
+        answer(token_ids=[1] * 11, logprobs=[-1.0] * 11, versions=[0] * 11),
+    ],
+)
+def test_an_answer_that_cannot_be_true_is_never_passed_on(lie):
+    async def main():
+        async with InferenceHub([Answering(lie), steady("honest")]) as hub:
+            assert (await hub.generate(request())).worker == "honest"
+
+    virtual_time.run(main())
+
+
+# ── publish ──────────────────────────────────────────────────────────────────────────────────
+
+
+def test_keep_freezes_requests_and_their_later_tokens_carry_the_new_version():
+    async def main():
+        async with InferenceHub([steady()]) as hub:
+            call = asyncio.ensure_future(hub.generate(request(max_tokens=10)))
+            await asyncio.sleep(3.5)
+            report = await hub.publish(weights(1), "keep")
+            answered = await call
+            assert answered.versions == [0, 0, 0] + [1] * 7
+            assert report.paused_s == 1
+            assert hub.version == 1
+            assert math.isnan(report.gap_max)
+
+    virtual_time.run(main())
+
+
+def test_abort_samples_the_rest_anew_and_the_caller_notices_nothing():
+    async def main():
+        async with InferenceHub([steady()]) as hub:
+            starts = []
+            call = asyncio.ensure_future(hub.generate(request(max_tokens=10), starts.append))
+            await asyncio.sleep(3.5)
+            await hub.publish(weights(1), "abort")
+            answered = await call
+            assert answered.versions == [0, 0, 0] + [1] * 7
+            assert len(answered.token_ids) == len(answered.logprobs) == 10
+            assert answered.finish_reason == "length"
+            assert starts == [0, 1]
+
+    virtual_time.run(main())
+
+
+def test_wait_lets_requests_end_with_the_version_they_began_with():
+    async def main():
+        async with InferenceHub([steady()]) as hub:
+            call = asyncio.ensure_future(hub.generate(request(max_tokens=10)))
+            await asyncio.sleep(3.5)
+            late = asyncio.ensure_future(hub.publish(weights(1), "wait"))
+            await asyncio.sleep(1)
+            new = asyncio.ensure_future(hub.generate(request(max_tokens=2)))
+            assert (await call).versions == [0] * 10
+            await late
+            assert now() == 11
+            assert (await new).versions == [1, 1]
+
+    virtual_time.run(main())
+
+
+def test_workers_are_updated_one_after_another_while_the_others_serve():
+    async def main():
+        workers = [steady("a"), steady("b")]
+        async with InferenceHub(workers) as hub:
+            publishing = asyncio.ensure_future(hub.publish(weights(1)))
+            await asyncio.sleep(0.5)
+            assert (await hub.generate(request(max_tokens=1))).worker == "b"
+            await publishing
+            assert [worker.version for worker in workers] == [1, 1]
+            assert now() == 2, "one second each; the request at b was frozen for a while"
+
+    virtual_time.run(main())
+
+
+def test_versions_only_grow():
+    async def main():
+        async with InferenceHub([steady()], version=4) as hub:
+            for version in (4, 3):
+                with pytest.raises(ValueError, match="not newer than the published 4"):
+                    await hub.publish(weights(version))
+
+    virtual_time.run(main())
+
+
+def probed(worker: FakeWorker, by: float):
+    """A score that differs from what the worker says by `by`."""
+    said: list[float] = []
+    generate = worker.generate
+
+    async def listening(request_id, token_ids, sampling):
+        completion = await generate(request_id, token_ids, sampling)
+        said[:] = completion.logprobs
+        return completion
+
+    worker.generate = listening
+
+    async def score(token_ids):
+        return [0.0] * (len(token_ids) - 1 - len(said)) + [logprob + by for logprob in said]
+
+    return score
+
+
+def test_the_probe_accepts_equal_logprobs_and_tells_the_gap():
+    async def main():
+        worker = steady()
+        async with InferenceHub([worker]) as hub:
+            report = await hub.publish(weights(1, probed(worker, 1e-4)))
+            assert report.gap_max == pytest.approx(1e-4)
+
+    virtual_time.run(main())
+
+
+def test_a_worker_with_other_weights_than_the_trainer_fails_the_publish():
+    async def main():
+        worker = steady("tied")
+        async with InferenceHub([worker]) as hub:
+            with pytest.raises(PublishFailure, match="tied should sample with version 1.*0.01"):
+                await hub.publish(weights(1, probed(worker, 0.01)))
+
+    virtual_time.run(main())
+
+
+def test_weights_that_do_not_fit_fail_the_publish():
+    class Refusing(FakeWorker):
+        async def load_weights(self, path):
+            raise BadRequest("lacks weights of this model")
+
+    async def main():
+        async with InferenceHub([Refusing("r")]) as hub:
+            with pytest.raises(PublishFailure, match="version 1: lacks weights"):
+                await hub.publish(weights(1))
+
+    virtual_time.run(main())
+
+
+# ── everything at once ───────────────────────────────────────────────────────────────────────
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), mode=st.sampled_from(["keep", "abort", "wait"]))
+def test_every_request_ends_exactly_once_whatever_happens(seed, mode):
+    rng = random.Random(seed)
+
+    async def main():
+        workers = [
+            FakeWorker(f"w{n}", seed=rng.randrange(10**6), token_s=(0.01, 1.0)) for n in range(3)
+        ]
+        ends = {"answered": 0, "cancelled": 0}
+        async with InferenceHub(workers, max_running=4, request_timeout_s=40) as hub:
+
+            async def one(number):
+                await asyncio.sleep(rng.uniform(0, 30))
+                try:
+                    async with asyncio.timeout(rng.choice([5.0, 10_000.0])):
+                        got = await hub.generate(request(rng.randint(1, 20), session=str(number)))
+                    assert 1 <= len(got.token_ids) == len(got.logprobs) == len(got.versions) <= 20
+                    assert sorted(got.versions) == got.versions, "versions only grow"
+                    ends["answered"] += 1
+                except TimeoutError:
+                    ends["cancelled"] += 1
+                finally:
+                    hub.forget(str(number))
+
+            async def trouble():
+                for _ in range(5):
+                    await asyncio.sleep(rng.uniform(0, 8))
+                    victim = rng.choice(workers)
+                    if rng.random() < 0.5:
+                        victim.fail_next(rng.randint(1, 3))
+                    else:
+                        victim.hang()
+                        await asyncio.sleep(rng.uniform(0, 60))
+                        victim.wake()
+
+            async def publishing():
+                for version in range(1, 6):
+                    await asyncio.sleep(rng.uniform(0, 8))
+                    await hub.publish(weights(version), mode)
+
+            async with asyncio.TaskGroup() as tasks:
+                for number in range(60):
+                    tasks.create_task(one(number))
+                tasks.create_task(trouble())
+                tasks.create_task(publishing())
+            stats = hub.stats()
+            assert stats.queued == stats.running == 0
+            assert all(w.outstanding_tokens == 0 for w in stats.workers)
+            assert not hub._sessions
+        assert sum(ends.values()) == 60
+        assert max(worker.max_running_seen for worker in workers) <= 4 + 1, "one more is a probe"
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    virtual_time.run(main())
