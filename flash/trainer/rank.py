@@ -141,6 +141,7 @@ class Rank:
         proximal = [[self._score(micro) if several else None for micro in mini] for mini in packed]
         sums = _Sums(self._device)
         norms: list[float] = []
+        learning_rate = 0.0
         for mini, micros, proximal_of_mini in zip(mini_batches, packed, proximal, strict=True):
             for micro, known_S in zip(micros, proximal_of_mini, strict=True):
                 logprobs_S = self._logprobs(micro)
@@ -159,13 +160,14 @@ class Rank:
                 sums.add(micro, loss_S, proximal_S, metrics)
             norm = torch.nn.utils.clip_grad_norm_(self._scorer.parameters(), self._max_grad_norm)
             norms.append(float(norm.full_tensor() if isinstance(norm, DTensor) else norm))
+            learning_rate = float(self._schedule.get_last_lr()[0])
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
             self._schedule.step()
         return {
             **sums.means(),
             "grad_norm": float(np.mean(norms)),
-            "learning_rate": float(self._schedule.get_last_lr()[0]),
+            "learning_rate": learning_rate,  # of the last of them
         }
 
     def score(self, token_ids: Sequence[int]) -> list[float]:

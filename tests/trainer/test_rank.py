@@ -1,0 +1,233 @@
+"""One rank inside the test's own process: what it computes."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM
+
+from flash.trainer.config import TrainerConfig
+from flash.trainer.packing import divide
+from flash.trainer.rank import Rank
+from flash.types import Sample
+
+SamplesOf = Callable[..., list[Sample]]
+SaveModel = Callable[..., Path]
+Reference = Callable[[Any, list[int]], list[float]]
+Model: Any = AutoModelForCausalLM
+
+
+@pytest.fixture
+def model(save_model: SaveModel, tmp_path: Path) -> Path:
+    return save_model(tmp_path / "model")
+
+
+@contextlib.contextmanager
+def started(
+    model: Path, tmp_path: Path, config: TrainerConfig, checkpoint: Path | None = None
+) -> Iterator[Rank]:
+    rank = Rank()
+    rendezvous = tmp_path / "rendezvous"
+    rank.start(str(model), checkpoint and str(checkpoint), config, 0, 1, str(rendezvous), 0)
+    try:
+        yield rank
+    finally:
+        dist.destroy_process_group()
+        rendezvous.unlink(missing_ok=True)
+
+
+def step(rank: Rank, samples: list[Sample], config: TrainerConfig, version: int = 0) -> Any:
+    (share,) = divide(
+        samples,
+        mini_batches=config.mini_batches,
+        ranks=1,
+        tokens_per_micro_batch=config.tokens_per_micro_batch,
+    )
+    return rank.step(share, version)
+
+
+def weights_of(rank: Rank) -> dict[str, torch.Tensor]:
+    return {
+        name: parameter.full_tensor().detach().clone()  # type: ignore[attr-defined]
+        for name, parameter in rank._scorer.named_parameters()
+    }
+
+
+def close(a: Mapping[str, float], b: Mapping[str, float]) -> bool:
+    return a.keys() == b.keys() and all(b[k] == pytest.approx(a[k], abs=1e-6) for k in a)
+
+
+@pytest.mark.parametrize("objective", ["decoupled_ppo", "supervised"])
+def test_loss_metrics_and_weights_do_not_depend_on_micro_batches_or_order(
+    objective: Any, model: Path, tmp_path: Path, samples_of: SamplesOf
+) -> None:
+    samples = samples_of(9)
+    if objective == "supervised":
+        samples = [replace(s, loss_mask=s.loss_mask * 0.3 + 0.2) for s in samples]
+    results = []
+    for budget, order in [(4096, range(9)), (60, range(9)), (1, range(8, -1, -1))]:
+        config = TrainerConfig(
+            objective=objective, tokens_per_micro_batch=budget, learning_rate=1e-3, warmup_steps=0
+        )
+        with started(model, tmp_path, config) as rank:
+            metrics = step(rank, [samples[i] for i in order], config)
+            results.append((metrics, weights_of(rank)))
+    for metrics, weights in results[1:]:
+        assert close(results[0][0], metrics), (results[0][0], metrics)
+        # AdamW's first step is sign(g): where g is nearly 0 its rounding shows.
+        for name, weight in weights.items():
+            torch.testing.assert_close(weight, results[0][1][name], atol=1e-6, rtol=0)
+
+
+def test_the_loss_and_the_gap_are_those_of_an_independent_reference(
+    model: Path, tmp_path: Path, samples_of: SamplesOf, reference_logprobs: Reference
+) -> None:
+    version, config = 3, TrainerConfig()
+    samples = samples_of(6, version=version)
+    plain = Model.from_pretrained(model)
+    losses, weights, gaps = [], [], []
+    for sample in samples:
+        now = np.array([0.0, *reference_logprobs(plain, sample.token_ids.tolist())])
+        weight = np.minimum(np.exp(now - sample.logprobs), config.max_behaviour_weight)
+        trained = sample.loss_mask > 0
+        losses += list((-weight * sample.advantage)[trained])
+        weights += list(weight[trained])
+        gaps += list(np.abs(now - sample.logprobs)[trained & (sample.versions == version)])
+    with started(model, tmp_path, config) as rank:
+        metrics = step(rank, samples, config, version)
+    assert metrics["loss"] == pytest.approx(np.mean(losses), abs=1e-5)
+    assert metrics["weight/mean"] == pytest.approx(np.mean(weights), abs=1e-5)
+    assert metrics["ratio/mean"] == 1.0
+    assert metrics["kl_behaviour"] >= 0
+    # Tokens of version 2 are in the batch, and their gap is greater; it is not a fault.
+    assert metrics["logprob_gap/max"] == pytest.approx(max(gaps), abs=1e-4)
+
+
+def test_without_a_token_of_the_present_version_there_is_no_gap(
+    model: Path, tmp_path: Path, samples_of: SamplesOf
+) -> None:
+    config = TrainerConfig()
+    with started(model, tmp_path, config) as rank:
+        assert "logprob_gap/max" not in step(rank, samples_of(3, version=0), config, version=7)
+
+
+def test_a_supervised_step_weighs_tokens_by_the_mask_and_leaves_the_first_out(
+    model: Path, tmp_path: Path, reference_logprobs: Reference
+) -> None:
+    sample = Sample(
+        token_ids=np.array([5, 6, 7, 8]),
+        loss_mask=np.array([9.0, 0.5, 0.0, 1.0], np.float32),
+        logprobs=np.zeros(4, np.float32),
+        versions=np.full(4, -1),
+    )
+    config = TrainerConfig(objective="supervised")
+    with started(model, tmp_path, config) as rank:
+        metrics = step(rank, [sample], config)
+    now = reference_logprobs(Model.from_pretrained(model), [5, 6, 7, 8])
+    assert metrics["loss"] == pytest.approx(-(0.5 * now[0] + now[2]) / 1.5, abs=1e-5)
+
+
+def test_the_proximal_policy_of_all_mini_batches_is_that_of_the_start_of_the_step(
+    model: Path, tmp_path: Path, samples_of: SamplesOf, reference_logprobs: Reference
+) -> None:
+    samples = samples_of(4)
+    config = TrainerConfig(mini_batches=2, learning_rate=0.05, warmup_steps=0)
+    with started(model, tmp_path, config) as rank:
+        before = {s.episode: rank.score(s.token_ids.tolist()) for s in samples}
+        # The first mini-batch alone gives the weights that the second one meets.
+        alone = TrainerConfig(learning_rate=0.05, warmup_steps=0)
+        step(rank, samples[0::2], alone)
+        between = {s.episode: rank.score(s.token_ids.tolist()) for s in samples}
+    with started(model, tmp_path, config) as rank:
+        metrics = step(rank, samples, config)
+    ratios = []
+    for number, sample in enumerate(samples):
+        change = np.subtract(between[sample.episode], before[sample.episode])
+        ratio = np.exp(change) if number % 2 else np.ones(len(change))
+        ratios += list(ratio[sample.loss_mask[1:] > 0])
+    assert abs(np.mean(ratios) - 1) > 0.01
+    assert metrics["ratio/mean"] == pytest.approx(np.mean(ratios), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_export_reloads_to_the_same_logprobs(
+    kind: str,
+    tied: bool,
+    tmp_path: Path,
+    save_model: SaveModel,
+    samples_of: SamplesOf,
+    reference_logprobs: Reference,
+) -> None:
+    model = save_model(tmp_path / "model", kind, tied=tied)
+    config = TrainerConfig(learning_rate=1e-2, warmup_steps=0)
+    probe = list(range(20))
+    with started(model, tmp_path, config) as rank:
+        untrained = rank.score(probe)
+        step(rank, samples_of(5), config)
+        score = rank.score(probe)
+        rank.export(str(tmp_path / "exported"))
+        rank.save(str(tmp_path / "saved"), 1, False)
+    assert np.abs(np.subtract(score, untrained)).max() > 0.01
+    for folder in ("exported", "saved"):
+        reloaded = Model.from_pretrained(tmp_path / folder)
+        assert reference_logprobs(reloaded, probe) == pytest.approx(score, abs=1e-5)
+        head, embeddings = reloaded.get_output_embeddings(), reloaded.get_input_embeddings()
+        assert (head.weight is embeddings.weight) == tied
+
+
+def test_a_resumed_run_equals_one_that_never_stopped_bit_for_bit(
+    model: Path, tmp_path: Path, samples_of: SamplesOf
+) -> None:
+    config = TrainerConfig(learning_rate=1e-2, warmup_steps=3, decay_steps=10, mini_batches=2)
+    batches = [samples_of(6, seed=number) for number in range(5)]
+    with started(model, tmp_path, config) as rank:
+        for batch in batches[:2]:
+            step(rank, batch, config)
+        rank.save(str(tmp_path / "checkpoint"), 2, True)
+        expected = [step(rank, batch, config) for batch in batches[2:]]
+        expected_weights = weights_of(rank)
+    checkpoint = tmp_path / "checkpoint"
+    with started(checkpoint / "model", tmp_path, config, checkpoint) as rank:
+        assert [step(rank, batch, config) for batch in batches[2:]] == expected
+        for name, weight in weights_of(rank).items():
+            assert torch.equal(weight, expected_weights[name]), name
+
+
+def test_the_learning_rate_warms_up_then_decays(
+    model: Path, tmp_path: Path, samples_of: SamplesOf
+) -> None:
+    config = TrainerConfig(learning_rate=1.0, warmup_steps=2, decay_steps=2)
+    with started(model, tmp_path, config) as rank:
+        rates = [step(rank, samples_of(1), config)["learning_rate"] for _ in range(6)]
+    assert rates == [0.5, 1.0, 1.0, 0.5, 0.0, 0.0]
+
+
+def test_the_gradient_is_clipped_and_its_norm_reported_unclipped(
+    model: Path, tmp_path: Path, samples_of: SamplesOf
+) -> None:
+    norms = []
+    for most in (1e-3, 1e3):
+        config = TrainerConfig(max_grad_norm=most)
+        with started(model, tmp_path, config) as rank:
+            norms.append(step(rank, samples_of(3), config)["grad_norm"])
+    assert norms[0] == norms[1] > 1e-3
+    assert math.isfinite(norms[0])
+
+
+def test_gradient_checkpointing_changes_nothing(
+    model: Path, tmp_path: Path, samples_of: SamplesOf
+) -> None:
+    results = []
+    for checkpointing in (False, True):
+        config = TrainerConfig(gradient_checkpointing=checkpointing)
+        with started(model, tmp_path, config) as rank:
+            results.append(step(rank, samples_of(4), config))
+    assert close(*results)

@@ -1,0 +1,212 @@
+"""The trainer as the controller sees it; ranks are real processes wherever it enters one."""
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoModelForCausalLM
+
+from flash.errors import TrainerFailure
+from flash.trainer import Trainer, TrainerConfig
+from flash.trainer.checkpoint import checkpoint_version, write_state
+from flash.types import Batch, Sample
+
+SamplesOf = Callable[..., list[Sample]]
+SaveModel = Callable[..., Path]
+Reference = Callable[[Any, list[int]], list[float]]
+
+CONFIG = TrainerConfig(learning_rate=1e-3, warmup_steps=0, threads=1)
+PROBE = list(range(20))
+
+
+def batch_of(samples: list[Sample], version: int = 0) -> Batch:
+    return Batch(samples=samples, version=version)
+
+
+def not_started(tmp_path: Path) -> Trainer:
+    return Trainer(model="none", config=CONFIG, run_dir=tmp_path)
+
+
+# ── what is refused before any rank hears of it ──────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"logprobs": np.full(4, np.nan, np.float32)}, "episode 17.*not finite"),
+        ({"advantage": float("inf")}, "episode 17.*not finite"),
+        ({"logprobs": np.zeros(3, np.float32)}, r"episode 17.*\[4, 4, 3, 4\]"),
+        ({"loss_mask": np.array([0, 1, -1, 1], np.float32)}, "episode 17.*mask"),
+        ({"loss_mask": np.array([0, 1, np.nan, 1], np.float32)}, "episode 17.*mask"),
+    ],
+)
+async def test_a_sample_that_cannot_be_trained_on_is_named(
+    change: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    good = Sample(
+        token_ids=np.arange(4),
+        loss_mask=np.array([0, 1, 1, 1], np.float32),
+        logprobs=np.zeros(4, np.float32),
+        versions=np.zeros(4, np.int64),
+        episode=17,
+    )
+    with pytest.raises(ValueError, match=said):
+        await not_started(tmp_path).step(batch_of([good, replace(good, **change)]))
+
+
+async def test_a_batch_without_a_token_to_train_on_is_refused(
+    tmp_path: Path, samples_of: SamplesOf
+) -> None:
+    first_only = [
+        replace(s, loss_mask=np.eye(1, s.num_tokens, dtype=np.float32)[0]) for s in samples_of(3)
+    ]
+    for samples in (first_only, []):
+        with pytest.raises(ValueError, match="no token to train on"):
+            await not_started(tmp_path).step(batch_of(samples))
+
+
+async def test_a_batch_for_another_version_is_refused(
+    tmp_path: Path, samples_of: SamplesOf
+) -> None:
+    with pytest.raises(ValueError, match="version 4.*is at 0"):
+        await not_started(tmp_path).step(batch_of(samples_of(1), version=4))
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    directory = tmp_path / "checkpoint"
+    (directory / "model").mkdir(parents=True)
+    (directory / "model" / "model.safetensors").write_bytes(b"w" * 100)
+    (directory / "optimizer.pt").write_bytes(b"o" * 100)
+    write_state(directory, 12)
+    return directory
+
+
+def test_a_whole_checkpoint_tells_its_version(checkpoint: Path) -> None:
+    assert checkpoint_version(checkpoint) == 12
+
+
+@pytest.mark.parametrize("name", ["trainer.json", "optimizer.pt", "model/model.safetensors"])
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_damaged_checkpoint_is_named_with_the_remedy(
+    name: str, damage: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    path = checkpoint / name
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(ValueError, match=f"{checkpoint}.*{name}.*resume from another folder"):
+        Trainer(model="none", config=CONFIG, run_dir=tmp_path, resume_from=checkpoint)
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "trainer.json").write_text(json.dumps({"something": "else"}))
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match="is no checkpoint"):
+            checkpoint_version(folder)
+
+
+# ── processes ────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.slow
+async def test_two_ranks_compute_what_one_does_and_one_goes_on_where_two_stopped(
+    tmp_path: Path, save_model: SaveModel, samples_of: SamplesOf, reference_logprobs: Reference
+) -> None:
+    model = save_model(tmp_path / "model")
+    # The second batch leaves a rank without a sample; the small budget leaves it with fewer passes.
+    batches = [batch_of(samples_of(7), 0), batch_of(samples_of(1, version=1), 1)]
+    third = batch_of(samples_of(5, seed=3, version=2), 2)
+    two_ranks = CONFIG.model_copy(update={"ranks": 2, "tokens_per_micro_batch": 50})
+    saved = tmp_path / "checkpoint"
+    async with (
+        Trainer(model=model, config=CONFIG, run_dir=tmp_path / "1") as one,
+        Trainer(model=model, config=two_ranks, run_dir=tmp_path / "2") as two,
+    ):
+        for batch in batches:
+            await same_step(one, two, batch)
+        await two.save_checkpoint(saved)
+
+        exports = [await two.export_weights() for _ in range(3)]
+        assert [weights.path.is_dir() for weights in exports] == [False, True, True]
+        assert exports[-1].version == two.version == 2
+        reloaded: Any = AutoModelForCausalLM.from_pretrained(exports[-1].path)
+        assert exports[-1].score is not None
+        scored = await exports[-1].score(PROBE)
+        assert reference_logprobs(reloaded, PROBE) == pytest.approx(scored, abs=1e-5)
+
+        # One trainer would have stopped here, and the other never did.
+        async with Trainer(
+            model="none", config=CONFIG, run_dir=tmp_path / "3", resume_from=saved
+        ) as resumed:
+            assert resumed.version == 2
+            await same_step(one, resumed, third)
+    assert not any(weights.path.exists() for weights in exports)
+
+
+async def same_step(a: Trainer, b: Trainer, batch: Batch) -> None:
+    metrics_a, metrics_b = await asyncio.gather(a.step(batch), b.step(batch))
+    del metrics_a["time/train_s"], metrics_b["time/train_s"]
+    assert metrics_a == pytest.approx(metrics_b, abs=1e-6)
+    assert metrics_a["tokens/trained"] == sum((s.loss_mask > 0).sum() for s in batch.samples)
+    scores_a, scores_b = await asyncio.gather(a.score(PROBE), b.score(PROBE))
+    assert scores_a == pytest.approx(scores_b, abs=2e-5)
+
+
+@pytest.mark.slow
+async def test_a_killed_rank_ends_the_step_at_once_with_its_name_and_takes_the_other_along(
+    tmp_path: Path, save_model: SaveModel, samples_of: SamplesOf
+) -> None:
+    model = save_model(tmp_path / "model")
+    config = CONFIG.model_copy(update={"ranks": 2, "tokens_per_micro_batch": 30})
+    async with Trainer(model=model, config=config, run_dir=tmp_path) as trainer:
+        first, second = trainer._children
+        with second.log_path.open("a") as log:
+            log.write("the last words of rank 1\n")
+        # Stopped, it holds up its sibling in a collective: they are in mid-step.
+        os.kill(second.pid, signal.SIGSTOP)
+        step = asyncio.create_task(trainer.step(batch_of(samples_of(40))))
+        await asyncio.sleep(0)
+        os.kill(second.pid, signal.SIGKILL)
+        with pytest.raises(TrainerFailure, match=r"rank 1 .*exit code -9") as failure:
+            async with asyncio.timeout(10):
+                await step
+        assert "the last words of rank 1" in str(failure.value)
+        async with asyncio.timeout(10):
+            await first.wait_dead()
+        with pytest.raises(TrainerFailure):
+            await trainer.score(PROBE)
+        assert trainer.version == 0
+
+
+@pytest.mark.slow
+async def test_a_model_that_cannot_be_loaded_is_a_failure_with_its_traceback(
+    tmp_path: Path,
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    trainer = Trainer(model=empty, config=CONFIG, run_dir=tmp_path)
+    with pytest.raises(TrainerFailure, match=rf"(?s)trainer rank 0 raised.*Traceback.*{empty}"):
+        await trainer.__aenter__()
+    assert not trainer._work_dir.exists()
+    assert not any(child.alive for child in trainer._children)
+
+
+@pytest.mark.slow
+async def test_a_step_that_takes_too_long_is_a_failure_that_names_the_setting(
+    tmp_path: Path, save_model: SaveModel, samples_of: SamplesOf
+) -> None:
+    model = save_model(tmp_path / "model")
+    config = CONFIG.model_copy(update={"step_timeout_s": 0.2})
+    async with Trainer(model=model, config=config, run_dir=tmp_path) as trainer:
+        os.kill(trainer._children[0].pid, signal.SIGSTOP)
+        with pytest.raises(TrainerFailure, match=r"took longer than 0\.2 s.*step_timeout_s"):
+            await trainer.step(batch_of(samples_of(2)))
