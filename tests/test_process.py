@@ -1,0 +1,128 @@
+"""Child processes that answer calls: what they answer, how they die, what they leave."""
+
+import asyncio
+import os
+import select
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from flash.errors import ProcessFailure
+from flash.process import Child
+
+HANDLER = """
+import os, sys, time
+from flash.process import serve
+
+class Handler:
+    def add(self, a, b):
+        return a + b
+
+    def fail(self):
+        raise KeyError("a bug in the child")
+
+    def sleep(self, seconds):
+        time.sleep(seconds)
+
+    def exit(self):
+        print("last words", flush=True)
+        os._exit(7)
+
+    def pid(self):
+        return os.getpid()
+
+if __name__ == "__main__":
+    serve(Handler())
+"""
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    (tmp_path / "handler_of_test.py").write_text(HANDLER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    async def start_child():
+        log = tmp_path / "logs" / "child.log"
+        return await Child.start("handler_of_test", name="the child", log_path=log)
+
+    return start_child
+
+
+async def test_calls_are_answered_each_with_its_own_result(start):
+    child = await start()
+    answers = await asyncio.gather(*(child.call("add", n, 1) for n in range(50)))
+    assert answers == list(range(1, 51))
+    await child.stop()
+    assert not child.alive
+
+
+async def test_an_error_in_the_child_comes_with_its_traceback_and_the_child_lives_on(start):
+    child = await start()
+    with pytest.raises(ProcessFailure, match="the child raised:(?s:.)*a bug in the child"):
+        await child.call("fail")
+    assert await child.call("add", 1, 1) == 2
+    await child.stop()
+
+
+async def test_a_child_that_dies_fails_every_call_with_its_last_words(start):
+    child = await start()
+    dying = asyncio.ensure_future(child.call("exit"))
+    waiting = asyncio.ensure_future(child.call("add", 1, 1))
+    for call in (dying, waiting):
+        with pytest.raises(ProcessFailure, match="exit code 7(?s:.)*last words"):
+            await call
+    with pytest.raises(ProcessFailure, match="exit code 7"):
+        await child.call("add", 1, 1)
+    assert "exit code 7" in str(await child.wait_dead())
+
+
+async def test_a_late_answer_is_a_timeout_and_disturbs_no_later_call(start):
+    child = await start()
+    with pytest.raises(TimeoutError):
+        await child.call("sleep", 0.5, timeout_s=0.05)
+    assert await child.call("add", 2, 2) == 4
+    await child.stop()
+
+
+async def test_stop_kills_a_child_that_does_not_end(start):
+    child = await start()
+    pid = await child.call("pid")
+    busy = asyncio.ensure_future(child.call("sleep", 3600))
+    await asyncio.sleep(0)
+    await child.stop(grace_s=0.1)
+    with pytest.raises(ProcessFailure):
+        await busy
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_a_child_dies_with_its_parent(tmp_path):
+    (tmp_path / "handler_of_test.py").write_text(HANDLER)
+    parent = f"""
+import asyncio
+from pathlib import Path
+from flash.process import Child
+
+async def main():
+    child = await Child.start("handler_of_test", name="c", log_path=Path({str(tmp_path)!r}) / "l")
+    print(await child.call("pid"), flush=True)
+    await child.call("sleep", 3600)
+
+asyncio.run(main())
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", parent],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert process.stdout is not None
+    child = int(process.stdout.readline())
+    watch = os.pidfd_open(child)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    # The file descriptor of a process becomes readable when it ends.
+    assert select.select([watch], [], [], 30)[0], "the child outlived its parent"
+    os.close(watch)

@@ -1,0 +1,119 @@
+"""The worker's routes, spoken to over HTTP."""
+
+import asyncio
+
+import pytest
+from aiohttp.test_utils import TestClient, TestServer
+
+from flash.small_policy import create
+from flash.worker.engine import EmbeddedEngine
+from flash.worker.server import make_app
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    words = [f"w{n}" for n in range(50)]
+    return create(folder, words, layers=1, hidden_size=32, heads=2, max_tokens=4096)
+
+
+@pytest.fixture
+async def client(model):
+    engine = EmbeddedEngine(
+        str(model), device="cpu", dtype="float32", cache_tokens=4096, max_running=8
+    )
+    server = TestServer(make_app(engine, api_key="secret"))
+    headers = {"Authorization": "Bearer secret"}
+    async with TestClient(server, headers=headers) as client:
+        client.engine = engine
+        yield client
+    engine.close()
+
+
+def body(**changes):
+    sampling = {"max_tokens": 4, "temperature": 1.0, "logprobs": 0, **changes.pop("sampling", {})}
+    return {"request_id": "r", "token_ids": [5, 6, 7], "sampling_params": sampling, **changes}
+
+
+async def generate(client, **changes):
+    response = await client.post("/inference/v1/generate", json=body(**changes))
+    return response.status, await response.json()
+
+
+async def test_generate_answers_tokens_logprobs_and_version_spans(client):
+    status, answer = await generate(client)
+    (choice,) = answer["choices"]
+    assert status == 200
+    assert len(choice["token_ids"]) == len(choice["logprobs"]["content"]) == 4
+    assert all(entry["logprob"] < 0 for entry in choice["logprobs"]["content"])
+    assert choice["weight_versions"] == [{"version": "0", "start": 0, "end": 4}]
+    assert choice["finish_reason"] == "length"
+
+
+async def test_weights_are_replaced_while_paused_and_the_version_is_told(client, model):
+    assert (await client.post("/pause?mode=keep")).status == 200
+    load = {"method": "reload_weights", "kwargs": {"weights_path": str(model)}}
+    assert (await client.post("/collective_rpc", json=load)).status == 200
+    assert (await client.post("/update_weight_version", json={"new_version": "3"})).status == 200
+    assert (await client.post("/resume")).status == 200
+    assert await (await client.get("/weight_info")).json() == {"weight_version": "3"}
+    _, answer = await generate(client)
+    assert answer["choices"][0]["weight_versions"] == [{"version": "3", "start": 0, "end": 4}]
+
+
+async def test_abort_requests_answers_the_request_with_what_it_has(client):
+    call = asyncio.ensure_future(generate(client, sampling={"max_tokens": 3000}))
+    while not client.engine.running:
+        await asyncio.sleep(0)
+    ids = {"request_ids": ["generate-tokens-r", "generate-tokens-unknown"]}
+    assert (await client.post("/inference/v1/abort_requests", json=ids)).status == 200
+    _, answer = await call
+    assert answer["choices"][0]["finish_reason"] == "abort"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"token_ids": "5 6"}, "token_ids must be a list of integers"),
+        ({"token_ids": [5, 6.0]}, "token_ids must be a list of integers"),
+        ({"token_ids": []}, "token_ids is empty"),
+        ({"sampling": {"max_tokens": "4"}}, "max_tokens must be of type int"),
+        ({"sampling": {"max_tokens": 99_999}}, "more than the cache's 4096"),
+        ({"sampling": {"top_p": 0.9}}, "['top_p'], which this worker can't do"),
+        ({"sampling_params": None}, "sampling_params must be of type dict"),
+    ],
+)
+async def test_a_bad_request_is_told_which_field(client, changes, message):
+    status, answer = await generate(client, **changes)
+    assert status == 400
+    assert message in answer["error"]["message"]
+
+
+async def test_what_is_not_json_or_not_known_is_refused(client, tmp_path):
+    response = await client.post("/inference/v1/generate", data=b"{")
+    assert response.status == 400
+    assert "not JSON" in (await response.json())["error"]["message"]
+    assert (await client.post("/pause?mode=stop")).status == 400
+    assert (await client.post("/collective_rpc", json={"method": "exec"})).status == 400
+    load = {"method": "reload_weights", "kwargs": {"weights_path": str(tmp_path)}}
+    assert (await client.post("/collective_rpc", json=load)).status == 400
+    assert (await client.post("/update_weight_version", json={})).status == 400
+
+
+async def test_all_but_health_asks_for_the_key(client):
+    wrong = {"Authorization": "Bearer guess"}
+    for route in ("/weight_info", "/metrics"):
+        assert (await client.get(route, headers=wrong)).status in (401, 404)
+    response = await client.post("/inference/v1/generate", json=body(), headers=wrong)
+    assert response.status == 401
+    assert (await client.get("/health", headers=wrong)).status == 200
+
+
+async def test_an_engine_that_has_ended_is_unhealthy_and_says_so(client):
+    client.engine.close()
+    assert (await client.get("/health")).status == 503
+    status, answer = await generate(client)
+    assert status == 500
+    assert "the engine has ended" in answer["error"]["message"]
