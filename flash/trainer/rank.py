@@ -28,6 +28,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as untyped_logging
 
 from flash.process import serve
 from flash.trainer.checkpoint import MODEL_FOLDER, OPTIMIZER_FILE, write_state
@@ -312,4 +313,6 @@ def _tokenizer(source: str) -> Any:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    transformers_logging: Any = untyped_logging
+    transformers_logging.disable_progress_bar()  # a log is no terminal
     serve(Rank())
