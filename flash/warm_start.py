@@ -125,11 +125,11 @@ async def _teach(
 def _batches(
     samples: Sequence[Sample], batch_tokens: int, rng: random.Random
 ) -> Iterator[list[Sample]]:
-    """Endless passes over the samples, shuffled anew each time, about `batch_tokens` at a time."""
+    """Endless passes over the samples, each in a new order, cut every `batch_tokens` or so."""
+    batch: list[Sample] = []
     while True:
         order = list(samples)
         rng.shuffle(order)
-        batch: list[Sample] = []
         for sample in order:
             batch.append(sample)
             if sum(s.num_tokens for s in batch) >= batch_tokens:

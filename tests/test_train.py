@@ -1,0 +1,148 @@
+"""Whole runs, small: every preset, a stop and a resume, the README's snippet; all parts real."""
+
+import asyncio
+import itertools
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from flash import config as configuration
+from flash.cli import run as flash
+from flash.evaluate import evaluate
+from flash.hub import EmbeddedPool
+from flash.small_policy import create
+from flash.telemetry import METRICS, read_lines
+from flash.train import train
+from flash.trainer import Trainer, TrainerConfig
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+TINY = {
+    "steps": 3,
+    "batch_size": 16,
+    "group_size": 4,
+    "eval_every": 2,
+    "eval.tasks": 8,
+    "policy.layers": 1,
+    "policy.hidden_size": 32,
+    "policy.heads": 2,
+    "warm_start.steps": 3,
+    "warm_start.demonstrations": 12,
+}
+
+
+def tiny(preset: str, runs: Path, **changes):
+    return configuration.load(preset, {**TINY, "runs_dir": str(runs), **changes})
+
+
+async def run(config, stop=None):
+    return await train(config, stop=stop or asyncio.Event())
+
+
+@pytest.mark.parametrize("preset", sorted(configuration.presets()))
+async def test_a_tiny_run_of_each_preset_leaves_a_whole_and_true_folder(preset, tmp_path):
+    summary = await run(tiny(preset, tmp_path))
+    folder = Path(summary["folder"])
+    start, *steps = read_lines(folder / "metrics.jsonl")
+    assert start["step"] == 0
+    assert "eval/success_rate" in start
+    assert [line["step"] for line in steps] == [1, 2, 3] == [s["policy_version"] for s in steps]
+    for line in steps:
+        assert METRICS.keys() <= line.keys()
+        assert line["staleness/max"] <= 1, "invariant 1"
+        assert line["logprob_gap/max"] < 1e-3, "invariant 7"
+        counts = {name: line[f"episodes/{name}"] for name in (
+            "admitted", "running", "ready", "trained", "dropped", "failed", "cancelled"
+        )}  # fmt: skip
+        assert counts.pop("admitted") == sum(counts.values()), "invariant 2"
+    episodes = read_lines(folder / "episodes.jsonl")
+    assert Counter(e["outcome"] for e in episodes)["trained"] == 48
+    assert all(
+        e["trained_at_version"] - e["version_min"] <= 1
+        for e in episodes
+        if e["outcome"] == "trained"
+    )
+    assert (folder / "report.png").stat().st_size > 10_000
+    assert (folder / "checkpoints" / "step_000003" / "model" / "model.safetensors").exists()
+    assert list(folder.glob("events.out.tfevents.*"))
+    assert configuration.load(str(folder / "config.yaml")).batch_size == 16
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 3
+
+
+async def test_a_run_that_is_stopped_saves_and_goes_on_where_it_stopped(tmp_path):
+    stop = asyncio.Event()
+    asyncio.get_running_loop().call_later(0, stop.set)
+    options = {"name": "r", "alpha": 1, "steps": 2}
+    first = await run(tiny("frozen_lake", tmp_path, **options), stop)
+    assert first["stopped"]
+    assert first["steps"] == 0
+    second = await run(tiny("frozen_lake", tmp_path, **options, **{"checkpoint.resume": True}))
+    assert (second["folder"], second["steps"]) == (first["folder"], 2)
+    options["steps"] = 4
+    third = await run(tiny("frozen_lake", tmp_path, **options, **{"checkpoint.resume": True}))
+    lines = read_lines(Path(third["folder"]) / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+    assert [line["time_s"] for line in lines] == sorted(line["time_s"] for line in lines)
+    assert all(line.get("staleness/max", 0) <= 1 for line in lines), "also after a resume"
+    episodes = read_lines(Path(third["folder"]) / "episodes.jsonl")
+    trained = Counter(e["seed"] for e in episodes if e["outcome"] == "trained")
+    assert set(trained.values()) == {4}, "no task is trained twice"
+    assert sorted(trained) == list(range(min(trained), max(trained) + 1)), "and none is skipped"
+    evaluation = await evaluate(Path(third["folder"]), {"eval.tasks": 4})
+    assert evaluation.episodes == 4
+
+
+async def test_a_synchronous_run_trains_no_token_of_another_version(tmp_path):
+    summary = await run(tiny("frozen_lake", tmp_path, alpha=0, **{"engine.workers": 2}))
+    steps = read_lines(Path(summary["folder"]) / "metrics.jsonl")[1:]
+    assert [line["staleness/max"] for line in steps] == [0, 0, 0]
+
+
+async def test_environments_in_host_processes_and_two_trainer_ranks(tmp_path):
+    options = {"env.hosts": 2, "trainer.ranks": 2, "steps": 2}
+    summary = await run(tiny("frozen_lake", tmp_path, **options))
+    steps = read_lines(Path(summary["folder"]) / "metrics.jsonl")[1:]
+    assert all(0 <= line["idle/env_hosts"] <= 1 for line in steps)
+    assert all(line["logprob_gap/max"] < 1e-3 for line in steps)
+
+
+def test_the_readmes_snippet_runs_against_a_worker(tmp_path):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert len(snippet.splitlines()) < 20
+    names: dict[str, object] = {}
+    exec(compile(snippet, "README.md", "exec"), names)
+
+    async def main():
+        words = names["FrozenLakeTextEnv"]().vocabulary()
+        model = create(tmp_path / "model", words, layers=1, hidden_size=32)
+        pool = EmbeddedPool(
+            str(model), size=1, max_running=16, cache_tokens=8192, threads=1, dtype="float32",
+            version=0, seed=0, log_dir=tmp_path, start_timeout_s=120,
+        )  # fmt: skip
+        (worker,) = await pool.start(lambda worker, why: None)
+        config = TrainerConfig(threads=1)
+        async with Trainer(model=model, config=config, run_dir=tmp_path) as trainer:
+            versions = []
+
+            async def train_on(batch):
+                versions.append(batch.version)
+                await trainer.step(batch)
+                return (await trainer.export_weights()).path
+
+            key = worker._headers["Authorization"].removeprefix("Bearer ")
+            await names["main"](worker.name, str(model), train_on, steps=3, api_key=key)
+        await worker.close()
+        await pool.stop()
+        assert versions == [0, 1, 2]
+
+    asyncio.run(main())
+
+
+def test_a_mistake_on_the_command_line_starts_nothing(tmp_path, capsys):
+    assert flash(["train", "frozen_lake", "--runs_dir", str(tmp_path), "--alpha", "-1"]) == 2
+    assert "alpha=-1" in capsys.readouterr().err
+    assert not list(itertools.chain(tmp_path.iterdir()))
