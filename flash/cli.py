@@ -156,7 +156,8 @@ def _overrides(rest: Sequence[str]) -> dict[str, Any]:
         try:
             settings[name.replace("-", "_")] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise ValueError(f"--{name} {value!r} is no YAML value: {error}") from error
+            problem = getattr(error, "problem", None) or error
+            raise ValueError(f"--{name} {value!r} is no YAML value: {problem}") from error
     return settings
 
 

@@ -1,7 +1,9 @@
 """The configuration of a run: small frozen models, validated once, before any process starts."""
 
 import difflib
+import inspect
 import math
+import re
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
@@ -9,11 +11,11 @@ from typing import Any, Literal, Self
 
 import yaml
 from pydantic import (
-    AliasChoices,
     BaseModel,
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -23,11 +25,24 @@ from flash.trainer.config import TrainerConfig
 
 SMALL = "small"
 
+# What a section's bare value stands for: `env: frozen_lake`, `engine: embedded`.
+_BARE = {"env": "name", "engine": "kind"}
+# Other systems' names of our fields.
+_ALIASES = {"async_generation_ratio": "alpha"}
+
 
 class Section(BaseModel):
     """What all sections share: nothing unknown, nothing changed later."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        wanted = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and wanted in (int, float):
+            raise ValueError("must be a number")
+        return value
 
 
 class EnvConfig(Section):
@@ -63,7 +78,9 @@ class EngineConfig(Section):
         "auto", description="auto: urls if any are given, else embedded workers"
     )
     workers: int = Field(1, ge=1, description="embedded workers to start")
-    urls: tuple[str, ...] = Field((), description="workers that run already, vLLM or embedded")
+    urls: tuple[str, ...] = Field(
+        (), description="workers that run already, vLLM or embedded; with commas between"
+    )
     api_key: str = Field("", description="bearer token of the workers at `urls`")
     max_running: int = Field(64, ge=1, description="requests at one worker at a time")
     cache_tokens: int = Field(65_536, ge=64, description="room for keys and values in a worker")
@@ -77,6 +94,36 @@ class EngineConfig(Section):
     gap_limit: float = Field(
         1e-3, gt=0, description="largest difference of logprobs, worker against trainer"
     )
+
+    @field_validator("kind", mode="before")
+    @classmethod
+    def _starts_no_vllm(cls, value: Any) -> Any:
+        if value == "vllm":
+            raise ValueError(
+                "vLLM servers are not started from here: start them, then give "
+                "engine.urls=http://host:8000,…"
+            )
+        return value
+
+    @field_validator("urls", mode="before")
+    @classmethod
+    def _one_url_or_many(cls, value: Any) -> Any:
+        given = value.split(",") if isinstance(value, str) else value
+        for url in given if isinstance(given, list | tuple) else [given]:
+            if not str(url).startswith(("http://", "https://")):
+                raise ValueError(f"{url} is no URL: write http://host:8000, with commas between")
+        return given
+
+    @model_validator(mode="after")
+    def _starts_workers_or_finds_them(self) -> Self:
+        if self.kind == "urls" and not self.urls:
+            raise ValueError("engine.kind=urls needs engine.urls, for example http://host:8000")
+        if self.kind == "embedded" and self.urls:
+            raise ValueError(
+                "engine.kind=embedded starts workers, engine.urls names some that run already: "
+                "leave one of them out"
+            )
+        return self
 
 
 class RolloutConfig(Section):
@@ -96,10 +143,21 @@ class RolloutConfig(Section):
 class PolicyConfig(Section):
     """The policy that `model=small` makes from the environment's vocabulary."""
 
-    layers: int = Field(3, ge=1)
-    hidden_size: int = Field(128, ge=8)
-    heads: int = Field(4, ge=1)
-    max_tokens: int = Field(2048, ge=16, description="positions")
+    layers: int = Field(3, ge=1, description="transformer layers")
+    hidden_size: int = Field(128, ge=2, description="width; a multiple of 2 × heads")
+    heads: int = Field(4, ge=1, description="attention heads")
+    max_tokens: int = Field(4096, ge=16, description="longest sequence it can read")
+
+    @model_validator(mode="after")
+    def _heads_are_even(self) -> Self:
+        step = 2 * self.heads
+        if self.hidden_size % step:
+            below = self.hidden_size - self.hidden_size % step
+            raise ValueError(
+                f"policy.hidden_size={self.hidden_size} is no multiple of 2 × policy.heads = "
+                f"{step}: use {below or step} or {below + step}"
+            )
+        return self
 
 
 class WarmStartConfig(Section):
@@ -108,7 +166,7 @@ class WarmStartConfig(Section):
     steps: int = Field(0, ge=0, description="optimizer steps; 0: no warm start")
     demonstrations: int = Field(1000, ge=1, description="expert episodes")
     batch_tokens: int = Field(4096, ge=1, description="tokens in a step")
-    learning_rate: float = Field(2e-3, gt=0)
+    learning_rate: float = Field(2e-3, gt=0, description="of AdamW, after the warm-up")
     observation_weight: float = Field(
         0.5, ge=0, description="of an observation's tokens in the loss"
     )
@@ -118,7 +176,7 @@ class EvalConfig(Section):
     """Evaluation on held-out tasks."""
 
     tasks: int = Field(64, ge=1, description="episodes of an evaluation")
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, gt=0, description="of sampling")
 
 
 class CheckpointConfig(Section):
@@ -131,21 +189,19 @@ class CheckpointConfig(Section):
 class Config(Section):
     """A run."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
-
-    name: str = Field("run", description="the run's folder under runs/", pattern=r"^[\w.-]+$")
+    name: str = Field("run", description="the run's folder under runs/")
     env: EnvConfig = Field(description="environment")
     model: str = Field(SMALL, description=f"{SMALL}, a directory, or a hub name like org/model")
     engine: EngineConfig = EngineConfig()
     alpha: float = Field(
         1.0,
-        validation_alias=AliasChoices("alpha", "async_generation_ratio"),
-        description="asynchronous ratio: how many versions old a token may be; 0: synchronous",
+        description="asynchronous ratio: how many versions old a token may be; 0: synchronous "
+        "(also async_generation_ratio)",
     )
     batch_size: int = Field(64, ge=1, description="samples in a step")
-    group_size: int = Field(8, ge=2, description="episodes of one task, compared with each other")
+    group_size: int = Field(8, description="episodes of one task, compared with each other")
     steps: int = Field(100, ge=1, description="policy versions to train")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="of tasks, sampling and the small policy")
     eval_every: int = Field(10, ge=0, description="steps between evaluations; 0: only at the ends")
     runs_dir: Path = Field(Path("runs"), description="where the runs' folders are")
     agent: AgentConfig = AgentConfig()
@@ -156,15 +212,27 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_name_for_each(cls, given: Any) -> Any:
+        return _without_aliases(given) if isinstance(given, Mapping) else given
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_one_folder(cls, value: str) -> str:
+        if not re.fullmatch(r"\w[\w.-]*", value):
+            raise ValueError("must be a folder's name: letters, digits, '.', '_' and '-'")
+        return value
+
     @field_validator("env", mode="before")
     @classmethod
     def _env_by_name(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
+        return {_BARE["env"]: value} if isinstance(value, str) else value
 
     @field_validator("engine", mode="before")
     @classmethod
     def _engine_by_kind(cls, value: Any) -> Any:
-        return {"kind": value} if isinstance(value, str) else value
+        return {_BARE["engine"]: value} if isinstance(value, str) else value
 
     @field_validator("alpha")
     @classmethod
@@ -173,12 +241,28 @@ class Config(Section):
             raise ValueError("must be a number of at least 0; 0 is synchronous training")
         return value
 
+    @field_validator("group_size")
+    @classmethod
+    def _group_compares(cls, value: int) -> int:
+        if value < 2:
+            raise ValueError(
+                "an episode's advantage is its reward against its group's: use 2 or more"
+            )
+        return value
+
     @field_validator("model")
     @classmethod
     def _model_is_there(cls, value: str) -> str:
-        looks_like_path = value.startswith((".", "/", "~")) or value.count("/") > 1
-        if value != SMALL and looks_like_path and not Path(value).expanduser().is_dir():
+        path = Path(value).expanduser()
+        if value == SMALL or _is_hub_name(value):
+            return value
+        if not path.is_dir():
             raise ValueError("there is no such directory; a hub name has the form org/model")
+        if not (path / "config.json").is_file():
+            raise ValueError(
+                "the directory holds no config.json, so no model; that of a checkpoint is in its "
+                "model/ folder"
+            )
         return value
 
     @model_validator(mode="after")
@@ -194,16 +278,66 @@ class Config(Section):
                 f"trainer.mini_batches={self.trainer.mini_batches} exceeds batch_size="
                 f"{self.batch_size}: use fewer"
             )
-        if self.engine.kind == "urls" and not self.engine.urls:
-            raise ValueError("engine.kind=urls needs engine.urls, for example '[http://host:8000]'")
         if self.engine.cache_tokens < self.agent.max_sequence_tokens:
             raise ValueError(
                 f"engine.cache_tokens={self.engine.cache_tokens} can't hold one episode of "
                 f"agent.max_sequence_tokens={self.agent.max_sequence_tokens}: raise the former"
             )
-        registry.environment(self.env.name)
+        if self.model == SMALL and self.policy.max_tokens < self.agent.max_sequence_tokens:
+            raise ValueError(
+                f"policy.max_tokens={self.policy.max_tokens} can't read one episode of "
+                f"agent.max_sequence_tokens={self.agent.max_sequence_tokens}: raise the former"
+            )
+        if self.agent.max_tokens >= self.agent.max_sequence_tokens:
+            raise ValueError(
+                f"agent.max_tokens={self.agent.max_tokens} leaves no room for a prompt in "
+                f"agent.max_sequence_tokens={self.agent.max_sequence_tokens}: raise the latter"
+            )
+        make = registry.environment(self.env.name)
+        _check_arguments(make, self.env.options, "env.options")
+        _check_arguments(make, self.env.options | self.env.eval_options, "env.eval_options")
         registry.style(self.agent.style)
         return self
+
+
+def _is_hub_name(model: str) -> bool:
+    """Whether it can't be meant as a path: `name` or `org/name`, and no directory of that name."""
+    parts = model.split("/")
+    return (
+        len(parts) <= 2
+        and all(re.fullmatch(r"\w[\w.-]*", part) for part in parts)
+        and not Path(parts[0]).is_dir()
+    )
+
+
+def _check_arguments(make: Any, options: Mapping[str, Any], field: str) -> None:
+    parameters = inspect.signature(make).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return
+    for name in options:
+        if name not in parameters:
+            near = difflib.get_close_matches(name, parameters, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}? " if near else ""
+            takes = ", ".join(parameters) or "no arguments"
+            raise ValueError(f"{field}.{name} is unknown: {hint}The environment takes {takes}")
+
+
+def try_environment(env: EnvConfig) -> None:
+    """Makes the environment once for training and once for evaluation, to see that it can be.
+
+    Takes seconds where it imports much. ValueError says what its constructor objects to.
+    """
+    make = registry.environment(env.name)
+    for field, options in (
+        ("env.options", env.options),
+        ("env.eval_options", env.options | env.eval_options),
+    ):
+        try:
+            make(**options).close()
+        except ImportError as error:
+            raise registry.missing_package("env.name", env.name, error) from error
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{field}: {error}") from error
 
 
 # ── loading ──────────────────────────────────────────────────────────────────────────────────
@@ -215,30 +349,38 @@ def presets() -> dict[str, Path]:
     return {Path(str(f)).stem: Path(str(f)) for f in folder.iterdir() if str(f).endswith(".yaml")}
 
 
-def load(source: str, overrides: Mapping[str, Any] | None = None) -> Config:
+def load(source: str | None, overrides: Mapping[str, Any] | None = None) -> Config:
     """The configuration of a preset or a YAML file, with `overrides` by dotted name.
 
+    With no source there are only the overrides and the defaults.
     Raises ValueError with a line for each mistake: the field, the value and the remedy.
     """
-    settings = _read(source)
-    for name, value in (overrides or {}).items():
+    settings = _without_aliases(_read(source)) if source is not None else {}
+    for name, value in _without_aliases(overrides or {}).items():
         _set(settings, name.split("."), value)
     return parse(settings)
 
 
 def parse(settings: Mapping[str, Any]) -> Config:
     """The validated configuration of nested plain values; errors as for `load`."""
-    given = [settings.get("alpha"), settings.get("async_generation_ratio")]
-    if None not in given and given[0] != given[1]:
-        raise ValueError(
-            f"alpha={given[0]} and async_generation_ratio={given[1]} are two names of one field: "
-            f"give one"
-        )
     try:
         return Config.model_validate(settings)
     except ValidationError as errors:
         lines = [_line(error) for error in errors.errors()]
         raise ValueError("\n".join(lines)) from None
+
+
+def _without_aliases(given: Mapping[str, Any]) -> dict[str, Any]:
+    settings = dict(given)
+    for alias, name in _ALIASES.items():
+        if alias in settings:
+            value = settings.pop(alias)
+            if settings.setdefault(name, value) != value:
+                raise ValueError(
+                    f"{name}={settings[name]} and {alias}={value} are two names of one field: "
+                    f"give one"
+                )
+    return settings
 
 
 def fields(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -272,14 +414,13 @@ def _set(settings: dict[str, Any], path: list[str], value: Any) -> None:
     *sections, last = path
     if path == ["engine"] and isinstance(value, str):
         sections, last = ["engine"], "kind"
-    if path == ["async_generation_ratio"]:
-        settings.pop("alpha", None)
-    if path == ["alpha"]:
-        settings.pop("async_generation_ratio", None)
-    for section in sections:
+    for depth, section in enumerate(sections):
         inner = settings.get(section)
-        if isinstance(inner, str):  # `env: name`, `engine: kind`
-            inner = {"name" if section == "env" else "kind": inner}
+        if isinstance(inner, str) and section in _BARE:
+            inner = {_BARE[section]: inner}
+        if not isinstance(inner, dict | None):
+            name = ".".join(sections[: depth + 1])
+            raise ValueError(f"{name}.{last} is no field: {name} is a value, not a section")
         settings[section] = inner = dict(inner or {})
         settings = inner
     settings[last] = value
@@ -288,16 +429,28 @@ def _set(settings: dict[str, Any], path: list[str], value: Any) -> None:
 def _line(error: Any) -> str:
     """One mistake in one line."""
     name = ".".join(str(part) for part in error["loc"])
-    message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
-        names = [known for known, _ in fields()]
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-        if not near:  # perhaps the right key in the wrong section
-            near = [known for known in names if known.rsplit(".")[-1] == name.rsplit(".")[-1]][:1]
-        hint = f"did you mean {near[0]}?" if near else "see flash train --help"
-        return f"{name} is no field: {hint}"
+        return f"{name} is no field: {_nearest(name)}"
     if error["type"] == "missing":
-        return f"{name} is missing: give it a value"
-    if not name:
-        return str(message)
-    return f"{name}={error['input']!r}: {message}"
+        about = next((info.description for known, info in fields() if known == name), None)
+        return f"{name} is missing: give it a value" + (f" ({about})" if about else "")
+    message = str(error["msg"]).removeprefix("Value error, ").replace("Input should", "must")
+    # An error of a whole section names its fields itself.
+    whole = not name or (isinstance(error["input"], dict) and error["type"] == "value_error")
+    return message if whole else f"{name}={error['input']!r}: {message}"
+
+
+def _nearest(name: str) -> str:
+    """What an unknown key may have meant."""
+    known = [field for field, _ in fields()] + list(_ALIASES)
+    section, _, key = name.rpartition(".")
+    siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
+    keys = difflib.get_close_matches(key, siblings, n=1, cutoff=0.6)
+    near = [siblings[k] for k in keys]
+    near = near or [k for k in known if k.rpartition(".")[2] == key]
+    near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    if near:
+        return f"did you mean {near[0]}?"
+    if section and siblings:
+        return f"{section} has {', '.join(siblings)}"
+    return "see flash train --help"

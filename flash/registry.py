@@ -41,7 +41,12 @@ def _find(group: str, name: str, field: str) -> Any:
     try:
         return found[name].load()
     except ImportError as error:
-        raise ValueError(
-            f"{field}={name!r} needs a package that is not installed ({error}): install the "
-            f"extra of that name, for example pip install 'flash-rl[alfworld,reasoning]'"
-        ) from error
+        raise missing_package(field, name, error) from error
+
+
+def missing_package(field: str, name: str, error: ImportError) -> ValueError:
+    """The error of a part whose own dependencies are not installed."""
+    return ValueError(
+        f"{field}={name!r} needs a package that is not installed ({error}): run make setup, or "
+        f"pip install 'flash-rl[alfworld,reasoning]'"
+    )

@@ -79,7 +79,7 @@ async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any]:
                 if trainer.version == 0:
                     await hub.probe(await trainer.export_weights())
                     progress.evaluated(await rollouts.evaluate(exam, agent=examinee))
-                while trainer.version < config.steps:
+                while trainer.version < config.steps and not stop.is_set():
                     batch = await _unless(stop, rollouts.next_batch())
                     if batch is None:
                         break

@@ -1,0 +1,70 @@
+"""The command: exit codes, messages and help; nothing starts for a mistake."""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from flash import cli, config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "alfred"], "neither a preset"),
+        (["train", "frozen_lake", "steps", "4"], "'steps' is no option"),
+        (["train", "frozen_lake", "--steps"], "--steps has no value"),
+        (["train", "frozen_lake", "--alpha", "-2"], "alpha=-2: must be"),
+        (["train", "frozen_lake", "--env.options", "{"], "is no YAML value"),
+        (["eval", "nowhere"], "holds no checkpoint"),
+    ],
+)
+def test_a_mistake_ends_in_one_line_and_exit_code_2(arguments, message, capsys):
+    assert cli.run(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_port_in_use_is_found_before_a_model_is_loaded(capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert cli.run(["worker", "--model", "nothing", "--port", str(port)]) == 2
+    assert f"--port {port} is in use" in capsys.readouterr().err
+
+
+def test_the_help_names_every_field_and_preset(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(["train", "--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    for name, _ in config.fields():
+        assert name in text
+    assert "presets: alfworld, frozen_lake, reasoning_gym" in text
+
+
+def test_values_are_yaml_with_or_without_an_equals_sign():
+    given = ["--a.b", "1", "--c-d=true", "--e", "[1, x]", "--f", "1e-3"]
+    assert cli._overrides(given) == {"a.b": 1, "c_d": True, "e": [1, "x"], "f": "1e-3"}
+
+
+@pytest.mark.parametrize("statement", ["import flash", "import flash.cli", "import flash.agents"])
+def test_light_imports_load_no_heavy_package(statement):
+    code = f"{statement}; import sys; print([m for m in ('torch', 'transformers', 'vllm', 'ray') if m in sys.modules])"  # noqa: E501
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+async def test_the_first_signal_asks_and_the_second_is_the_usual_one(capsys):
+    usual = signal.getsignal(signal.SIGTERM)
+    stop = cli._stop_on_signals()
+    os.kill(os.getpid(), signal.SIGTERM)
+    await asyncio.wait_for(stop.wait(), 10)
+    assert signal.getsignal(signal.SIGTERM) in (usual, signal.SIG_DFL)
+    assert "once more to stop at once" in capsys.readouterr().err
