@@ -133,9 +133,7 @@ def test_the_readmes_snippet_runs_against_a_worker(tmp_path):
                 await trainer.step(batch)
                 return (await trainer.export_weights()).path
 
-            key = worker._headers["Authorization"].removeprefix("Bearer ")
-            await names["main"](worker.name, str(model), train_on, steps=3, api_key=key)
-        await worker.close()
+            await names["main"]([worker], str(model), train_on, steps=3)
         await pool.stop()
         assert versions == [0, 1, 2]
 
