@@ -3,11 +3,14 @@
 import argparse
 import asyncio
 import logging
+import os
 import signal
 import sys
+import textwrap
+import types
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
@@ -24,66 +27,89 @@ Train a policy by asynchronous reinforcement learning.
 
   flash train alfworld                         the preset as it is
   flash train frozen_lake --steps 4 --alpha 1 --name try
+  flash train frozen_lake --steps 60 --name try --resume
   flash train alfworld --model Qwen/Qwen2.5-0.5B-Instruct --agent.style chat
   flash train my_run.yaml --env.options.max_turns 12
+  flash train --env my_package.my_env:MyEnv --env.eval_options '{}'
+
+Results are in runs/<name>/. Ctrl-C ends the run after its step, with a checkpoint.
 """
 _EVAL = """\
 Measure a run, or one checkpoint of it, on held-out tasks.
 
   flash eval runs/alfworld
   flash eval runs/alfworld/checkpoints/step_000010 --eval.tasks 256
+
+The run's own configuration says how; fields given here change it.
 """
 _WORKER = "Serve one embedded inference worker."
+
+_WIDTH = 100
+_INDENT = 38
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Exit code 2 for what the user got wrong, 1 for a run that could not go on."""
+    # A user's own environment lies where the command is run, as with python -m.
+    sys.path.append(os.getcwd())
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
 def run(arguments: Sequence[str]) -> int:
     """The exit code of the command."""
-    options, rest = _parser().parse_known_args(arguments)
+    command, rest = _command(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        command: Callable[[argparse.Namespace, Sequence[str]], None] = options.command
-        command(options, rest)
+        command(rest)
     except ValueError as error:
-        print(f"flash: {error}", file=sys.stderr)
+        _complain(str(error), error)
         return 2
     except FlashError as error:
-        print(f"flash: {type(error).__name__}: {error}", file=sys.stderr)
+        _complain(f"{type(error).__name__}: {error}", error)
         return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _complain(message: str, error: Exception) -> None:
+    for line in (*message.splitlines(), *getattr(error, "__notes__", ())):
+        print(f"flash: {line}", file=sys.stderr)
+
+
+def _command(arguments: Sequence[str]) -> tuple[Callable[[Sequence[str]], None], Sequence[str]]:
     parser = argparse.ArgumentParser(prog="flash", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for name, text, command, argument in (
-        ("train", _TRAIN, _train, "PRESET|FILE.yaml"),
-        ("eval", _EVAL, _eval, "RUN|CHECKPOINT"),
+    for name, text, command, words in (
+        ("train", _TRAIN, _train, "[PRESET|FILE.yaml] [--field.sub value …]"),
+        ("eval", _EVAL, _eval, "RUN|CHECKPOINT [--field.sub value …]"),
     ):
         sub = commands.add_parser(
             name,
             help=text.splitlines()[0],
+            usage=f"flash {name} {words}",
             description=text,
             epilog=_config_help(),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        sub.add_argument("source", metavar=argument, help="what to run")
         sub.set_defaults(command=command)
     worker = commands.add_parser("worker", help=_WORKER, add_help=False, allow_abbrev=False)
     worker.set_defaults(command=_worker)
-    return parser
+    # argparse finds the command and shows help; fields are the configuration's to understand.
+    first, rest = list(arguments[:1]), arguments[1:]
+    if first and first[0] != "worker" and {"-h", "--help"} & set(rest):
+        first.append("--help")
+    return parser.parse_args(first).command, rest
 
 
 # ── the commands ─────────────────────────────────────────────────────────────────────────────
 
 
-def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
-    config = configuration.load(options.source, _overrides(rest))
+def _train(arguments: Sequence[str]) -> None:
+    sources, overrides = _words(arguments)
+    config = configuration.load(_only(sources, "a preset or a YAML file"), overrides)
+    configuration.try_environment(config.env)
     from flash.train import train  # noqa: PLC0415  (help and mistakes must not wait for it)
 
     async def until_stopped() -> dict[str, Any]:
@@ -100,23 +126,27 @@ def _train(options: argparse.Namespace, rest: Sequence[str]) -> None:
         )
 
 
-def _eval(options: argparse.Namespace, rest: Sequence[str]) -> None:
+def _eval(arguments: Sequence[str]) -> None:
+    sources, overrides = _words(arguments)
+    source = _only(sources, "a run's folder or a checkpoint")
+    if source is None:
+        raise ValueError("flash eval what? Give a run's folder or a checkpoint: runs/NAME")
     from flash.evaluate import evaluate  # noqa: PLC0415  (help and mistakes must not wait for it)
 
-    evaluation = _run(evaluate(Path(options.source), _overrides(rest)))
+    evaluation = _run(evaluate(Path(source), overrides))
     for name, value in evaluation.metrics().items():
         print(f"{name:20} {value:.4g}")
 
 
-def _worker(options: argparse.Namespace, rest: Sequence[str]) -> None:
-    config = parse_worker(rest, prog="flash worker")
+def _worker(arguments: Sequence[str]) -> None:
+    config = parse_worker(arguments, prog="flash worker")
     from flash.worker.server import main as serve  # noqa: PLC0415  (imports torch)
 
     serve(config)
 
 
 def _run(main: Coroutine[Any, Any, _T]) -> _T:
-    import uvloop  # noqa: PLC0415  (where it does not build, asyncio's own loop would do)
+    import uvloop  # noqa: PLC0415  (only a run needs it)
 
     return uvloop.run(main)
 
@@ -137,44 +167,98 @@ def _stop_on_signals() -> asyncio.Event:
     return stop
 
 
-# ── options ──────────────────────────────────────────────────────────────────────────────────
+# ── words of the command line ────────────────────────────────────────────────────────────────
 
 
-def _overrides(rest: Sequence[str]) -> dict[str, Any]:
-    """`--field.sub value` and `--field.sub=value` pairs; values are YAML."""
-    settings: dict[str, Any] = {}
-    words = list(rest)
+def _words(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """The plain words, and the fields: `--field.sub value`, `--field.sub=value`, `--switch`.
+
+    Values are YAML, except where the field is a text.
+    """
+    kinds = {name: info.annotation for name, info in configuration.fields()}
+    plain: list[str] = []
+    fields: dict[str, Any] = {}
+    words = list(arguments)
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
-            raise ValueError(f"{word!r} is no option: write --field value")
+            plain.append(word)
+            continue
         name, given, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        name = "checkpoint.resume" if name == "resume" else name
         if not given:
-            if not words:
+            if kinds.get(name) is bool and (not words or words[0].lower() not in _SWITCH):
+                value = "true"
+            elif not words or words[0].startswith("--"):
                 raise ValueError(f"--{name} has no value: write --{name} VALUE")
-            value = words.pop(0)
-        try:
-            settings[name.replace("-", "_")] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            problem = getattr(error, "problem", None) or error
-            raise ValueError(f"--{name} {value!r} is no YAML value: {problem}") from error
-    return settings
+            else:
+                value = words.pop(0)
+        fields[name] = value if kinds.get(name) is str else _yaml(name, value)
+    return plain, fields
+
+
+_SWITCH = ("true", "false", "yes", "no", "on", "off")
+
+
+def _yaml(name: str, value: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        why = getattr(error, "problem", None) or str(error)
+        raise ValueError(f"--{name} {value!r} is no YAML value: {why}") from error
+
+
+def _only(words: Sequence[str], what: str) -> str | None:
+    if len(words) > 1:
+        raise ValueError(
+            f"{words[1]!r} is one word too many: give {what}, then --field value pairs"
+        )
+    return words[0] if words else None
+
+
+# ── help ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def _config_help() -> str:
-    lines = ["fields (a YAML file nests them, the command line dots them):"]
+    """Every field with its type, what it is for, and its default; from the models."""
+    lines = ["fields (nested in a YAML file, dotted here; defaults in brackets):"]
     for name, info in configuration.fields():
-        is_section = isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
-        if is_section:
-            lines += ["", f"  {name}: {(info.annotation.__doc__ or '').splitlines()[0]}"]
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            lines += ["", f"  {name}: {(kind.__doc__ or '').splitlines()[0]}"]
             continue
-        lines.append(f"  --{name:<34} {info.description or ''}{_default(info)}")
+        head = f"  --{name} {_kind(kind)}"
+        about = f"{info.description or ''}{_default(info.default)}"
+        wrapped = textwrap.wrap(about, _WIDTH - _INDENT, break_on_hyphens=False)
+        if len(head) >= _INDENT:
+            lines.append(head)
+        else:
+            first = wrapped.pop(0) if wrapped else ""
+            lines.append(f"{head:{_INDENT}}{first}")
+        lines += [" " * _INDENT + line for line in wrapped]
     lines += ["", "presets: " + ", ".join(sorted(configuration.presets()))]
     return "\n".join(lines)
 
 
-def _default(info: Any) -> str:
-    default = info.default
-    if default is PydanticUndefined or isinstance(default, BaseModel):
+def _kind(kind: Any) -> str:
+    """A field's type as it is written on a command line."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return "|".join(str(choice) for choice in inner)
+    if origin is types.UnionType:
+        return "|".join(_kind(one) for one in inner)
+    if origin is tuple:
+        return f"[{_kind(inner[0])}, …]"
+    if origin is dict:
+        return "{key: value}"
+    names: dict[Any, str] = {str: "text", bool: "true|false", type(None): "null", Path: "path"}
+    return names.get(kind) or str(kind.__name__)
+
+
+def _default(default: Any) -> str:
+    if default is PydanticUndefined or default in ("", None, (), {}):
         return ""
-    return f" [{default}]" if default not in ("", None, (), {}) else ""
+    if isinstance(default, tuple):
+        default = list(default)
+    return f" [{str(default).lower() if isinstance(default, bool) else default}]"

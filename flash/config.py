@@ -190,7 +190,7 @@ class Config(Section):
     """A run."""
 
     name: str = Field("run", description="the run's folder under runs/")
-    env: EnvConfig = Field(description="environment")
+    env: EnvConfig = Field(description="an environment, for example frozen_lake")
     model: str = Field(SMALL, description=f"{SMALL}, a directory, or a hub name like org/model")
     engine: EngineConfig = EngineConfig()
     alpha: float = Field(
@@ -316,10 +316,12 @@ def _check_arguments(make: Any, options: Mapping[str, Any], field: str) -> None:
         return
     for name in options:
         if name not in parameters:
-            near = difflib.get_close_matches(name, parameters, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}? " if near else ""
-            takes = ", ".join(parameters) or "no arguments"
-            raise ValueError(f"{field}.{name} is unknown: {hint}The environment takes {takes}")
+            near = difflib.get_close_matches(name, parameters, n=1, cutoff=0.6)
+            takes = f"it takes {', '.join(parameters) or 'none'}"
+            hint = f"did you mean {near[0]}?" if near else takes
+            if field == "env.eval_options" and not near:
+                hint += "; with --env.eval_options '{}' evaluation is on what it trains on"
+            raise ValueError(f"{field}.{name} is no argument of the environment: {hint}")
 
 
 def try_environment(env: EnvConfig) -> None:
@@ -396,13 +398,15 @@ def _read(source: str) -> dict[str, Any]:
     known = presets()
     path = known.get(source, Path(source))
     if not path.is_file():
+        near = difflib.get_close_matches(source, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(
-            f"{source!r} is neither a preset ({', '.join(sorted(known))}) nor a YAML file"
+            f"{source!r} is neither a preset ({', '.join(sorted(known))}) nor a YAML file{hint}"
         )
     try:
         settings = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold a mapping of fields to values")
     # A run is named after what it ran, unless it says otherwise.
@@ -434,6 +438,8 @@ def _line(error: Any) -> str:
     if error["type"] == "missing":
         about = next((info.description for known, info in fields() if known == name), None)
         return f"{name} is missing: give it a value" + (f" ({about})" if about else "")
+    if error["type"] == "model_type":
+        return f"{name}={error['input']!r}: must be a section; write --{name}.field value"
     message = str(error["msg"]).removeprefix("Value error, ").replace("Input should", "must")
     # An error of a whole section names its fields itself.
     whole = not name or (isinstance(error["input"], dict) and error["type"] == "value_error")
@@ -448,7 +454,6 @@ def _nearest(name: str) -> str:
     keys = difflib.get_close_matches(key, siblings, n=1, cutoff=0.6)
     near = [siblings[k] for k in keys]
     near = near or [k for k in known if k.rpartition(".")[2] == key]
-    near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.7)
     if near:
         return f"did you mean {near[0]}?"
     if section and siblings:

@@ -10,17 +10,25 @@ import sys
 import pytest
 
 from flash import cli, config
+from flash.errors import InferenceFailure
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["train", "alfred"], "neither a preset"),
-        (["train", "frozen_lake", "steps", "4"], "'steps' is no option"),
-        (["train", "frozen_lake", "--steps"], "--steps has no value"),
+        (["train", "frozen_lke"], "did you mean frozen_lake?"),
+        (["train", "frozen_lake", "steps", "4"], "'steps' is one word too many"),
+        (["train", "frozen_lake", "--steps"], "--steps has no value: write --steps VALUE"),
+        (["train", "frozen_lake", "--steps", "--alpha", "1"], "--steps has no value"),
+        (["train", "--steps", "3"], "env is missing"),
         (["train", "frozen_lake", "--alpha", "-2"], "alpha=-2: must be"),
         (["train", "frozen_lake", "--env.options", "{"], "is no YAML value"),
+        (["train", "frozen_lake", "--alpha", "1", "--async_generation_ratio", "2"], "two names"),
+        (["train", "frozen_lake", "--env.options.size", "33"], "size=33 must be 2 to 9"),
+        (["train", "frozen_lake", "--name", "nothing", "--resume"], "holds no checkpoint"),
         (["eval", "nowhere"], "holds no checkpoint"),
+        (["eval"], "Give a run's folder or a checkpoint"),
     ],
 )
 def test_a_mistake_ends_in_one_line_and_exit_code_2(arguments, message, capsys):
@@ -51,7 +59,36 @@ def test_the_help_names_every_field_and_preset(capsys):
 
 def test_values_are_yaml_with_or_without_an_equals_sign():
     given = ["--a.b", "1", "--c-d=true", "--e", "[1, x]", "--f", "1e-3"]
-    assert cli._overrides(given) == {"a.b": 1, "c_d": True, "e": [1, "x"], "f": "1e-3"}
+    assert cli._words(given) == ([], {"a.b": 1, "c_d": True, "e": [1, "x"], "f": "1e-3"})
+
+
+def test_a_text_stays_as_it_was_typed():
+    given = ["--name", "007", "--model=1e3", "--agent.style", "on"]
+    assert cli._words(given)[1] == {"name": "007", "model": "1e3", "agent.style": "on"}
+
+
+def test_a_switch_needs_no_value_and_resume_is_one():
+    assert cli._words(["--resume", "alfworld"]) == (["alfworld"], {"checkpoint.resume": True})
+    assert cli._words(["--checkpoint.resume", "false"]) == ([], {"checkpoint.resume": False})
+    assert cli._words(["--resume", "--steps", "3"])[1] == {"checkpoint.resume": True, "steps": 3}
+
+
+def test_the_source_may_stand_anywhere():
+    assert cli._words(["--steps", "4", "alfworld"]) == (["alfworld"], {"steps": 4})
+
+
+def test_a_failure_of_the_run_ends_with_exit_code_1_its_cause_and_its_log(monkeypatch, capsys):
+    def fail(_):
+        error = InferenceFailure("no worker is left")
+        error.add_note("log: runs/x/logs/controller.log")
+        raise error
+
+    monkeypatch.setattr(cli, "_eval", fail)
+    assert cli.run(["eval", "runs/x"]) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "flash: InferenceFailure: no worker is left",
+        "flash: log: runs/x/logs/controller.log",
+    ]
 
 
 @pytest.mark.parametrize("statement", ["import flash", "import flash.cli", "import flash.agents"])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from flash.config import fields, load, parse, presets
+from flash.config import fields, load, parse, presets, try_environment
 
 
 @pytest.mark.parametrize("preset", ["alfworld", "frozen_lake", "reasoning_gym"])
@@ -50,6 +50,27 @@ def test_async_generation_ratio_is_another_name_for_alpha():
         ({"engine": "urls"}, "engine.kind=urls needs engine.urls"),
         ({"engine": "warp"}, "engine.kind='warp': must be 'auto'"),
         ({"engine": {"cache_tokens": 100}}, "engine.cache_tokens=100 can't hold one episode"),
+        ({"engine": "vllm"}, "vLLM servers are not started from here: start them, then give"),
+        ({"engine": {"urls": ["host:8000"]}}, "host:8000 is no URL: write http://host:8000"),
+        ({"engine": {"kind": "embedded", "urls": ["http://a"]}}, "leave one of them out"),
+        ({"model": "flash/nowhere/model"}, "there is no such directory"),
+        ({"name": "../x"}, "name='../x': must be a folder's name"),
+        ({"name": ".."}, "must be a folder's name"),
+        ({"steps": True}, "steps=True: must be a number"),
+        ({"env": [1]}, "env=[1]: must be a section"),
+        ({"traner": {"ranks": 1}}, "traner is no field"),
+        ({"trainer": {"lr": 1}}, "trainer.lr is no field: trainer has ranks, objective, learning"),
+        ({"policy": {"heads": 3}}, "policy.hidden_size=128 is no multiple of 2 × policy.heads = 6"),
+        ({"policy": {"max_tokens": 99}}, "policy.max_tokens=99 can't read one episode"),
+        ({"agent": {"max_tokens": 9999}}, "leaves no room for a prompt"),
+        (
+            {"env": {"name": "frozen_lake", "options": {"sise": 3}}},
+            "env.options.sise is no argument of the environment: did you mean size?",
+        ),
+        (
+            {"env": {"name": "frozen_lake", "eval_options": {"which": 3}}},
+            "env.eval_options.which is no argument of the environment: it takes size, ice",
+        ),
         ({"trainer": {"mini_batches": 99}}, "trainer.mini_batches=99 exceeds batch_size=64"),
     ],
 )
@@ -81,3 +102,46 @@ def test_every_field_says_what_it_is():
     for name, info in fields():
         is_section = hasattr(info.annotation, "model_fields")
         assert info.description or is_section, name
+
+
+def test_a_field_can_not_be_used_as_a_section():
+    with pytest.raises(ValueError, match="steps.x is no field: steps is a value, not a section"):
+        load("frozen_lake", {"steps.x": 3})
+
+
+def test_one_name_of_alpha_on_the_command_line_overrides_the_other_in_a_file(tmp_path):
+    file = tmp_path / "roll.yaml"
+    file.write_text("env: frozen_lake\nasync_generation_ratio: 2\n")
+    assert load(str(file)).alpha == 2
+    assert load(str(file), {"alpha": 3}).alpha == 3
+    assert load("frozen_lake", {"alpha": 2, "async_generation_ratio": 2}).alpha == 2
+    with pytest.raises(ValueError, match="two names of one field"):
+        load("frozen_lake", {"alpha": 1, "async_generation_ratio": 2})
+
+
+def test_a_model_is_a_path_or_a_hub_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load("frozen_lake", {"model": "gpt2"}).model == "gpt2"
+    assert load("frozen_lake", {"model": "org/model-1.5B"}).model == "org/model-1.5B"
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    # `models/` is here, so models/other is meant as a path, though a hub name looks the same.
+    with pytest.raises(ValueError, match="there is no such directory"):
+        load("frozen_lake", {"model": "models/other"})
+    with pytest.raises(ValueError, match="holds no config.json"):
+        load("frozen_lake", {"model": "models/mine"})
+    (tmp_path / "models" / "mine" / "config.json").write_text("{}")
+    assert load("frozen_lake", {"model": "models/mine"}).model == "models/mine"
+
+
+def test_urls_are_a_list_or_a_text_with_commas():
+    urls = ("http://a:1", "https://b:2")
+    assert load("frozen_lake", {"engine.urls": "http://a:1,https://b:2"}).engine.urls == urls
+    assert load("frozen_lake", {"engine.urls": list(urls)}).engine.urls == urls
+
+
+def test_what_the_environments_constructor_objects_to_names_the_field():
+    try_environment(load("frozen_lake").env)
+    with pytest.raises(ValueError, match=r"env\.options: size=33 must be 2 to 9"):
+        try_environment(load("frozen_lake", {"env.options.size": 33}).env)
+    with pytest.raises(ValueError, match=r"env\.eval_options: split='no' must be"):
+        try_environment(load("frozen_lake", {"env.eval_options.split": "no"}).env)
