@@ -78,6 +78,8 @@ async def serve(config: WorkerConfig, *, on_ready: Callable[[str], None]) -> Non
         make_app(engine, api_key=config.api_key), handler_cancellation=True, access_log=None
     )
     try:
+        # The engine allocates when it first runs: better to fail now than to be ready and die.
+        await engine.generate(EngineRequest(request_id="first", token_ids=[0], max_tokens=1))
         await runner.setup()
         site = web.TCPSite(runner, config.host, config.port, shutdown_timeout=1.0)
         await site.start()
