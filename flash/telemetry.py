@@ -5,25 +5,37 @@ runs/<name>/
 ├── metrics.jsonl     a line a step; names and units in METRICS
 ├── episodes.jsonl    a line an ended episode: EpisodeRecord
 ├── events.out.…      the same metrics for TensorBoard
-├── checkpoints/      step_<version>/
-├── logs/             of the processes
+├── checkpoints/      step_<version>/; whole once tasks.json is in it
+├── logs/             of the processes; controller.log holds what ended the run, if anything did
 ├── report.png        pictures of the run
 └── summary.json      how it ended
 """
 
+import asyncio
 import contextlib
 import json
+import logging
 import math
+import os
 import re
-from collections.abc import Mapping
+import time
+import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import TracebackType
 from typing import IO, Any
 
 import yaml
 
 from flash.config import Config
 from flash.rollout import EpisodeRecord
+from flash.trainer.checkpoint import STATE_FILE
+
+logger = logging.getLogger(__name__)
+
+# Saved last of a checkpoint's files.
+TASKS_FILE = "tasks.json"
 
 METRICS = {
     "step": "batches trained, including this one",
@@ -64,6 +76,22 @@ METRICS = {
     "publish/count": "since the start",
     "publish/paused_s": "seconds that workers were paused, summed over workers, since the start",
 }
+"""In every line but that of step 0; the names are fixed."""
+
+MORE_METRICS = {
+    "eval/success_rate": "on the held-out tasks, 0 to 1",
+    "eval/reward_mean": "of the held-out episodes",
+    "eval/turns_mean": "of the held-out episodes",
+    "eval/episodes": "that came to their ends",
+    "eval/failed": "tasks given up after their last attempt",
+    "eval/time_s": "the evaluation took",
+    "turns/mean": "of the trained episodes",
+    "ratio/mean": "policy / proximal policy, mean over trained tokens",
+    "weight/mean": "proximal / behaviour policy after the cap, mean over trained tokens",
+    "weight/capped_fraction": "share of tokens whose weight was capped",
+    "learning_rate": "of the last optimizer step",
+}
+"""In lines with an evaluation, and what the objective in use adds."""
 
 
 class RunFolder:
@@ -71,7 +99,7 @@ class RunFolder:
 
     A run never writes into another's folder: if there is a run of that name, this one is
     `<name>-2` and so on. With `checkpoint.resume` it goes on in its own; ValueError if there is
-    nothing to resume.
+    nothing to resume. A run that ends before its first line gives its name back.
     """
 
     def __init__(self, config: Config) -> None:
@@ -88,22 +116,46 @@ class RunFolder:
         while self.resume_from is None and (self.path / "metrics.jsonl").exists():
             self.path = config.runs_dir / f"{config.name}-{number}"
             number += 1
-        self.config = config
+        if self.path.name != config.name:
+            logger.warning(
+                "there is a run %s already: this one goes to %s (--resume goes on with a run)",
+                config.runs_dir / config.name,
+                self.path,
+            )
+        # So that the file alone is enough to go on: `flash train runs/x-2/config.yaml --resume`.
+        self.config = config.model_copy(update={"name": self.path.name})
         self._files = contextlib.ExitStack()
 
     def __enter__(self) -> "RunFolder":
-        self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "config.yaml").write_text(
-            yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
-        )
-        self._metrics = self._open("metrics.jsonl")
-        self._episodes = self._open("episodes.jsonl")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / "config.yaml").write_text(
+                yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
+            )
+            self._metrics = self._open("metrics.jsonl")
+            self._episodes = self._open("episodes.jsonl")
+        except OSError as error:
+            raise ValueError(
+                f"runs_dir={str(self.config.runs_dir)!r}: {error}: give a folder to write to"
+            ) from error
         self._board = _Board(self.path)
         self._files.callback(self._board.close)
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
+    def __exit__(
+        self, kind: object, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._files.close()
+        if error is not None and not isinstance(error, asyncio.CancelledError | KeyboardInterrupt):
+            self.logs.mkdir(exist_ok=True)
+            path = self.logs / "controller.log"
+            with path.open("a") as log:
+                log.writelines(traceback.format_exception(error))
+            error.add_note(f"more in {path}")
+        files = [self.path / name for name in ("metrics.jsonl", "episodes.jsonl")]
+        if not any(path.stat().st_size for path in files):
+            for path in files:
+                path.unlink()
 
     @property
     def logs(self) -> Path:
@@ -114,11 +166,16 @@ class RunFolder:
         return self.path / "checkpoints" / f"step_{version:06d}"
 
     def forget_after(self, step: int) -> None:
-        """On a resume: drop the lines of steps after the checkpoint; they are done again."""
-        lines = [line for line in self.metrics() if line["step"] <= step]
-        self._metrics.truncate(0)
-        for line in lines:
-            _write(self._metrics, line)
+        """On a resume: drop what came after the checkpoint of that step; it is done again.
+
+        Of the episodes, that is all from the first one that a later step trained.
+        """
+        _cut(self.path / "metrics.jsonl", lambda line: line["step"] > step)
+        _cut(
+            self.path / "episodes.jsonl",
+            lambda line: line["outcome"] == "trained" and line["trained_at_version"] >= step,
+        )
+        self._board.forget_after(step)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines so far."""
@@ -137,7 +194,10 @@ class RunFolder:
         (self.path / "summary.json").write_text(json.dumps(_plain(summary), indent=2) + "\n")
 
     def _open(self, name: str) -> IO[str]:
-        return self._files.enter_context((self.path / name).open("a"))
+        path = self.path / name
+        if path.exists():
+            _cut(path, lambda _: False)
+        return self._files.enter_context(path.open("a"))
 
 
 class _Board:
@@ -145,11 +205,11 @@ class _Board:
 
     def __init__(self, path: Path) -> None:
         # Slow to import, and only a run needs it.
-        from tensorboard.compat.proto.event_pb2 import Event  # noqa: PLC0415
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # noqa: PLC0415
         from tensorboard.compat.proto.summary_pb2 import Summary  # noqa: PLC0415
         from tensorboard.summary.writer.event_file_writer import EventFileWriter  # noqa: PLC0415
 
-        self._event, self._summary = Event, Summary
+        self._event, self._summary, self._session = Event, Summary, SessionLog
         self._writer = EventFileWriter(str(path))
 
     def add(self, metrics: Mapping[str, Any]) -> None:
@@ -161,10 +221,15 @@ class _Board:
         self._writer.add_event(
             self._event(
                 step=int(metrics["step"]),
-                wall_time=float(metrics["time_s"]),
+                wall_time=time.time(),  # a date, for TensorBoard's own axes
                 summary=self._summary(value=values),
             )
         )
+
+    def forget_after(self, step: int) -> None:
+        """TensorBoard drops the events of later steps in earlier files."""
+        start = self._session(status=self._session.START)
+        self._writer.add_event(self._event(step=step + 1, wall_time=time.time(), session_log=start))
 
     def close(self) -> None:
         self._writer.close()
@@ -172,9 +237,13 @@ class _Board:
 
 def newest_checkpoint(run: Path) -> Path | None:
     """The newest whole checkpoint of a run's folder, if there is one."""
-    found = sorted((run / "checkpoints").glob("step_*"))
-    whole = [folder for folder in found if re.fullmatch(r"step_\d+", folder.name)]
-    return whole[-1] if whole else None
+    whole = [
+        folder
+        for folder in (run / "checkpoints").glob("step_*")
+        if re.fullmatch(r"step_\d+", folder.name)
+        and all((folder / name).exists() for name in (STATE_FILE, TASKS_FILE))
+    ]
+    return max(whole, key=lambda folder: int(folder.name.removeprefix("step_")), default=None)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -185,6 +254,20 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             with contextlib.suppress(json.JSONDecodeError):
                 lines.append(json.loads(line))
     return lines
+
+
+def _cut(path: Path, is_over: Callable[[dict[str, Any]], bool]) -> None:
+    """Shortens the file to the lines before the first that is over, or that a crash cut off.
+
+    One system call shortens it, so that no other crash can lose the lines before.
+    """
+    kept = 0
+    with path.open("rb") as file:
+        for line in file:
+            if not line.endswith(b"\n") or is_over(json.loads(line)):
+                break
+            kept += len(line)
+    os.truncate(path, kept)
 
 
 def _write(file: IO[str], line: Mapping[str, Any]) -> None:
