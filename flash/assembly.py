@@ -59,11 +59,11 @@ def open_hub(config: Config, *, model: str, version: int, log_dir: Path) -> Infe
     """The hub, over workers that run already or over embedded ones that it starts."""
     engine = config.engine
     workers: list[HttpWorker] | EmbeddedPool
-    if engine.urls:
+    if engine.urls and engine.kind != "embedded":
         logger.info("engine: %d workers that run already (engine.urls)", len(engine.urls))
         workers = [HttpWorker(url, api_key=engine.api_key) for url in engine.urls]
     else:
-        logger.info("engine: %d embedded (no engine.urls are given)", engine.workers)
+        logger.info("engine: %d embedded workers, started here", engine.workers)
         workers = EmbeddedPool(
             model,
             size=engine.workers,
