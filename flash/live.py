@@ -18,6 +18,7 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 _BAR_CELLS = 20
 _SPARK_CELLS = 48
 _PLAIN_PROGRESS_S = 10.0
+_MOST_EVALUATIONS = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +164,10 @@ def dashboard(snapshot: Snapshot) -> Panel:
     table.add_column(justify="right", style="bold")
     table.add_column()
     table.add_row("success rate", f"{_share(s.success_rate)}  {sparkline(s.success_rates)}")
-    table.add_row("held out", "  →  ".join(f"{rate:.1%}" for rate in s.eval_success_rates))
+    heldout = [f"{rate:.1%}" for rate in s.eval_success_rates]
+    if len(heldout) > _MOST_EVALUATIONS:
+        heldout = [heldout[0], "…", *heldout[2 - _MOST_EVALUATIONS :]]
+    table.add_row("held out", "  →  ".join(heldout))
     table.add_row("reward", _number(s.reward_mean))
     table.add_row(
         "episodes",

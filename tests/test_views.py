@@ -4,10 +4,11 @@ import json
 import logging
 
 import pytest
+from matplotlib.text import Text
 from rich.console import Console
 
 from flash.live import Snapshot, dashboard, open_view, sparkline
-from flash.report import write_report
+from flash.report import draw, write_report
 
 
 def snapshot(**changes) -> Snapshot:
@@ -53,6 +54,13 @@ def test_the_dashboard_shows_the_same_numbers():
                  "cancelled(stale) 20"):  # fmt: skip
         assert part in text
     assert "env hosts idle" not in text
+
+
+def test_many_evaluations_stay_on_one_line():
+    console = Console(record=True, width=100)
+    console.print(dashboard(snapshot(eval_success_rates=tuple(n / 100 for n in range(10, 30)))))
+    (line,) = [line for line in console.export_text().splitlines() if "held out" in line]
+    assert "10.0%  →  …  →  26.0%  →  27.0%  →  28.0%  →  29.0%" in line
 
 
 def test_a_terminal_gets_the_dashboard_and_its_logging_back():
@@ -105,3 +113,31 @@ def test_a_report_is_drawn_from_whatever_the_folder_holds(tmp_path, steps, whole
     path = write_report(tmp_path)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert path.stat().st_size > 20_000
+
+
+def texts(run):
+    """All that is written in the picture."""
+    figure = draw(run)
+    return [text.get_text() for text in figure.findobj(Text)]
+
+
+def test_a_report_says_in_its_title_what_came_out_and_counts_every_second(tmp_path):
+    lines = [line | {"eval/time_s": 6.0} for line in lines_of_a_run(10)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert any("not ended, 11 lines so far" in text for text in texts(tmp_path))
+    summary = SUMMARY | {"eval_success_rate_first": 0.2, "eval_success_rate_last": 0.5}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    shown = texts(tmp_path)
+    assert any("held-out success 20% → 50% (+30 points)" in text for text in shown)
+    assert "train: 30 s, 29%" in shown
+    assert "evaluate: 60 s, 59%" in shown
+    assert "wait for a batch: 10 s, 10%" in shown
+
+
+def test_a_reward_that_is_not_the_success_rate_has_its_own_curve(tmp_path):
+    lines = list(lines_of_a_run(10))
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert "success rate, which is the mean reward, by step" in texts(tmp_path)
+    lines = [line | {"reward/mean": -7.0} if "reward/mean" in line else line for line in lines]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert "success rate and mean reward by step" in texts(tmp_path)
