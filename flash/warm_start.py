@@ -18,6 +18,7 @@ from typing import Any, cast
 from flash import small_policy
 from flash.config import PolicyConfig, WarmStartConfig
 from flash.demonstrations import TeachingStyle, to_sample
+from flash.errors import TrainerFailure
 from flash.trainer.config import TrainerConfig
 from flash.trainer.trainer import Trainer
 from flash.types import Batch, PromptStyle, Sample, Task, Teachable
@@ -65,21 +66,31 @@ async def small_model(
         return kept
     working = kept.with_name(f"{kept.name}.{os.getpid()}")
     shutil.rmtree(working, ignore_errors=True)
-    model = working / "untaught"
-    await asyncio.to_thread(
-        small_policy.create, model, teacher.vocabulary(), seed=seed, **policy.model_dump()
-    )
-    if warm_start.steps:
-        config = TrainerConfig(
-            objective="supervised",
-            learning_rate=warm_start.learning_rate,
-            warmup_steps=max(1, warm_start.steps // 20),
-            decay_steps=warm_start.steps,
-            threads=threads,
+    try:
+        model = working / "untaught"
+        await asyncio.to_thread(
+            small_policy.create, model, teacher.vocabulary(), seed=seed, **policy.model_dump()
         )
-        model = await _teach(model, teacher, make_style, warm_start, config, seed, on_progress)
-    # Renamed only now, so that a run that is stopped leaves nothing half-taught behind.
-    model.rename(kept)
+        if warm_start.steps:
+            config = TrainerConfig(
+                objective="supervised",
+                learning_rate=warm_start.learning_rate,
+                warmup_steps=max(1, warm_start.steps // 20),
+                decay_steps=warm_start.steps,
+                threads=threads,
+            )
+            model = await _teach(model, teacher, make_style, warm_start, config, seed, on_progress)
+        # Renamed only now, so that a run that is stopped leaves nothing half-taught behind.
+        try:
+            model.rename(kept)
+        except OSError:
+            if not kept.exists():  # if it does, another run was there first, with the same
+                raise
+    except TrainerFailure:
+        raise  # the log that it names is in there
+    except BaseException:
+        shutil.rmtree(working, ignore_errors=True)
+        raise
     shutil.rmtree(working)
     return kept
 
