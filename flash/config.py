@@ -256,7 +256,7 @@ class Config(Section):
         path = Path(value).expanduser()
         if value == SMALL or _is_hub_name(value):
             return value
-        if not path.is_dir():
+        if not value or not path.is_dir():
             raise ValueError("there is no such directory; a hub name has the form org/model")
         if not (path / "config.json").is_file():
             raise ValueError(
@@ -296,7 +296,8 @@ class Config(Section):
         make = registry.environment(self.env.name)
         _check_arguments(make, self.env.options, "env.options")
         _check_arguments(make, self.env.options | self.env.eval_options, "env.eval_options")
-        registry.style(self.agent.style)
+        style = registry.style(self.agent.style)
+        _check_arguments(style, self.agent.style_options, "agent.style_options")
         return self
 
 
@@ -311,9 +312,13 @@ def _is_hub_name(model: str) -> bool:
 
 
 def _check_arguments(make: Any, options: Mapping[str, Any], field: str) -> None:
-    parameters = inspect.signature(make).parameters
+    parameters = dict(inspect.signature(make).parameters)
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return
+    what = "environment"
+    if field == "agent.style_options":
+        what = "style"
+        parameters.pop(next(iter(parameters), ""), None)  # the tokenizer, which is ours to give
     for name in options:
         if name not in parameters:
             near = difflib.get_close_matches(name, parameters, n=1, cutoff=0.6)
@@ -321,7 +326,7 @@ def _check_arguments(make: Any, options: Mapping[str, Any], field: str) -> None:
             hint = f"did you mean {near[0]}?" if near else takes
             if field == "env.eval_options" and not near:
                 hint += "; with --env.eval_options '{}' evaluation is on what it trains on"
-            raise ValueError(f"{field}.{name} is no argument of the environment: {hint}")
+            raise ValueError(f"{field}.{name} is no argument of the {what}: {hint}")
 
 
 def try_environment(env: EnvConfig) -> None:
@@ -404,11 +409,13 @@ def _read(source: str) -> dict[str, Any]:
             f"{source!r} is neither a preset ({', '.join(sorted(known))}) nor a YAML file{hint}"
         )
     try:
-        settings = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} can't be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"{path} must hold a mapping of fields to values")
+        raise ValueError(f"{path} must hold a mapping of fields to values, at least env: NAME")
     # A run is named after what it ran, unless it says otherwise.
     return {"name": path.stem, **settings}
 
@@ -430,6 +437,22 @@ def _set(settings: dict[str, Any], path: list[str], value: Any) -> None:
     settings[last] = value
 
 
+# What pydantic says in words of its own.
+_REMEDIES = {
+    "int_parsing": "must be a whole number",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "int_parsing_size": "must be a whole number of fewer digits",
+    "float_parsing": "must be a number",
+    "float_type": "must be a number",
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "string_type": "must be a text; write it in quotes",
+    "dict_type": "must be a mapping: {key: value}",
+    "path_type": "must be a path; write it in quotes",
+}
+
+
 def _line(error: Any) -> str:
     """One mistake in one line."""
     name = ".".join(str(part) for part in error["loc"])
@@ -440,7 +463,11 @@ def _line(error: Any) -> str:
         return f"{name} is missing: give it a value" + (f" ({about})" if about else "")
     if error["type"] == "model_type":
         return f"{name}={error['input']!r}: must be a section; write --{name}.field value"
-    message = str(error["msg"]).removeprefix("Value error, ").replace("Input should", "must")
+    if error["type"] == "invalid_key":  # its location and input say nothing of the key's place
+        return f"{name} is no field: fields are texts"
+    message = _REMEDIES.get(error["type"], str(error["msg"]))
+    message = message.removeprefix("Value error, ").replace("Input should", "must")
+    message = message.replace("be greater than or equal to", "be at least")
     # An error of a whole section names its fields itself.
     whole = not name or (isinstance(error["input"], dict) and error["type"] == "value_error")
     return message if whole else f"{name}={error['input']!r}: {message}"

@@ -30,7 +30,7 @@ def _find(group: str, name: str, field: str) -> Any:
         module, _, attribute = name.partition(":")
         try:
             return getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
+        except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(f"{field}={name!r} can't be imported: {error}") from error
     found = entry_points(group=group)
     if name not in found.names:

@@ -37,7 +37,30 @@ def test_async_generation_ratio_is_another_name_for_alpha():
         ({"batch_sise": 3}, "batch_sise is no field: did you mean batch_size?"),
         ({"trainer": {"lerning_rate": 1}}, "did you mean trainer.learning_rate?"),
         ({"clip_low": 0.1}, "clip_low is no field: did you mean trainer.clip_low?"),
-        ({"steps": "many"}, "steps='many': must be a valid integer"),
+        ({"steps": "many"}, "steps='many': must be a whole number"),
+        ({"steps": 1.5}, "steps=1.5: must be a whole number"),
+        ({"steps": 0}, "steps=0: must be at least 1"),
+        ({"alpha": "x"}, "alpha='x': must be a number"),
+        ({"name": 7}, "name=7: must be a text; write it in quotes"),
+        ({"checkpoint": {"resume": "x"}}, "checkpoint.resume='x': must be true or false"),
+        ({"env": {"name": "frozen_lake", "options": 3}}, "env.options=3: must be a mapping: {key:"),
+        ({"runs_dir": 3}, "runs_dir=3: must be a path"),
+        ({"rollout": {"on_stale": "x"}}, "rollout.on_stale='x': must be 'regenerate', 'wait' or"),
+        ({"agent": {1: 2}}, "agent.1 is no field"),
+        ({"agent": {"alpha": 2}}, "agent.alpha is no field: did you mean alpha?"),
+        ({"async_generation_ration": 1}, "did you mean async_generation_ratio?"),
+        ({"model": ""}, "model='': there is no such directory"),
+        ({"env": ":Env"}, "env.name=':Env' can't be imported"),
+        ({"env": {"options": {}}}, "env.name is missing: give it a value"),
+        ({"env": None}, "env=None: must be a section; write --env.field value"),
+        (
+            {"agent": {"style_options": {"repeat_goals": True}}},
+            "agent.style_options.repeat_goals is no argument of the style: did you mean repeat_g",
+        ),
+        (
+            {"agent": {"style_options": {"tokenizer": 1}}},
+            "style_options.tokenizer is no argument of the style: it takes action_start, repeat",
+        ),
         ({"batch_size": 10, "group_size": 4}, "batch_size=10 is not divisible by group_size=4"),
         ({"group_size": 1}, "use 2 or more"),
         ({"alpha": -1}, "alpha=-1: must be a number of at least 0"),
@@ -96,6 +119,19 @@ def test_a_source_that_is_no_preset_and_no_file_lists_the_presets(tmp_path):
     broken.write_text("- a\n- b")
     with pytest.raises(ValueError, match="must hold a mapping"):
         load(str(broken))
+    broken.write_text("")
+    with pytest.raises(ValueError, match="must hold a mapping of fields to values, at least env"):
+        load(str(broken))
+    broken.write_bytes(b"name: \xff\xfe")
+    with pytest.raises(ValueError, match=r"broken\.yaml is not YAML: 'utf-8' codec can't decode"):
+        load(str(broken))
+
+
+def test_each_mistake_has_its_own_line():
+    with pytest.raises(ValueError) as caught:
+        parse({"env": "frozen_lake", "steps": "x", "alpha": -1, "trainer": {"lerning_rate": 1}})
+    names = [line.split("=")[0].split(" ")[0] for line in str(caught.value).splitlines()]
+    assert names == ["alpha", "steps", "trainer.lerning_rate"]
 
 
 def test_every_field_says_what_it_is():
