@@ -43,10 +43,17 @@ async def prepared_model(config: Config, on_progress: Progress) -> str:
 
 
 def load_tokenizer(model: str) -> Any:
-    """The tokenizer that comes with the model."""
+    """The tokenizer that comes with the model. ValueError if there is none to be had."""
     from transformers import AutoTokenizer  # noqa: PLC0415  (seconds to import)
 
-    return AutoTokenizer.from_pretrained(model)
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise ValueError(
+            f"model={model!r} can't be loaded: check its name and the connection to the hub, or "
+            f"give a directory ({why})"
+        ) from error
 
 
 def make_style(config: Config, tokenizer: Any) -> PromptStyle:

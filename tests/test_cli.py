@@ -29,10 +29,21 @@ from flash.errors import InferenceFailure
         (["train", "frozen_lake", "--name", "nothing", "--resume"], "holds no checkpoint"),
         (["eval", "nowhere"], "holds no checkpoint"),
         (["eval"], "Give a run's folder or a checkpoint"),
+        (["train", "frozen_lake", "--stepz", "3"], "stepz is no field: did you mean steps?"),
+        (["train", "frozen_lake", "-x"], "'-x' is one word too many"),
+        (["worker", "--model", "m", "--port", "65536"], "--port 65536: must be 0 to 65535"),
+        (["worker", "--model", "m", "--max_running", "0"], "--max-running 0: must be at least 1"),
+        (["worker", "--model", "./none"], "--model ./none: there is no such directory; a hub"),
+        (["worker", "--model", "."], "--model .: the directory holds no config.json"),
+        (["worker", "--model", "m", "--host", "192.0.2.1"], "--host 192.0.2.1 --port 0:"),
     ],
 )
-def test_a_mistake_ends_in_one_line_and_exit_code_2(arguments, message, capsys):
+def test_a_mistake_ends_in_one_line_and_exit_code_2(
+    arguments, message, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
     assert cli.run(arguments) == 2
+    assert not list(tmp_path.iterdir()), "nothing was started"
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
@@ -44,7 +55,44 @@ def test_a_port_in_use_is_found_before_a_model_is_loaded(capsys):
         taken.listen()
         port = taken.getsockname()[1]
         assert cli.run(["worker", "--model", "nothing", "--port", str(port)]) == 2
-    assert f"--port {port} is in use" in capsys.readouterr().err
+    assert capsys.readouterr().err == (
+        f"flash: --port {port} is in use on 127.0.0.1: choose another, or 0 for a free one\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["worker"], "the following arguments are required: --model"),
+        (["worker", "--model", "m", "--port", "x"], "invalid int value: 'x'"),
+        (["worker", "--model", "m", "--dtype", "int3"], "invalid choice: 'int3'"),
+        (["worker", "--model", "m", "--por", "1"], "unrecognized arguments: --por"),
+    ],
+)
+def test_words_that_are_no_command_or_option_end_in_exit_code_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(arguments)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_help_says_what_each_field_is_and_its_default(capsys):
+    with pytest.raises(SystemExit):
+        cli.run(["train", "--help"])
+    _, _, fields = capsys.readouterr().out.partition("fields (nested")
+    text = " ".join(fields.split())
+    for name, info in config.fields():
+        if hasattr(info.annotation, "model_fields"):
+            continue  # a section, which has its docstring
+        head = text.partition(f"--{name} ")[2].partition(" --")[0]
+        assert info.description in head, name
+        if info.default not in ("", None, (), {}) and not info.is_required():
+            value = info.default
+            value = list(value) if isinstance(value, tuple) else value
+            value = str(value).lower() if isinstance(value, bool) else value
+            assert f"[{value}]" in head, name
 
 
 def test_the_help_names_every_field_and_preset(capsys):
@@ -98,6 +146,18 @@ def test_light_imports_load_no_heavy_package(statement):
     assert done.stdout.strip() == "[]"
 
 
+def test_help_comes_without_a_heavy_package():
+    code = (
+        "import sys; from flash import cli\n"
+        "try: cli.run(['--help'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "heavy = {'torch', 'transformers', 'vllm', 'ray', 'tensorboard', 'matplotlib'}\n"
+        "print(heavy & set(sys.modules) or 'light')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "light"
+
+
 async def test_the_first_signal_asks_and_the_second_is_the_usual_one(capsys):
     usual = signal.getsignal(signal.SIGTERM)
     stop = cli._stop_on_signals()
@@ -105,3 +165,29 @@ async def test_the_first_signal_asks_and_the_second_is_the_usual_one(capsys):
     await asyncio.wait_for(stop.wait(), 10)
     assert signal.getsignal(signal.SIGTERM) in (usual, signal.SIG_DFL)
     assert "once more to stop at once" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [("SIGINT", 130), ("SIGTERM", -signal.SIGTERM)])
+def test_the_second_signal_ends_the_process(number, exit_code):
+    code = f"""
+import asyncio, os, signal, sys
+from flash import cli
+
+async def main():
+    stop = cli._stop_on_signals()
+    os.kill(os.getpid(), signal.{number})
+    await stop.wait()
+    print("asked", flush=True)
+    os.kill(os.getpid(), signal.{number})
+    await asyncio.Event().wait()
+
+try:
+    cli._run(main())
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout == "asked\n"
+    assert done.returncode == exit_code, done.stderr

@@ -6,7 +6,11 @@ import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Annotated, get_type_hints
+
+_CHOICES = {"device": ("auto", "cpu", "cuda"), "dtype": ("auto", "float32", "bfloat16")}
+_LEAST = {"max_running": 1, "cache_tokens": 64, "threads": 0, "version": 0, "seed": 0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +31,10 @@ class WorkerConfig:
 
 
 def parse(arguments: Sequence[str], prog: str) -> WorkerConfig:
-    """The configuration of a command line. ValueError for a port that is taken."""
+    """The configuration of a command line.
+
+    ValueError for a port that is taken, a model that is not there, a number that can't be.
+    """
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Serve one embedded inference worker: vLLM's token-in-token-out HTTP routes.",
@@ -47,14 +54,40 @@ def parse(arguments: Sequence[str], prog: str) -> WorkerConfig:
         if field.name == "model":
             parser.add_argument(*names, type=kind, help=about, required=True)
         else:
-            parser.add_argument(*names, type=kind, help=about, default=field.default)
-    config = WorkerConfig(**vars(parser.parse_args(arguments)))
+            parser.add_argument(
+                *names,
+                type=kind,
+                help=about,
+                default=field.default,
+                choices=_CHOICES.get(field.name),
+            )
+    given = vars(parser.parse_args(arguments))
+    given["model"] = os.path.expanduser(given["model"])  # no shell does it in --model=~/x
+    config = WorkerConfig(**given)
+    for name, least in _LEAST.items():
+        if getattr(config, name) < least:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} {getattr(config, name)}: must be at least {least}")
+    _check_model(config.model)
     _check_free(config.host, config.port)
     return config
 
 
+def _check_model(model: str) -> None:
+    """A directory that is not there would be looked for on the hub, and the error be the hub's."""
+    if Path(model).is_dir():
+        if not (Path(model) / "config.json").is_file():
+            raise ValueError(f"--model {model}: the directory holds no config.json, so no model")
+    elif model.startswith((".", "/")) or model.count("/") > 1:
+        raise ValueError(
+            f"--model {model}: there is no such directory; a hub name has the form org/model"
+        )
+
+
 def _check_free(host: str, port: int) -> None:
     """Found out now, not after a model was loaded for minutes."""
+    if not 0 <= port < 1 << 16:
+        raise ValueError(f"--port {port}: must be 0 to 65535; 0 lets the system choose")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
