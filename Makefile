@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
 	&& { echo $$p; break; }; done)
 ENV ?= alfworld
-ENGINE ?= auto
+ENGINE ?=
 ARGS ?=
 
 BIN := .venv/bin
@@ -35,8 +35,8 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	@$(UV) --editable ".[$(EXTRAS)]"
 	@touch $(READY)
 
-train: $(READY)  ## train: ENV=alfworld (or frozen_lake, reasoning_gym, a YAML file), ARGS='--alpha 2 …'
-	$(BIN)/flash train $(ENV) --engine $(ENGINE) $(ARGS)
+train: $(READY)  ## train: ENV=alfworld (or another preset, or a YAML file), ENGINE=auto, ARGS='--alpha 2 …'
+	$(BIN)/flash train $(ENV) $(if $(ENGINE),--engine $(ENGINE)) $(ARGS)
 
 test: $(READY)  ## all tests
 	$(BIN)/python -m pytest
@@ -52,7 +52,7 @@ lint: $(READY)  ## ruff and mypy
 bench: $(READY)  ## every script in benchmarks/, with its tables
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
-clean:  ## remove .venv, caches and runs
-	rm -rf .venv runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+clean:  ## remove .venv and caches; runs/ is yours to remove
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	rm -rf benchmarks/results
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
