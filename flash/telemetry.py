@@ -76,7 +76,7 @@ METRICS = {
     "publish/count": "since the start",
     "publish/paused_s": "seconds that workers were paused, summed over workers, since the start",
 }
-"""In every line but that of step 0; the names are fixed."""
+"""In every line but that of step 0; the names are fixed. A resume counts as a start."""
 
 MORE_METRICS = {
     "eval/success_rate": "on the held-out tasks, 0 to 1",
@@ -122,8 +122,10 @@ class RunFolder:
                 config.runs_dir / config.name,
                 self.path,
             )
-        # So that the file alone is enough to go on: `flash train runs/x-2/config.yaml --resume`.
-        self.config = config.model_copy(update={"name": self.path.name})
+        # As the file keeps it, it is enough to go on (`flash train runs/x-2/config.yaml --resume`)
+        # and to start anew; that this start is a resume is no property of the run.
+        anew = config.checkpoint.model_copy(update={"resume": False})
+        self.config = config.model_copy(update={"name": self.path.name, "checkpoint": anew})
         self._files = contextlib.ExitStack()
 
     def __enter__(self) -> "RunFolder":

@@ -129,6 +129,7 @@ def test_a_resume_takes_the_newest_checkpoint_and_drops_the_lines_after_it(tmp_p
     events.rename(folder.path / "events.out.tfevents.0000000001.earlier")
     with RunFolder(config(tmp_path, **{"checkpoint.resume": True})) as folder:
         assert folder.resume_from == folder.checkpoint(3)
+        assert not load(str(folder.path / "config.yaml")).checkpoint.resume, "it can start anew"
         folder.forget_after(3)
         folder.step({"step": 4, "time_s": 9.0})
     assert [line["step"] for line in folder.metrics()] == [0, 1, 2, 3, 4]
