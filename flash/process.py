@@ -25,6 +25,7 @@ from flash.errors import ProcessFailure
 
 _LENGTH = struct.Struct("!Q")
 _FD_VARIABLE = "FLASH_CHILD_FD"
+PARENT_PID_VARIABLE = "FLASH_PARENT_PID"  # for die_with_parent
 _LOG_TAIL_BYTES = 4000
 
 
@@ -71,7 +72,12 @@ class Child:
                 stdout=log,
                 stderr=log,
                 pass_fds=[theirs.fileno()],
-                env={**os.environ, **(env or {}), _FD_VARIABLE: str(theirs.fileno())},
+                env={
+                    **os.environ,
+                    **(env or {}),
+                    _FD_VARIABLE: str(theirs.fileno()),
+                    PARENT_PID_VARIABLE: str(os.getpid()),
+                },
                 start_new_session=True,
             )
         reader, writer = await asyncio.open_unix_connection(sock=ours)
@@ -97,7 +103,7 @@ class Child:
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._waiting[call_id] = answer
         try:
-            payload = pickle.dumps((call_id, method, args), protocol=pickle.HIGHEST_PROTOCOL)
+            payload = _pickled((call_id, method, args))
             self._writer.write(_LENGTH.pack(len(payload)) + payload)
             async with asyncio.timeout(timeout_s):
                 return await answer
@@ -126,11 +132,19 @@ class Child:
             os.killpg(self._process.pid, signal.SIGKILL)
 
     async def _receive(self) -> None:
+        unreadable = ""
         # ConnectionError: the child's end vanished; IncompleteReadError: it closed.
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             while True:
                 (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
-                call_id, ok, value = pickle.loads(await self._reader.readexactly(length))
+                payload = await self._reader.readexactly(length)
+                try:
+                    call_id, ok, value = pickle.loads(payload)
+                except Exception:  # the boundary: unpickling can raise anything
+                    # Whose answer it was is not known, so nobody may go on waiting for one.
+                    unreadable = f"\nIts last answer can't be read here:\n{traceback.format_exc()}"
+                    self.kill()
+                    break
                 answer = self._waiting.get(call_id)
                 if answer is None or answer.done():
                     continue
@@ -148,7 +162,7 @@ class Child:
         self._writer.close()
         self._dead = ProcessFailure(
             f"{self.name} (pid {self.pid}) ended with exit code {code}. "
-            f"The end of {self.log_path}:\n{log_tail(self.log_path)}"
+            f"The end of {self.log_path}:\n{log_tail(self.log_path)}{unreadable}"
         )
         for answer in self._waiting.values():
             if not answer.done():
@@ -165,10 +179,16 @@ def log_tail(path: Path) -> str:
 
 
 def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent ends; does nothing off Linux."""
-    if sys.platform == "linux":
+    """Ends this process when the one that started it ends, or if it has ended already.
+
+    Does nothing in a process that a user started, and nothing off Linux.
+    """
+    parent = os.environ.pop(PARENT_PID_VARIABLE, "")
+    if parent and sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if os.getppid() != int(parent):
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def serve(handler: object) -> None:
@@ -182,8 +202,11 @@ def serve(handler: object) -> None:
             (length,) = _LENGTH.unpack(header)
             call_id, method, args = pickle.loads(stream.read(length))
             try:
-                answer = (call_id, True, getattr(handler, method)(*args))
+                payload = _pickled((call_id, True, getattr(handler, method)(*args)))
             except Exception:  # the boundary: the parent gets the traceback
-                answer = (call_id, False, traceback.format_exc())
-            payload = pickle.dumps(answer, protocol=pickle.HIGHEST_PROTOCOL)
+                payload = _pickled((call_id, False, traceback.format_exc()))
             connection.sendall(_LENGTH.pack(len(payload)) + payload)
+
+
+def _pickled(message: object) -> bytes:
+    return pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)

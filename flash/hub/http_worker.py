@@ -4,12 +4,12 @@ import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import aiohttp
 
 from flash.hub.worker import BadRequest, WorkerFailure
-from flash.types import Completion, SamplingParams, UpdateMode
+from flash.types import Completion, FinishReason, SamplingParams, UpdateMode
 
 # vLLM puts it before the client's request_id, and abort_requests wants it there.
 _REQUEST_PREFIX = "generate-tokens-"
@@ -78,12 +78,14 @@ class HttpWorker:
             # One connection a request in flight, as many as the hub allows; the hub's deadlines.
             self._session = aiohttp.ClientSession(
                 headers=self._headers,
-                connector=aiohttp.TCPConnector(limit=0),
+                # uvicorn closes a connection that idles for 5 s: let go of it before, so that no
+                # request is sent into one that is about to be closed.
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=3.0),
                 timeout=aiohttp.ClientTimeout(total=None),
             )
         try:
             async with self._session.request(method, self.name + route, json=body) as response:
-                text = await response.text()
+                text = await response.text(errors="replace")
                 status = response.status
         except (aiohttp.ClientError, OSError, asyncio.IncompleteReadError) as error:
             raise WorkerFailure(f"{self.name}{route} can't be reached: {error!r}") from error
@@ -104,7 +106,11 @@ def _completion(choice: Mapping[str, Any], worker: str) -> Completion:
     versions = [-1] * len(token_ids)
     for span in choice["weight_versions"]:
         start, end = int(span["start"]), int(span["end"])
+        if not 0 <= start <= end <= len(token_ids):
+            raise ValueError(f"span {start} … {end} of {len(token_ids)} tokens")
         versions[start:end] = [int(span["version"])] * (end - start)
+    if choice["finish_reason"] not in get_args(FinishReason):
+        raise ValueError(f"finish_reason {choice['finish_reason']!r}")
     return Completion(
         token_ids=token_ids,
         logprobs=logprobs,

@@ -151,7 +151,7 @@ class InferenceHub:
         self._published = {version}
         self._weights: Weights | None = None
         self._publishing = asyncio.Lock()
-        self._no_worker_since = math.inf
+        self._last_hope: asyncio.TimerHandle | None = None  # runs while no worker is healthy
         self._failure: InferenceFailure | None = None
         self._tasks = asyncio.TaskGroup()
         self._recoveries: set[asyncio.Task[None]] = set()
@@ -172,13 +172,18 @@ class InferenceHub:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
+        self._tell_all(InferenceFailure("the hub is closed"))
+        for slot in self._slots:
+            self._send_away(slot)
         for task in self._recoveries:
             task.cancel()
-        await self._tasks.__aexit__(None, None, None)
-        for slot in self._slots:
-            await slot.worker.close()
-        if not isinstance(self._given, Sequence):
-            await self._given.stop()
+        try:
+            await self._tasks.__aexit__(None, None, None)
+        finally:
+            for slot in self._slots:
+                await slot.worker.close()
+            if not isinstance(self._given, Sequence):
+                await self._given.stop()
 
     # ── requests ─────────────────────────────────────────────────────────────────────────────
 
@@ -268,7 +273,9 @@ class InferenceHub:
         try:
             return await waiter.slot
         except asyncio.CancelledError:
-            if waiter.slot.done() and not waiter.slot.cancelled():
+            if waiter in self._queue:
+                self._queue.remove(waiter)
+            elif not waiter.slot.cancelled() and waiter.slot.exception() is None:
                 self._release(waiter.slot.result(), cost=cost)
             raise
 
@@ -337,7 +344,7 @@ class InferenceHub:
             raise
         finally:
             del slot.deadlines[request_id]
-            if not answered and not slot.gone:
+            if not answered and not slot.gone and self._failure is None:
                 # Never in the way of the cancellation: its own task, with its own deadline.
                 self._tasks.create_task(self._abort(slot, request_id), name=f"abort {request_id}")
 
@@ -380,23 +387,32 @@ class InferenceHub:
         if not slot.healthy and not slot.gone:
             return  # it is known, and being looked after
         was_healthy, slot.healthy = slot.healthy, False
-        for deadline in slot.deadlines.values():
-            if not deadline.expired():
-                deadline.reschedule(self._clock())
+        self._send_away(slot)
+        if self._failure is not None:
+            return
         if was_healthy:
             logger.warning("worker taken out: %s", cause)
-        if not any(other.healthy for other in self._slots):
-            self._no_worker_since = min(self._no_worker_since, self._clock())
         if all(other.gone for other in self._slots):
             self._fail(cause)
-        elif was_healthy and not slot.gone:
+            return
+        if self._last_hope is None and not any(other.healthy for other in self._slots):
+            self._last_hope = asyncio.get_running_loop().call_later(
+                self._recovery_timeout_s, self._fail, cause
+            )
+        if was_healthy and not slot.gone:
             recovery = self._tasks.create_task(
-                self._recover(slot, cause), name=f"recover {slot.worker.name}"
+                self._recover(slot), name=f"recover {slot.worker.name}"
             )
             self._recoveries.add(recovery)
             recovery.add_done_callback(self._recoveries.discard)
 
-    async def _recover(self, slot: _Slot, cause: WorkerFailure) -> None:
+    def _send_away(self, slot: _Slot) -> None:
+        """The requests that this worker has end now, as if they had taken too long."""
+        for deadline in slot.deadlines.values():
+            if not deadline.expired():
+                deadline.reschedule(self._clock())
+
+    async def _recover(self, slot: _Slot) -> None:
         """Asks for its health until it is well, then gives it the present weights."""
         backoff_s = _FIRST_BACKOFF_S
         while not slot.gone and self._failure is None:
@@ -408,21 +424,28 @@ class InferenceHub:
                     async with self._publishing:
                         if self._weights is not None:
                             await self._replace_weights(slot, self._weights, "abort")
-                        slot.healthy = not slot.gone
+                        slot.healthy = not slot.gone and self._failure is None
             except (WorkerFailure, BadRequest, TimeoutError) as error:
                 logger.warning("%s is not well yet: %s", slot.worker.name, error)
             if slot.healthy:
                 logger.warning("worker %s is back", slot.worker.name)
-                self._no_worker_since = math.inf
+                if self._last_hope is not None:
+                    self._last_hope.cancel()
+                    self._last_hope = None
                 self._dispatch()
                 return
-            if self._clock() - self._no_worker_since > self._recovery_timeout_s:
-                self._fail(cause)
 
     def _fail(self, cause: WorkerFailure) -> None:
-        """The pool has nobody left: every caller is told, now and later."""
-        self._failure = InferenceFailure(f"no inference worker is left; the last one: {cause}")
-        self._failure.__cause__ = cause
+        """The pool has nobody left."""
+        failure = InferenceFailure(f"no inference worker is left; the last one: {cause}")
+        failure.__cause__ = cause
+        self._tell_all(failure)
+
+    def _tell_all(self, failure: InferenceFailure) -> None:
+        """Every caller gets this failure, now and later; the first one is the cause and stays."""
+        if self._last_hope is not None:
+            self._last_hope.cancel()
+        self._failure = self._failure or failure
         for waiter in self._queue:
             if not waiter.slot.done():
                 waiter.slot.set_exception(self._failure)
@@ -464,6 +487,8 @@ class InferenceHub:
                     slot.updating = False
                 paused_s += self._clock() - started
                 self._dispatch()
+            if self._failure is not None:
+                raise self._failure
             self.version = weights.version
             gap_max = await self._probe_all(weights)
             self._publishes += 1
@@ -494,7 +519,7 @@ class InferenceHub:
     async def _probe_all(self, weights: Weights) -> float:
         if weights.score is None:
             return math.nan
-        gaps = [0.0]
+        gaps: list[float] = []
         for slot in [s for s in self._slots if s.healthy and s.version == weights.version]:
             try:
                 piece = await self._ask(slot, _PROBE_PROMPT, _PROBE_SAMPLING)
@@ -502,9 +527,13 @@ class InferenceHub:
             except WorkerFailure as failure:
                 self._take_out(slot, failure)
                 continue
+            except BadRequest as error:
+                raise PublishFailure(f"{slot.worker.name} refused the probe: {error}") from error
             expected = await weights.score([*_PROBE_PROMPT, *piece.token_ids])
             expected = expected[len(_PROBE_PROMPT) - 1 :]
-            gap = max(abs(a - b) for a, b in zip(piece.logprobs, expected, strict=True))
+            differences = [abs(a - b) for a, b in zip(piece.logprobs, expected, strict=True)]
+            # max() alone would pass over a nan.
+            gap = max(differences) if all(map(math.isfinite, differences)) else math.nan
             if set(piece.versions) != {weights.version} or not gap <= self._gap_limit:
                 raise PublishFailure(
                     f"{slot.worker.name} should sample with version {weights.version}: it says "
@@ -513,4 +542,4 @@ class InferenceHub:
                     f"other weights, or the two compute in precisions that need a higher limit"
                 )
             gaps.append(gap)
-        return max(gaps)
+        return max(gaps, default=math.nan)

@@ -1,6 +1,7 @@
 """A pool of embedded workers, each a process on a free loopback port."""
 
 import asyncio
+import contextlib
 import os
 import secrets
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 from flash.errors import InferenceFailure
 from flash.hub.http_worker import HttpWorker
 from flash.hub.worker import Worker
-from flash.process import log_tail
+from flash.process import PARENT_PID_VARIABLE, log_tail
 
 _STOP_GRACE_S = 5.0
 
@@ -67,6 +68,9 @@ class EmbeddedPool:
         except BaseExceptionGroup as errors:
             await self.stop()
             raise errors.exceptions[0] from None
+        except asyncio.CancelledError:
+            await self.stop()
+            raise
         workers: list[Worker] = []
         for number, start in enumerate(starts):
             process, worker = start.result()
@@ -84,11 +88,12 @@ class EmbeddedPool:
         for process in self._processes:
             if process.returncode is None:
                 process.send_signal(signal.SIGTERM)
-        for process in self._processes:
-            try:
-                async with asyncio.timeout(_STOP_GRACE_S):
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_STOP_GRACE_S):
+                for process in self._processes:
                     await process.wait()
-            except TimeoutError:
+        for process in self._processes:
+            if process.returncode is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 await process.wait()
         for watch in self._watches:
@@ -107,7 +112,11 @@ class EmbeddedPool:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=stderr,
-                env={**os.environ, "FLASH_WORKER_API_KEY": self._api_key},
+                env={
+                    **os.environ,
+                    "FLASH_WORKER_API_KEY": self._api_key,
+                    PARENT_PID_VARIABLE: str(os.getpid()),
+                },
                 start_new_session=True,
             )
         self._processes.append(process)

@@ -2,8 +2,12 @@
 
 import sys
 
+from flash.process import die_with_parent
 from flash.worker.config import parse
-from flash.worker.server import main
 
 if __name__ == "__main__":
-    main(parse(sys.argv[1:], prog="python -m flash.worker"))
+    die_with_parent()  # before the import of torch, which takes seconds
+    config = parse(sys.argv[1:], prog="python -m flash.worker")
+    from flash.worker.server import main
+
+    main(config)

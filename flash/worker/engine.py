@@ -10,6 +10,7 @@ change, so what a request has sampled by then is all that the old weights have s
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
@@ -147,8 +149,9 @@ class EmbeddedEngine:
 
         Raises ValueError for a request that can't be, EngineDied if the engine's thread has ended.
         """
+        while not self._gate.is_set():
+            await self._gate.wait()
         self._check(request)
-        await self._gate.wait()
         running = _Running(request, asyncio.get_running_loop().create_future())
         self._running[request.request_id] = running
         self._idle.clear()
@@ -159,7 +162,7 @@ class EmbeddedEngine:
                 request_id=request.request_id,
                 max_new_tokens=request.max_tokens,
                 eos_token_id=list(request.stop_token_ids) or -1,
-                temperature=request.temperature or _GREEDY_TEMPERATURE,
+                temperature=max(request.temperature, _GREEDY_TEMPERATURE),
             )
             if added is None:
                 raise EngineDied(f"the engine has ended: {self._cause()}")
@@ -205,17 +208,21 @@ class EmbeddedEngine:
         """Replace the weights in place, while paused. Raises ValueError if they don't fit."""
         tensors: dict[str, torch.Tensor] = {}
         for file in sorted(directory.glob("*.safetensors")):
-            tensors |= load_file(file)
+            try:
+                tensors |= load_file(file)
+            except SafetensorError as error:
+                raise ValueError(f"{file} can't be read: {error}") from error
         if not tensors:
             raise ValueError(f"no safetensors in {directory}")
         own = self._model.state_dict(keep_vars=True)
         tied = {name for name in own if _is_tied(name, own, tensors)}
         if missing := own.keys() - tensors.keys() - tied:
             raise ValueError(f"{directory} lacks weights of this model: {sorted(missing)[:3]} …")
+        for name, tensor in tensors.items():
+            if name not in own or own[name].shape != tensor.shape:
+                raise ValueError(f"{directory} has {name} {list(tensor.shape)}, not the model")
         with torch.no_grad():
             for name, tensor in tensors.items():
-                if name not in own or own[name].shape != tensor.shape:
-                    raise ValueError(f"{directory} has {name} {list(tensor.shape)}, not the model")
                 own[name].copy_(tensor)
         self._forget_prefixes()
 
@@ -315,8 +322,8 @@ class EmbeddedEngine:
             raise ValueError(f"token_ids must lie in 0 … {vocabulary - 1}, the model's vocabulary")
         if request.max_tokens < 1:
             raise ValueError(f"max_tokens={request.max_tokens} must be at least 1")
-        if request.temperature < 0:
-            raise ValueError(f"temperature={request.temperature} must be at least 0")
+        if not 0 <= request.temperature < math.inf:
+            raise ValueError(f"temperature={request.temperature} must be a number of at least 0")
         if (total := len(request.token_ids) + request.max_tokens) > self.max_request_tokens:
             raise ValueError(
                 f"prompt and max_tokens are {total} tokens, more than the cache's "

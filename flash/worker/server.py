@@ -9,9 +9,10 @@ GET  /health                       200, or 503 when the engine has died
 """
 
 import asyncio
-import json
 import logging
+import os
 import signal
+import sys
 import uuid
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -19,7 +20,6 @@ from typing import Any
 
 from aiohttp import web
 
-from flash.process import die_with_parent
 from flash.worker.config import WorkerConfig
 from flash.worker.engine import EmbeddedEngine, EngineDied, EngineRequest, EngineResult
 
@@ -92,9 +92,14 @@ async def serve(config: WorkerConfig, *, on_ready: Callable[[str], None]) -> Non
 
 
 def main(config: WorkerConfig) -> None:
-    """Serve in this process, and end when the parent does."""
-    die_with_parent()
-    asyncio.run(serve(config, on_ready=lambda url: print(f"ready {url}", flush=True)))
+    """Serve in this process; prints `ready URL` once, and nothing else to stdout."""
+
+    def on_ready(url: str) -> None:
+        print(f"ready {url}", flush=True)
+        # Whoever waited for that line reads no further, and a full pipe would stop us.
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    asyncio.run(serve(config, on_ready=on_ready))
 
 
 class _Routes:
@@ -116,7 +121,7 @@ class _Routes:
                     request_id=_REQUEST_PREFIX + request_id,
                     token_ids=_integers(body, "token_ids"),
                     max_tokens=_field(sampling, "max_tokens", int),
-                    temperature=float(sampling.get("temperature", 1.0)),
+                    temperature=_number(sampling, "temperature", 1.0),
                     stop_token_ids=_integers(sampling, "stop_token_ids", []),
                 )
             )
@@ -194,7 +199,7 @@ def _generated(request_id: str, result: EngineResult) -> dict[str, Any]:
 async def _body(request: web.Request) -> dict[str, Any]:
     try:
         body = await request.json()
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no UTF-8
         raise web.HTTPBadRequest(text=f"the body is not JSON: {error}") from error
     if not isinstance(body, dict):
         raise web.HTTPBadRequest(text="the body must be a JSON object")
@@ -206,6 +211,13 @@ def _field(body: dict[str, Any], name: str, kind: type) -> Any:
     if not isinstance(value, kind):
         raise web.HTTPBadRequest(text=f"{name} must be of type {kind.__name__}, not {value!r}")
     return value
+
+
+def _number(body: dict[str, Any], name: str, default: float) -> float:
+    value = body.get(name, default)
+    if type(value) not in (int, float):
+        raise web.HTTPBadRequest(text=f"{name} must be a number, not {value!r}")
+    return float(value)
 
 
 def _integers(body: dict[str, Any], name: str, default: list[int] | None = None) -> list[int]:
