@@ -157,7 +157,11 @@ def _idle(axis: Any, lines: Sequence[Line]) -> None:
     )  # fmt: skip
     axis.grid(alpha=0.25)
     if axis.get_legend_handles_labels()[1]:
-        axis.legend(loc="upper left", ncols=3, fontsize=8.5, frameon=False, columnspacing=1)
+        # Narrow, because a legend wider than its axes pushes the columns apart.
+        axis.legend(
+            loc="upper left", ncols=3, fontsize=8, frameon=False, columnspacing=0.8,
+            handlelength=1, handletextpad=0.5,
+        )  # fmt: skip
 
 
 def _outcomes(axis: Any, episodes: Sequence[Line]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import struct
 
 import pytest
 from matplotlib.text import Text
@@ -9,6 +10,7 @@ from rich.console import Console
 
 from flash.live import Snapshot, dashboard, open_view, sparkline
 from flash.report import draw, write_report
+from flash.telemetry import METRICS
 
 
 def snapshot(**changes) -> Snapshot:
@@ -74,6 +76,33 @@ def test_a_terminal_gets_the_dashboard_and_its_logging_back():
     assert "step 7 of 40" in console.export_text()
 
 
+def test_the_logging_is_given_back_after_an_error_too():
+    before = logging.getLogger().handlers[:]
+    console = Console(force_terminal=True, record=True, width=120)
+    with pytest.raises(KeyError), open_view(console):
+        raise KeyError("a run that ended")
+    assert logging.getLogger().handlers == before
+
+
+def test_log_lines_appear_above_the_dashboard_not_in_it():
+    console = Console(force_terminal=True, record=True, width=120)
+    with open_view(console) as view:
+        view.step(snapshot())
+        logging.getLogger("flash.test").warning("worker 1 is back")
+        view.tick(snapshot())
+    text = console.export_text()
+    assert text.index("worker 1 is back") < text.rindex("step 7 of 40")
+
+
+def test_progress_without_a_terminal_is_said_at_the_start_and_the_end_not_each_time(capsys):
+    with open_view() as view:
+        for done in range(1, 1001):
+            view.progress("demonstrations", done, 1000, {})
+    said = capsys.readouterr().out.splitlines()
+    assert (said[0], said[-1]) == ("demonstrations: 1 of 1000", "demonstrations: 1000 of 1000")
+    assert len(said) < 10
+
+
 def test_a_sparkline_rises_with_its_values():
     assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
     assert sparkline([]) == ""
@@ -113,11 +142,34 @@ def test_a_report_is_drawn_from_whatever_the_folder_holds(tmp_path, steps, whole
     path = write_report(tmp_path)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert path.stat().st_size > 20_000
+    width, height = struct.unpack(">II", path.read_bytes()[16:24])
+    assert width > 1000 and height > 600
+
+
+def test_a_report_is_drawn_where_numbers_are_not_known(tmp_path):
+    lines = [json.dumps(dict.fromkeys(METRICS) | {"step": n, "time_s": 1.0 * n}) for n in range(3)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    shown = texts(tmp_path)
+    assert "success rate by step" in shown
+    assert "what became of 0 episodes" in shown
+
+
+def test_a_report_counts_ages_and_outcomes_over_all_steps(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines_of_a_run(10))))
+    counts = [("trained", "", 1234), ("cancelled", "stale", 20), ("failed", "env", 1)]
+    episodes = [{"outcome": o, "reason": r} for o, r, number in counts for _ in range(number)]
+    (tmp_path / "episodes.jsonl").write_text("\n".join(map(json.dumps, episodes)))
+    shown = texts(tmp_path)
+    assert {"30.0%", "70.0%", "what became of 1,255 episodes"} <= set(shown)
+    assert {"trained", "cancelled\n(stale)", "failed\n(env)", "1,234", "20", "1"} <= set(shown)
+    assert {"trainer: mean 25%", "workers: mean 2%"} <= set(shown)
+    assert not any("env hosts" in text for text in shown)
 
 
 def texts(run):
     """All that is written in the picture."""
     figure = draw(run)
+    figure.draw_without_rendering()  # labels of ticks are made only then
     return [text.get_text() for text in figure.findobj(Text)]
 
 
