@@ -58,6 +58,20 @@ def test_steps_are_lines_and_tensorboard_events(tmp_path):
     assert load(str(folder.path / "config.yaml")) == folder.config
 
 
+def test_the_folder_of_a_run_holds_what_its_description_names(tmp_path):
+    with RunFolder(config(tmp_path)) as folder:
+        folder.step({"step": 1, "time_s": 2.0})
+        folder.episode(episode(0))
+        folder.summary({"steps": 1, "rate": math.nan, "list": [math.inf, (1.0,)], "in": {"x": -1}})
+        save(folder, 1)
+    files = {path.name for path in folder.path.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "episodes.jsonl", "summary.json"} <= files
+    assert len([name for name in files if name.startswith("events.out.")]) == 1
+    assert folder.checkpoint(1) == folder.path / "checkpoints" / "step_000001"
+    summary = json.loads((folder.path / "summary.json").read_text())
+    assert summary == {"steps": 1, "rate": None, "list": [None, [1.0]], "in": {"x": -1}}
+
+
 def test_a_run_never_writes_into_anothers_folder(tmp_path):
     names = []
     for _ in range(3):
@@ -133,7 +147,7 @@ def test_a_resume_takes_the_newest_checkpoint_and_drops_the_lines_after_it(tmp_p
         folder.forget_after(3)
         folder.step({"step": 4, "time_s": 9.0})
     assert [line["step"] for line in folder.metrics()] == [0, 1, 2, 3, 4]
-    assert folder.metrics()[-1]["time_s"] == 9.0
+    assert [line["time_s"] for line in folder.metrics()] == [0.0, 1.0, 2.0, 3.0, 9.0]
     scalars = EventAccumulator(str(folder.path)).Reload().Scalars("time_s")
     assert [event.step for event in scalars] == [0, 1, 2, 3, 4], "no step twice in TensorBoard"
 
@@ -172,6 +186,28 @@ def test_a_resume_after_a_crash_in_mid_line_writes_no_line_into_another(tmp_path
 def test_a_resume_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no checkpoint"):
         RunFolder(config(tmp_path, **{"checkpoint.resume": True}))
+
+
+def test_the_newest_checkpoint_is_the_highest_version_not_the_last_name(tmp_path):
+    folder = RunFolder(config(tmp_path))
+    for version in (999_999, 1_000_000, 2):
+        save(folder, version)
+    assert newest_checkpoint(folder.path) == folder.checkpoint(1_000_000)
+    assert newest_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_a_resume_from_the_only_folder_keeps_its_name_and_its_settings_are_the_new_ones(tmp_path):
+    with RunFolder(config(tmp_path, steps=4)) as folder:
+        folder.step({"step": 1, "time_s": 1.0})
+        save(folder, 1)
+    with RunFolder(config(tmp_path, steps=9, **{"checkpoint.resume": True})) as folder:
+        folder.forget_after(1)
+    assert [path.name for path in tmp_path.iterdir()] == ["frozen_lake"]
+    assert load(str(folder.path / "config.yaml")).steps == 9
+
+
+def test_a_file_that_is_not_there_has_no_lines(tmp_path):
+    assert read_lines(tmp_path / "metrics.jsonl") == []
 
 
 def test_a_line_that_a_crash_cut_off_is_left_out(tmp_path):
