@@ -3,7 +3,6 @@
 import argparse
 import asyncio
 import logging
-import os
 import signal
 import sys
 import textwrap
@@ -50,8 +49,6 @@ _INDENT = 38
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Exit code 2 for what the user got wrong, 1 for a run that could not go on."""
-    # A user's own environment lies where the command is run, as with python -m.
-    sys.path.append(os.getcwd())
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 

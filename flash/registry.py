@@ -4,7 +4,11 @@ A name is an entry point (groups `flash.envs`, `flash.agents`, `flash.styles`) o
 """
 
 import importlib
+import importlib.util
+import sys
 from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 _ENVS, _AGENTS, _STYLES = "flash.envs", "flash.agents", "flash.styles"
@@ -29,7 +33,7 @@ def _find(group: str, name: str, field: str) -> Any:
     if ":" in name:
         module, _, attribute = name.partition(":")
         try:
-            return getattr(importlib.import_module(module), attribute)
+            return getattr(_import(module), attribute)
         except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(f"{field}={name!r} can't be imported: {error}") from error
     found = entry_points(group=group)
@@ -42,6 +46,20 @@ def _find(group: str, name: str, field: str) -> Any:
         return found[name].load()
     except ImportError as error:
         raise missing_package(field, name, error) from error
+
+
+def _import(module: str) -> ModuleType:
+    """The module; also one that lies where the command is run, where commands do not look.
+
+    Only for a module that the user named and nothing installed provides: with the folder always
+    on the path, any file in it could be run in the place of a package that is not there.
+    """
+    top, here = module.partition(".")[0], Path.cwd()
+    if importlib.util.find_spec(top) is None and any(
+        (here / name).exists() for name in (top, f"{top}.py")
+    ):
+        sys.path.append(str(here))
+    return importlib.import_module(module)
 
 
 def missing_package(field: str, name: str, error: ImportError) -> ValueError:

@@ -1,5 +1,7 @@
 """The configuration: what is accepted, and one clear line for each mistake."""
 
+import sys
+
 import pytest
 
 from flash.config import fields, load, parse, presets, try_environment
@@ -167,6 +169,26 @@ def test_a_model_is_a_path_or_a_hub_name(tmp_path, monkeypatch):
         load("frozen_lake", {"model": "models/mine"})
     (tmp_path / "models" / "mine" / "config.json").write_text("{}")
     assert load("frozen_lake", {"model": "models/mine"}).model == "models/mine"
+
+
+def test_an_environment_of_ones_own_may_lie_where_the_command_is_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    (tmp_path / "my_own_env.py").write_text("class MyEnv:\n    def __init__(self, size): ...\n")
+    changes = {"env": {"name": "my_own_env:MyEnv", "options": {"size": 3}, "eval_options": {}}}
+    assert load("frozen_lake", changes).env.options == {"size": 3}
+    assert sys.path[-1] == str(tmp_path)
+
+
+def test_nothing_else_in_that_folder_is_ever_imported(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sys.path[:]
+    (tmp_path / "h2.py").write_text("raise SystemExit('an unrelated script was run')")
+    load("frozen_lake")
+    load("frozen_lake", {"env": {"name": "flash.envs.frozen_lake:FrozenLakeTextEnv"}})
+    with pytest.raises(ValueError, match="can't be imported"):
+        load("frozen_lake", {"env": "not_there:Env"})
+    assert sys.path == before
 
 
 def test_urls_are_a_list_or_a_text_with_commas():
