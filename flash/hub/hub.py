@@ -399,7 +399,7 @@ class InferenceHub:
             self._last_hope = asyncio.get_running_loop().call_later(
                 self._recovery_timeout_s, self._fail, cause
             )
-        if was_healthy and not slot.gone:
+        if was_healthy:
             recovery = self._tasks.create_task(
                 self._recover(slot), name=f"recover {slot.worker.name}"
             )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from flash import virtual_time
 from flash.errors import InferenceFailure, PublishFailure
 from flash.fakes import FakeWorker
-from flash.hub import BadRequest, InferenceHub
+from flash.hub import BadRequest, InferenceHub, WorkerFailure
 from flash.types import Completion, GenerateRequest, SamplingParams, Weights
 
 
@@ -102,6 +102,20 @@ def test_a_short_prefix_does_not_hold_a_request_at_a_busy_worker():
     virtual_time.run(main())
 
 
+def test_a_worker_never_has_more_than_max_running_and_a_full_home_is_left():
+    async def main():
+        workers = [steady("a"), steady("b")]
+        async with InferenceHub(workers, max_running=2) as hub:
+            calls = [asyncio.ensure_future(hub.generate(request(session="s"))) for _ in range(6)]
+            await asyncio.sleep(0.5)
+            assert [worker.running for worker in workers] == [2, 2]
+            assert hub.stats().queued == 2
+            await asyncio.gather(*calls)
+        assert [worker.max_running_seen for worker in workers] == [2, 2]
+
+    virtual_time.run(main())
+
+
 def test_sessions_are_forgotten():
     async def main():
         async with InferenceHub([steady()]) as hub:
@@ -131,6 +145,77 @@ def test_a_cancelled_caller_frees_its_place_and_its_request_is_aborted():
             await last
             assert now() == 15
         assert worker.aborted == worker.started[:1]
+
+    virtual_time.run(main())
+
+
+def test_a_caller_that_is_cancelled_in_the_queue_is_out_of_it_at_once():
+    async def main():
+        worker = steady()
+        async with InferenceHub([worker], max_running=1) as hub:
+            running = asyncio.ensure_future(hub.generate(request()))
+            queued = [asyncio.ensure_future(hub.generate(request())) for _ in range(3)]
+            await asyncio.sleep(1)
+            for call in queued[:2]:
+                call.cancel()
+            await all_ended(queued[:2])
+            assert hub.stats().queued == 1
+            await asyncio.gather(running, queued[2])
+            assert now() == 20
+        assert len(worker.started) == 2
+        assert not worker.aborted, "what never ran is not aborted"
+
+    virtual_time.run(main())
+
+
+def test_a_caller_cancelled_in_the_moment_it_gets_a_place_gives_it_back():
+    async def main():
+        async with InferenceHub([steady()], max_running=1) as hub:
+            first = asyncio.ensure_future(hub.generate(request()))
+            second = asyncio.ensure_future(hub.generate(request()))
+            await asyncio.sleep(0)
+            first.cancel()
+            # The place passes to the second in the turn in which the first ends; the second would
+            # notice it one turn later.
+            while not first.done():
+                await asyncio.sleep(0)
+            second.cancel()
+            for error in await all_ended([first, second]):
+                assert isinstance(error, asyncio.CancelledError)
+            assert hub.stats().running == 0
+            assert hub.stats().workers[0].outstanding_tokens == 0
+            await hub.generate(request())
+
+    virtual_time.run(main())
+
+
+def test_a_caller_cancelled_in_the_moment_the_pool_fails_is_cancelled():
+    async def main():
+        async with InferenceHub([steady()], max_running=1) as hub:
+            asyncio.get_running_loop().call_later(3, hub._on_exit, hub._slots[0].worker, "killed")
+            running = asyncio.ensure_future(hub.generate(request()))
+            queued = asyncio.ensure_future(hub.generate(request()))
+            asyncio.get_running_loop().call_later(3, queued.cancel)
+            first, second = await all_ended([running, queued])
+            assert isinstance(first, InferenceFailure)
+            assert isinstance(second, asyncio.CancelledError)
+
+    virtual_time.run(main())
+
+
+def test_an_abort_that_hangs_holds_nobody_up():
+    class SlowToAbort(FakeWorker):
+        async def abort(self, request_id):
+            await asyncio.Event().wait()
+
+    async def main():
+        async with InferenceHub([SlowToAbort("w")]) as hub:
+            call = asyncio.ensure_future(hub.generate(request(max_tokens=1000)))
+            await asyncio.sleep(0.001)
+            call.cancel()
+            await all_ended([call])
+            assert now() == 0.001
+        assert now() < 15, "closing waits for the abort's own deadline, no longer"
 
     virtual_time.run(main())
 
@@ -203,6 +288,113 @@ def test_with_no_worker_left_every_caller_is_told_the_cause_now_and_later():
                 await hub.generate(request())
             with pytest.raises(InferenceFailure):
                 await hub.publish(weights(1))
+
+    virtual_time.run(main())
+
+
+def test_a_pool_without_a_healthy_worker_fails_after_recovery_timeout_even_if_health_hangs():
+    class Mute(FakeWorker):
+        async def check_health(self):
+            await asyncio.Event().wait()
+
+    async def main():
+        worker = Mute("mute", token_s=(1, 1), tokens=(100, 100))
+        async with InferenceHub([worker], recovery_timeout_s=10, control_timeout_s=1000) as hub:
+            worker.fail_next(1)
+            with pytest.raises(InferenceFailure, match="mute was told to fail") as caught:
+                await hub.generate(request())
+            assert now() == 10
+            assert isinstance(caught.value.__cause__, WorkerFailure)
+
+    virtual_time.run(main())
+
+
+def test_a_pool_that_recovers_in_time_answers_those_that_waited():
+    async def main():
+        workers = [steady("a"), steady("b")]
+        async with InferenceHub(workers, recovery_timeout_s=10) as hub:
+            for worker in workers:
+                worker.fail_next(3)
+            assert len((await hub.generate(request())).token_ids) == 10
+            await asyncio.sleep(100)
+            assert len((await hub.generate(request())).token_ids) == 10
+            assert all(worker.healthy for worker in hub.stats().workers)
+
+    virtual_time.run(main())
+
+
+def test_the_first_cause_of_the_end_is_the_one_that_is_told():
+    async def main():
+        worker = steady("w")
+        async with InferenceHub([worker]) as hub:
+            calls = [asyncio.ensure_future(hub.generate(request())) for _ in range(3)]
+            await asyncio.sleep(0.5)
+            hub._on_exit(worker, "worker 0 (pid 7) ended with exit code -9")
+            for error in await all_ended(calls):
+                assert "worker 0 (pid 7) ended with exit code -9" in str(error)
+        with pytest.raises(InferenceFailure, match="exit code -9"):
+            await hub.generate(request())
+
+    virtual_time.run(main())
+
+
+def test_each_time_without_a_worker_has_its_own_recovery_timeout():
+    async def main():
+        worker = steady("w")
+        async with InferenceHub([worker], recovery_timeout_s=10) as hub:
+            worker.fail_next(1)
+            await hub.generate(request())
+            await asyncio.sleep(100)
+            worker.die()
+            died = now()
+            with pytest.raises(InferenceFailure, match="w is dead"):
+                await hub.generate(request())
+            assert now() == died + 10
+
+    virtual_time.run(main())
+
+
+def test_a_publish_in_which_the_last_worker_dies_is_told():
+    class Dying(FakeWorker):
+        async def load_weights(self, path):
+            hub._on_exit(self, "worker 0 ended with exit code -9")
+            raise WorkerFailure("disconnected")
+
+    async def main():
+        nonlocal hub
+        async with InferenceHub([Dying("w")]) as hub:
+            with pytest.raises(InferenceFailure, match="exit code -9"):
+                await hub.publish(weights(1))
+
+    hub = None
+    virtual_time.run(main())
+
+
+def test_a_worker_that_the_pool_lost_is_not_looked_after():
+    async def main():
+        workers = [steady("a"), steady("b")]
+        async with InferenceHub(workers) as hub:
+            hub._on_exit(workers[0], "killed")
+            await asyncio.sleep(100)
+            assert not hub.stats().workers[0].healthy
+            assert (await hub.generate(request())).worker == "b"
+            assert not hub._recoveries
+
+    virtual_time.run(main())
+
+
+def test_callers_of_a_hub_that_closes_are_told():
+    async def main():
+        hub = InferenceHub([steady()], max_running=1)
+        async with hub:
+            calls = [asyncio.ensure_future(hub.generate(request(max_tokens=500))) for _ in range(2)]
+            await asyncio.sleep(1)
+        for error in await all_ended(calls):
+            assert isinstance(error, InferenceFailure)
+            assert "closed" in str(error)
+        with pytest.raises(InferenceFailure, match="closed"):
+            await hub.generate(request())
+        assert now() == 1
 
     virtual_time.run(main())
 
@@ -295,6 +487,26 @@ def test_abort_samples_the_rest_anew_and_the_caller_notices_nothing():
     virtual_time.run(main())
 
 
+def test_the_rest_of_an_aborted_response_is_sampled_after_what_there_is():
+    class Recording(FakeWorker):
+        prompts = []
+
+        async def generate(self, request_id, token_ids, sampling):
+            self.prompts.append((list(token_ids), sampling.max_tokens))
+            return await super().generate(request_id, token_ids, sampling)
+
+    async def main():
+        worker = Recording("w", token_s=(1, 1), tokens=(100, 100))
+        async with InferenceHub([worker]) as hub:
+            call = asyncio.ensure_future(hub.generate(request(max_tokens=10)))
+            await asyncio.sleep(3.5)
+            await hub.publish(weights(1), "abort")
+            sampled = (await call).token_ids
+        assert worker.prompts == [([0, 1, 2, 3, 4], 10), ([0, 1, 2, 3, 4, *sampled[:3]], 7)]
+
+    virtual_time.run(main())
+
+
 def test_wait_lets_requests_end_with_the_version_they_began_with():
     async def main():
         async with InferenceHub([steady()]) as hub:
@@ -307,6 +519,64 @@ def test_wait_lets_requests_end_with_the_version_they_began_with():
             await late
             assert now() == 11
             assert (await new).versions == [1, 1]
+
+    virtual_time.run(main())
+
+
+@pytest.mark.parametrize("mode", ["keep", "abort", "wait"])
+def test_a_publish_under_requests_at_two_workers(mode):
+    """Each worker takes a second to load; b is frozen one second after a."""
+    expected = {
+        "keep": [[0] * 3 + [1] * 7, [0] * 4 + [1] * 6],
+        "abort": [[0] * 3 + [1] * 7, [0] * 4 + [1] * 6],
+        "wait": [[0] * 10, [0] * 10],
+    }
+
+    async def main():
+        workers = [steady("a"), steady("b")]
+        async with InferenceHub(workers) as hub:
+            calls = [asyncio.ensure_future(hub.generate(request())) for _ in range(2)]
+            await asyncio.sleep(3.5)
+            report = await hub.publish(weights(1), mode)
+            answers = await asyncio.gather(*calls)
+            assert [answered.versions for answered in answers] == expected[mode]
+            for answered in answers:
+                assert len(answered.token_ids) == len(answered.logprobs) == 10
+                assert answered.finish_reason == "length"
+            assert report.workers == 2
+            assert [worker.loaded for worker in workers] == [[Path("/fake/1")]] * 2
+            assert {worker.version for worker in hub.stats().workers} == {1}
+
+    virtual_time.run(main())
+
+
+def test_a_worker_that_fails_in_a_publish_is_left_out_and_its_requests_move():
+    async def main():
+        workers = [steady("a"), steady("b")]
+        async with InferenceHub(workers) as hub:
+            call = asyncio.ensure_future(hub.generate(request()))
+            await asyncio.sleep(3.5)
+            workers[0].fail_next(1)
+            report = await hub.publish(weights(1))
+            assert report.workers == 1
+            assert (await call).worker == "b"
+            await asyncio.sleep(10)
+            assert workers[0].version == 1, "it got them when it came back"
+
+    virtual_time.run(main())
+
+
+def test_a_publish_to_nobody_has_no_gap_to_tell():
+    async def score(token_ids):
+        raise AssertionError("there is nothing to compare with")
+
+    async def main():
+        worker = steady()
+        async with InferenceHub([worker]) as hub:
+            worker.fail_next(1)
+            report = await hub.publish(weights(1, score))
+            assert math.isnan(report.gap_max)
+            assert report.workers == 0
 
     virtual_time.run(main())
 
@@ -373,6 +643,83 @@ def test_a_worker_with_other_weights_than_the_trainer_fails_the_publish():
     virtual_time.run(main())
 
 
+def test_a_nan_anywhere_in_the_probe_fails_the_publish():
+    async def main():
+        worker = steady()
+        exact = probed(worker, 0.0)
+
+        async def score(token_ids):
+            logprobs = await exact(token_ids)
+            return [*logprobs[:-1], math.nan]
+
+        async with InferenceHub([worker]) as hub:
+            with pytest.raises(PublishFailure, match="differ from the trainer's by nan"):
+                await hub.publish(weights(1, score))
+
+    virtual_time.run(main())
+
+
+def test_a_worker_that_still_samples_with_the_old_version_fails_the_publish():
+    class Forgetful(FakeWorker):
+        async def set_version(self, version):
+            pass
+
+    async def main():
+        worker = Forgetful("forgetful")
+        async with InferenceHub([worker]) as hub:
+            with pytest.raises(PublishFailure, match=r"version 1: it says \[0\]"):
+                await hub.publish(weights(1, probed(worker, 0.0)))
+
+    virtual_time.run(main())
+
+
+def test_a_probe_can_be_made_without_a_publish():
+    async def main():
+        worker = steady(version=3)
+        async with InferenceHub([worker], version=3) as hub:
+            assert await hub.probe(weights(3, probed(worker, 0.0))) == 0
+            assert math.isnan(await hub.probe(weights(3)))
+            with pytest.raises(PublishFailure, match="0.5"):
+                await hub.probe(weights(3, probed(worker, 0.5)))
+
+    virtual_time.run(main())
+
+
+def test_a_refused_probe_fails_the_publish():
+    async def score(token_ids):
+        return []
+
+    async def main():
+        worker = Answering(BadRequest("token_ids must lie in 0 … 2"))
+        async with InferenceHub([worker]) as hub:
+            with pytest.raises(PublishFailure, match="refused the probe: token_ids must lie"):
+                await hub.publish(weights(1, score))
+
+    virtual_time.run(main())
+
+
+def test_the_totals_add_up():
+    async def main():
+        workers = [steady("a"), steady("b")]
+        async with InferenceHub(workers) as hub:
+            calls = [hub.generate(request(max_tokens=n, prompt=3)) for n in (1, 2, 3, 4)]
+            running = [asyncio.ensure_future(call) for call in calls]
+            await asyncio.sleep(0.5)
+            stats = hub.stats()
+            assert stats.running == sum(worker.running for worker in stats.workers) == 4
+            assert sum(w.outstanding_tokens for w in stats.workers) == 4 * 3 + 10
+            await asyncio.gather(*running)
+            await asyncio.sleep(100)
+            await hub.publish(weights(1))
+            stats = hub.stats()
+            assert (stats.requests, stats.prompt_tokens, stats.generated_tokens) == (4, 12, 10)
+            assert (stats.retries, stats.publishes, stats.paused_s) == (0, 1, 2)
+            # a got 1 and 4 tokens' requests or 3's: each is busy as long as its longest one.
+            assert sorted(worker.busy_s for worker in stats.workers) == [3, 4]
+
+    virtual_time.run(main())
+
+
 def test_weights_that_do_not_fit_fail_the_publish():
     class Refusing(FakeWorker):
         async def load_weights(self, path):
@@ -418,8 +765,11 @@ def test_every_request_ends_exactly_once_whatever_happens(seed, mode):
                 for _ in range(5):
                     await asyncio.sleep(rng.uniform(0, 8))
                     victim = rng.choice(workers)
-                    if rng.random() < 0.5:
+                    luck = rng.random()
+                    if luck < 0.4:
                         victim.fail_next(rng.randint(1, 3))
+                    elif luck < 0.6 and victim is not workers[0]:  # one stays, to answer them all
+                        victim.die()
                     else:
                         victim.hang()
                         await asyncio.sleep(rng.uniform(0, 60))
@@ -440,7 +790,7 @@ def test_every_request_ends_exactly_once_whatever_happens(seed, mode):
             assert all(w.outstanding_tokens == 0 for w in stats.workers)
             assert not hub._sessions
         assert sum(ends.values()) == 60
-        assert max(worker.max_running_seen for worker in workers) <= 4 + 1, "one more is a probe"
+        assert max(worker.max_running_seen for worker in workers) <= 4
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
     virtual_time.run(main())
