@@ -62,7 +62,9 @@ def test_the_folder_of_a_run_holds_what_its_description_names(tmp_path):
     with RunFolder(config(tmp_path)) as folder:
         folder.step({"step": 1, "time_s": 2.0})
         folder.episode(episode(0))
-        folder.summary({"steps": 1, "rate": math.nan, "list": [math.inf, (1.0, math.nan)], "in": {"x": -1}})
+        folder.summary(
+            {"steps": 1, "rate": math.nan, "list": [math.inf, (1.0, math.nan)], "in": {"x": -1}}
+        )
         save(folder, 1)
     files = {path.name for path in folder.path.iterdir()}
     assert {"config.yaml", "metrics.jsonl", "episodes.jsonl", "summary.json"} <= files
