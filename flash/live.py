@@ -2,10 +2,11 @@
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -13,6 +14,7 @@ from rich.logging import RichHandler
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _BAR_CELLS = 20
@@ -23,7 +25,7 @@ _MOST_EVALUATIONS = 6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """A run at one moment; None where nothing is known yet. Shares are 0 to 1.
+    """A run at one moment; None or nan where nothing is known. Shares are 0 to 1.
 
     `ages` counts episodes under way by the age of their oldest token; `eval_success_rates` and
     `success_rates` are all so far, oldest first.
@@ -56,6 +58,10 @@ class View(Protocol):
         """Work before the first step: so much of it is done."""
         ...
 
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        ...
+
     def step(self, snapshot: Snapshot) -> None:
         """A step is done."""
         ...
@@ -66,10 +72,10 @@ class View(Protocol):
 
 
 @contextlib.contextmanager
-def open_view(console: Console | None = None) -> Iterator[View]:
-    """A dashboard if the console is a terminal, else plain lines."""
+def open_view(console: Console | None = None, *, plain: bool | None = None) -> Iterator[View]:
+    """A dashboard if the console is a terminal and `plain` is not asked for, else plain lines."""
     console = console or Console()
-    if not console.is_terminal:
+    if plain or (plain is None and not console.is_terminal):
         yield _Plain(console)
         return
     with _Dashboard(console) as dashboard:
@@ -89,12 +95,13 @@ class _Plain:
         if done == total or now - self._last_progress >= _PLAIN_PROGRESS_S:
             self._last_progress = now
             loss = f", loss {metrics['loss']:.3f}" if "loss" in metrics else ""
-            self._say(f"{what}: {done} of {total}{loss}")
+            self.say(f"{what}: {done} of {total}{loss}")
 
     def step(self, snapshot: Snapshot) -> None:
         s = snapshot
-        evaluated = f"held-out {s.eval_success_rates[-1]:5.1%}  " if s.eval_success_rates else ""
-        self._say(
+        latest = s.eval_success_rates[-1] if s.eval_success_rates else None
+        evaluated = f"held-out {_share(latest)}  " if s.eval_success_rates else ""
+        self.say(
             f"step {s.step:4d}/{s.steps}  success {_share(s.success_rate)}  {evaluated}"
             f"reward {_number(s.reward_mean)}  age mean {_number(s.staleness_mean)} "
             f"max {_number(s.staleness_max, 0)}  {_number(s.tokens_per_s, 0)} tok/s  "
@@ -104,8 +111,8 @@ class _Plain:
     def tick(self, snapshot: Snapshot) -> None:
         pass
 
-    def _say(self, line: str) -> None:
-        self._console.print(line, highlight=False, soft_wrap=True)
+    def say(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 # ── in a terminal ────────────────────────────────────────────────────────────────────────────
@@ -118,7 +125,7 @@ class _Dashboard:
         self._console = console
         self._live = Live(console=console, auto_refresh=False)
         self._bars = Progress(
-            TextColumn("{task.description:>20}"),
+            TextColumn("{task.description:>20}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
@@ -129,11 +136,11 @@ class _Dashboard:
         self._last_refresh = 0.0
 
     def __enter__(self) -> "_Dashboard":
+        self._live.start()
         # Other handlers would write into the middle of the dashboard.
         self._root = logging.getLogger()
         self._handlers = self._root.handlers[:]
         self._root.handlers = [RichHandler(console=self._console, show_path=False)]
-        self._live.start()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -150,6 +157,9 @@ class _Dashboard:
             self._last_refresh = now
             self._live.update(self._bars, refresh=True)
 
+    def say(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False)
+
     def step(self, snapshot: Snapshot) -> None:
         self.tick(snapshot)
 
@@ -164,15 +174,18 @@ def dashboard(snapshot: Snapshot) -> Panel:
     table.add_column(justify="right", style="bold")
     table.add_column()
     table.add_row("success rate", f"{_share(s.success_rate)}  {sparkline(s.success_rates)}")
-    heldout = [f"{rate:.1%}" for rate in s.eval_success_rates]
+    heldout = [_share(rate).strip() for rate in s.eval_success_rates]
     if len(heldout) > _MOST_EVALUATIONS:
         heldout = [heldout[0], "…", *heldout[2 - _MOST_EVALUATIONS :]]
     table.add_row("held out", "  →  ".join(heldout))
     table.add_row("reward", _number(s.reward_mean))
     table.add_row(
         "episodes",
-        f"{s.running} running, {s.ready} ready, of {s.capacity} at most   "
-        + "  ".join(f"{name} {count}" for name, count in s.outcomes.items()),
+        # A reason may hold brackets, which are no markup.
+        Text(
+            f"{s.running} running, {s.ready} ready, of {s.capacity} at most   "
+            + "  ".join(f"{name} {count}" for name, count in s.outcomes.items())
+        ),
     )
     ages = "  ".join(f"{age}: {count}" for age, count in sorted(s.ages.items()))
     table.add_row(
@@ -184,7 +197,7 @@ def dashboard(snapshot: Snapshot) -> Panel:
         "speed", f"{_number(s.tokens_per_s, 0)} tokens/s, {s.waste_share:.0%} of them wasted"
     )
     for role, idle in s.idle.items():
-        if idle is not None:
+        if _is_known(idle):
             table.add_row(f"{role.replace('_', ' ')} idle", f"{_bar(idle)} {idle:4.0%}")
     left_s = s.time_s / s.step * (s.steps - s.step) if s.step else None
     left = f", about {_clock(left_s)} left" if left_s is not None else ""
@@ -194,7 +207,7 @@ def dashboard(snapshot: Snapshot) -> Panel:
 
 def sparkline(values: Sequence[float]) -> str:
     """The newest values as a line of blocks, from 0 to the highest."""
-    newest = values[-_SPARK_CELLS:]
+    newest = [value for value in values if _is_known(value)][-_SPARK_CELLS:]
     top = max(newest, default=0.0) or 1.0
     return "".join(_BLOCKS[round(max(0.0, v) / top * (len(_BLOCKS) - 1))] for v in newest)
 
@@ -205,18 +218,24 @@ def _bar(share: float) -> str:
 
 
 def _idle_text(idle: Mapping[str, float | None]) -> str:
-    known = [f"{role} {share:.0%}" for role, share in idle.items() if share is not None]
+    known = [f"{role} {share:.0%}" for role, share in idle.items() if _is_known(share)]
     return ", ".join(known) or "-"
 
 
 def _share(value: float | None) -> str:
-    return "    -" if value is None else f"{value:5.1%}"
+    return f"{value:5.1%}" if _is_known(value) else "    -"
 
 
 def _number(value: float | None, digits: int = 2) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+    return f"{value:.{digits}f}" if _is_known(value) else "-"
+
+
+def _is_known(value: float | None) -> TypeGuard[float]:
+    return value is not None and math.isfinite(value)
 
 
 def _clock(seconds: float) -> str:
+    if not _is_known(seconds):
+        return "-"
     minutes, rest = divmod(int(seconds), 60)
     return f"{minutes}:{rest:02d}"

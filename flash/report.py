@@ -22,6 +22,13 @@ _STAGES = {
     "eval/time_s": ("evaluate", "#a58bc4"),
     "time/wait_batch_s": ("wait for a batch", "#d9d9d9"),
 }
+_EPISODE_STAGES = {
+    "generate": "generate",
+    "env": "environment",
+    "reward": "reward",
+    "wait": "wait to be trained",
+}
+_UPPER = [["by step", "by time", "ages"], ["by step", "by time", "stages"]]
 _ROLES = {"trainer": _TRAIN, "workers": _HELDOUT, "env_hosts": _ENVS}
 _OUTCOMES = {"trained": _ENVS, "dropped": "#e08a4e", "cancelled": "#cdb45f", "failed": _HELDOUT}
 _SMOOTH = 5
@@ -42,21 +49,24 @@ def draw(run: Path) -> Any:
     from matplotlib.figure import Figure  # noqa: PLC0415
     from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
 
-    lines = read_lines(run / "metrics.jsonl")
+    lines = [_known(line) for line in read_lines(run / "metrics.jsonl")]
     episodes = read_lines(run / "episodes.jsonl")
     figure = Figure(figsize=(15, 8.6), layout="constrained")
     FigureCanvasAgg(figure)
     # Rows of their own, so that long labels in one do not push the other's columns apart.
     rows: Any = figure.subfigures(2, 1, hspace=0.03)
     figure.suptitle(_title(run, lines), fontsize=13, x=0.008, ha="left")
-    upper, lower = (row.subplots(1, 3) for row in rows)
-    _curves(upper[0], lines, "step", "step", lambda line: line["step"])
-    _curves(upper[1], lines, "minutes", "wall-clock", lambda line: line["time_s"] / 60)
-    _staleness(upper[2], lines)
+    upper = rows[0].subplot_mosaic(_UPPER, height_ratios=(3, 2))
+    lower = rows[1].subplots(1, 3)
+    _curves(upper["by step"], lines, "step", "step", lambda line: line["step"])
+    timed = [line for line in lines if "time_s" in line]
+    _curves(upper["by time"], timed, "minutes", "wall-clock", lambda line: line["time_s"] / 60)
+    _staleness(upper["ages"], lines)
+    _stages(upper["stages"], episodes)
     _where_time_went(lower[0], lines)
     _idle(lower[1], lines)
     _outcomes(lower[2], episodes)
-    for axis in (*upper, *lower):
+    for axis in (*upper.values(), *lower):
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_axisbelow(True)
         axis.title.set_fontsize(11)
@@ -110,7 +120,8 @@ def _curves(
 def _staleness(axis: Any, lines: Sequence[Line]) -> None:
     totals: Counter[int] = Counter()
     for line in lines:
-        totals.update(dict(enumerate(line.get("staleness/histogram") or [])))
+        tokens = line.get("staleness/histogram", [])
+        totals.update({age: count or 0 for age, count in enumerate(tokens)})
     everything = max(1, totals.total())
     ages = range(max(totals, default=0) + 1)
     shares = [100 * totals[age] / everything for age in ages]
@@ -118,8 +129,23 @@ def _staleness(axis: Any, lines: Sequence[Line]) -> None:
     axis.bar_label(bars, fmt="%.1f%%", fontsize=9, padding=2)
     axis.set(
         title="age of trained tokens", xlabel="versions older than the weights they train",
-        ylabel="% of tokens", ylim=(0, 110), xlim=(-0.9, max(2, len(ages)) - 0.1),
+        ylabel="% of tokens", ylim=(0, 118), yticks=(0, 50, 100),
+        xlim=(-0.9, max(2, len(ages)) - 0.1),
     )  # fmt: skip
+
+
+def _stages(axis: Any, episodes: Sequence[Line]) -> None:
+    trained = [e["stages_s"] for e in episodes if e["outcome"] == "trained" and e.get("stages_s")]
+    means = [
+        math.fsum(stages.get(name) or 0.0 for stages in trained) / max(1, len(trained))
+        for name in _EPISODE_STAGES
+    ]
+    names = list(_EPISODE_STAGES.values())
+    bars = axis.barh(names, means, color=_TRAIN, height=0.65)
+    axis.bar_label(bars, [_precise(mean) for mean in means], fontsize=9, padding=4)
+    axis.invert_yaxis()
+    axis.margins(x=0.2)
+    axis.set(title="where a trained episode's time went", xlabel="seconds, mean")
 
 
 def _where_time_went(axis: Any, lines: Sequence[Line]) -> None:
@@ -201,6 +227,21 @@ def _smooth(values: Sequence[float]) -> list[float]:
 
 def _smoothed(what: str) -> str:
     return f"{what} (mean of {_SMOOTH} steps)"
+
+
+def _known(line: Line) -> Line:
+    """The line without what was not measured: null, nan and the infinities."""
+    return {
+        name: value
+        for name, value in line.items()
+        if value is not None and not (isinstance(value, float) and not math.isfinite(value))
+    }
+
+
+def _precise(seconds: float) -> str:
+    if seconds >= 1:
+        return f"{seconds:.1f} s"
+    return f"{1000 * seconds:.0f} ms" if seconds >= 0.001 or not seconds else "< 1 ms"
 
 
 def _duration(seconds: float) -> str:
