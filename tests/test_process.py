@@ -10,11 +10,14 @@ import sys
 import pytest
 
 from flash.errors import ProcessFailure
-from flash.process import Child
+from flash.process import PARENT_PID_VARIABLE, Child
 
 HANDLER = """
 import os, sys, time
 from flash.process import serve
+
+class Only:  # exists in the child's __main__ alone
+    pass
 
 class Handler:
     def add(self, a, b):
@@ -32,6 +35,16 @@ class Handler:
 
     def pid(self):
         return os.getpid()
+
+    def order(self, number):
+        self.seen = getattr(self, "seen", []) + [number]
+        return self.seen
+
+    def unpicklable(self):
+        return lambda: None
+
+    def unreadable(self):
+        return Only()
 
 if __name__ == "__main__":
     serve(Handler())
@@ -56,6 +69,44 @@ async def test_calls_are_answered_each_with_its_own_result(start):
     assert answers == list(range(1, 51))
     await child.stop()
     assert not child.alive
+
+
+async def test_calls_are_served_in_the_order_in_which_they_were_made(start):
+    child = await start()
+    calls = [asyncio.ensure_future(child.call("order", n)) for n in range(20)]
+    assert await calls[-1] == list(range(20))
+    assert await calls[9] == list(range(10))
+    await child.stop()
+
+
+async def test_a_result_that_cannot_be_sent_is_an_error_of_that_call_alone(start):
+    child = await start()
+    with pytest.raises(ProcessFailure, match="the child raised:(?s:.)*pickle"):
+        await child.call("unpicklable")
+    assert await child.call("add", 1, 1) == 2
+    await child.stop()
+
+
+async def test_an_answer_that_cannot_be_read_ends_the_child_and_leaves_nobody_waiting(start):
+    child = await start()
+    unreadable = asyncio.ensure_future(child.call("unreadable"))
+    other = asyncio.ensure_future(child.call("sleep", 3600))
+    for call in (unreadable, other):
+        with pytest.raises(ProcessFailure, match="can't be read here(?s:.)*'Only'"):
+            await call
+    assert not child.alive
+
+
+async def test_a_killed_child_fails_its_calls(start):
+    child = await start()
+    await child.call("pid")
+    call = asyncio.ensure_future(child.call("sleep", 3600))
+    await asyncio.sleep(0)
+    child.kill()
+    with pytest.raises(ProcessFailure, match="exit code -9"):
+        await call
+    await child.stop()
+    child.kill()  # again, and it is gone: nothing happens
 
 
 async def test_an_error_in_the_child_comes_with_its_traceback_and_the_child_lives_on(start):
@@ -126,3 +177,17 @@ asyncio.run(main())
     # The file descriptor of a process becomes readable when it ends.
     assert select.select([watch], [], [], 30)[0], "the child outlived its parent"
     os.close(watch)
+
+
+def test_a_child_whose_parent_died_before_it_looked_ends_itself():
+    code = "from flash.process import die_with_parent; die_with_parent(); print('alive')"
+    for parent, output in ((os.getpid(), "alive\n"), (os.getpid() + 1, "")):
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, PARENT_PID_VARIABLE: str(parent)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.stdout == output
+        assert result.returncode == (0 if output else -signal.SIGKILL)

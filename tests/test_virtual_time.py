@@ -39,3 +39,35 @@ def test_a_wait_that_nothing_can_end_is_an_error_that_names_the_tasks():
 
     with pytest.raises(virtual_time.Deadlock, match="the stuck one"):
         virtual_time.run(main())
+
+
+def test_ties_are_broken_in_the_same_way_each_time():
+    async def main():
+        loop, order = asyncio.get_running_loop(), []
+        for number in range(100):
+            loop.call_later(0.1, order.append, number)
+        await asyncio.sleep(0.2)
+        return order
+
+    order = virtual_time.run(main())
+    assert sorted(order) == list(range(100))
+    assert virtual_time.run(main()) == order
+
+
+def test_time_stands_still_while_anything_can_run():
+    async def main():
+        for _ in range(1000):
+            await asyncio.sleep(0)
+        return asyncio.get_running_loop().time()
+
+    assert virtual_time.run(main()) == 0
+
+
+def test_a_deadlock_behind_the_last_timer_is_found_too():
+    async def main():
+        await asyncio.sleep(10**6)
+        await asyncio.Lock().acquire()
+        await asyncio.get_running_loop().create_future()
+
+    with pytest.raises(virtual_time.Deadlock):
+        virtual_time.run(main())

@@ -25,6 +25,11 @@ GOOD = {
 }
 
 
+def changed(**fields) -> dict:
+    """The good answer but for these fields."""
+    return {"choices": [GOOD["choices"][0] | fields]}
+
+
 class Scripted:
     """Keeps what it was asked, answers `status` and `answer`."""
 
@@ -38,6 +43,8 @@ class Scripted:
         body = await request.json() if request.can_read_body else None
         self.asked.append((request.method, request.path_qs, body))
         self.authorization = request.headers.get("Authorization", "")
+        if isinstance(self.answer, bytes):
+            return web.Response(body=self.answer, content_type="application/json")
         if isinstance(self.answer, str):
             return web.Response(text=self.answer, status=self.status)
         return web.json_response(self.answer, status=self.status)
@@ -109,6 +116,15 @@ async def test_the_control_routes(scripted):
         (200, {"choices": []}, WorkerFailure),
         (200, {"choices": [{"token_ids": [1]}]}, WorkerFailure),
         (200, ["list"], WorkerFailure),
+        (200, b"\xff\xfe not UTF-8", WorkerFailure),
+        (200, changed(finish_reason=None), WorkerFailure),
+        (200, changed(weight_versions=[{"version": "4", "start": 0, "end": 4}]), WorkerFailure),
+        (200, changed(weight_versions=[{"version": "4", "start": -1, "end": 3}]), WorkerFailure),
+        (
+            200,
+            changed(weight_versions=[{"version": "default", "start": 0, "end": 3}]),
+            WorkerFailure,
+        ),
     ],
 )
 async def test_a_mistake_of_the_request_is_told_from_a_failing_worker(
@@ -124,3 +140,23 @@ async def test_a_worker_that_is_not_there_has_failed():
     with pytest.raises(WorkerFailure, match="can't be reached"):
         await worker.check_health()
     await worker.close()
+
+
+async def test_a_worker_that_hangs_up_in_the_middle_has_failed():
+    async def hang_up(request: web.Request) -> web.StreamResponse:
+        request.transport.close()
+        return web.Response()
+
+    app = web.Application()
+    app.router.add_post("/inference/v1/generate", hang_up)
+    async with TestServer(app) as server:
+        worker = HttpWorker(str(server.make_url("/")))
+        with pytest.raises(WorkerFailure, match="can't be reached"):
+            await worker.generate("id", [1], SAMPLING)
+        await worker.close()
+
+
+async def test_tokens_that_no_span_covers_have_no_version(scripted):
+    """The hub then refuses the answer: -1 was never published."""
+    scripted.answer = changed(weight_versions=[{"version": "4", "start": 0, "end": 2}])
+    assert (await scripted.worker.generate("id", [1], SAMPLING)).versions == [4, 4, -1]

@@ -488,11 +488,11 @@ def test_abort_samples_the_rest_anew_and_the_caller_notices_nothing():
 
 
 def test_the_rest_of_an_aborted_response_is_sampled_after_what_there_is():
-    class Recording(FakeWorker):
-        prompts = []
+    prompts = []
 
+    class Recording(FakeWorker):
         async def generate(self, request_id, token_ids, sampling):
-            self.prompts.append((list(token_ids), sampling.max_tokens))
+            prompts.append((list(token_ids), sampling.max_tokens))
             return await super().generate(request_id, token_ids, sampling)
 
     async def main():
@@ -502,7 +502,7 @@ def test_the_rest_of_an_aborted_response_is_sampled_after_what_there_is():
             await asyncio.sleep(3.5)
             await hub.publish(weights(1), "abort")
             sampled = (await call).token_ids
-        assert worker.prompts == [([0, 1, 2, 3, 4], 10), ([0, 1, 2, 3, 4, *sampled[:3]], 7)]
+        assert prompts == [([0, 1, 2, 3, 4], 10), ([0, 1, 2, 3, 4, *sampled[:3]], 7)]
 
     virtual_time.run(main())
 

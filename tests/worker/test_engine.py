@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from flash.worker.engine import EmbeddedEngine, EngineRequest
+from flash.worker.engine import EmbeddedEngine, EngineDied, EngineRequest
 
 pytestmark = pytest.mark.slow
 
@@ -219,6 +219,7 @@ async def test_a_cancelled_caller_frees_its_place(engines, tmp_path):
         (request(prompt=[128]), "token_ids must lie in 0 … 127"),
         (request(max_tokens=0), "max_tokens=0"),
         (request(temperature=-1.0), "temperature=-1.0"),
+        (request(temperature=float("nan")), "temperature=nan"),
         (request(max_tokens=5000), "more than the cache's 4096"),
     ],
 )
@@ -233,11 +234,65 @@ async def test_weights_that_do_not_fit_are_refused_and_nothing_changes(engines, 
     (tmp_path / "empty").mkdir()
     (tmp_path / "part").mkdir()
     save_file({"lm_head.weight": torch.zeros(3, 3)}, tmp_path / "part" / "model.safetensors")
+    other = make_model(tmp_path / "wide", 2)
+    tensors = load_file(other / "model.safetensors")
+    tensors[max(tensors)] = torch.zeros(3, 3)  # the last one: all others would fit
+    save_file(tensors, other / "model.safetensors")
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "model.safetensors").write_bytes(b"half of a file")
     await engine.pause("keep")
-    for folder, message in (("empty", "no safetensors"), ("part", "lacks weights")):
+    refusals = {
+        "empty": "no safetensors", "part": "lacks weights", "wide": "not the model",
+        "torn": "torn.*can't be read",
+    }  # fmt: skip
+    for folder, message in refusals.items():
         with pytest.raises(ValueError, match=message):
             engine.load_weights(tmp_path / folder)
     await engine.resume()
     result = await engine.generate(request())
     expected = logprobs_of(model, PROMPT, result.token_ids)
     assert result.logprobs == pytest.approx(expected, abs=1e-4)
+
+
+async def test_the_same_weights_again_change_nothing_but_the_version(engines, tmp_path):
+    """So the swap itself is exact: every logprob of the response, on both sides of the seams."""
+    model = make_model(tmp_path / "m", 1)
+    engine = engines(model)
+    running = asyncio.ensure_future(engine.generate(request("long", max_tokens=300)))
+    await started(engine, "long")
+    await swap(engine, model, 1)
+    await swap(engine, model, 2)
+    result = await running
+    versions, starts, ends = zip(*result.spans, strict=True)
+    assert (versions[0], versions[-1]) == (0, 2)
+    assert starts == (0, *ends[:-1])
+    expected = logprobs_of(model, PROMPT, result.token_ids)
+    assert result.logprobs == pytest.approx(expected, abs=1e-4)
+
+
+async def test_an_engine_that_fails_ends_its_requests_with_the_cause(engines, tmp_path):
+    engine = engines(make_model(tmp_path / "m", 1))
+    running = asyncio.ensure_future(engine.generate(request("r", max_tokens=3000)))
+    await started(engine, "r")
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    engine._model.forward = fail
+    with pytest.raises(EngineDied, match="out of memory"):
+        await running
+    await asyncio.to_thread(engine._manager._generation_thread.join)
+    assert not engine.alive
+    with pytest.raises(EngineDied, match="out of memory"):
+        await engine.generate(request("next"))
+
+
+async def test_closing_a_paused_engine_ends_its_requests(engines, tmp_path):
+    engine = engines(make_model(tmp_path / "m", 1))
+    running = asyncio.ensure_future(engine.generate(request("r", max_tokens=3000)))
+    await started(engine, "r")
+    await engine.pause("keep")
+    engine.close()
+    engines.opened.remove(engine)
+    with pytest.raises(EngineDied):
+        await running

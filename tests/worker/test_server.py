@@ -24,7 +24,8 @@ async def client(model):
     engine = EmbeddedEngine(
         str(model), device="cpu", dtype="float32", cache_tokens=4096, max_running=8
     )
-    server = TestServer(make_app(engine, api_key="secret"))
+    # As `serve` runs it: a client that goes away takes its request with it.
+    server = TestServer(make_app(engine, api_key="secret"), handler_cancellation=True)
     headers = {"Authorization": "Bearer secret"}
     async with TestClient(server, headers=headers) as client:
         client.engine = engine
@@ -73,6 +74,34 @@ async def test_abort_requests_answers_the_request_with_what_it_has(client):
     assert answer["choices"][0]["finish_reason"] == "abort"
 
 
+async def test_a_client_that_goes_away_frees_its_requests_place(client):
+    call = asyncio.ensure_future(generate(client, sampling={"max_tokens": 4000}))
+    while not client.engine.running:
+        await asyncio.sleep(0)
+    call.cancel()
+    async with asyncio.timeout(5):
+        while client.engine.running:
+            await asyncio.sleep(0)
+
+
+async def test_requests_under_way_are_frozen_while_paused_and_go_on_after(client):
+    call = asyncio.ensure_future(generate(client, sampling={"max_tokens": 200}))
+    while not client.engine._sampled_so_far("generate-tokens-r")[0]:
+        await asyncio.sleep(0)
+    await client.post("/pause?mode=keep")
+    before = client.engine._sampled_so_far("generate-tokens-r")[0]
+    assert (await client.get("/health")).status == 200
+    assert client.engine._sampled_so_far("generate-tokens-r")[0] == before
+    await client.post("/update_weight_version", json={"new_version": "1"})
+    await client.post("/resume")
+    _, answer = await call
+    spans = answer["choices"][0]["weight_versions"]
+    assert spans == [
+        {"version": "0", "start": 0, "end": len(before)},
+        {"version": "1", "start": len(before), "end": 200},
+    ]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -80,6 +109,10 @@ async def test_abort_requests_answers_the_request_with_what_it_has(client):
         ({"token_ids": [5, 6.0]}, "token_ids must be a list of integers"),
         ({"token_ids": []}, "token_ids is empty"),
         ({"sampling": {"max_tokens": "4"}}, "max_tokens must be of type int"),
+        ({"sampling": {"temperature": None}}, "temperature must be a number"),
+        ({"sampling": {"temperature": "hot"}}, "temperature must be a number"),
+        ({"sampling": {"temperature": float("nan")}}, "temperature=nan must be"),
+        ({"sampling": {"stop_token_ids": 2}}, "stop_token_ids must be a list of integers"),
         ({"sampling": {"max_tokens": 99_999}}, "more than the cache's 4096"),
         ({"sampling": {"top_p": 0.9}}, "['top_p'], which this worker can't do"),
         ({"sampling_params": None}, "sampling_params must be of type dict"),
@@ -92,9 +125,11 @@ async def test_a_bad_request_is_told_which_field(client, changes, message):
 
 
 async def test_what_is_not_json_or_not_known_is_refused(client, tmp_path):
-    response = await client.post("/inference/v1/generate", data=b"{")
-    assert response.status == 400
-    assert "not JSON" in (await response.json())["error"]["message"]
+    for garbage in (b"{", b"\xff\xfe"):
+        response = await client.post("/inference/v1/generate", data=garbage)
+        assert response.status == 400
+        assert "not JSON" in (await response.json())["error"]["message"]
+    assert (await client.post("/inference/v1/generate", json=[1])).status == 400
     assert (await client.post("/pause?mode=stop")).status == 400
     assert (await client.post("/collective_rpc", json={"method": "exec"})).status == 400
     load = {"method": "reload_weights", "kwargs": {"weights_path": str(tmp_path)}}
