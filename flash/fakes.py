@@ -5,24 +5,80 @@ is seeded: the same seed does the same.
 """
 
 import asyncio
+import contextlib
+import itertools
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
+
+from aiohttp import web
 
 from flash.errors import EnvFailure
 from flash.hub.worker import WorkerFailure
-from flash.types import AsyncEnv, Completion, Observation, SamplingParams, Task, UpdateMode
+from flash.types import (
+    AsyncEnv,
+    Completion,
+    FinishReason,
+    Observation,
+    SamplingParams,
+    Task,
+    UpdateMode,
+)
 
 Range = tuple[float, float]
+Seconds = Range | Callable[[random.Random], float]
+Script = Callable[[Sequence[int], SamplingParams], Sequence[int]]
+
+
+@dataclass(slots=True, eq=False)
+class _Run:
+    """One request that a FakeWorker samples."""
+
+    wanted: int
+    first_token_s: float
+    token_s: float
+    worked_s: float = 0.0
+    versions: list[int] = field(default_factory=list)
+    aborted: bool = False
+
+    @property
+    def left_s(self) -> float:
+        return self.first_token_s + self.wanted * self.token_s - self.worked_s
+
+    def finish_token(self, seconds: float) -> None:
+        """What `seconds` of a freeze bring: the token under way gets done, and no other begins."""
+        next_at_s = self.first_token_s + (len(self.versions) + 1) * self.token_s
+        self.worked_s = min(self.worked_s + seconds, max(self.worked_s, next_at_s))
+
+    def work(self, seconds: float, version: int) -> None:
+        """What `seconds` of sampling with `version` bring."""
+        self.worked_s += seconds
+        if self.left_s < 1e-9:
+            tokens = self.wanted
+        else:
+            whole = (self.worked_s - self.first_token_s) / self.token_s if self.token_s else 0.0
+            # What interrupts in the moment in which a token is done comes before the token.
+            tokens = max(len(self.versions), math.floor(whole - 1e-9))
+        self.versions += [version] * (tokens - len(self.versions))
 
 
 class FakeWorker:
-    """A worker that samples nonsense, one token after another, with true versions.
+    """A worker that samples nonsense, or what a script says, with true versions.
+
+    It has the semantics of a real one: a pause freezes, aborts or drains what runs; under `keep`
+    a request goes on where it was, and its later tokens, with the one under way, carry the new
+    version. It costs one timer a request and not one a token, so that simulations stay cheap.
 
     Args:
         token_s: seconds a token takes, drawn anew for each request.
+        first_token_s: seconds before that, for the prompt.
         tokens: how many tokens a response has at most (min, max), within `max_tokens`.
         load_s: seconds a weight load takes.
+        room: how many requests it samples at the same time; the others wait inside.
+        script: the response to a prompt; without it token ids are drawn.
     """
 
     def __init__(
@@ -30,10 +86,13 @@ class FakeWorker:
         name: str,
         *,
         seed: int = 0,
-        token_s: Range = (0.01, 0.01),
+        token_s: Seconds = (0.01, 0.01),
+        first_token_s: Seconds = (0.0, 0.0),
         tokens: tuple[int, int] = (1, 1_000_000),
-        load_s: Range = (0.0, 0.5),
+        load_s: Seconds = (0.0, 0.5),
         version: int = 0,
+        room: int | None = None,
+        script: Script | None = None,
     ) -> None:
         self.name = name
         self.version = version
@@ -44,18 +103,20 @@ class FakeWorker:
         self.loaded: list[Path] = []
         self._rng = random.Random(seed)
         self._token_s = token_s
+        self._first_token_s = first_token_s
         self._tokens = tokens
         self._load_s = load_s
-        self._going = asyncio.Event()
-        self._going.set()
-        self._idle = asyncio.Event()
-        self._idle.set()
-        self._frozen = False  # paused, and not for the running requests to end
-        self._aborts = 0  # counts `pause("abort")`; a request notices that it changed
-        self._failures_planned = 0
-        self._awake = asyncio.Event()
-        self._awake.set()
+        self._room = math.inf if room is None else room
+        self._script = script
+        self._runs: dict[str, _Run] = {}
+        self._paused = False  # nothing begins
+        self._frozen = False  # nor does what runs go on
+        self._hung = False
         self._dead = False
+        self._failures_planned = 0
+        self._lies: list[dict[str, Any]] = []
+        self._changed = asyncio.Event()  # for those that run; each is set once and replaced
+        self._ended = asyncio.Event()  # for those that wait to begin, or for others to end
 
     # ── what a test plants ───────────────────────────────────────────────────────────────────
 
@@ -63,17 +124,30 @@ class FakeWorker:
         """The next calls raise WorkerFailure."""
         self._failures_planned = calls
 
+    def lie_next(self, **changes: Any) -> None:
+        """The next answer to a request has these fields changed: `logprobs=[nan]`, say."""
+        self._lies.append(changes)
+
     def hang(self) -> None:
         """Sample nothing more, until `wake`."""
-        self._awake.clear()
+        self._hung = True
+        self._tell()
 
     def wake(self) -> None:
         """Go on after `hang`."""
-        self._awake.set()
+        self._hung = False
+        self._tell()
 
     def die(self) -> None:
         """Fail every call from now on, and those that wait."""
         self._dead = True
+        self._tell()
+
+    def restart(self, *, version: int = 0) -> None:
+        """Live again after `die`, as a server that was started anew: with its first weights."""
+        self._dead = self._hung = self._paused = self._frozen = False
+        self.version = version
+        self._tell()
 
     # ── the Worker protocol ──────────────────────────────────────────────────────────────────
 
@@ -81,44 +155,54 @@ class FakeWorker:
         self, request_id: str, token_ids: Sequence[int], sampling: SamplingParams
     ) -> Completion:
         self._maybe_fail()
-        await self._going.wait()
+        while self._paused or self.running >= self._room:
+            await self._ended.wait()
+            self._check_alive()
         self.running += 1
         self.max_running_seen = max(self.max_running_seen, self.running)
         self.started.append(request_id)
-        self._idle.clear()
         try:
-            return await self._sample(sampling)
+            completion = await self._sample(request_id, token_ids, sampling)
         finally:
             self.running -= 1
-            if not self.running:
-                self._idle.set()
+            self._ended = _fired(self._ended)
+        return replace(completion, **self._lies.pop(0)) if self._lies else completion
 
     async def abort(self, request_id: str) -> None:
         self._maybe_fail()
         self.aborted.append(request_id)
+        if request_id in self._runs:
+            self._runs[request_id].aborted = True
+            self._tell()
 
     async def pause(self, mode: UpdateMode) -> None:
         self._maybe_fail()
-        self._going.clear()
+        self._paused = True
         if mode == "wait":
-            await self._idle.wait()
-        else:
-            self._frozen = True
-            self._aborts += mode == "abort"
+            while self.running:
+                await self._ended.wait()
+                self._check_alive()
+        self._frozen = True
+        if mode == "abort":
+            for run in self._runs.values():
+                run.aborted = True
+        self._tell()
 
     async def load_weights(self, path: Path) -> None:
         self._maybe_fail()
-        await asyncio.sleep(self._rng.uniform(*self._load_s))
+        await asyncio.sleep(self._draw(self._load_s))
+        self._check_alive()
         self.loaded.append(path)
 
     async def set_version(self, version: int) -> None:
         self._maybe_fail()
         self.version = version
+        self._tell()
 
     async def resume(self) -> None:
         self._maybe_fail()
-        self._frozen = False
-        self._going.set()
+        self._paused = self._frozen = False
+        self._tell()
 
     async def check_health(self) -> None:
         self._maybe_fail()
@@ -126,36 +210,147 @@ class FakeWorker:
     async def close(self) -> None:
         pass
 
-    async def _sample(self, sampling: SamplingParams) -> Completion:
-        wanted = min(sampling.max_tokens, self._rng.randint(*self._tokens))
-        token_s = self._rng.uniform(*self._token_s)
-        aborts = self._aborts
-        versions: list[int] = []
-        while len(versions) < wanted:
-            await asyncio.sleep(token_s)
-            await self._awake.wait()
-            if self._dead:
-                raise WorkerFailure(f"{self.name} is dead")
-            if self._aborts != aborts:
-                break
-            if self._frozen:
-                await self._going.wait()
-            versions.append(self.version)
-        ended = "length" if wanted == sampling.max_tokens else "stop"
+    # ── sampling ─────────────────────────────────────────────────────────────────────────────
+
+    async def _sample(
+        self, request_id: str, prompt: Sequence[int], sampling: SamplingParams
+    ) -> Completion:
+        if self._script is None:
+            response = None
+            length = self._rng.randint(*self._tokens)
+        else:
+            response = self._script(prompt, sampling)
+            length = len(response)
+        wanted = min(sampling.max_tokens, length)
+        run = _Run(wanted, self._draw(self._first_token_s), self._draw(self._token_s))
+        self._runs[request_id] = run
+        clock = asyncio.get_running_loop().time
+        try:
+            while len(run.versions) < wanted and not run.aborted:
+                version, began = self.version, clock()
+                if self._hung:
+                    await self._changed.wait()
+                elif self._frozen:
+                    await self._changed.wait()
+                    run.finish_token(clock() - began)
+                else:
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(run.left_s):
+                            await self._changed.wait()
+                    run.work(clock() - began, version)
+                self._check_alive()
+        finally:
+            del self._runs[request_id]
+        sampled = len(run.versions)
+        if response is None:
+            response = [self._rng.randrange(10, 100) for _ in range(sampled)]
+        ended: FinishReason = "length" if wanted == sampling.max_tokens else "stop"
         return Completion(
-            token_ids=[self._rng.randrange(10, 100) for _ in versions],
-            logprobs=[-self._rng.random() for _ in versions],
-            versions=versions,
-            finish_reason=ended if len(versions) == wanted else "abort",  # type: ignore[arg-type]
+            token_ids=list(response[:sampled]),
+            logprobs=[-self._rng.random() for _ in range(sampled)],
+            versions=run.versions,
+            finish_reason=ended if sampled == wanted else "abort",
             worker=self.name,
         )
 
+    def _draw(self, seconds: Seconds) -> float:
+        return seconds(self._rng) if callable(seconds) else self._rng.uniform(*seconds)
+
+    def _tell(self) -> None:
+        """Whoever waits here looks anew at how things are."""
+        self._changed = _fired(self._changed)
+        self._ended = _fired(self._ended)
+
     def _maybe_fail(self) -> None:
-        if self._dead:
-            raise WorkerFailure(f"{self.name} is dead")
+        self._check_alive()
         if self._failures_planned:
             self._failures_planned -= 1
             raise WorkerFailure(f"{self.name} was told to fail")
+
+    def _check_alive(self) -> None:
+        if self._dead:
+            raise WorkerFailure(f"{self.name} is dead")
+
+
+def _fired(event: asyncio.Event) -> asyncio.Event:
+    """Wakes those that wait; returns the event for those that come later."""
+    event.set()
+    return asyncio.Event()
+
+
+def worker_app(worker: FakeWorker) -> web.Application:
+    """The worker protocol's routes over a fake worker, for tests of the HTTP client."""
+
+    async def generate(request: web.Request) -> web.Response:
+        body = await request.json()
+        asked = body["sampling_params"]
+        sampling = SamplingParams(
+            max_tokens=asked["max_tokens"],
+            temperature=asked["temperature"],
+            stop_token_ids=tuple(asked["stop_token_ids"]),
+        )
+        request_id = "generate-tokens-" + body["request_id"]
+        answer = await worker.generate(request_id, body["token_ids"], sampling)
+        spans, end = [], 0
+        for version, tokens in itertools.groupby(answer.versions):
+            start, end = end, end + len(list(tokens))
+            spans.append({"version": str(version), "start": start, "end": end})
+        choice = {
+            "token_ids": answer.token_ids,
+            "logprobs": {"content": [{"logprob": logprob} for logprob in answer.logprobs]},
+            "finish_reason": answer.finish_reason,
+            "weight_versions": spans,
+        }
+        return web.json_response({"choices": [choice]})
+
+    async def abort_requests(request: web.Request) -> web.Response:
+        for request_id in (await request.json())["request_ids"]:
+            await worker.abort(request_id)
+        return web.json_response({})
+
+    async def pause(request: web.Request) -> web.Response:
+        await worker.pause(request.query["mode"])  # type: ignore[arg-type]  # a test's own words
+        return web.json_response({})
+
+    async def resume(request: web.Request) -> web.Response:
+        await worker.resume()
+        return web.json_response({})
+
+    async def collective_rpc(request: web.Request) -> web.Response:
+        body = await request.json()
+        assert body["method"] == "reload_weights"
+        await worker.load_weights(Path(body["kwargs"]["weights_path"]))
+        return web.json_response({"results": [None]})
+
+    async def update_weight_version(request: web.Request) -> web.Response:
+        await worker.set_version(int((await request.json())["new_version"]))
+        return web.json_response({})
+
+    async def weight_info(request: web.Request) -> web.Response:
+        return web.json_response({"weight_version": str(worker.version)})
+
+    async def health(request: web.Request) -> web.Response:
+        await worker.check_health()
+        return web.Response()
+
+    @web.middleware
+    async def failing(request: web.Request, handler: Any) -> web.StreamResponse:
+        try:
+            response: web.StreamResponse = await handler(request)
+        except WorkerFailure as error:
+            return web.json_response({"error": {"message": str(error)}}, status=500)
+        return response
+
+    app = web.Application(middlewares=[failing])
+    app.router.add_post("/inference/v1/generate", generate)
+    app.router.add_post("/inference/v1/abort_requests", abort_requests)
+    app.router.add_post("/pause", pause)
+    app.router.add_post("/resume", resume)
+    app.router.add_post("/collective_rpc", collective_rpc)
+    app.router.add_post("/update_weight_version", update_weight_version)
+    app.router.add_get("/weight_info", weight_info)
+    app.router.add_get("/health", health)
+    return app
 
 
 class FakeEnvs:
