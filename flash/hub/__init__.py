@@ -1,7 +1,14 @@
 """The InferenceHub, its workers and the pools that start them."""
 
 from flash.hub.http_worker import HttpWorker
-from flash.hub.hub import HubStats, InferenceHub, Pool, PublishReport, WorkerStats
+from flash.hub.hub import (
+    HubStats,
+    InferenceHub,
+    Pool,
+    PublishReport,
+    WorkerPublish,
+    WorkerStats,
+)
 from flash.hub.pool import EmbeddedPool
 from flash.hub.worker import BadRequest, Worker, WorkerFailure
 
@@ -15,5 +22,6 @@ __all__ = [
     "PublishReport",
     "Worker",
     "WorkerFailure",
+    "WorkerPublish",
     "WorkerStats",
 ]

@@ -9,12 +9,14 @@ can start, and nothing queues behind a long one. A publish takes the workers one
 """
 
 import asyncio
+import bisect
+import contextlib
 import itertools
 import logging
 import math
 import uuid
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -28,6 +30,10 @@ logger = logging.getLogger(__name__)
 _SESSIONS_KEPT = 100_000  # routing hints only: losing one costs a prefill
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.5, 8.0
 _ABORT_TIMEOUT_S = 10.0
+# One request that no worker survives must not take them out in turn for ever, and workers that
+# pass their health check and then answer nonsense (weights gone nan) must end the run.
+_FAILURES_A_REQUEST = 5
+_CONTROL = "control"  # where a request has its id; a worker has one such call at a time
 _PROBE_PROMPT = (1, 2, 3, 1, 2, 3)  # any token ids that every vocabulary has
 _PROBE_SAMPLING = SamplingParams(max_tokens=12)
 
@@ -41,13 +47,25 @@ class Pool(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerPublish:
+    """How a publish went at one worker. `gap` is nan if it was not probed."""
+
+    name: str
+    updated: bool
+    paused_s: float
+    gap: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PublishReport:
-    """How a publish went. `gap_max` is nan if the weights came without `score`."""
+    """How a publish went. `gap_max` is nan if no worker was probed: the weights came without
+    `score`, or every worker was out (each has the weights before it comes back)."""
 
     version: int
     gap_max: float
     paused_s: float
     workers: int
+    per_worker: tuple[WorkerPublish, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,13 +98,17 @@ class HubStats:
 
 @dataclass(slots=True, eq=False)
 class _Slot:
-    """A worker and what it has been given."""
+    """A worker and what it has been given.
+
+    `version` is set once the worker has been told it: no token sampled from then on is older.
+    """
 
     worker: Worker
     version: int
     healthy: bool = True
     gone: bool = False
     updating: bool = False
+    failures: int = 0  # since its last good answer
     outstanding_tokens: int = 0
     deadlines: dict[str, asyncio.Timeout] = field(default_factory=dict)
     running: int = 0
@@ -100,6 +122,7 @@ class _Slot:
 
 @dataclass(slots=True, eq=False)
 class _Waiter:
+    arrival: int
     request: GenerateRequest
     cost: int
     slot: asyncio.Future[_Slot]
@@ -114,7 +137,7 @@ class InferenceHub:
     Args:
         workers: URLs, Worker objects, or a Pool that starts its own.
         max_running: requests at one worker at a time.
-        version: the policy version of the weights that the workers have now.
+        version: the policy version of the weights that the workers have now; they are told.
         request_timeout_s: for one answer; a worker that takes longer has failed.
         control_timeout_s: for a pause, a weight load, a health check.
         recovery_timeout_s: how long the pool may be without any healthy worker.
@@ -135,8 +158,12 @@ class InferenceHub:
         recovery_timeout_s: float = 60.0,
         gap_limit: float = 1e-3,
     ) -> None:
+        if isinstance(workers, str):
+            raise ValueError(f"workers={workers!r} must be a list: [{workers!r}]")
         if isinstance(workers, Sequence) and not workers:
             raise ValueError("workers is empty: give at least one URL")
+        if max_running < 1:
+            raise ValueError(f"max_running={max_running} must be at least 1")
         self.version = version
         self._given = workers
         self._max_running = max_running
@@ -145,7 +172,7 @@ class InferenceHub:
         self._recovery_timeout_s = recovery_timeout_s
         self._gap_limit = gap_limit
         self._slots: list[_Slot] = []
-        # Bound: one entry for each caller that waits; the agents are bounded by their loop.
+        # By arrival. Bound: one entry for each caller; the agents are bounded by their loop.
         self._queue: deque[_Waiter] = deque()
         self._sessions: OrderedDict[str, _Slot] = OrderedDict()
         self._published = {version}
@@ -157,11 +184,16 @@ class InferenceHub:
         self._recoveries: set[asyncio.Task[None]] = set()
         self._id = uuid.uuid4().hex[:8]
         self._request_ids = itertools.count()
+        self._arrivals = itertools.count()
         self._prompt_tokens = self._generated_tokens = self._requests = self._retries = 0
         self._publishes = 0
         self._paused_s = 0.0
 
     async def __aenter__(self) -> "InferenceHub":
+        """Starts a pool's workers, and tells every worker its version.
+
+        One that does not answer is out until it does, so a server may start after the hub.
+        """
         self._clock = asyncio.get_running_loop().time
         if isinstance(self._given, Sequence):
             workers = [HttpWorker(w) if isinstance(w, str) else w for w in self._given]
@@ -169,6 +201,13 @@ class InferenceHub:
             workers = await self._given.start(self._on_exit)
         self._slots = [_Slot(worker, self.version) for worker in workers]
         await self._tasks.__aenter__()
+        try:
+            async with asyncio.TaskGroup() as greetings:
+                for slot in self._slots:
+                    greetings.create_task(self._greet(slot), name=f"greet {slot.worker.name}")
+        except BaseException:
+            await self.__aexit__()
+            raise
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -193,8 +232,16 @@ class InferenceHub:
         """One response, from whichever worker is best, retried elsewhere if that one fails.
 
         `on_start` is called with the worker's policy version each time a worker begins: no token
-        sampled from then on can be older. Raises ValueError for a request that no worker takes.
+        sampled from then on can be older. Raises ValueError for a request that no worker takes,
+        InferenceFailure if no worker is left or several failed at this very request.
         """
+        if not request.token_ids or request.sampling.max_tokens < 1:
+            raise ValueError(
+                f"a request needs a prompt and max_tokens of at least 1, not "
+                f"{len(request.token_ids)} tokens and max_tokens={request.sampling.max_tokens}"
+            )
+        arrival = next(self._arrivals)
+        failures = 0
         token_ids: list[int] = []
         logprobs: list[float] = []
         versions: list[int] = []
@@ -203,20 +250,32 @@ class InferenceHub:
                 request.sampling, max_tokens=request.sampling.max_tokens - len(token_ids)
             )
             prompt = [*request.token_ids, *token_ids]
-            slot = await self._acquire(request, cost=len(prompt) + sampling.max_tokens)
+            cost = len(prompt) + sampling.max_tokens
+            slot = await self._acquire(request, cost=cost, arrival=arrival)
             try:
+                if not slot.accepting:  # something befell it in the moment it was given to us
+                    continue
+                version = slot.version
                 if on_start is not None:
-                    on_start(slot.version)
+                    on_start(version)
                 piece = await self._ask(slot, prompt, sampling)
                 self._check(piece, sampling)
+                self._check_age(piece, slot, since=version)
+                slot.failures = 0
             except WorkerFailure as failure:
                 self._retries += 1
+                failures += slot.healthy  # else it was taken out for another request's sake
                 self._take_out(slot, failure)
+                if failures == _FAILURES_A_REQUEST and self._failure is None:
+                    raise InferenceFailure(
+                        f"workers failed {failures} times at one request of {len(prompt)} tokens; "
+                        f"the last time: {failure}"
+                    ) from failure
                 continue
             except BadRequest as error:
                 raise ValueError(str(error)) from error
             finally:
-                self._release(slot, cost=len(prompt) + sampling.max_tokens)
+                self._release(slot, cost=cost)
             token_ids += piece.token_ids
             logprobs += piece.logprobs
             versions += piece.versions
@@ -263,12 +322,15 @@ class InferenceHub:
             ),
         )
 
-    async def _acquire(self, request: GenerateRequest, *, cost: int) -> _Slot:
+    async def _acquire(self, request: GenerateRequest, *, cost: int, arrival: int) -> _Slot:
         """Waits for a place at a worker; `_release` gives it back."""
         if self._failure is not None:
             raise self._failure
-        waiter = _Waiter(request, cost, asyncio.get_running_loop().create_future())
-        self._queue.append(waiter)
+        waiter = _Waiter(arrival, request, cost, asyncio.get_running_loop().create_future())
+        if self._queue and self._queue[-1].arrival > arrival:  # it lost its worker
+            bisect.insort(self._queue, waiter, key=lambda other: other.arrival)
+        else:
+            self._queue.append(waiter)
         self._dispatch()
         try:
             return await waiter.slot
@@ -372,6 +434,19 @@ class InferenceHub:
             )
         if not piece.token_ids and piece.finish_reason != "abort":
             raise WorkerFailure(f"{piece.worker} answered no tokens at all")
+        if piece.versions != sorted(piece.versions):
+            raise WorkerFailure(f"{piece.worker} answered with policy versions that go back")
+
+    def _check_age(self, piece: Completion, slot: _Slot, *, since: int) -> None:
+        """Nor can an answer be older than the version that the worker had when it was asked."""
+        if piece.versions and piece.versions[0] < since:
+            raise WorkerFailure(
+                f"{piece.worker} answered with policy version {piece.versions[0]}, but had been "
+                f"given {since} before: was it started anew?"
+            )
+        # It would be asked for the same again, at once and for ever.
+        if not piece.token_ids and slot.accepting and slot.version == since:
+            raise WorkerFailure(f"{piece.worker} aborted a request that nobody asked it to abort")
 
     # ── workers that fail and return ─────────────────────────────────────────────────────────
 
@@ -412,20 +487,28 @@ class InferenceHub:
             if not deadline.expired():
                 deadline.reschedule(self._clock())
 
+    async def _greet(self, slot: _Slot) -> None:
+        """Tells a worker its version at the start of the hub."""
+        try:
+            async with self._deadline(slot, self._control_timeout_s):
+                await self._catch_up(slot)
+        except WorkerFailure as failure:
+            self._take_out(slot, failure)
+        except BadRequest as error:
+            self._take_out(slot, WorkerFailure(str(error)))
+
     async def _recover(self, slot: _Slot) -> None:
         """Asks for its health until it is well, then gives it the present weights."""
-        backoff_s = _FIRST_BACKOFF_S
         while not slot.gone and self._failure is None:
-            await asyncio.sleep(backoff_s)
-            backoff_s = min(2 * backoff_s, _LONGEST_BACKOFF_S)
+            # A worker that fails again before it has answered anything waits longer.
+            await asyncio.sleep(min(_FIRST_BACKOFF_S * 2**slot.failures, _LONGEST_BACKOFF_S))
+            slot.failures = min(slot.failures + 1, 10)
             try:
-                async with asyncio.timeout(self._control_timeout_s):
+                async with self._deadline(slot, self._control_timeout_s):
                     await slot.worker.check_health()
-                    async with self._publishing:
-                        if self._weights is not None:
-                            await self._replace_weights(slot, self._weights, "abort")
-                        slot.healthy = not slot.gone and self._failure is None
-            except (WorkerFailure, BadRequest, TimeoutError) as error:
+                    await self._catch_up(slot)
+                    slot.healthy = not slot.gone and self._failure is None
+            except (WorkerFailure, BadRequest) as error:
                 logger.warning("%s is not well yet: %s", slot.worker.name, error)
             if slot.healthy:
                 logger.warning("worker %s is back", slot.worker.name)
@@ -434,6 +517,39 @@ class InferenceHub:
                     self._last_hope = None
                 self._dispatch()
                 return
+
+    async def _catch_up(self, slot: _Slot) -> None:
+        """Gives a worker the present weights and version, and leaves it going.
+
+        A publish does not wait for this, and passes over workers that are out; so what is present
+        may change meanwhile. The weights are not probed: `score` speaks for the trainer as it is
+        now, which may be a step ahead of them.
+        """
+        while True:
+            weights = self._weights
+            if weights is not None:
+                await self._replace_weights(slot, weights, "abort")
+            else:
+                await slot.worker.set_version(self.version)
+                await slot.worker.resume()  # a run that was killed may have left it paused
+            if weights is self._weights:
+                return
+
+    @contextlib.asynccontextmanager
+    async def _deadline(self, slot: _Slot, timeout_s: float) -> AsyncIterator[None]:
+        """Ends what is done to a worker with WorkerFailure: in time, or when it is taken out."""
+        try:
+            async with asyncio.timeout(timeout_s) as deadline:
+                slot.deadlines[_CONTROL] = deadline
+                try:
+                    yield
+                finally:
+                    del slot.deadlines[_CONTROL]
+        except TimeoutError as error:
+            raise WorkerFailure(
+                f"{slot.worker.name} was taken out, or took longer than {timeout_s:g} s for a "
+                f"pause, a weight load or a health check"
+            ) from error
 
     def _fail(self, cause: WorkerFailure) -> None:
         """The pool has nobody left."""
@@ -458,6 +574,7 @@ class InferenceHub:
 
         mode: what happens to requests under way at a worker: `keep` freezes them and goes on with
         the new weights, `abort` ends them and samples the rest anew, `wait` lets them end first.
+        A worker that fails meanwhile is taken out; it has the weights before it comes back.
         Raises ValueError for a version that is not newer, PublishFailure if a worker's logprobs
         of a probe differ from `weights.score` by more than `gap_limit`, or if the weights don't
         fit; InferenceFailure if no worker is left.
@@ -471,43 +588,66 @@ class InferenceHub:
                 )
             self._published.add(weights.version)
             self._weights = weights
-            paused_s = 0.0
-            for slot in [s for s in self._slots if s.healthy]:
-                started = self._clock()
-                slot.updating = True
-                try:
-                    async with asyncio.timeout(self._control_timeout_s):
-                        await self._replace_weights(slot, weights, mode)
-                except BadRequest as error:
-                    raise PublishFailure(f"version {weights.version}: {error}") from error
-                except (WorkerFailure, TimeoutError) as error:
-                    failure = WorkerFailure(f"{slot.worker.name} failed in a publish: {error!r}")
-                    self._take_out(slot, failure)
-                finally:
-                    slot.updating = False
-                paused_s += self._clock() - started
-                self._dispatch()
+            paused_s: dict[_Slot, float] = {}
+            for slot in self._slots:
+                # Not those that are out, nor one that came back with these weights just now.
+                if slot.healthy and slot.version != weights.version:
+                    started = self._clock()
+                    await self._update(slot, weights, mode)
+                    paused_s[slot] = self._clock() - started
             if self._failure is not None:
                 raise self._failure
             self.version = weights.version
-            gap_max = await self._probe_all(weights)
+            gaps = await self._probe_all(weights)
             self._publishes += 1
-            self._paused_s += paused_s
+            self._paused_s += sum(paused_s.values())
+            per_worker = tuple(
+                WorkerPublish(
+                    name=slot.worker.name,
+                    updated=slot.healthy and slot.version == weights.version,
+                    paused_s=paused_s.get(slot, 0.0),
+                    gap=gaps.get(slot, math.nan),
+                )
+                for slot in self._slots
+            )
             return PublishReport(
                 version=weights.version,
-                gap_max=gap_max,
-                paused_s=paused_s,
-                workers=sum(slot.version == weights.version for slot in self._slots),
+                gap_max=max(gaps.values(), default=math.nan),
+                paused_s=sum(paused_s.values()),
+                workers=sum(worker.updated for worker in per_worker),
+                per_worker=per_worker,
             )
 
     async def probe(self, weights: Weights) -> float:
         """The largest difference between the workers' logprobs and `weights.score`, on a probe.
 
         For weights that the workers have already (at the start of a run). Raises PublishFailure
-        above `gap_limit`; nan if `weights.score` is None.
+        above `gap_limit`; nan if `weights.score` is None or no worker is healthy.
         """
         async with self._publishing:
-            return await self._probe_all(weights)
+            return max((await self._probe_all(weights)).values(), default=math.nan)
+
+    async def _update(self, slot: _Slot, weights: Weights, mode: UpdateMode) -> None:
+        """One worker's turn in a publish. Afterwards it has the weights, or is taken out."""
+        timeout_s = self._control_timeout_s
+        if mode == "wait":  # for the requests that it has, as long as each may take
+            timeout_s += self._request_timeout_s
+        slot.updating = True
+        try:
+            async with self._deadline(slot, timeout_s):
+                await self._replace_weights(slot, weights, mode)
+        except WorkerFailure as failure:
+            self._take_out(slot, failure)
+        except BadRequest as error:
+            self._take_out(slot, WorkerFailure(str(error)))
+            raise PublishFailure(f"version {weights.version}: {error}") from error
+        except asyncio.CancelledError:
+            # It may be paused, or between two weights.
+            self._take_out(slot, WorkerFailure(f"{slot.worker.name}: its publish was cancelled"))
+            raise
+        finally:
+            slot.updating = False
+            self._dispatch()
 
     async def _replace_weights(self, slot: _Slot, weights: Weights, mode: UpdateMode) -> None:
         await slot.worker.pause(mode)
@@ -516,19 +656,23 @@ class InferenceHub:
         slot.version = weights.version
         await slot.worker.resume()
 
-    async def _probe_all(self, weights: Weights) -> float:
-        if weights.score is None:
-            return math.nan
-        gaps: list[float] = []
-        for slot in [s for s in self._slots if s.healthy and s.version == weights.version]:
+    async def _probe_all(self, weights: Weights) -> dict[_Slot, float]:
+        """The gap of each worker that could be asked; of none without a `score`."""
+        gaps: dict[_Slot, float] = {}
+        for slot in self._slots if weights.score is not None else ():
+            if not slot.healthy or slot.version != weights.version:
+                continue
             try:
                 piece = await self._ask(slot, _PROBE_PROMPT, _PROBE_SAMPLING)
                 self._check(piece, _PROBE_SAMPLING)
+                if not piece.token_ids:
+                    raise WorkerFailure(f"{slot.worker.name} aborted the probe")
             except WorkerFailure as failure:
                 self._take_out(slot, failure)
                 continue
             except BadRequest as error:
                 raise PublishFailure(f"{slot.worker.name} refused the probe: {error}") from error
+            assert weights.score is not None
             expected = await weights.score([*_PROBE_PROMPT, *piece.token_ids])
             expected = expected[len(_PROBE_PROMPT) - 1 :]
             differences = [abs(a - b) for a, b in zip(piece.logprobs, expected, strict=True)]
@@ -541,5 +685,5 @@ class InferenceHub:
                     f"{gap:.2g}, more than engine.gap_limit={self._gap_limit:g}. Either it has "
                     f"other weights, or the two compute in precisions that need a higher limit"
                 )
-            gaps.append(gap)
-        return max(gaps, default=math.nan)
+            gaps[slot] = gap
+        return gaps
