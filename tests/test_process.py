@@ -142,7 +142,8 @@ async def test_stop_kills_a_child_that_does_not_end(start):
     pid = await child.call("pid")
     busy = asyncio.ensure_future(child.call("sleep", 3600))
     await asyncio.sleep(0)
-    await child.stop(grace_s=0.1)
+    async with asyncio.timeout(4):  # less than a child has that closed its socket by itself
+        await child.stop(grace_s=0.1)
     with pytest.raises(ProcessFailure):
         await busy
     with pytest.raises(ProcessLookupError):

@@ -22,6 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
+from flash.worker import attention
+
 PauseMode = Literal["keep", "abort", "wait"]
 
 # Small pages fit short conversations, and make short prefixes shareable.
@@ -125,6 +127,7 @@ class EmbeddedEngine:
                 use_async_batching=False,
             ),
         )
+        attention.use(self._model)  # after the manager, which knows its own kinds only
         self._running: dict[str, _Running] = {}
         self._gate = asyncio.Event()  # open unless a pause waits for the running ones to end
         self._gate.set()

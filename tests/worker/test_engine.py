@@ -19,12 +19,19 @@ def make_model(folder: Path, seed: int, *, tied: bool = True, shape=LlamaConfig)
     torch.manual_seed(seed)
     config = shape(
         vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=512,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
         tie_word_embeddings=tied, eos_token_id=2, pad_token_id=0, bos_token_id=None,
         initializer_range=0.2,  # far from uniform, so that wrong weights show
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
+
+
+def sliding(**options) -> Qwen2Config:
+    return Qwen2Config(
+        **options, use_sliding_window=True, sliding_window=16, max_window_layers=1,
+        layer_types=["full_attention", "sliding_attention"],
+    )  # fmt: skip
 
 
 def logprobs_of(model: Path, prompt, sampled, temperature: float = 1.0) -> list[float]:
@@ -85,6 +92,33 @@ async def test_many_requests_at_once_are_each_answered_with_their_own(engines, t
     for prompt, result in list(zip(prompts.values(), results, strict=True))[::8]:
         expected = logprobs_of(model, prompt, result.token_ids)
         assert result.logprobs == pytest.approx(expected, abs=1e-4)
+
+
+async def test_prompts_that_take_several_steps_and_share_a_prefix_are_attended_to_whole(
+    engines, tmp_path
+):
+    """Longer than one step's tokens, then with most of its keys and values there already."""
+    model = make_model(tmp_path / "m", 1)
+    engine = engines(model, cache_tokens=8192)
+    long = [5 + (n * n) % 100 for n in range(2500)]
+    requests = [request("a", long), request("b", long[:1000])]
+    results = await asyncio.gather(*map(engine.generate, requests))
+    requests.append(request("c", [*long, *range(5, 45)]))
+    results.append(await engine.generate(requests[-1]))
+    for asked, result in zip(requests, results, strict=True):
+        expected = logprobs_of(model, asked.token_ids, result.token_ids)
+        assert result.logprobs == pytest.approx(expected, abs=1e-4)
+
+
+async def test_a_model_whose_layers_do_not_see_everything_keeps_the_masked_attention(
+    engines, tmp_path
+):
+    model = make_model(tmp_path / "m", 1, shape=sliding)
+    engine = engines(model)
+    assert engine._model.config._attn_implementation == "sdpa"
+    result = await engine.generate(request())
+    expected = logprobs_of(model, PROMPT, result.token_ids)
+    assert result.logprobs == pytest.approx(expected, abs=1e-4)
 
 
 async def test_a_stop_token_ends_the_response_and_is_its_last_token(engines, tmp_path):
