@@ -2,6 +2,7 @@
 
 from .chat import ChatStyle
 from .environment_agent import EnvironmentAgent
+from .external import ExternalAgent
 from .plain import PlainStyle
 
-__all__ = ["ChatStyle", "EnvironmentAgent", "PlainStyle"]
+__all__ = ["ChatStyle", "EnvironmentAgent", "ExternalAgent", "PlainStyle"]

@@ -6,8 +6,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from flash.errors import AgentFailure, DeadlineFailure, EnvFailure, EpisodeFailure, RewardFailure
-from flash.rollout.episode import Abort, Cancelled, Episode, EpisodeEnd, Message, Start, Stop
+from flash.errors import AgentFailure, EnvFailure, RewardFailure
+from flash.rollout.episode import Episode
 from flash.types import (
     AsyncEnv,
     Completion,
@@ -19,11 +19,13 @@ from flash.types import (
     Trajectory,
 )
 
+from .actor import Actor
+
 _T = TypeVar("_T")
 Reward = Callable[[Sequence[Observation]], Awaitable[float]]
 
 
-class EnvironmentAgent:
+class EnvironmentAgent(Actor):
     """Plays episodes: one coroutine, one mailbox, one environment open at a time.
 
     Args:
@@ -53,8 +55,7 @@ class EnvironmentAgent:
         reward: Reward | None = None,
         reward_timeout_s: float = 60.0,
     ) -> None:
-        # Bound: at most one Start, one Abort and one Stop are ever under way.
-        self.mailbox: asyncio.Queue[Message] = asyncio.Queue(maxsize=4)
+        super().__init__(episode_timeout_s=episode_timeout_s)
         self._envs = envs
         self._style = style
         self._max_tokens = max_tokens
@@ -62,45 +63,8 @@ class EnvironmentAgent:
         self._max_sequence_tokens = max_sequence_tokens
         self._temperature = temperature
         self._step_timeout_s = step_timeout_s
-        self._episode_timeout_s = episode_timeout_s
         self._reward = reward
         self._reward_timeout_s = reward_timeout_s
-
-    async def run(self, report: Callable[[Episode, EpisodeEnd], None]) -> None:
-        """Reads the mailbox until Stop; an error that `play` did not foresee ends the agent."""
-        async with asyncio.TaskGroup() as tasks:
-            life: tuple[Episode, asyncio.Task[None]] | None = None
-            while True:
-                message = await self.mailbox.get()
-                match message:
-                    case Start(episode):
-                        coroutine = self._live(episode, report)
-                        life = episode, tasks.create_task(coroutine, name=episode.session)
-                    case Abort(episode):
-                        if life is not None and life[0] is episode:
-                            life[1].cancel()
-                    case Stop():
-                        if life is not None:
-                            life[1].cancel()
-                        return
-
-    async def _live(self, episode: Episode, report: Callable[[Episode, EpisodeEnd], None]) -> None:
-        end: EpisodeEnd
-        try:
-            async with asyncio.timeout(self._episode_timeout_s) as deadline:
-                end = await self.play(episode)
-        except EpisodeFailure as failure:
-            end = failure
-        except TimeoutError:
-            if not deadline.expired():
-                raise
-            end = DeadlineFailure(
-                f"episode_timeout_s={self._episode_timeout_s:g} passed after {episode.turns} turns"
-            )
-        except asyncio.CancelledError:
-            report(episode, Cancelled())
-            raise
-        report(episode, end)
 
     async def play(self, episode: Episode) -> Trajectory:
         """One whole episode; a subclass may live it differently."""

@@ -18,6 +18,15 @@ class Generator(Protocol):
     ) -> Completion: ...
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Stage:
+    name: str
+
+
+# Their time is told otherwise: nothing happens yet, or the ledger knows how long.
+_NOT_TIMED = ("start", "ready")
+
+
 class Episode:
     """One agent's life in one environment: its task, its stage, its clocks and its tokens.
 
@@ -35,9 +44,9 @@ class Episode:
         self.clock = asyncio.get_running_loop().time
         self.admitted_at = self.clock()
         self.ended_at: float | None = None
-        self.stage_name = "start"
         self.stage_since = self.admitted_at
         self.seconds: dict[str, float] = {}
+        self._stages = [_Stage("start")]
         self.prompt_tokens = 0
         self.generated_tokens = 0
         self.turns = 0
@@ -69,16 +78,37 @@ class Episode:
         if self.oldest_version is None:
             self.oldest_version = version
 
+    @property
+    def stage_name(self) -> str:
+        """The stage that began last and is not over."""
+        return self._stages[-1].name
+
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Names what the episode is doing, and adds the time it takes to `seconds[name]`."""
-        outer, outer_since = self.stage_name, self.stage_since
-        self.stage_name, self.stage_since = name, self.clock()
+        """Names what the episode is doing, and adds the time it takes to `seconds[name]`.
+
+        Time counts for one stage only: the one that began last, of those within each other and
+        of those side by side.
+        """
+        stage = _Stage(name)
+        self._switch(stage, begins=True)
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + self.clock() - self.stage_since
-            self.stage_name, self.stage_since = outer, outer_since
+            self._switch(stage, begins=False)
+
+    def _switch(self, stage: _Stage, *, begins: bool) -> None:
+        now, before = self.clock(), self._stages[-1]
+        if begins:
+            self._stages.append(stage)
+        else:
+            self._stages.remove(stage)
+        if self._stages[-1] is before:
+            return
+        if before.name not in _NOT_TIMED:
+            elapsed = now - self.stage_since
+            self.seconds[before.name] = self.seconds.get(before.name, 0.0) + elapsed
+        self.stage_since = now
 
     def finish(self, trajectory: Trajectory) -> None:
         """The episode came to its end; its true token versions replace what was estimated."""
@@ -86,8 +116,7 @@ class Episode:
         versions = [int(v) for sample in trajectory.samples for v in sample.sampled_versions()]
         if versions:
             self.oldest_version, self.newest_version = min(versions), max(versions)
-        self.stage_name = "ready"
-        self.stage_since = self.clock()
+        self._switch(_Stage("ready"), begins=True)
 
     def describe(self) -> str:
         """Who it is, what it does and since when: for logs and for errors about stalls."""

@@ -66,7 +66,7 @@ class Ledger:
         self.ended[outcome, reason] += 1
         if outcome != "trained":
             self.waste_tokens += episode.generated_tokens
-            self.waste_env_s += episode.seconds.get("env", 0.0)
+            self.waste_env_s += episode.seconds.get("env", 0.0) + episode.seconds.get("agent", 0.0)
         self.check()
         trajectory = episode.trajectory
         return EpisodeRecord(

@@ -467,5 +467,6 @@ def _batch_metrics(episodes: list[Episode], ages: NDArray[np.int64]) -> dict[str
         "staleness/histogram": np.bincount(ages).tolist() if ages.size else [],
         "time/generate_s": mean_seconds("generate"),
         "time/env_s": mean_seconds("env"),
+        "time/agent_s": mean_seconds("agent"),
         "time/reward_s": mean_seconds("reward"),
     }

@@ -1,0 +1,61 @@
+"""What every agent here shares: a mailbox, one episode at a time, a deadline, one report each."""
+
+import asyncio
+from collections.abc import Callable
+
+from flash.errors import DeadlineFailure, EpisodeFailure
+from flash.rollout.episode import Abort, Cancelled, Episode, EpisodeEnd, Message, Start, Stop
+from flash.types import Trajectory
+
+
+class Actor:
+    """One coroutine, one mailbox; a subclass says in `play` how an episode is lived.
+
+    Args:
+        episode_timeout_s: past it the episode fails (deadline).
+    """
+
+    def __init__(self, *, episode_timeout_s: float) -> None:
+        # Bound: at most one Start, one Abort and one Stop are ever under way.
+        self.mailbox: asyncio.Queue[Message] = asyncio.Queue(maxsize=4)
+        self._episode_timeout_s = episode_timeout_s
+
+    async def play(self, episode: Episode) -> Trajectory:
+        """One whole episode. EpisodeFailure ends it, any other error ends the agent."""
+        raise NotImplementedError
+
+    async def run(self, report: Callable[[Episode, EpisodeEnd], None]) -> None:
+        """Reads the mailbox until Stop; an error that `play` did not foresee ends the agent."""
+        async with asyncio.TaskGroup() as tasks:
+            life: tuple[Episode, asyncio.Task[None]] | None = None
+            while True:
+                message = await self.mailbox.get()
+                match message:
+                    case Start(episode):
+                        coroutine = self._live(episode, report)
+                        life = episode, tasks.create_task(coroutine, name=episode.session)
+                    case Abort(episode):
+                        if life is not None and life[0] is episode:
+                            life[1].cancel()
+                    case Stop():
+                        if life is not None:
+                            life[1].cancel()
+                        return
+
+    async def _live(self, episode: Episode, report: Callable[[Episode, EpisodeEnd], None]) -> None:
+        end: EpisodeEnd
+        try:
+            async with asyncio.timeout(self._episode_timeout_s) as deadline:
+                end = await self.play(episode)
+        except EpisodeFailure as failure:
+            end = failure
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            end = DeadlineFailure(
+                f"episode_timeout_s={self._episode_timeout_s:g} passed after {episode.turns} turns"
+            )
+        except asyncio.CancelledError:
+            report(episode, Cancelled())
+            raise
+        report(episode, end)

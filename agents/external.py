@@ -1,0 +1,172 @@
+"""Episodes of an agent that we can't change: it gets a base URL, and answers with its reward.
+
+    ExternalAgent ──(base URL, key, task)──→ your agent ──→ reward
+          │                                      ⇅ any OpenAI client
+          └── samples ←── DoorSession ←── Door: /v1/chat/completions, …
+
+What it sampled is what the door recorded, under the same α, deadlines and ledger as any other.
+"""
+
+import asyncio
+import math
+import traceback
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from numbers import Real
+from typing import Any, NoReturn, Protocol
+
+import numpy as np
+
+from flash.errors import AgentFailure, EpisodeFailure, FlashError, RewardFailure
+from flash.rollout.episode import Episode
+from flash.types import Completion, Sample, SamplingParams, Task, Trajectory
+
+from .actor import Actor
+
+Generate = Callable[[Sequence[int], SamplingParams], Awaitable[Completion]]
+
+
+class Act(Protocol):
+    """One episode of a black-box agent.
+
+    Returns its reward, or a mapping with `reward` and, if it is not just whether the reward is
+    above 0, `success`. It runs in the event loop, so it must not block: what blocks is a command.
+    """
+
+    async def __call__(self, *, base_url: str, api_key: str, task: Task) -> Any: ...
+
+
+class Session(Protocol):
+    """An episode's place at the door."""
+
+    base_url: str
+    api_key: str
+
+    def samples(self) -> list[Sample]: ...
+
+    def close(self) -> None: ...
+
+
+class Door(Protocol):
+    """Where agents' calls come in: `flash.door.Door`."""
+
+    def open(
+        self, generate: Generate, *, max_tokens: int, temperature: float, max_sequence_tokens: int
+    ) -> Session: ...
+
+
+class ExternalAgent(Actor):
+    """Plays episodes with somebody else's agent.
+
+    Args:
+        door: answers the agent's calls with the policy, and keeps the tokens.
+        act: the agent; whatever it raises fails the episode (agent).
+        max_tokens: of one response, where the agent asks for more or for no number.
+        max_sequence_tokens: of a conversation; the door refuses what would grow past it.
+        options: are put under the task's own options.
+        episode_timeout_s: past it the agent is cancelled and the episode fails (deadline).
+    """
+
+    def __init__(
+        self,
+        *,
+        door: Door,
+        act: Act,
+        max_tokens: int,
+        max_sequence_tokens: int = 32_768,
+        temperature: float = 1.0,
+        options: Mapping[str, Any] | None = None,
+        episode_timeout_s: float = 1800.0,
+    ) -> None:
+        super().__init__(episode_timeout_s=episode_timeout_s)
+        self._door = door
+        self._act = act
+        self._max_tokens = max_tokens
+        self._max_sequence_tokens = max_sequence_tokens
+        self._temperature = temperature
+        self._options = dict(options or {})
+
+    async def play(self, episode: Episode) -> Trajectory:
+        # Bound: a cause or two; the first one ends the episode.
+        causes: asyncio.Queue[FlashError] = asyncio.Queue()
+
+        async def generate(token_ids: Sequence[int], sampling: SamplingParams) -> Completion:
+            try:
+                return await episode.generate(token_ids, sampling)
+            except FlashError as error:
+                # The agent would only see that a request failed, and be blamed for giving up.
+                causes.put_nowait(error)
+                raise
+
+        session = self._door.open(
+            generate,
+            max_tokens=self._max_tokens,
+            temperature=self._temperature,
+            max_sequence_tokens=self._max_sequence_tokens,
+        )
+        try:
+            with episode.stage("agent"):
+                answer = await self._answer(session, episode.task, causes)
+            samples = session.samples()
+        finally:
+            session.close()
+        if not samples:
+            raise AgentFailure(
+                "the agent never called the model: it must send its requests to the base URL that "
+                "it is given"
+            )
+        reward, success = outcome(answer)
+        return Trajectory(samples=samples, reward=reward, turns=episode.turns, success=success)
+
+    async def _answer(
+        self, session: Session, task: Task, causes: "asyncio.Queue[FlashError]"
+    ) -> Any:
+        """What the agent answers, unless the engine fails it first."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                watch = tasks.create_task(_raise_first(causes), name="watch generation")
+                answer = await self._run(session, task)
+                watch.cancel()
+        except BaseExceptionGroup as errors:
+            first = errors.exceptions[0]
+            raise first from first.__cause__
+        return answer
+
+    async def _run(self, session: Session, task: Task) -> Any:
+        task = Task(task.seed, {**self._options, **task.options})
+        try:
+            return await self._act(base_url=session.base_url, api_key=session.api_key, task=task)
+        except EpisodeFailure:
+            raise
+        except (Exception, SystemExit) as error:  # the boundary to the agent's code
+            raise AgentFailure(f"the agent raised {error!r} {_where(error)}") from error
+        except asyncio.CancelledError as error:
+            life = asyncio.current_task()
+            if life is None or life.cancelling():
+                raise
+            raise AgentFailure("the agent cancelled itself") from error
+
+
+def _where(error: BaseException) -> str:
+    """The last line of the agent's own file that the error passed."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first one is ours
+    own = [frame for frame in frames if frame.filename == frames[0].filename]
+    return f"in {own[-1].filename}, line {own[-1].lineno}" if own else "before it began"
+
+
+async def _raise_first(causes: "asyncio.Queue[FlashError]") -> NoReturn:
+    raise await causes.get()
+
+
+def outcome(answer: object) -> tuple[float, bool]:
+    """Reward and success of an agent's answer. RewardFailure if it holds no reward."""
+    told = answer if isinstance(answer, Mapping) else {"reward": answer}
+    reward = told.get("reward")
+    if not isinstance(reward, Real) or isinstance(reward, bool) or not math.isfinite(reward):
+        raise RewardFailure(
+            f"the agent answered {answer!r}: it must be a finite number, or a mapping with such "
+            f"a number as 'reward'"
+        )
+    success = told.get("success", float(reward) > 0)
+    if not isinstance(success, bool | np.bool_):
+        raise RewardFailure(f"the agent answered {answer!r}: 'success' must be true or false")
+    return float(reward), bool(success)

@@ -1,0 +1,287 @@
+"""An agent that can't be changed: its samples, its reward, its failures, its end."""
+
+import asyncio
+import contextlib
+import itertools
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flash import virtual_time
+from flash.agents.external import ExternalAgent, outcome
+from flash.errors import InferenceFailure, RewardFailure
+from flash.fakes import FakeWorker
+from flash.hub import InferenceHub
+from flash.rollout import RolloutLoop
+from flash.types import Sample, SamplingParams, Task, Weights
+
+
+class FakeDoor:
+    """A door without HTTP: an agent finds its session by its key and calls `say`."""
+
+    def __init__(self):
+        self.sessions = {}
+        self.closed = 0
+
+    def open(self, generate, *, max_tokens, temperature, max_sequence_tokens):
+        session = FakeSession(self, generate, SamplingParams(max_tokens=max_tokens))
+        self.sessions[session.api_key] = session
+        return session
+
+
+class FakeSession:
+    base_url = "http://fake"
+    numbers = itertools.count()
+
+    def __init__(self, door, generate, sampling):
+        self.api_key = f"key {next(self.numbers)}"
+        self.door = door
+        self.generate = generate
+        self.sampling = sampling
+        self.tokens = {"token_ids": [], "loss_mask": [], "logprobs": [], "versions": []}
+
+    async def say(self, prompt=(1, 2)):
+        known = self.tokens
+        completion = await self.generate([*known["token_ids"], *prompt], self.sampling)
+        given = len(completion.token_ids)
+        known["token_ids"] += [*prompt, *completion.token_ids]
+        known["loss_mask"] += [0.0] * len(prompt) + [1.0] * given
+        known["logprobs"] += [0.0] * len(prompt) + completion.logprobs
+        known["versions"] += [-1] * len(prompt) + completion.versions
+
+    def samples(self):
+        if not self.tokens["token_ids"]:
+            return []
+        return [Sample(**{name: np.array(values) for name, values in self.tokens.items()})]
+
+    def close(self):
+        self.door.closed += 1
+
+
+@contextlib.asynccontextmanager
+async def rollouts(life, *, worker=None, records=None, timeout_s=100.0, agent=None, **options):
+    """A loop of external agents; `life(session, task)` is what each of them does."""
+    door = FakeDoor()
+
+    async def act(*, base_url, api_key, task):
+        assert base_url == FakeSession.base_url
+        return await life(door.sessions[api_key], task)
+
+    def make_agent():
+        settings = {"max_tokens": 4, "episode_timeout_s": timeout_s, **(agent or {})}
+        return ExternalAgent(door=door, act=act, **settings)
+
+    tasks = (Task(seed, {"own": seed}) for seed in itertools.count())
+    options = {"batch_size": 4, "group_size": 2, "alpha": 1, "tasks": tasks, **options}
+    if records is not None:
+        options["on_episode"] = records.append
+    async with (
+        InferenceHub([worker or FakeWorker("w", token_s=(1.0, 1.0), tokens=(4, 4))]) as hub,
+        RolloutLoop(hub, agent=make_agent, **options) as loop,
+    ):
+        loop.door = door
+        yield loop
+
+
+def test_an_agents_reward_and_tokens_become_samples_under_the_bound():
+    async def life(session, task):
+        for _ in range(3):
+            await session.say()
+            await asyncio.sleep(0.5)
+        return {"reward": task.seed % 2, "success": task.seed == 3, "notes": "may be there"}
+
+    async def main():
+        records = []
+        async with rollouts(life, records=records) as loop:
+            for version in range(3):
+                batch = await loop.next_batch()
+                assert len(batch.samples) == 4
+                for sample in batch.samples:
+                    assert sample.num_tokens == 3 * (2 + 4)
+                    assert sample.loss_mask.sum() == 12
+                    assert sample.reward == records[-1].seed % 2 or sample.reward in (0, 1)
+                    assert version - sample.sampled_versions().min() <= 1
+                await loop.publish(Weights(version=version + 1, path=Path("/fake")))
+        trained = [r for r in records if r.outcome == "trained"]
+        assert len(trained) == 12
+        for record in trained:
+            assert record.reward == record.seed % 2
+            assert record.success == (record.seed == 3)
+            assert record.turns == 3
+            assert record.stages_s["agent"] == pytest.approx(1.5), "its own time only"
+            assert record.stages_s["generate"] >= 12
+        assert loop.ledger.admitted == loop.ledger.ended.total()
+        assert loop.door.closed == len(loop.door.sessions), "each session is closed"
+
+    virtual_time.run(main())
+
+
+def test_the_agent_is_told_the_task_with_the_environments_options():
+    told = []
+
+    async def life(session, task):
+        told.append(task)
+        await session.say()
+        return 1.0
+
+    async def main():
+        async with rollouts(life, agent={"options": {"size": 4, "own": "overruled"}}) as loop:
+            await loop.next_batch()
+
+    virtual_time.run(main())
+    assert told[0] == Task(0, {"size": 4, "own": 0})
+
+
+async def raises(session, task):
+    await session.say()
+    raise KeyError("a bug in the agent")
+
+
+async def exits(session, task):
+    await session.say()
+    raise SystemExit(3)
+
+
+async def cancels_itself(session, task):
+    await session.say()
+    raise asyncio.CancelledError
+
+
+async def never_calls(session, task):
+    return 1.0
+
+
+async def has_no_reward(session, task):
+    await session.say()
+
+
+async def hangs(session, task):
+    await session.say()
+    await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize(
+    ("life", "kind", "says"),
+    [
+        (raises, "agent", "the agent raised KeyError('a bug in the agent') in "),
+        (exits, "agent", "the agent raised SystemExit(3)"),
+        (cancels_itself, "agent", "the agent cancelled itself"),
+        (never_calls, "agent", "the agent never called the model"),
+        (has_no_reward, "reward", "the agent answered None"),
+        (hangs, "deadline", "episode_timeout_s=100 passed after 1 turns"),
+    ],
+)
+def test_a_failure_is_counted_by_its_kind_and_never_trained(life, kind, says, caplog):
+    async def main():
+        async with rollouts(life, max_attempts=1) as loop:
+            await asyncio.sleep(150)
+            others = Counter(loop.ledger.reasons())
+            assert others.pop(f"failed({kind})") >= 2
+            assert others.keys() <= {"cancelled(group_failed)"}, "what became of their groups"
+            assert loop.ledger.ready == 0
+            assert loop.crashes == 0
+            assert loop.door.closed >= loop.ledger.ended.total()
+
+    virtual_time.run(main())
+    assert says in caplog.text
+
+
+def test_the_line_of_the_agents_own_file_is_named(caplog):
+    async def main():
+        async with rollouts(raises, max_attempts=1) as loop:
+            await asyncio.sleep(10)
+            assert loop.ledger.count("failed")
+
+    virtual_time.run(main())
+    line = raises.__code__.co_firstlineno + 2
+    assert f"{Path(__file__).name}, line {line}" in caplog.text
+
+
+def test_an_episode_that_is_given_up_cancels_its_agent_and_its_request():
+    ended = []
+
+    async def life(session, task):
+        try:
+            await session.say()
+            await asyncio.sleep(1000 if task.seed == 0 else 0)
+        except asyncio.CancelledError:
+            ended.append(task.seed)
+            raise
+        return 1.0
+
+    async def main():
+        async with rollouts(life, alpha=1, timeout_s=1e6) as loop:
+            for version in range(3):
+                await loop.next_batch()
+                await loop.publish(Weights(version=version + 1, path=Path("/fake")))
+            assert ended[:2] == [0, 0]
+            assert loop.ledger.reasons()["cancelled(stale)"] >= 2
+
+    virtual_time.run(main())
+
+
+def test_no_worker_left_ends_the_run_and_blames_no_agent():
+    worker = FakeWorker("w")
+
+    async def never_gives_up(session, task):
+        while True:
+            try:
+                await session.say()
+            except InferenceFailure:
+                await asyncio.sleep(1)
+
+    async def main():
+        async with rollouts(never_gives_up, worker=worker, timeout_s=1e6) as loop:
+            await asyncio.sleep(1)
+            worker.die()
+            with pytest.raises(InferenceFailure):
+                await loop.next_batch()
+            assert loop.ledger.count("failed") == 0
+
+    virtual_time.run(main())
+
+
+def test_calls_side_by_side_count_their_time_once():
+    async def life(session, task):
+        await asyncio.gather(session.say(), session.say())
+        await asyncio.sleep(2)
+        return 1.0
+
+    async def main():
+        records = []
+        async with rollouts(life, records=records) as loop:
+            await loop.next_batch()
+        first = records[0]
+        assert first.stages_s["agent"] == pytest.approx(2)
+        spent = sum(first.stages_s.values())
+        assert spent == pytest.approx(first.ended_s - first.admitted_s)
+
+    virtual_time.run(main())
+
+
+@pytest.mark.parametrize(
+    ("answer", "means"),
+    [
+        (1.0, (1.0, True)),
+        (0, (0.0, False)),
+        (np.float32(-0.5), (-0.5, False)),
+        ({"reward": 0.25}, (0.25, True)),
+        ({"reward": 0.25, "success": False}, (0.25, False)),
+    ],
+)
+def test_an_answer_is_a_number_or_a_mapping_with_one(answer, means):
+    assert outcome(answer) == means
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        None, True, "1.0", float("nan"), float("inf"), {}, {"reward": None}, {"reward": "1"},
+        {"reward": float("nan")}, {"reward": 1.0, "success": 1}, [1.0],
+    ],
+)  # fmt: skip
+def test_what_holds_no_reward_is_never_a_reward_of_zero(answer):
+    with pytest.raises(RewardFailure):
+        outcome(answer)
