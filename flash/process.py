@@ -169,12 +169,12 @@ class Child:
                 answer.set_exception(self._dead)
 
 
-def log_tail(path: Path) -> str:
-    """The last lines of a log file, for error messages."""
+def log_tail(path: Path, *, since: int = 0) -> str:
+    """The last lines of a log file, from byte `since` on, for error messages."""
     if not path.exists():
         return "(no log)"
     with path.open("rb") as log:
-        log.seek(max(0, path.stat().st_size - _LOG_TAIL_BYTES))
+        log.seek(max(since, path.stat().st_size - _LOG_TAIL_BYTES))
         return log.read().decode(errors="replace").strip() or "(empty)"
 
 

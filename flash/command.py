@@ -1,0 +1,115 @@
+"""An agent as a command line: started for each episode, ended with everything it started."""
+
+import asyncio
+import contextlib
+import heapq
+import itertools
+import json
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from flash.errors import AgentFailure, RewardFailure
+from flash.process import log_tail
+from flash.types import Task
+
+_GUARD = Path(__file__).with_name("guard.py")
+_ANSWER_BYTES = 65_536
+_END_GRACE_S = 5.0
+
+
+class CommandAgent:
+    """Runs the command for one episode, with what it needs to know in its environment variables.
+
+    OPENAI_BASE_URL and OPENAI_API_KEY, which OpenAI's clients read by themselves, and FLASH_TASK,
+    as `{"seed": …, "options": {…}}`. The last line of its output is its answer, in JSON; what it
+    writes to stderr goes to `<name>_<n>.log`, n below the number of those that run together.
+
+    A cancelled call, and the end of this process whatever its cause, end the command's group.
+    """
+
+    def __init__(self, command: Sequence[str], *, log_dir: Path, name: str = "agent") -> None:
+        self._command = tuple(command)
+        self._log_dir = log_dir
+        self._name = name
+        self._new_numbers = itertools.count()
+        self._free_numbers: list[int] = []
+
+    async def __call__(self, *, base_url: str, api_key: str, task: Task) -> Any:
+        """The answer. AgentFailure for an exit code but 0, RewardFailure for what is no JSON."""
+        known = {"seed": task.seed, "options": dict(task.options)}
+        variables = {
+            "OPENAI_BASE_URL": base_url,
+            "OPENAI_API_KEY": api_key,
+            "FLASH_TASK": json.dumps(known, default=str),
+        }
+        with self._log() as log, tempfile.TemporaryFile() as output:
+            before = log.tell()
+            code = await self._run(variables, output, log)
+            if code != 0:
+                path = Path(log.name)
+                raise AgentFailure(
+                    f"{shlex.join(self._command)} ended with exit code {code}. "
+                    f"The end of {path}:\n{log_tail(path, since=before)}"
+                )
+            line = _last_line(output)
+        try:
+            return json.loads(line)
+        except ValueError as error:
+            raise RewardFailure(
+                f'the last line of {shlex.join(self._command)} is no {{"reward": …}}: {line!r}'
+            ) from error
+
+    @contextlib.contextmanager
+    def _log(self) -> Iterator[IO[bytes]]:
+        """A log that no other episode writes to at the same time."""
+        free = self._free_numbers
+        number = heapq.heappop(free) if free else next(self._new_numbers)
+        self._log_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            with (self._log_dir / f"{self._name}_{number}.log").open("ab") as log:
+                yield log
+        finally:
+            heapq.heappush(free, number)
+
+    async def _run(self, variables: dict[str, str], output: IO[bytes], log: IO[bytes]) -> int:
+        reading, lifeline = os.pipe()
+        process: asyncio.subprocess.Process | None = None
+        try:
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    "-IS",
+                    str(_GUARD),
+                    str(reading),
+                    *self._command,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=log,
+                    pass_fds=[reading],
+                    env={**os.environ, **variables},
+                    start_new_session=True,
+                )
+            finally:
+                os.close(reading)
+            return await process.wait()
+        finally:
+            os.close(lifeline)
+            if process is not None:
+                try:
+                    async with asyncio.timeout(_END_GRACE_S):
+                        await process.wait()
+                except TimeoutError:
+                    process.kill()
+
+
+def _last_line(output: IO[bytes]) -> str:
+    """The last line that is not blank, of the last so many bytes."""
+    end = output.seek(0, os.SEEK_END)
+    output.seek(max(0, end - _ANSWER_BYTES))
+    lines = output.read().decode(errors="replace").splitlines()
+    return next((line for line in reversed(lines) if line.strip()), "")
