@@ -6,7 +6,8 @@
 Each word or phrase of the vocabulary ("go to", "drawer 3") is one token, so naming a thing is
 copying one token and a command is two to four of them. Case is lost; so are punctuation, articles
 and "and" where the vocabulary does not name them; any other unknown word becomes `<unk>`.
-Decoding gives the phrases joined by spaces, which is exactly a command of a text game.
+Decoding gives the phrases joined by spaces, which is exactly a command of a text game. The
+tokenizer has a chat template, so that agents that speak OpenAI's protocol can use the policy.
 """
 
 import re
@@ -19,6 +20,16 @@ ACTION_TOKEN = "<act>"  # starts every action: without it small policies continu
 PAD_TOKEN = "<pad>"
 UNKNOWN_TOKEN = "<unk>"
 SPECIAL_TOKENS = (PAD_TOKEN, UNKNOWN_TOKEN, STOP_TOKEN, ACTION_TOKEN)
+
+# A conversation reads as in the `plain` style: what is seen, <act>, the action, <stop>, and so on.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role == 'assistant' %}"
+    f"{ACTION_TOKEN} {{{{ message.content }}}} {STOP_TOKEN} "
+    "{% else %}{{ message.content }} {% endif %}"
+    "{% endfor %}"
+    f"{{% if add_generation_prompt %}}{ACTION_TOKEN}{{% endif %}}"
+)
 
 _LEFT_OUT = ("a", "an", "the", "and")
 
@@ -102,6 +113,7 @@ def _tokenizer(vocabulary: Iterable[str]) -> Any:
         eos_token=STOP_TOKEN,
         additional_special_tokens=[ACTION_TOKEN],
         clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
     )
 
 

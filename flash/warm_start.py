@@ -153,6 +153,7 @@ def _key(
 ) -> str:
     settings = {
         "env": dict(env_key),
+        "chat_template": small_policy.CHAT_TEMPLATE,  # is saved with the tokenizer
         "policy": policy.model_dump(mode="json"),
         "warm_start": warm_start.model_dump(mode="json"),
         "seed": seed,

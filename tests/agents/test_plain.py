@@ -82,6 +82,25 @@ def test_a_tokenizer_that_can_not_end_an_action_is_refused(tokenizer, tmp_path):
         PlainStyle(endless)
 
 
+def test_the_chat_template_of_a_small_policy_reads_as_the_plain_style(style, tokenizer):
+    """So that an agent with a chat client meets what the warm start has taught."""
+    goal = "put some mug on desk"
+    said = style.spell("go to desk")
+    plain = style.first(seen("You arrive at drawer 1.")) + said
+    plain += style.next(seen("Nothing happens."), said)
+    messages = [
+        {"role": "user", "content": f"You arrive at drawer 1. {goal}"},
+        {"role": "assistant", "content": style.action(said)},
+        {"role": "user", "content": f"Nothing happens. {goal}"},
+    ]
+    chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert words(tokenizer, chat) == words(tokenizer, plain)
+    begun = tokenizer.apply_chat_template(
+        messages[:1], add_generation_prompt=True, return_dict=False
+    )
+    assert chat[: len(begun)] == begun
+
+
 def test_a_demonstration_weighs_actions_observations_and_detours(style, tokenizer):
     turns = [
         Turn(seen("You arrive at drawer 1."), "go to desk", imitate=False),
