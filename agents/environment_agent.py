@@ -4,17 +4,14 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
-import numpy as np
-
+from flash.conversation import TokenSequence
 from flash.errors import AgentFailure, EnvFailure, RewardFailure
 from flash.rollout.episode import Episode
 from flash.types import (
     AsyncEnv,
-    Completion,
     EnvSource,
     Observation,
     PromptStyle,
-    Sample,
     SamplingParams,
     Trajectory,
 )
@@ -78,7 +75,7 @@ class EnvironmentAgent(Actor):
     async def _play_in(self, env: AsyncEnv, episode: Episode) -> Trajectory:
         with episode.stage("env"):
             seen = [await self._within_step("reset", env.reset(episode.task))]
-        conversation = _Conversation(self._style.first(seen[0]))
+        conversation = TokenSequence(self._style.first(seen[0]))
         if len(conversation.token_ids) >= self._max_sequence_tokens:
             raise AgentFailure(
                 f"the first prompt has {len(conversation.token_ids)} tokens, which leaves no room "
@@ -130,34 +127,3 @@ class EnvironmentAgent(Actor):
             ) from error
         except Exception as error:  # the boundary to the user's function
             raise RewardFailure(f"the reward function raised {error!r}") from error
-
-
-class _Conversation:
-    """Tokens in the order they were seen or sampled, with what the engine said of each."""
-
-    def __init__(self, prompt: Sequence[int]) -> None:
-        self.token_ids: list[int] = []
-        self._mask: list[float] = []
-        self._logprobs: list[float] = []
-        self._versions: list[int] = []
-        self.add_prompt(prompt)
-
-    def add_prompt(self, token_ids: Sequence[int]) -> None:
-        self.token_ids += token_ids
-        self._mask += [0.0] * len(token_ids)
-        self._logprobs += [0.0] * len(token_ids)
-        self._versions += [-1] * len(token_ids)
-
-    def add_sampled(self, completion: Completion) -> None:
-        self.token_ids += completion.token_ids
-        self._mask += [1.0] * len(completion.token_ids)
-        self._logprobs += completion.logprobs
-        self._versions += completion.versions
-
-    def sample(self) -> Sample:
-        return Sample(
-            token_ids=np.array(self.token_ids, dtype=np.int64),
-            loss_mask=np.array(self._mask, dtype=np.float32),
-            logprobs=np.array(self._logprobs, dtype=np.float32),
-            versions=np.array(self._versions, dtype=np.int64),
-        )

@@ -1,0 +1,284 @@
+"""From a request to its responses: prompt, sampling, recording, and OpenAI's shapes."""
+
+import asyncio
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from flash.conversation import ChatTemplate
+from flash.door.metrics import Metrics
+from flash.door.recorder import Known
+from flash.door.reply import Delta, Reply, response_template, token_logprobs, without_tools
+from flash.door.schema import ApiError, ChatAsk, TextAsk, as_template, refused
+from flash.door.session import DoorSession
+from flash.types import Completion
+
+_PIECE_TOKENS = 16  # of a streamed response
+_A_TOOL = {"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Response:
+    """One response, sampled and recorded. `pieces` are its deltas, with the tokens of each."""
+
+    index: int
+    completion: Completion
+    reply: Reply
+    pieces: list[tuple[list[Delta], int, int]]
+    finish_reason: str
+
+
+class Responder:
+    """Makes exchanges: what the door's requests have in common."""
+
+    def __init__(
+        self, tokenizer: Any, metrics: Metrics, response_format: Mapping[str, Any] | None
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.metrics = metrics
+        self.response_format = response_format
+        self.template: ChatTemplate | None = None
+        self.shows_tools = False
+        if getattr(tokenizer, "chat_template", None):
+            self.template = ChatTemplate(tokenizer)
+            self.shows_tools = _shows_tools(self.template)
+
+    @classmethod
+    async def create(cls, tokenizer: Any, metrics: Metrics) -> "Responder":
+        response_format = None
+        if getattr(tokenizer, "chat_template", None):
+            response_format = await asyncio.to_thread(response_template, tokenizer)
+        return cls(tokenizer, metrics, response_format)
+
+    def chat(self, session: DoorSession, ask: ChatAsk) -> "Exchange":
+        """Raises ApiError for what this model can't do."""
+        if self.template is None:
+            raise ApiError(
+                400, "the model has no chat template, so it can't chat: use /v1/completions"
+            )
+        if ask.tools and not self.shows_tools:
+            raise ApiError(
+                400, "tools: the model's chat template does not show them to it: leave them out",
+                code="unsupported_value", param="tools",
+            )  # fmt: skip
+        if ask.parse_tools and "tool_calls" not in (self.response_format or {}).get("fields", ()):
+            raise ApiError(
+                400, "tools: how this model writes a call is not known: give its tokenizer a "
+                'response_template, or send tool_choice="none"',
+                code="unsupported_value", param="tools",
+            )  # fmt: skip
+        try:
+            prompt = session.memory.chat_prompt(self.template, ask.messages, ask.tools)
+        except ValueError as error:
+            raise ApiError(400, str(error), param="messages") from error
+        return _Chat(self, session, ask, prompt, self.template)
+
+    def text(self, session: DoorSession, ask: TextAsk) -> "Exchange":
+        """Raises ApiError for a prompt that is none."""
+        prompt = ask.prompt
+        if isinstance(prompt, str):
+            prompt = session.memory.text_prompt(self.tokenizer, prompt)
+        elif prompt and max(prompt) >= len(self.tokenizer):
+            raise refused("prompt", max(prompt), f"there are {len(self.tokenizer)} tokens only")
+        if not prompt:
+            raise refused("prompt", ask.prompt, "it has no tokens: send at least one")
+        return _Text(self, session, ask, prompt)
+
+
+class Exchange(ABC):
+    """One request being answered."""
+
+    kind: str
+    chunk_kind: str
+    id_prefix: str
+    stop_token_ids: Sequence[int] = ()
+
+    def __init__(
+        self, responder: Responder, session: DoorSession, ask: ChatAsk | TextAsk, prompt: list[int]
+    ) -> None:
+        self.ask = ask
+        self.prompt = prompt
+        self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
+        self._tokenizer = responder.tokenizer
+        self._metrics = responder.metrics
+        self._session = session
+
+    async def respond(self, index: int) -> Response:
+        """Samples one response and records it."""
+        session = self._session
+        sampling = session.sampling(self.ask, self.prompt, self.stop_token_ids)
+        clock = asyncio.get_running_loop().time
+        started = clock()
+        completion = await session.generate(self.prompt, sampling)
+        self._metrics.generate_s.labels(completion.worker).observe(clock() - started)
+        reply = self._new_reply()
+        pieces = []
+        sampled = completion.token_ids
+        for start in range(0, len(sampled), _PIECE_TOKENS):
+            deltas = reply.feed(sampled[start : start + _PIECE_TOKENS])
+            pieces.append((deltas, start, min(start + _PIECE_TOKENS, len(reply.token_ids))))
+            if reply.stopped:
+                break
+        pieces.append((reply.finish(), len(reply.token_ids), len(reply.token_ids)))
+        kept = len(reply.token_ids)
+        completion = replace(
+            completion,
+            token_ids=sampled[:kept],
+            logprobs=completion.logprobs[:kept],
+            versions=completion.versions[:kept],
+        )
+        if session.recorder is not None:
+            self._note(reply, session.recorder.add(self.prompt, completion))
+        finish_reason = "tool_calls" if reply.tool_calls else "stop"
+        if completion.finish_reason == "length" and not reply.stopped:
+            finish_reason = "length"
+        return Response(
+            index=index,
+            completion=completion,
+            reply=reply,
+            pieces=pieces,
+            finish_reason=finish_reason,
+        )
+
+    def chunks(self, response: Response) -> Iterator[dict[str, Any]]:
+        """The response as the choices of a stream."""
+        pending = 0  # tokens whose logprobs were not told yet
+        for deltas, _, end in response.pieces:
+            for delta in deltas:
+                yield self._chunk(response, delta, pending, end, None)
+                pending = end
+        kept = len(response.completion.token_ids)
+        yield self._chunk(response, {}, pending, kept, response.finish_reason)
+
+    @abstractmethod
+    def whole(self, response: Response) -> dict[str, Any]:
+        """The response as a choice."""
+
+    @abstractmethod
+    def _new_reply(self) -> Reply: ...
+
+    @abstractmethod
+    def _note(self, reply: Reply, known: Known) -> None: ...
+
+    @abstractmethod
+    def _chunk(
+        self, response: Response, delta: Delta, start: int, end: int, finish_reason: str | None
+    ) -> dict[str, Any]: ...
+
+
+class _Chat(Exchange):
+    kind = "chat.completion"
+    chunk_kind = "chat.completion.chunk"
+    id_prefix = "chatcmpl"
+    ask: ChatAsk
+
+    def __init__(
+        self, responder: Responder, session: DoorSession, ask: ChatAsk, prompt: list[int],
+        template: ChatTemplate,
+    ) -> None:  # fmt: skip
+        super().__init__(responder, session, ask, prompt)
+        self.stop_token_ids = template.stop_token_ids
+        self._format = responder.response_format
+        if not ask.parse_tools:
+            self._format = without_tools(self._format)
+
+    def whole(self, response: Response) -> dict[str, Any]:
+        return {
+            "index": response.index,
+            "message": response.reply.message(),
+            "logprobs": self._logprobs(response, 0, len(response.completion.token_ids)),
+            "finish_reason": response.finish_reason,
+        }
+
+    def chunks(self, response: Response) -> Iterator[dict[str, Any]]:
+        yield self._chunk(response, {"role": "assistant", "content": ""}, 0, 0, None)
+        yield from super().chunks(response)
+
+    def _new_reply(self) -> Reply:
+        return Reply(
+            self._tokenizer,
+            stop=self.ask.stop,
+            stop_token_ids=self.stop_token_ids,
+            response_template=self._format,
+            prompt=self.prompt,
+            tools=self.ask.tools,
+        )
+
+    def _note(self, reply: Reply, known: Known) -> None:
+        said = as_template(reply.message())
+        self._session.memory.note_chat(self.ask.messages, said, self.ask.tools, known)
+
+    def _chunk(
+        self, response: Response, delta: Delta, start: int, end: int, finish_reason: str | None
+    ) -> dict[str, Any]:
+        return {
+            "index": response.index,
+            "delta": delta,
+            "logprobs": self._logprobs(response, start, end),
+            "finish_reason": finish_reason,
+        }
+
+    def _logprobs(self, response: Response, start: int, end: int) -> dict[str, Any] | None:
+        if not self.ask.logprobs or start == end:
+            return None
+        completion = response.completion
+        content = token_logprobs(
+            self._tokenizer, completion.token_ids[start:end], completion.logprobs[start:end]
+        )
+        return {"content": content, "refusal": None}
+
+
+class _Text(Exchange):
+    kind = chunk_kind = "text_completion"
+    id_prefix = "cmpl"
+    ask: TextAsk
+
+    def __init__(
+        self, responder: Responder, session: DoorSession, ask: TextAsk, prompt: list[int]
+    ) -> None:
+        super().__init__(responder, session, ask, prompt)
+        eos = responder.tokenizer.eos_token_id
+        self.stop_token_ids = () if eos is None else (eos,)
+
+    def whole(self, response: Response) -> dict[str, Any]:
+        delta = {"content": response.reply.content}
+        kept = len(response.completion.token_ids)
+        return self._chunk(response, delta, 0, kept, response.finish_reason)
+
+    def _new_reply(self) -> Reply:
+        return Reply(self._tokenizer, stop=self.ask.stop, stop_token_ids=self.stop_token_ids)
+
+    def _note(self, reply: Reply, known: Known) -> None:
+        if isinstance(self.ask.prompt, str):
+            self._session.memory.note_text(self.ask.prompt + reply.content, known)
+
+    def _chunk(
+        self, response: Response, delta: Delta, start: int, end: int, finish_reason: str | None
+    ) -> dict[str, Any]:
+        return {
+            "index": response.index,
+            "text": delta.get("content", ""),
+            "logprobs": self._logprobs(response, start, end),
+            "finish_reason": finish_reason,
+        }
+
+    def _logprobs(self, response: Response, start: int, end: int) -> dict[str, Any] | None:
+        if not self.ask.logprobs or start == end:
+            return None
+        completion = response.completion
+        entries = token_logprobs(
+            self._tokenizer, completion.token_ids[start:end], completion.logprobs[start:end]
+        )
+        return {
+            "tokens": [entry["token"] for entry in entries],
+            "token_logprobs": [entry["logprob"] for entry in entries],
+            "top_logprobs": None,
+            "text_offset": None,
+        }
+
+
+def _shows_tools(template: ChatTemplate) -> bool:
+    messages = [{"role": "user", "content": "?"}]
+    return template.render(messages) != template.render(messages, [_A_TOOL])

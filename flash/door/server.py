@@ -1,0 +1,291 @@
+"""The door: OpenAI's protocol over the hub, for agents that know nothing of this engine.
+
+POST /v1/chat/completions, /v1/completions;  GET /v1/models      the token as bearer
+POST /episodes/<token>/v1/…                                      the token in the path
+GET  /metrics                                                    for Prometheus; the run's token
+
+No other route exists. Each episode has its own token, and what is sampled with it becomes that
+episode's samples; the run's token serves clients that train nothing.
+"""
+
+import asyncio
+import hashlib
+import json
+import logging
+import secrets
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from flash.door.limits import Allowance
+from flash.door.metrics import Metrics
+from flash.door.respond import Exchange, Responder, Response
+from flash.door.schema import IGNORABLE, ApiError, parse_chat, parse_text, usage
+from flash.door.session import DoorSession, Generate
+from flash.hub import InferenceHub
+from flash.types import Completion, GenerateRequest, SamplingParams
+
+logger = logging.getLogger(__name__)
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+_CLIENT_TIMEOUT_S = 60.0  # to send its body, or to read a piece of the answer
+
+
+class Door:
+    """Serves the hub in OpenAI's protocol, in this event loop.
+
+    >>> async with Door(hub, tokenizer=tokenizer, model="policy") as door:
+    ...     session = door.open(episode.generate, max_tokens=256, temperature=1.0, ...)
+    ...     client = openai.AsyncOpenAI(base_url=session.base_url, api_key=session.api_key)
+
+    Args:
+        model: the name that clients must ask for.
+        host: where to listen; another than loopback lets others on the network try tokens.
+        ignore: fields that clients may send without being heeded, such as `temperature`, `top_p`
+            or `model`; without it they are refused, lest an agent think it had its way.
+        max_body_bytes: of one request.
+        max_concurrent, requests_per_s: for each token; more is answered 429.
+        max_tokens, max_sequence_tokens: of requests with the run's token.
+    """
+
+    def __init__(
+        self,
+        hub: InferenceHub,
+        *,
+        tokenizer: Any,
+        model: str,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        ignore: Collection[str] = (),
+        max_body_bytes: int = 4 * 1024 * 1024,
+        max_concurrent: int = 64,
+        requests_per_s: float = 100.0,
+        max_tokens: int = 1024,
+        max_sequence_tokens: int = 32_768,
+    ) -> None:
+        if unknown := set(ignore) - IGNORABLE:
+            raise ValueError(
+                f"ignore={sorted(unknown)}: only these fields can be ignored: {sorted(IGNORABLE)}"
+            )
+        self.token = secrets.token_urlsafe(32)
+        self.url = ""
+        self._hub = hub
+        self._tokenizer = tokenizer
+        self._model = model
+        self._address = (host, port)
+        self._ignore = frozenset(ignore)
+        self._max_body_bytes = max_body_bytes
+        self._max_concurrent = max_concurrent
+        self._requests_per_s = requests_per_s
+        self._max_tokens = max_tokens
+        self._max_sequence_tokens = max_sequence_tokens
+        self._metrics = Metrics(hub)
+        # By the token's digest: how long a look-up takes tells nothing of the token.
+        self._sessions: dict[bytes, DoorSession] = {}
+
+    async def __aenter__(self) -> "Door":
+        self._responder = await Responder.create(self._tokenizer, self._metrics)
+        app = web.Application(
+            client_max_size=self._max_body_bytes, middlewares=[self._answer_errors]
+        )
+        for prefix in ("", "/episodes/{token}"):
+            app.router.add_post(f"{prefix}/v1/chat/completions", self._chat)
+            app.router.add_post(f"{prefix}/v1/completions", self._text)
+            app.router.add_get(f"{prefix}/v1/models", self._models)
+        app.router.add_get("/metrics", self._metrics_route)
+        # A client that goes away takes its request with it. No log of paths: they hold tokens.
+        self._runner = web.AppRunner(
+            app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0
+        )
+        await self._runner.setup()
+        host, port = self._address
+        try:
+            site = web.TCPSite(self._runner, host, port)
+            await site.start()
+        except OSError as error:
+            await self._runner.cleanup()
+            raise ValueError(f"the door can't listen on {host}:{port}: {error.strerror}") from error
+        port = self._runner.addresses[0][1]
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        self._own = self._new_session(
+            self._generate, self.token, temperature=None,
+            max_tokens=self._max_tokens, max_sequence_tokens=self._max_sequence_tokens,
+        )  # fmt: skip
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        for session in list(self._sessions.values()):
+            session.close()
+        await self._runner.cleanup()
+
+    def open(
+        self, generate: Generate, *, max_tokens: int, temperature: float, max_sequence_tokens: int
+    ) -> DoorSession:
+        """A token for one episode, whose `generate` answers its calls; close it at its end.
+
+        A client may ask for fewer than `max_tokens`, not for more; nor for another temperature.
+        """
+        return self._new_session(
+            generate, secrets.token_urlsafe(32), max_tokens=max_tokens, temperature=temperature,
+            max_sequence_tokens=max_sequence_tokens,
+        )  # fmt: skip
+
+    def _new_session(self, generate: Generate, token: str, **options: Any) -> DoorSession:
+        def forget(session: DoorSession) -> None:
+            self._sessions.pop(_digest(session.api_key), None)
+
+        allowance = Allowance(
+            max_concurrent=self._max_concurrent, requests_per_s=self._requests_per_s
+        )
+        session = DoorSession(
+            generate, door_url=self.url, api_key=token, allowance=allowance,
+            on_close=forget, **options,
+        )  # fmt: skip
+        self._sessions[_digest(token)] = session
+        return session
+
+    async def _generate(self, token_ids: Sequence[int], sampling: SamplingParams) -> Completion:
+        return await self._hub.generate(GenerateRequest(token_ids=token_ids, sampling=sampling))
+
+    # ── the routes ───────────────────────────────────────────────────────────────────────────
+
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
+        session = self._session(request)
+        ask = parse_chat(await _json(request), model=self._model, ignore=self._ignore)
+        with session.allowance.responses(ask.n):
+            return await self._answer(request, self._responder.chat(session, ask))
+
+    async def _text(self, request: web.Request) -> web.StreamResponse:
+        session = self._session(request)
+        ask = parse_text(await _json(request), model=self._model, ignore=self._ignore)
+        with session.allowance.responses(ask.n):
+            return await self._answer(request, self._responder.text(session, ask))
+
+    async def _models(self, request: web.Request) -> web.StreamResponse:
+        self._session(request)
+        card = {"id": self._model, "object": "model", "created": 0, "owned_by": "flash"}
+        return web.json_response({"object": "list", "data": [card]})
+
+    async def _metrics_route(self, request: web.Request) -> web.StreamResponse:
+        if self._session(request) is not self._own:
+            raise ApiError(403, "the metrics are for the run's own token")
+        body = self._metrics.exposition()
+        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    def _session(self, request: web.Request) -> DoorSession:
+        """Whose request it is; it counts against that token's rate."""
+        token = request.match_info.get("token")
+        if token is None:
+            kind, _, token = request.headers.get("Authorization", "").partition(" ")
+            if kind.lower() != "bearer":
+                raise ApiError(401, "a bearer token is needed", code="invalid_api_key")
+        session = self._sessions.get(_digest(token))
+        if session is None or not secrets.compare_digest(
+            session.api_key.encode(), token.encode(errors="replace")
+        ):
+            raise ApiError(
+                401, "the token is unknown, or its episode has ended", code="invalid_api_key"
+            )
+        session.allowance.take_request()
+        return session
+
+    async def _answer(self, request: web.Request, exchange: Exchange) -> web.StreamResponse:
+        indices = range(exchange.ask.n)
+        if exchange.ask.n == 1:
+            responses = [await exchange.respond(0)]
+        else:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(_or_error(exchange.respond(i))) for i in indices]
+            outcomes = [task.result() for task in tasks]
+            responses = [outcome for outcome in outcomes if isinstance(outcome, Response)]
+            for outcome in outcomes:
+                if isinstance(outcome, ApiError):
+                    raise outcome
+        head = {"id": exchange.id, "created": int(time.time()), "model": self._model}
+        counts = usage(
+            prompt=len(exchange.prompt),
+            sampled=[len(response.completion.token_ids) for response in responses],
+        )
+        if not exchange.ask.stream:
+            choices = [exchange.whole(response) for response in responses]
+            body = {**head, "object": exchange.kind, "choices": choices, "usage": counts}
+            return web.json_response(body, dumps=_dumps)
+        head["object"] = exchange.chunk_kind
+        chunks: list[dict[str, Any]] = [
+            {**head, "choices": [chunk]}
+            for response in responses
+            for chunk in exchange.chunks(response)
+        ]
+        if exchange.ask.include_usage:
+            chunks = [{**chunk, "usage": None} for chunk in chunks]
+            chunks.append({**head, "choices": [], "usage": counts})
+        return await _stream(request, chunks)
+
+    @web.middleware
+    async def _answer_errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        route = request.match_info.route.resource
+        name = route.canonical if route is not None else "none"
+        try:
+            response = await handler(request)
+        except ApiError as error:
+            response = web.json_response(error.body(), status=error.status, headers=error.headers)
+        except web.HTTPException as error:
+            told = ApiError(error.status, f"{request.method}: {error.reason}")
+            headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
+            response = web.json_response(told.body(), status=error.status, headers=headers)
+        except Exception as error:  # ours; its message may quote what the client sent
+            places = "".join(traceback.format_tb(error.__traceback__))
+            logger.error("the door failed: %s in\n%s", type(error).__name__, places)
+            told = ApiError(500, f"the door failed: {type(error).__name__}; its log tells where")
+            response = web.json_response(told.body(), status=500)
+        self._metrics.requests.labels(name, response.status).inc()
+        return response
+
+
+async def _or_error(response: Awaitable[Response]) -> Response | ApiError:
+    """Of several, one that fails must not show as a failure of the group."""
+    try:
+        return await response
+    except ApiError as error:
+        return error
+
+
+async def _json(request: web.Request) -> Any:
+    try:
+        async with asyncio.timeout(_CLIENT_TIMEOUT_S):
+            raw = await request.read()
+    except TimeoutError as error:
+        raise ApiError(408, f"the body took longer than {_CLIENT_TIMEOUT_S:g} s") from error
+    try:
+        body = json.loads(raw)
+        if b"\\ud" in raw.lower():
+            _dumps(body).encode()  # half a surrogate pair is no text
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, "the body is not JSON, or not UTF-8") from error
+    return body
+
+
+async def _stream(request: web.Request, chunks: Sequence[Mapping[str, Any]]) -> web.StreamResponse:
+    response = web.StreamResponse(
+        headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
+    )
+    async with asyncio.timeout(_CLIENT_TIMEOUT_S):
+        await response.prepare(request)
+        for chunk in chunks:
+            await response.write(f"data: {_dumps(chunk)}\n\n".encode())
+        await response.write(b"data: [DONE]\n\n")
+        await response.write_eof()
+    return response
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode(errors="replace")).digest()

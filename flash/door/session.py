@@ -1,0 +1,110 @@
+"""What one token opens: an episode's calls, what they sampled, and their limits."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+
+from flash.door.limits import Allowance
+from flash.door.recorder import Memory, Recorder
+from flash.door.schema import ApiError, Ask, refused
+from flash.errors import FlashError
+from flash.types import Completion, Sample, SamplingParams
+
+Generate = Callable[[Sequence[int], SamplingParams], Awaitable[Completion]]
+
+
+class DoorSession:
+    """One episode's way through the door; `Door.open` makes it.
+
+    `failure` is what kept the hub from answering a call, if anything did: the client was told
+    503, and whoever runs the episode should raise it.
+    """
+
+    def __init__(
+        self,
+        generate: Generate,
+        *,
+        door_url: str,
+        api_key: str,
+        max_tokens: int,
+        temperature: float | None,
+        max_sequence_tokens: int,
+        allowance: Allowance,
+        on_close: Callable[["DoorSession"], None],
+    ) -> None:
+        self.api_key = api_key
+        self.base_url = f"{door_url}/episodes/{api_key}/v1"
+        self.failure: FlashError | None = None
+        self.allowance = allowance
+        # Without a temperature of its own it serves clients that train nothing: nothing is kept.
+        self.recorder = None if temperature is None else Recorder()
+        self.memory = Memory()
+        self._generate = generate
+        self._max_tokens = max_tokens
+        self._temperature = temperature
+        self._max_sequence_tokens = max_sequence_tokens
+        self._on_close = on_close
+        self._closed = False
+        self._calls: set[asyncio.Timeout] = set()
+
+    def samples(self) -> list[Sample]:
+        """What was sampled so far, joined; reward and advantage are left to the caller."""
+        return self.recorder.samples() if self.recorder is not None else []
+
+    def close(self) -> None:
+        """Ends it: calls under way are cancelled, later ones answered 401."""
+        self._closed = True
+        for call in self._calls:
+            call.reschedule(asyncio.get_running_loop().time())
+        self._on_close(self)
+
+    def sampling(
+        self, ask: Ask, prompt: Sequence[int], stop_token_ids: Sequence[int]
+    ) -> SamplingParams:
+        """How these responses are sampled; ApiError if they can't be as the client wants it."""
+        room = self._max_sequence_tokens - len(prompt)
+        if room < 1:
+            raise ApiError(
+                400,
+                f"the prompt has {len(prompt)} tokens, which leaves no room to answer in "
+                f"max_sequence_tokens={self._max_sequence_tokens}: send a shorter one",
+                code="context_length_exceeded",
+            )
+        temperature = 1.0 if self._temperature is None else self._temperature
+        if ask.temperature is not None:
+            if self._temperature is not None and ask.temperature != self._temperature:
+                raise refused(
+                    "temperature", ask.temperature,
+                    f"this episode samples at {self._temperature:g}, which its training counts "
+                    f"on: leave it out, or let the door ignore it",
+                )  # fmt: skip
+            temperature = ask.temperature
+        return SamplingParams(
+            max_tokens=min(ask.max_tokens or self._max_tokens, self._max_tokens, room),
+            temperature=temperature,
+            stop_token_ids=tuple(stop_token_ids),
+        )
+
+    async def generate(self, prompt: Sequence[int], sampling: SamplingParams) -> Completion:
+        """One response; ApiError if there is none."""
+        if self._closed:
+            raise _ended()
+        try:
+            async with asyncio.timeout(None) as call:
+                self._calls.add(call)
+                try:
+                    return await self._generate(prompt, sampling)
+                finally:
+                    self._calls.discard(call)
+        except TimeoutError as error:
+            if not call.expired():
+                raise
+            raise _ended() from error
+        except ValueError as error:
+            raise ApiError(400, str(error)) from error
+        except FlashError as error:
+            self.failure = self.failure or error
+            raise ApiError(503, "the inference workers could not answer") from error
+
+
+def _ended() -> ApiError:
+    return ApiError(401, "the episode of this token has ended", code="invalid_api_key")
