@@ -1,4 +1,4 @@
-"""The `flash` command: train, eval, worker."""
+"""The `flash` command: train, eval, simulate, worker."""
 
 import argparse
 import asyncio
@@ -17,6 +17,9 @@ from pydantic_core import PydanticUndefined
 
 from flash import config as configuration
 from flash.errors import FlashError
+from flash.simulate.distributions import Distribution
+from flash.simulate.scenario import Scenario
+from flash.simulate.scenario import load as load_scenario
 from flash.worker.config import parse as parse_worker
 
 _T = TypeVar("_T")
@@ -40,6 +43,18 @@ Measure a run, or one checkpoint of it, on held-out tasks.
   flash eval runs/alfworld/checkpoints/step_000010 --eval.tasks 256
 
 The run's own configuration says how; fields given here change it.
+"""
+_SIMULATE = """\
+Simulate a run on a cluster: the engine's own hub, loop and agents in virtual time.
+
+  flash simulate scenario.yaml
+  flash simulate scenario.yaml --alpha 2 --workers.count 24 --timeline
+  flash simulate scenario.yaml --sweep alpha=0,0.5,1,2,4 --sweep trainer.gpus=16,32 --seeds 3
+
+  --sweep FIELD=V1,V2,…   simulate each value (of several: each combination)
+  --seeds N               simulate each N times, with the seeds that follow `seed`
+  --timeline              write a trace of the first one for https://ui.perfetto.dev
+  --out DIR               where the files go [runs/simulations/NAME]
 """
 _WORKER = "Serve one embedded inference worker."
 
@@ -77,16 +92,18 @@ def _complain(message: str, error: Exception) -> None:
 def _command(arguments: Sequence[str]) -> tuple[Callable[[Sequence[str]], None], Sequence[str]]:
     parser = argparse.ArgumentParser(prog="flash", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for name, text, command, words in (
-        ("train", _TRAIN, _train, "[PRESET|FILE.yaml] [--field.sub value …]"),
-        ("eval", _EVAL, _eval, "RUN|CHECKPOINT [--field.sub value …]"),
+    config, scenario = configuration.Config, Scenario
+    for name, text, command, model, words in (
+        ("train", _TRAIN, _train, config, "[PRESET|FILE.yaml] [--field.sub value …]"),
+        ("eval", _EVAL, _eval, config, "RUN|CHECKPOINT [--field.sub value …]"),
+        ("simulate", _SIMULATE, _simulate, scenario, "FILE.yaml [--field.sub value …]"),
     ):
         sub = commands.add_parser(
             name,
             help=text.splitlines()[0],
             usage=f"flash {name} {words}",
             description=text,
-            epilog=_config_help(),
+            epilog=_config_help(model),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
@@ -135,6 +152,39 @@ def _eval(arguments: Sequence[str]) -> None:
         print(f"{name:20} {value:.4g}")
 
 
+def _simulate(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="flash simulate", add_help=False, allow_abbrev=False)
+    parser.add_argument("--sweep", action="append", default=[])
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--timeline", action="store_true")
+    parser.add_argument("--out", type=Path)
+    options, words = parser.parse_known_args(arguments)
+    sources, changes = _words(words, Scenario)
+    source = _only(sources, "a scenario's YAML file")
+    if source is None:
+        raise ValueError("flash simulate what? Give a scenario's YAML file")
+    if options.seeds < 1:
+        raise ValueError(f"--seeds {options.seeds}: must be at least 1")
+    from flash.simulate import command  # noqa: PLC0415  (help and mistakes must not wait for it)
+
+    command.sweep(
+        load_scenario(Path(source), changes),
+        dict(_swept(text) for text in options.sweep),
+        seeds=options.seeds,
+        timeline=options.timeline,
+        out=options.out,
+    )
+
+
+def _swept(text: str) -> tuple[str, list[Any]]:
+    """The field of `FIELD=V1,V2,…`, and its values."""
+    name, _, values = text.partition("=")
+    if not name or not values:
+        raise ValueError(f"--sweep {text}: write --sweep FIELD=V1,V2,…")
+    listed = _yaml("sweep", f"[{values}]")
+    return name.replace("-", "_"), listed
+
+
 def _worker(arguments: Sequence[str]) -> None:
     config = parse_worker(arguments, prog="flash worker")
     from flash.worker.server import main as serve  # noqa: PLC0415  (imports torch)
@@ -167,12 +217,14 @@ def _stop_on_signals() -> asyncio.Event:
 # ── words of the command line ────────────────────────────────────────────────────────────────
 
 
-def _words(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+def _words(
+    arguments: Sequence[str], model: type[BaseModel] = configuration.Config
+) -> tuple[list[str], dict[str, Any]]:
     """The plain words, and the fields: `--field.sub value`, `--field.sub=value`, `--switch`.
 
     Values are YAML, except where the field is a text.
     """
-    kinds = {name: info.annotation for name, info in configuration.fields()}
+    kinds = {name: info.annotation for name, info in configuration.fields(model)}
     plain: list[str] = []
     fields: dict[str, Any] = {}
     words = list(arguments)
@@ -217,12 +269,17 @@ def _only(words: Sequence[str], what: str) -> str | None:
 # ── help ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def _config_help() -> str:
+def _config_help(model: type[BaseModel]) -> str:
     """Every field with its type, what it is for, and its default; from the models."""
     lines = ["fields (nested in a YAML file, dotted here; defaults in brackets):"]
-    for name, info in configuration.fields():
+    inside: tuple[str, ...] = ()  # of fields that are shown as one
+    for name, info in configuration.fields(model):
         kind = info.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
+        if name.startswith(inside):
+            continue
+        if kind is Distribution:
+            inside += (f"{name}.",)
+        elif isinstance(kind, type) and issubclass(kind, BaseModel):
             lines += ["", f"  {name}: {(kind.__doc__ or '').splitlines()[0]}"]
             continue
         head = f"  --{name} {_kind(kind)}"
@@ -234,7 +291,11 @@ def _config_help() -> str:
             first = wrapped.pop(0) if wrapped else ""
             lines.append(f"{head:{_INDENT}}{first}")
         lines += [" " * _INDENT + line for line in wrapped]
-    lines += ["", "presets: " + ", ".join(sorted(configuration.presets()))]
+    if inside:
+        lines += ["", "  what varies is a number, or a mapping of:"]
+        lines += [f"    {n:10}{i.description}" for n, i in Distribution.model_fields.items()]
+    else:
+        lines += ["", "presets: " + ", ".join(sorted(configuration.presets()))]
     return "\n".join(lines)
 
 
@@ -249,6 +310,8 @@ def _kind(kind: Any) -> str:
         return f"[{_kind(inner[0])}, …]"
     if origin is dict:
         return "{key: value}"
+    if kind is Distribution:
+        return "number|{kind: …}"
     names: dict[Any, str] = {str: "text", bool: "true|false", type(None): "null", Path: "path"}
     return names.get(kind) or str(kind.__name__)
 
@@ -258,4 +321,6 @@ def _default(default: Any) -> str:
         return ""
     if isinstance(default, tuple):
         default = list(default)
+    if isinstance(default, Distribution):
+        default = f"{default.mean:g}"
     return f" [{str(default).lower() if isinstance(default, bool) else default}]"

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
@@ -22,6 +22,8 @@ from pydantic import (
 
 from flash import registry
 from flash.trainer.config import TrainerConfig
+
+_M = TypeVar("_M", bound=BaseModel)
 
 SMALL = "small"
 
@@ -370,10 +372,15 @@ def load(source: str | None, overrides: Mapping[str, Any] | None = None) -> Conf
 
 def parse(settings: Mapping[str, Any]) -> Config:
     """The validated configuration of nested plain values; errors as for `load`."""
+    return validated(Config, settings)
+
+
+def validated(model: type[_M], settings: Mapping[str, Any]) -> _M:
+    """The model of nested plain values. ValueError with a line for each mistake."""
     try:
-        return Config.model_validate(settings)
+        return model.model_validate(settings)
     except ValidationError as errors:
-        lines = [_line(error) for error in errors.errors()]
+        lines = [_line(error, model) for error in errors.errors()]
         raise ValueError("\n".join(lines)) from None
 
 
@@ -453,13 +460,13 @@ _REMEDIES = {
 }
 
 
-def _line(error: Any) -> str:
+def _line(error: Any, model: type[BaseModel]) -> str:
     """One mistake in one line."""
     name = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        return f"{name} is no field: {_nearest(name)}"
+        return f"{name} is no field: {_nearest(name, model)}"
     if error["type"] == "missing":
-        about = next((info.description for known, info in fields() if known == name), None)
+        about = next((info.description for known, info in fields(model) if known == name), None)
         return f"{name} is missing: give it a value" + (f" ({about})" if about else "")
     if error["type"] == "model_type":
         return f"{name}={error['input']!r}: must be a section; write --{name}.field value"
@@ -469,13 +476,14 @@ def _line(error: Any) -> str:
     message = message.removeprefix("Value error, ").replace("Input should", "must")
     message = message.replace("be greater than or equal to", "be at least")
     # An error of a whole section names its fields itself.
-    whole = not name or (isinstance(error["input"], dict) and error["type"] == "value_error")
-    return message if whole else f"{name}={error['input']!r}: {message}"
+    if not name or (isinstance(error["input"], dict) and error["type"] == "value_error"):
+        return message if name in message else f"{name}: {message}"
+    return f"{name}={error['input']!r}: {message}"
 
 
-def _nearest(name: str) -> str:
+def _nearest(name: str, model: type[BaseModel]) -> str:
     """What an unknown key may have meant."""
-    known = [field for field, _ in fields()] + list(_ALIASES)
+    known = [field for field, _ in fields(model)] + (list(_ALIASES) if model is Config else [])
     section, _, key = name.rpartition(".")
     siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
     keys = difflib.get_close_matches(key, siblings, n=1, cutoff=0.6)
@@ -485,4 +493,4 @@ def _nearest(name: str) -> str:
         return f"did you mean {near[0]}?"
     if section and siblings:
         return f"{section} has {', '.join(siblings)}"
-    return "see flash train --help"
+    return "see flash train --help" if model is Config else f"use {', '.join(model.model_fields)}"

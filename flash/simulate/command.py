@@ -1,0 +1,140 @@
+"""What `flash simulate` does: simulates the scenarios of a sweep, prints a table, keeps files."""
+
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from flash.simulate.results import Result
+from flash.simulate.run import simulate
+from flash.simulate.scenario import Scenario
+
+_FOLDER = Path("runs/simulations")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One combination of a sweep: what was changed, and a result for each seed."""
+
+    changes: Mapping[str, Any]
+    results: Sequence[Result]
+
+    def mean(self, name: str) -> float:
+        """Of a number of the results, over the seeds."""
+        return fmean(getattr(result, name) for result in self.results)
+
+    def spread(self, name: str) -> float:
+        """Its standard deviation over the seeds; nan for one."""
+        values = [getattr(result, name) for result in self.results]
+        return stdev(values) if len(values) > 1 else math.nan
+
+
+_COLUMNS = {
+    "samples_per_s": ("samples/s", "{:9.3g}"),
+    "tokens_per_s": ("tokens/s", "{:9.3g}"),
+    "idle_trainer": ("idle: trainer", "{:13.0%}"),
+    "idle_workers": ("workers", "{:7.0%}"),
+    "staleness_mean": ("age: mean", "{:9.2f}"),
+    "staleness_max": ("max", "{:3.0f}"),
+    "wasted_share": ("wasted", "{:6.1%}"),
+    "took_s": ("took s", "{:6.1f}"),
+}
+
+
+def sweep(
+    scenario: Scenario,
+    values: Mapping[str, Sequence[Any]],
+    *,
+    seeds: int = 1,
+    timeline: bool = False,
+    out: Path | None = None,
+) -> list[Row]:
+    """Prints a row for each combination as it is simulated, then writes JSON and a picture."""
+    folder = out or _FOLDER / scenario.name
+    combinations = [
+        dict(zip(values, combination, strict=True))
+        for combination in itertools.product(*values.values())
+    ]
+    # All are checked before the first one takes its time.
+    scenarios = [scenario.changed(changes) for changes in combinations]
+    folder.mkdir(parents=True, exist_ok=True)
+    trace = folder / "timeline.json.gz" if timeline else None
+    _print_title(scenario)
+    widths = [max(len(name), *(len(_text(c[name])) for c in combinations)) for name in values]
+    print(*_header(values, widths))
+    rows: list[Row] = []
+    for changes, changed in zip(combinations, scenarios, strict=True):
+        results = []
+        for seed in range(changed.seed, changed.seed + seeds):
+            results.append(simulate(changed.changed({"seed": seed}), timeline=trace))
+            trace = None
+        rows.append(Row(changes=changes, results=results))
+        print(*_cells(rows[-1], rows[0], widths), flush=True)
+    written = [_write_json(folder, rows), _write_picture(folder, rows)]
+    written += [folder / "timeline.json.gz"] if timeline else []
+    print("written:", ", ".join(map(str, written)))
+    return rows
+
+
+def _print_title(scenario: Scenario) -> None:
+    workers = scenario.workers
+    print(
+        f"{scenario.name}: {scenario.gpus} GPUs ({workers.count} workers of {workers.gpus}, "
+        f"trainer of {scenario.trainer.gpus}), batches of {scenario.batch_size} in groups of "
+        f"{scenario.group_size}, alpha={scenario.alpha:g}"
+    )
+
+
+def _header(names: Sequence[str] | Mapping[str, Any], widths: Sequence[int]) -> Iterator[str]:
+    for name, width in zip(names, widths, strict=True):
+        yield f"{name:>{width}}"
+    yield "speed-up"
+    for title, form in _COLUMNS.values():
+        yield f"{title:>{len(form.format(0.0))}}"
+
+
+def _cells(row: Row, first: Row, widths: Sequence[int]) -> Iterator[str]:
+    for value, width in zip(row.changes.values(), widths, strict=True):
+        yield f"{_text(value):>{width}}"
+    base = first.mean("samples_per_s")
+    speed_up = row.mean("samples_per_s") / base if base else math.nan
+    yield f"{speed_up:7.2f}x"
+    for name, (_, form) in _COLUMNS.items():
+        yield form.format(row.mean(name))
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _write_json(folder: Path, rows: Sequence[Row]) -> Path:
+    path = folder / "results.json"
+    runs = [
+        {"changes": dict(row.changes), **result.summary()} for row in rows for result in row.results
+    ]
+    path.write_text(json.dumps(_finite(runs), indent=1) + "\n")
+    return path
+
+
+def _write_picture(folder: Path, rows: Sequence[Row]) -> Path:
+    from flash.simulate.picture import draw_run, draw_sweep  # noqa: PLC0415  (slow to import)
+
+    path = folder / "picture.png"
+    figure = draw_sweep(rows) if len(rows) > 1 else draw_run(rows[0].results[0])
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no nan and no infinity."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,160 @@
+"""A scenario: the job, the cluster and the workload that are simulated. Times are in seconds."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from flash import config as configuration
+from flash.config import Section
+from flash.simulate.distributions import Varying, constant
+
+
+class WorkersConfig(Section):
+    """The inference workers: a decode step takes step_s + n·request_s + context·context_s."""
+
+    count: int = Field(1, ge=1, description="how many there are")
+    gpus: int = Field(1, ge=0, description="GPUs of one worker")
+    max_running: int = Field(64, ge=1, description="requests at one worker at a time")
+    kv_tokens: int = Field(1_000_000, ge=64, description="room for keys and values in one worker")
+    step_s: float = Field(0.01, ge=0, description="a decode step: one token for each request")
+    request_s: float = Field(0.0, ge=0, description="more for each request in the step")
+    context_s: float = Field(0.0, ge=0, description="more for each token of context in the step")
+    prefill_s: float = Field(0.0, ge=0, description="a prompt's token that is not in the cache")
+    overhead_s: float = Field(0.0, ge=0, description="between worker and agent, a request")
+    load_s: float = Field(0.0, ge=0, description="to load published weights")
+
+    @model_validator(mode="after")
+    def _takes_time(self) -> Self:
+        if self.step_s + self.request_s == 0:
+            raise ValueError("workers.step_s and workers.request_s are 0: give a step some time")
+        return self
+
+
+class TrainerConfig(Section):
+    """The trainer: a batch takes batch_s + tokens · token_gpu_s / gpus."""
+
+    gpus: int = Field(1, ge=1, description="GPUs of the trainer")
+    batch_s: float = Field(0.0, ge=0, description="a batch, whatever its size")
+    token_gpu_s: float = Field(0.0, ge=0, description="GPU seconds for each token of a batch")
+    export_s: float = Field(0.0, ge=0, description="to hand the weights to the workers")
+
+
+class WorkloadConfig(Section):
+    """The episodes: prompt, then turns of a response and an environment step, then a reward."""
+
+    prompt_tokens: Varying = Field(constant(512), description="of the first prompt; a task's own")
+    response_tokens: Varying = Field(constant(512), description="of one response")
+    turns: Varying = Field(constant(1), description="responses in an episode")
+    observation_tokens: Varying = Field(constant(0), description="between two responses")
+    env_reset_s: Varying = Field(constant(0), description="an environment's reset")
+    env_step_s: Varying = Field(constant(0), description="an environment's step")
+    env_step_scale: Varying = Field(
+        constant(1), description="a factor of all the steps of an episode: slow ones stay slow"
+    )
+    env_fail_rate: float = Field(0.0, ge=0, lt=1, description="of environment calls that fail")
+    env_hang_rate: float = Field(0.0, ge=0, lt=1, description="of environment calls that hang")
+    step_timeout_s: float = Field(600.0, gt=0, description="after which a hung call fails")
+    reward_s: Varying = Field(constant(0), description="an episode's reward")
+    success_rate: float = Field(0.5, ge=0, le=1, description="of the episodes")
+
+
+class Scenario(Section):
+    """One simulated run."""
+
+    name: str = Field("scenario", description="of its files")
+    seed: int = Field(0, ge=0, description="of everything that is drawn")
+    steps: int | None = Field(None, ge=1, description="batches to train")
+    time_s: float | None = Field(None, gt=0, description="simulated seconds to run at most")
+    alpha: float = Field(1.0, ge=0, description="asynchronous ratio; 0: synchronous")
+    batch_size: int = Field(256, ge=1, description="samples in a batch")
+    group_size: int = Field(8, ge=1, description="episodes of one task")
+    on_stale: Literal["regenerate", "wait", "drop"] = Field(
+        "regenerate", description="what becomes of an episode that would pass alpha"
+    )
+    update_mode: Literal["keep", "abort", "wait"] = Field(
+        "keep", description="what a publish does to requests under way"
+    )
+    max_tokens: int = Field(32_768, ge=1, description="of one response")
+    max_sequence_tokens: int = Field(131_072, ge=2, description="of a whole episode")
+    grain: int | None = Field(
+        None,
+        ge=1,
+        description="how many tokens pass through hub and agents as one; null: so many that a "
+        "mean response is 32",
+    )
+    workers: WorkersConfig = WorkersConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    workload: WorkloadConfig = WorkloadConfig()
+
+    @field_validator("alpha")
+    @classmethod
+    def _alpha_is_finite(cls, value: float) -> float:
+        if not math.isfinite(value):
+            raise ValueError("must be a number of at least 0; 0 is synchronous training")
+        return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.steps is None and self.time_s is None:
+            raise ValueError("give steps or time_s: when should the simulation end?")
+        if self.batch_size % self.group_size:
+            below = self.batch_size - self.batch_size % self.group_size
+            raise ValueError(
+                f"batch_size={self.batch_size} is not divisible by group_size={self.group_size}: "
+                f"use {below or self.group_size} or {below + self.group_size}"
+            )
+        if self.workers.kv_tokens < self.max_sequence_tokens:
+            raise ValueError(
+                f"workers.kv_tokens={self.workers.kv_tokens} can't hold one episode of "
+                f"max_sequence_tokens={self.max_sequence_tokens}: lower the latter"
+            )
+        return self
+
+    @property
+    def gpus(self) -> int:
+        """All of the cluster's."""
+        return self.workers.count * self.workers.gpus + self.trainer.gpus
+
+    def tokens_as_one(self) -> int:
+        """The grain; every length that hub and agents see is rounded up to multiples of it."""
+        if self.grain is not None:
+            return self.grain
+        return max(1, round(self.workload.response_tokens.sampler().mean() / 32))
+
+    def changed(self, changes: Mapping[str, Any]) -> "Scenario":
+        """The same with some fields changed, by dotted names. ValueError as for `load`."""
+        settings = self.model_dump(exclude_unset=True)
+        for name, value in changes.items():
+            _set(settings, name, value)
+        return configuration.validated(Scenario, settings)
+
+
+def load(path: Path, changes: Mapping[str, Any] | None = None) -> Scenario:
+    """The scenario of a YAML file. ValueError with a line for each mistake."""
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} can't be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold a mapping of fields to values, at least steps: 10")
+    settings = {"name": path.stem, **settings}
+    for name, value in (changes or {}).items():
+        _set(settings, name, value)
+    return configuration.validated(Scenario, settings)
+
+
+def _set(settings: dict[str, Any], name: str, value: Any) -> None:
+    *sections, last = name.split(".")
+    for section in sections:
+        inner = settings.get(section, {})
+        if not isinstance(inner, dict):
+            # A bare number is a constant; one of its parameters was named.
+            inner = {"kind": "constant", "mean": inner}
+        settings[section] = settings = dict(inner)
+    settings[last] = value

@@ -1,0 +1,87 @@
+"""`flash simulate`: its table, its files, its exit codes."""
+
+import gzip
+import itertools
+import json
+
+import pytest
+import yaml
+
+from flash import cli
+from tests.simulate.test_simulate import SMALL
+
+
+@pytest.fixture
+def scenario(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(SMALL | {"steps": 2}))
+    return path
+
+
+def test_a_scenario_prints_a_row_and_writes_numbers_and_a_picture(scenario, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert cli.run(["simulate", str(scenario), "--alpha", "2", "--out", str(out)]) == 0
+    title, header, row, _ = capsys.readouterr().out.splitlines()
+    assert "small: 4 GPUs" in title
+    assert "alpha=2" in title
+    assert header.split()[0] == "speed-up"
+    assert row.split()[0] == "1.00x"
+    (result,) = json.loads((out / "results.json").read_text())
+    assert result["scenario"]["alpha"] == 2
+    assert result["trained"] == 64
+    assert (out / "picture.png").stat().st_size > 10_000
+
+
+def test_a_sweep_prints_a_row_for_each_combination_and_averages_seeds(scenario, tmp_path, capsys):
+    arguments = ["--sweep", "alpha=0,1", "--sweep", "workers.count=2,3", "--seeds", "2"]
+    assert cli.run(["simulate", str(scenario), *arguments, "--out", str(tmp_path)]) == 0
+    rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[2:-1]]
+    assert rows == [["0", "2"], ["0", "3"], ["1", "2"], ["1", "3"]]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [r["scenario"]["seed"] for r in results] == [0, 1] * 4
+    assert results[-1]["changes"] == {"alpha": 1, "workers.count": 3}
+
+
+def test_a_timeline_has_a_lane_for_each_worker_each_agent_and_the_trainer(scenario, tmp_path):
+    assert cli.run(["simulate", str(scenario), "--timeline", "--out", str(tmp_path)]) == 0
+    packed = (tmp_path / "timeline.json.gz").read_bytes()
+    events = json.loads(gzip.decompress(packed))["traceEvents"]
+    lanes = {e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    assert lanes >= {"trainer", "worker 000", "worker 002", "agent 0000", "agent 0063"}
+    spans = [e for e in events if e["ph"] == "X"]
+    assert {e["name"] for e in spans} >= {"wait", "train", "publish", "generate", "env"}
+    by_lane = {}
+    for span in spans:
+        by_lane.setdefault((span["pid"], span["tid"]), []).append(span)
+    for lane in by_lane.values():
+        lane.sort(key=lambda span: span["ts"])
+        for before, after in itertools.pairwise(lane):
+            assert before["ts"] + before["dur"] <= after["ts"] + 1, "one thing at a time"
+    cli.run(["simulate", str(scenario), "--timeline", "--out", str(tmp_path)])
+    assert (tmp_path / "timeline.json.gz").read_bytes() == packed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Give a scenario's YAML file"),
+        (["nowhere.yaml"], "nowhere.yaml can't be read"),
+        (["FILE", "--alfa", "1"], "alfa is no field: did you mean alpha?"),
+        (["FILE", "--sweep", "alpha"], "write --sweep FIELD=V1,V2,…"),
+        (["FILE", "--sweep", "alpha=-1,1"], "alpha=-1: must be at least 0"),
+        (["FILE", "--seeds", "0"], "--seeds 0: must be at least 1"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_simulated(scenario, arguments, message, capsys):
+    words = [str(scenario) if word == "FILE" else word for word in arguments]
+    assert cli.run(["simulate", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_lists_the_fields_and_what_can_vary(capsys):
+    with pytest.raises(SystemExit):
+        cli.run(["simulate", "--help"])
+    text = capsys.readouterr().out
+    assert "--workers.kv_tokens int" in text
+    assert "--workload.turns number|{kind: …}" in text
+    assert "workload.turns.sigma" not in text

@@ -1,0 +1,108 @@
+"""Scenarios: what they take, and what they say of mistakes."""
+
+import json
+import random
+from statistics import fmean
+
+import pytest
+
+from flash.config import validated
+from flash.simulate import Scenario, load
+from flash.simulate.distributions import Distribution
+
+
+def test_a_file_is_named_after_itself_and_fields_change_it(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("steps: 3\nworkload: {turns: 5}\n")
+    scenario = load(path, {"alpha": 2, "workload.turns.mean": 7, "workers.count": 4})
+    assert (scenario.name, scenario.alpha, scenario.workers.count) == ("mine", 2, 4)
+    assert scenario.workload.turns == Distribution(kind="constant", mean=7)
+    again = scenario.changed({"trainer.gpus": 8})
+    assert (again.workers.count, again.trainer.gpus, again.gpus) == (4, 8, 12)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "give steps or time_s"),
+        ({"steps": 1, "alfa": 1}, "alfa is no field: did you mean alpha?"),
+        ({"steps": 1, "batch_size": 30}, "batch_size=30 is not divisible by group_size=8: use 24"),
+        ({"steps": 1, "alpha": -1}, "alpha=-1: must be at least 0"),
+        ({"steps": 1, "workers": {"kv_tokens": 1000}}, "workers.kv_tokens=1000 can't hold"),
+        ({"steps": 1, "workers": {"step_s": 0}}, "give a step some time"),
+        (
+            {"steps": 1, "workload": {"turns": {"kind": "pareto", "mean": 1}}},
+            "workload.turns: kind=pareto needs shape",
+        ),
+        (
+            {"steps": 1, "workload": {"turns": {"kind": "normal", "mean": 1, "std": 1, "low": 1}}},
+            "kind=normal takes mean and std: leave out low",
+        ),
+        (
+            {"steps": 1, "workload": {"turns": {"kind": "uniform", "low": 2, "high": 1}}},
+            "low=2 is above high=1",
+        ),
+        ({"steps": 1, "workload": {"turns": {"kind": "gauss"}}}, "workload.turns.kind='gauss'"),
+        (
+            {"steps": 1, "workload": {"turns": {"kind": "empirical", "values": []}}},
+            "at least one",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_with_its_field_and_a_remedy(settings, message):
+    with pytest.raises(ValueError) as error:
+        validated(Scenario, settings)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "distribution",
+    [
+        Distribution(kind="constant", mean=3),
+        Distribution(kind="uniform", low=1, high=5),
+        Distribution(kind="normal", mean=3, std=0.5),
+        Distribution(kind="lognormal", mean=3, sigma=1),
+        Distribution(kind="pareto", mean=3, shape=3),
+        Distribution(kind="empirical", values=(1, 2, 6)),
+    ],
+    ids=lambda d: d.kind,
+)
+def test_means_are_what_was_asked_for_and_what_is_drawn(distribution):
+    sampler, rng = distribution.sampler(), random.Random(0)
+    assert sampler.mean() == pytest.approx(3, rel=0.01)
+    assert fmean(sampler.draw(rng) for _ in range(40_000)) == pytest.approx(3, rel=0.03)
+
+
+def test_the_largest_of_many_is_as_large_as_drawn():
+    sampler, rng = Distribution(kind="lognormal", mean=3, sigma=1).sampler(), random.Random(0)
+    drawn = fmean(max(sampler.draw(rng) for _ in range(64)) for _ in range(2000))
+    assert sampler.mean_of_largest(64) == pytest.approx(drawn, rel=0.03)
+
+
+def test_what_is_drawn_is_never_negative_nor_above_its_end():
+    sampler, rng = (
+        Distribution(kind="normal", mean=10, std=10, at_most=20).sampler(),
+        random.Random(0),
+    )
+    drawn = [sampler.draw(rng) for _ in range(1000)]
+    assert (min(drawn), max(drawn)) == (0, 20)
+
+
+def episode(**changes):
+    line = {"reward": 1.0, "turns": 2, "generated_tokens": 100, "stages_s": {"env": 3.0}}
+    return json.dumps(line | changes) + "\n"
+
+
+def test_an_empirical_one_takes_the_episodes_of_a_run_that_came_to_their_ends(tmp_path):
+    cut_off = episode(reward=None, generated_tokens=10**6)
+    (tmp_path / "episodes.jsonl").write_text(episode() + cut_off + episode(turns=1))
+    for of, values in {
+        "response_tokens": [50, 100], "turns": [1, 2], "env_step_s": [1.5, 3], "reward_s": [0, 0],
+    }.items():  # fmt: skip
+        distribution = Distribution(kind="empirical", run=tmp_path, of=of)
+        assert distribution.sampler().values == values
+
+
+def test_a_run_without_episodes_is_a_mistake(tmp_path):
+    with pytest.raises(ValueError, match="holds no episode that came to its end"):
+        Distribution(kind="empirical", run=tmp_path, of="turns")
