@@ -33,7 +33,8 @@ class Step:
 class Result:
     """One simulated run. Ages are in versions; means of ages are over sampled tokens.
 
-    `digest` stands for all that happened: every step and every episode's record.
+    `digest` stands for all that happened: every step and every episode's record. `took_s` is the
+    time of a core that the simulation took.
     """
 
     scenario: Scenario

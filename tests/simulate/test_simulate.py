@@ -54,6 +54,30 @@ def test_another_seed_gives_another_trace():
     assert simulate(small(seed=1)).digest != simulate(small()).digest
 
 
+def test_a_synchronous_step_is_the_sum_of_its_parts():
+    scenario = Scenario(
+        steps=3, alpha=0, batch_size=8, group_size=4, grain=1,
+        workers={"count": 2, "step_s": 0.01, "load_s": 0.25, "overhead_s": 0.1},
+        trainer={"gpus": 4, "batch_s": 5, "token_gpu_s": 0.001, "export_s": 1},
+        workload={
+            "prompt_tokens": 30, "response_tokens": 100, "turns": 2, "observation_tokens": 20,
+            "env_reset_s": 0.5, "env_step_s": 2, "reward_s": 3,
+        },
+    )  # fmt: skip
+    result = simulate(scenario)
+    tokens = 8 * (30 + 100 + 20 + 100)
+    rollout_s = 0.5 + 2 * (100 * 0.01 + 0.1) + 2 * 2 + 3
+    for step in result.steps:
+        assert step.tokens == tokens
+        assert step.train_s == pytest.approx(5 + tokens * 0.001 / 4)
+        assert step.publish_s == pytest.approx(1 + 2 * 0.25)
+        assert step.wait_s == pytest.approx(rollout_s)
+    assert result.time_s == pytest.approx(
+        sum(s.wait_s + s.train_s + s.publish_s for s in result.steps)
+    )
+    assert result.steps[-1].time_s == pytest.approx(result.time_s)
+
+
 def test_alpha_zero_trains_what_its_own_weights_sampled():
     result = simulate(small(alpha=0))
     assert set(result.ages) == {0}
