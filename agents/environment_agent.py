@@ -100,7 +100,7 @@ class EnvironmentAgent(Actor):
         with episode.stage("reward"):
             reward = await self._reward_of(seen)
         return Trajectory(
-            samples=[conversation.sample()],
+            samples=[conversation.sample(self._temperature)],
             reward=reward,
             turns=episode.turns,
             success=bool(seen[-1].info.get("success", reward > 0)),

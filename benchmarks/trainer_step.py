@@ -17,6 +17,7 @@ import numpy as np
 
 from flash.small_policy import create
 from flash.trainer import Trainer, TrainerConfig
+from flash.trainer.objectives.settings import DecoupledPpo, Supervised
 from flash.types import Batch, Sample
 
 # (what it is called, hidden size, layers)
@@ -46,7 +47,7 @@ def episodes(seed: int = 0, *, supervised: bool = False) -> list[Sample]:
 async def measure(model: Path, steps: int, ranks: int, supervised: bool) -> dict[str, float]:
     config = TrainerConfig(
         ranks=ranks,
-        objective="supervised" if supervised else "decoupled_ppo",
+        objective=Supervised() if supervised else DecoupledPpo(),
         learning_rate=1e-4,
         threads=1,
     )

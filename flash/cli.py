@@ -9,7 +9,7 @@ import textwrap
 import types
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
@@ -282,6 +282,9 @@ def _config_help(model: type[BaseModel]) -> str:
         elif isinstance(kind, type) and issubclass(kind, BaseModel):
             lines += ["", f"  {name}: {(kind.__doc__ or '').splitlines()[0]}"]
             continue
+        if info.discriminator is not None:
+            lines += ["", f"  {name}: {info.description}"]
+            continue
         head = f"  --{name} {_kind(kind)}"
         about = f"{info.description or ''}{_default(info.default)}"
         wrapped = textwrap.wrap(about, _WIDTH - _INDENT, break_on_hyphens=False)
@@ -304,7 +307,7 @@ def _kind(kind: Any) -> str:
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Literal:
         return "|".join(str(choice) for choice in inner)
-    if origin is types.UnionType:
+    if origin in (types.UnionType, Union):
         return "|".join(_kind(one) for one in inner)
     if origin is tuple:
         return f"[{_kind(inner[0])}, …]"

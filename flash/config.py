@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -19,16 +19,18 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
 from flash import registry
 from flash.trainer.config import TrainerConfig
+from flash.trainer.objectives.settings import SETTINGS, Supervised
 
 _M = TypeVar("_M", bound=BaseModel)
 
 SMALL = "small"
 
 # What a section's bare value stands for: `env: frozen_lake`, `engine: embedded`.
-_BARE = {"env": "name", "engine": "kind"}
+_BARE = {"env": "name", "engine": "kind", "objective": "name"}
 # Other systems' names of our fields.
 _ALIASES = {"async_generation_ratio": "alpha"}
 
@@ -68,7 +70,7 @@ class AgentConfig(Section):
     max_turns: int | None = Field(None, ge=1, description="responses in an episode; null: no limit")
     max_tokens: int = Field(256, ge=1, description="of one response")
     max_sequence_tokens: int = Field(4096, ge=2, description="of a whole episode")
-    temperature: float = Field(1.0, gt=0, description="of sampling; the trainer expects 1")
+    temperature: float = Field(1.0, gt=0, description="of sampling; the trainer accounts for it")
     step_timeout_s: float = Field(60.0, gt=0, description="for one environment step")
     episode_timeout_s: float = Field(1800.0, gt=0, description="for one episode")
 
@@ -280,6 +282,7 @@ class Config(Section):
                 f"trainer.mini_batches={self.trainer.mini_batches} exceeds batch_size="
                 f"{self.batch_size}: use fewer"
             )
+        self._check_staleness()
         if self.engine.cache_tokens < self.agent.max_sequence_tokens:
             raise ValueError(
                 f"engine.cache_tokens={self.engine.cache_tokens} can't hold one episode of "
@@ -301,6 +304,34 @@ class Config(Section):
         style = registry.style(self.agent.style)
         _check_arguments(style, self.agent.style_options, "agent.style_options")
         return self
+
+    def _check_staleness(self) -> None:
+        """An objective that is wrong for stale tokens gets none, unless that is asked for."""
+        objective = self.trainer.objective
+        name = f"trainer.objective.name={objective.name}"
+        if isinstance(objective, Supervised):
+            raise ValueError(
+                f"{name}: {objective.cannot_correct}: it is for warm starts; use another of "
+                f"{', '.join(sorted(set(SETTINGS) - {objective.name}))}"
+            )
+        if objective.allows_stale:
+            return
+        remedy = (
+            "use an objective that corrects (tis, decoupled_ppo, …), or "
+            "trainer.objective.allow_stale=true to study what that does"
+        )
+        if self.alpha >= 1:
+            raise ValueError(
+                f"{name} with alpha={self.alpha:g}: tokens up to {math.floor(self.alpha)} versions "
+                f"old would be trained as if they were new, because {objective.cannot_correct}: "
+                f"set alpha=0, {remedy}"
+            )
+        if self.trainer.mini_batches > 1:
+            raise ValueError(
+                f"{name} with trainer.mini_batches={self.trainer.mini_batches}: all but the first "
+                f"mini-batch come from weights before its own, because "
+                f"{objective.cannot_correct}: set trainer.mini_batches=1, {remedy}"
+            )
 
 
 def _is_hub_name(model: str) -> bool:
@@ -398,12 +429,44 @@ def _without_aliases(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fields(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every field with its dotted name, sections before what they hold."""
+    """Every field with its dotted name, sections before what they hold.
+
+    Of a section with variants, each of which has fields of its own: the fields of all.
+    """
     for name, info in model.model_fields.items():
         yield prefix + name, info
         kind = info.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             yield from fields(kind, f"{prefix}{name}.")
+        elif info.discriminator is not None:
+            yield from _fields_of_variants(variants(info), f"{prefix}{name}.")
+
+
+def variants(info: Any) -> dict[str, type[BaseModel]]:
+    """The models that a section with variants may be, by the name that chooses them."""
+    return {kind.model_fields["name"].default: kind for kind in get_args(info.annotation)}
+
+
+def _fields_of_variants(
+    kinds: Mapping[str, type[BaseModel]], prefix: str
+) -> Iterator[tuple[str, Any]]:
+    """Each once, with the variants that have it in its description; no default if they differ."""
+    name = FieldInfo(annotation=str, description=f"one of {', '.join(sorted(kinds))}")
+    yield f"{prefix}name", name
+    owners: dict[str, list[str]] = {}
+    for kind, model in kinds.items():
+        for field in model.model_fields:
+            owners.setdefault(field, []).append(kind)
+    for field in sorted(owners.keys() - {"name"}):
+        infos = [kinds[kind].model_fields[field] for kind in owners[field]]
+        merged = FieldInfo(annotation=infos[0].annotation)
+        meanings: dict[str, list[str]] = {}
+        for kind, info in zip(owners[field], infos, strict=True):
+            meanings.setdefault(str(info.description), []).append(kind)
+        merged.description = "; ".join(f"{', '.join(of)}: {what}" for what, of in meanings.items())
+        if len({repr(info.default) for info in infos}) == 1:
+            merged.default = infos[0].default
+        yield prefix + field, merged
 
 
 def _read(source: str) -> dict[str, Any]:
@@ -462,9 +525,15 @@ _REMEDIES = {
 
 def _line(error: Any, model: type[BaseModel]) -> str:
     """One mistake in one line."""
-    name = ".".join(str(part) for part in error["loc"])
+    name, variant = _name_and_variant(error["loc"], model)
     if error["type"] == "extra_forbidden":
-        return f"{name} is no field: {_nearest(name, model)}"
+        return f"{name} is no field{_nearest(name, variant, model)}"
+    if error["type"] == "union_tag_invalid":
+        known = variants(dict(fields(model))[name])
+        given = error["ctx"]["tag"]
+        near = difflib.get_close_matches(given, known, n=1, cutoff=0.6)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}"
+        return f"{name}.name={given!r}: {hint}"
     if error["type"] == "missing":
         about = next((info.description for known, info in fields(model) if known == name), None)
         return f"{name} is missing: give it a value" + (f" ({about})" if about else "")
@@ -481,8 +550,33 @@ def _line(error: Any, model: type[BaseModel]) -> str:
     return f"{name}={error['input']!r}: {message}"
 
 
-def _nearest(name: str, model: type[BaseModel]) -> str:
-    """What an unknown key may have meant."""
+def _name_and_variant(
+    location: tuple[str | int, ...], model: type[BaseModel]
+) -> tuple[str, str | None]:
+    """The dotted name of a field, and in a section with variants which of them was chosen."""
+    with_variants = [name for name, info in fields(model) if info.discriminator is not None]
+    parts = [str(part) for part in location]
+    for end in range(1, len(parts)):
+        if ".".join(parts[:end]) in with_variants:
+            return ".".join(parts[:end] + parts[end + 1 :]), parts[end]
+    return ".".join(parts), None
+
+
+def _nearest(name: str, variant: str | None, model: type[BaseModel]) -> str:
+    """What an unknown key may have meant, or whose it is."""
+    if variant is not None:
+        section, _, key = name.rpartition(".")
+        kinds = variants(dict(fields(model))[section])
+        own = [field for field in kinds[variant].model_fields if field != "name"]
+        near = difflib.get_close_matches(key, own, n=1, cutoff=0.6)
+        owners = [kind for kind, other in kinds.items() if key in other.model_fields]
+        of_others = f", but of {', '.join(owners)}" if owners else ""
+        has = f"did you mean {near[0]}?" if near else f"{variant} has {', '.join(own) or 'none'}"
+        return f" of {variant}{of_others}: {has}"
+    return f": {_meant(name, model)}"
+
+
+def _meant(name: str, model: type[BaseModel]) -> str:
     known = [field for field, _ in fields(model)] + (list(_ALIASES) if model is Config else [])
     section, _, key = name.rpartition(".")
     siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}

@@ -38,12 +38,14 @@ class TokenSequence:
         self._logprobs += completion.logprobs
         self._versions += completion.versions
 
-    def sample(self) -> Sample:
+    def sample(self, temperature: float) -> Sample:
+        """All of it, for training; `temperature` is what it was sampled at."""
         return Sample(
             token_ids=np.array(self.token_ids, dtype=np.int64),
             loss_mask=np.array(self._mask, dtype=np.float32),
             logprobs=np.array(self._logprobs, dtype=np.float32),
             versions=np.array(self._versions, dtype=np.int64),
+            temperature=temperature,
         )
 
 

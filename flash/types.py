@@ -149,14 +149,16 @@ class Sample:
 
     `logprobs` and `versions` are the engine's own, and mean something only where `loss_mask` is
     above 0 (elsewhere 0 and -1). The mask is 1 on sampled tokens; in supervised samples it may be
-    any weight.
+    any weight. `temperature` is what all of them were sampled at: `logprobs` are those of the
+    distribution that was sampled from. `advantage` is one number, or one for each token.
     """
 
     token_ids: NDArray[np.int64]
     loss_mask: NDArray[np.float32]
     logprobs: NDArray[np.float32]
     versions: NDArray[np.int64]
-    advantage: float = 0.0
+    temperature: float = 1.0
+    advantage: float | NDArray[np.float32] = 0.0
     reward: float = 0.0
     group: int = 0
     episode: int = 0

@@ -20,6 +20,7 @@ from flash.config import PolicyConfig, WarmStartConfig
 from flash.demonstrations import TeachingStyle, to_sample
 from flash.errors import TrainerFailure
 from flash.trainer.config import TrainerConfig
+from flash.trainer.objectives.settings import Supervised
 from flash.trainer.trainer import Trainer
 from flash.types import Batch, PromptStyle, Sample, Task, Teachable
 
@@ -73,7 +74,7 @@ async def small_model(
         )
         if warm_start.steps:
             config = TrainerConfig(
-                objective="supervised",
+                objective=Supervised(),
                 learning_rate=warm_start.learning_rate,
                 warmup_steps=max(1, warm_start.steps // 20),
                 decay_steps=warm_start.steps,

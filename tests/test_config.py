@@ -38,7 +38,7 @@ def test_async_generation_ratio_is_another_name_for_alpha():
     [
         ({"batch_sise": 3}, "batch_sise is no field: did you mean batch_size?"),
         ({"trainer": {"lerning_rate": 1}}, "did you mean trainer.learning_rate?"),
-        ({"clip_low": 0.1}, "clip_low is no field: did you mean trainer.clip_low?"),
+        ({"clip_low": 0.1}, "clip_low is no field: did you mean trainer.objective.clip"),
         ({"steps": "many"}, "steps='many': must be a whole number"),
         ({"steps": 1.5}, "steps=1.5: must be a whole number"),
         ({"steps": 0}, "steps=0: must be at least 1"),
@@ -84,7 +84,7 @@ def test_async_generation_ratio_is_another_name_for_alpha():
         ({"steps": True}, "steps=True: must be a number"),
         ({"env": [1]}, "env=[1]: must be a section"),
         ({"traner": {"ranks": 1}}, "traner is no field"),
-        ({"trainer": {"lr": 1}}, "trainer.lr is no field: trainer has ranks, objective, learning"),
+        ({"trainer": {"lr": 1}}, "trainer.lr is no field: trainer has ranks, aggregation, fixed_"),
         ({"policy": {"heads": 3}}, "policy.hidden_size=128 is no multiple of 2 × policy.heads = 6"),
         ({"policy": {"max_tokens": 99}}, "policy.max_tokens=99 can't read one episode"),
         ({"agent": {"max_tokens": 9999}}, "leaves no room for a prompt"),

@@ -19,7 +19,8 @@ class Recorder:
     two calls go on from the same one, the second sample has the common part as its prompt.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, temperature: float) -> None:
+        self._temperature = temperature
         self._sequences: list[TokenSequence] = []
 
     def add(self, prompt: Sequence[int], completion: Completion) -> "Known":
@@ -39,7 +40,7 @@ class Recorder:
 
     def samples(self) -> list[Sample]:
         """In the order in which they were opened."""
-        return [sequence.sample() for sequence in self._sequences]
+        return [sequence.sample(self._temperature) for sequence in self._sequences]
 
 
 class Known:

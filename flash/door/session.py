@@ -36,7 +36,7 @@ class DoorSession:
         self.failure: FlashError | None = None
         self.allowance = allowance
         # Without a temperature of its own it serves clients that train nothing: nothing is kept.
-        self.recorder = None if temperature is None else Recorder()
+        self.recorder = None if temperature is None else Recorder(temperature)
         self.memory = Memory()
         self._generate = generate
         self._max_tokens = max_tokens

@@ -1,8 +1,17 @@
 """Settings of the trainer; imports no torch."""
 
-from typing import Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from flash.trainer.objectives.settings import (
+    Aggregation,
+    AnyObjective,
+    DecoupledPpo,
+    KlSettings,
+)
+
+_DEFAULT_OBJECTIVE = "decoupled_ppo"
 
 
 class TrainerConfig(BaseModel):
@@ -11,9 +20,13 @@ class TrainerConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     ranks: int = Field(1, ge=1, description="FSDP ranks, each a process (a GPU where there are)")
-    objective: Literal["decoupled_ppo", "supervised"] = Field(
-        "decoupled_ppo", description="the loss; see flash/trainer/objectives.py"
+    aggregation: Aggregation | None = Field(
+        None, description="how tokens' losses are added up; null: as is usual for the objective"
     )
+    fixed_length: int | None = Field(
+        None, ge=1, description="tokens that aggregation=fixed_length divides a sample's sum by"
+    )
+    entropy_bonus: float = Field(0.0, ge=0, description="times the entropy, taken from the loss")
     learning_rate: float = Field(1e-5, gt=0, description="of AdamW, after the warm-up")
     warmup_steps: int = Field(5, ge=0, description="optimizer steps of linear warm-up")
     decay_steps: int = Field(
@@ -26,11 +39,6 @@ class TrainerConfig(BaseModel):
     tokens_per_micro_batch: int = Field(
         4096, ge=1, description="tokens packed into one forward pass (a longer sample goes alone)"
     )
-    clip_low: float = Field(0.2, gt=0, lt=1, description="PPO clips π/π_prox below 1 - this")
-    clip_high: float = Field(0.28, gt=0, description="PPO clips π/π_prox above 1 + this")
-    max_behaviour_weight: float = Field(
-        2.0, ge=1, description="cap of the weight π_prox/π_behaviour of a token"
-    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of forward and backward; auto: bfloat16 on a GPU, float32 on a CPU"
     )
@@ -38,3 +46,26 @@ class TrainerConfig(BaseModel):
     threads: int = Field(0, ge=0, description="CPU threads of a rank; 0 leaves it to torch")
     start_timeout_s: float = Field(600.0, gt=0, description="for the ranks to load the model")
     step_timeout_s: float = Field(1800.0, gt=0, description="for any one step, export or save")
+    objective: AnyObjective = Field(
+        DecoupledPpo(), description="the loss, by name; see flash/trainer/objectives/__init__.py"
+    )
+    kl: KlSettings = KlSettings()
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _objective_by_name(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"name": value}
+        if isinstance(value, dict):
+            return {"name": _DEFAULT_OBJECTIVE, **value}
+        return value
+
+    @model_validator(mode="after")
+    def _fixed_length_is_used(self) -> Self:
+        if (self.aggregation == "fixed_length") != (self.fixed_length is not None):
+            raise ValueError(
+                f"trainer.aggregation={self.aggregation or 'null'} with trainer.fixed_length="
+                f"{self.fixed_length or 'null'}: give both (aggregation=fixed_length and the "
+                f"longest response, in tokens) or neither"
+            )
+        return self

@@ -8,6 +8,8 @@ The samples of a micro-batch lie one after the other, without padding (see score
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from flash.trainer.config import TrainerConfig
+from flash.trainer.objectives.aggregation import scales
 from flash.types import Sample
 
 MicroBatch = list[int]  # sample indices
@@ -17,30 +19,35 @@ MicroBatch = list[int]  # sample indices
 class MiniBatch:
     """A rank's part of what one optimizer step trains on.
 
-    `total_weight` is the sum of the loss masks of the whole mini-batch, on all ranks.
+    `scales[micro][sample]` is what a trained token's loss is multiplied by, besides its mask,
+    before all are added up: over the micro-batches and ranks the sum is the mini-batch's loss.
     """
 
     micro_batches: list[list[Sample]]
-    total_weight: float
+    scales: list[list[float]]
 
 
-def divide(
-    samples: Sequence[Sample], *, mini_batches: int, ranks: int, tokens_per_micro_batch: int
-) -> list[list[MiniBatch]]:
+def divide(samples: Sequence[Sample], config: TrainerConfig) -> list[list[MiniBatch]]:
     """`divide[rank]` is what that rank trains on, one MiniBatch an optimizer step."""
     planned = plan(
         [sample.num_tokens for sample in samples],
-        mini_batches=mini_batches,
-        ranks=ranks,
-        tokens_per_micro_batch=tokens_per_micro_batch,
+        mini_batches=config.mini_batches,
+        ranks=config.ranks,
+        tokens_per_micro_batch=config.tokens_per_micro_batch,
     )
-    shares: list[list[MiniBatch]] = [[] for _ in range(ranks)]
+    aggregation = config.aggregation or config.objective.aggregation
+    shares: list[list[MiniBatch]] = [[] for _ in range(config.ranks)]
     for of_ranks in planned:
         members = [i for micros in of_ranks for micro in micros for i in micro]
-        # The first token has no logprob, so its weight counts for nothing.
-        total_weight = float(sum(samples[i].loss_mask[1:].sum(dtype=float) for i in members))
+        of_members = scales([samples[i] for i in members], aggregation, config.fixed_length)
+        scale = dict(zip(members, of_members, strict=True))
         for share, micros in zip(shares, of_ranks, strict=True):
-            share.append(MiniBatch([[samples[i] for i in micro] for micro in micros], total_weight))
+            share.append(
+                MiniBatch(
+                    [[samples[i] for i in micro] for micro in micros],
+                    [[scale[i] for i in micro] for micro in micros],
+                )
+            )
     return shares
 
 

@@ -8,14 +8,13 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
@@ -33,10 +32,12 @@ from transformers.utils import logging as untyped_logging
 from flash.process import serve
 from flash.trainer.checkpoint import MODEL_FOLDER, OPTIMIZER_FILE, write_state
 from flash.trainer.config import TrainerConfig
-from flash.trainer.objectives import Metrics, TokenBatch, make_objective
+from flash.trainer.micro_batch import MicroBatch, pack
+from flash.trainer.objectives.choose import make_objective
+from flash.trainer.objectives.regularisers import kl_estimate, kl_loss, kl_penalty
 from flash.trainer.packing import MiniBatch
 from flash.trainer.scorer import PACKED_ATTENTION, TokenScorer
-from flash.types import Sample
+from flash.trainer.statistics import StepStatistics
 
 logger = logging.getLogger(__name__)
 
@@ -44,27 +45,6 @@ logger = logging.getLogger(__name__)
 _ONE_UNIT_PARAMETERS = 50_000_000
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-
-_NOTHING = Sample(
-    token_ids=np.zeros(2, np.int64),
-    loss_mask=np.zeros(2, np.float32),
-    logprobs=np.zeros(2, np.float32),
-    versions=np.full(2, -1, np.int64),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class _Packed:
-    """One micro-batch: its sequences one after the other, N tokens, S of them trained on."""
-
-    token_ids_N: Tensor
-    lengths: tuple[int, ...]
-    trained_S: Tensor  # indices into N
-    weights_S: Tensor
-    behaviour_logprobs_S: Tensor
-    advantages_S: Tensor
-    on_policy_S: Tensor
 
 
 class Rank:
@@ -79,8 +59,12 @@ class Rank:
         ranks: int,
         rendezvous: str,
         seed: int,
+        reference: str | None = None,
     ) -> None:
-        """Join the other ranks, load the model, and the optimizer if there is a checkpoint."""
+        """Join the other ranks, load the model, and the optimizer if there is a checkpoint.
+
+        `reference` is the model that `config.kl` keeps the policy near.
+        """
         if config.threads:
             torch.set_num_threads(config.threads)
         cuda = torch.cuda.is_available()
@@ -96,29 +80,16 @@ class Rank:
         torch.manual_seed(seed)
         self._rank, self._ranks = rank, ranks
         self._source = model
-        self._objective = make_objective(config)
-        # Weights and optimizer are float32 everywhere; on a GPU layers compute in bfloat16.
-        self._model: Any = AutoModelForCausalLM.from_pretrained(
-            model, dtype=torch.float32, attn_implementation=PACKED_ATTENTION
-        )
+        self._config = config
+        self._objective = make_objective(config.objective)
+        self._model, self._scorer = self._load_model(model)
         if config.gradient_checkpointing:
             self._model.gradient_checkpointing_enable({"use_reentrant": False})
         self._model.train()  # for the sake of gradient checkpointing
-        for module in self._model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0  # or logprobs would differ between two looks at the same weights
-        self._scorer = TokenScorer(self._model).to(self._device)
-        half = config.dtype == "bfloat16" or (config.dtype == "auto" and cuda)
-        policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if half else None, reduce_dtype=torch.float32
-        )
-        mesh = init_device_mesh("cuda" if cuda else "cpu", (ranks,))
-        if sum(p.numel() for p in self._model.parameters()) > _ONE_UNIT_PARAMETERS:
-            for module in self._model.modules():
-                if type(module).__name__ in (self._model._no_split_modules or ()):
-                    fully_shard(module, mesh=mesh, mp_policy=policy)
-        fully_shard(self._scorer, mesh=mesh, mp_policy=policy)
-        self._max_grad_norm = config.max_grad_norm
+        self._reference: TokenScorer | None = None
+        if reference is not None:
+            _, self._reference = self._load_model(reference)
+            self._reference.requires_grad_(False)
         self._optimizer = torch.optim.AdamW(
             self._scorer.parameters(),
             lr=config.learning_rate,
@@ -132,44 +103,116 @@ class Rank:
         if checkpoint is not None:
             self._load(Path(checkpoint))
 
+    def _load_model(self, source: str) -> tuple[Any, TokenScorer]:
+        """A model and the sharded module that scores tokens with it."""
+        # Weights and optimizer are float32 everywhere; on a GPU layers compute in bfloat16.
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, attn_implementation=PACKED_ATTENTION
+        )
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0  # or logprobs would differ between two looks at the same weights
+        scorer = TokenScorer(model).to(self._device)
+        cuda = torch.cuda.is_available()
+        half = self._config.dtype == "bfloat16" or (self._config.dtype == "auto" and cuda)
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if half else None, reduce_dtype=torch.float32
+        )
+        mesh = init_device_mesh("cuda" if cuda else "cpu", (self._ranks,))
+        if sum(p.numel() for p in model.parameters()) > _ONE_UNIT_PARAMETERS:
+            for module in model.modules():
+                if type(module).__name__ in (model._no_split_modules or ()):
+                    fully_shard(module, mesh=mesh, mp_policy=policy)
+        fully_shard(scorer, mesh=mesh, mp_policy=policy)
+        return model, scorer
+
     # ── learning ─────────────────────────────────────────────────────────────────────────────
 
     def step(self, mini_batches: list[MiniBatch], version: int) -> dict[str, float]:
-        """One optimizer step a mini-batch; the metrics are means over all tokens of the batch."""
-        packed = [[self._pack(micro, version) for micro in m.micro_batches] for m in mini_batches]
-        # With one optimizer step the proximal policy is the policy itself, at no cost.
-        several = len(packed) > 1
-        proximal = [[self._score(micro) if several else None for micro in mini] for mini in packed]
-        sums = _Sums(self._device)
+        """One optimizer step a mini-batch; the metrics are over all tokens of the batch."""
+        packed = [
+            [
+                pack(samples, scales, version=version, device=self._device)
+                for samples, scales in zip(mini.micro_batches, mini.scales, strict=True)
+            ]
+            for mini in mini_batches
+        ]
+        # What the first optimizer step computes is proximal already; only for later ones is there
+        # something to compute before the weights change.
+        proximal = [
+            [
+                self._score(micro) if number and self._config.objective.needs_proximal else None
+                for micro in micros
+            ]
+            for number, micros in enumerate(packed)
+        ]
+        statistics = StepStatistics(self._device)
         norms: list[float] = []
         learning_rate = 0.0
-        for mini, micros, proximal_of_mini in zip(mini_batches, packed, proximal, strict=True):
-            for micro, known_S in zip(micros, proximal_of_mini, strict=True):
-                logprobs_S = self._logprobs(micro)
-                proximal_S = logprobs_S.detach() if known_S is None else known_S
-                loss_S, metrics = self._objective(
-                    TokenBatch(
-                        logprobs_T=logprobs_S,
-                        proximal_logprobs_T=proximal_S,
-                        behaviour_logprobs_T=micro.behaviour_logprobs_S,
-                        advantages_T=micro.advantages_S,
-                    )
-                )
-                loss: Any = (loss_S * micro.weights_S).sum() / mini.total_weight
+        for number, (micros, proximal_of_mini) in enumerate(zip(packed, proximal, strict=True)):
+            for micro, proximal_S in zip(micros, proximal_of_mini, strict=True):
+                loss = self._loss(micro, proximal_S, number, len(packed), statistics)
                 # FSDP averages gradients over ranks; ours is a sum over all tokens.
                 (loss * self._ranks).backward()
-                sums.add(micro, loss_S, proximal_S, metrics)
-            norm = torch.nn.utils.clip_grad_norm_(self._scorer.parameters(), self._max_grad_norm)
+            norm = torch.nn.utils.clip_grad_norm_(
+                self._scorer.parameters(), self._config.max_grad_norm
+            )
             norms.append(float(norm.full_tensor() if isinstance(norm, DTensor) else norm))
             learning_rate = float(self._schedule.get_last_lr()[0])
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
             self._schedule.step()
         return {
-            **sums.means(),
+            **statistics.metrics(len(packed)),
             "grad_norm": float(np.mean(norms)),
             "learning_rate": learning_rate,  # of the last of them
         }
+
+    def _loss(
+        self,
+        micro: MicroBatch,
+        proximal_S: Tensor | None,
+        number: int,
+        mini_batches: int,
+        statistics: StepStatistics,
+    ) -> Any:
+        """The micro-batch's part of the loss of mini-batch `number`."""
+        kl, bonus = self._config.kl, self._config.entropy_bonus
+        scored = self._scorer(
+            micro.token_ids_N,
+            micro.lengths,
+            micro.trained_S,
+            temperatures_S=micro.temperatures_S,
+            with_entropy=bonus > 0,
+        )
+        logprobs_S = scored[0] if bonus else scored
+        batch = micro.with_logprobs(logprobs_S, proximal_S, number / mini_batches)
+        more: dict[str, Tensor] = {}
+        reference_S = None
+        if self._reference is not None:
+            reference_S = self._score(micro, self._reference)
+            more["kl_reference"] = kl_estimate(logprobs_S.detach(), reference_S, "k3")
+            if kl.place == "reward":
+                penalty_S = kl_penalty(batch, reference_S, estimator=kl.estimator)
+                advantages_S = batch.advantages_T - kl.coefficient * penalty_S
+                batch = replace(batch, advantages_T=advantages_S)
+        loss = self._objective(batch)
+        loss_S = loss.loss_T
+        if reference_S is not None and kl.place == "loss":
+            kl_S = kl_loss(batch, reference_S, estimator=kl.estimator, corrected=kl.corrected)
+            loss_S = loss_S + kl.coefficient * kl_S
+        if bonus:
+            loss_S = loss_S - bonus * scored[1]
+            more["entropy"] = scored[1].detach()
+        statistics.add(
+            micro,
+            batch,
+            loss,
+            loss_S,
+            proximal_known=proximal_S is not None or number == 0,
+            more=more,
+        )
+        return (loss_S * micro.loss_weights_S).sum()
 
     def score(self, token_ids: Sequence[int]) -> list[float]:
         """Logprobs of `token_ids[1:]` under the present weights."""
@@ -180,37 +223,14 @@ class Rank:
         return logprobs
 
     @torch.no_grad()
-    def _score(self, micro: _Packed) -> Tensor:
-        return self._logprobs(micro)
-
-    def _logprobs(self, micro: _Packed) -> Tensor:
-        logprobs_S: Tensor = self._scorer(micro.token_ids_N, micro.lengths, micro.trained_S)
-        return logprobs_S
-
-    def _pack(self, samples: Sequence[Sample], version: int) -> _Packed:
-        # A rank without samples passes something too, because every pass is a collective.
-        samples = samples or [_NOTHING]
-        weights_N = np.concatenate([sample.loss_mask for sample in samples])
-        lengths = [sample.num_tokens for sample in samples]
-        weights_N[np.cumsum([0, *lengths[:-1]])] = 0.0  # nothing predicts a first token
-        (trained_S,) = np.nonzero(weights_N > 0)
-        versions_N = np.concatenate([sample.versions for sample in samples])
-        advantages_N = np.repeat([sample.advantage for sample in samples], lengths)
-
-        def on_device(array: NDArray[Any]) -> Tensor:
-            return torch.from_numpy(array).to(self._device)
-
-        return _Packed(
-            token_ids_N=on_device(np.concatenate([s.token_ids for s in samples])),
-            lengths=tuple(lengths),
-            trained_S=on_device(trained_S),
-            weights_S=on_device(weights_N[trained_S]),
-            behaviour_logprobs_S=on_device(
-                np.concatenate([s.logprobs for s in samples])[trained_S]
-            ),
-            advantages_S=on_device(advantages_N[trained_S].astype(np.float32)),
-            on_policy_S=on_device(versions_N[trained_S] == version),
+    def _score(self, micro: MicroBatch, scorer: TokenScorer | None = None) -> Tensor:
+        logprobs_S: Tensor = (scorer or self._scorer)(
+            micro.token_ids_N,
+            micro.lengths,
+            micro.trained_S,
+            temperatures_S=micro.temperatures_S,
         )
+        return logprobs_S
 
     # ── weights and checkpoints ──────────────────────────────────────────────────────────────
 
@@ -261,38 +281,6 @@ class Rank:
         )
         self._schedule.load_state_dict(kept["schedule"])
         torch.set_rng_state(kept["rng"])
-
-
-class _Sums:
-    """Sums over tokens, of all mini-batches and ranks."""
-
-    def __init__(self, device: torch.device | str) -> None:
-        self._device = device
-        self._sums: dict[str, Tensor] = {}
-        self._weight = torch.zeros((), dtype=torch.float64, device=device)
-        self._gap = torch.full((), -1.0, device=device)
-
-    def add(self, micro: _Packed, loss_S: Tensor, proximal_S: Tensor, metrics: Metrics) -> None:
-        weights_S = micro.weights_S.double()
-        for name, value_S in {"loss": loss_S.detach(), **metrics}.items():
-            total = (value_S * weights_S).sum()
-            self._sums[name] = self._sums.get(name, torch.zeros_like(total)) + total
-        self._weight += weights_S.sum()
-        if micro.on_policy_S.any():
-            gap_S = (proximal_S - micro.behaviour_logprobs_S).abs()
-            self._gap = torch.maximum(self._gap, gap_S[micro.on_policy_S].max())
-
-    def means(self) -> dict[str, float]:
-        """Means over trained tokens; `logprob_gap/max` only if any token was on policy."""
-        names = sorted(self._sums)
-        totals = torch.stack([self._weight, *(self._sums[name] for name in names)])
-        dist.all_reduce(totals)
-        dist.all_reduce(self._gap, op=dist.ReduceOp.MAX)
-        weight, *sums = totals.tolist()
-        means = {name: total / weight for name, total in zip(names, sums, strict=True)}
-        if self._gap >= 0:
-            means["logprob_gap/max"] = float(self._gap)
-        return means
 
 
 def _learning_rate_factor(done: int, config: TrainerConfig) -> float:

@@ -48,11 +48,21 @@ class TokenScorer(nn.Module):
         self._plain_head = not any(getattr(config, name, None) for name in _HEAD_SETTINGS)
         self._chunk = max(1, kept_logits // int(config.vocab_size))
 
-    def forward(self, token_ids_N: Tensor, lengths: Sequence[int], scored_S: Tensor) -> Tensor:
+    def forward(
+        self,
+        token_ids_N: Tensor,
+        lengths: Sequence[int],
+        scored_S: Tensor,
+        *,
+        temperatures_S: Tensor | None = None,
+        with_entropy: bool = False,
+    ) -> Tensor:
         """Logprobs of the tokens at the indices `scored_S`, [S], float32, natural log.
 
         Each is given those before it in its own sequence; `lengths` says where the sequences
-        end. The first token of a sequence has no logprob and must not be asked for.
+        end. The first token of a sequence has no logprob and must not be asked for. With
+        `temperatures_S` they are those of a sampler at these temperatures. With `with_entropy` the
+        answer is [2, S]: logprobs, and the entropy of what each token was chosen from.
         """
         inputs = {
             "input_ids": token_ids_N[None],
@@ -65,34 +75,49 @@ class TokenScorer(nn.Module):
         targets_S = token_ids_N[scored_S]
         if not self._plain_head:
             logits_NV = self.model(**inputs).logits[0]
-            return _pick(logits_NV[scored_S - 1], targets_S)
+            return _pick(logits_NV[scored_S - 1], targets_S, temperatures_S, with_entropy)
         hidden_ND = self.model.base_model(**inputs).last_hidden_state[0]
-        return self._in_chunks(hidden_ND[scored_S - 1], targets_S)
+        return self._in_chunks(hidden_ND[scored_S - 1], targets_S, temperatures_S, with_entropy)
 
-    def _in_chunks(self, hidden_SD: Tensor, targets_S: Tensor) -> Tensor:
+    def _in_chunks(
+        self,
+        hidden_SD: Tensor,
+        targets_S: Tensor,
+        temperatures_S: Tensor | None,
+        with_entropy: bool,
+    ) -> Tensor:
         head = self.model.get_output_embeddings()
         if len(targets_S) <= self._chunk:
-            return _pick(head(hidden_SD), targets_S)
+            return _pick(head(hidden_SD), targets_S, temperatures_S, with_entropy)
 
-        def chunk_logprobs(hidden_CD: Tensor, targets_C: Tensor) -> Tensor:
-            return _pick(head(hidden_CD), targets_C)
+        def score(hidden_CD: Tensor, targets_C: Tensor, temperatures_C: Tensor | None) -> Tensor:
+            return _pick(head(hidden_CD), targets_C, temperatures_C, with_entropy)
 
-        chunks = zip(
-            torch.split(hidden_SD, self._chunk), torch.split(targets_S, self._chunk), strict=True
-        )
-        return torch.cat(
-            [
-                checkpoint(chunk_logprobs, hidden_CD, targets_C, use_reentrant=False)
-                for hidden_CD, targets_C in chunks
-            ]
-        )
+        scored = []
+        for start in range(0, len(targets_S), self._chunk):
+            part = slice(start, start + self._chunk)
+            temperatures_C = None if temperatures_S is None else temperatures_S[part]
+            scored.append(
+                checkpoint(
+                    score, hidden_SD[part], targets_S[part], temperatures_C, use_reentrant=False
+                )
+            )
+        return torch.cat(scored, dim=-1)
 
 
-def _pick(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
-    """Log-softmax at the targets, [C], in float32."""
+def _pick(
+    logits_CV: Tensor, targets_C: Tensor, temperatures_C: Tensor | None, with_entropy: bool
+) -> Tensor:
+    """Log-softmax at the targets, [C], in float32; with entropy [2, C]."""
     logits_CV = logits_CV.float()
-    chosen_C = logits_CV.gather(-1, targets_C[:, None])[:, 0]
-    return chosen_C - logits_CV.logsumexp(-1)
+    if temperatures_C is not None:
+        logits_CV = logits_CV / temperatures_C[:, None]
+    total_C = logits_CV.logsumexp(-1)
+    logprobs_C = logits_CV.gather(-1, targets_C[:, None])[:, 0] - total_C
+    if not with_entropy:
+        return logprobs_C
+    mean_logit_CV = (logits_CV - total_C[:, None]).exp() * logits_CV
+    return torch.stack([logprobs_C, total_C - mean_logit_CV.sum(-1)])
 
 
 def _packed_attention(

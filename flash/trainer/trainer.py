@@ -57,6 +57,8 @@ class Trainer:
         if resume_from is not None:
             self.version = checkpoint_version(resume_from)
             self.model = str(resume_from / MODEL_FOLDER)
+        # The policy may have gone on from there; the reference stays where it began.
+        self._reference = config.kl.reference or str(model) if config.kl.coefficient else None
         self._resume_from = resume_from
         self._run_dir = run_dir
         self._seed = seed
@@ -82,7 +84,16 @@ class Trainer:
             await self._call_each(
                 "start",
                 [
-                    (self.model, checkpoint, self.config, rank, ranks, rendezvous, self._seed)
+                    (
+                        self.model,
+                        checkpoint,
+                        self.config,
+                        rank,
+                        ranks,
+                        rendezvous,
+                        self._seed,
+                        self._reference,
+                    )
                     for rank in range(ranks)
                 ],
                 timeout_s=self.config.start_timeout_s,
@@ -117,12 +128,7 @@ class Trainer:
                 f"no token to train on: the loss mask of all {len(batch.samples)} samples is 0 "
                 f"(the first token of a sample never counts)"
             )
-        shares = divide(
-            samples,
-            mini_batches=self.config.mini_batches,
-            ranks=self.config.ranks,
-            tokens_per_micro_batch=self.config.tokens_per_micro_batch,
-        )
+        shares = divide(samples, self.config)
         started = asyncio.get_running_loop().time()
         metrics: dict[str, float] = await self._call_each(
             "step", [(share, self.version) for share in shares]
@@ -218,7 +224,17 @@ def _check(sample: Sample) -> None:
             f"episode {sample.episode}: token_ids, loss_mask, logprobs and versions have lengths "
             f"{lengths}; they must be equal, and above 0"
         )
-    if not np.isfinite(sample.logprobs).all() or not np.isfinite(sample.advantage):
+    if not np.isfinite(sample.logprobs).all() or not np.isfinite(sample.advantage).all():
         raise ValueError(f"episode {sample.episode}: a logprob or the advantage is not finite")
+    if np.shape(sample.advantage) not in ((), sample.token_ids.shape):
+        raise ValueError(
+            f"episode {sample.episode}: the advantage has the shape {np.shape(sample.advantage)}; "
+            f"it must be one number, or one for each of the {lengths[0]} tokens"
+        )
+    if not 0 < sample.temperature < np.inf:
+        raise ValueError(
+            f"episode {sample.episode}: sampled at temperature {sample.temperature:g}; only what "
+            f"was sampled at a temperature above 0 has logprobs to train on"
+        )
     if not np.isfinite(sample.loss_mask).all() or (sample.loss_mask < 0).any():
         raise ValueError(f"episode {sample.episode}: the loss mask must be finite and at least 0")

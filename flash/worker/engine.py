@@ -80,7 +80,7 @@ class EmbeddedEngine:
     """One model, sampling many requests at once, in a thread of its own.
 
     The logprobs are those of the distribution that was sampled from, temperature included; a
-    trainer must divide its logits by the same temperature to compare (1 is what it expects).
+    trainer must divide its logits by the same temperature to compare.
 
     Args:
         model: a directory or a hub name.

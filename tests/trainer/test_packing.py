@@ -1,7 +1,13 @@
+from typing import Any
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flash.trainer.config import TrainerConfig
+from flash.trainer.objectives.aggregation import scales
+from flash.trainer.objectives.settings import Gspo
 from flash.trainer.packing import divide, plan
 from flash.types import Sample
 
@@ -44,19 +50,53 @@ def test_mini_batches_take_some_of_every_group() -> None:
     assert [sorted(mini[0][0]) for mini in groups_of_four] == [[0, 2, 4, 6], [1, 3, 5, 7]]
 
 
-def test_all_ranks_are_told_the_weight_of_the_whole_mini_batch() -> None:
-    samples = [
+def samples_with_masks(*masks: list[float]) -> list[Sample]:
+    return [
         Sample(
-            token_ids=np.zeros(4, np.int64),
-            loss_mask=np.array([1.0, 1.0, 0.0, 0.5], np.float32),
-            logprobs=np.zeros(4, np.float32),
-            versions=np.zeros(4, np.int64),
+            token_ids=np.zeros(len(mask), np.int64),
+            loss_mask=np.array(mask, np.float32),
+            logprobs=np.zeros(len(mask), np.float32),
+            versions=np.zeros(len(mask), np.int64),
             episode=episode,
         )
-        for episode in range(5)
+        for episode, mask in enumerate(masks)
     ]
-    shares = divide(samples, mini_batches=2, ranks=2, tokens_per_micro_batch=8)
-    # 3 and 2 samples; the first token of each counts for nothing
-    assert [[mini.total_weight for mini in share] for share in shares] == [[4.5, 3.0]] * 2
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "expected"),
+    [
+        # The first token counts for nothing: masses 1.5 and 3.
+        ("token_mean", [1 / 4.5, 1 / 4.5]),
+        ("sequence_mean", [1 / 3, 1 / 6]),
+        ("sequence_sum", [1 / 2, 1 / 2]),
+        ("fixed_length", [1 / 20, 1 / 20]),
+    ],
+)
+def test_the_scales_of_samples_by_hand(aggregation: Any, expected: list[float]) -> None:
+    samples = samples_with_masks([1, 1, 0, 0.5], [0, 1, 1, 1])
+    assert scales(samples, aggregation, fixed_length=10) == pytest.approx(expected)
+
+
+def test_the_scales_are_those_of_the_whole_mini_batch_on_all_ranks() -> None:
+    samples = samples_with_masks(*[[1.0, 1.0, 0.0, 0.5]] * 5)
+    config = TrainerConfig(mini_batches=2, ranks=2, tokens_per_micro_batch=8)
+    shares = divide(samples, config)
+    # 3 and 2 samples, of mass 1.5 each
+    for share in shares:
+        for mini, mass in zip(share, (4.5, 3.0), strict=True):
+            assert [len(m) for m in mini.scales] == [len(m) for m in mini.micro_batches]
+            assert {s for micro in mini.scales for s in micro} <= {1 / mass}
     given_out = [s.episode for share in shares for m in share for b in m.micro_batches for s in b]
     assert sorted(given_out) == [0, 1, 2, 3, 4]
+
+
+def test_losses_are_added_up_as_is_usual_for_the_objective_unless_told_otherwise() -> None:
+    samples = samples_with_masks([0, 1, 1, 1], [0, 1])
+
+    def first_scale(**settings: Any) -> float:
+        return divide(samples, TrainerConfig(**settings))[0][0].scales[0][0]
+
+    assert first_scale() == 1 / 4
+    assert first_scale(objective=Gspo()) == 1 / 6
+    assert first_scale(objective=Gspo(), aggregation="token_mean") == 1 / 4

@@ -1,0 +1,107 @@
+"""Samples as the tensors of one forward pass.
+
+Legend: N tokens of Q sequences, one after the other, without padding; S of them trained on.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flash.trainer.objectives.token_batch import TokenBatch
+from flash.types import Sample
+
+# A rank without samples passes something too, because every pass is a collective.
+_NOTHING = Sample(
+    token_ids=np.zeros(2, np.int64),
+    loss_mask=np.zeros(2, np.float32),
+    logprobs=np.zeros(2, np.float32),
+    versions=np.full(2, -1, np.int64),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """One micro-batch. `trained_S` are indices into N; `loss_weights_S` is mask times scale.
+
+    `temperatures_S` is None if all of it was sampled at 1.
+    """
+
+    token_ids_N: Tensor
+    lengths: tuple[int, ...]
+    trained_S: Tensor
+    mask_S: Tensor
+    loss_weights_S: Tensor
+    temperatures_S: Tensor | None
+    behaviour_logprobs_S: Tensor
+    advantages_S: Tensor
+    rewards_S: Tensor
+    ages_S: Tensor
+    sequences_S: Tensor
+
+    def with_logprobs(
+        self, logprobs_S: Tensor, proximal_logprobs_S: Tensor | None, progress: float
+    ) -> TokenBatch:
+        """What an objective is given, once the logprobs are known."""
+        if proximal_logprobs_S is None:
+            proximal_logprobs_S = logprobs_S.detach()
+        return TokenBatch(
+            logprobs_T=logprobs_S,
+            behaviour_logprobs_T=self.behaviour_logprobs_S,
+            proximal_logprobs_T=proximal_logprobs_S,
+            advantages_T=self.advantages_S,
+            rewards_T=self.rewards_S,
+            ages_T=self.ages_S,
+            sequences_T=self.sequences_S,
+            num_sequences=len(self.lengths),
+            progress=progress,
+        )
+
+
+def pack(
+    samples: Sequence[Sample],
+    scales: Sequence[float],
+    *,
+    version: int,
+    device: torch.device | str,
+) -> MicroBatch:
+    """The samples of one micro-batch with their scales, for the step that `version` begins."""
+    samples, scales = (samples, scales) if samples else ([_NOTHING], [0.0])
+    lengths = [sample.num_tokens for sample in samples]
+    mask_N = np.concatenate([sample.loss_mask for sample in samples])
+    mask_N[np.cumsum([0, *lengths[:-1]])] = 0.0  # nothing predicts a first token
+    (trained_S,) = np.nonzero(mask_N > 0)
+    sequences_S = np.repeat(np.arange(len(samples)), lengths)[trained_S]
+
+    def of_tokens(name: str) -> NDArray[Any]:
+        return np.concatenate([getattr(sample, name) for sample in samples])[trained_S]
+
+    def of_samples(values: Sequence[float]) -> NDArray[np.float32]:
+        return np.asarray(values)[sequences_S].astype(np.float32)
+
+    def on_device(array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(device)
+
+    advantages_N = [np.broadcast_to(s.advantage, n) for s, n in zip(samples, lengths, strict=True)]
+    temperatures = [sample.temperature for sample in samples]
+    mask_S = mask_N[trained_S].astype(np.float32)
+    loss_weights_S = mask_S * np.asarray(scales, np.float64)[sequences_S]
+    return MicroBatch(
+        token_ids_N=on_device(np.concatenate([sample.token_ids for sample in samples])),
+        lengths=tuple(lengths),
+        trained_S=on_device(trained_S),
+        mask_S=on_device(mask_S),
+        loss_weights_S=on_device(loss_weights_S.astype(np.float32)),
+        temperatures_S=(
+            None if set(temperatures) == {1.0} else on_device(of_samples(temperatures))
+        ),
+        behaviour_logprobs_S=on_device(of_tokens("logprobs").astype(np.float32)),
+        advantages_S=on_device(np.concatenate(advantages_N)[trained_S].astype(np.float32)),
+        rewards_S=on_device(of_samples([sample.reward for sample in samples])),
+        ages_S=on_device(version - of_tokens("versions")),
+        sequences_S=on_device(sequences_S),
+    )

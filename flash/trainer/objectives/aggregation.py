@@ -1,0 +1,35 @@
+"""How the losses of tokens become one loss; imports no torch.
+
+Each trained token counts m·scale, with m its mask and the scale of its sample:
+
+    token_mean      1 / Σm                   every token counts the same
+    sequence_mean   1 / (N · Σm of sample)   every sample counts the same
+    sequence_sum    1 / N                    a sample counts as much as it is long
+    fixed_length    1 / (N · length)         as before, and small: Dr. GRPO (Liu et al. 2025)
+
+Sums and the number N of samples are those of the whole mini-batch, on all ranks, and known before
+it is divided: so no division changes the loss.
+"""
+
+from collections.abc import Sequence
+
+from flash.trainer.objectives.settings import Aggregation
+from flash.types import Sample
+
+
+def scales(
+    samples: Sequence[Sample], aggregation: Aggregation, fixed_length: int | None = None
+) -> list[float]:
+    """The scale of each sample of one mini-batch. Each must have a token to train on."""
+    # The first token has no logprob, so its mask counts for nothing.
+    masses = [float(sample.loss_mask[1:].sum(dtype=float)) for sample in samples]
+    match aggregation:
+        case "token_mean":
+            return [1 / sum(masses)] * len(samples)
+        case "sequence_mean":
+            return [1 / (len(samples) * mass) for mass in masses]
+        case "sequence_sum":
+            return [1 / len(samples)] * len(samples)
+        case "fixed_length":
+            assert fixed_length is not None
+            return [1 / (len(samples) * fixed_length)] * len(samples)
