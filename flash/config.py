@@ -526,8 +526,12 @@ _REMEDIES = {
 def _line(error: Any, model: type[BaseModel]) -> str:
     """One mistake in one line."""
     name, variant = _name_and_variant(error["loc"], model)
-    if error["type"] == "extra_forbidden":
-        return f"{name} is no field{_nearest(name, variant, model)}"
+    if error["type"] in ("extra_forbidden", "invalid_key"):
+        # The location and input of an invalid key say nothing of its place.
+        hint = ": fields are texts"
+        if error["type"] == "extra_forbidden":
+            hint = _nearest(name, variant, model)
+        return f"{name} is no field{hint}"
     if error["type"] == "union_tag_invalid":
         known = variants(dict(fields(model))[name])
         given = error["ctx"]["tag"]
@@ -539,8 +543,6 @@ def _line(error: Any, model: type[BaseModel]) -> str:
         return f"{name} is missing: give it a value" + (f" ({about})" if about else "")
     if error["type"] == "model_type":
         return f"{name}={error['input']!r}: must be a section; write --{name}.field value"
-    if error["type"] == "invalid_key":  # its location and input say nothing of the key's place
-        return f"{name} is no field: fields are texts"
     message = _REMEDIES.get(error["type"], str(error["msg"]))
     message = message.removeprefix("Value error, ").replace("Input should", "must")
     message = message.replace("be greater than or equal to", "be at least")
