@@ -289,6 +289,12 @@ def _without_strict(tools: Any) -> Any:
     ]
 
 
+_NAMES = {
+    name
+    for shape in (_Chat, _Text, _Message, _ToolCall, _Function, _TextPart, _Tool, _ToolFunction,
+                  _StreamOptions)
+    for name in shape.model_fields
+}  # fmt: skip
 _REMEDIES: Mapping[Any, str] = {
     "tool_choice": 'whether a tool is called is the policy\'s choice: "auto" or "none"',
     "logprobs": "only the sampled token's logprob is known: true for chats, 0 for completions",
@@ -299,9 +305,12 @@ _REMEDIES: Mapping[Any, str] = {
 
 
 def _told(error: ValidationError) -> ApiError:
-    """The first fault, with the field's path as OpenAI writes it: messages[0].role."""
-    fault = error.errors(include_url=False)[0]
-    names = [part for part in fault["loc"] if isinstance(part, int) or part.islower()]
+    """The fault that lies deepest, with the field's path as OpenAI writes it: messages[0].role."""
+    fault = max(error.errors(include_url=False), key=lambda fault: len(fault["loc"]))
+    # Pydantic's path also names the branches of a union: str, list[_TextPart].
+    names = [part for part in fault["loc"] if isinstance(part, int) or part in _NAMES]
+    if fault["type"] == "extra_forbidden":
+        names = [*(name for name in names if name != fault["loc"][-1]), fault["loc"][-1]]
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in names)
     param = path.removeprefix(".")
     if fault["type"] == "missing":

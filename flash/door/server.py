@@ -15,7 +15,7 @@ import logging
 import secrets
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from aiohttp import web
@@ -100,8 +100,9 @@ class Door:
         app.router.add_get("/metrics", self._metrics_route)
         # A client that goes away takes its request with it. No log of paths: they hold tokens.
         self._runner = web.AppRunner(
-            app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0
-        )
+            app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0,
+            logger=_WithoutTexts(logger),
+        )  # fmt: skip
         await self._runner.setup()
         host, port = self._address
         try:
@@ -239,6 +240,8 @@ class Door:
             headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
             response = web.json_response(told.body(), status=error.status, headers=headers)
         except Exception as error:  # ours; its message may quote what the client sent
+            while isinstance(error, ExceptionGroup):
+                error = error.exceptions[0]
             places = "".join(traceback.format_tb(error.__traceback__))
             logger.error("the door failed: %s in\n%s", type(error).__name__, places)
             told = ApiError(500, f"the door failed: {type(error).__name__}; its log tells where")
@@ -271,16 +274,28 @@ async def _json(request: web.Request) -> Any:
 
 
 async def _stream(request: web.Request, chunks: Sequence[Mapping[str, Any]]) -> web.StreamResponse:
-    response = web.StreamResponse(
-        headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
-    )
-    async with asyncio.timeout(_CLIENT_TIMEOUT_S):
-        await response.prepare(request)
-        for chunk in chunks:
-            await response.write(f"data: {_dumps(chunk)}\n\n".encode())
-        await response.write(b"data: [DONE]\n\n")
-        await response.write_eof()
+    headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
+    response = web.StreamResponse(headers=headers)
+    try:
+        async with asyncio.timeout(_CLIENT_TIMEOUT_S):
+            await response.prepare(request)
+            for chunk in chunks:
+                await response.write(f"data: {_dumps(chunk)}\n\n".encode())
+            await response.write(b"data: [DONE]\n\n")
+            await response.write_eof()
+    except (TimeoutError, ConnectionError):  # it reads no more, or is gone
+        if request.transport is not None:
+            request.transport.abort()
     return response
+
+
+class _WithoutTexts(logging.LoggerAdapter[logging.Logger]):
+    """For aiohttp: its errors about malformed requests quote them."""
+
+    def process(
+        self, msg: Any, kwargs: MutableMapping[str, Any]
+    ) -> tuple[Any, MutableMapping[str, Any]]:
+        return msg, {**kwargs, "exc_info": None}
 
 
 def _dumps(value: Any) -> str:

@@ -13,11 +13,7 @@ Generate = Callable[[Sequence[int], SamplingParams], Awaitable[Completion]]
 
 
 class DoorSession:
-    """One episode's way through the door; `Door.open` makes it.
-
-    `failure` is what kept the hub from answering a call, if anything did: the client was told
-    503, and whoever runs the episode should raise it.
-    """
+    """One episode's way through the door; `Door.open` makes it."""
 
     def __init__(
         self,
@@ -33,7 +29,6 @@ class DoorSession:
     ) -> None:
         self.api_key = api_key
         self.base_url = f"{door_url}/episodes/{api_key}/v1"
-        self.failure: FlashError | None = None
         self.allowance = allowance
         # Without a temperature of its own it serves clients that train nothing: nothing is kept.
         self.recorder = None if temperature is None else Recorder(temperature)
@@ -102,7 +97,6 @@ class DoorSession:
         except ValueError as error:
             raise ApiError(400, str(error)) from error
         except FlashError as error:
-            self.failure = self.failure or error
             raise ApiError(503, "the inference workers could not answer") from error
 
 

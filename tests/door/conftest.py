@@ -44,9 +44,9 @@ RESPONSE_TEMPLATE = {
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, merges=[]))
+    """One token for each byte, and one for "go"."""
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "go"]
+    core = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges=[("g", "o")]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(

@@ -1,0 +1,57 @@
+"""Where an episode's time goes."""
+
+import asyncio
+
+from flash.rollout.episode import Episode
+from flash.types import Completion, SamplingParams, Task, Trajectory
+from flash.virtual_time import run
+
+
+class SlowHub:
+    """Answers after as many seconds as the prompt has tokens."""
+
+    async def generate(self, request, on_start=None):
+        await asyncio.sleep(len(request.token_ids))
+        return Completion(token_ids=[1], logprobs=[-1.0], versions=[0], finish_reason="stop")
+
+
+def episode() -> Episode:
+    return Episode(1, Task(1), hub=SlowHub())
+
+
+def test_calls_at_the_same_time_are_not_added_up():
+    async def main():
+        one = episode()
+        async with asyncio.TaskGroup() as calls:
+            for seconds in (2, 5, 3):
+                calls.create_task(one.generate([0] * seconds, SamplingParams(max_tokens=1)))
+        return one.seconds, one.stage_name, one.turns
+
+    assert run(main()) == ({"generate": 5.0}, "start", 3)
+
+
+def test_an_inner_stages_time_is_not_the_outer_ones():
+    async def main():
+        one = episode()
+        with one.stage("agent"):
+            await asyncio.sleep(1)
+            await one.generate([0] * 4, SamplingParams(max_tokens=1))
+            await asyncio.sleep(2)
+            assert (one.stage_name, one.stage_since) == ("agent", 5.0 + one.admitted_at)
+        return one.seconds
+
+    assert run(main()) == {"agent": 3.0, "generate": 4.0}
+
+
+def test_a_call_that_outlives_its_episode_changes_nothing():
+    async def main():
+        one = episode()
+        call = asyncio.ensure_future(one.generate([0] * 9, SamplingParams(max_tokens=1)))
+        await asyncio.sleep(1)
+        one.finish(Trajectory(samples=[], reward=0.0, turns=1))
+        before = one.stage_name, one.stage_since, dict(one.seconds)
+        await call
+        assert (one.stage_name, one.stage_since, one.seconds) == before
+        return one.stage_name
+
+    assert run(main()) == "ready"
