@@ -30,7 +30,7 @@ def parts(recorder: Recorder) -> list[tuple[list[int], list[int]]]:
 
 
 def test_a_call_that_goes_on_extends_the_sample():
-    recorder = Recorder()
+    recorder = Recorder(1.0)
     recorder.add([1, 2], completion(3, 4, version=5))
     recorder.add([1, 2, 3, 4, 9], completion(6, version=7))
     (sample,) = recorder.samples()
@@ -41,14 +41,14 @@ def test_a_call_that_goes_on_extends_the_sample():
 
 
 def test_a_prompt_that_lacks_the_last_sampled_token_opens_a_new_sample():
-    recorder = Recorder()
+    recorder = Recorder(1.0)
     recorder.add([1, 2], completion(3, 4))
     recorder.add([1, 2, 3, 9], completion(6))
     assert parts(recorder) == [([1, 2, 3, 4], [0, 0, 1, 1]), ([1, 2, 3, 9, 6], [0, 0, 0, 0, 1])]
 
 
 def test_of_two_calls_that_go_on_from_the_same_one_the_second_has_it_as_its_prompt():
-    recorder = Recorder()
+    recorder = Recorder(1.0)
     recorder.add([1], completion(2))
     recorder.add([1, 2, 8], completion(3))
     recorder.add([1, 2, 9], completion(4))
@@ -56,7 +56,7 @@ def test_of_two_calls_that_go_on_from_the_same_one_the_second_has_it_as_its_prom
 
 
 def test_the_longest_sample_that_fits_is_extended():
-    recorder = Recorder()
+    recorder = Recorder(1.0)
     recorder.add([1], completion(2))
     recorder.add([1, 3], completion(4))
     recorder.add([1, 3, 4, 1], completion(5))
@@ -71,7 +71,7 @@ def test_the_longest_sample_that_fits_is_extended():
 )
 def test_each_sampled_token_is_trained_exactly_once_after_the_tokens_it_was_sampled_after(calls):
     """Calls go on from any earlier one, whole or cut short, with something new in between."""
-    recorder, done, sampled = Recorder(), [], []
+    recorder, done, sampled = Recorder(1.0), [], []
     for number, (parent, cut, new, length) in enumerate(calls):
         before = done[parent] if 0 <= parent < len(done) else []
         prompt = [*before[: len(before) - cut], *[900 + number] * new] or [0]
@@ -223,7 +223,7 @@ def test_a_call_that_was_cut_off_by_its_length_is_rendered_anew(tokenizer):
     call = {"id": "1", "type": "function", "function": function}
     turn = {"role": "assistant", "content": "", "tool_calls": [call]}
     sampled = tokenizer.encode('<tool_call>{"name": "f", "arguments": {}}</tool_call>')
-    known = Recorder().add([1], completion(*sampled))
+    known = Recorder(1.0).add([1], completion(*sampled))
     memory.note_chat([USER], turn, [], known)
     messages = [USER, turn, USER]
     assert memory.chat_prompt(template, messages, []) == template.prompt(messages)

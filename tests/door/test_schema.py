@@ -190,12 +190,13 @@ def test_a_message_that_was_given_out_comes_back_the_same():
 
 async def test_the_episodes_temperature_is_the_only_one(enter):
     async with enter() as house:
-        _, client = house.open(temperature=0.7)
+        session, client = house.open(temperature=0.7)
         async with client:
             options = {"model": "policy", "messages": [USER]}
             await client.chat.completions.create(temperature=0.7, **options)
             with pytest.raises(openai.BadRequestError, match=r"temperature=0.2: .* samples at 0.7"):
                 await client.chat.completions.create(temperature=0.2, **options)
+        assert [sample.temperature for sample in session.samples()] == [0.7]
 
 
 async def test_a_models_limits_are_told(enter, tokenizer):
