@@ -104,6 +104,8 @@ class EnvironmentAgent(Actor):
             reward=reward,
             turns=episode.turns,
             success=bool(seen[-1].info.get("success", reward > 0)),
+            turn_rewards=self._turn_rewards(seen, reward),
+            turn_states=[observation.text for observation in seen[: episode.turns]],
         )
 
     async def _within_step(self, what: str, awaitable: Awaitable[_T]) -> _T:
@@ -114,6 +116,12 @@ class EnvironmentAgent(Actor):
             raise EnvFailure(
                 f"{what} took longer than step_timeout_s={self._step_timeout_s:g}"
             ) from error
+
+    def _turn_rewards(self, seen: Sequence[Observation], reward: float) -> list[float]:
+        """What followed each turn; a reward computed at the end followed the last one."""
+        if self._reward is None:
+            return [observation.reward for observation in seen[1:]]
+        return [0.0] * (len(seen) - 2) + [reward] if len(seen) > 1 else []
 
     async def _reward_of(self, seen: Sequence[Observation]) -> float:
         if self._reward is None:

@@ -30,7 +30,7 @@ _M = TypeVar("_M", bound=BaseModel)
 SMALL = "small"
 
 # What a section's bare value stands for: `env: frozen_lake`, `engine: embedded`.
-_BARE = {"env": "name", "engine": "kind", "objective": "name"}
+_BARE = {"env": "name", "engine": "kind", "objective": "name", "advantages": "name"}
 # Other systems' names of our fields.
 _ALIASES = {"async_generation_ratio": "alpha"}
 
@@ -73,6 +73,18 @@ class AgentConfig(Section):
     temperature: float = Field(1.0, gt=0, description="of sampling; the trainer accounts for it")
     step_timeout_s: float = Field(60.0, gt=0, description="for one environment step")
     episode_timeout_s: float = Field(1800.0, gt=0, description="for one episode")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _samples_the_whole_distribution(cls, given: Any) -> Any:
+        for name in ("top_p", "top_k", "min_p", "repetition_penalty"):
+            if isinstance(given, Mapping) and name in given:
+                raise ValueError(
+                    f"agent.{name}={given[name]}: the engine's logprobs would be those of a cut "
+                    f"distribution, which the trainer does not have, and every correction for "
+                    f"staleness would be wrong: leave it out, and use agent.temperature"
+                )
+        return given
 
 
 class EngineConfig(Section):
@@ -203,7 +215,7 @@ class Config(Section):
         "(also async_generation_ratio)",
     )
     batch_size: int = Field(64, ge=1, description="samples in a step")
-    group_size: int = Field(8, description="episodes of one task, compared with each other")
+    group_size: int = Field(8, ge=1, description="episodes of one task, compared with each other")
     steps: int = Field(100, ge=1, description="policy versions to train")
     seed: int = Field(0, ge=0, description="of tasks, sampling and the small policy")
     eval_every: int = Field(10, ge=0, description="steps between evaluations; 0: only at the ends")
@@ -245,15 +257,6 @@ class Config(Section):
             raise ValueError("must be a number of at least 0; 0 is synchronous training")
         return value
 
-    @field_validator("group_size")
-    @classmethod
-    def _group_compares(cls, value: int) -> int:
-        if value < 2:
-            raise ValueError(
-                "an episode's advantage is its reward against its group's: use 2 or more"
-            )
-        return value
-
     @field_validator("model")
     @classmethod
     def _model_is_there(cls, value: str) -> str:
@@ -281,6 +284,12 @@ class Config(Section):
             raise ValueError(
                 f"trainer.mini_batches={self.trainer.mini_batches} exceeds batch_size="
                 f"{self.batch_size}: use fewer"
+            )
+        if self.group_size < 2 and self.trainer.advantages.compares:
+            raise ValueError(
+                f"group_size={self.group_size} with trainer.advantages.name="
+                f"{self.trainer.advantages.name}, which compares the episodes of a group: use 2 or "
+                f"more, or trainer.advantages=reinforce, which compares those of the batch"
             )
         self._check_staleness()
         if self.engine.cache_tokens < self.agent.max_sequence_tokens:

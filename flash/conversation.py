@@ -24,6 +24,8 @@ class TokenSequence:
         self._mask: list[float] = []
         self._logprobs: list[float] = []
         self._versions: list[int] = []
+        self._turns: list[int] = []
+        self._turn = 0
         self.add_prompt(prompt)
 
     def add_prompt(self, token_ids: Sequence[int]) -> None:
@@ -31,12 +33,15 @@ class TokenSequence:
         self._mask += [0.0] * len(token_ids)
         self._logprobs += [0.0] * len(token_ids)
         self._versions += [-1] * len(token_ids)
+        self._turns += [-1] * len(token_ids)
 
     def add_sampled(self, completion: Completion) -> None:
         self.token_ids += completion.token_ids
         self._mask += [1.0] * len(completion.token_ids)
         self._logprobs += completion.logprobs
         self._versions += completion.versions
+        self._turns += [self._turn] * len(completion.token_ids)
+        self._turn += 1
 
     def sample(self, temperature: float) -> Sample:
         """All of it, for training; `temperature` is what it was sampled at."""
@@ -46,6 +51,7 @@ class TokenSequence:
             logprobs=np.array(self._logprobs, dtype=np.float32),
             versions=np.array(self._versions, dtype=np.int64),
             temperature=temperature,
+            turns=np.array(self._turns, dtype=np.int64),
         )
 
 

@@ -21,6 +21,7 @@ from flash.progress import Progress
 from flash.rollout import RolloutLoop
 from flash.telemetry import RunFolder
 from flash.trainer import Trainer
+from flash.trainer.advantages import make_advantages
 from flash.trainer.trainer import checkpoint_version
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any]:
                 alpha=config.alpha,
                 on_stale=config.rollout.on_stale,
                 update_mode=config.engine.update_mode,
+                advantages=make_advantages(config.trainer.advantages),
                 max_attempts=config.rollout.max_attempts,
                 stall_timeout_s=config.rollout.stall_timeout_s,
                 on_episode=folder.episode,

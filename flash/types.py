@@ -3,7 +3,7 @@
 Arrays are NumPy, one-dimensional over the tokens of one sample: [T].
 """
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -150,7 +150,9 @@ class Sample:
     `logprobs` and `versions` are the engine's own, and mean something only where `loss_mask` is
     above 0 (elsewhere 0 and -1). The mask is 1 on sampled tokens; in supervised samples it may be
     any weight. `temperature` is what all of them were sampled at: `logprobs` are those of the
-    distribution that was sampled from. `advantage` is one number, or one for each token.
+    distribution that was sampled from. `turns` counts the responses of the episode: which one a
+    token belongs to, -1 elsewhere; only advantages of turns need it. `advantage` is one number, or
+    one for each token.
     """
 
     token_ids: NDArray[np.int64]
@@ -158,6 +160,7 @@ class Sample:
     logprobs: NDArray[np.float32]
     versions: NDArray[np.int64]
     temperature: float = 1.0
+    turns: NDArray[np.int64] | None = None
     advantage: float | NDArray[np.float32] = 0.0
     reward: float = 0.0
     group: int = 0
@@ -183,12 +186,18 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trajectory:
-    """An episode that came to its end: its samples and what it was worth."""
+    """An episode that came to its end: its samples and what it was worth.
+
+    Of each turn, where the agent knows it: the reward that followed it, and the state that it began
+    in (any two that are equal are taken for the same).
+    """
 
     samples: list[Sample]
     reward: float
     turns: int
     success: bool = False
+    turn_rewards: Sequence[float] = ()
+    turn_states: Sequence[Hashable] = ()
 
 
 class PromptStyle(Protocol):

@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from flash.config import fields, load, parse, presets, try_environment
+from flash.trainer.objectives.settings import SETTINGS, DecoupledPpo, Ppo, Tis
 
 
 @pytest.mark.parametrize("preset", ["alfworld", "frozen_lake", "reasoning_gym"])
@@ -64,7 +65,13 @@ def test_async_generation_ratio_is_another_name_for_alpha():
             "style_options.tokenizer is no argument of the style: it takes action_start, repeat",
         ),
         ({"batch_size": 10, "group_size": 4}, "batch_size=10 is not divisible by group_size=4"),
-        ({"group_size": 1}, "use 2 or more"),
+        ({"group_size": 1}, "compares the episodes of a group: use 2 or more, or trainer.advan"),
+        ({"group_size": 0}, "group_size=0: must be at least 1"),
+        ({"trainer": {"advantages": "grop"}}, "trainer.advantages.name='grop': did you mean grpo?"),
+        (
+            {"trainer": {"advantages": {"name": "rloo", "gamma": 1}}},
+            "trainer.advantages.gamma is no field of rloo, but of turn_returns, gigpo: rloo has wh",
+        ),
         ({"alpha": -1}, "alpha=-1: must be a number of at least 0"),
         ({"alpha": float("nan")}, "alpha=nan: must be a number of at least 0"),
         ({"alpha": float("inf")}, "alpha=inf: must be a number of at least 0"),
@@ -97,6 +104,48 @@ def test_async_generation_ratio_is_another_name_for_alpha():
             "env.eval_options.which is no argument of the environment: it takes size, ice",
         ),
         ({"trainer": {"mini_batches": 99}}, "trainer.mini_batches=99 exceeds batch_size=64"),
+        ({"trainer": {"objective": "tiss"}}, "trainer.objective.name='tiss': did you mean tis?"),
+        ({"trainer": {"objective": "best"}}, "trainer.objective.name='best': there are cispo, dec"),
+        (
+            {"trainer": {"objective": {"name": "tis", "capp": 2}}},
+            "trainer.objective.capp is no field of tis: did you mean cap?",
+        ),
+        (
+            {"trainer": {"objective": {"name": "tis", "clip_low": 0.1}}},
+            "trainer.objective.clip_low is no field of tis, but of cispo, ppo, decoupled_ppo,",
+        ),
+        (
+            {"trainer": {"objective": {"name": "tis", "cap": 0}}},
+            "trainer.objective.cap=0: must be greater than 0",
+        ),
+        (
+            {"trainer": {"objective": {"name": "icepop", "low": 3}}},
+            "trainer.objective.low=3 and high=5 must have 1 between them",
+        ),
+        (
+            {"trainer": {"aggregation": "fixed_length"}},
+            "trainer.aggregation=fixed_length with trainer.fixed_length=null: give both",
+        ),
+        (
+            {"trainer": {"kl": {"estimator": "k1", "corrected": False}}},
+            "trainer.kl.estimator=k1 with place=loss and corrected=false: the mean of its gradien",
+        ),
+        (
+            {"trainer": {"objective": "vanilla"}},
+            "trainer.objective.name=vanilla with alpha=1: tokens up to 1 versions old would be",
+        ),
+        (
+            {"alpha": 0, "trainer": {"objective": "opmd", "mini_batches": 2}},
+            "name=opmd with trainer.mini_batches=2: all but the first mini-batch come from weights",
+        ),
+        (
+            {"trainer": {"objective": "supervised"}},
+            "trainer.objective.name=supervised: it imitates every sample, whatever its reward",
+        ),
+        (
+            {"agent": {"top_p": 0.9}},
+            "agent.top_p=0.9: the engine's logprobs would be those of a cut distribution",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_with_field_value_and_remedy(settings, message):
@@ -203,3 +252,33 @@ def test_what_the_environments_constructor_objects_to_names_the_field():
         try_environment(load("frozen_lake", {"env.options.size": 33}).env)
     with pytest.raises(ValueError, match=r"env\.eval_options: split='no' must be"):
         try_environment(load("frozen_lake", {"env.eval_options.split": "no"}).env)
+
+
+def test_an_objective_is_a_name_or_a_name_with_its_settings(tmp_path):
+    file = tmp_path / "tis.yaml"
+    file.write_text("env: frozen_lake\ntrainer: {objective: tis}\n")
+    assert load(str(file)).trainer.objective == Tis()
+    assert load(str(file), {"trainer.objective.cap": 3}).trainer.objective == Tis(cap=3)
+    ppo = load("frozen_lake", {"trainer.objective": {"name": "ppo", "dual_clip": None}})
+    assert ppo.trainer.objective == Ppo(dual_clip=None)
+    # The default's settings can be changed without its name.
+    decoupled = load("frozen_lake", {"trainer.objective.clip_high": 0.5}).trainer.objective
+    assert decoupled == DecoupledPpo(clip_high=0.5)
+
+
+def test_an_objective_that_corrects_nothing_is_taken_where_nothing_is_stale_or_if_asked_for():
+    for name in ("vanilla", "opmd"):
+        load("frozen_lake", {"trainer.objective": name, "alpha": 0})
+        load("frozen_lake", {"trainer.objective": name, "alpha": 0.5})  # no token older than 0
+        allowed = {"name": name, "allow_stale": True}
+        load("frozen_lake", {"trainer.objective": allowed, "trainer.mini_batches": 2})
+    for name in SETTINGS.keys() - {"vanilla", "opmd", "supervised"}:
+        load("frozen_lake", {"trainer.objective": name, "alpha": 4, "trainer.mini_batches": 2})
+
+
+def test_a_group_of_one_is_taken_where_nothing_in_it_is_compared():
+    for name in ("reinforce", "reinforce_pp"):
+        load("frozen_lake", {"trainer.advantages": name, "group_size": 1})
+        in_group = {"name": name, "baseline": "group"}
+        with pytest.raises(ValueError, match=f"group_size=1 with trainer.advantages.name={name}"):
+            load("frozen_lake", {"trainer.advantages": in_group, "group_size": 1})

@@ -30,15 +30,15 @@ from flash.rollout.crew import Crew
 from flash.rollout.episode import AgentFactory, Cancelled, Episode, EpisodeEnd, Generator
 from flash.rollout.evaluation import Evaluation, evaluate
 from flash.rollout.ledger import EpisodeRecord, Ledger
-from flash.trainer.advantages import grpo
+from flash.trainer.advantages import Advantages, grpo, per_group
 from flash.types import Batch, Sample, Task, Trajectory, UpdateMode, Weights
 
 logger = logging.getLogger(__name__)
 
 OnStale = Literal["regenerate", "wait", "drop"]
-Advantages = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 _EPISODES_NAMED_IN_ERRORS = 8
+_GRPO = per_group(grpo)
 
 
 class Hub(Generator, Protocol):
@@ -92,7 +92,8 @@ class RolloutLoop:
             synchronous. A fraction adds room for work, not for age.
         on_stale: what becomes of an episode that would pass the bound: start it again
             (`regenerate`), hold the batch until it ends (`wait`), or drop its group (`drop`).
-        advantages: maps the rewards of one group, [G], to advantages, [G].
+        advantages: of the episodes of a batch; `per_group` makes it of a function of the rewards
+            of one group.
         max_attempts: how often an episode is started before a failure gives up its group.
         stall_timeout_s: `next_batch` raises if no episode ends for so long.
         on_episode: called with the record of each ended episode.
@@ -112,7 +113,7 @@ class RolloutLoop:
         alpha: float = 1.0,
         on_stale: OnStale = "regenerate",
         update_mode: UpdateMode = "keep",
-        advantages: Advantages = grpo,
+        advantages: Advantages = _GRPO,
         max_attempts: int = 3,
         stall_timeout_s: float = 600.0,
         on_episode: Callable[[EpisodeRecord], None] | None = None,
@@ -409,14 +410,16 @@ class RolloutLoop:
         version = self._next_version
         samples: list[Sample] = []
         episodes: list[Episode] = []
-        for group in chosen:
+        advantages = self._advantages(
+            [[_trajectory(m) for m in group.members.values()] for group in chosen]
+        )
+        for group, of_group in zip(chosen, advantages, strict=True):
             members = list(group.members.values())
-            rewards = np.array([_trajectory(m).reward for m in members], dtype=np.float64)
-            for member, advantage in zip(members, self._advantages(rewards), strict=True):
+            for member, of_episode in zip(members, of_group, strict=True):
                 samples += [
                     replace(
                         sample,
-                        advantage=float(advantage),
+                        advantage=_of_tokens(of_episode, sample),
                         reward=_trajectory(member).reward,
                         group=group.id,
                         episode=member.id,
@@ -449,6 +452,17 @@ class RolloutLoop:
 def _trajectory(episode: Episode) -> Trajectory:
     assert episode.trajectory is not None
     return episode.trajectory
+
+
+def _of_tokens(
+    advantage: NDArray[np.float64] | float, sample: Sample
+) -> float | NDArray[np.float32]:
+    """One number for the sample; or, of one for each turn, that of each token's turn, [T]."""
+    if np.ndim(advantage) == 0:
+        return float(advantage)
+    assert sample.turns is not None
+    of_turns = np.append(advantage, 0.0).astype(np.float32)  # -1, the last, is for other tokens
+    return np.asarray(of_turns[sample.turns])
 
 
 def _batch_metrics(episodes: list[Episode], ages: NDArray[np.int64]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from flash.simulate.scenario import Scenario
 from flash.simulate.timeline import Timeline
 from flash.simulate.worker import SimulatedWorker
 from flash.simulate.world import SimulatedEnvs, SimulatedStyle, World
+from flash.trainer.advantages import per_group
 from flash.types import Batch, Task, Weights
 
 _FOREVER_S = 1e9  # deadlines that a scenario has no field for: longer than any simulation
@@ -103,7 +104,7 @@ class _Simulation:
             alpha=scenario.alpha,
             on_stale=scenario.on_stale,
             update_mode=scenario.update_mode,
-            advantages=lambda rewards: rewards - rewards.mean(),
+            advantages=per_group(lambda rewards: rewards - rewards.mean()),
             stall_timeout_s=_FOREVER_S,
             on_episode=self._episodes.append,
         )

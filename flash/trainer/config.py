@@ -2,8 +2,9 @@
 
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from flash.trainer.advantage_settings import AnyAdvantages, Grpo
 from flash.trainer.objectives.settings import (
     Aggregation,
     AnyObjective,
@@ -11,7 +12,7 @@ from flash.trainer.objectives.settings import (
     KlSettings,
 )
 
-_DEFAULT_OBJECTIVE = "decoupled_ppo"
+_DEFAULTS = {"objective": "decoupled_ppo", "advantages": "grpo"}
 
 
 class TrainerConfig(BaseModel):
@@ -49,15 +50,18 @@ class TrainerConfig(BaseModel):
     objective: AnyObjective = Field(
         DecoupledPpo(), description="the loss, by name; see flash/trainer/objectives/__init__.py"
     )
+    advantages: AnyAdvantages = Field(
+        Grpo(), description="by name; see flash/trainer/advantages.py"
+    )
     kl: KlSettings = KlSettings()
 
-    @field_validator("objective", mode="before")
+    @field_validator(*_DEFAULTS, mode="before")
     @classmethod
-    def _objective_by_name(cls, value: Any) -> Any:
+    def _by_name(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, str):
             return {"name": value}
         if isinstance(value, dict):
-            return {"name": _DEFAULT_OBJECTIVE, **value}
+            return {"name": _DEFAULTS[info.field_name or ""], **value}
         return value
 
     @model_validator(mode="after")

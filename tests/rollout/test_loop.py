@@ -290,6 +290,40 @@ def test_advantages_are_relative_to_the_group():
         assert np.allclose([sample.advantage for sample in members], expected)
 
 
+def test_advantages_of_turns_reach_their_tokens():
+    def by_turn(groups):
+        return [[np.arange(1.0, 1 + len(t.turn_rewards)) for t in group] for group in groups]
+
+    async def main():
+        async with rollouts(advantages=by_turn) as loop:
+            return await loop.next_batch()
+
+    batch = virtual_time.run(main())
+    assert max(sample.turns.max() for sample in batch.samples) > 0
+    for sample in batch.samples:
+        assert ((sample.turns >= 0) == (sample.loss_mask > 0)).all()
+        assert sample.advantage.tolist() == (sample.turns + 1).tolist()
+
+
+def test_an_agent_tells_the_state_and_the_reward_of_each_turn():
+    seen = []
+
+    def told(groups):
+        seen.extend(trajectory for group in groups for trajectory in group)
+        return [[np.zeros(()) for _ in group] for group in groups]
+
+    async def main():
+        async with rollouts(advantages=told) as loop:
+            await loop.next_batch()
+
+    virtual_time.run(main())
+    for trajectory in seen:
+        assert len(trajectory.turn_rewards) == len(trajectory.turn_states) == trajectory.turns
+        assert sum(trajectory.turn_rewards) == pytest.approx(trajectory.reward)
+        assert trajectory.turn_states[0].startswith("task")
+        assert set(trajectory.turn_states[1:]) <= {"next"}
+
+
 def test_a_run_that_stops_knows_which_tasks_it_leaves_unfinished():
     async def main():
         async with rollouts(alpha=1) as loop:
