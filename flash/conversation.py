@@ -75,11 +75,9 @@ class ChatTemplate:
         turn = {"role": "assistant", "content": "!"}
         user = {"role": "user", "content": "?"}
         end_of_turn = (self.between([user], turn, [user], sampled=()) or [])[:1]
-        special = set(tokenizer.all_special_ids)
+        self._special = set(tokenizer.all_special_ids)
         stops = [*end_of_turn, tokenizer.eos_token_id]
-        self.stop_token_ids = tuple(
-            dict.fromkeys(t for t in stops if t is not None and t in special)
-        )
+        self.stop_token_ids = tuple(dict.fromkeys(t for t in stops if t in self._special))
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:
         """Tokens of the whole conversation, up to the start of the assistant's next words."""
@@ -107,9 +105,9 @@ class ChatTemplate:
         _, shown, rest = self.render([*before, marked, *after], tools).rpartition(self._sentinel)
         if calls and shown:
             # What follows is the syntax of the call, which was sampled, up to the stop token.
-            stop = sampled[-1] if sampled and sampled[-1] in self.stop_token_ids else None
-            stop_text = self._tokenizer.decode([stop]) if stop is not None else self._sentinel
-            _, shown, rest = rest.partition(stop_text)
+            ended = bool(sampled) and sampled[-1] in self._special
+            end = self._tokenizer.decode([sampled[-1]]) if ended else self._sentinel
+            _, shown, rest = rest.partition(end)
         if not shown:
             return None
         token_ids = self._encode(rest)

@@ -1,7 +1,10 @@
 """What sampled tokens say: text, reasoning and tool calls, whole or piece by piece."""
 
+import contextlib
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from flash.door.schema import function_call
@@ -185,27 +188,34 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def response_template(tokenizer: Any) -> Mapping[str, Any] | None:
-    """How the tokenizer's model writes reasoning and tool calls, as far as transformers knows.
+@dataclass(frozen=True, slots=True)
+class Manners:
+    """How a model writes: as far as its tokenizer, its configuration and transformers know.
 
-    None if it does not. Reads the model's configuration: takes seconds, so call it in a thread.
+    `response_template` describes its reasoning and tool calls, None if nobody knows;
+    `stop_token_ids` end its turns, those that call tools among them.
     """
-    own: Mapping[str, Any] | None = getattr(tokenizer, "response_template", None)
-    if own is not None or not tokenizer.name_or_path:
-        return own
-    # Where a tokenizer brings none, transformers keeps them beside its own server.
-    from types import SimpleNamespace  # noqa: PLC0415
 
-    from transformers import AutoConfig  # noqa: PLC0415
+    response_template: Mapping[str, Any] | None
+    stop_token_ids: tuple[int, ...]
+
+
+def manners_of(tokenizer: Any) -> Manners:
+    """Reads the files of the tokenizer's model: not for the event loop."""
+    template: Mapping[str, Any] | None = getattr(tokenizer, "response_template", None)
+    if not (path := tokenizer.name_or_path):
+        return Manners(template, ())
+    from transformers import AutoConfig, GenerationConfig  # noqa: PLC0415
     from transformers.cli.serving.utils import get_response_template  # noqa: PLC0415
 
-    try:
-        config = AutoConfig.from_pretrained(tokenizer.name_or_path)
-    except (OSError, ValueError):
-        return None
-    model: Any = SimpleNamespace(config=config)
-    template: Mapping[str, Any] | None = get_response_template(tokenizer, model)
-    return template
+    stops: int | list[int] | None = None
+    with contextlib.suppress(OSError):  # a tokenizer without a model
+        stops = GenerationConfig.from_pretrained(path).eos_token_id
+    with contextlib.suppress(OSError, ValueError):
+        model: Any = SimpleNamespace(config=AutoConfig.from_pretrained(path))
+        template = get_response_template(tokenizer, model)
+    stops = [stops] if isinstance(stops, int) else stops or []
+    return Manners(template, tuple(stops))
 
 
 def without_tools(template: Mapping[str, Any] | None) -> Mapping[str, Any] | None:

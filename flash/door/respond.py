@@ -3,14 +3,14 @@
 import asyncio
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from flash.conversation import ChatTemplate
 from flash.door.metrics import Metrics
 from flash.door.recorder import Known
-from flash.door.reply import Delta, Reply, response_template, token_logprobs, without_tools
+from flash.door.reply import Delta, Manners, Reply, manners_of, token_logprobs, without_tools
 from flash.door.schema import ApiError, ChatAsk, TextAsk, as_template, refused
 from flash.door.session import DoorSession
 from flash.types import Completion
@@ -33,24 +33,25 @@ class Response:
 class Responder:
     """Makes exchanges: what the door's requests have in common."""
 
-    def __init__(
-        self, tokenizer: Any, metrics: Metrics, response_format: Mapping[str, Any] | None
-    ) -> None:
+    def __init__(self, tokenizer: Any, metrics: Metrics, manners: Manners) -> None:
         self.tokenizer = tokenizer
         self.metrics = metrics
-        self.response_format = response_format
+        self.response_template = manners.response_template
         self.template: ChatTemplate | None = None
         self.shows_tools = False
+        self.stop_token_ids = manners.stop_token_ids
         if getattr(tokenizer, "chat_template", None):
             self.template = ChatTemplate(tokenizer)
             self.shows_tools = _shows_tools(self.template)
+            stops = (*self.template.stop_token_ids, *manners.stop_token_ids)
+            self.stop_token_ids = tuple(dict.fromkeys(stops))
+        # An engine may know more tokens that end a turn than we do; they are special ones.
+        self.ends = frozenset({*tokenizer.all_special_ids, *self.stop_token_ids})
 
     @classmethod
     async def create(cls, tokenizer: Any, metrics: Metrics) -> "Responder":
-        response_format = None
-        if getattr(tokenizer, "chat_template", None):
-            response_format = await asyncio.to_thread(response_template, tokenizer)
-        return cls(tokenizer, metrics, response_format)
+        """Reads what is known of the tokenizer's model."""
+        return cls(tokenizer, metrics, await asyncio.to_thread(manners_of, tokenizer))
 
     def chat(self, session: DoorSession, ask: ChatAsk) -> "Exchange":
         """Raises ApiError for what this model can't do."""
@@ -63,7 +64,7 @@ class Responder:
                 400, "tools: the model's chat template does not show them to it: leave them out",
                 code="unsupported_value", param="tools",
             )  # fmt: skip
-        if ask.parse_tools and "tool_calls" not in (self.response_format or {}).get("fields", ()):
+        if ask.parse_tools and "tool_calls" not in (self.response_template or {}).get("fields", ()):
             raise ApiError(
                 400, "tools: how this model writes a call is not known: give its tokenizer a "
                 'response_template, or send tool_choice="none"',
@@ -73,7 +74,7 @@ class Responder:
             prompt = session.memory.chat_prompt(self.template, ask.messages, ask.tools)
         except ValueError as error:
             raise ApiError(400, str(error), param="messages") from error
-        return _Chat(self, session, ask, prompt, self.template)
+        return _Chat(self, session, ask, prompt)
 
     def text(self, session: DoorSession, ask: TextAsk) -> "Exchange":
         """Raises ApiError for a prompt that is none."""
@@ -93,7 +94,6 @@ class Exchange(ABC):
     kind: str
     chunk_kind: str
     id_prefix: str
-    stop_token_ids: Sequence[int] = ()
 
     def __init__(
         self, responder: Responder, session: DoorSession, ask: ChatAsk | TextAsk, prompt: list[int]
@@ -104,18 +104,21 @@ class Exchange(ABC):
         self._tokenizer = responder.tokenizer
         self._metrics = responder.metrics
         self._session = session
+        self._ends = responder.ends
+        self._stop_token_ids: Sequence[int] = ()
 
     async def respond(self, index: int) -> Response:
         """Samples one response and records it."""
         session = self._session
-        sampling = session.sampling(self.ask, self.prompt, self.stop_token_ids)
+        sampling = session.sampling(self.ask, self.prompt, self._stop_token_ids)
         clock = asyncio.get_running_loop().time
         started = clock()
         completion = await session.generate(self.prompt, sampling)
         self._metrics.generate_s.labels(completion.worker).observe(clock() - started)
-        reply = self._new_reply()
-        pieces = []
         sampled = completion.token_ids
+        ended = completion.finish_reason == "stop" and sampled[-1] in self._ends
+        reply = self._new_reply(sampled[-1:] if ended else ())
+        pieces = []
         for start in range(0, len(sampled), _PIECE_TOKENS):
             deltas = reply.feed(sampled[start : start + _PIECE_TOKENS])
             pieces.append((deltas, start, min(start + _PIECE_TOKENS, len(reply.token_ids))))
@@ -157,7 +160,7 @@ class Exchange(ABC):
         """The response as a choice."""
 
     @abstractmethod
-    def _new_reply(self) -> Reply: ...
+    def _new_reply(self, stop_token_ids: Sequence[int]) -> Reply: ...
 
     @abstractmethod
     def _note(self, reply: Reply, known: Known) -> None: ...
@@ -175,14 +178,13 @@ class _Chat(Exchange):
     ask: ChatAsk
 
     def __init__(
-        self, responder: Responder, session: DoorSession, ask: ChatAsk, prompt: list[int],
-        template: ChatTemplate,
-    ) -> None:  # fmt: skip
+        self, responder: Responder, session: DoorSession, ask: ChatAsk, prompt: list[int]
+    ) -> None:
         super().__init__(responder, session, ask, prompt)
-        self.stop_token_ids = template.stop_token_ids
-        self._format = responder.response_format
+        self._stop_token_ids = responder.stop_token_ids
+        self._template = responder.response_template
         if not ask.parse_tools:
-            self._format = without_tools(self._format)
+            self._template = without_tools(self._template)
 
     def whole(self, response: Response) -> dict[str, Any]:
         return {
@@ -196,12 +198,12 @@ class _Chat(Exchange):
         yield self._chunk(response, {"role": "assistant", "content": ""}, 0, 0, None)
         yield from super().chunks(response)
 
-    def _new_reply(self) -> Reply:
+    def _new_reply(self, stop_token_ids: Sequence[int]) -> Reply:
         return Reply(
             self._tokenizer,
             stop=self.ask.stop,
-            stop_token_ids=self.stop_token_ids,
-            response_template=self._format,
+            stop_token_ids=stop_token_ids,
+            response_template=self._template,
             prompt=self.prompt,
             tools=self.ask.tools,
         )
@@ -240,15 +242,15 @@ class _Text(Exchange):
     ) -> None:
         super().__init__(responder, session, ask, prompt)
         eos = responder.tokenizer.eos_token_id
-        self.stop_token_ids = () if eos is None else (eos,)
+        self._stop_token_ids = () if eos is None else (eos,)
 
     def whole(self, response: Response) -> dict[str, Any]:
         delta = {"content": response.reply.content}
         kept = len(response.completion.token_ids)
         return self._chunk(response, delta, 0, kept, response.finish_reason)
 
-    def _new_reply(self) -> Reply:
-        return Reply(self._tokenizer, stop=self.ask.stop, stop_token_ids=self.stop_token_ids)
+    def _new_reply(self, stop_token_ids: Sequence[int]) -> Reply:
+        return Reply(self._tokenizer, stop=self.ask.stop, stop_token_ids=stop_token_ids)
 
     def _note(self, reply: Reply, known: Known) -> None:
         if isinstance(self.ask.prompt, str):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flash.door.reply import Reply, response_template
+from flash.door.reply import Manners, Reply, manners_of
 
 TOOLS = [
     {
@@ -140,13 +140,16 @@ def test_a_prompt_that_began_the_reasoning_is_known(tokenizer, encode):
 
 
 @pytest.mark.slow  # imports torch
-def test_the_format_comes_from_the_tokenizer_or_from_transformers_own_table(tokenizer, tmp_path):
-    assert response_template(tokenizer) is tokenizer.response_template
+def test_how_a_model_writes_is_read_from_its_files(tokenizer, tmp_path):
+    assert manners_of(tokenizer) == Manners(tokenizer.response_template, ())
     tokenizer.response_template = None
-    assert response_template(tokenizer) is None, "a tokenizer made on the spot"
+    assert manners_of(tokenizer) == Manners(None, ()), "a tokenizer made on the spot"
+    of_model = SimpleNamespace(name_or_path=str(tmp_path))
+    assert manners_of(of_model) == Manners(None, ()), "a tokenizer without a model"
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
-    of_qwen = response_template(SimpleNamespace(name_or_path=str(tmp_path)))
-    assert "tool_calls" in of_qwen["fields"]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 7]}))
+    of_qwen = manners_of(of_model)
+    assert "tool_calls" in of_qwen.response_template["fields"], "from transformers' own table"
+    assert of_qwen.stop_token_ids == (5, 7)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    assert response_template(SimpleNamespace(name_or_path=str(tmp_path))) is None
-    assert response_template(SimpleNamespace(name_or_path=str(tmp_path / "absent"))) is None
+    assert manners_of(of_model) == Manners(None, (5, 7))

@@ -107,6 +107,24 @@ async def test_a_tool_is_called_and_its_result_is_read(enter):
         )
 
 
+async def test_a_call_may_be_ended_by_another_special_token_than_a_turn(enter):
+    """The engine knows it; the next prompt goes on from it."""
+    async with enter() as house:
+        session, client = house.open()
+        house.tokenizer.chat_template = house.tokenizer.chat_template.replace(
+            "</tool_call>{% endfor %}<|im_end|>\n",
+            "</tool_call>{% endfor %}{{ '<|call|>' if m.tool_calls else '<|im_end|>' }}\n",
+        )
+        async with client:
+            house.says = [f"{CALL}<|call|>"]
+            message = (await chat(client, tools=[MOVE])).choices[0].message
+            assert message.content is None
+            result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "ok"}
+            await chat(client, USER, message, result, tools=[MOVE])
+        (sample,) = session.samples()
+        assert f"{CALL}<|call|>\n<|im_start|>tool" in house.text(sample.token_ids)
+
+
 async def test_with_tool_choice_none_what_looks_like_a_call_is_text(enter):
     async with enter() as house:
         _, client = house.open()

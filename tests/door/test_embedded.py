@@ -1,0 +1,57 @@
+"""The door over a real engine: what it records is what the model gives to those tokens."""
+
+import openai
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from flash.door import Door
+from flash.hub import EmbeddedPool, InferenceHub
+from flash.rollout.episode import Episode
+from flash.small_policy import create
+from flash.types import Sample, Task
+
+pytestmark = pytest.mark.slow
+
+
+def gap(model, sample: Sample) -> float:
+    """Between the recorded logprobs and those of a plain forward pass at its temperature."""
+    tokens = torch.tensor(sample.token_ids)[None]
+    with torch.no_grad():
+        logits = model(tokens).logits[0, :-1] / sample.temperature
+    expected = logits.log_softmax(-1).gather(-1, tokens[0, 1:, None])[:, 0]
+    sampled = torch.tensor(sample.loss_mask[1:] > 0)
+    assert sampled.any()
+    return float((expected - torch.tensor(sample.logprobs[1:]))[sampled].abs().max())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+async def test_recorded_logprobs_are_the_models_own(tmp_path, temperature):
+    """Also those of a later turn, whose prompt is made of sampled tokens and new ones."""
+    words = [f"w{n}" for n in range(50)]
+    path = create(tmp_path / "model", words, layers=1, hidden_size=32, seed=3)
+    pool = EmbeddedPool(
+        str(path), size=1, max_running=8, cache_tokens=4096, threads=1, dtype="float32",
+        version=0, seed=0, log_dir=tmp_path / "logs", start_timeout_s=120,
+    )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    async with InferenceHub(pool) as hub, Door(hub, tokenizer=tokenizer, model="policy") as door:
+        episode = Episode(1, Task(1), hub=hub)
+        session = door.open(
+            episode.generate, max_tokens=8, temperature=temperature, max_sequence_tokens=200
+        )
+        async with openai.AsyncOpenAI(base_url=session.base_url, api_key="-") as client:
+            messages = [{"role": "user", "content": "w1 w2 w3"}]
+            for turn in range(4):
+                answer = await client.chat.completions.create(
+                    model="policy", messages=messages, logprobs=True, stream=False
+                )
+                messages += [answer.choices[0].message, {"role": "user", "content": f"w{turn}"}]
+            text = await client.completions.create(model="policy", prompt="w7 w8", n=2)
+    grown, *texts = session.samples()
+    assert (len(text.choices), len(texts)) == (2, 2)
+    last = [entry.logprob for entry in answer.choices[0].logprobs.content]
+    assert last == pytest.approx(grown.logprobs[-len(last) :].tolist())
+    assert set(grown.sampled_versions()) == {0}
+    model = AutoModelForCausalLM.from_pretrained(path)
+    assert max(gap(model, sample) for sample in (grown, *texts)) < 1e-3
