@@ -126,10 +126,13 @@ def _train(arguments: Sequence[str]) -> None:
     configuration.try_environment(config.env)
     from flash.train import train  # noqa: PLC0415  (help and mistakes must not wait for it)
 
-    async def until_stopped() -> dict[str, Any]:
+    async def until_stopped() -> dict[str, Any] | None:
         return await train(config, stop=_stop_on_signals())
 
     summary = _run(until_stopped())
+    if summary is None:
+        print("stopped before the first step: nothing was trained")
+        return
     first, last = summary["eval_success_rate_first"], summary["eval_success_rate_last"]
     print(f"{summary['folder']}: {summary['steps']} steps in {summary['time_s']:.0f} s")
     if first is not None and last is not None:

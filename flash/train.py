@@ -29,14 +29,17 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
-async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any]:
+async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any] | None:
     """Trains until `config.steps` or until `stop` is set, then saves; returns the summary.
 
+    None if it was stopped before its first step began: there is nothing to go on with.
     Raises ValueError for what the user got wrong, FlashError with the cause if the run can't go
     on. What was measured until then is in the run's folder.
     """
     with RunFolder(config) as folder, open_view() as view:
-        model = await assembly.prepared_model(config, view.progress)
+        model = await _unless(stop, assembly.prepared_model(config, view.progress))
+        if model is None:
+            return None
         style = assembly.make_style(config, assembly.load_tokenizer(model))
         tasks = assembly.Tasks(config.seed)
         if folder.resume_from is not None:
@@ -80,23 +83,25 @@ async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any]:
             async with progress.ticking():
                 if trainer.version == 0:
                     await hub.probe(await trainer.export_weights())
-                    progress.evaluated(await rollouts.evaluate(exam, agent=examinee))
+                    untrained = await _unless(stop, rollouts.evaluate(exam, agent=examinee))
+                    if untrained is None:
+                        return None
+                    progress.evaluated(untrained)
                 while trainer.version < config.steps and not stop.is_set():
                     batch = await _unless(stop, rollouts.next_batch())
                     if batch is None:
                         break
                     progress.took(batch)
-                    trained = await trainer.step(batch)
-                    progress.trained(trained)
+                    progress.trained(await trainer.step(batch))
                     report = await rollouts.publish(await trainer.export_weights())
                     progress.published(report)
                     step = trainer.version
-                    if step == config.steps or (
-                        config.eval_every and step % config.eval_every == 0
-                    ):
-                        progress.evaluated(await rollouts.evaluate(exam, agent=examinee))
+                    if step == config.steps or _is_due(step, config.eval_every):
+                        trained = await _unless(stop, rollouts.evaluate(exam, agent=examinee))
+                        if trained is not None:
+                            progress.evaluated(trained)
                     progress.step_done(step)
-                    if config.checkpoint.every and step % config.checkpoint.every == 0:
+                    if _is_due(step, config.checkpoint.every):
                         await _save(folder, trainer, rollouts, tasks)
                 if not folder.checkpoint(trainer.version).exists():
                     await _save(folder, trainer, rollouts, tasks)
@@ -121,7 +126,7 @@ async def _unless(stop: asyncio.Event, awaitable: Awaitable[_T]) -> _T | None:
     """The awaitable's result; None, and the awaitable cancelled, if `stop` is set first."""
     try:
         async with asyncio.TaskGroup() as tasks:
-            wanted = tasks.create_task(_await(awaitable), name="next batch")
+            wanted = tasks.create_task(_await(awaitable), name="until stopped")
             stopped = tasks.create_task(stop.wait(), name="stop")
             await asyncio.wait((wanted, stopped), return_when=asyncio.FIRST_COMPLETED)
             stopped.cancel()

@@ -5,6 +5,7 @@ directory, so the second run starts at once.
 """
 
 import asyncio
+import functools
 import hashlib
 import json
 import logging
@@ -69,9 +70,8 @@ async def small_model(
     shutil.rmtree(working, ignore_errors=True)
     try:
         model = working / "untaught"
-        await asyncio.to_thread(
-            small_policy.create, model, teacher.vocabulary(), seed=seed, **policy.model_dump()
-        )
+        create = functools.partial(small_policy.create, seed=seed, **policy.model_dump())
+        await _in_thread(create, model, teacher.vocabulary())
         if warm_start.steps:
             config = TrainerConfig(
                 objective=Supervised(),
@@ -94,6 +94,16 @@ async def small_model(
         raise
     shutil.rmtree(working)
     return kept
+
+
+async def _in_thread(function: Callable[..., object], *arguments: object) -> None:
+    """Waits for the thread even if it is cancelled: what it writes late, nobody would remove."""
+    thread = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
+    try:
+        await asyncio.shield(thread)
+    except asyncio.CancelledError:
+        await asyncio.wait((thread,))
+        raise
 
 
 async def _teach(

@@ -72,13 +72,38 @@ async def test_a_tiny_run_of_each_preset_leaves_a_whole_and_true_folder(preset, 
     assert json.loads((folder / "summary.json").read_text())["steps"] == 3
 
 
+class SetAtWait(asyncio.Event):
+    """Set by itself when it is waited for the nth time: the run's nth long wait."""
+
+    def __init__(self, nth: int) -> None:
+        super().__init__()
+        self.left = nth
+
+    async def wait(self):
+        self.left -= 1
+        if self.left == 0:
+            self.set()
+        return await super().wait()
+
+
+@pytest.mark.parametrize("wait", [1, 2], ids=["warm start", "first evaluation"])
+async def test_a_run_that_is_stopped_before_its_first_step_has_nothing_to_go_on_with(
+    wait, tmp_path
+):
+    assert await run(tiny("frozen_lake", tmp_path, name="r"), SetAtWait(wait)) is None
+    assert not list(tmp_path.glob("r/checkpoints/*"))
+    policies = list(tmp_path.glob(".small_policies/*"))
+    assert len(policies) == wait - 1, "nothing half-taught is left"
+    with pytest.raises(ValueError, match="resume"):
+        await run(tiny("frozen_lake", tmp_path, name="r", **{"checkpoint.resume": True}))
+
+
 async def test_a_run_that_is_stopped_saves_and_goes_on_where_it_stopped(tmp_path):
-    stop = asyncio.Event()
-    asyncio.get_running_loop().call_later(0, stop.set)
+    stop = SetAtWait(3)  # the first batch
     options = {"name": "r", "alpha": 1, "steps": 2}
     first = await run(tiny("frozen_lake", tmp_path, **options), stop)
     assert first["stopped"]
-    assert first["steps"] == 0
+    assert first["steps"] < 2
     second = await run(tiny("frozen_lake", tmp_path, **options, **{"checkpoint.resume": True}))
     assert (second["folder"], second["steps"]) == (first["folder"], 2)
     options["steps"] = 4
