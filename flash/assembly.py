@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from flash import registry
+from flash.command import CommandAgent
 from flash.config import SMALL, Config
+from flash.door import Door
 from flash.environments import EnvHosts, InlineEnvs
 from flash.hub import EmbeddedPool, HttpWorker, InferenceHub
 from flash.rollout import AgentFactory
@@ -93,11 +95,36 @@ def open_hub(config: Config, *, model: str, version: int, log_dir: Path) -> Infe
 
 
 @contextlib.asynccontextmanager
+async def open_door(
+    config: Config, hub: InferenceHub, *, tokenizer: Any
+) -> AsyncIterator[Door | None]:
+    """The door through which an agent of the user's own reaches the policy; None without one."""
+    if not config.agent.run:
+        yield None
+        return
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"model={config.model!r} has no chat template, so an agent can't chat with it "
+            f"(agent.run): use an instruction-tuned model"
+        )
+    # Whatever it takes the model for, there is one only.
+    ignore = {"model", *config.agent.ignore}
+    async with Door(hub, tokenizer=tokenizer, model="policy", ignore=ignore) as door:
+        yield door
+
+
+@contextlib.asynccontextmanager
 async def open_envs(
     config: Config, log_dir: Path, *, heldout: bool = False
-) -> AsyncIterator[EnvSource]:
-    """Environments of the training or the held-out kind; in hosts if any are configured."""
-    options = config.env.options | (config.env.eval_options if heldout else {})
+) -> AsyncIterator[EnvSource | None]:
+    """Environments of the training or the held-out kind; in hosts if any are configured.
+
+    None for an agent of the user's own, which brings its world along.
+    """
+    if config.agent.run:
+        yield None
+        return
+    options = env_options(config, heldout=heldout)
     make: Callable[..., Any] = registry.environment(config.env.name)
     if config.env.hosts == 0:
         yield InlineEnvs(lambda: make(**options))
@@ -112,22 +139,45 @@ async def open_envs(
         yield hosts
 
 
+def env_options(config: Config, *, heldout: bool) -> dict[str, Any]:
+    """What the environment is made with; an agent of the user's own is told."""
+    return config.env.options | (config.env.eval_options if heldout else {})
+
+
 def agent_factory(
-    config: Config, *, envs: EnvSource, style: PromptStyle, temperature: float
+    config: Config,
+    *,
+    envs: EnvSource | None,
+    style: PromptStyle,
+    door: Door | None,
+    log_dir: Path,
+    heldout: bool = False,
 ) -> AgentFactory:
-    """Makes EnvironmentAgents; found by name, because `flash` does not import `flash.agents`."""
-    agent = registry.agent("environment")
+    """Makes agents; found by name, because `flash` does not import `flash.agents`."""
     settings = config.agent
+    common = {
+        "max_tokens": settings.max_tokens,
+        "max_sequence_tokens": settings.max_sequence_tokens,
+        "temperature": config.eval.temperature if heldout else settings.temperature,
+        "episode_timeout_s": settings.episode_timeout_s,
+    }
+    if door is not None:
+        external = registry.agent("external")
+        options = env_options(config, heldout=heldout)
+        if isinstance(settings.run, str):
+            act = registry.function(settings.run, "agent.run")
+        else:
+            name = "heldout_agent" if heldout else "agent"
+            act = CommandAgent(settings.run, log_dir=log_dir, name=name)
+        return lambda: external(door=door, act=act, options=options, **common)
+    agent = registry.agent("environment")
     return lambda: agent(
         envs=envs,
         style=style,
-        max_tokens=settings.max_tokens,
         max_turns=settings.max_turns,
-        max_sequence_tokens=settings.max_sequence_tokens,
-        temperature=temperature,
         # A host that hangs is found by its own deadline first, which can tell who was working.
         step_timeout_s=settings.step_timeout_s * (2 if config.env.hosts else 1),
-        episode_timeout_s=settings.episode_timeout_s,
+        **common,
     )
 
 

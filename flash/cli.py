@@ -123,7 +123,8 @@ def _command(arguments: Sequence[str]) -> tuple[Callable[[Sequence[str]], None],
 def _train(arguments: Sequence[str]) -> None:
     sources, overrides = _words(arguments)
     config = configuration.load(_only(sources, "a preset or a YAML file"), overrides)
-    configuration.try_environment(config.env)
+    if config.uses_environment:
+        configuration.try_environment(config.env)
     from flash.train import train  # noqa: PLC0415  (help and mistakes must not wait for it)
 
     async def until_stopped() -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ import difflib
 import inspect
 import math
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
@@ -12,16 +13,15 @@ from typing import Any, Literal, Self, TypeVar, get_args
 import yaml
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
 from pydantic.fields import FieldInfo
 
 from flash import registry
+from flash.section import Section
 from flash.trainer.config import TrainerConfig
 from flash.trainer.objectives.settings import SETTINGS, Supervised
 
@@ -33,20 +33,6 @@ SMALL = "small"
 _BARE = {"env": "name", "engine": "kind", "objective": "name", "advantages": "name"}
 # Other systems' names of our fields.
 _ALIASES = {"async_generation_ratio": "alpha"}
-
-
-class Section(BaseModel):
-    """What all sections share: nothing unknown, nothing changed later."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        wanted = cls.model_fields[info.field_name or ""].annotation
-        if isinstance(value, bool) and wanted in (int, float):
-            raise ValueError("must be a number")
-        return value
 
 
 class EnvConfig(Section):
@@ -65,6 +51,16 @@ class EnvConfig(Section):
 class AgentConfig(Section):
     """How an agent talks to the policy."""
 
+    run: str | tuple[str, ...] = Field(
+        "",
+        description="an agent of your own, as a coroutine function module:name, or as a command "
+        "[python, agent.py, …]; it brings its own environment",
+    )
+    ignore: tuple[str, ...] = Field(
+        (),
+        description="what its requests may ask for in vain (temperature, top_p, …); anything "
+        "else that training can't allow is refused",
+    )
     style: str = Field("plain", description="plain, chat, or module:Class")
     style_options: dict[str, Any] = Field({}, description="the style's arguments")
     max_turns: int | None = Field(None, ge=1, description="responses in an episode; null: no limit")
@@ -85,6 +81,39 @@ class AgentConfig(Section):
                     f"staleness would be wrong: leave it out, and use agent.temperature"
                 )
         return given
+
+    @field_validator("run", mode="before")
+    @classmethod
+    def _run_is_a_name_or_a_command(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            good = not value or (":" in value and " " not in value)
+        else:
+            good = (
+                isinstance(value, list | tuple)
+                and len(value) > 0
+                and all(isinstance(word, str) for word in value)
+            )
+        if not good:
+            raise ValueError(
+                "must be a coroutine function, module:name, or a command as a list of texts: "
+                "[python, agent.py]"
+            )
+        return value
+
+    @field_validator("ignore", mode="before")
+    @classmethod
+    def _one_field_or_many(cls, value: Any) -> Any:
+        return value.split(",") if isinstance(value, str) else value
+
+    @field_validator("ignore")
+    @classmethod
+    def _ignore_can_be_ignored(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if value:
+            from flash.door.schema import IGNORABLE  # noqa: PLC0415  (imports a server)
+
+            if unknown := set(value) - IGNORABLE:
+                raise ValueError(f"{sorted(unknown)} can't be ignored, only {sorted(IGNORABLE)}")
+        return value
 
 
 class EngineConfig(Section):
@@ -307,9 +336,12 @@ class Config(Section):
                 f"agent.max_tokens={self.agent.max_tokens} leaves no room for a prompt in "
                 f"agent.max_sequence_tokens={self.agent.max_sequence_tokens}: raise the latter"
             )
-        make = registry.environment(self.env.name)
-        _check_arguments(make, self.env.options, "env.options")
-        _check_arguments(make, self.env.options | self.env.eval_options, "env.eval_options")
+        if self.agent.run:
+            _check_run(self)
+        if self.uses_environment:
+            make = registry.environment(self.env.name)
+            _check_arguments(make, self.env.options, "env.options")
+            _check_arguments(make, self.env.options | self.env.eval_options, "env.eval_options")
         style = registry.style(self.agent.style)
         _check_arguments(style, self.agent.style_options, "agent.style_options")
         return self
@@ -341,6 +373,35 @@ class Config(Section):
                 f"mini-batch come from weights before its own, because "
                 f"{objective.cannot_correct}: set trainer.mini_batches=1, {remedy}"
             )
+
+    @property
+    def uses_environment(self) -> bool:
+        """An agent of the user's own has a world of its own; but a small policy has a teacher."""
+        return not self.agent.run or self.model == SMALL
+
+
+def _check_run(config: Config) -> None:
+    """That the user's agent can be started, and that no setting speaks of ours."""
+    run = config.agent.run
+    if isinstance(run, tuple):
+        if shutil.which(run[0]) is None:
+            raise ValueError(f"agent.run={list(run)!r}: there is no command {run[0]!r}")
+    else:
+        act = registry.function(run, "agent.run")
+        if not inspect.iscoroutinefunction(act):
+            raise ValueError(f"agent.run={run!r} is no coroutine function: write async def")
+        try:
+            inspect.signature(act).bind(base_url="", api_key="", task=None)
+        except TypeError as error:
+            raise ValueError(
+                f"agent.run={run!r} must take base_url, api_key and task: {error}"
+            ) from None
+    for field, given in (
+        ("agent.max_turns", config.agent.max_turns is not None),
+        ("env.hosts", config.env.hosts > 0),
+    ):
+        if given:
+            raise ValueError(f"{field} is not for an agent of your own (agent.run): leave it out")
 
 
 def _is_hub_name(model: str) -> bool:

@@ -25,14 +25,16 @@ async def evaluate(source: Path, overrides: Mapping[str, Any]) -> Evaluation:
     run = checkpoint.parent.parent
     config = configuration.load(str(run / "config.yaml"), overrides)
     model = str(checkpoint / MODEL_FOLDER)
-    style = assembly.make_style(config, assembly.load_tokenizer(model))
+    tokenizer = assembly.load_tokenizer(model)
+    style = assembly.make_style(config, tokenizer)
     logs = run / "logs"
     async with (
         assembly.open_hub(config, model=model, version=version, log_dir=logs) as hub,
+        assembly.open_door(config, hub, tokenizer=tokenizer) as door,
         assembly.open_envs(config, logs, heldout=True) as envs,
     ):
         agent = assembly.agent_factory(
-            config, envs=envs, style=style, temperature=config.eval.temperature
+            config, envs=envs, style=style, door=door, log_dir=logs, heldout=True
         )
         return await play(
             hub,

@@ -30,7 +30,7 @@ class Progress:
         *,
         hub: InferenceHub,
         rollouts: RolloutLoop,
-        envs: EnvSource,
+        envs: EnvSource | None,
     ) -> None:
         self._config = config
         self._folder = folder

@@ -29,13 +29,18 @@ def agent(name: str) -> Any:
     return _find(_AGENTS, name, "agent")
 
 
+def function(name: str, field: str) -> Any:
+    """The attribute of that name, `module:attribute`. ValueError if it can't be imported."""
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(_import(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{field}={name!r} can't be imported: {error}") from error
+
+
 def _find(group: str, name: str, field: str) -> Any:
     if ":" in name:
-        module, _, attribute = name.partition(":")
-        try:
-            return getattr(_import(module), attribute)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(f"{field}={name!r} can't be imported: {error}") from error
+        return function(name, field)
     found = entry_points(group=group)
     if name not in found.names:
         raise ValueError(

@@ -40,7 +40,8 @@ async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any] | None
         model = await _unless(stop, assembly.prepared_model(config, view.progress))
         if model is None:
             return None
-        style = assembly.make_style(config, assembly.load_tokenizer(model))
+        tokenizer = assembly.load_tokenizer(model)
+        style = assembly.make_style(config, tokenizer)
         tasks = assembly.Tasks(config.seed)
         if folder.resume_from is not None:
             tasks.restore(folder.resume_from)
@@ -56,12 +57,13 @@ async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any] | None
             assembly.open_hub(
                 config, model=trainer.model, version=trainer.version, log_dir=folder.logs
             ) as hub,
+            assembly.open_door(config, hub, tokenizer=tokenizer) as door,
             assembly.open_envs(config, folder.logs) as envs,
             assembly.open_envs(config, folder.logs, heldout=True) as heldout_envs,
             RolloutLoop(
                 hub,
                 agent=assembly.agent_factory(
-                    config, envs=envs, style=style, temperature=config.agent.temperature
+                    config, envs=envs, style=style, door=door, log_dir=folder.logs
                 ),
                 tasks=tasks,
                 batch_size=config.batch_size,
@@ -77,7 +79,12 @@ async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any] | None
         ):
             progress = Progress(config, folder, view, hub=hub, rollouts=rollouts, envs=envs)
             examinee = assembly.agent_factory(
-                config, envs=heldout_envs, style=style, temperature=config.eval.temperature
+                config,
+                envs=heldout_envs,
+                style=style,
+                door=door,
+                log_dir=folder.logs,
+                heldout=True,
             )
             exam = assembly.heldout_tasks(config)
             async with progress.ticking():

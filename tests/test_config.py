@@ -89,6 +89,8 @@ def test_async_generation_ratio_is_another_name_for_alpha():
         ({"name": "../x"}, "name='../x': must be a folder's name"),
         ({"name": ".."}, "must be a folder's name"),
         ({"steps": True}, "steps=True: must be a number"),
+        ({"trainer": {"ranks": True}}, "trainer.ranks=True: must be a number"),
+        ({"trainer": {"kl": {"coefficient": True}}}, "trainer.kl.coefficient=True: must be a num"),
         ({"env": [1]}, "env=[1]: must be a section"),
         ({"traner": {"ranks": 1}}, "traner is no field"),
         ({"trainer": {"lr": 1}}, "trainer.lr is no field: trainer has ranks, aggregation, fixed_"),
@@ -102,6 +104,24 @@ def test_async_generation_ratio_is_another_name_for_alpha():
         (
             {"env": {"name": "frozen_lake", "eval_options": {"which": 3}}},
             "env.eval_options.which is no argument of the environment: it takes size, ice",
+        ),
+        ({"agent": {"run": "python agent.py"}}, "agent.run='python agent.py': must be a coroutine"),
+        ({"agent": {"run": ["python", 3]}}, "agent.run=['python', 3]: must be a coroutine functi"),
+        ({"agent": {"run": []}}, "agent.run=[]: must be a coroutine function"),
+        ({"agent": {"run": ["no-such"]}}, "agent.run=['no-such']: there is no command 'no-such'"),
+        ({"agent": {"run": "nowhere:act"}}, "agent.run='nowhere:act' can't be imported: No mod"),
+        ({"agent": {"run": "json:dumps"}}, "agent.run='json:dumps' is no coroutine function"),
+        (
+            {"agent": {"run": "asyncio:sleep"}},
+            "agent.run='asyncio:sleep' must take base_url, api_key and task",
+        ),
+        (
+            {"agent": {"run": ["sh"], "max_turns": 3}},
+            "agent.max_turns is not for an agent of your own (agent.run): leave it out",
+        ),
+        (
+            {"agent": {"run": ["sh"]}, "env": {"name": "frozen_lake", "hosts": 1}},
+            "env.hosts is not for an agent of your own (agent.run): leave it out",
         ),
         ({"trainer": {"mini_batches": 99}}, "trainer.mini_batches=99 exceeds batch_size=64"),
         ({"trainer": {"objective": "tiss"}}, "trainer.objective.name='tiss': did you mean tis?"),
@@ -155,13 +175,23 @@ def test_a_mistake_is_one_line_with_field_value_and_remedy(settings, message):
     assert "\n" not in str(caught.value)
 
 
+def test_an_agent_of_ones_own_brings_its_world_along_unless_a_small_policy_needs_a_teacher():
+    run = {"run": ["sh", "agent.sh"]}
+    config = parse({"env": "my_world", "model": "org/model", "agent": run})
+    assert config.agent.run == ("sh", "agent.sh")
+    assert not config.uses_environment
+    assert parse({"env": "frozen_lake", "agent": run}).uses_environment
+    with pytest.raises(ValueError, match="env.name='my_world' is not registered"):
+        parse({"env": "my_world", "agent": run})
+
+
 def test_a_missing_environment_is_asked_for():
     with pytest.raises(ValueError, match="env is missing"):
         parse({})
 
 
 def test_a_source_that_is_no_preset_and_no_file_lists_the_presets(tmp_path):
-    with pytest.raises(ValueError, match=r"neither a preset \(alfworld, frozen_lake, reasoning"):
+    with pytest.raises(ValueError, match=r"neither a preset \(alfworld, frozen_lake, "):
         load("alfred")
     broken = tmp_path / "broken.yaml"
     broken.write_text("a: [1")

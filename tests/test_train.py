@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import json
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -124,6 +125,46 @@ async def test_a_synchronous_run_trains_no_token_of_another_version(tmp_path):
     summary = await run(tiny("frozen_lake", tmp_path, alpha=0, **{"engine.workers": 2}))
     steps = read_lines(Path(summary["folder"]) / "metrics.jsonl")[1:]
     assert [line["staleness/max"] for line in steps] == [0, 0, 0]
+
+
+AGENT = """
+import json, os, sys, urllib.request
+
+task = json.loads(os.environ["FLASH_TASK"])
+print("playing", task["seed"], file=sys.stderr)
+body = {"model": "any", "messages": [{"role": "user", "content": "at row 1 column 1"}]}
+request = urllib.request.Request(
+    os.environ["OPENAI_BASE_URL"] + "/chat/completions",
+    data=json.dumps(body).encode(),
+    headers={
+        "Authorization": "Bearer " + os.environ["OPENAI_API_KEY"],
+        "Content-Type": "application/json",
+    },
+)
+with urllib.request.urlopen(request) as answer:
+    said = json.load(answer)["choices"][0]["message"]["content"]
+held_out = task["options"].get("split") == "heldout"
+print(json.dumps({"reward": len(said.split()) / 4, "success": held_out}))
+"""
+
+
+async def test_a_command_that_knows_a_base_url_only_is_trained_and_evaluated(tmp_path):
+    (tmp_path / "agent.py").write_text(AGENT)
+    command = [sys.executable, "-IS", str(tmp_path / "agent.py")]
+    options = {"agent.run": command, "steps": 2, "agent.temperature": 1.0}
+    summary = await run(tiny("frozen_lake", tmp_path, **options))
+    folder = Path(summary["folder"])
+    start, *steps = read_lines(folder / "metrics.jsonl")
+    assert start["eval/success_rate"] == 1.0, "it was told that the task is held out"
+    assert [line["success_rate"] for line in steps] == [0.0, 0.0]
+    assert all(line["time/agent_s"] > 0 for line in steps)
+    assert summary["outcomes"].keys() <= {"trained", "dropped(shutdown)", "cancelled(shutdown)"}
+    told = [log.read_text() for log in (folder / "logs").glob("agent_*.log")]
+    assert told
+    assert all(line.startswith("playing") for log in told for line in log.splitlines())
+    assert len(told) <= 32, "as many as run together"
+    evaluation = await evaluate(folder, {"eval.tasks": 4})
+    assert (evaluation.episodes, evaluation.success_rate) == (4, 1.0)
 
 
 async def test_environments_in_host_processes_and_two_trainer_ranks(tmp_path):

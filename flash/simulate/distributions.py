@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from flash.config import Section
+from flash.section import Section
 from flash.telemetry import read_lines
 
 _PARAMETERS: dict[str, tuple[str, ...]] = {

@@ -9,7 +9,7 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from flash import config as configuration
-from flash.config import Section
+from flash.section import Section
 from flash.simulate.distributions import Varying, constant
 
 

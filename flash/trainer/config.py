@@ -2,8 +2,9 @@
 
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from flash.section import Section
 from flash.trainer.advantage_settings import AnyAdvantages, Grpo
 from flash.trainer.objectives.settings import (
     Aggregation,
@@ -15,10 +16,8 @@ from flash.trainer.objectives.settings import (
 _DEFAULTS = {"objective": "decoupled_ppo", "advantages": "grpo"}
 
 
-class TrainerConfig(BaseModel):
+class TrainerConfig(Section):
     """How a batch becomes a new policy version."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     ranks: int = Field(1, ge=1, description="FSDP ranks, each a process (a GPU where there are)")
     aggregation: Aggregation | None = Field(

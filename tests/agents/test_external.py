@@ -3,18 +3,29 @@
 import asyncio
 import contextlib
 import itertools
+import random
+import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from flash import virtual_time
+from flash.agents.examples.frozen_lake_openai import act as walk
 from flash.agents.external import ExternalAgent, outcome
+from flash.agents.plain import PlainStyle
+from flash.command import CommandAgent
+from flash.demonstrations import to_sample
+from flash.door import Door
+from flash.envs.frozen_lake import FrozenLakeTextEnv
 from flash.errors import InferenceFailure, RewardFailure
 from flash.fakes import FakeWorker
 from flash.hub import InferenceHub
 from flash.rollout import RolloutLoop
+from flash.rollout.episode import Episode
+from flash.small_policy import SPECIAL_TOKENS, create
 from flash.types import Sample, SamplingParams, Task, Weights
 
 
@@ -285,3 +296,98 @@ def test_an_answer_is_a_number_or_a_mapping_with_one(answer, means):
 def test_what_holds_no_reward_is_never_a_reward_of_zero(answer):
     with pytest.raises(RewardFailure):
         outcome(answer)
+
+
+# ── through the real door, with the official client ──────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("policy")
+    words = FrozenLakeTextEnv().vocabulary()
+    return AutoTokenizer.from_pretrained(create(folder, words, layers=1, hidden_size=16, heads=2))
+
+
+async def batches(tokenizer, says, count, **options):
+    """What the example's episodes become when the policy answers a prompt with `says(prompt)`."""
+    worker = FakeWorker("w", token_s=(0, 0), load_s=(0, 0), script=says)
+    records = []
+    async with (
+        InferenceHub([worker]) as hub,
+        Door(hub, tokenizer=tokenizer, model="policy") as door,
+        RolloutLoop(
+            hub,
+            agent=lambda: ExternalAgent(door=door, act=walk, max_tokens=4, options=options),
+            tasks=(Task(seed) for seed in itertools.count()),
+            batch_size=8,
+            group_size=2,
+            alpha=1,
+            on_episode=records.append,
+        ) as loop,
+    ):
+        for version in range(count):
+            yield await loop.next_batch(), records
+            await loop.publish(Weights(version=version + 1, path=Path("/fake")))
+
+
+async def test_a_client_that_knows_nothing_of_us_is_trained_on_what_the_plain_style_says(tokenizer):
+    style = PlainStyle(tokenizer)
+    shown = {}  # the conversation up to each action → the action, as the expert plays
+    expert = {}
+    for seed in range(40):
+        demonstration = FrozenLakeTextEnv().demonstrate(Task(seed))
+        sample = to_sample(demonstration, style)
+        expert[seed] = sample.token_ids.tolist()
+        for at, token in enumerate(expert[seed]):
+            if token == style.stop_token_ids[0]:
+                shown[tuple(expert[seed][: at - 1])] = expert[seed][at - 1 : at + 1]
+
+    def says(prompt, sampling):
+        return shown[tuple(prompt)]
+
+    async for batch, records in batches(tokenizer, says, 2):
+        assert len(batch.samples) == 8, "one sample for each episode"
+        for sample in batch.samples:
+            seed = next(r.seed for r in records if r.episode == sample.episode)
+            assert sample.token_ids.tolist() == expert[seed]
+            assert sample.reward == 1.0
+            stops = sample.token_ids == style.stop_token_ids[0]
+            assert sample.loss_mask.sum() == 2 * stops.sum(), "a word and a stop for each action"
+
+
+@pytest.mark.slow
+async def test_the_example_runs_as_a_command_too(tokenizer, tmp_path):
+    right = [tokenizer.convert_tokens_to_ids("right"), tokenizer.eos_token_id]
+    worker = FakeWorker("w", token_s=(0, 0), script=lambda prompt, sampling: right)
+    module = "flash.agents.examples.frozen_lake_openai"
+    command = CommandAgent([sys.executable, "-m", module], log_dir=tmp_path)
+    async with (
+        InferenceHub([worker]) as hub,
+        Door(hub, tokenizer=tokenizer, model="policy") as door,
+    ):
+        agent = ExternalAgent(door=door, act=command, max_tokens=4, options={"max_turns": 3})
+        trajectory = await agent.play(Episode(0, Task(0), hub=hub))
+    assert 1 <= trajectory.turns <= 3
+    assert [sample.loss_mask.sum() for sample in trajectory.samples] == [2 * trajectory.turns]
+
+
+async def test_whatever_the_policy_says_an_episode_stays_one_sample(tokenizer):
+    rng = random.Random(0)
+    vocabulary = range(len(tokenizer))
+    stop = tokenizer.eos_token_id
+    said = []
+
+    def says(prompt, sampling):
+        response = rng.choices(vocabulary, k=rng.randint(1, sampling.max_tokens))
+        response = response[: response.index(stop) + 1] if stop in response else response
+        said.append(response)
+        return response
+
+    async for batch, records in batches(tokenizer, says, 3, max_turns=5):
+        assert len(batch.samples) == 8
+        turns = {record.episode: record.turns for record in records}
+        for sample in batch.samples:
+            assert turns[sample.episode] >= 1
+            assert (sample.versions[sample.loss_mask > 0] >= batch.version - 1).all()
+    special = {tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    assert any(special & set(response[:-1]) for response in said), "also what no text shows"

@@ -6,7 +6,9 @@ trainer:
 
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from flash.section import Section
 
 Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "fixed_length"]
 Estimator = Literal["k1", "k2", "k3"]
@@ -16,14 +18,12 @@ _CLIP_HIGH = "the clip begins at a ratio of 1 + this"
 _ALLOW_STALE = "train on stale tokens all the same, to study what that does"
 
 
-class ObjectiveSettings(BaseModel):
+class ObjectiveSettings(Section):
     """What the settings of all objectives have.
 
     Class variables: `cannot_correct` says why the objective is wrong for tokens that other weights
     sampled (empty if it can); `aggregation` is how its losses are added up unless told otherwise.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     cannot_correct: ClassVar[str] = ""
     aggregation: ClassVar[Aggregation] = "token_mean"
@@ -179,10 +179,8 @@ class Supervised(ObjectiveSettings):
     name: Literal["supervised"] = "supervised"
 
 
-class KlSettings(BaseModel):
+class KlSettings(Section):
     """Keeps the policy near a reference policy."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     coefficient: float = Field(0.0, ge=0, description="of KL(π ‖ π_ref); 0: no reference model")
     estimator: Estimator = Field("k3", description="x, x²/2, or exp(-x) - 1 + x; x = log π/π_ref")

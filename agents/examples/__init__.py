@@ -1,0 +1,1 @@
+"""Agents that know nothing of flash, to be trained through the door."""
