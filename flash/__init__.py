@@ -3,11 +3,14 @@
 A whole run, top to bottom: flash/train.py. To embed the rollout in a script: `RolloutLoop`.
 """
 
-from flash.environments import EnvHosts, InlineEnvs
-from flash.errors import FlashError
-from flash.hub import InferenceHub
-from flash.rollout import RolloutLoop
-from flash.types import Batch, GenerateRequest, Sample, SamplingParams, Task, Weights
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flash.environments import EnvHosts, InlineEnvs
+    from flash.errors import FlashError
+    from flash.hub import InferenceHub
+    from flash.rollout import RolloutLoop
+    from flash.types import Batch, GenerateRequest, Sample, SamplingParams, Task, Weights
 
 __all__ = [
     "Batch",
@@ -22,3 +25,25 @@ __all__ = [
     "Task",
     "Weights",
 ]
+
+# Where a name is, once it is asked for: every child process imports this package, few need all.
+_PLACES = {
+    "environments": ("EnvHosts", "InlineEnvs"),
+    "errors": ("FlashError",),
+    "hub": ("InferenceHub",),
+    "rollout": ("RolloutLoop",),
+    "types": ("Batch", "GenerateRequest", "Sample", "SamplingParams", "Task", "Weights"),
+}
+
+if not TYPE_CHECKING:  # a type checker would take any name for one of ours
+
+    def __getattr__(name: str) -> Any:
+        import importlib  # noqa: PLC0415  (only who asks needs it)
+
+        for module, names in _PLACES.items():
+            if name in names:
+                return getattr(importlib.import_module(f"flash.{module}"), name)
+        raise AttributeError(f"module 'flash' has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

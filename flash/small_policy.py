@@ -15,6 +15,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from flash.quiet import no_progress_bars
+
 STOP_TOKEN = "<stop>"  # ends every action
 ACTION_TOKEN = "<act>"  # starts every action: without it small policies continue the observation
 PAD_TOKEN = "<pad>"
@@ -81,7 +83,8 @@ def create(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class.from_config(config, dtype=torch.float32)
-    model.save_pretrained(directory)
+    with no_progress_bars():
+        model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 

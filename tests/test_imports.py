@@ -3,13 +3,18 @@
 import ast
 import configparser
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import flash
+
 ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "vllm", "ray", "transformers"}
 INSIDE_FUNCTIONS = {
+    "quiet.py": {"transformers"},
     "small_policy.py": {"torch", "transformers"},
     "assembly.py": {"transformers"},
     "door": {"transformers"},
@@ -77,3 +82,21 @@ def test_every_entry_point_loads():
         for line in setup["options.entry_points"][group].strip().splitlines():
             module, _, attribute = line.split("=")[1].strip().partition(":")
             assert hasattr(importlib.import_module(module), attribute)
+
+
+def test_importing_the_package_costs_a_child_process_nothing():
+    heavy = "{'aiohttp', 'gymnasium', 'numpy', 'pydantic'}"
+    code = f"import sys, flash; print(sorted({heavy} & set(sys.modules)))"
+    seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert seen.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", flash.__all__)
+def test_every_exported_name_is_there(name):
+    assert getattr(flash, name).__name__ == name
+    assert name in dir(flash)
+
+
+def test_a_name_that_is_not_exported_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="has no attribute 'Flash'"):
+        _ = flash.Flash

@@ -5,6 +5,7 @@ import hashlib
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from flash.small_policy import create
 
@@ -83,3 +84,10 @@ def test_a_size_that_can_not_be_is_refused_by_name(tmp_path, options, words):
 def test_an_empty_vocabulary_is_refused(tmp_path):
     with pytest.raises(ValueError, match="vocabulary"):
         create(tmp_path, [" "])
+
+
+def test_nothing_is_drawn_while_it_is_made_and_bars_elsewhere_stay(tmp_path, capfd):
+    transformers_logging.enable_progress_bar()
+    create(tmp_path, VOCABULARY, layers=1, hidden_size=16, heads=2)
+    assert capfd.readouterr().err == ""
+    assert transformers_logging.is_progress_bar_enabled()

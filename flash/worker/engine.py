@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
+from flash.quiet import no_progress_bars
 from flash.worker import attention
 
 PauseMode = Literal["keep", "abort", "wait"]
@@ -104,10 +105,7 @@ class EmbeddedEngine:
         torch.manual_seed(seed)
         self.version = version
         self.max_request_tokens = cache_tokens
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            model, dtype=dtype, attn_implementation="sdpa"
-        )
-        self._model = loaded.to(device)
+        self._model = _load(model, dtype).to(device)
         self._manager = self._model.init_continuous_batching(
             GenerationConfig(  # type: ignore[no-untyped-call]
                 do_sample=True,
@@ -340,3 +338,18 @@ class EmbeddedEngine:
 def _is_tied(name: str, own: dict[str, Any], given: dict[str, torch.Tensor]) -> bool:
     """Whether a weight that is not given is the same tensor as one that is."""
     return name not in given and any(own[other] is own[name] for other in given if other in own)
+
+
+def _load(model: str, dtype: str) -> Any:
+    """The model. ValueError if there is none to be had."""
+    try:
+        with no_progress_bars():
+            return AutoModelForCausalLM.from_pretrained(
+                model, dtype=dtype, attn_implementation="sdpa"
+            )
+    except (OSError, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise ValueError(
+            f"model {model!r} can't be loaded: check its name and the connection to the hub, or "
+            f"give a directory ({why})"
+        ) from error

@@ -330,3 +330,18 @@ async def test_closing_a_paused_engine_ends_its_requests(engines, tmp_path):
     engines.opened.remove(engine)
     with pytest.raises(EngineDied):
         await running
+
+
+def test_a_model_is_loaded_without_a_bar(engines, tmp_path, capfd):
+    model = make_model(tmp_path, 0)
+    capfd.readouterr()
+    engines(model)
+    assert "Loading weights" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("config", ["{}", '{"model_type": "llama"}'])
+def test_a_model_that_can_not_be_had_is_one_line_that_says_what_to_do(config, tmp_path):
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ValueError, match="can't be loaded: check its name") as caught:
+        EmbeddedEngine(str(tmp_path), device="cpu", dtype="float32", cache_tokens=64, max_running=1)
+    assert "\n" not in str(caught.value)
