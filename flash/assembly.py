@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from flash.command import CommandAgent
 from flash.config import SMALL, Config
 from flash.door import Door
 from flash.environments import EnvHosts, InlineEnvs
-from flash.hub import EmbeddedPool, HttpWorker, InferenceHub
+from flash.hub import EmbeddedPool, HttpWorker, InferenceHub, ProcessPool, VllmPool, Worker
+from flash.machine import gpus, has_vllm
 from flash.rollout import AgentFactory
 from flash.types import EnvSource, PromptStyle, Task
 from flash.warm_start import Progress, small_model
@@ -65,33 +66,83 @@ def make_style(config: Config, tokenizer: Any) -> PromptStyle:
 
 
 def open_hub(config: Config, *, model: str, version: int, log_dir: Path) -> InferenceHub:
-    """The hub, over workers that run already or over embedded ones that it starts."""
+    """The hub, over workers that run already or over a pool that it starts."""
     engine = config.engine
-    workers: list[HttpWorker] | EmbeddedPool
-    if engine.urls and engine.kind != "embedded":
-        logger.info("engine: %d workers that run already (engine.urls)", len(engine.urls))
-        workers = [HttpWorker(url, api_key=engine.api_key) for url in engine.urls]
-    else:
-        logger.info("engine: %d embedded workers, started here", engine.workers)
-        workers = EmbeddedPool(
-            model,
-            size=engine.workers,
-            max_running=engine.max_running,
-            cache_tokens=engine.cache_tokens,
-            threads=engine.threads,
-            dtype=engine.dtype,
-            version=version,
-            seed=config.seed,
-            log_dir=log_dir,
-            start_timeout_s=engine.start_timeout_s,
-        )
+    workers, why = _workers(config, model=model, version=version, log_dir=log_dir)
+    logger.info("engine: %s", why)
     return InferenceHub(
         workers,
         max_running=engine.max_running,
         version=version,
         request_timeout_s=engine.request_timeout_s,
+        progress_timeout_s=engine.progress_timeout_s,
+        # Long enough for all of a pool to be started anew.
+        recovery_timeout_s=60.0 + (0 if isinstance(workers, list) else engine.start_timeout_s),
         gap_limit=engine.gap_limit,
     )
+
+
+def _workers(
+    config: Config, *, model: str, version: int, log_dir: Path
+) -> tuple[list[Worker | str] | ProcessPool, str]:
+    """The workers of the configuration, and one line that says which and why."""
+    engine = config.engine
+    if engine.urls:
+        urls: list[Worker | str] = [HttpWorker(url, api_key=engine.api_key) for url in engine.urls]
+        return urls, f"{len(urls)} workers that run already, because engine.urls names them"
+    devices = engine.devices or worker_gpus(config.trainer.ranks)
+    if engine.kind == "vllm" or (engine.kind == "auto" and has_vllm() and devices):
+        vllm = VllmPool(
+            model,
+            size=engine.workers,
+            max_running=engine.max_running,
+            max_tokens=config.agent.max_sequence_tokens,
+            cache_tokens=engine.cache_tokens,
+            tensor_parallel=engine.tensor_parallel,
+            devices=devices,
+            gpu_memory=engine.gpu_memory,
+            dtype=_dtype(engine.dtype, devices),
+            threads=engine.threads,
+            seed=config.seed,
+            arguments=engine.vllm_args,
+            log_dir=log_dir,
+            start_timeout_s=engine.start_timeout_s,
+        )
+        where = f"GPUs {', '.join(map(str, devices))}" if devices else "the CPU"
+        why = "as engine.kind says" if engine.kind == "vllm" else "because it is installed"
+        return vllm, f"{engine.workers} vLLM servers on {where}, {why}"
+    embedded = EmbeddedPool(
+        model,
+        size=engine.workers,
+        max_running=engine.max_running,
+        cache_tokens=engine.cache_tokens,
+        threads=engine.threads,
+        dtype=engine.dtype,
+        version=version,
+        seed=config.seed,
+        log_dir=log_dir,
+        start_timeout_s=engine.start_timeout_s,
+    )
+    if engine.kind == "embedded":
+        why = "as engine.kind says"
+    elif has_vllm():
+        why = "because vLLM has no GPU here"
+    else:
+        why = "because vLLM is not installed (`make setup-vllm`)"
+    return embedded, f"{engine.workers} embedded workers, {why}"
+
+
+def worker_gpus(ranks: int) -> list[int]:
+    """The GPUs that the trainer's ranks leave to the workers; all of them if they leave none."""
+    present = gpus()
+    return present[ranks:] or present
+
+
+def _dtype(dtype: str, devices: Sequence[int]) -> str:
+    """What the trainer computes in, so that the two agree."""
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if devices else "float32"
 
 
 @contextlib.asynccontextmanager

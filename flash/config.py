@@ -21,6 +21,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from flash import registry
+from flash.machine import has_vllm
 from flash.section import Section
 from flash.trainer.config import TrainerConfig
 from flash.trainer.objectives.settings import SETTINGS, Supervised
@@ -119,36 +120,43 @@ class AgentConfig(Section):
 class EngineConfig(Section):
     """The inference workers; `--engine KIND` sets the kind alone."""
 
-    kind: Literal["auto", "embedded", "urls"] = Field(
-        "auto", description="auto: urls if any are given, else embedded workers"
+    kind: Literal["auto", "embedded", "vllm", "urls"] = Field(
+        "auto",
+        description="auto: urls if any are given, else vllm where it is installed and has a GPU, "
+        "else embedded workers",
     )
-    workers: int = Field(1, ge=1, description="embedded workers to start")
+    workers: int = Field(1, ge=1, description="embedded workers or vLLM servers to start")
     urls: tuple[str, ...] = Field(
         (), description="workers that run already, vLLM or embedded; with commas between"
     )
     api_key: str = Field("", description="bearer token of the workers at `urls`")
     max_running: int = Field(64, ge=1, description="requests at one worker at a time")
-    cache_tokens: int = Field(65_536, ge=64, description="room for keys and values in a worker")
+    cache_tokens: int = Field(
+        65_536,
+        ge=64,
+        description="for keys and values; vLLM on a GPU goes by gpu_memory",
+    )
     threads: int = Field(0, ge=0, description="CPU threads of a worker; 0 leaves it to torch")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the weights")
     update_mode: Literal["keep", "abort", "wait"] = Field(
         "keep", description="what a publish does to requests under way"
     )
-    start_timeout_s: float = Field(300.0, gt=0, description="for a worker to load the model")
+    tensor_parallel: int = Field(1, ge=1, description="GPUs of a vLLM server")
+    devices: tuple[int, ...] = Field(
+        (), description="GPUs for vLLM servers; none given: those that the trainer leaves"
+    )
+    gpu_memory: float = Field(
+        0.5, gt=0, le=1, description="share of a GPU's memory that a vLLM server takes"
+    )
+    vllm_args: tuple[str, ...] = Field((), description="further arguments of vLLM's servers")
+    start_timeout_s: float = Field(600.0, gt=0, description="for a worker to load the model")
     request_timeout_s: float = Field(600.0, gt=0, description="for one response")
+    progress_timeout_s: float = Field(
+        120.0, gt=0, description="for the next tokens from a worker that streams them"
+    )
     gap_limit: float = Field(
         1e-3, gt=0, description="largest difference of logprobs, worker against trainer"
     )
-
-    @field_validator("kind", mode="before")
-    @classmethod
-    def _starts_no_vllm(cls, value: Any) -> Any:
-        if value == "vllm":
-            raise ValueError(
-                "vLLM servers are not started from here: start them, then give "
-                "engine.urls=http://host:8000,…"
-            )
-        return value
 
     @field_validator("urls", mode="before")
     @classmethod
@@ -163,10 +171,19 @@ class EngineConfig(Section):
     def _starts_workers_or_finds_them(self) -> Self:
         if self.kind == "urls" and not self.urls:
             raise ValueError("engine.kind=urls needs engine.urls, for example http://host:8000")
-        if self.kind == "embedded" and self.urls:
+        if self.kind in ("embedded", "vllm") and self.urls:
             raise ValueError(
-                "engine.kind=embedded starts workers, engine.urls names some that run already: "
-                "leave one of them out"
+                f"engine.kind={self.kind} starts workers, engine.urls names some that run already: "
+                f"leave one of them out"
+            )
+        if self.kind == "vllm" and not has_vllm():
+            raise ValueError(
+                "engine.kind=vllm needs vLLM, which is not installed here: run `make setup-vllm`"
+            )
+        if self.devices and len(self.devices) % self.tensor_parallel:
+            raise ValueError(
+                f"engine.devices names {len(self.devices)} GPUs, which are not divisible by "
+                f"engine.tensor_parallel={self.tensor_parallel}: name more or fewer"
             )
         return self
 

@@ -17,7 +17,7 @@ from typing import Any
 from aiohttp import web
 
 from flash.errors import EnvFailure
-from flash.hub.worker import WorkerFailure
+from flash.hub.worker import OnTokens, WorkerFailure
 from flash.types import (
     AsyncEnv,
     Completion,
@@ -27,6 +27,7 @@ from flash.types import (
     Task,
     UpdateMode,
 )
+from flash.worker.checksum import checksum
 
 Range = tuple[float, float]
 Seconds = Range | Callable[[random.Random], float]
@@ -78,6 +79,7 @@ class FakeWorker:
         tokens: how many tokens a response has at most (min, max), within `max_tokens`.
         load_s: seconds a weight load takes.
         room: how many requests it samples at the same time; the others wait inside.
+        streams: tell of tokens before the answer is whole, whenever anything happens.
         script: the response to a prompt; without it token ids are drawn.
     """
 
@@ -92,6 +94,7 @@ class FakeWorker:
         load_s: Seconds = (0.0, 0.5),
         version: int = 0,
         room: int | None = None,
+        streams: bool = False,
         script: Script | None = None,
     ) -> None:
         self.name = name
@@ -107,6 +110,7 @@ class FakeWorker:
         self._tokens = tokens
         self._load_s = load_s
         self._room = math.inf if room is None else room
+        self._streams = streams
         self._script = script
         self._runs: dict[str, _Run] = {}
         self._paused = False  # nothing begins
@@ -152,7 +156,11 @@ class FakeWorker:
     # ── the Worker protocol ──────────────────────────────────────────────────────────────────
 
     async def generate(
-        self, request_id: str, token_ids: Sequence[int], sampling: SamplingParams
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        sampling: SamplingParams,
+        on_tokens: OnTokens | None = None,
     ) -> Completion:
         self._maybe_fail()
         while self._paused or self.running >= self._room:
@@ -162,7 +170,8 @@ class FakeWorker:
         self.max_running_seen = max(self.max_running_seen, self.running)
         self.started.append(request_id)
         try:
-            completion = await self._sample(request_id, token_ids, sampling)
+            tell = on_tokens if self._streams else None
+            completion = await self._sample(request_id, token_ids, sampling, tell)
         finally:
             self.running -= 1
             self._ended = _fired(self._ended)
@@ -213,10 +222,14 @@ class FakeWorker:
     # ── sampling ─────────────────────────────────────────────────────────────────────────────
 
     async def _sample(
-        self, request_id: str, prompt: Sequence[int], sampling: SamplingParams
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        on_tokens: OnTokens | None,
     ) -> Completion:
         if self._script is None:
-            response = None
+            response: Sequence[int] = ()
             length = self._rng.randint(*self._tokens)
         else:
             response = self._script(prompt, sampling)
@@ -225,6 +238,8 @@ class FakeWorker:
         run = _Run(wanted, self._draw(self._first_token_s), self._draw(self._token_s))
         self._runs[request_id] = run
         clock = asyncio.get_running_loop().time
+        token_ids: list[int] = []
+        logprobs: list[float] = []
         try:
             while len(run.versions) < wanted and not run.aborted:
                 version, began = self.version, clock()
@@ -238,18 +253,21 @@ class FakeWorker:
                         async with asyncio.timeout(run.left_s):
                             await self._changed.wait()
                     run.work(clock() - began, version)
+                known = len(token_ids)
+                for place in range(known, len(run.versions)):
+                    token_ids.append(response[place] if response else self._rng.randrange(10, 100))
+                    logprobs.append(-self._rng.random())
+                if on_tokens is not None and len(token_ids) > known:
+                    on_tokens(token_ids[known:], logprobs[known:])
                 self._check_alive()
         finally:
             del self._runs[request_id]
-        sampled = len(run.versions)
-        if response is None:
-            response = [self._rng.randrange(10, 100) for _ in range(sampled)]
         ended: FinishReason = "length" if wanted == sampling.max_tokens else "stop"
         return Completion(
-            token_ids=list(response[:sampled]),
-            logprobs=[-self._rng.random() for _ in range(sampled)],
+            token_ids=token_ids,
+            logprobs=logprobs,
             versions=run.versions,
-            finish_reason=ended if sampled == wanted else "abort",
+            finish_reason=ended if len(token_ids) == wanted else "abort",
             worker=self.name,
         )
 
@@ -318,9 +336,13 @@ def worker_app(worker: FakeWorker) -> web.Application:
 
     async def collective_rpc(request: web.Request) -> web.Response:
         body = await request.json()
-        assert body["method"] == "reload_weights"
-        await worker.load_weights(Path(body["kwargs"]["weights_path"]))
-        return web.json_response({"results": [None]})
+        assert body["method"] == "load_flash_weights"
+        path = Path(body["kwargs"]["weights_path"])
+        await worker.load_weights(path)
+        return web.json_response({"results": [checksum(path)]})
+
+    async def reset_prefix_cache(request: web.Request) -> web.Response:
+        return web.json_response({"success": True})
 
     async def update_weight_version(request: web.Request) -> web.Response:
         await worker.set_version(int((await request.json())["new_version"]))
@@ -347,6 +369,7 @@ def worker_app(worker: FakeWorker) -> web.Application:
     app.router.add_post("/pause", pause)
     app.router.add_post("/resume", resume)
     app.router.add_post("/collective_rpc", collective_rpc)
+    app.router.add_post("/reset_prefix_cache", reset_prefix_cache)
     app.router.add_post("/update_weight_version", update_weight_version)
     app.router.add_get("/weight_info", weight_info)
     app.router.add_get("/health", health)

@@ -178,17 +178,17 @@ def log_tail(path: Path, *, since: int = 0) -> str:
         return log.read().decode(errors="replace").strip() or "(empty)"
 
 
-def die_with_parent() -> None:
-    """Ends this process when the one that started it ends, or if it has ended already.
+def die_with_parent(by: signal.Signals = signal.SIGKILL) -> None:
+    """Ends this process, by that signal, when the one that started it ends, or has ended already.
 
     Does nothing in a process that a user started, and nothing off Linux.
     """
     parent = os.environ.pop(PARENT_PID_VARIABLE, "")
     if parent and sys.platform == "linux":
         pr_set_pdeathsig = 1
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, by)
         if os.getppid() != int(parent):
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), by)
 
 
 def serve(handler: object) -> None:

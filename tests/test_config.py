@@ -82,7 +82,7 @@ def test_async_generation_ratio_is_another_name_for_alpha():
         ({"engine": "urls"}, "engine.kind=urls needs engine.urls"),
         ({"engine": "warp"}, "engine.kind='warp': must be 'auto'"),
         ({"engine": {"cache_tokens": 100}}, "engine.cache_tokens=100 can't hold one episode"),
-        ({"engine": "vllm"}, "vLLM servers are not started from here: start them, then give"),
+        ({"engine": {"kind": "vllm", "urls": ["http://a"]}}, "engine.kind=vllm starts workers"),
         ({"engine": {"urls": ["host:8000"]}}, "host:8000 is no URL: write http://host:8000"),
         ({"engine": {"kind": "embedded", "urls": ["http://a"]}}, "leave one of them out"),
         ({"model": "flash/nowhere/model"}, "there is no such directory"),

@@ -9,8 +9,9 @@ from flash.hub.hub import (
     WorkerPublish,
     WorkerStats,
 )
-from flash.hub.pool import EmbeddedPool
-from flash.hub.worker import BadRequest, Worker, WorkerFailure
+from flash.hub.pool import EmbeddedPool, ProcessPool
+from flash.hub.vllm_pool import VllmPool
+from flash.hub.worker import BadRequest, Worker, WorkerBroken, WorkerFailure
 
 __all__ = [
     "BadRequest",
@@ -19,8 +20,11 @@ __all__ = [
     "HubStats",
     "InferenceHub",
     "Pool",
+    "ProcessPool",
     "PublishReport",
+    "VllmPool",
     "Worker",
+    "WorkerBroken",
     "WorkerFailure",
     "WorkerPublish",
     "WorkerStats",

@@ -1,18 +1,28 @@
 """A worker behind vLLM's token-in-token-out HTTP protocol: a vLLM server or the embedded worker."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import msgspec
 
-from flash.hub.worker import BadRequest, WorkerFailure
+from flash.hub.worker import BadRequest, OnTokens, WorkerFailure
 from flash.types import Completion, FinishReason, SamplingParams, UpdateMode
+from flash.worker.checksum import checksum
 
 # vLLM puts it before the client's request_id, and abort_requests wants it there.
 _REQUEST_PREFIX = "generate-tokens-"
+_GENERATE = "/inference/v1/generate"
+# A stream costs this process twice the CPU of a whole answer, and vLLM 8% of its speed, with 64
+# tokens in pieces of 16. So it is for answers that are worth keeping when their worker dies.
+_STREAMED_FROM_TOKENS, _STREAM_INTERVAL = 128, 32
+_LONGEST_LINE_BYTES = 1 << 20
+_DATA, _DONE = b"data: ", b"data: [DONE]"
+# vLLM sends this for a logprob that is nan.
+_CLAMPED_LOGPROB = -9000.0
 _HTTP_SERVER_ERROR = 500
 _HTTP_CLIENT_ERROR = 400
 # Their fault is not the request's: the worker is busy or gone, or lacks our key.
@@ -34,10 +44,20 @@ class _Span(msgspec.Struct, gc=False):
 
 
 class _Choice(msgspec.Struct, gc=False):
+    """A whole answer, or a piece of a stream; the last piece has reason and versions."""
+
     token_ids: list[int]
-    logprobs: _Logprobs
-    finish_reason: FinishReason
-    weight_versions: list[_Span]
+    logprobs: _Logprobs | None
+    finish_reason: FinishReason | None
+    weight_versions: list[_Span] | None
+
+    def numbers(self) -> list[float]:
+        """The logprobs; ValueError for one that stands for nan."""
+        entries = self.logprobs.content if self.logprobs is not None else []
+        logprobs = [entry.logprob for entry in entries]
+        if logprobs and min(logprobs) < _CLAMPED_LOGPROB:
+            raise ValueError("a logprob is nan")
+        return logprobs
 
 
 class _Answer(msgspec.Struct, gc=False):
@@ -47,7 +67,14 @@ class _Answer(msgspec.Struct, gc=False):
     choices: list[_Choice]
 
 
+class _Loaded(msgspec.Struct):
+    """What the ranks of a worker say of the weights that they loaded."""
+
+    results: list[str]
+
+
 _decode_answer = msgspec.json.Decoder(_Answer).decode
+_decode_loaded = msgspec.json.Decoder(_Loaded).decode
 
 
 class HttpWorker:
@@ -59,26 +86,31 @@ class HttpWorker:
         self._session: aiohttp.ClientSession | None = None
 
     async def generate(
-        self, request_id: str, token_ids: Sequence[int], sampling: SamplingParams
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        sampling: SamplingParams,
+        on_tokens: OnTokens | None = None,
     ) -> Completion:
-        body = {
+        params = {
+            "max_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "stop_token_ids": list(sampling.stop_token_ids),
+            "logprobs": 0,
+        }
+        body: dict[str, Any] = {
             "request_id": request_id,
             "token_ids": list(token_ids),
-            "sampling_params": {
-                "max_tokens": sampling.max_tokens,
-                "temperature": sampling.temperature,
-                "stop_token_ids": list(sampling.stop_token_ids),
-                "logprobs": 0,
-            },
+            "sampling_params": params,
         }
-        answer = await self._call("POST", "/inference/v1/generate", body)
-        try:
-            return _completion(_decode_answer(answer).choices[0], self.name)
-        except (IndexError, ValueError) as error:  # msgspec's errors are ValueErrors
-            raise WorkerFailure(
-                f"{self.name} answered what this protocol does not know ({error!r}): "
-                f"{_text(answer)[:300]}"
-            ) from error
+        if on_tokens is not None and sampling.max_tokens >= _STREAMED_FROM_TOKENS:
+            params["stream_interval"] = _STREAM_INTERVAL
+            body["stream"] = True
+            return await self._stream(body, on_tokens)
+        answer = await self._call("POST", _GENERATE, body)
+        with self._readable(answer):
+            choice = _decode_answer(answer).choices[0]
+            return self._completion(choice, choice.token_ids, choice.numbers())
 
     async def abort(self, request_id: str) -> None:
         body = {"request_ids": [_REQUEST_PREFIX + request_id]}
@@ -88,8 +120,19 @@ class HttpWorker:
         await self._call("POST", f"/pause?mode={mode}")
 
     async def load_weights(self, path: Path) -> None:
-        body = {"method": "reload_weights", "kwargs": {"weights_path": str(path)}}
-        await self._call("POST", "/collective_rpc", body)
+        body = {"method": "load_flash_weights", "kwargs": {"weights_path": str(path)}}
+        answer = await self._call("POST", "/collective_rpc", body)
+        wanted = await asyncio.to_thread(checksum, path)
+        with self._readable(answer):
+            loaded = set(_decode_loaded(answer).results)
+        if loaded != {wanted}:
+            raise WorkerFailure(
+                f"{self.name} has read other weights in {path} than are there now: checksum "
+                f"{' and '.join(sorted(loaded))}, not {wanted}"
+            )
+        # Keys and values of the old weights serve nobody: what runs is computed anew, so that
+        # every token is sampled by one version alone.
+        await self._call("POST", "/reset_prefix_cache?reset_running_requests=true")
 
     async def set_version(self, version: int) -> None:
         await self._call("POST", "/update_weight_version", {"new_version": str(version)})
@@ -105,6 +148,54 @@ class HttpWorker:
             await self._session.close()
 
     async def _call(self, method: str, route: str, body: Mapping[str, Any] | None = None) -> bytes:
+        async with self._request(method, route, body) as response:
+            return await response.read()
+
+    async def _stream(self, body: Mapping[str, Any], on_tokens: OnTokens) -> Completion:
+        """An answer in pieces; a worker that does not stream sends it whole."""
+        token_ids: list[int] = []
+        logprobs: list[float] = []
+        async with self._request("POST", _GENERATE, body) as response:
+            streams = response.content_type == "text/event-stream"
+            lines = _events(response) if streams else _whole(response)
+            async for line in lines:
+                with self._readable(line):
+                    choice = _decode_answer(line).choices[0]
+                    numbers = choice.numbers()
+                token_ids += choice.token_ids
+                logprobs += numbers
+                if streams:
+                    on_tokens(choice.token_ids, numbers)
+                if choice.finish_reason is not None:
+                    with self._readable(line):
+                        return self._completion(choice, token_ids, logprobs)
+        raise WorkerFailure(f"{self.name}{_GENERATE} ended its answer half-way")
+
+    def _completion(
+        self, last: _Choice, token_ids: list[int], logprobs: list[float]
+    ) -> Completion:
+        """From all tokens and the piece that came last; ValueError if they can't be."""
+        if last.finish_reason is None:
+            raise ValueError("an answer without finish_reason")
+        count = len(token_ids)
+        versions = [-1] * count
+        for span in last.weight_versions or ():
+            if not 0 <= span.start <= span.end <= count:
+                raise ValueError(f"span {span.start} … {span.end} of {count} tokens")
+            versions[span.start : span.end] = [int(span.version)] * (span.end - span.start)
+        return Completion(
+            token_ids=token_ids,
+            logprobs=logprobs,
+            versions=versions,
+            finish_reason=last.finish_reason,
+            worker=self.name,
+        )
+
+    @contextlib.asynccontextmanager
+    async def _request(
+        self, method: str, route: str, body: Mapping[str, Any] | None
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """A response with a good status; a connection that breaks inside is a WorkerFailure."""
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 headers=self._headers,
@@ -115,36 +206,46 @@ class HttpWorker:
                 cookie_jar=aiohttp.DummyCookieJar(),
                 json_serialize_bytes=msgspec.json.encode,
                 timeout=aiohttp.ClientTimeout(total=None),  # the hub has its deadlines
+                read_bufsize=_LONGEST_LINE_BYTES,
             )
         try:
             async with self._session.request(method, self.name + route, json=body) as response:
-                answer = await response.read()
                 status = response.status
+                if status >= _HTTP_CLIENT_ERROR:
+                    message = f"{self.name}{route} answered {status}: "
+                    message += _text(await response.read())[:500]
+                    if status < _HTTP_SERVER_ERROR and status not in _HTTP_NOT_THE_REQUEST:
+                        raise BadRequest(message)
+                    raise WorkerFailure(message)
+                yield response
         except (aiohttp.ClientError, OSError, asyncio.IncompleteReadError) as error:
             raise WorkerFailure(f"{self.name}{route} can't be reached: {error!r}") from error
-        if status >= _HTTP_CLIENT_ERROR:
-            message = f"{self.name}{route} answered {status}: {_text(answer)[:500]}"
-            if status < _HTTP_SERVER_ERROR and status not in _HTTP_NOT_THE_REQUEST:
-                raise BadRequest(message)
-            raise WorkerFailure(message)
-        return answer
+
+    @contextlib.contextmanager
+    def _readable(self, answer: bytes) -> Iterator[None]:
+        """What fails inside is the answer's fault, which is not of this protocol."""
+        try:
+            yield
+        except (IndexError, ValueError) as error:  # msgspec's errors are ValueErrors
+            raise WorkerFailure(
+                f"{self.name} answered what this protocol does not know ({error!r}): "
+                f"{_text(answer)[:300]}"
+            ) from error
+
+
+async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    """The data of server-sent events."""
+    try:
+        async for line in response.content:
+            if line.startswith(_DATA) and not line.startswith(_DONE):
+                yield line[len(_DATA) :]
+    except ValueError as error:
+        raise aiohttp.ClientPayloadError("a line without end") from error
+
+
+async def _whole(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    yield await response.read()
 
 
 def _text(answer: bytes) -> str:
     return answer.decode(errors="replace")
-
-
-def _completion(choice: _Choice, worker: str) -> Completion:
-    count = len(choice.token_ids)
-    versions = [-1] * count
-    for span in choice.weight_versions:
-        if not 0 <= span.start <= span.end <= count:
-            raise ValueError(f"span {span.start} … {span.end} of {count} tokens")
-        versions[span.start : span.end] = [int(span.version)] * (span.end - span.start)
-    return Completion(
-        token_ids=choice.token_ids,
-        logprobs=[entry.logprob for entry in choice.logprobs.content],
-        versions=versions,
-        finish_reason=choice.finish_reason,
-        worker=worker,
-    )

@@ -22,7 +22,7 @@ from typing import Protocol
 
 from flash.errors import InferenceFailure, PublishFailure
 from flash.hub.http_worker import HttpWorker
-from flash.hub.worker import BadRequest, Worker, WorkerFailure
+from flash.hub.worker import BadRequest, Worker, WorkerBroken, WorkerFailure
 from flash.types import Completion, GenerateRequest, SamplingParams, UpdateMode, Weights
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 _SESSIONS_KEPT = 100_000  # routing hints only: losing one costs a prefill
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.5, 8.0
 _ABORT_TIMEOUT_S = 10.0
+_HEALTH_TIMEOUT_S = 10.0
+_UNWELL_UNTIL_RESTART = 3  # health checks that fail in a row
 # One request that no worker survives must not take them out in turn for ever, and workers that
 # pass their health check and then answer nonsense (weights gone nan) must end the run.
 _FAILURES_A_REQUEST = 5
@@ -39,9 +41,21 @@ _PROBE_SAMPLING = SamplingParams(max_tokens=12)
 
 
 class Pool(Protocol):
-    """Workers that the hub starts and ends; `on_exit(worker, why)` tells of one that is gone."""
+    """Workers that the hub starts and ends, and the pool starts anew when they die.
 
-    async def start(self, on_exit: Callable[[Worker, str], None]) -> list[Worker]: ...
+    `on_exit(worker, why, final)` tells of a death, `on_ready(worker)` that the worker lives again,
+    with its first weights; after a final death it does not.
+    """
+
+    async def start(
+        self,
+        on_exit: Callable[[Worker, str, bool], None],
+        on_ready: Callable[[Worker], None],
+    ) -> list[Worker]: ...
+
+    def restart(self, worker: Worker) -> None:
+        """Ends a worker that is no use any more; its death and its return are told as any."""
+        ...
 
     async def stop(self) -> None: ...
 
@@ -108,7 +122,11 @@ class _Slot:
     healthy: bool = True
     gone: bool = False
     updating: bool = False
+    up: asyncio.Event = field(default_factory=asyncio.Event)  # its process lives, if it is ours
     failures: int = 0  # since its last good answer
+    streams: bool = False  # it has told of tokens before an answer was whole
+    progress_at: float = 0.0  # of the last tokens or answer
+    progress_timer: asyncio.TimerHandle | None = None
     outstanding_tokens: int = 0
     deadlines: dict[str, asyncio.Timeout] = field(default_factory=dict)
     running: int = 0
@@ -128,6 +146,26 @@ class _Waiter:
     slot: asyncio.Future[_Slot]
 
 
+@dataclass(slots=True, eq=False)
+class _Received:
+    """The tokens of an answer that is not whole yet, as far as their version is certain."""
+
+    version: int
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+    def as_aborted(self, worker: str) -> Completion:
+        """What is worth keeping of it when its worker has failed."""
+        known = all(map(math.isfinite, self.logprobs))
+        return Completion(
+            token_ids=self.token_ids if known else [],
+            logprobs=self.logprobs if known else [],
+            versions=[self.version] * len(self.token_ids) if known else [],
+            finish_reason="abort",
+            worker=worker,
+        )
+
+
 class InferenceHub:
     """Answers `generate` from a pool of workers, and makes new weights their policy.
 
@@ -141,6 +179,8 @@ class InferenceHub:
         request_timeout_s: for one answer; a worker that takes longer has failed.
         control_timeout_s: for a pause, a weight load, a health check.
         recovery_timeout_s: how long the pool may be without any healthy worker.
+        progress_timeout_s: for the next tokens of any of its requests, at a worker that streams
+            them; one that takes longer hangs.
         gap_limit: by how much a worker's logprobs may differ from the trainer's after a publish.
             1e-3 holds for float32; bfloat16 on both sides needs about 0.1.
 
@@ -156,6 +196,7 @@ class InferenceHub:
         request_timeout_s: float = 600.0,
         control_timeout_s: float = 300.0,
         recovery_timeout_s: float = 60.0,
+        progress_timeout_s: float = 120.0,
         gap_limit: float = 1e-3,
     ) -> None:
         if isinstance(workers, str):
@@ -170,6 +211,7 @@ class InferenceHub:
         self._request_timeout_s = request_timeout_s
         self._control_timeout_s = control_timeout_s
         self._recovery_timeout_s = recovery_timeout_s
+        self._progress_timeout_s = progress_timeout_s
         self._gap_limit = gap_limit
         self._slots: list[_Slot] = []
         # By arrival. Bound: one entry for each caller; the agents are bounded by their loop.
@@ -198,8 +240,10 @@ class InferenceHub:
         if isinstance(self._given, Sequence):
             workers = [HttpWorker(w) if isinstance(w, str) else w for w in self._given]
         else:
-            workers = await self._given.start(self._on_exit)
+            workers = await self._given.start(self._on_exit, self._on_ready)
         self._slots = [_Slot(worker, self.version) for worker in workers]
+        for slot in self._slots:
+            slot.up.set()
         await self._tasks.__aenter__()
         try:
             async with asyncio.TaskGroup() as greetings:
@@ -214,6 +258,8 @@ class InferenceHub:
         self._tell_all(InferenceFailure("the hub is closed"))
         for slot in self._slots:
             self._send_away(slot)
+            if slot.progress_timer is not None:
+                slot.progress_timer.cancel()
         for task in self._recoveries:
             task.cancel()
         try:
@@ -252,15 +298,15 @@ class InferenceHub:
             prompt = [*request.token_ids, *token_ids]
             cost = len(prompt) + sampling.max_tokens
             slot = await self._acquire(request, cost=cost, arrival=arrival)
+            received = _Received(slot.version)
             try:
                 if not slot.accepting:  # something befell it in the moment it was given to us
                     continue
-                version = slot.version
                 if on_start is not None:
-                    on_start(version)
-                piece = await self._ask(slot, prompt, sampling)
+                    on_start(received.version)
+                piece = await self._ask(slot, prompt, sampling, received)
                 self._check(piece, sampling)
-                self._check_age(piece, slot, since=version)
+                self._check_age(piece, slot, since=received.version)
                 slot.failures = 0
             except WorkerFailure as failure:
                 self._retries += 1
@@ -271,7 +317,9 @@ class InferenceHub:
                         f"workers failed {failures} times at one request of {len(prompt)} tokens; "
                         f"the last time: {failure}"
                     ) from failure
-                continue
+                if isinstance(failure, WorkerBroken):
+                    continue  # what it said before can't be believed either
+                piece = received.as_aborted(slot.worker.name)
             except BadRequest as error:
                 raise ValueError(str(error)) from error
             finally:
@@ -353,7 +401,9 @@ class InferenceHub:
                 return
             self._queue.popleft()
             if slot.running == 0:
-                slot.busy_since = self._clock()
+                slot.busy_since = slot.progress_at = self._clock()
+                if slot.progress_timer is None:
+                    self._look_later(slot)
             slot.running += 1
             slot.outstanding_tokens += waiter.cost
             if session := waiter.request.session:
@@ -384,14 +434,22 @@ class InferenceHub:
         self._dispatch()
 
     async def _ask(
-        self, slot: _Slot, prompt: Sequence[int], sampling: SamplingParams
+        self, slot: _Slot, prompt: Sequence[int], sampling: SamplingParams, received: _Received
     ) -> Completion:
+        def on_tokens(token_ids: Sequence[int], logprobs: Sequence[float]) -> None:
+            slot.streams = True
+            slot.progress_at = self._clock()
+            if slot.version == received.version and not slot.updating:
+                received.token_ids += token_ids
+                received.logprobs += logprobs
+
         request_id = f"{self._id}-{next(self._request_ids)}"
         answered = False
         try:
             async with asyncio.timeout(self._request_timeout_s) as deadline:
                 slot.deadlines[request_id] = deadline
-                completion = await slot.worker.generate(request_id, prompt, sampling)
+                completion = await slot.worker.generate(request_id, prompt, sampling, on_tokens)
+                slot.progress_at = self._clock()
                 answered = True
                 return completion
         except TimeoutError as error:
@@ -421,41 +479,78 @@ class InferenceHub:
         """A worker that answers what can't be true has failed."""
         lengths = {len(piece.token_ids), len(piece.logprobs), len(piece.versions)}
         if len(lengths) != 1 or len(piece.token_ids) > sampling.max_tokens:
-            raise WorkerFailure(
+            raise WorkerBroken(
                 f"{piece.worker} answered {len(piece.token_ids)} tokens, {len(piece.logprobs)} "
                 f"logprobs, {len(piece.versions)} versions to max_tokens={sampling.max_tokens}"
             )
         if not all(math.isfinite(logprob) for logprob in piece.logprobs):
-            raise WorkerFailure(f"{piece.worker} answered a logprob that is not finite")
+            raise WorkerBroken(f"{piece.worker} answered a logprob that is not finite")
         if unknown := set(piece.versions) - self._published:
-            raise WorkerFailure(
+            raise WorkerBroken(
                 f"{piece.worker} answered with policy versions {sorted(unknown)}, which were "
                 f"never published to it"
             )
         if not piece.token_ids and piece.finish_reason != "abort":
-            raise WorkerFailure(f"{piece.worker} answered no tokens at all")
+            raise WorkerBroken(f"{piece.worker} answered no tokens at all")
         if piece.versions != sorted(piece.versions):
-            raise WorkerFailure(f"{piece.worker} answered with policy versions that go back")
+            raise WorkerBroken(f"{piece.worker} answered with policy versions that go back")
 
     def _check_age(self, piece: Completion, slot: _Slot, *, since: int) -> None:
         """Nor can an answer be older than the version that the worker had when it was asked."""
         if piece.versions and piece.versions[0] < since:
-            raise WorkerFailure(
+            raise WorkerBroken(
                 f"{piece.worker} answered with policy version {piece.versions[0]}, but had been "
                 f"given {since} before: was it started anew?"
             )
         # It would be asked for the same again, at once and for ever.
         if not piece.token_ids and slot.accepting and slot.version == since:
-            raise WorkerFailure(f"{piece.worker} aborted a request that nobody asked it to abort")
+            raise WorkerBroken(f"{piece.worker} aborted a request that nobody asked it to abort")
 
     # ── workers that fail and return ─────────────────────────────────────────────────────────
 
-    def _on_exit(self, worker: Worker, why: str) -> None:
-        """The pool lost a worker for good."""
+    def _on_exit(self, worker: Worker, why: str, final: bool) -> None:
+        """A worker's process died; unless that was final, the pool starts it anew."""
         for slot in self._slots:
-            if slot.worker is worker and not slot.gone:
-                slot.gone = True
+            if slot.worker is worker:
+                slot.gone = final
+                if final:
+                    slot.up.set()  # nobody need wait for it any more
+                else:
+                    slot.up.clear()
                 self._take_out(slot, WorkerFailure(why))
+
+    def _on_ready(self, worker: Worker) -> None:
+        """A worker's process lives again, with its first weights."""
+        for slot in self._slots:
+            if slot.worker is worker:
+                slot.up.set()
+
+    def _restart(self, slot: _Slot) -> None:
+        """If it is ours to do."""
+        if not isinstance(self._given, Sequence) and slot.up.is_set() and not slot.gone:
+            logger.warning("worker %s is started anew", slot.worker.name)
+            slot.up.clear()
+            self._given.restart(slot.worker)
+
+    def _look_later(self, slot: _Slot) -> None:
+        due = slot.progress_at + self._progress_timeout_s
+        slot.progress_timer = asyncio.get_running_loop().call_at(due, self._look, slot)
+
+    def _look(self, slot: _Slot) -> None:
+        """Takes a worker out that has requests, streams tokens, and brought none for too long."""
+        slot.progress_timer = None
+        if slot.running == 0 or not slot.healthy:
+            return  # the next request looks again
+        if slot.updating or not slot.streams:
+            slot.progress_at = self._clock()  # a freeze has a deadline of its own
+        if self._clock() < slot.progress_at + self._progress_timeout_s:
+            self._look_later(slot)
+            return
+        hangs = WorkerBroken(
+            f"{slot.worker.name} hangs: {slot.running} requests and no token for "
+            f"progress_timeout_s={self._progress_timeout_s:g}"
+        )
+        self._take_out(slot, hangs)
 
     def _take_out(self, slot: _Slot, cause: WorkerFailure) -> None:
         """No more requests for this worker, and those it has go elsewhere, until it is healthy."""
@@ -465,6 +560,8 @@ class InferenceHub:
         self._send_away(slot)
         if self._failure is not None:
             return
+        if isinstance(cause, WorkerBroken):
+            self._restart(slot)
         if was_healthy:
             logger.warning("worker taken out: %s", cause)
         if all(other.gone for other in self._slots):
@@ -499,17 +596,25 @@ class InferenceHub:
 
     async def _recover(self, slot: _Slot) -> None:
         """Asks for its health until it is well, then gives it the present weights."""
-        while not slot.gone and self._failure is None:
+        unwell = 0
+        while self._failure is None:
+            await slot.up.wait()
+            if slot.gone:
+                return
             # A worker that fails again before it has answered anything waits longer.
             await asyncio.sleep(min(_FIRST_BACKOFF_S * 2**slot.failures, _LONGEST_BACKOFF_S))
             slot.failures = min(slot.failures + 1, 10)
             try:
-                async with self._deadline(slot, self._control_timeout_s):
+                async with self._deadline(slot, _HEALTH_TIMEOUT_S):
                     await slot.worker.check_health()
+                async with self._deadline(slot, self._control_timeout_s):
                     await self._catch_up(slot)
-                    slot.healthy = not slot.gone and self._failure is None
+                    slot.healthy = slot.up.is_set() and not slot.gone and self._failure is None
             except (WorkerFailure, BadRequest) as error:
                 logger.warning("%s is not well yet: %s", slot.worker.name, error)
+                unwell += 1
+                if unwell % _UNWELL_UNTIL_RESTART == 0:
+                    self._restart(slot)
             if slot.healthy:
                 logger.warning("worker %s is back", slot.worker.name)
                 if self._last_hope is not None:
@@ -663,7 +768,8 @@ class InferenceHub:
             if not slot.healthy or slot.version != weights.version:
                 continue
             try:
-                piece = await self._ask(slot, _PROBE_PROMPT, _PROBE_SAMPLING)
+                received = _Received(weights.version)
+                piece = await self._ask(slot, _PROBE_PROMPT, _PROBE_SAMPLING, received)
                 self._check(piece, _PROBE_SAMPLING)
                 if not piece.token_ids:
                     raise WorkerFailure(f"{slot.worker.name} aborted the probe")

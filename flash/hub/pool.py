@@ -1,30 +1,219 @@
-"""A pool of embedded workers, each a process on a free loopback port."""
+"""Pools of worker processes on free loopback ports; one that dies is started anew."""
 
+import abc
 import asyncio
 import contextlib
 import os
 import secrets
 import signal
+import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from flash.errors import InferenceFailure
 from flash.hub.http_worker import HttpWorker
-from flash.hub.worker import Worker
+from flash.hub.worker import Worker, WorkerFailure
 from flash.process import PARENT_PID_VARIABLE, log_tail
 
+_HOST = "127.0.0.1"
 _STOP_GRACE_S = 5.0
+_READY_CHECK_S = 0.2
+_FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.5, 30.0
+# One that dies so often, without having lived as long between, will not live.
+_DEATHS_IN_A_ROW, _SETTLED_S = 5, 60.0
+
+OnExit = Callable[[Worker, str, bool], None]
+OnReady = Callable[[Worker], None]
 
 
-class EmbeddedPool:
-    """Starts `python -m flash.worker` processes side by side, and ends them.
+@dataclass(slots=True, eq=False)
+class _Seat:
+    """A place in the pool: its port and its worker stay, its process is replaced."""
+
+    number: int
+    port: int
+    reservation: socket.socket
+    worker: HttpWorker
+    log: Path
+    process: asyncio.subprocess.Process | None = None
+
+
+class ProcessPool(abc.ABC):
+    """Worker processes side by side, each in a group of its own with a log of its own.
+
+    Args:
+        size: how many workers.
+        log_dir: where `worker_<n>.log` goes.
+        start_timeout_s: for a worker to load the model and answer its health check.
+    """
+
+    def __init__(self, *, size: int, log_dir: Path, start_timeout_s: float) -> None:
+        self._size = size
+        self._log_dir = log_dir
+        self._start_timeout_s = start_timeout_s
+        self._seats: list[_Seat] = []
+        self._keepers: list[asyncio.Task[None]] = []
+        # Nobody else on this machine may ask the workers anything.
+        self._api_key = secrets.token_urlsafe(16)
+
+    @abc.abstractmethod
+    def _command(self, number: int, host: str, port: int) -> Sequence[str]:
+        """The command line of worker `number`."""
+
+    @abc.abstractmethod
+    def _environment(self, number: int) -> Mapping[str, str]:
+        """What it gets beside this process's environment."""
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the processes that were started last, one a worker."""
+        return [seat.process.pid for seat in self._seats if seat.process is not None]
+
+    async def start(self, on_exit: OnExit, on_ready: OnReady) -> list[Worker]:
+        """Starts all of them and waits until each is well.
+
+        From then on `on_exit(worker, why, final)` tells of each death, `on_ready(worker)` that its
+        process was started anew and is well; after a final death it is not. Raises
+        InferenceFailure with the end of the log of a worker that does not get ready at first.
+        """
+        self._log_dir.mkdir(parents=True, exist_ok=True)
+        self._seats = [self._seat(number) for number in range(self._size)]
+        try:
+            async with asyncio.TaskGroup() as starts:
+                for seat in self._seats:
+                    starts.create_task(self._launch(seat), name=f"start worker {seat.number}")
+        except BaseExceptionGroup as errors:
+            await self.stop()
+            raise errors.exceptions[0] from None
+        except asyncio.CancelledError:
+            await self.stop()
+            raise
+        self._keepers = [
+            asyncio.create_task(
+                self._keep(seat, on_exit, on_ready), name=f"keep worker {seat.number}"
+            )
+            for seat in self._seats
+        ]
+        return [seat.worker for seat in self._seats]
+
+    def restart(self, worker: Worker) -> None:
+        """Kills a worker that is no use any more; a new process takes its place."""
+        for seat in self._seats:
+            if seat.worker is worker:
+                _kill(seat)
+
+    async def stop(self) -> None:
+        """SIGTERM, and SIGKILL to those that take longer than a few seconds."""
+        for keeper in self._keepers:
+            keeper.cancel()
+        for seat in self._seats:
+            if seat.process is not None and seat.process.returncode is None:
+                seat.process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_STOP_GRACE_S):
+                for seat in self._seats:
+                    if seat.process is not None:
+                        await seat.process.wait()
+        for seat in self._seats:
+            _kill(seat)
+            if seat.process is not None:
+                await seat.process.wait()
+            await seat.worker.close()
+            seat.reservation.close()
+        if self._keepers:
+            await asyncio.wait(self._keepers)
+        for keeper in self._keepers:
+            if not keeper.cancelled():
+                keeper.result()
+
+    def _seat(self, number: int) -> _Seat:
+        reservation = _reserve_port()
+        port = reservation.getsockname()[1]
+        return _Seat(
+            number=number,
+            port=port,
+            reservation=reservation,
+            worker=HttpWorker(f"http://{_HOST}:{port}", api_key=self._api_key),
+            log=self._log_dir / f"worker_{number}.log",
+        )
+
+    async def _launch(self, seat: _Seat) -> None:
+        """Starts the seat's process and waits until it is well; InferenceFailure if it is not."""
+        with seat.log.open("ab") as log:
+            seat.process = await asyncio.create_subprocess_exec(
+                *self._command(seat.number, _HOST, seat.port),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={
+                    **os.environ,
+                    **self._environment(seat.number),
+                    PARENT_PID_VARIABLE: str(os.getpid()),
+                },
+                start_new_session=True,
+            )
+        exited = asyncio.create_task(seat.process.wait(), name=f"exit of worker {seat.number}")
+        try:
+            async with asyncio.timeout(self._start_timeout_s):
+                while not exited.done():
+                    try:
+                        await seat.worker.check_health()
+                        return
+                    except WorkerFailure:
+                        await asyncio.wait((exited,), timeout=_READY_CHECK_S)
+        except TimeoutError:
+            _kill(seat)
+            raise InferenceFailure(
+                f"worker {seat.number} was not ready after engine.start_timeout_s="
+                f"{self._start_timeout_s:g} s. The end of {seat.log}:\n{log_tail(seat.log)}"
+            ) from None
+        finally:
+            exited.cancel()
+        _kill(seat)  # what it may have left behind
+        raise InferenceFailure(
+            f"worker {seat.number} ended at its start with exit code {seat.process.returncode}. "
+            f"The end of {seat.log}:\n{log_tail(seat.log)}"
+        )
+
+    async def _keep(self, seat: _Seat, on_exit: OnExit, on_ready: OnReady) -> None:
+        """Waits for the worker's death, again and again, and starts it anew."""
+        clock = asyncio.get_running_loop().time
+        deaths = 0
+        started = True
+        while True:
+            try:
+                if not started:
+                    await self._launch(seat)
+                    on_ready(seat.worker)
+                since = clock()
+                assert seat.process is not None
+                code = await seat.process.wait()
+                _kill(seat)  # what it left behind
+                if clock() - since > _SETTLED_S:
+                    deaths = 0
+                why = (
+                    f"worker {seat.number} (pid {seat.process.pid}) ended with exit code {code}. "
+                    f"The end of {seat.log}:\n{log_tail(seat.log)}"
+                )
+            except InferenceFailure as failure:
+                why = str(failure)
+            started = False
+            deaths += 1
+            final = deaths >= _DEATHS_IN_A_ROW
+            on_exit(seat.worker, why, final)
+            if final:
+                return
+            await asyncio.sleep(min(_FIRST_BACKOFF_S * 2**deaths, _LONGEST_BACKOFF_S))
+
+
+class EmbeddedPool(ProcessPool):
+    """`python -m flash.worker` processes.
 
     Args:
         model: directory or hub name.
-        size: how many workers.
-        start_timeout_s: for all of them to have loaded the model.
-        log_dir: where `worker_<n>.log` goes.
+        version: the policy version of that model.
     """
 
     def __init__(
@@ -41,9 +230,9 @@ class EmbeddedPool:
         log_dir: Path,
         start_timeout_s: float,
     ) -> None:
-        self._model = model
-        self._size = size
+        super().__init__(size=size, log_dir=log_dir, start_timeout_s=start_timeout_s)
         self._options = {
+            "model": model,
             "max-running": max_running,
             "cache-tokens": cache_tokens,
             "threads": threads,
@@ -51,108 +240,26 @@ class EmbeddedPool:
             "version": version,
         }
         self._seed = seed
-        self._log_dir = log_dir
-        self._start_timeout_s = start_timeout_s
-        self._processes: list[asyncio.subprocess.Process] = []
-        self._watches: list[asyncio.Task[None]] = []
-        self._stopping = False
 
-    async def start(self, on_exit: Callable[[Worker, str], None]) -> list[Worker]:
-        """Raises InferenceFailure with the end of the log of a worker that does not get ready."""
-        # Nobody else on this machine may ask the workers anything.
-        self._api_key = secrets.token_urlsafe(16)
-        self._log_dir.mkdir(parents=True, exist_ok=True)
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                starts = [tasks.create_task(self._start_one(n)) for n in range(self._size)]
-        except BaseExceptionGroup as errors:
-            await self.stop()
-            raise errors.exceptions[0] from None
-        except asyncio.CancelledError:
-            await self.stop()
-            raise
-        workers: list[Worker] = []
-        for number, start in enumerate(starts):
-            process, worker = start.result()
-            workers.append(worker)
-            self._watches.append(
-                asyncio.create_task(
-                    self._watch(number, process, worker, on_exit), name=f"watch worker {number}"
-                )
-            )
-        return workers
+    def _command(self, number: int, host: str, port: int) -> Sequence[str]:
+        options = {**self._options, "seed": self._seed + number, "host": host, "port": port}
+        given = [f"--{name}={value}" for name, value in options.items()]
+        return [sys.executable, "-m", "flash.worker", *given]
 
-    async def stop(self) -> None:
-        """SIGTERM, and SIGKILL to those that take longer than a few seconds."""
-        self._stopping = True
-        for process in self._processes:
-            if process.returncode is None:
-                process.send_signal(signal.SIGTERM)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_STOP_GRACE_S):
-                for process in self._processes:
-                    await process.wait()
-        for process in self._processes:
-            if process.returncode is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                await process.wait()
-        for watch in self._watches:
-            await watch
+    def _environment(self, number: int) -> Mapping[str, str]:
+        return {"FLASH_WORKER_API_KEY": self._api_key}
 
-    async def _start_one(self, number: int) -> tuple[asyncio.subprocess.Process, HttpWorker]:
-        log = self._log_path(number)
-        options = {**self._options, "seed": self._seed + number}
-        with log.open("ab") as stderr:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "flash.worker",
-                f"--model={self._model}",
-                *(f"--{name}={value}" for name, value in options.items()),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=stderr,
-                env={
-                    **os.environ,
-                    "FLASH_WORKER_API_KEY": self._api_key,
-                    PARENT_PID_VARIABLE: str(os.getpid()),
-                },
-                start_new_session=True,
-            )
-        self._processes.append(process)
-        assert process.stdout is not None
-        try:
-            async with asyncio.timeout(self._start_timeout_s):
-                async for line in process.stdout:
-                    word, _, url = line.decode().strip().partition(" ")
-                    if word == "ready":
-                        return process, HttpWorker(url, api_key=self._api_key)
-                await process.wait()
-        except TimeoutError:
-            raise InferenceFailure(
-                f"worker {number} was not ready after engine.start_timeout_s="
-                f"{self._start_timeout_s:g} s. The end of {log}:\n{log_tail(log)}"
-            ) from None
-        raise InferenceFailure(
-            f"worker {number} ended at its start with exit code {process.returncode}. "
-            f"The end of {log}:\n{log_tail(log)}"
-        )
 
-    async def _watch(
-        self,
-        number: int,
-        process: asyncio.subprocess.Process,
-        worker: Worker,
-        on_exit: Callable[[Worker, str], None],
-    ) -> None:
-        code = await process.wait()
-        if not self._stopping:
-            log = self._log_path(number)
-            on_exit(
-                worker,
-                f"worker {number} (pid {process.pid}) ended with exit code {code}. "
-                f"The end of {log}:\n{log_tail(log)}",
-            )
+def _reserve_port() -> socket.socket:
+    """A port that no one is given while this socket is open; whoever names it can listen on it."""
+    reservation = socket.socket()
+    reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reservation.bind((_HOST, 0))
+    return reservation
 
-    def _log_path(self, number: int) -> Path:
-        return self._log_dir / f"worker_{number}.log"
+
+def _kill(seat: _Seat) -> None:
+    """SIGKILL to the process, if it lives, and to all of its group."""
+    if seat.process is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(seat.process.pid, signal.SIGKILL)

@@ -1,6 +1,6 @@
 """The seam between the hub and a worker, whatever it runs on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -12,21 +12,34 @@ class WorkerFailure(FlashError):
     """The worker did not answer, or answered that it can't; the request may go elsewhere."""
 
 
+class WorkerBroken(WorkerFailure):
+    """It answers what can't be true, or hangs: if it gets well at all, by being started anew."""
+
+
 class BadRequest(FlashError):
     """The worker refused this request; another worker would too."""
+
+
+OnTokens = Callable[[Sequence[int], Sequence[float]], None]
 
 
 class Worker(Protocol):
     """One inference engine. Every method raises WorkerFailure when the worker fails.
 
     `generate` raises BadRequest for a request that no worker would take. When it is cancelled the
-    hub calls `abort` with the same `request_id`.
+    hub calls `abort` with the same `request_id`. A worker that can tell of tokens before the
+    answer is whole calls `on_tokens(token_ids, logprobs)` with those since the last call; the
+    answer holds them again.
     """
 
     name: str
 
     async def generate(
-        self, request_id: str, token_ids: Sequence[int], sampling: SamplingParams
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        sampling: SamplingParams,
+        on_tokens: OnTokens | None = None,
     ) -> Completion: ...
 
     async def abort(self, request_id: str) -> None: ...

@@ -225,7 +225,7 @@ class EmbeddedEngine:
         with torch.no_grad():
             for name, tensor in tensors.items():
                 own[name].copy_(tensor)
-        self._forget_prefixes()
+        self._start_over()
 
     def set_version(self, version: int) -> None:
         """Tokens sampled from now on carry this version. Call it while paused."""
@@ -290,28 +290,19 @@ class EmbeddedEngine:
             router.result_handlers.pop(request_id, None)
         self._manager.cancel_request(request_id)
 
-    def _forget_prefixes(self) -> None:
-        """Keys and values of old weights must not serve new requests.
-
-        Blocks that no request holds go back to the pool, the others lose their hashes. A request
-        that lives on must register none of its blocks again: they hold old and new weights' keys.
-        """
+    def _start_over(self) -> None:
+        """Keys and values of old weights serve nobody: what runs is computed anew, with what it has
+        sampled as part of its prompt. So every token is sampled by one version alone."""
         processor = self._manager.batch_processor
         if processor is None:
             return
-        cache = processor.cache
+        scheduler, cache = processor.scheduler, processor.cache
+        for request_id, state in list(scheduler.active_requests.items()):
+            cache.free_blocks(request_id, no_cache=True)
+            again = state.create_equivalent_initial_request()
+            scheduler.finish_request(request_id)
+            scheduler.add_waiting_request(again)
         cache.evict_cached_blocks()
-        for allocator in cache.cache_allocators.values():
-            allocator.ledger.hash_to_block.clear()
-            allocator.ledger.block_to_hash.clear()
-        survivors = set(processor.scheduler.active_requests)
-        register = type(cache).mark_complete_blocks
-
-        def register_unless_survivor(state: Any, complete_blocks: dict[str, int]) -> None:
-            if state.request_id not in survivors:
-                register(cache, state, complete_blocks)
-
-        cache.mark_complete_blocks = register_unless_survivor
 
     def _check(self, request: EngineRequest) -> None:
         if request.request_id in self._running:

@@ -3,7 +3,8 @@
 POST /inference/v1/generate        token ids in; token ids, logprobs, versions out
 POST /inference/v1/abort_requests  answer running requests with what they have
 POST /pause?mode=keep|abort|wait   freeze; POST /resume goes on
-POST /collective_rpc               {"method": "reload_weights", "kwargs": {"weights_path"}}
+POST /collective_rpc               {"method": "load_flash_weights", "kwargs": {"weights_path"}}
+POST /reset_prefix_cache           for vLLM's sake: here a weight load does it
 POST /update_weight_version        {"new_version"};  GET /weight_info tells it
 GET  /health                       200, or 503 when the engine has died
 """
@@ -20,6 +21,7 @@ from typing import Any
 
 from aiohttp import web
 
+from flash.worker.checksum import checksum
 from flash.worker.config import WorkerConfig
 from flash.worker.engine import EmbeddedEngine, EngineDied, EngineRequest, EngineResult
 
@@ -44,6 +46,7 @@ def make_app(engine: EmbeddedEngine, *, api_key: str = "") -> web.Application:
     app.router.add_post("/pause", routes.pause)
     app.router.add_post("/resume", routes.resume)
     app.router.add_post("/collective_rpc", routes.collective_rpc)
+    app.router.add_post("/reset_prefix_cache", routes.reset_prefix_cache)
     app.router.add_post("/update_weight_version", routes.update_weight_version)
     app.router.add_get("/weight_info", routes.weight_info)
     app.router.add_get("/health", routes.health)
@@ -148,17 +151,24 @@ class _Routes:
 
     async def collective_rpc(self, request: web.Request) -> web.Response:
         body = await _body(request)
-        if body.get("method") != "reload_weights":
+        if body.get("method") != "load_flash_weights":
             raise web.HTTPBadRequest(
-                text=f"method={body.get('method')!r}: this worker knows reload_weights only"
+                text=f"method={body.get('method')!r}: this worker knows load_flash_weights only"
             )
         path = Path(_field(_field(body, "kwargs", dict), "weights_path", str))
         # In a thread, so that health checks are answered meanwhile; the engine is paused.
         try:
-            await asyncio.to_thread(self._engine.load_weights, path)
+            loaded = await asyncio.to_thread(self._load, path)
         except (ValueError, OSError) as error:
             raise web.HTTPBadRequest(text=str(error)) from error
-        return web.json_response({"results": [None]})
+        return web.json_response({"results": [loaded]})
+
+    def _load(self, path: Path) -> str:
+        self._engine.load_weights(path)
+        return checksum(path)
+
+    async def reset_prefix_cache(self, request: web.Request) -> web.Response:
+        return web.json_response({"success": True})
 
     async def update_weight_version(self, request: web.Request) -> web.Response:
         body = await _body(request)

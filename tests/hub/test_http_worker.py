@@ -8,6 +8,7 @@ from aiohttp.test_utils import TestServer
 
 from flash.hub import BadRequest, HttpWorker, WorkerFailure
 from flash.types import SamplingParams
+from flash.worker.checksum import checksum
 
 SAMPLING = SamplingParams(max_tokens=3, temperature=0.5, stop_token_ids=(9,))
 GOOD = {
@@ -83,19 +84,20 @@ async def test_a_request_and_its_answer_in_the_protocols_words(scripted):
     assert scripted.authorization == "Bearer key"
 
 
-async def test_the_control_routes(scripted):
-    scripted.answer = {}
+async def test_the_control_routes(scripted, tmp_path):
+    scripted.answer = {"results": [checksum(tmp_path)]}
     await scripted.worker.abort("id")
     await scripted.worker.pause("keep")
-    await scripted.worker.load_weights(Path("/weights/1"))
+    await scripted.worker.load_weights(tmp_path)
     await scripted.worker.set_version(1)
     await scripted.worker.resume()
     await scripted.worker.check_health()
-    load = {"method": "reload_weights", "kwargs": {"weights_path": "/weights/1"}}
+    load = {"method": "load_flash_weights", "kwargs": {"weights_path": str(tmp_path)}}
     assert scripted.asked == [
         ("POST", "/inference/v1/abort_requests", {"request_ids": ["generate-tokens-id"]}),
         ("POST", "/pause?mode=keep", None),
         ("POST", "/collective_rpc", load),
+        ("POST", "/reset_prefix_cache?reset_running_requests=true", None),
         ("POST", "/update_weight_version", {"new_version": "1"}),
         ("POST", "/resume", None),
         ("GET", "/health", None),

@@ -192,7 +192,7 @@ def test_a_caller_cancelled_in_the_moment_it_gets_a_place_gives_it_back():
 def test_a_caller_cancelled_in_the_moment_the_pool_fails_is_cancelled():
     async def main():
         async with InferenceHub([steady()], max_running=1) as hub:
-            asyncio.get_running_loop().call_later(3, hub._on_exit, hub._slots[0].worker, "killed")
+            asyncio.get_running_loop().call_later(3, hub._on_exit, hub._slots[0].worker, "killed", True)
             running = asyncio.ensure_future(hub.generate(request()))
             queued = asyncio.ensure_future(hub.generate(request()))
             asyncio.get_running_loop().call_later(3, queued.cancel)
@@ -329,7 +329,7 @@ def test_the_first_cause_of_the_end_is_the_one_that_is_told():
         async with InferenceHub([worker]) as hub:
             calls = [asyncio.ensure_future(hub.generate(request())) for _ in range(3)]
             await asyncio.sleep(0.5)
-            hub._on_exit(worker, "worker 0 (pid 7) ended with exit code -9")
+            hub._on_exit(worker, "worker 0 (pid 7) ended with exit code -9", True)
             for error in await all_ended(calls):
                 assert "worker 0 (pid 7) ended with exit code -9" in str(error)
         with pytest.raises(InferenceFailure, match="exit code -9"):
@@ -357,7 +357,7 @@ def test_each_time_without_a_worker_has_its_own_recovery_timeout():
 def test_a_publish_in_which_the_last_worker_dies_is_told():
     class Dying(FakeWorker):
         async def load_weights(self, path):
-            hub._on_exit(self, "worker 0 ended with exit code -9")
+            hub._on_exit(self, "worker 0 ended with exit code -9", True)
             raise WorkerFailure("disconnected")
 
     async def main():
@@ -374,7 +374,7 @@ def test_a_worker_that_the_pool_lost_is_not_looked_after():
     async def main():
         workers = [steady("a"), steady("b")]
         async with InferenceHub(workers) as hub:
-            hub._on_exit(workers[0], "killed")
+            hub._on_exit(workers[0], "killed", True)
             await asyncio.sleep(100)
             assert not hub.stats().workers[0].healthy
             assert (await hub.generate(request())).worker == "b"
@@ -406,7 +406,7 @@ class Answering(FakeWorker):
         super().__init__("odd")
         self.answer = answer
 
-    async def generate(self, request_id, token_ids, sampling):
+    async def generate(self, request_id, token_ids, sampling, on_tokens=None):
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer
@@ -491,7 +491,7 @@ def test_the_rest_of_an_aborted_response_is_sampled_after_what_there_is():
     prompts = []
 
     class Recording(FakeWorker):
-        async def generate(self, request_id, token_ids, sampling):
+        async def generate(self, request_id, token_ids, sampling, on_tokens=None):
             prompts.append((list(token_ids), sampling.max_tokens))
             return await super().generate(request_id, token_ids, sampling)
 
@@ -610,7 +610,7 @@ def probed(worker: FakeWorker, by: float):
     said: list[float] = []
     generate = worker.generate
 
-    async def listening(request_id, token_ids, sampling):
+    async def listening(request_id, token_ids, sampling, on_tokens=None):
         completion = await generate(request_id, token_ids, sampling)
         said[:] = completion.logprobs
         return completion

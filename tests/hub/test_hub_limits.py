@@ -84,7 +84,7 @@ def test_a_worker_that_fails_again_before_it_answered_anything_waits_longer():
 
 def test_a_worker_that_aborts_what_nobody_asked_it_to_is_not_asked_for_ever():
     class Aborting(FakeWorker):
-        async def generate(self, request_id, token_ids, sampling):
+        async def generate(self, request_id, token_ids, sampling, on_tokens=None):
             self.lie_next(token_ids=[], logprobs=[], versions=[], finish_reason="abort")
             return await super().generate(request_id, token_ids, sampling)
 
@@ -99,7 +99,7 @@ def test_a_place_at_a_worker_that_is_taken_out_in_the_same_moment_is_not_used():
     class Manual(FakeWorker):
         """Answers when it is told to."""
 
-        async def generate(self, request_id, token_ids, sampling):
+        async def generate(self, request_id, token_ids, sampling, on_tokens=None):
             self.asked = [*getattr(self, "asked", []), asyncio.get_running_loop().create_future()]
             return await self.asked[-1]
 

@@ -55,7 +55,7 @@ async def test_generate_answers_tokens_logprobs_and_version_spans(client):
 
 async def test_weights_are_replaced_while_paused_and_the_version_is_told(client, model):
     assert (await client.post("/pause?mode=keep")).status == 200
-    load = {"method": "reload_weights", "kwargs": {"weights_path": str(model)}}
+    load = {"method": "load_flash_weights", "kwargs": {"weights_path": str(model)}}
     assert (await client.post("/collective_rpc", json=load)).status == 200
     assert (await client.post("/update_weight_version", json={"new_version": "3"})).status == 200
     assert (await client.post("/resume")).status == 200
@@ -132,7 +132,7 @@ async def test_what_is_not_json_or_not_known_is_refused(client, tmp_path):
     assert (await client.post("/inference/v1/generate", json=[1])).status == 400
     assert (await client.post("/pause?mode=stop")).status == 400
     assert (await client.post("/collective_rpc", json={"method": "exec"})).status == 400
-    load = {"method": "reload_weights", "kwargs": {"weights_path": str(tmp_path)}}
+    load = {"method": "load_flash_weights", "kwargs": {"weights_path": str(tmp_path)}}
     assert (await client.post("/collective_rpc", json=load)).status == 400
     assert (await client.post("/update_weight_version", json={})).status == 400
 

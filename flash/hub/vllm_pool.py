@@ -1,0 +1,106 @@
+"""A pool of vLLM servers."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from flash.hub.pool import ProcessPool
+
+_BLOCK_TOKENS = 32  # the least that attention on a CPU takes
+
+
+class VllmPool(ProcessPool):
+    """vLLM API servers, with what token-in-token-out rollout needs switched on.
+
+    Args:
+        model: directory or hub name.
+        max_running: requests in one step of a server.
+        max_tokens: the longest sequence.
+        cache_tokens: room for keys and values in a server without GPU; on a GPU `gpu_memory` says.
+        tensor_parallel: GPUs of a server.
+        devices: the GPUs to use, in the order in which the servers take them; [] for a CPU.
+        gpu_memory: the share of a GPU's memory that a server takes.
+        threads: CPU threads of a server; 0 leaves it to torch.
+        arguments: further arguments of `vllm serve`, after ours.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        size: int,
+        max_running: int,
+        max_tokens: int,
+        cache_tokens: int,
+        tensor_parallel: int,
+        devices: Sequence[int],
+        gpu_memory: float,
+        dtype: str,
+        threads: int,
+        seed: int,
+        arguments: Sequence[str],
+        log_dir: Path,
+        start_timeout_s: float,
+    ) -> None:
+        super().__init__(size=size, log_dir=log_dir, start_timeout_s=start_timeout_s)
+        if devices and tensor_parallel > len(devices):
+            raise ValueError(
+                f"engine.tensor_parallel={tensor_parallel} exceeds the {len(devices)} GPUs that "
+                f"the servers may use ({', '.join(map(str, devices))}): use fewer, or name more in "
+                f"engine.devices"
+            )
+        self._model = model
+        self._devices = list(devices)
+        self._tensor_parallel = tensor_parallel
+        self._threads = threads
+        self._seed = seed
+        options = {
+            "dtype": dtype,
+            "max-model-len": max_tokens,
+            "max-num-seqs": max_running,
+            "tensor-parallel-size": tensor_parallel,
+            # Of the distribution that was sampled from: after the temperature.
+            "logprobs-mode": "processed_logprobs",
+            # Nothing is sampled but what a request says, whatever the model's files recommend.
+            "generation-config": "vllm",
+            "worker-extension-cls": "flash.worker.vllm_extension.WeightLoader",
+            "middleware": "flash.worker.vllm_extension.RequireKey",
+        }
+        if self._devices:
+            options["gpu-memory-utilization"] = gpu_memory
+        else:
+            options["num-gpu-blocks-override"] = -(-cache_tokens // _BLOCK_TOKENS)
+            options["block-size"] = _BLOCK_TOKENS
+        self._arguments = [
+            *(f"--{name}={value}" for name, value in options.items()),
+            "--enable-scale-out",
+            "--disable-uvicorn-access-log",
+            *([] if self._devices else ["--enforce-eager"]),
+            *arguments,
+        ]
+
+    def _command(self, number: int, host: str, port: int) -> Sequence[str]:
+        return [
+            sys.executable, "-m", "flash.worker.vllm_server", f"--model={self._model}",
+            f"--host={host}", f"--port={port}", f"--seed={self._seed + number}", *self._arguments,
+        ]  # fmt: skip
+
+    def _environment(self, number: int) -> Mapping[str, str]:
+        environment = {
+            "VLLM_SERVER_DEV_MODE": "1",
+            "VLLM_API_KEY": self._api_key,
+            "VLLM_NO_USAGE_STATS": "1",
+        }
+        if self._devices:
+            first = number * self._tensor_parallel
+            mine = (
+                self._devices[(first + n) % len(self._devices)]
+                for n in range(self._tensor_parallel)
+            )
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, mine))
+        else:
+            environment["VLLM_CPU_KVCACHE_SPACE"] = "1"
+            environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+            if self._threads:
+                environment["OMP_NUM_THREADS"] = str(self._threads)
+        return environment

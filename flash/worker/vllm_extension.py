@@ -1,0 +1,61 @@
+"""What our vLLM servers have that vLLM has not; each server imports it by name.
+
+`--worker-extension-cls flash.worker.vllm_extension.WeightLoader` adds the method that
+`/collective_rpc` calls for new weights; `--middleware flash.worker.vllm_extension.RequireKey`
+guards the routes that vLLM's own API key leaves open.
+"""
+
+import hmac
+import os
+from collections.abc import Awaitable, Callable, MutableMapping
+from pathlib import Path
+from typing import Any
+
+from flash.worker.checksum import checksum
+
+Scope = MutableMapping[str, Any]
+Asgi = Callable[[Scope, Any, Any], Awaitable[None]]
+
+
+class WeightLoader:
+    """Mixed into vLLM's worker class, one in each tensor-parallel rank."""
+
+    model_runner: Any
+
+    def load_flash_weights(self, weights_path: str) -> str:
+        """Replace the weights in place by the safetensors in a directory; their checksum."""
+        loaded = checksum(Path(weights_path))
+        self.model_runner.reload_weights(weights_path=weights_path)
+        model = self.model_runner.get_model()
+        head: Any = getattr(model, "lm_head", None)
+        if hasattr(head, "cpu_linear") and model.config.tie_word_embeddings:
+            # On a CPU the head computes with a packed copy, which a reload leaves as it was when
+            # the weight is the embedding's (vLLM 0.32).
+            from vllm.model_executor.layers.utils import (  # noqa: PLC0415  (in vLLM only)
+                dispatch_cpu_unquantized_gemm,
+            )
+
+            dispatch_cpu_unquantized_gemm(head, remove_weight=False)
+        return loaded
+
+
+class RequireKey:
+    """ASGI middleware: every route but /health asks for `$VLLM_API_KEY` as bearer token.
+
+    vLLM asks for it under /v1 and /inference only, while its development routes run code.
+    """
+
+    def __init__(self, app: Asgi) -> None:
+        self._app = app
+        self._wanted = b"Bearer " + os.environ["VLLM_API_KEY"].encode()
+
+    async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and scope["path"] != "/health":
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(given, self._wanted):
+                headers = [(b"content-type", b"application/json")]
+                await send({"type": "http.response.start", "status": 401, "headers": headers})
+                body = b'{"error": {"message": "the API key is missing or wrong"}}'
+                await send({"type": "http.response.body", "body": body})
+                return
+        await self._app(scope, receive, send)
