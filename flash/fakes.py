@@ -17,7 +17,7 @@ from typing import Any
 from aiohttp import web
 
 from flash.errors import EnvFailure
-from flash.hub.worker import OnTokens, WorkerFailure
+from flash.hub.worker import OnTokens, Worker, WorkerFailure
 from flash.types import (
     AsyncEnv,
     Completion,
@@ -79,7 +79,7 @@ class FakeWorker:
         tokens: how many tokens a response has at most (min, max), within `max_tokens`.
         load_s: seconds a weight load takes.
         room: how many requests it samples at the same time; the others wait inside.
-        streams: tell of tokens before the answer is whole, whenever anything happens.
+        tell_s: tell of tokens before the answer is whole, so often; None: never.
         script: the response to a prompt; without it token ids are drawn.
     """
 
@@ -94,7 +94,7 @@ class FakeWorker:
         load_s: Seconds = (0.0, 0.5),
         version: int = 0,
         room: int | None = None,
-        streams: bool = False,
+        tell_s: float | None = None,
         script: Script | None = None,
     ) -> None:
         self.name = name
@@ -110,7 +110,7 @@ class FakeWorker:
         self._tokens = tokens
         self._load_s = load_s
         self._room = math.inf if room is None else room
-        self._streams = streams
+        self._tell_s = tell_s
         self._script = script
         self._runs: dict[str, _Run] = {}
         self._paused = False  # nothing begins
@@ -170,7 +170,7 @@ class FakeWorker:
         self.max_running_seen = max(self.max_running_seen, self.running)
         self.started.append(request_id)
         try:
-            tell = on_tokens if self._streams else None
+            tell = on_tokens if self._tell_s is not None else None
             completion = await self._sample(request_id, token_ids, sampling, tell)
         finally:
             self.running -= 1
@@ -250,7 +250,8 @@ class FakeWorker:
                     run.finish_token(clock() - began)
                 else:
                     with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(run.left_s):
+                        until_tell = math.inf if self._tell_s is None else self._tell_s
+                        async with asyncio.timeout(min(run.left_s, until_tell)):
                             await self._changed.wait()
                     run.work(clock() - began, version)
                 known = len(token_ids)
@@ -288,6 +289,56 @@ class FakeWorker:
     def _check_alive(self) -> None:
         if self._dead:
             raise WorkerFailure(f"{self.name} is dead")
+
+
+class FakePool:
+    """A pool of fake workers: one that is killed lives again after a while, with its first weights.
+
+    Args:
+        start_s: seconds that a start takes.
+        lives: how often a worker is started before its death is final.
+    """
+
+    def __init__(
+        self, workers: Sequence[FakeWorker], *, start_s: float = 30.0, lives: int = 1_000_000
+    ) -> None:
+        self.deaths = 0
+        self._workers = list(workers)
+        self._start_s = start_s
+        self._lives = {worker.name: lives for worker in workers}
+        self._timers: list[asyncio.TimerHandle] = []
+
+    async def start(
+        self,
+        on_exit: Callable[[Worker, str, bool], None],
+        on_ready: Callable[[Worker], None],
+    ) -> list[Worker]:
+        self._on_exit, self._on_ready = on_exit, on_ready
+        return list(self._workers)
+
+    def restart(self, worker: Worker) -> None:
+        """As the hub asks for it; `kill` in a test's words."""
+        (fake,) = (known for known in self._workers if known is worker)
+        self.kill(fake)
+
+    def kill(self, worker: FakeWorker) -> None:
+        """The worker's process dies, and its pool tells so and starts it anew."""
+        self.deaths += 1
+        self._lives[worker.name] -= 1
+        worker.die()
+        final = self._lives[worker.name] == 0
+        self._on_exit(worker, f"{worker.name} was killed", final)
+        if not final:
+            loop = asyncio.get_running_loop()
+            self._timers.append(loop.call_later(self._start_s, self._return, worker))
+
+    async def stop(self) -> None:
+        for timer in self._timers:
+            timer.cancel()
+
+    def _return(self, worker: FakeWorker) -> None:
+        worker.restart()
+        self._on_ready(worker)
 
 
 def _fired(event: asyncio.Event) -> asyncio.Event:

@@ -189,7 +189,7 @@ def test_the_readmes_snippet_runs_against_a_worker(tmp_path):
             str(model), size=1, max_running=16, cache_tokens=8192, threads=1, dtype="float32",
             version=0, seed=0, log_dir=tmp_path, start_timeout_s=120,
         )  # fmt: skip
-        (worker,) = await pool.start(lambda worker, why: None)
+        (worker,) = await pool.start(lambda worker, why, final: None, lambda worker: None)
         config = TrainerConfig(threads=1)
         async with Trainer(model=model, config=config, run_dir=tmp_path) as trainer:
             versions = []

@@ -96,6 +96,7 @@ class HttpWorker:
             "max_tokens": sampling.max_tokens,
             "temperature": sampling.temperature,
             "stop_token_ids": list(sampling.stop_token_ids),
+            "ignore_eos": True,  # a request says where it stops, all of it
             "logprobs": 0,
         }
         body: dict[str, Any] = {
@@ -171,9 +172,7 @@ class HttpWorker:
                         return self._completion(choice, token_ids, logprobs)
         raise WorkerFailure(f"{self.name}{_GENERATE} ended its answer half-way")
 
-    def _completion(
-        self, last: _Choice, token_ids: list[int], logprobs: list[float]
-    ) -> Completion:
+    def _completion(self, last: _Choice, token_ids: list[int], logprobs: list[float]) -> Completion:
         """From all tokens and the piece that came last; ValueError if they can't be."""
         if last.finish_reason is None:
             raise ValueError("an answer without finish_reason")

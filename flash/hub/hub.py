@@ -373,7 +373,7 @@ class InferenceHub:
     async def _acquire(self, request: GenerateRequest, *, cost: int, arrival: int) -> _Slot:
         """Waits for a place at a worker; `_release` gives it back."""
         if self._failure is not None:
-            raise self._failure
+            raise self._failed()
         waiter = _Waiter(arrival, request, cost, asyncio.get_running_loop().create_future())
         if self._queue and self._queue[-1].arrival > arrival:  # it lost its worker
             bisect.insort(self._queue, waiter, key=lambda other: other.arrival)
@@ -669,8 +669,14 @@ class InferenceHub:
         self._failure = self._failure or failure
         for waiter in self._queue:
             if not waiter.slot.done():
-                waiter.slot.set_exception(self._failure)
+                waiter.slot.set_exception(self._failed())
         self._queue.clear()
+
+    def _failed(self) -> InferenceFailure:
+        """The failure for one caller: an error that many raise would grow their tracebacks."""
+        failure = InferenceFailure(str(self._failure))
+        failure.__cause__ = self._failure
+        return failure
 
     # ── new weights ──────────────────────────────────────────────────────────────────────────
 
@@ -686,7 +692,7 @@ class InferenceHub:
         """
         async with self._publishing:
             if self._failure is not None:
-                raise self._failure
+                raise self._failed()
             if weights.version <= self.version:
                 raise ValueError(
                     f"version {weights.version} is not newer than the published {self.version}"
@@ -701,7 +707,7 @@ class InferenceHub:
                     await self._update(slot, weights, mode)
                     paused_s[slot] = self._clock() - started
             if self._failure is not None:
-                raise self._failure
+                raise self._failed()
             self.version = weights.version
             gaps = await self._probe_all(weights)
             self._publishes += 1

@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 _REQUEST_PREFIX = "generate-tokens-"
 _MAX_BODY_BYTES = 64 * 1024 * 1024
 _SAMPLING_FIELDS = {"max_tokens", "temperature", "stop_token_ids", "logprobs"}
+# What is so here anyway: only what a request names stops it, and an answer comes whole.
+_SAMPLING_FIELDS |= {"ignore_eos", "stream_interval"}
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

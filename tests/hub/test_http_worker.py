@@ -1,7 +1,5 @@
 """The HTTP client of the worker protocol, against a server that answers what it is told."""
 
-from pathlib import Path
-
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
@@ -72,7 +70,8 @@ async def test_a_request_and_its_answer_in_the_protocols_words(scripted):
                 "request_id": "id",
                 "token_ids": [1, 2],
                 "sampling_params": {
-                    "max_tokens": 3, "temperature": 0.5, "stop_token_ids": [9], "logprobs": 0,
+                    "max_tokens": 3, "temperature": 0.5, "stop_token_ids": [9], "ignore_eos": True,
+                    "logprobs": 0,
                 },
             },
         )

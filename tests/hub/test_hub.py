@@ -192,7 +192,9 @@ def test_a_caller_cancelled_in_the_moment_it_gets_a_place_gives_it_back():
 def test_a_caller_cancelled_in_the_moment_the_pool_fails_is_cancelled():
     async def main():
         async with InferenceHub([steady()], max_running=1) as hub:
-            asyncio.get_running_loop().call_later(3, hub._on_exit, hub._slots[0].worker, "killed", True)
+            asyncio.get_running_loop().call_later(
+                3, hub._on_exit, hub._slots[0].worker, "killed", True
+            )
             running = asyncio.ensure_future(hub.generate(request()))
             queued = asyncio.ensure_future(hub.generate(request()))
             asyncio.get_running_loop().call_later(3, queued.cancel)

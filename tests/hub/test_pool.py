@@ -13,11 +13,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from flash.errors import InferenceFailure
-from flash.hub import EmbeddedPool, InferenceHub
+from flash.hub import EmbeddedPool, InferenceHub, ProcessPool
 from flash.small_policy import create
 from flash.types import GenerateRequest, SamplingParams, Weights
 
 pytestmark = pytest.mark.slow
+DEAF = (lambda worker, why, final: None, lambda worker: None)
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +62,11 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-async def test_a_pool_serves_publishes_exactly_and_outlives_a_kill_but_not_two(models, tmp_path):
+@pytest.mark.timeout(500)
+async def test_a_pool_serves_publishes_exactly_and_outlives_its_workers(models, tmp_path):
     """One test of one pool, because a worker's start is seconds of imports."""
     pool = make_pool(models[0], tmp_path, size=2)
     async with InferenceHub(pool, max_running=4) as hub:
-        pids = [process.pid for process in pool._processes]
         answers = await asyncio.gather(*(hub.generate(request()) for _ in range(8)))
         assert len({answer.worker for answer in answers}) == 2
         assert {v for answer in answers for v in answer.versions} == {0}
@@ -75,40 +76,41 @@ async def test_a_pool_serves_publishes_exactly_and_outlives_a_kill_but_not_two(m
         assert report.gap_max < 1e-4
         assert set((await hub.generate(request())).versions) == {1}
 
-        calls = [asyncio.ensure_future(hub.generate(request(400))) for _ in range(8)]
-        while sum(worker.running for worker in hub.stats().workers) < 8:
-            await asyncio.sleep(0)
-        first, second = pool._processes
-        os.kill(first.pid, signal.SIGKILL)
-        answers = await asyncio.gather(*calls)
-        assert all(len(answer.token_ids) == 400 for answer in answers)
-        assert hub.stats().retries > 0, "it had requests when it was killed"
-        await first.wait()
-        assert [worker.healthy for worker in hub.stats().workers] == [False, True]
-        os.kill(second.pid, signal.SIGKILL)
-        told = f"no inference worker is left(?s:.)*pid {second.pid}.*exit code -9"
-        with pytest.raises(InferenceFailure, match=told):
-            while True:
-                await hub.generate(request(400))
+        for victims in (1, 2):  # one, then all of them
+            calls = [asyncio.ensure_future(hub.generate(request(400))) for _ in range(8)]
+            while sum(worker.running for worker in hub.stats().workers) < 8:
+                await asyncio.sleep(0)
+            retries = hub.stats().retries
+            for pid in pool.pids[:victims]:
+                os.kill(pid, signal.SIGKILL)
+            answers = await asyncio.gather(*calls)
+            assert all(len(answer.token_ids) == 400 for answer in answers)
+            assert {v for answer in answers for v in answer.versions} == {1}
+            assert hub.stats().retries > retries, "it had requests when it was killed"
+            async with asyncio.timeout(200):
+                while not all(worker.healthy for worker in hub.stats().workers):
+                    await asyncio.sleep(0.05)
+        assert await hub.probe(weights(1, models[1])) < 1e-4, "back with the first weights"
+        pids = pool.pids
     assert not any(map(is_alive, pids))
 
 
 async def test_a_start_that_is_cancelled_leaves_no_process(models, tmp_path):
     pool = make_pool(models[0], tmp_path, size=2)
-    starting = asyncio.ensure_future(pool.start(lambda worker, why: None))
-    while len(pool._processes) < 2:
+    starting = asyncio.ensure_future(pool.start(*DEAF))
+    while len(pool.pids) < 2:
         await asyncio.sleep(0)
     starting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await starting
-    assert not any(is_alive(process.pid) for process in pool._processes)
+    assert not any(map(is_alive, pool.pids))
 
 
 async def test_a_worker_that_is_not_ready_in_time_is_told_with_its_log(models, tmp_path):
     pool = make_pool(models[0], tmp_path, start_timeout_s=0.01)
     with pytest.raises(InferenceFailure, match="was not ready after engine.start_timeout_s=0.01"):
-        await pool.start(lambda worker, why: None)
-    assert not any(is_alive(process.pid) for process in pool._processes)
+        await pool.start(*DEAF)
+    assert not any(map(is_alive, pool.pids))
 
 
 def test_a_worker_whose_parent_is_killed_dies(models, tmp_path):
@@ -120,8 +122,8 @@ from flash.hub import EmbeddedPool
 async def main():
     pool = EmbeddedPool({str(models[0])!r}, size=1, max_running=8, cache_tokens=4096, threads=1,
         dtype="float32", version=0, seed=0, log_dir=Path({str(tmp_path)!r}), start_timeout_s=120)
-    await pool.start(lambda worker, why: None)
-    print(pool._processes[0].pid, flush=True)
+    await pool.start(lambda worker, why, final: None, lambda worker: None)
+    print(pool.pids[0], flush=True)
     await asyncio.Event().wait()
 
 asyncio.run(main())
@@ -142,3 +144,64 @@ async def test_a_worker_that_dies_at_its_start_shows_its_log(tmp_path):
         async with InferenceHub(make_pool(tmp_path / "nothing", tmp_path)):
             pass
     assert str(tmp_path / "nothing") in str(caught.value)
+
+
+# ── the pool itself, with a worker whose start is quick ──────────────────────────────────────
+
+QUICK = """
+import sys
+from aiohttp import web
+from flash.fakes import FakeWorker, worker_app
+from flash.process import die_with_parent
+die_with_parent()
+web.run_app(worker_app(FakeWorker("w")), host="127.0.0.1", port=int(sys.argv[1]), print=None)
+"""
+
+
+class QuickPool(ProcessPool):
+    """Fake workers behind HTTP; the code of later starts can be another."""
+
+    def __init__(self, tmp_path: Path, later: str = QUICK) -> None:
+        super().__init__(size=1, log_dir=tmp_path, start_timeout_s=60)
+        self.starts = 0
+        self._later = later
+
+    def _command(self, number: int, host: str, port: int) -> list[str]:
+        self.starts += 1
+        return [sys.executable, "-c", QUICK if self.starts == 1 else self._later, str(port)]
+
+    def _environment(self, number: int) -> dict[str, str]:
+        return {}
+
+
+async def test_a_worker_that_dies_is_started_anew_under_its_name(tmp_path):
+    exits: asyncio.Queue = asyncio.Queue()
+    returns: asyncio.Queue = asyncio.Queue()
+    pool = QuickPool(tmp_path)
+    (worker,) = await pool.start(lambda *told: exits.put_nowait(told), returns.put_nowait)
+    (pid,) = pool.pids
+    os.kill(pid, signal.SIGKILL)
+    told, why, final = await exits.get()
+    assert told is worker
+    assert f"(pid {pid}) ended with exit code -9" in why
+    assert not final
+    assert await returns.get() is worker
+    await worker.check_health()
+    pool.restart(worker)
+    assert (await exits.get())[2] is False
+    assert await returns.get() is worker
+    assert pool.starts == 3
+    await pool.stop()
+
+
+async def test_a_worker_that_dies_at_every_start_is_given_up_with_its_log(tmp_path, monkeypatch):
+    monkeypatch.setattr("flash.hub.pool._FIRST_BACKOFF_S", 0.0)
+    exits: asyncio.Queue = asyncio.Queue()
+    pool = QuickPool(tmp_path, later="raise SystemExit('no memory')")
+    await pool.start(lambda *told: exits.put_nowait(told), lambda worker: None)
+    os.kill(pool.pids[0], signal.SIGKILL)
+    told = [await exits.get() for _ in range(5)]
+    assert [final for _, _, final in told] == [False, False, False, False, True]
+    assert "no memory" in told[-1][1]
+    await pool.stop()
+    assert exits.empty()

@@ -1,0 +1,272 @@
+"""Real vLLM servers behind the hub: two of them, shared by these tests, on the CPU build."""
+
+import asyncio
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+from itertools import groupby
+from pathlib import Path
+
+import aiohttp
+import psutil
+import pytest
+import pytest_asyncio
+import torch
+from transformers import AutoModelForCausalLM
+
+from flash.errors import InferenceFailure, PublishFailure
+from flash.hub import InferenceHub, VllmPool
+from flash.machine import gpus, has_vllm
+from flash.small_policy import create
+from flash.types import Completion, GenerateRequest, SamplingParams, Weights
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(not has_vllm(), reason="vLLM is not installed: make setup-vllm"),
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.xdist_group("vllm"),
+]
+
+PROMPT = [5, 6, 7, 8, 9, 10, 11, 12]
+GRACE_S = 30
+RETURN_S = 300  # for a server to be started anew on a busy machine
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> list[Path]:
+    """Small policies, with tied embeddings, one seed each."""
+    folder = tmp_path_factory.mktemp("models")
+    words = [f"w{n}" for n in range(300)]
+    return [
+        create(folder / str(seed), words, layers=2, hidden_size=64, heads=2, seed=seed)
+        for seed in range(3)
+    ]
+
+
+def make_pool(model: Path, log_dir: Path, size: int, arguments=()) -> VllmPool:
+    return VllmPool(
+        str(model), size=size, max_running=8, max_tokens=1024, cache_tokens=16_384,
+        tensor_parallel=1, devices=gpus(), gpu_memory=0.3, dtype="float32", threads=1, seed=0,
+        arguments=arguments, log_dir=log_dir, start_timeout_s=RETURN_S,
+    )  # fmt: skip
+
+
+class Servers:
+    """The pool and hub of these tests, and the versions that the hub has published."""
+
+    def __init__(self, hub: InferenceHub, pool: VllmPool, models: list[Path]) -> None:
+        self.hub = hub
+        self.pool = pool
+        self.models = models
+        self.model_of = {0: models[0]}
+
+    async def publish(self, mode="keep"):
+        """The model after the present one, as the next version."""
+        version = self.hub.version + 1
+        model = self.models[version % len(self.models)]
+        self.model_of[version] = model
+        return await self.hub.publish(weights(version, model), mode)
+
+    def assert_exact(self, prompt: list[int], answer: Completion, temperature: float = 1.0) -> None:
+        """Each token's logprob is that of the model of its version, by a plain forward pass."""
+        sequence = [*prompt, *answer.token_ids]
+        for version in set(answer.versions):
+            expected = logprobs(self.model_of[version], sequence, temperature)[len(prompt) - 1 :]
+            for got, wanted, of in zip(answer.logprobs, expected, answer.versions, strict=True):
+                if of == version:
+                    assert got == pytest.approx(wanted, abs=1e-3), f"version {version}"
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def servers(models, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent / "planted"))
+        pool = make_pool(
+            models[0], tmp_path_factory.mktemp("logs"), 2,
+            ["--worker-extension-cls=planted_fault.FaultyLoader"],
+        )  # fmt: skip
+        async with InferenceHub(pool, max_running=8, recovery_timeout_s=RETURN_S) as hub:
+            yield Servers(hub, pool, models)
+    deadline = asyncio.get_running_loop().time() + GRACE_S
+    while any(map(psutil.pid_exists, pool.pids)):
+        assert asyncio.get_running_loop().time() < deadline, "a server outlived its pool"
+        await asyncio.sleep(0.1)
+
+
+def logprobs(model: Path, token_ids: list[int], temperature: float = 1.0) -> list[float]:
+    """Of `token_ids[1:]`."""
+    tokens = torch.tensor([token_ids])
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(model)(tokens).logits[0, :-1]
+    return (logits / temperature).log_softmax(-1).gather(-1, tokens[0, 1:, None])[:, 0].tolist()
+
+
+def weights(version: int, model: Path) -> Weights:
+    async def score(token_ids):
+        return await asyncio.to_thread(logprobs, model, list(token_ids))
+
+    return Weights(version=version, path=model, score=score)
+
+
+def request(max_tokens: int, prompt=PROMPT, temperature: float = 1.0) -> GenerateRequest:
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature)
+    return GenerateRequest(token_ids=prompt, sampling=sampling)
+
+
+async def in_flight(hub: InferenceHub, count: int, max_tokens: int) -> list[asyncio.Task]:
+    """So many long requests, all of which have begun to sample."""
+    prompts = [[*PROMPT, 20 + n] for n in range(count)]
+    tasks = [asyncio.create_task(hub.generate(request(max_tokens, p))) for p in prompts]
+    while not all(slot.streams for slot in hub._slots) or hub.stats().running < count:
+        await asyncio.sleep(0.05)
+    return tasks
+
+
+async def all_healthy(hub: InferenceHub) -> None:
+    async with asyncio.timeout(RETURN_S):
+        while not all(worker.healthy for worker in hub.stats().workers):
+            await asyncio.sleep(0.2)
+
+
+def versions_of(answers: list[Completion]) -> list[list[int]]:
+    """For each answer, the versions in the order in which they sampled."""
+    return [[version for version, _ in groupby(answer.versions)] for answer in answers]
+
+
+async def test_logprobs_are_the_models_own_after_the_temperature(servers):
+    for temperature in (1.0, 0.6):
+        answer = await servers.hub.generate(request(60, temperature=temperature))
+        assert len(answer.token_ids) == 60
+        servers.assert_exact(PROMPT, answer, temperature)
+
+
+async def test_nobody_without_the_key_reaches_any_route(servers):
+    url = servers.hub.stats().workers[0].name
+    async with aiohttp.ClientSession() as session:
+        async with session.get(f"{url}/weight_info") as response:
+            assert response.status == 401
+        async with session.post(f"{url}/collective_rpc", json={"method": "exec"}) as response:
+            assert response.status == 401
+
+
+async def test_keep_goes_on_with_the_new_weights_exactly_from_the_seam(servers):
+    running = await in_flight(servers.hub, 8, 600)
+    report = await servers.publish("keep")
+    answers = await asyncio.gather(*running)
+    assert report.workers == 2
+    assert report.gap_max < 1e-3
+    old, new = servers.hub.version - 1, servers.hub.version
+    assert [old, new] in versions_of(answers)
+    for number, answer in enumerate(answers):
+        assert len(answer.token_ids) == 600
+        servers.assert_exact([*PROMPT, 20 + number], answer)
+
+
+async def test_abort_samples_the_rest_anew(servers):
+    running = await in_flight(servers.hub, 8, 600)
+    await servers.publish("abort")
+    answers = await asyncio.gather(*running)
+    assert [servers.hub.version - 1, servers.hub.version] in versions_of(answers)
+    for number, answer in enumerate(answers):
+        assert len(answer.token_ids) == 600
+        servers.assert_exact([*PROMPT, 20 + number], answer)
+
+
+async def test_wait_lets_every_request_end_with_the_weights_it_began_with(servers):
+    running = await in_flight(servers.hub, 8, 300)
+    old = servers.hub.version
+    await servers.publish("wait")
+    answers = await asyncio.gather(*running)
+    assert versions_of(answers) == [[old]] * 8
+    for number, answer in enumerate(answers):
+        servers.assert_exact([*PROMPT, 20 + number], answer)
+
+
+async def test_a_server_that_is_killed_loses_no_token_and_returns_with_the_present_weights(servers):
+    hub = servers.hub
+    restarts = hub.stats().retries
+    running = await in_flight(hub, 8, 900)
+    victim = psutil.Process(servers.pool.pids[0])
+    left = [victim, *victim.children(recursive=True)]
+    os.kill(left[1].pid, signal.SIGKILL)  # the API server; its engine would live on
+    answers = await asyncio.gather(*running)
+    assert hub.stats().retries > restarts
+    for number, answer in enumerate(answers):
+        assert len(answer.token_ids) == 900
+        servers.assert_exact([*PROMPT, 20 + number], answer)
+    await servers.publish()  # while it is away
+    await all_healthy(hub)
+    assert not any(process.is_running() for process in left)
+    answers = await asyncio.gather(*(hub.generate(request(20)) for _ in range(16)))
+    assert len({answer.worker for answer in answers}) == 2
+    assert {v for answer in answers for v in answer.versions} == {hub.version}
+    for answer in answers:
+        servers.assert_exact(PROMPT, answer)
+
+
+async def test_a_server_whose_engine_stands_still_is_started_anew(servers):
+    hub = servers.hub
+    running = await in_flight(hub, 8, 600)
+    hub._progress_timeout_s = 10.0
+    engines = psutil.Process(servers.pool.pids[1]).children(recursive=True)
+    for process in engines[1:]:  # all but the API server, which goes on to say that it is well
+        process.suspend()
+    answers = await asyncio.gather(*running)
+    hub._progress_timeout_s = 120.0
+    for number, answer in enumerate(answers):
+        servers.assert_exact([*PROMPT, 20 + number], answer)
+    await all_healthy(hub)
+    assert not any(process.is_running() for process in engines)
+
+
+async def test_a_head_that_keeps_its_old_weights_ends_the_run(servers, tmp_path):
+    """The last of these tests: afterwards the hub has failed its publish."""
+    version = servers.hub.version + 1
+    model = servers.models[version % len(servers.models)]
+    planted = tmp_path / "planted"
+    shutil.copytree(model, planted)
+    (planted / "planted").touch()
+    with pytest.raises(PublishFailure, match="logprobs differ from the trainer's by"):
+        await servers.hub.publish(weights(version, planted))
+
+
+async def test_a_server_that_dies_at_its_start_shows_why(models, tmp_path):
+    pool = make_pool(models[0], tmp_path, 1, ["--max-model-len=1000000"])
+    with pytest.raises(InferenceFailure, match="(?s)ended at its start.*max_model_len"):
+        await pool.start(lambda *_: None, lambda _: None)
+
+
+async def test_no_server_outlives_a_controller_that_is_killed(models, tmp_path):
+    controller = f"""
+import asyncio
+from pathlib import Path
+from tests.hub.test_vllm import make_pool
+
+async def main():
+    pool = make_pool(Path({str(models[0])!r}), Path({str(tmp_path)!r}), 1)
+    await pool.start(lambda *_: None, lambda _: None)
+    print(pool.pids[0], flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+    root = Path(__file__).parents[2]
+    process = subprocess.Popen(  # noqa: ASYNC220  (a child that is killed, and read in a thread)
+        [sys.executable, "-c", controller], stdout=subprocess.PIPE, cwd=root, text=True
+    )
+    assert process.stdout is not None
+    server = psutil.Process(int(await asyncio.to_thread(process.stdout.readline)))
+    watches = [os.pidfd_open(p.pid) for p in [server, *server.children(recursive=True)]]
+    assert len(watches) >= 3
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    for watch in watches:
+        # The file descriptor of a process becomes readable when it ends.
+        ended = await asyncio.to_thread(select.select, [watch], [], [], GRACE_S)
+        assert ended[0], "a process of the server outlived the controller"
+        os.close(watch)
