@@ -674,8 +674,9 @@ class InferenceHub:
 
     def _failed(self) -> InferenceFailure:
         """The failure for one caller: an error that many raise would grow their tracebacks."""
+        assert self._failure is not None
         failure = InferenceFailure(str(self._failure))
-        failure.__cause__ = self._failure
+        failure.__cause__ = self._failure.__cause__
         return failure
 
     # ── new weights ──────────────────────────────────────────────────────────────────────────

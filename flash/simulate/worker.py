@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from flash.hub.worker import OnTokens
 from flash.simulate.scenario import WorkersConfig
 from flash.simulate.timeline import Timeline
 from flash.simulate.world import Script, World
@@ -80,7 +81,11 @@ class SimulatedWorker:
     # ── the Worker protocol ──────────────────────────────────────────────────────────────────
 
     async def generate(
-        self, request_id: str, token_ids: Sequence[int], sampling: SamplingParams
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        sampling: SamplingParams,
+        on_tokens: OnTokens | None = None,
     ) -> Completion:
         script = self._world.script(token_ids[0])
         grain = self._world.grain

@@ -78,7 +78,8 @@ def pack(
     sequences_S = np.repeat(np.arange(len(samples)), lengths)[trained_S]
 
     def of_tokens(name: str) -> NDArray[Any]:
-        return np.concatenate([getattr(sample, name) for sample in samples])[trained_S]
+        values_N: NDArray[Any] = np.concatenate([getattr(sample, name) for sample in samples])
+        return values_N[trained_S]
 
     def of_samples(values: Sequence[float]) -> NDArray[np.float32]:
         return np.asarray(values)[sequences_S].astype(np.float32)
