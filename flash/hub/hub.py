@@ -35,6 +35,8 @@ _UNWELL_UNTIL_RESTART = 3  # health checks that fail in a row
 # One request that no worker survives must not take them out in turn for ever, and workers that
 # pass their health check and then answer nonsense (weights gone nan) must end the run.
 _FAILURES_A_REQUEST = 5
+# Each costs about 0.2 ms until its answer is read: a burst of thousands must not hold the loop.
+_PLACES_A_TURN = 16
 _CONTROL = "control"  # where a request has its id; a worker has one such call at a time
 _PROBE_PROMPT = (1, 2, 3, 1, 2, 3)  # any token ids that every vocabulary has
 _PROBE_SAMPLING = SamplingParams(max_tokens=12)
@@ -216,6 +218,7 @@ class InferenceHub:
         self._slots: list[_Slot] = []
         # By arrival. Bound: one entry for each caller; the agents are bounded by their loop.
         self._queue: deque[_Waiter] = deque()
+        self._given_this_turn = 0
         self._sessions: OrderedDict[str, _Slot] = OrderedDict()
         self._published = {version}
         self._weights: Weights | None = None
@@ -390,8 +393,8 @@ class InferenceHub:
             raise
 
     def _dispatch(self) -> None:
-        """Gives places to those that wait, first come first served."""
-        while self._queue:
+        """Gives places to those that wait, first come first served, a few in a turn of the loop."""
+        while self._queue and self._given_this_turn < _PLACES_A_TURN:
             waiter = self._queue[0]
             if waiter.slot.done():  # its caller was cancelled
                 self._queue.popleft()
@@ -399,6 +402,9 @@ class InferenceHub:
             slot = self._best(waiter.request)
             if slot is None:
                 return
+            if self._given_this_turn == 0:
+                asyncio.get_running_loop().call_soon(self._next_turn)
+            self._given_this_turn += 1
             self._queue.popleft()
             if slot.running == 0:
                 slot.busy_since = slot.progress_at = self._clock()
@@ -413,18 +419,25 @@ class InferenceHub:
                     self._sessions.popitem(last=False)
             waiter.slot.set_result(slot)
 
+    def _next_turn(self) -> None:
+        self._given_this_turn = 0
+        self._dispatch()
+
     def _best(self, request: GenerateRequest) -> _Slot | None:
         """The least loaded worker; or the one with the prefix, unless waiting there costs more."""
-        free = [s for s in self._slots if s.accepting and s.running < self._max_running]
-        if not free:
-            return None
-        least = min(free, key=lambda slot: slot.outstanding_tokens)
+        least: _Slot | None = None
+        for slot in self._slots:  # a plain loop: hundreds of workers are asked for each request
+            if slot.running == self._max_running or not slot.accepting:
+                continue
+            if least is None or slot.outstanding_tokens < least.outstanding_tokens:
+                least = slot
         home = self._sessions.get(request.session)
-        if home is not None and home in free:
-            extra_wait = home.outstanding_tokens - least.outstanding_tokens
-            if extra_wait <= len(request.token_ids):
-                return home
-        return least
+        if least is None or home is None or home is least:
+            return least
+        if home.running == self._max_running or not home.accepting:
+            return least
+        extra_wait = home.outstanding_tokens - least.outstanding_tokens
+        return home if extra_wait <= len(request.token_ids) else least
 
     def _release(self, slot: _Slot, *, cost: int) -> None:
         slot.running -= 1

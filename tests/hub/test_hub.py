@@ -1,6 +1,7 @@
 """The hub's promises, under virtual time with fake workers."""
 
 import asyncio
+import itertools
 import math
 import random
 from pathlib import Path
@@ -57,6 +58,23 @@ def test_requests_wait_for_room_first_come_first_served():
             await asyncio.gather(*(one(n) for n in range(6)))
         assert [number for number, _ in ended] == list(range(6))
         assert [when for _, when in ended] == [10, 10, 20, 20, 30, 30]
+
+    virtual_time.run(main())
+
+
+def test_a_burst_of_requests_begins_in_many_small_turns_of_the_loop_and_at_once():
+    async def main():
+        worker = steady()
+        async with InferenceHub([worker], max_running=1000) as hub:
+            calls = [asyncio.ensure_future(hub.generate(request())) for _ in range(500)]
+            begun = [0]
+            while begun[-1] < 500:
+                await asyncio.sleep(0)
+                begun.append(len(worker.started))
+            assert max(b - a for a, b in itertools.pairwise(begun)) <= 32
+            assert now() == 0
+            await asyncio.gather(*calls)
+            assert now() == 10
 
     virtual_time.run(main())
 
