@@ -182,7 +182,7 @@ async def main():
     await asyncio.Event().wait()
 
 try:
-    cli._run(main())
+    cli.run_loop(main())
 except KeyboardInterrupt:
     sys.exit(130)
 """
