@@ -2,7 +2,7 @@
 
 The real hub, worker, agents, loop and trainer play FrozenLake; each environment step also sleeps a
 seeded lognormal time, the same in every run, so that cores are no limit. Every run trains the same
-number of samples.
+number of samples, and keeps its folder, which `flash simulate --calibrate` reads.
 
     python benchmarks/sync_vs_async.py [--steps 10] [--alphas 0,1,2] [--mean-s 0.25] [--sigma 1.2]
 """
@@ -14,15 +14,18 @@ import json
 import math
 import random
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 from transformers import AutoTokenizer
 
 from flash import InferenceHub, InlineEnvs, RolloutLoop, Task
 from flash.agents import EnvironmentAgent, PlainStyle
+from flash.config import Config, parse
 from flash.envs.frozen_lake import FrozenLakeTextEnv
 from flash.hub import EmbeddedPool
 from flash.small_policy import create
+from flash.telemetry import RunFolder
 from flash.trainer import Trainer, TrainerConfig
 from flash.types import AsyncEnv, EnvSource, Observation
 
@@ -30,27 +33,33 @@ RESULTS = Path(__file__).parent / "results" / "sync_vs_async.json"
 
 
 class SlowEnvs:
-    """Environments whose steps take a lognormal time, decided by task, episode and turn."""
+    """Environments whose steps take a lognormal time, decided by task, how often it was played
+    before, and turn: so that all runs wait for the same."""
 
     def __init__(self, envs: EnvSource, *, mean_s: float, sigma: float) -> None:
         self._envs = envs
         self._mu = math.log(mean_s) - sigma**2 / 2
         self._sigma = sigma
-        self._episodes = itertools.count()
+        self._episodes: Counter[int] = Counter()
 
     async def open(self) -> AsyncEnv:
-        return _SlowEnv(await self._envs.open(), self, next(self._episodes))
+        return _SlowEnv(await self._envs.open(), self)
+
+    def begin(self, task: Task) -> random.Random:
+        """What decides the times of the task's next episode."""
+        self._episodes[task.seed] += 1
+        return random.Random(f"{task.seed} {self._episodes[task.seed]}")
 
     async def take_time(self, rng: random.Random) -> None:
         await asyncio.sleep(rng.lognormvariate(self._mu, self._sigma))
 
 
 class _SlowEnv:
-    def __init__(self, env: AsyncEnv, slow: SlowEnvs, number: int) -> None:
-        self._env, self._slow, self._number = env, slow, number
+    def __init__(self, env: AsyncEnv, slow: SlowEnvs) -> None:
+        self._env, self._slow = env, slow
 
     async def reset(self, task: Task) -> Observation:
-        self._rng = random.Random(f"{task.seed} {self._number}")
+        self._rng = self._slow.begin(task)
         return await self._env.reset(task)
 
     async def step(self, action: str) -> Observation:
@@ -61,8 +70,27 @@ class _SlowEnv:
         self._env.close()
 
 
-async def one_run(alpha: float, options: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """Train `options.steps` batches; what it took."""
+def configured(alpha: float, options: argparse.Namespace) -> Config:
+    """What the run would be told if it were one of `flash train`."""
+    return parse(
+        {
+            "name": f"sync_vs_async_alpha{alpha:g}",
+            "runs_dir": options.runs_dir,
+            "env": "frozen_lake",
+            "alpha": alpha,
+            "steps": options.steps,
+            "batch_size": options.batch_size,
+            "group_size": options.group_size,
+            "engine": {"max_running": 12, "cache_tokens": 32_768},
+            "agent": {"max_tokens": 3},
+        }
+    )
+
+
+async def one_run(
+    config: Config, options: argparse.Namespace, run: RunFolder, folder: Path
+) -> dict[str, float]:
+    """Train `config.steps` batches; what it took."""
     model = create(folder / "model", FrozenLakeTextEnv().vocabulary(), layers=2, hidden_size=64)
     style = PlainStyle(AutoTokenizer.from_pretrained(model))
     envs = SlowEnvs(
@@ -74,33 +102,52 @@ async def one_run(alpha: float, options: argparse.Namespace, folder: Path) -> di
         str(model), size=1, max_running=12, cache_tokens=32_768, threads=1, dtype="float32",
         version=0, seed=0, log_dir=folder / "logs", start_timeout_s=120,
     )  # fmt: skip
-    config = TrainerConfig(threads=1, learning_rate=1e-4)
     clock = asyncio.get_running_loop().time
     train_s = 0.0
     async with (
-        Trainer(model=model, config=config, run_dir=folder) as trainer,
+        Trainer(
+            model=model,
+            config=TrainerConfig(threads=1, learning_rate=1e-4),
+            run_dir=folder,
+        ) as trainer,
         InferenceHub(pool, max_running=12) as hub,
         RolloutLoop(
             hub,
             agent=lambda: EnvironmentAgent(envs=envs, style=style, max_tokens=3),
             tasks=(Task(seed) for seed in itertools.count()),
-            batch_size=options.batch_size,
-            group_size=options.group_size,
-            alpha=alpha,
+            batch_size=config.batch_size,
+            group_size=config.group_size,
+            alpha=config.alpha,
+            on_episode=run.episode,
         ) as rollouts,
     ):
         started = clock()
-        for _ in range(options.steps):
-            batch = await rollouts.next_batch()
+        for step in range(1, config.steps + 1):
             began = clock()
+            batch = await rollouts.next_batch()
+            took = clock()
             await trainer.step(batch)
-            train_s += clock() - began
+            trained = clock()
             await rollouts.publish(await trainer.export_weights())
+            train_s += trained - took
+            stats = hub.stats()
+            run.step(
+                {
+                    "step": step,
+                    "time_s": clock() - started,
+                    "time/wait_batch_s": took - began,
+                    "time/train_s": trained - took,
+                    "time/publish_s": clock() - trained,
+                    "tokens/generated": stats.generated_tokens,
+                    "publish/count": stats.publishes,
+                    "publish/paused_s": stats.paused_s,
+                }
+            )
         wall_s = clock() - started
         busy_s = sum(worker.busy_s for worker in hub.stats().workers)
         ledger = rollouts.ledger
         return {
-            "alpha": alpha,
+            "alpha": config.alpha,
             "samples": ledger.count("trained"),
             "wall_s": wall_s,
             "idle_trainer": 1 - train_s / wall_s,
@@ -117,13 +164,17 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=4)
     parser.add_argument("--mean-s", type=float, default=0.25, help="mean latency of a step")
     parser.add_argument("--sigma", type=float, default=1.2, help="of its logarithm")
+    parser.add_argument("--runs-dir", default="runs", help="where the runs' folders go")
     options = parser.parse_args()
     rows = []
     print(f"{'alpha':>5} {'samples':>7} {'wall s':>7} {'idle trainer':>12} {'idle worker':>11} "
           f"{'wasted tokens':>13} {'speed-up':>8}")  # fmt: skip
     for alpha in map(float, options.alphas.split(",")):
-        with tempfile.TemporaryDirectory() as folder:
-            row = asyncio.run(one_run(alpha, options, Path(folder)))
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            RunFolder(configured(alpha, options)) as run,
+        ):
+            row = asyncio.run(one_run(run.config, options, run, Path(folder)))
         rows.append(row)
         row["speed_up"] = rows[0]["wall_s"] / row["wall_s"]
         print(

@@ -51,7 +51,9 @@ Simulate a run on a cluster: the engine's own hub, loop and agents in virtual ti
   flash simulate scenario.yaml
   flash simulate scenario.yaml --alpha 2 --workers.count 24 --timeline
   flash simulate scenario.yaml --sweep alpha=0,0.5,1,2,4 --sweep trainer.gpus=16,32 --seeds 3
+  flash simulate --calibrate runs/alfworld --sweep alpha=0,1,2,4
 
+  --calibrate RUN         in place of a file: fit the scenario to a run, and keep it as a file
   --sweep FIELD=V1,V2,…   simulate each value (of several: each combination)
   --seeds N               simulate each N times, with the seeds that follow `seed`
   --timeline              write a trace of the first one for https://ui.perfetto.dev
@@ -159,6 +161,7 @@ def _eval(arguments: Sequence[str]) -> None:
 
 def _simulate(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="flash simulate", add_help=False, allow_abbrev=False)
+    parser.add_argument("--calibrate", type=Path)
     parser.add_argument("--sweep", action="append", default=[])
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--timeline", action="store_true")
@@ -166,19 +169,19 @@ def _simulate(arguments: Sequence[str]) -> None:
     options, words = parser.parse_known_args(arguments)
     sources, changes = _words(words, Scenario)
     source = _only(sources, "a scenario's YAML file")
-    if source is None:
-        raise ValueError("flash simulate what? Give a scenario's YAML file")
+    if (source is None) == (options.calibrate is None):
+        raise ValueError("flash simulate what? Give a scenario's YAML file, or --calibrate RUN")
     if options.seeds < 1:
         raise ValueError(f"--seeds {options.seeds}: must be at least 1")
+    values = dict(_swept(text) for text in options.sweep)
     from flash.simulate import command  # noqa: PLC0415  (help and mistakes must not wait for it)
 
-    command.sweep(
-        load_scenario(Path(source), changes),
-        dict(_swept(text) for text in options.sweep),
-        seeds=options.seeds,
-        timeline=options.timeline,
-        out=options.out,
-    )
+    if source is not None:
+        scenario = load_scenario(Path(source), changes)
+    else:
+        scenario = command.calibrated(options.calibrate, options.out).changed(changes)
+        values = values or {"alpha": sorted({0.0, 1.0, scenario.alpha})}
+    command.sweep(scenario, values, seeds=options.seeds, timeline=options.timeline, out=options.out)
 
 
 def _swept(text: str) -> tuple[str, list[Any]]:

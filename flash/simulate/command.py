@@ -9,6 +9,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import yaml
+
+from flash.simulate.calibrate import calibrate
 from flash.simulate.results import Result
 from flash.simulate.run import simulate
 from flash.simulate.scenario import Scenario
@@ -78,6 +81,22 @@ def sweep(
     written += [folder / "timeline.json.gz"] if timeline else []
     print("written:", ", ".join(map(str, written)))
     return rows
+
+
+def calibrated(run: Path, out: Path | None = None) -> Scenario:
+    """The scenario fitted to a run; prints how well it fits, and keeps it as `scenario.yaml`."""
+    calibration = calibrate(run)
+    scenario = calibration.scenario
+    folder = out or _FOLDER / scenario.name
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "scenario.yaml"
+    settings = scenario.model_dump(mode="json", exclude_unset=True)
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    print(
+        f"{run}: {scenario.steps} steps in {calibration.measured_s:.1f} s, simulated "
+        f"{calibration.simulated_s:.1f} s ({calibration.error:+.1%}); fitted: {path}"
+    )
+    return scenario
 
 
 def _print_title(scenario: Scenario) -> None:

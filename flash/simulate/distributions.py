@@ -3,7 +3,7 @@
 import bisect
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import NormalDist, fmean
 from typing import Annotated, Any, Literal, Self
@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from flash.section import Section
-from flash.telemetry import read_lines
+from flash.simulate.replay import Played, played
 
 _PARAMETERS: dict[str, tuple[str, ...]] = {
     "constant": ("mean",),
@@ -68,11 +68,8 @@ class Distribution(Section):
             raise ValueError(f"low={self.low:g} is above high={self.high:g}: exchange them")
         if self.values is not None and (not self.values or min(self.values) < 0):
             raise ValueError("values must be numbers of at least 0, and at least one")
-        if self.run is not None and not self._observed():
-            raise ValueError(
-                f"run={str(self.run)!r}: {self.run}/episodes.jsonl holds no episode that came to "
-                f"its end with a known {self.of}"
-            )
+        if self.run is not None:
+            played(self.run)
         return self
 
     def _number(self, name: str) -> float:
@@ -172,18 +169,10 @@ _MIDPOINTS = tuple((i + 0.5) / 4000 for i in range(4000))
 
 def observed(run: Path, of: str) -> tuple[float, ...]:
     """That quantity of each episode of the run that came to its end; per turn where it is so."""
-    values = []
-    for line in read_lines(run / "episodes.jsonl"):
-        turns = line["turns"]
-        if line["reward"] is None or turns == 0:
-            continue
-        match of:
-            case "response_tokens":
-                values.append(line["generated_tokens"] / turns)
-            case "turns":
-                values.append(float(turns))
-            case "env_step_s":
-                values.append(line["stages_s"].get("env", 0.0) / turns)
-            case "reward_s":
-                values.append(line["stages_s"].get("reward", 0.0))
-    return tuple(values)
+    take: dict[str, Callable[[Played], float]] = {
+        "response_tokens": lambda episode: episode.generated_tokens / episode.turns,
+        "turns": lambda episode: float(episode.turns),
+        "env_step_s": lambda episode: episode.env_s / episode.turns,
+        "reward_s": lambda episode: episode.reward_s,
+    }
+    return tuple(map(take[of], played(run)))

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from flash import config as configuration
 from flash.section import Section
 from flash.simulate.distributions import Varying, constant
+from flash.simulate.replay import played
 
 
 class WorkersConfig(Section):
@@ -54,6 +55,11 @@ class WorkloadConfig(Section):
     env_step_s: Varying = Field(constant(0), description="an environment's step")
     env_step_scale: Varying = Field(
         constant(1), description="a factor of all the steps of an episode: slow ones stay slow"
+    )
+    replay: Path | None = Field(
+        None,
+        description="a run's folder, whose episodes are played again: their turns, responses, "
+        "steps and rewards, in place of those above",
     )
     env_fail_rate: float = Field(0.0, ge=0, lt=1, description="of environment calls that fail")
     env_hang_rate: float = Field(0.0, ge=0, lt=1, description="of environment calls that hang")
@@ -123,7 +129,12 @@ class Scenario(Section):
         """The grain; every length that hub and agents see is rounded up to multiples of it."""
         if self.grain is not None:
             return self.grain
-        return max(1, round(self.workload.response_tokens.sampler().mean() / 32))
+        if self.workload.replay is not None:
+            episodes = played(self.workload.replay)
+            mean = sum(e.generated_tokens for e in episodes) / sum(e.turns for e in episodes)
+        else:
+            mean = self.workload.response_tokens.sampler().mean()
+        return max(1, round(mean / 32))
 
     def changed(self, changes: Mapping[str, Any]) -> "Scenario":
         """The same with some fields changed, by dotted names. ValueError as for `load`."""

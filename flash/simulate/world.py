@@ -10,9 +10,10 @@ import math
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flash.errors import EnvFailure
+from flash.simulate.replay import Played, Replay, cut_off, played
 from flash.simulate.scenario import Scenario
 from flash.simulate.timeline import Timeline
 from flash.types import AsyncEnv, Observation, Task
@@ -30,13 +31,13 @@ class Script:
     number: int
     task: int
     prompt_tokens: int
-    response_tokens: list[int]
-    observation_tokens: list[int]
-    step_s: list[float]
     reset_s: float
     reward_s: float
     reward: float
-    call_luck: list[float]
+    response_tokens: list[int] = field(default_factory=list)
+    observation_tokens: list[int] = field(default_factory=list)
+    step_s: list[float] = field(default_factory=list)
+    call_luck: list[float] = field(default_factory=list)
     turn: int = 0
     context: int = 0
 
@@ -56,6 +57,9 @@ class World:
         self._episodes_of: Counter[int] = Counter()
         self._scripts: dict[int, Script] = {}
         self._numbers = 0
+        self._replay: Replay | None = None
+        if (run := workload.replay) is not None:
+            self._replay = Replay(played(run), cut_off(run))
         self._prompt_tokens = workload.prompt_tokens.sampler()
         self._response_tokens = workload.response_tokens.sampler()
         self._observation_tokens = workload.observation_tokens.sampler()
@@ -71,8 +75,6 @@ class World:
         self._episodes_of[task] += 1
         prompt_tokens = self._prompt_tokens.draw(random.Random(f"{self._seed} {task}"))
         rng = random.Random(f"{self._seed} {task} {attempt}")
-        turns = max(1, round(self._turns.draw(rng)))
-        scale = self._step_scale.draw(rng)
         self._numbers += 1
         script = Script(
             number=self._numbers,
@@ -81,13 +83,32 @@ class World:
             reset_s=self._reset_s.draw(rng),
             reward_s=self._reward_s.draw(rng),
             reward=float(rng.random() < self._workload.success_rate),
-            response_tokens=[max(1, round(self._response_tokens.draw(rng))) for _ in range(turns)],
-            observation_tokens=[round(self._observation_tokens.draw(rng)) for _ in range(turns)],
-            step_s=[scale * self._step_s.draw(rng) for _ in range(turns)],
-            call_luck=[rng.random() for _ in range(turns + 1)],
         )
+        if self._replay is None:
+            self._draw_turns(script, rng)
+        else:
+            self._replay_turns(script, self._replay.episode(task, attempt, rng))
+        script.observation_tokens = [
+            round(self._observation_tokens.draw(rng)) for _ in script.step_s
+        ]
+        script.call_luck = [rng.random() for _ in range(script.turns + 1)]
         self._scripts[script.number] = script
         return script
+
+    def _draw_turns(self, script: Script, rng: random.Random) -> None:
+        turns = range(max(1, round(self._turns.draw(rng))))
+        scale = self._step_scale.draw(rng)
+        script.response_tokens = [max(1, round(self._response_tokens.draw(rng))) for _ in turns]
+        script.step_s = [scale * self._step_s.draw(rng) for _ in turns]
+
+    def _replay_turns(self, script: Script, episode: Played) -> None:
+        """Of an episode only totals are known: its turns are made equal."""
+        turns = episode.turns
+        each, more = divmod(episode.generated_tokens, turns)
+        script.response_tokens = [max(1, each + (turn < more)) for turn in range(turns)]
+        script.step_s = [episode.env_s / turns] * turns
+        script.reward_s = episode.reward_s
+        script.reward = episode.reward or 0.0
 
     def script(self, number: int) -> Script:
         """The script whose number the tokens of a prompt are."""

@@ -89,7 +89,18 @@ def test_what_is_drawn_is_never_negative_nor_above_its_end():
 
 
 def episode(**changes):
-    line = {"reward": 1.0, "turns": 2, "generated_tokens": 100, "stages_s": {"env": 3.0}}
+    line = {
+        "episode": 1,
+        "seed": 0,
+        "prompt_tokens": 9,
+        "admitted_s": 0,
+        "ended_s": 9,
+        "trained_at_version": 0,
+        "reward": 1.0,
+        "turns": 2,
+        "generated_tokens": 100,
+        "stages_s": {"env": 3.0},
+    }
     return json.dumps(line | changes) + "\n"
 
 

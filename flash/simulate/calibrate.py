@@ -1,0 +1,201 @@
+"""From a real run's folder to the scenario that simulates it.
+
+What a run tells of itself, and what is fitted to it:
+
+- `episodes.jsonl`: each episode's turns, tokens and seconds, which are played again as they were;
+- `metrics.jsonl`: the trainer's and the publishes' seconds; a batch's take a part that its tokens
+  decide, if that part can be seen;
+- the seconds that episodes spent in `generate`: the workers' times, by simulating the run until the
+  simulated seconds are the measured ones. So queueing at the hub is not taken for slow workers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from flash.config import validated
+from flash.simulate.replay import Played, played
+from flash.simulate.run import simulate
+from flash.simulate.scenario import Scenario
+from flash.telemetry import read_lines
+
+_ROUNDS = 5
+_CLOSE = 0.01
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """A run and the scenario that stands for it. Times leave out evaluations."""
+
+    scenario: Scenario
+    measured_s: float
+    simulated_s: float
+
+    @property
+    def error(self) -> float:
+        """By how much the simulation is too slow, as a share."""
+        return self.simulated_s / self.measured_s - 1
+
+
+def calibrate(run: Path) -> Calibration:
+    """ValueError for a folder that holds no run with at least two steps."""
+    steps = [line for line in read_lines(run / "metrics.jsonl") if "time/train_s" in line]
+    if len(steps) < 2:
+        raise ValueError(
+            f"{run}/metrics.jsonl holds {len(steps)} steps, and the fit needs two: name the folder "
+            f"of a run that trained"
+        )
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    episodes = played(run)
+    prompt, observation = _prompt_tokens(episodes)
+    workers = max(1, len(config["engine"]["urls"])) * config["engine"]["workers"]
+    load_s, export_s = _publish_s(steps, workers)
+    batch_s, token_s = _train_s(steps, episodes, prompt=prompt, observation=observation)
+    overhead_s, step_s, request_s = _worker_s(
+        episodes, workers=workers, max_running=config["engine"]["max_running"]
+    )
+    settings = {
+        "name": f"{run.name}_calibrated",
+        "steps": len(steps),
+        "alpha": config["alpha"],
+        "batch_size": config["batch_size"],
+        "group_size": config["group_size"],
+        "on_stale": config["rollout"]["on_stale"],
+        "update_mode": config["engine"]["update_mode"],
+        "max_tokens": config["agent"]["max_tokens"],
+        "max_sequence_tokens": config["agent"]["max_sequence_tokens"],
+        "workers": {
+            "count": workers,
+            "max_running": config["engine"]["max_running"],
+            "kv_tokens": config["engine"]["cache_tokens"],
+            "overhead_s": overhead_s,
+            "step_s": step_s,
+            "request_s": request_s,
+            "load_s": load_s,
+        },
+        "trainer": {"batch_s": batch_s, "token_gpu_s": token_s, "export_s": export_s},
+        "workload": {
+            "replay": str(run),
+            "prompt_tokens": round(prompt),
+            "observation_tokens": round(observation),
+            "step_timeout_s": config["agent"]["step_timeout_s"],
+        },
+    }
+    measured_generate_s = _generate_s(episodes)
+    for _ in range(_ROUNDS):
+        scenario = validated(Scenario, settings)
+        result = simulate(scenario)
+        trained = [e.stages_s.get("generate", 0.0) for e in result.episodes if e.reward is not None]
+        ratio = measured_generate_s / fmean(trained)
+        if abs(ratio - 1) < _CLOSE:
+            break
+        for name in ("overhead_s", "step_s", "request_s"):
+            settings["workers"][name] *= ratio
+    return Calibration(
+        scenario=scenario,
+        measured_s=sum(
+            line["time/wait_batch_s"] + line["time/train_s"] + line["time/publish_s"]
+            for line in steps
+        ),
+        simulated_s=result.steps[-1].time_s,
+    )
+
+
+def _generate_s(episodes: Sequence[Played]) -> float:
+    return fmean(episode.generate_s for episode in episodes)
+
+
+def _prompt_tokens(episodes: Sequence[Played]) -> tuple[float, float]:
+    """Tokens of the first prompt, and between two responses.
+
+    A turn's prompt holds all before it. So of T turns the prompts sum up to T first prompts, and
+    the first response is in T-1 of them, the second in T-2, …, like the observations.
+    """
+    turns = np.array([e.turns for e in episodes], dtype=np.float64)
+    pairs = turns * (turns - 1) / 2
+    responses = np.array([e.generated_tokens for e in episodes]) / turns
+    prompts = np.array([e.prompt_tokens for e in episodes])
+    first, between = _least_squares(np.stack([turns, pairs], 1), prompts - responses * pairs)
+    return max(1.0, first), between
+
+
+def _publish_s(steps: Sequence[dict[str, Any]], workers: int) -> tuple[float, float]:
+    """Of one worker's load, and of what comes before the workers' turns."""
+    paused_s, count = steps[-1]["publish/paused_s"], steps[-1]["publish/count"]
+    load_s = paused_s / max(1, count) / workers
+    publish_s = fmean(line["time/publish_s"] for line in steps)
+    return load_s, max(0.0, publish_s - load_s * workers)
+
+
+def _train_s(
+    steps: Sequence[dict[str, Any]],
+    episodes: Sequence[Played],
+    *,
+    prompt: float,
+    observation: float,
+) -> tuple[float, float]:
+    """Of a batch, and of each of its tokens more."""
+    tokens: dict[int, float] = {}
+    for e in episodes:
+        if e.trained_at is not None:
+            sequence = prompt + e.generated_tokens + observation * (e.turns - 1)
+            tokens[e.trained_at] = tokens.get(e.trained_at, 0.0) + sequence
+    # The batch that makes version v+1 is trained at version v.
+    known = [(tokens[line["step"] - 1], line["time/train_s"]) for line in steps
+             if line["step"] - 1 in tokens]  # fmt: skip
+    if not known:
+        return fmean(line["time/train_s"] for line in steps), 0.0
+    sizes, seconds = np.array(known).T
+    fit = _least_squares(np.stack([np.ones_like(sizes), sizes], 1), seconds)
+    # What the fit leaves over on average goes to the batch, so that the run's total is kept.
+    return float(max(0.0, seconds.mean() - fit[1] * sizes.mean())), fit[1]
+
+
+def _worker_s(
+    episodes: Sequence[Played], *, workers: int, max_running: int
+) -> tuple[float, float, float]:
+    """A first guess of overhead_s, step_s, request_s, from how episodes' seconds in `generate`
+    go with their turns, their tokens, and how many others there were."""
+    alongside = _alongside(episodes) / workers
+    # Those beyond `max_running` wait at the hub, and take no part in a step.
+    queueing = np.maximum(1.0, alongside / max_running)
+    turns = np.array([e.turns for e in episodes], dtype=np.float64)
+    tokens = np.array([e.generated_tokens for e in episodes], dtype=np.float64)
+    seconds = np.array([e.generate_s for e in episodes]) / queueing
+    columns = np.stack([turns, tokens, tokens * np.minimum(alongside, max_running)], 1)
+    overhead_s, step_s, request_s = _least_squares(columns, seconds)
+    if step_s + request_s == 0:
+        step_s = float(seconds.sum() / tokens.sum())
+    return overhead_s, step_s, request_s
+
+
+def _alongside(episodes: Sequence[Played]) -> NDArray[np.float64]:
+    """For each episode, how many were in `generate` at a time while it lived, on average.
+
+    When an episode was in which stage is not recorded: each counts as spread over its life.
+    """
+    began = np.array([e.admitted_s for e in episodes])
+    ended = np.maximum(np.array([e.ended_s for e in episodes]), began + 1e-9)
+    share = np.array([e.generate_s for e in episodes]) / (ended - began)
+    overlap = np.minimum(ended[:, None], ended) - np.maximum(began[:, None], began)
+    return np.asarray((np.maximum(overlap, 0.0) * share).sum(1) / (ended - began))
+
+
+def _least_squares(columns: NDArray[Any], wanted: NDArray[Any]) -> list[float]:
+    """The best factors of the columns, none below 0: those that would be are left out."""
+    kept = list(range(columns.shape[1]))
+    factors = [0.0] * len(kept)
+    while kept:
+        fit = np.linalg.lstsq(columns[:, kept], wanted, rcond=None)[0]
+        if (fit >= 0).all():
+            for index, factor in zip(kept, fit, strict=True):
+                factors[index] = float(factor)
+            break
+        del kept[int(fit.argmin())]
+    return factors
