@@ -11,6 +11,7 @@ from flash.door.schema import function_call
 
 Delta = dict[str, Any]
 _PARTIAL = "\ufffd"  # what a decoder writes for bytes that are no character, or not one yet
+_PREFIX_TOKENS = 256  # of the prompt: more than any template puts before the model's own words
 _REASONING = ("thinking", "reasoning", "reasoning_content")
 
 
@@ -25,7 +26,7 @@ class Reply:
         stop: strings that end the text; the first is not part of it.
         stop_token_ids: one of them at the end of the tokens is no part of the text.
         response_template: transformers' description of how the model writes its reasoning and
-            tool calls; None leaves the text as it is.
+            tool calls, as `load_template` gives it; None leaves the text as it is.
         prompt: what the model continued; its end may have begun the response ("<think>").
     """
 
@@ -35,7 +36,7 @@ class Reply:
         *,
         stop: Sequence[str] = (),
         stop_token_ids: Sequence[int] = (),
-        response_template: Mapping[str, Any] | None = None,
+        response_template: Any = None,
         prompt: Sequence[int] = (),
         tools: Sequence[Any] = (),
     ) -> None:
@@ -50,7 +51,7 @@ class Reply:
         self._parser: Any = None
         if response_template is not None:
             self._parser = tokenizer.get_response_parser(
-                dict(response_template), prefix=list(prompt), tools=list(tools) or None
+                response_template, prefix=list(prompt[-_PREFIX_TOKENS:]), tools=list(tools) or None
             )
         self._window = self._fresh = 0  # where the text to decode and its new part begin
         self._told = 0  # characters of the window's text
@@ -218,12 +219,17 @@ def manners_of(tokenizer: Any) -> Manners:
     return Manners(template, tuple(stops))
 
 
-def without_tools(template: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """The same format, where what looks like a tool call is text."""
+def load_template(template: Mapping[str, Any] | None, *, tools: bool) -> Any:
+    """A response template made ready; without tools, what looks like a call is text."""
     if template is None:
         return None
-    fields = {name: field for name, field in template["fields"].items() if name != "tool_calls"}
-    return {**template, "fields": fields}
+    from transformers.utils.chat_parsing.response_templates import (  # noqa: PLC0415
+        load_response_template,
+    )
+
+    left_out = () if tools else ("tool_calls",)
+    fields = {name: field for name, field in template["fields"].items() if name not in left_out}
+    return load_response_template({**template, "fields": fields})
 
 
 def token_logprobs(

@@ -10,7 +10,7 @@ from typing import Any
 from flash.conversation import ChatTemplate
 from flash.door.metrics import Metrics
 from flash.door.recorder import Known
-from flash.door.reply import Delta, Manners, Reply, manners_of, token_logprobs, without_tools
+from flash.door.reply import Delta, Manners, Reply, load_template, manners_of, token_logprobs
 from flash.door.schema import ApiError, ChatAsk, TextAsk, as_template, refused
 from flash.door.session import DoorSession
 from flash.types import Completion
@@ -21,12 +21,15 @@ _A_TOOL = {"type": "function", "function": {"name": "f", "description": "", "par
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Response:
-    """One response, sampled and recorded. `pieces` are its deltas, with the tokens of each."""
+    """One response, sampled and recorded.
+
+    `pieces` are its deltas, some at a time, each with the number of tokens so far.
+    """
 
     index: int
     completion: Completion
     reply: Reply
-    pieces: list[tuple[list[Delta], int, int]]
+    pieces: list[tuple[list[Delta], int]]
     finish_reason: str
 
 
@@ -36,7 +39,11 @@ class Responder:
     def __init__(self, tokenizer: Any, metrics: Metrics, manners: Manners) -> None:
         self.tokenizer = tokenizer
         self.metrics = metrics
-        self.response_template = manners.response_template
+        template = manners.response_template
+        self.parses_tools = template is not None and "tool_calls" in template["fields"]
+        self.response_templates = {
+            tools: load_template(template, tools=tools) for tools in (False, True)
+        }
         self.template: ChatTemplate | None = None
         self.shows_tools = False
         self.stop_token_ids = manners.stop_token_ids
@@ -64,7 +71,7 @@ class Responder:
                 400, "tools: the model's chat template does not show them to it: leave them out",
                 code="unsupported_value", param="tools",
             )  # fmt: skip
-        if ask.parse_tools and "tool_calls" not in (self.response_template or {}).get("fields", ()):
+        if ask.parse_tools and not self.parses_tools:
             raise ApiError(
                 400, "tools: how this model writes a call is not known: give its tokenizer a "
                 'response_template, or send tool_choice="none"',
@@ -119,13 +126,14 @@ class Exchange(ABC):
         ended = completion.finish_reason == "stop" and sampled[-1] in self._ends
         reply = self._new_reply(sampled[-1:] if ended else ())
         pieces = []
-        for start in range(0, len(sampled), _PIECE_TOKENS):
-            deltas = reply.feed(sampled[start : start + _PIECE_TOKENS])
-            pieces.append((deltas, start, min(start + _PIECE_TOKENS, len(reply.token_ids))))
+        size = _PIECE_TOKENS if self.ask.stream else len(sampled)
+        for start in range(0, len(sampled), size):
+            deltas = reply.feed(sampled[start : start + size])
+            pieces.append((deltas, len(reply.token_ids)))
             if reply.stopped:
                 break
-        pieces.append((reply.finish(), len(reply.token_ids), len(reply.token_ids)))
         kept = len(reply.token_ids)
+        pieces.append((reply.finish(), kept))
         completion = replace(
             completion,
             token_ids=sampled[:kept],
@@ -148,7 +156,7 @@ class Exchange(ABC):
     def chunks(self, response: Response) -> Iterator[dict[str, Any]]:
         """The response as the choices of a stream."""
         pending = 0  # tokens whose logprobs were not told yet
-        for deltas, _, end in response.pieces:
+        for deltas, end in response.pieces:
             for delta in deltas:
                 yield self._chunk(response, delta, pending, end, None)
                 pending = end
@@ -182,9 +190,7 @@ class _Chat(Exchange):
     ) -> None:
         super().__init__(responder, session, ask, prompt)
         self._stop_token_ids = responder.stop_token_ids
-        self._template = responder.response_template
-        if not ask.parse_tools:
-            self._template = without_tools(self._template)
+        self._template = responder.response_templates[ask.parse_tools]
 
     def whole(self, response: Response) -> dict[str, Any]:
         return {

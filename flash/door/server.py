@@ -159,13 +159,16 @@ class Door:
         session = self._session(request)
         ask = parse_chat(await _json(request), model=self._model, ignore=self._ignore)
         with session.allowance.responses(ask.n):
-            return await self._answer(request, self._responder.chat(session, ask))
+            # In a thread: to render and tokenise a long conversation takes its time.
+            exchange = await asyncio.to_thread(self._responder.chat, session, ask)
+            return await self._answer(request, exchange)
 
     async def _text(self, request: web.Request) -> web.StreamResponse:
         session = self._session(request)
         ask = parse_text(await _json(request), model=self._model, ignore=self._ignore)
         with session.allowance.responses(ask.n):
-            return await self._answer(request, self._responder.text(session, ask))
+            exchange = await asyncio.to_thread(self._responder.text, session, ask)
+            return await self._answer(request, exchange)
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
         self._session(request)

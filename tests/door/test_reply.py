@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flash.door.reply import Manners, Reply, manners_of
+from flash.door.reply import Manners, Reply, load_template, manners_of
 
 TOOLS = [
     {
@@ -71,7 +71,7 @@ def encode(tokenizer):
 
 @pytest.mark.parametrize("parsed", [False, True])
 def test_the_pieces_make_no_difference(tokenizer, encode, parsed):
-    template = tokenizer.response_template if parsed else None
+    template = load_template(tokenizer.response_template, tools=True) if parsed else None
     options = {"response_template": template, "tools": TOOLS, "stop": ["STOP", "abab"]}
 
     @given(st.lists(ALPHABET, max_size=12).map("".join), st.lists(st.integers(0, 7), max_size=60))
@@ -95,7 +95,10 @@ def test_the_pieces_make_no_difference(tokenizer, encode, parsed):
 def test_a_well_formed_response_is_the_same_token_by_token(tokenizer, encode):
     text = f"<think>why é\n</think>\n\nBecause 🙂.\n{CALL}\n{CALL}"
     tokens = [*encode(text), tokenizer.eos_token_id]
-    options = {"response_template": tokenizer.response_template, "tools": TOOLS}
+    options = {
+        "response_template": load_template(tokenizer.response_template, tools=True),
+        "tools": TOOLS,
+    }
     for pieces in ([tokens], [[token] for token in tokens], [tokens[:40], tokens[40:]]):
         reply, deltas = say(tokenizer, pieces, **options)
         told = merged(deltas)
@@ -133,7 +136,7 @@ def test_a_prompt_that_began_the_reasoning_is_known(tokenizer, encode):
     reply, _ = say(
         tokenizer,
         [encode("hm</think>yes")],
-        response_template=tokenizer.response_template,
+        response_template=load_template(tokenizer.response_template, tools=True),
         prompt=prompt,
     )
     assert (reply.reasoning, reply.content) == ("hm", "yes")
