@@ -21,6 +21,7 @@ from flash.warm_start import Progress, small_model
 
 logger = logging.getLogger(__name__)
 
+_DOOR_FILE = "door.json"
 _TASKS_FILE = "tasks.json"
 _TASKS_PER_SEED = 1 << 24
 
@@ -147,21 +148,39 @@ def _dtype(dtype: str, devices: Sequence[int]) -> str:
 
 @contextlib.asynccontextmanager
 async def open_door(
-    config: Config, hub: InferenceHub, *, tokenizer: Any
+    config: Config, hub: InferenceHub, *, tokenizer: Any, log_dir: Path | None = None
 ) -> AsyncIterator[Door | None]:
-    """The door through which an agent of the user's own reaches the policy; None without one."""
-    if not config.agent.run:
+    """The door through which an agent of the user's own reaches the policy, if it is wanted.
+
+    With a `log_dir` it is the run's door: at the configured port, and while it is open its URL
+    and token are in a file there that only its owner can read.
+    """
+    port = config.engine.door_port if log_dir is not None else None
+    if not config.agent.run and port is None:
         yield None
         return
-    if not getattr(tokenizer, "chat_template", None):
+    if config.agent.run and not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             f"model={config.model!r} has no chat template, so an agent can't chat with it "
             f"(agent.run): use an instruction-tuned model"
         )
     # Whatever it takes the model for, there is one only.
     ignore = {"model", *config.agent.ignore}
-    async with Door(hub, tokenizer=tokenizer, model="policy", ignore=ignore) as door:
-        yield door
+    async with Door(
+        hub, tokenizer=tokenizer, model="policy", ignore=ignore, port=port or 0
+    ) as door:
+        if log_dir is None:
+            yield door
+            return
+        log_dir.mkdir(parents=True, exist_ok=True)
+        told = log_dir / _DOOR_FILE
+        told.unlink(missing_ok=True)
+        told.touch(mode=0o600)
+        told.write_text(json.dumps({"url": door.url, "token": door.token}))
+        try:
+            yield door
+        finally:
+            told.unlink(missing_ok=True)
 
 
 @contextlib.asynccontextmanager

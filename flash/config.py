@@ -154,6 +154,13 @@ class EngineConfig(Section):
     progress_timeout_s: float = Field(
         120.0, gt=0, description="for the next tokens from a worker that streams them"
     )
+    door_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="serve OpenAI's protocol and /metrics there, 0: at a free port; URL and token "
+        "are in logs/door.json. Without it the door opens for agent.run alone",
+    )
     gap_limit: float = Field(
         1e-3, gt=0, description="largest difference of logprobs, worker against trainer"
     )

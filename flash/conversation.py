@@ -35,7 +35,9 @@ class TokenSequence:
         self._versions += [-1] * len(token_ids)
         self._turns += [-1] * len(token_ids)
 
-    def add_sampled(self, completion: Completion) -> None:
+    def add_sampled(self, completion: Completion, *, turn: int | None = None) -> None:
+        """`turn` is which response of the episode it is; without it the next one."""
+        self._turn = self._turn if turn is None else turn
         self.token_ids += completion.token_ids
         self._mask += [1.0] * len(completion.token_ids)
         self._logprobs += completion.logprobs

@@ -57,7 +57,7 @@ async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any] | None
             assembly.open_hub(
                 config, model=trainer.model, version=trainer.version, log_dir=folder.logs
             ) as hub,
-            assembly.open_door(config, hub, tokenizer=tokenizer) as door,
+            assembly.open_door(config, hub, tokenizer=tokenizer, log_dir=folder.logs) as door,
             assembly.open_envs(config, folder.logs) as envs,
             assembly.open_envs(config, folder.logs, heldout=True) as heldout_envs,
             RolloutLoop(

@@ -1,11 +1,17 @@
 """From a configuration to parts: the model's tokenizer and the tasks of a run."""
 
 import itertools
+import json
 
+import aiohttp
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
-from flash.assembly import Tasks, heldout_tasks, load_tokenizer
+from flash.assembly import Tasks, heldout_tasks, load_tokenizer, open_door
 from flash.config import load
+from flash.fakes import FakeWorker
+from flash.hub import InferenceHub
 from flash.types import Task
 
 
@@ -55,3 +61,24 @@ def test_held_out_tasks_are_the_same_for_every_run():
     one = load("frozen_lake", {"seed": 1, "eval.tasks": 4})
     other = load("frozen_lake", {"seed": 2, "eval.tasks": 4})
     assert heldout_tasks(one) == heldout_tasks(other) == [Task(n) for n in range(4)]
+
+
+async def test_the_door_opens_in_any_run_that_gives_it_a_port_and_tells_its_token(tmp_path):
+    core = Tokenizer(models.WordLevel({"<stop>": 0}, unk_token="<stop>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<stop>")
+    async with InferenceHub([FakeWorker("worker")]) as hub:
+        config = load("frozen_lake", {})
+        async with open_door(config, hub, tokenizer=tokenizer, log_dir=tmp_path) as door:
+            assert door is None
+        config = load("frozen_lake", {"engine.door_port": 0})
+        async with open_door(config, hub, tokenizer=tokenizer) as door:
+            assert door is None, "an evaluation beside the run leaves its port alone"
+        async with open_door(config, hub, tokenizer=tokenizer, log_dir=tmp_path / "logs"):
+            (told,) = (tmp_path / "logs").iterdir()
+            assert told.stat().st_mode & 0o777 == 0o600
+            door = json.loads(told.read_text())
+            headers = {"Authorization": f"Bearer {door['token']}"}
+            async with aiohttp.ClientSession(headers=headers) as http:
+                answer = await http.get(f"{door['url']}/metrics")
+                assert "flash_hub_version 0.0" in await answer.text()
+        assert not told.exists()

@@ -22,6 +22,7 @@ class Recorder:
     def __init__(self, temperature: float) -> None:
         self._temperature = temperature
         self._sequences: list[TokenSequence] = []
+        self._calls = 0
 
     def add(self, prompt: Sequence[int], completion: Completion) -> "Known":
         """Records a call; what it returns names the call's tokens, prompt and all."""
@@ -35,7 +36,8 @@ class Recorder:
             self._sequences.append(sequence)
         else:
             sequence.add_prompt(prompt[len(sequence.token_ids) :])
-        sequence.add_sampled(completion)
+        sequence.add_sampled(completion, turn=self._calls)
+        self._calls += 1
         return Known(sequence, len(sequence.token_ids))
 
     def samples(self) -> list[Sample]:

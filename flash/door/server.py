@@ -110,7 +110,10 @@ class Door:
             await site.start()
         except OSError as error:
             await self._runner.cleanup()
-            raise ValueError(f"the door can't listen on {host}:{port}: {error.strerror}") from error
+            raise ValueError(
+                f"the door can't listen on {host}:{port} ({error.strerror}): choose another port, "
+                f"or 0 for a free one"
+            ) from error
         port = self._runner.addresses[0][1]
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         self._own = self._new_session(

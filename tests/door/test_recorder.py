@@ -63,6 +63,14 @@ def test_the_longest_sample_that_fits_is_extended():
     assert parts(recorder) == [([1, 2], [0, 1]), ([1, 3, 4, 1, 5], [0, 0, 1, 0, 1])]
 
 
+def test_turns_are_counted_over_all_samples_of_an_episode():
+    recorder = Recorder(1.0)
+    recorder.add([1], completion(2))
+    recorder.add([8], completion(9))
+    recorder.add([1, 2], completion(3, 4))
+    assert [sample.turns.tolist() for sample in recorder.samples()] == [[-1, 0, 2, 2], [-1, 1]]
+
+
 @given(
     st.lists(
         st.tuples(st.integers(-1, 5), st.integers(0, 3), st.integers(0, 2), st.integers(1, 3)),
