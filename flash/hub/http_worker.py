@@ -82,7 +82,7 @@ class HttpWorker:
 
     def __init__(self, url: str, *, api_key: str = "") -> None:
         self.name = url.rstrip("/")
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self.headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._session: aiohttp.ClientSession | None = None
 
     async def generate(
@@ -197,7 +197,7 @@ class HttpWorker:
         """A response with a good status; a connection that breaks inside is a WorkerFailure."""
         if self._session is None:
             self._session = aiohttp.ClientSession(
-                headers=self._headers,
+                headers=self.headers,
                 # One connection a request in flight, as many as the hub allows. uvicorn closes a
                 # connection that idles for 5 s: let go of it before, so that no request is sent
                 # into one that is about to be closed.
