@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import logging
 import shutil
 import tempfile
 from collections.abc import Awaitable, Sequence
@@ -19,6 +20,10 @@ from flash.types import Batch, Sample, Weights
 
 __all__ = ["MODEL_FOLDER", "Trainer", "checkpoint_version"]
 
+logger = logging.getLogger(__name__)
+
+# In float32 it is 1e-12, in bfloat16 1e-3; logprobs without their temperature give 0.1 and more.
+_MISMATCH_ALARM = 0.05
 _DEATH_NOTICE_S = 1.0  # for a rank's death to be known, once another complains of it
 _TMPFS = Path("/dev/shm")
 _EXPORTS_KEPT = 2  # the one that is published, and the one before, which a worker may be reading
@@ -134,6 +139,14 @@ class Trainer:
             "step", [(share, self.version) for share in shares]
         )
         self.version += 1
+        if (mismatch := metrics.get("mismatch/kl_fresh", 0.0)) > _MISMATCH_ALARM:
+            logger.warning(
+                "engine and trainer disagree on tokens of the same weights by %.2g nats a token "
+                "(mismatch/kl_fresh), which is no staleness: one of them has other weights, a low "
+                "precision, or samples from a changed distribution (vLLM must run with "
+                "--logprobs-mode processed_logprobs)",
+                mismatch,
+            )
         trained = int(sum((sample.loss_mask[1:] > 0).sum() for sample in samples))
         elapsed = asyncio.get_running_loop().time() - started
         return {**metrics, "tokens/trained": trained, "time/train_s": elapsed}

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -14,7 +14,15 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from flash.trainer.config import TrainerConfig
-from flash.trainer.objectives.settings import SETTINGS, Supervised
+from flash.trainer.objectives.settings import (
+    SETTINGS,
+    Aggregation,
+    DecoupledPpo,
+    KlSettings,
+    Supervised,
+    Tis,
+    Vanilla,
+)
 from flash.trainer.packing import divide
 from flash.trainer.rank import Rank
 from flash.types import Sample
@@ -32,11 +40,24 @@ def model(save_model: SaveModel, tmp_path: Path) -> Path:
 
 @contextlib.contextmanager
 def started(
-    model: Path, tmp_path: Path, config: TrainerConfig, checkpoint: Path | None = None
+    model: Path,
+    tmp_path: Path,
+    config: TrainerConfig,
+    checkpoint: Path | None = None,
+    reference: Path | None = None,
 ) -> Iterator[Rank]:
     rank = Rank()
     rendezvous = tmp_path / "rendezvous"
-    rank.start(str(model), checkpoint and str(checkpoint), config, 0, 1, str(rendezvous), 0)
+    rank.start(
+        str(model),
+        checkpoint and str(checkpoint),
+        config,
+        0,
+        1,
+        str(rendezvous),
+        0,
+        reference and str(reference),
+    )
     try:
         yield rank
     finally:
@@ -239,3 +260,181 @@ def test_gradient_checkpointing_changes_nothing(
         with started(model, tmp_path, config) as rank:
             results.append(step(rank, samples_of(4), config))
     assert close(*results)
+
+
+# ── objectives, in the whole ─────────────────────────────────────────────────────────────────
+
+
+def scored(model: Path, samples: list[Sample], reference_logprobs: Reference) -> list[Any]:
+    """The logprobs of each sample's trained tokens under a model, in float64."""
+    plain = Model.from_pretrained(model)
+    return [
+        np.array([0.0, *reference_logprobs(plain, s.token_ids.tolist())])[s.loss_mask > 0]
+        for s in samples
+    ]
+
+
+@pytest.mark.parametrize("aggregation", get_args(Aggregation))
+def test_the_loss_is_added_up_as_the_aggregation_says(
+    aggregation: Any,
+    model: Path,
+    tmp_path: Path,
+    samples_of: SamplesOf,
+    reference_logprobs: Reference,
+) -> None:
+    samples = samples_of(5)
+    config = TrainerConfig(
+        objective=Vanilla(),
+        aggregation=aggregation,
+        fixed_length=32 if aggregation == "fixed_length" else None,
+        tokens_per_micro_batch=40,
+    )
+    logprobs = scored(model, samples, reference_logprobs)
+    losses = [-s.advantage * now for s, now in zip(samples, logprobs, strict=True)]
+    expected = {
+        "token_mean": np.concatenate(losses).mean(),
+        "sequence_mean": np.mean([loss.mean() for loss in losses]),
+        "sequence_sum": np.mean([loss.sum() for loss in losses]),
+        "fixed_length": np.mean([loss.sum() / 32 for loss in losses]),
+    }
+    with started(model, tmp_path, config) as rank:
+        assert step(rank, samples, config)["loss"] == pytest.approx(expected[aggregation], rel=1e-5)
+
+
+def test_the_divergence_from_a_reference_is_added_to_the_loss_or_taken_from_the_returns(
+    model: Path,
+    save_model: SaveModel,
+    tmp_path: Path,
+    samples_of: SamplesOf,
+    reference_logprobs: Reference,
+) -> None:
+    samples = samples_of(4)
+    other = save_model(tmp_path / "other", "llama", tied=False)
+    now = scored(model, samples, reference_logprobs)
+    x = [a - b for a, b in zip(now, scored(other, samples, reference_logprobs), strict=True)]
+    k3 = [np.exp(-of_one) - 1 + of_one for of_one in x]
+    behaviour = [s.logprobs[s.loss_mask > 0] for s in samples]
+    ratios = [np.exp(a - b) for a, b in zip(now, behaviour, strict=True)]
+    to_go = [of_one[::-1].cumsum()[::-1] for of_one in x]
+    expected = {
+        ("loss", True): [r * k for r, k in zip(ratios, k3, strict=True)],
+        ("loss", False): k3,
+        ("reward", True): [penalty * a for penalty, a in zip(to_go, now, strict=True)],
+    }
+    plain = [-s.advantage * a for s, a in zip(samples, now, strict=True)]
+    for (place, corrected), added in expected.items():
+        kl = KlSettings(
+            coefficient=0.3,
+            place=place,  # type: ignore[arg-type]
+            estimator="k1" if place == "reward" else "k3",
+            corrected=corrected,
+        )
+        config = TrainerConfig(objective=Vanilla(), kl=kl, tokens_per_micro_batch=40)
+        with started(model, tmp_path, config, reference=other) as rank:
+            metrics = step(rank, samples, config)
+        loss = np.concatenate(plain).mean() + 0.3 * np.concatenate(added).mean()
+        assert metrics["loss"] == pytest.approx(loss, rel=1e-4)
+        assert metrics["kl_reference"] == pytest.approx(np.concatenate(k3).mean(), rel=1e-4)
+
+
+def test_the_reference_does_not_learn(model: Path, tmp_path: Path, samples_of: SamplesOf) -> None:
+    config = TrainerConfig(kl=KlSettings(coefficient=0.1), learning_rate=0.01, warmup_steps=0)
+    with started(model, tmp_path, config, reference=model) as rank:
+        divergences = [step(rank, samples_of(4), config)["kl_reference"] for _ in range(3)]
+    assert divergences[0] == pytest.approx(0, abs=1e-9)
+    assert 1e-4 < divergences[1] < divergences[2]
+
+
+def test_an_entropy_bonus_is_taken_from_the_loss_and_raises_entropy(
+    model: Path, tmp_path: Path, samples_of: SamplesOf
+) -> None:
+    samples = [replace(s, advantage=0.0) for s in samples_of(4)]
+    config = TrainerConfig(entropy_bonus=0.5, learning_rate=0.01, warmup_steps=0)
+    with started(model, tmp_path, config) as rank:
+        first, second = (step(rank, samples, config) for _ in range(2))
+    assert first["loss"] == pytest.approx(-0.5 * first["entropy"])
+    assert second["entropy"] > first["entropy"] + 0.01
+
+
+def test_each_sample_is_compared_at_the_temperature_it_was_sampled_at(
+    model: Path, tmp_path: Path, samples_of: SamplesOf
+) -> None:
+    plain = Model.from_pretrained(model)
+    samples = []
+    for number, sample in enumerate(samples_of(4)):
+        temperature = 0.5 + 0.5 * number  # one of them is 1
+        with torch.no_grad():
+            logits = plain(torch.tensor(sample.token_ids)[None]).logits[0, :-1].double()
+        chosen = (logits / temperature).log_softmax(-1)[
+            range(len(logits)), sample.token_ids[1:].tolist()
+        ]
+        logprobs = np.concatenate([[0], chosen.numpy()]).astype(np.float32) * sample.loss_mask
+        samples.append(replace(sample, temperature=temperature, logprobs=logprobs))
+    config = TrainerConfig(objective=Tis())
+    with started(model, tmp_path, config) as rank:
+        metrics = step(rank, samples, config)
+    assert metrics["kl_behaviour"] == pytest.approx(0, abs=1e-8)
+    assert metrics["weight/p01"] == pytest.approx(1, abs=1e-4)
+    assert metrics["logprob_gap/max"] < 1e-4
+
+
+def test_an_advantage_of_each_token_is_used_by_each_token(
+    model: Path, tmp_path: Path, samples_of: SamplesOf, reference_logprobs: Reference
+) -> None:
+    samples = [
+        replace(s, advantage=np.linspace(-1, 2, s.num_tokens, dtype=np.float32))
+        for s in samples_of(3)
+    ]
+    samples.append(samples_of(1, seed=5)[0])
+    now = scored(model, samples, reference_logprobs)
+    losses = []
+    for sample, logprobs in zip(samples, now, strict=True):
+        of_tokens = np.broadcast_to(sample.advantage, sample.num_tokens)
+        losses += list(-of_tokens[sample.loss_mask > 0] * logprobs)
+    config = TrainerConfig(objective=Vanilla())
+    with started(model, tmp_path, config) as rank:
+        assert step(rank, samples, config)["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_what_a_step_tells_of_its_weights_is_that_of_numpy(
+    model: Path, tmp_path: Path, samples_of: SamplesOf, reference_logprobs: Reference
+) -> None:
+    samples, version = samples_of(8, version=3), 3
+    config = TrainerConfig(objective=Tis(cap=1.5), tokens_per_micro_batch=60)
+    now = np.concatenate(scored(model, samples, reference_logprobs))
+    behaviour = np.concatenate([s.logprobs[s.loss_mask > 0] for s in samples])
+    fresh = np.concatenate([s.versions[s.loss_mask > 0] for s in samples]) == version
+    ratios = np.exp(now - behaviour)
+    weights = np.minimum(ratios, 1.5)
+    kl = ratios - 1 - np.log(ratios)
+    with started(model, tmp_path, config) as rank:
+        metrics = step(rank, samples, config, version)
+    expected = {
+        "importance/mean": ratios.mean(),
+        "importance/ess": ratios.sum() ** 2 / (ratios**2).sum() / len(ratios),
+        "weight/mean": weights.mean(),
+        "weight/ess": weights.sum() ** 2 / (weights**2).sum() / len(weights),
+        "weight/p01": np.percentile(weights, 1),
+        "weight/p50": np.percentile(weights, 50),
+        "weight/p99": np.percentile(weights, 99),
+        "weight/capped_fraction": (ratios > 1.5).mean(),
+        "ratio/clip_fraction": 0,
+        "kl_behaviour": kl.mean(),
+        "mismatch/kl_fresh": kl[fresh].mean(),
+        "mismatch/kl_stale": kl[~fresh].mean(),
+    }
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+
+
+def test_an_objective_without_proximal_logprobs_compares_what_its_first_mini_batch_tells(
+    model: Path, tmp_path: Path, samples_of: SamplesOf
+) -> None:
+    samples = samples_of(6)
+    metrics = []
+    for objective, chosen in ((Tis(), samples), (DecoupledPpo(), samples[0::2])):
+        mini_batches = 2 if isinstance(objective, Tis) else 1
+        config = TrainerConfig(objective=objective, mini_batches=mini_batches)
+        with started(model, tmp_path, config) as rank:
+            metrics.append(step(rank, chosen, config))
+    for name in ("mismatch/kl_fresh", "mismatch/kl_stale", "logprob_gap/max"):
+        assert metrics[0][name] == pytest.approx(metrics[1][name])

@@ -121,3 +121,24 @@ def test_an_attention_that_is_not_done_here_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="softcap"):
         model(torch.tensor([[1, 2]]), sequence_lengths=(2,), softcap=30.0)
+
+
+@pytest.mark.parametrize("kept_logits", [10**9, 5 * 97])
+def test_temperature_and_entropy_are_those_of_the_distribution_that_is_sampled(
+    kept_logits: int, directory: Path
+) -> None:
+    scored_by, plain = load(directory), Model.from_pretrained(directory)
+    token_ids, scored_S = torch.arange(20), torch.arange(3, 20)
+    temperatures_S = torch.linspace(0.5, 2.0, 17)
+    logprobs_S, entropy_S = TokenScorer(scored_by, kept_logits=kept_logits)(
+        token_ids, (20,), scored_S, temperatures_S=temperatures_S, with_entropy=True
+    )
+    logits_SV = plain(token_ids[None]).logits[0, scored_S - 1].double()
+    expected_SV = (logits_SV / temperatures_S[:, None]).log_softmax(-1)
+    chosen_S = expected_SV.gather(-1, token_ids[scored_S, None])[:, 0]
+    torch.testing.assert_close(logprobs_S.double(), chosen_S, atol=2e-5, rtol=0)
+    expected_S = -(expected_SV.exp() * expected_SV).sum(-1)
+    torch.testing.assert_close(entropy_S.double(), expected_S, atol=2e-5, rtol=0)
+    (found,) = torch.autograd.grad(entropy_S.sum(), scored_by.get_output_embeddings().weight)
+    (expected,) = torch.autograd.grad(expected_S.sum(), plain.get_output_embeddings().weight)
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from flash.errors import TrainerFailure
 from flash.trainer import Trainer, TrainerConfig
 from flash.trainer.checkpoint import checkpoint_version, write_state
+from flash.trainer.objectives.settings import Gspo, KlSettings
 from flash.types import Batch, Sample
 
 SamplesOf = Callable[..., list[Sample]]
@@ -45,6 +46,9 @@ def not_started(tmp_path: Path) -> Trainer:
         ({"logprobs": np.zeros(3, np.float32)}, r"episode 17.*\[4, 4, 3, 4\]"),
         ({"loss_mask": np.array([0, 1, -1, 1], np.float32)}, "episode 17.*mask"),
         ({"loss_mask": np.array([0, 1, np.nan, 1], np.float32)}, "episode 17.*mask"),
+        ({"advantage": np.array([0, np.nan, 0, 0], np.float32)}, "episode 17.*not finite"),
+        ({"advantage": np.zeros(3, np.float32)}, r"episode 17.*shape \(3,\).*each of the 4 tokens"),
+        ({"temperature": 0.0}, "episode 17.*temperature 0; only what.*above 0"),
     ],
 )
 async def test_a_sample_that_cannot_be_trained_on_is_named(
@@ -152,10 +156,37 @@ async def test_two_ranks_compute_what_one_does_and_one_goes_on_where_two_stopped
     assert not any(weights.path.exists() for weights in exports)
 
 
+@pytest.mark.slow
+async def test_two_ranks_compute_sequences_percentiles_divergence_and_entropy_as_one_does(
+    tmp_path: Path,
+    save_model: SaveModel,
+    samples_of: SamplesOf,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, other = (
+        save_model(tmp_path / name, tied=name == "model") for name in ("model", "other")
+    )
+    config = CONFIG.model_copy(
+        update={
+            "objective": Gspo(clip_low=0.5, clip_high=0.5),
+            "kl": KlSettings(coefficient=0.1, place="reward", reference=str(other)),
+            "entropy_bonus": 0.01,
+        }
+    )
+    two_ranks = config.model_copy(update={"ranks": 2, "tokens_per_micro_batch": 50})
+    async with (
+        Trainer(model=model, config=config, run_dir=tmp_path / "1") as one,
+        Trainer(model=model, config=two_ranks, run_dir=tmp_path / "2") as two,
+    ):
+        await same_step(one, two, batch_of(samples_of(7), 0))
+    # These samples' logprobs are made up.
+    assert "engine and trainer disagree on tokens of the same weights by" in caplog.text
+
+
 async def same_step(a: Trainer, b: Trainer, batch: Batch) -> None:
     metrics_a, metrics_b = await asyncio.gather(a.step(batch), b.step(batch))
     del metrics_a["time/train_s"], metrics_b["time/train_s"]
-    assert metrics_a == pytest.approx(metrics_b, abs=1e-6)
+    assert metrics_a == pytest.approx(metrics_b, abs=1e-6, rel=1e-6)
     assert metrics_a["tokens/trained"] == sum((s.loss_mask > 0).sum() for s in batch.samples)
     scores_a, scores_b = await asyncio.gather(a.score(PROBE), b.score(PROBE))
     assert scores_a == pytest.approx(scores_b, abs=2e-5)
