@@ -231,7 +231,8 @@ def agent_factory(
         "temperature": config.eval.temperature if heldout else settings.temperature,
         "episode_timeout_s": settings.episode_timeout_s,
     }
-    if door is not None:
+    if settings.run:
+        assert door is not None, "it is open wherever an agent of the user's own runs"
         external = registry.agent("external")
         options = env_options(config, heldout=heldout)
         if isinstance(settings.run, str):

@@ -2,13 +2,15 @@
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import aiohttp
 import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from flash.assembly import Tasks, heldout_tasks, load_tokenizer, open_door
+from flash.agents import EnvironmentAgent, ExternalAgent
+from flash.assembly import Tasks, agent_factory, heldout_tasks, load_tokenizer, open_door
 from flash.config import load
 from flash.fakes import FakeWorker
 from flash.hub import InferenceHub
@@ -21,6 +23,21 @@ def test_a_model_without_a_tokenizer_is_the_users_to_change(tmp_path):
         load_tokenizer(str(tmp_path))
     assert str(caught.value).startswith(f"model={str(tmp_path)!r} can't be loaded: check its name")
     assert "\n" not in str(caught.value)
+
+
+async def test_a_model_that_can_not_chat_has_no_door_for_an_agent_of_ones_own():
+    config = load("frozen_lake", {"agent.run": ["sh", "agent.sh"]})
+    with pytest.raises(ValueError, match="has no chat template, so an agent can't chat with it"):
+        async with open_door(config, None, tokenizer=SimpleNamespace(chat_template=None)):
+            pass
+
+
+async def test_an_open_door_alone_makes_nobody_elses_agents(tmp_path):
+    config = load("frozen_lake", {"engine.door_port": 0})
+    parts = {"envs": None, "style": None, "door": object(), "log_dir": tmp_path}
+    assert type(agent_factory(config, **parts)()) is EnvironmentAgent
+    config = load("frozen_lake", {"agent.run": ["sh", "agent.sh"]})
+    assert type(agent_factory(config, **parts)()) is ExternalAgent
 
 
 def seeds(tasks: Tasks, count: int) -> list[int]:

@@ -107,6 +107,10 @@ def test_async_generation_ratio_is_another_name_for_alpha():
         ),
         ({"agent": {"run": "python agent.py"}}, "agent.run='python agent.py': must be a coroutine"),
         ({"agent": {"run": ["python", 3]}}, "agent.run=['python', 3]: must be a coroutine functi"),
+        (
+            {"agent": {"ignore": "top_q"}},
+            "agent.ignore='top_q': ['top_q'] can't be ignored",
+        ),
         ({"agent": {"run": []}}, "agent.run=[]: must be a coroutine function"),
         ({"agent": {"run": ["no-such"]}}, "agent.run=['no-such']: there is no command 'no-such'"),
         ({"agent": {"run": "nowhere:act"}}, "agent.run='nowhere:act' can't be imported: No mod"),
@@ -180,6 +184,9 @@ def test_an_agent_of_ones_own_brings_its_world_along_unless_a_small_policy_needs
     config = parse({"env": "my_world", "model": "org/model", "agent": run})
     assert config.agent.run == ("sh", "agent.sh")
     assert not config.uses_environment
+    run["ignore"] = "temperature,top_p"
+    assert parse({"env": "frozen_lake", "agent": run}).agent.ignore == ("temperature", "top_p")
+    del run["ignore"]
     assert parse({"env": "frozen_lake", "agent": run}).uses_environment
     with pytest.raises(ValueError, match="env.name='my_world' is not registered"):
         parse({"env": "my_world", "agent": run})

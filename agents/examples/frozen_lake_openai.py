@@ -28,9 +28,12 @@ async def act(*, base_url: str, api_key: str, task: Any) -> Mapping[str, Any]:
     seen, info = lake.reset(seed=task.seed)
     messages: list[Any] = [{"role": "user", "content": f"{seen} {info['goal']}"}]
     done, total = False, 0.0
-    # A client loads the certificates of the world, 40 ms of work, unless it is told not to.
-    http = DefaultAsyncHttpxClient(verify=False)
-    async with AsyncOpenAI(base_url=base_url, api_key=api_key, http_client=http) as client:
+    # Unless told otherwise, a client loads the certificates of the world, which is 40 ms of work,
+    # and gives up connecting after 5 s, which a busy machine may need.
+    http = DefaultAsyncHttpxClient(verify=False, timeout=600)
+    async with AsyncOpenAI(
+        base_url=base_url, api_key=api_key, http_client=http, timeout=600
+    ) as client:
         while not done:
             answer = await client.chat.completions.create(model="policy", messages=messages)
             move = answer.choices[0].message.content or ""
