@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -32,6 +31,7 @@ from transformers.utils import logging as untyped_logging
 from flash.process import serve
 from flash.trainer.checkpoint import MODEL_FOLDER, OPTIMIZER_FILE, write_state
 from flash.trainer.config import TrainerConfig
+from flash.trainer.export import write_weights
 from flash.trainer.micro_batch import MicroBatch, pack
 from flash.trainer.objectives.choose import make_objective
 from flash.trainer.objectives.regularisers import kl_estimate, kl_loss, kl_penalty
@@ -82,6 +82,7 @@ class Rank:
         self._source = model
         self._config = config
         self._objective = make_objective(config.objective)
+        self._half = config.dtype == "bfloat16" or (config.dtype == "auto" and cuda)
         self._model, self._scorer = self._load_model(model)
         if config.gradient_checkpointing:
             self._model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -113,12 +114,10 @@ class Rank:
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0  # or logprobs would differ between two looks at the same weights
         scorer = TokenScorer(model).to(self._device)
-        cuda = torch.cuda.is_available()
-        half = self._config.dtype == "bfloat16" or (self._config.dtype == "auto" and cuda)
         policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if half else None, reduce_dtype=torch.float32
+            param_dtype=torch.bfloat16 if self._half else None, reduce_dtype=torch.float32
         )
-        mesh = init_device_mesh("cuda" if cuda else "cpu", (self._ranks,))
+        mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (self._ranks,))
         if sum(p.numel() for p in model.parameters()) > _ONE_UNIT_PARAMETERS:
             for module in model.modules():
                 if type(module).__name__ in (model._no_split_modules or ()):
@@ -236,16 +235,12 @@ class Rank:
 
     def export(self, directory: str) -> None:
         """Write the weights as safetensors under their Hugging Face names; rank 0 writes."""
-        weights: dict[str, Any] = get_model_state_dict(self._model, options=_FULL)
+        partial = Path(f"{directory}.partial")
         if self._rank == 0:
-            if getattr(self._model.config, "tie_word_embeddings", False):
-                for name in self._model._tied_weights_keys or {}:
-                    weights.pop(name, None)
-            partial = Path(f"{directory}.partial")
             partial.mkdir(parents=True)
-            tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
-            save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-            self._model.config.save_pretrained(partial)
+        dtype = torch.bfloat16 if self._half else torch.float32  # as layers compute
+        write_weights(self._model, partial, dtype=dtype, write=self._rank == 0)
+        if self._rank == 0:
             partial.rename(directory)
 
     def save(self, directory: str, version: int, optimizer: bool) -> None:

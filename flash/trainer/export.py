@@ -1,0 +1,78 @@
+"""A sharded model's weights on their way to the workers: gathered one by one, written by the file.
+
+    for each tensor: all ranks gather it ─► rank 0 keeps it ─► a file's worth? write it, forget it
+
+What is written is a Hugging Face checkpoint without tokenizer: names as there, tied weights once.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+_FILE_BYTES = 1 << 30
+_INDEX_FILE = "model.safetensors.index.json"
+
+
+def write_weights(
+    model: Any, directory: Path, *, dtype: torch.dtype, write: bool, file_bytes: int = _FILE_BYTES
+) -> None:
+    """Write the parameters in `dtype`, and buffers as they are; a collective, rank 0 has `write`.
+
+    With the dtype that the trainer computes in, a worker has the very weights that the trainer
+    computed with. Nobody holds more than one whole tensor, the writer up to `file_bytes` more.
+    """
+    tied: set[str] = set()
+    if getattr(model.config, "tie_word_embeddings", False):
+        tied = set(model._tied_weights_keys or ())
+    parameters = {name for name, _ in model.named_parameters()}
+    writer = _Writer(directory, file_bytes)
+    for name, tensor in model.state_dict().items():
+        if name in tied:
+            continue
+        # Cast first: the gather then moves what is wanted and no more.
+        whole = _gather(tensor.to(dtype) if name in parameters else tensor)
+        if write:
+            writer.add(name, whole)
+        del whole
+    if write:
+        writer.close()
+        model.config.save_pretrained(directory)
+
+
+def _gather(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class _Writer:
+    """Fills one file after the other."""
+
+    def __init__(self, directory: Path, file_bytes: int) -> None:
+        self._directory = directory
+        self._file_bytes = file_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._files: dict[str, str] = {}
+        self._written = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        if self._pending and self._pending_bytes + tensor.nbytes > self._file_bytes:
+            self._flush()
+        self._pending[name] = tensor.contiguous().cpu()
+        self._pending_bytes += tensor.nbytes
+
+    def close(self) -> None:
+        self._flush()
+        index = {"metadata": {}, "weight_map": self._files}
+        (self._directory / _INDEX_FILE).write_text(json.dumps(index))
+
+    def _flush(self) -> None:
+        self._written += 1
+        file = f"model-{self._written:05d}.safetensors"
+        save_file(self._pending, self._directory / file, metadata={"format": "pt"})
+        self._files |= dict.fromkeys(self._pending, file)
+        self._pending, self._pending_bytes = {}, 0
