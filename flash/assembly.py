@@ -1,6 +1,7 @@
 """From a configuration to the parts of a run: model, workers, environments, agents, tasks."""
 
 import contextlib
+import functools
 import itertools
 import json
 import logging
@@ -14,6 +15,7 @@ from flash.config import SMALL, Config
 from flash.door import Door
 from flash.environments import EnvHosts, InlineEnvs
 from flash.hub import EmbeddedPool, HttpWorker, InferenceHub, ProcessPool, VllmPool, Worker
+from flash.hub.nccl_worker import NcclPool, NcclWorker, nccl_sender
 from flash.machine import gpus, has_vllm
 from flash.rollout import AgentFactory
 from flash.types import EnvSource, PromptStyle, Task
@@ -89,11 +91,15 @@ def _workers(
     """The workers of the configuration, and one line that says which and why."""
     engine = config.engine
     if engine.urls:
-        urls: list[Worker | str] = [HttpWorker(url, api_key=engine.api_key) for url in engine.urls]
+        urls: list[Worker | str]
+        urls = [_client(config, number, url, log_dir) for number, url in enumerate(engine.urls)]
         return urls, f"{len(urls)} workers that run already, because engine.urls names them"
     devices = engine.devices or worker_gpus(config.trainer.ranks)
     if engine.kind == "vllm" or (engine.kind == "auto" and has_vllm() and devices):
-        vllm = VllmPool(
+        start: Callable[..., VllmPool] = VllmPool
+        if engine.transport == "nccl":
+            start = functools.partial(NcclPool, trainer_gpus=config.trainer.ranks)
+        vllm = start(
             model,
             size=engine.workers,
             max_running=engine.max_running,
@@ -131,6 +137,19 @@ def _workers(
     else:
         why = "because vLLM is not installed (`make setup-vllm`)"
     return embedded, f"{engine.workers} embedded workers, {why}"
+
+
+def _client(config: Config, number: int, url: str, log_dir: Path) -> HttpWorker:
+    """Of a worker that runs already."""
+    engine = config.engine
+    if engine.transport == "disk":
+        return HttpWorker(url, api_key=engine.api_key)
+    start_sender = nccl_sender(
+        number % config.trainer.ranks,
+        name=f"sender {number}",
+        log_path=log_dir / f"sender_{number}.log",
+    )
+    return NcclWorker(url, api_key=engine.api_key, start_sender=start_sender)
 
 
 def worker_gpus(ranks: int) -> list[int]:

@@ -21,7 +21,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from flash import registry
-from flash.machine import has_vllm
+from flash.machine import gpus, has_vllm
 from flash.section import Section
 from flash.trainer.config import TrainerConfig
 from flash.trainer.objectives.settings import SETTINGS, Supervised
@@ -141,6 +141,11 @@ class EngineConfig(Section):
     update_mode: Literal["keep", "abort", "wait"] = Field(
         "keep", description="what a publish does to requests under way"
     )
+    transport: Literal["disk", "nccl"] = Field(
+        "disk",
+        description="how weights get to the workers: as files in the trainer's memory, or from the "
+        "trainer's GPUs to those of vLLM servers anywhere",
+    )
     tensor_parallel: int = Field(1, ge=1, description="GPUs of a vLLM server")
     devices: tuple[int, ...] = Field(
         (), description="GPUs for vLLM servers; none given: those that the trainer leaves"
@@ -192,7 +197,27 @@ class EngineConfig(Section):
                 f"engine.devices names {len(self.devices)} GPUs, which are not divisible by "
                 f"engine.tensor_parallel={self.tensor_parallel}: name more or fewer"
             )
+        if self.transport == "nccl":
+            self._check_nccl()
         return self
+
+    def _check_nccl(self) -> None:
+        instead = "engine.transport=disk"
+        if self.kind != "vllm" and not self.urls:
+            raise ValueError(
+                f"engine.transport=nccl is vLLM's, and engine.kind={self.kind} can mean embedded "
+                f"workers: use engine.kind=vllm, or {instead}"
+            )
+        if not has_vllm():
+            raise ValueError(
+                f"engine.transport=nccl needs vLLM, which is not installed here: run "
+                f"`make setup-vllm`, or use {instead}"
+            )
+        if not gpus():
+            raise ValueError(
+                "engine.transport=nccl needs NVIDIA GPUs, and this machine shows none: use "
+                f"{instead}"
+            )
 
 
 class RolloutConfig(Section):
@@ -345,6 +370,8 @@ class Config(Section):
                 f"more, or trainer.advantages=reinforce, which compares those of the batch"
             )
         self._check_staleness()
+        if self.engine.transport == "nccl":
+            self._check_gpus_apart()
         if self.engine.cache_tokens < self.agent.max_sequence_tokens:
             raise ValueError(
                 f"engine.cache_tokens={self.engine.cache_tokens} can't hold one episode of "
@@ -396,6 +423,22 @@ class Config(Section):
                 f"{name} with trainer.mini_batches={self.trainer.mini_batches}: all but the first "
                 f"mini-batch come from weights before its own, because "
                 f"{objective.cannot_correct}: set trainer.mini_batches=1, {remedy}"
+            )
+
+    def _check_gpus_apart(self) -> None:
+        """NCCL takes no group in which two processes use one GPU."""
+        trainers, servers = gpus()[: self.trainer.ranks], self.engine.devices
+        if shared := sorted({*trainers} & {*servers}):
+            raise ValueError(
+                f"engine.devices={servers} and the trainer ({self.trainer.ranks} trainer.ranks) "
+                f"share GPUs {shared}, which engine.transport=nccl can't: name others, or use "
+                f"engine.transport=disk"
+            )
+        if self.engine.kind == "vllm" and not servers and len(gpus()) <= self.trainer.ranks:
+            raise ValueError(
+                f"engine.transport=nccl needs GPUs for vLLM beside the trainer's: "
+                f"trainer.ranks={self.trainer.ranks} take all {len(gpus())}: use fewer, or "
+                f"engine.transport=disk"
             )
 
     @property

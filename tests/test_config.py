@@ -319,3 +319,31 @@ def test_a_group_of_one_is_taken_where_nothing_in_it_is_compared():
         in_group = {"name": name, "baseline": "group"}
         with pytest.raises(ValueError, match=f"group_size=1 with trainer.advantages.name={name}"):
             load("frozen_lake", {"trainer.advantages": in_group, "group_size": 1})
+
+
+@pytest.mark.parametrize(
+    ("changes", "installed", "gpus", "message"),
+    [
+        ({}, True, [0, 1], "engine.kind=auto can mean embedded workers: use engine.kind=vllm"),
+        ({"engine.kind": "vllm"}, True, [], "this machine shows none: use engine.transport=disk"),
+        ({"engine.urls": "http://a:1"}, False, [0], "needs vLLM, which is not installed here"),
+        ({"engine.kind": "vllm", "engine.devices": [1, 2], "trainer.ranks": 2}, True, [0, 1, 2],
+         "share GPUs [1], which engine.transport=nccl can't"),
+        ({"engine.kind": "vllm", "trainer.ranks": 2}, True, [0, 1], "trainer.ranks=2 take all 2"),
+        ({"engine.kind": "vllm", "trainer.ranks": 2}, True, [0, 1, 2], ""),
+        ({"engine.kind": "vllm", "engine.devices": [2]}, True, [0, 1, 2], ""),
+        ({"engine.urls": "http://a:1"}, True, [0], ""),
+    ],
+)  # fmt: skip
+def test_weights_go_over_nccl_where_each_side_has_gpus_and_the_other_is_vllm(
+    changes, installed, gpus, message, monkeypatch
+):
+    monkeypatch.setattr("flash.config.has_vllm", lambda: installed)
+    monkeypatch.setattr("flash.config.gpus", lambda: gpus)
+    changes = {"engine.transport": "nccl", **changes}
+    if not message:
+        assert load("frozen_lake", changes).engine.transport == "nccl"
+        return
+    with pytest.raises(ValueError, match="engine.transport=nccl") as caught:
+        load("frozen_lake", changes)
+    assert message in str(caught.value)

@@ -58,8 +58,9 @@ def test_heavy_packages_are_imported_where_they_are_needed_only(path):
 
 @pytest.mark.parametrize("path", sources("flash"), ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_engine_talks_to_vllm_over_http_and_to_ray_not_at_all(path):
-    inside_its_server = path.name == "vllm_extension.py"
-    assert not packages(path) & ({"ray"} if inside_its_server else {"vllm", "ray"})
+    # What vLLM's servers load, and the process that joins them in a NCCL group.
+    of_vllm = path.name in ("vllm_extension.py", "nccl.py")
+    assert not packages(path) & ({"ray"} if of_vllm else {"vllm", "ray"})
 
 
 @pytest.mark.parametrize(

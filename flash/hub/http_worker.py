@@ -131,9 +131,7 @@ class HttpWorker:
                 f"{self.name} has read other weights in {path} than are there now: checksum "
                 f"{' and '.join(sorted(loaded))}, not {wanted}"
             )
-        # Keys and values of the old weights serve nobody: what runs is computed anew, so that
-        # every token is sampled by one version alone.
-        await self._call("POST", "/reset_prefix_cache?reset_running_requests=true")
+        await self._forget_keys_and_values()
 
     async def set_version(self, version: int) -> None:
         await self._call("POST", "/update_weight_version", {"new_version": str(version)})
@@ -147,6 +145,11 @@ class HttpWorker:
     async def close(self) -> None:
         if self._session is not None:
             await self._session.close()
+
+    async def _forget_keys_and_values(self) -> None:
+        """Those of the old weights serve nobody: what runs is computed anew, so that every token
+        is sampled by one version alone."""
+        await self._call("POST", "/reset_prefix_cache?reset_running_requests=true")
 
     async def _call(self, method: str, route: str, body: Mapping[str, Any] | None = None) -> bytes:
         async with self._request(method, route, body) as response:

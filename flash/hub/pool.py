@@ -66,6 +66,10 @@ class ProcessPool(abc.ABC):
     def _environment(self, number: int) -> Mapping[str, str]:
         """What it gets beside this process's environment."""
 
+    def _client(self, number: int, url: str) -> HttpWorker:
+        """What the hub talks to worker `number` through."""
+        return HttpWorker(url, api_key=self._api_key)
+
     @property
     def pids(self) -> list[int]:
         """Of the processes that were started last, one a worker."""
@@ -135,7 +139,7 @@ class ProcessPool(abc.ABC):
             number=number,
             port=port,
             reservation=reservation,
-            worker=HttpWorker(f"http://{_HOST}:{port}", api_key=self._api_key),
+            worker=self._client(number, f"http://{_HOST}:{port}"),
             log=self._log_dir / f"worker_{number}.log",
         )
 

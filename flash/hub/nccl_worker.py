@@ -1,0 +1,224 @@
+"""A vLLM server that gets its weights over NCCL, by vLLM's native weight transfer.
+
+    trainer ranks ─► export (host memory) ─► sender ══ NCCL ══► ranks of the server
+                                               ▲                     ▲
+                                               └──── NcclWorker ─────┘ HTTP: what comes next
+
+Each server has a sender of its own, a process on a GPU of the trainer's, and the two form a NCCL
+group. What they send is the export that was published, so a server that returns late gets the
+same weights as the others had, whatever the trainer does meanwhile. NCCL waits for ever for a
+peer that is gone: when a transfer fails or takes too long the sender is killed, and its group with
+it. That costs neither the trainer nor another server anything.
+"""
+
+import asyncio
+import base64
+import functools
+from collections.abc import Awaitable, Callable, Coroutine
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from flash.errors import ProcessFailure
+from flash.hub.http_worker import HttpWorker
+from flash.hub.vllm_pool import VllmPool
+from flash.hub.worker import WorkerBroken, WorkerFailure
+from flash.process import Child
+
+_SENDER_MODULE = "flash.trainer.nccl"
+_CHUNK_BYTES = 1 << 28
+_ANSWER_TIMEOUT_S = 5.0
+_NO_VERSION = -1
+
+
+class _WorldSize(msgspec.Struct):
+    world_size: int
+
+
+class _WeightInfo(msgspec.Struct):
+    weight_version: str
+
+
+class SenderProcess(Protocol):
+    """What is needed of a `flash.process.Child` that serves a `flash.trainer.sender.Sender`."""
+
+    async def call(self, method: str, *args: Any) -> Any: ...
+
+    def kill(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+
+StartSender = Callable[[], Awaitable[SenderProcess]]
+
+
+def nccl_sender(device: int, *, name: str, log_path: Path) -> StartSender:
+    """Starts senders on a GPU of the trainer's, by its number among those that it sees."""
+    return functools.partial(Child.start, _SENDER_MODULE, str(device), name=name, log_path=log_path)
+
+
+class NcclWorker(HttpWorker):
+    """Client of one vLLM server that was started with `--weight-transfer-config`, backend nccl.
+
+    Args:
+        start_sender: starts the process that sends; it is used until a transfer fails.
+        chunk_bytes: of one broadcast, and of GPU memory at both ends while it lasts.
+
+    A server in which an update broke off is not well until it has been started anew: its weights
+    are neither the old nor the new ones, and its ranks may wait for the sender for ever.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        start_sender: StartSender,
+        api_key: str = "",
+        chunk_bytes: int = _CHUNK_BYTES,
+    ) -> None:
+        super().__init__(url, api_key=api_key)
+        self._start_sender = start_sender
+        self._chunk_bytes = chunk_bytes
+        self._sender: SenderProcess | None = None
+        self._joined = False
+        self._spoiled = False
+        self._told_version = ""
+
+    async def set_version(self, version: int) -> None:
+        await super().set_version(version)
+        self._told_version = str(version)
+        if self._sender is None:
+            # Not needed before the next publish, by when it has done its imports: many seconds.
+            self._sender = await self._start_sender()
+
+    async def check_health(self) -> None:
+        await super().check_health()
+        if self._spoiled:
+            if not await self._was_restarted():
+                raise WorkerBroken(f"{self.name}: an update of its weights broke off")
+            self._spoiled = False
+
+    async def load_weights(self, path: Path) -> None:
+        try:
+            if not self._told_version:
+                await self.set_version(_NO_VERSION)  # a mark: its successor will not know it
+            if self._joined and await self._was_restarted():
+                await self._end_sender()
+            if self._sender is None:
+                self._sender = await self._start_sender()
+            if not self._joined:
+                await self._join(self._sender)
+            await self._send(self._sender, path)
+        except ProcessFailure as failure:
+            await self._end_sender()
+            kind = WorkerBroken if self._spoiled else WorkerFailure
+            raise kind(f"{self.name} can't be sent its weights: {failure}") from failure
+        except WorkerFailure as failure:
+            await self._end_sender()
+            if self._spoiled:
+                raise WorkerBroken(str(failure)) from failure
+            raise
+        except BaseException:
+            await self._end_sender()
+            raise
+        await self._forget_keys_and_values()
+
+    async def close(self) -> None:
+        await self._end_sender()
+        await super().close()
+
+    async def _join(self, sender: SenderProcess) -> None:
+        """Form a group of the sender, its rank 0, and the ranks of the server."""
+        try:
+            answer = await self._call("GET", "/get_world_size")
+            with self._readable(answer):
+                size = 1 + msgspec.json.decode(answer, type=_WorldSize).world_size
+            await self._call("POST", "/shutdown_weight_transfer_engine")  # an earlier group
+            group_id: bytes = await sender.call("new_id")
+            init_info = {
+                "nccl_unique_id_b64": base64.b64encode(group_id).decode(),
+                "rank_offset": 1,
+                "world_size": size,
+                "packed": True,
+                "packed_buffer_size_bytes": self._chunk_bytes,
+                "packed_num_buffers": 1,  # each update is one chunk
+            }
+            await _both(
+                sender.call("join", group_id, size),
+                self._call("POST", "/init_weight_transfer_engine", {"init_info": init_info}),
+            )
+        except WorkerFailure as failure:
+            raise WorkerFailure(
+                f"{failure}. A server for engine.transport=nccl has a GPU that the trainer does "
+                f"not use, VLLM_SERVER_DEV_MODE=1, and "
+                f'--weight-transfer-config \'{{"backend": "nccl"}}\''
+            ) from failure
+        self._joined = True
+
+    async def _send(self, sender: SenderProcess, path: Path) -> None:
+        updates = await sender.call("open", str(path), self._chunk_bytes)
+        self._spoiled = True
+        await self._call("POST", "/start_weight_update")
+        for number, update in enumerate(updates):
+            await _both(
+                sender.call("send", number),
+                self._call("POST", "/update_weights", {"update_info": update}),
+            )
+        await self._call("POST", "/finish_weight_update")
+        self._spoiled = False
+
+    async def _was_restarted(self) -> bool:
+        """Whether it is another process than the one that was told its version last."""
+        try:
+            async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+                answer = await self._call("GET", "/weight_info")
+        except TimeoutError:
+            return False  # its ranks hang
+        with self._readable(answer):
+            version = msgspec.json.decode(answer, type=_WeightInfo).weight_version
+        return version != self._told_version
+
+    async def _end_sender(self) -> None:
+        sender, self._sender, self._joined = self._sender, None, False
+        if sender is not None:
+            sender.kill()  # it may hang in NCCL, and has nothing to put in order
+            await sender.stop()
+
+
+class NcclPool(VllmPool):
+    """vLLM servers that get their weights over NCCL.
+
+    Args:
+        trainer_gpus: how many GPUs the trainer has; the senders take turns on them.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        trainer_gpus: int,
+        arguments: tuple[str, ...],
+        **options: Any,
+    ) -> None:
+        own = '--weight-transfer-config={"backend": "nccl"}'
+        super().__init__(model, arguments=(own, *arguments), **options)
+        self._trainer_gpus = trainer_gpus
+
+    def _client(self, number: int, url: str) -> NcclWorker:
+        start_sender = nccl_sender(
+            number % self._trainer_gpus,
+            name=f"sender {number}",
+            log_path=self._log_dir / f"sender_{number}.log",
+        )
+        return NcclWorker(url, api_key=self._api_key, start_sender=start_sender)
+
+
+async def _both(*calls: Coroutine[Any, Any, Any]) -> None:
+    """Waits for all; the first that fails ends the others."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            for call in calls:
+                tasks.create_task(call)
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None

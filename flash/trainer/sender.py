@@ -1,0 +1,106 @@
+"""Sends exported weights to the ranks of one vLLM server, chunk by chunk.
+
+    open ─► chunks: names, dtypes, shapes ─► the server is told of one ─► send: its bytes
+                                                       ▲                     │
+                                                       └──────── next ───────┘
+
+A chunk is what vLLM's packed transfer takes in one broadcast: tensors of one dtype, their bytes
+one after the other. The group that carries it is `flash/trainer/nccl.py`'s.
+"""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+Chunk = dict[str, Tensor]
+
+
+class Group(Protocol):
+    """This process, which is rank 0, and the ranks of one server.
+
+    `new_id` makes the 128 bytes that all of them need to find each other.
+    """
+
+    device: torch.device
+
+    def new_id(self) -> bytes: ...
+
+    def join(self, group_id: bytes, size: int) -> None:
+        """Waits until all `size` ranks are there."""
+        ...
+
+    def broadcast(self, packed: Tensor) -> None:
+        """Waits until every rank has it."""
+        ...
+
+
+class Sender:
+    """Answers the calls of `flash.hub.nccl_worker.NcclWorker`, one at a time.
+
+    Each call waits for the other side as long as it takes: the caller kills this process when
+    that is too long.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+        self._chunks: list[Chunk] = []
+
+    def new_id(self) -> bytes:
+        return self._group.new_id()
+
+    def join(self, group_id: bytes, size: int) -> None:
+        self._group.join(group_id, size)
+
+    def open(self, directory: str, chunk_bytes: int) -> list[dict[str, Any]]:
+        """What `/update_weights` must be told of each chunk before it is sent.
+
+        From now on these weights can be sent, even if the directory is deleted meanwhile.
+        """
+        self._chunks = chunks_of(Path(directory), chunk_bytes)
+        return [
+            {
+                "names": list(chunk),
+                "dtype_names": [str(t.dtype).removeprefix("torch.") for t in chunk.values()],
+                "shapes": [list(tensor.shape) for tensor in chunk.values()],
+            }
+            for chunk in self._chunks
+        ]
+
+    def send(self, number: int) -> None:
+        """Broadcast one chunk of what is open."""
+        self._group.broadcast(packed(self._chunks[number], self._group.device))
+
+
+def chunks_of(directory: Path, chunk_bytes: int) -> list[Chunk]:
+    """The safetensors of a directory, mapped and not read, in chunks of at most `chunk_bytes`.
+
+    A larger tensor is a chunk by itself. One dtype a chunk, because vLLM views each tensor where
+    it lies, and float32 may not lie behind an odd number of bfloat16.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        tensors |= load_file(file)
+    if not tensors:
+        raise ValueError(f"no safetensors in {directory}: were these weights replaced already?")
+    chunks: list[Chunk] = []
+    size, dtype = 0, None
+    for name, tensor in tensors.items():
+        if not chunks or tensor.dtype != dtype or size + tensor.nbytes > chunk_bytes:
+            chunks.append({})
+            size, dtype = 0, tensor.dtype
+        chunks[-1][name] = tensor
+        size += tensor.nbytes
+    return chunks
+
+
+def packed(chunk: Chunk, device: torch.device) -> Tensor:
+    """The bytes of a chunk's tensors, in order, on `device`: uint8."""
+    flat = torch.empty(sum(t.nbytes for t in chunk.values()), dtype=torch.uint8, device=device)
+    end = 0
+    for tensor in chunk.values():
+        start, end = end, end + tensor.nbytes
+        flat[start:end].copy_(tensor.reshape(-1).view(torch.uint8))
+    return flat
