@@ -272,6 +272,19 @@ def test_calls_side_by_side_count_their_time_once():
     virtual_time.run(main())
 
 
+def test_a_stage_that_goes_on_in_another_call_is_told_from_its_beginning():
+    async def main():
+        episode = Episode(0, Task(0), hub=None)
+        with contextlib.ExitStack() as second:
+            with episode.stage("generate"):
+                second.enter_context(episode.stage("generate"))
+                await asyncio.sleep(2)
+            await asyncio.sleep(1)
+            assert "in stage 'generate' for 3.0 s" in episode.describe()
+
+    virtual_time.run(main())
+
+
 @pytest.mark.parametrize(
     ("answer", "means"),
     [
