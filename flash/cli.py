@@ -34,6 +34,7 @@ Train a policy by asynchronous reinforcement learning.
   flash train alfworld --model Qwen/Qwen2.5-0.5B-Instruct --agent.style chat
   flash train my_run.yaml --env.options.max_turns 12
   flash train --env my_package.my_env:MyEnv --env.eval_options '{}'
+  flash train --agent.run my_agent:act --model Qwen/Qwen2.5-0.5B-Instruct --env my_world
 
 Results are in runs/<name>/. Ctrl-C ends the run after its step, with a checkpoint.
 """
