@@ -57,10 +57,15 @@ def test_of_two_calls_that_go_on_from_the_same_one_the_second_has_it_as_its_prom
 
 def test_the_longest_sample_that_fits_is_extended():
     recorder = Recorder(1.0)
+    recorder.add([1], completion(2, 7))
+    recorder.add([1, 2, 3], completion(4))
     recorder.add([1], completion(2))
-    recorder.add([1, 3], completion(4))
-    recorder.add([1, 3, 4, 1], completion(5))
-    assert parts(recorder) == [([1, 2], [0, 1]), ([1, 3, 4, 1, 5], [0, 0, 1, 0, 1])]
+    recorder.add([1, 2, 3, 4], completion(5))
+    assert parts(recorder) == [
+        ([1, 2, 7], [0, 1, 1]),
+        ([1, 2, 3, 4, 5], [0, 0, 0, 1, 1]),
+        ([1, 2], [0, 1]),
+    ]
 
 
 def test_turns_are_counted_over_all_samples_of_an_episode():
@@ -162,7 +167,9 @@ async def test_other_tools_open_a_new_sample(enter):
             answer = await chat(client, USER)
             await chat(client, USER, said(answer), USER, tools=[tool])
             await chat(client, USER, said(answer), USER)
-        assert [int(s.loss_mask.sum()) for s in session.samples()] == [6, 3]
+        without, with_tool = session.samples()
+        assert [without.loss_mask.sum(), with_tool.loss_mask.sum()] == [6, 3]
+        assert '"move"' in house.text(with_tool.token_ids)
 
 
 async def test_a_history_rewritten_late_goes_on_from_what_is_left_of_it(enter):

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from flash.door.reply import Manners, Reply, load_template, manners_of
 
@@ -118,6 +120,16 @@ def test_a_character_whose_bytes_are_not_all_there_is_held_back(tokenizer, encod
     assert reply.feed([first]) == []
     assert reply.finish() == [{"content": "�"}], "it never came whole, and is not lost"
     assert reply.content == "a🙂b�"
+
+
+def test_words_that_come_one_by_one_keep_the_spaces_between_them():
+    words = {word: n for n, word in enumerate(["go", "to", "drawer 3", "<stop>"])}
+    core = Tokenizer(models.WordLevel(words, unk_token="<stop>"))
+    reply = Reply(PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<stop>"))
+    assert [delta["content"] for n in range(4) for delta in reply.feed([n])] == [
+        "go", " to", " drawer 3",
+    ]  # fmt: skip
+    assert reply.finish() == []
 
 
 def test_what_may_become_a_stop_string_is_held_back_until_it_is_known(tokenizer, encode):

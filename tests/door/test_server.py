@@ -116,13 +116,14 @@ async def test_a_call_may_be_ended_by_another_special_token_than_a_turn(enter):
             "</tool_call>{% endfor %}{{ '<|call|>' if m.tool_calls else '<|im_end|>' }}\n",
         )
         async with client:
-            house.says = [f"{CALL}<|call|>"]
+            spaced = CALL.replace(" ", "")  # not as the template would write it
+            house.says = [f"{spaced}<|call|>"]
             message = (await chat(client, tools=[MOVE])).choices[0].message
             assert message.content is None
             result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "ok"}
             await chat(client, USER, message, result, tools=[MOVE])
         (sample,) = session.samples()
-        assert f"{CALL}<|call|>\n<|im_start|>tool" in house.text(sample.token_ids)
+        assert f"{spaced}<|call|>\n<|im_start|>tool" in house.text(sample.token_ids)
 
 
 async def test_with_tool_choice_none_what_looks_like_a_call_is_text(enter):
