@@ -2,13 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from flash.conversation import ChatTemplate, TokenSequence
+from flash.conversation import ChatTemplate, Message, TokenSequence
 from flash.types import Completion, Sample
-
-Message = Mapping[str, Any]
 
 
 class Recorder:

@@ -206,6 +206,8 @@ async def test_the_end_of_an_episode_ends_its_calls_and_its_token(enter):
                 path = f"{base}/chat/completions"
                 status, _, _ = await post(house, session.api_key, path=path, json=CHAT)
                 assert status == 401
+            with pytest.raises(openai.AuthenticationError):
+                await client.models.list()
         session.close()
 
 
