@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, ValidationError
 
+LEAVE_OUT = "leave it out, or have the door ignore it (agent.ignore)"
 _SAMPLER = "the workers sample from the whole distribution, as training needs it"
 _NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
     # field: the values that change nothing, why there are no others
@@ -263,7 +264,7 @@ def _validated(shape: type[_S], body: Any, *, model: str, ignore: Collection[str
         elif not any(type(value) is type(other) and value == other for other in values) and not (
             isinstance(value, float) and value in values
         ):
-            raise refused(name, value, f"{why}; leave it out, or let the door ignore it")
+            raise refused(name, value, f"{why}; {LEAVE_OUT}")
     if "strict" in ignore:
         fields["tools"] = _without_strict(fields.get("tools"))
     try:
@@ -299,7 +300,7 @@ _REMEDIES: Mapping[Any, str] = {
     "tool_choice": 'whether a tool is called is the policy\'s choice: "auto" or "none"',
     "logprobs": "only the sampled token's logprob is known: true for chats, 0 for completions",
     "prompt": "one string, or one list of token ids: send one request for each prompt",
-    "strict": "arguments are not constrained by their schema: leave it out, or let the door ignore",
+    "strict": f"arguments are not constrained by their schema: {LEAVE_OUT}",
     "type": "only text and functions are known here",
 }
 

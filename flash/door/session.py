@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from flash.door.limits import Allowance
 from flash.door.recorder import Memory, Recorder
-from flash.door.schema import ApiError, Ask, refused
+from flash.door.schema import LEAVE_OUT, ApiError, Ask, refused
 from flash.errors import FlashError
 from flash.types import Completion, Sample, SamplingParams
 
@@ -70,7 +70,7 @@ class DoorSession:
                 raise refused(
                     "temperature", ask.temperature,
                     f"this episode samples at {self._temperature:g}, which its training counts "
-                    f"on: leave it out, or let the door ignore it",
+                    f"on: {LEAVE_OUT}",
                 )  # fmt: skip
             temperature = ask.temperature
         return SamplingParams(

@@ -1,4 +1,4 @@
-"""The door over a real engine: what it records is what the model gives to those tokens."""
+"""The door over real engines: what it records is what the model gives to those tokens."""
 
 import openai
 import pytest
@@ -6,12 +6,38 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flash.door import Door
-from flash.hub import EmbeddedPool, InferenceHub
+from flash.hub import EmbeddedPool, InferenceHub, VllmPool
+from flash.machine import gpus, has_vllm
 from flash.rollout.episode import Episode
 from flash.small_policy import create
 from flash.types import Sample, Task
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def embedded(path, log_dir) -> EmbeddedPool:
+    return EmbeddedPool(
+        str(path), size=1, max_running=8, cache_tokens=4096, threads=1, dtype="float32",
+        version=0, seed=0, log_dir=log_dir, start_timeout_s=300,
+    )  # fmt: skip
+
+
+def vllm(path, log_dir) -> VllmPool:
+    return VllmPool(
+        str(path), size=1, max_running=8, max_tokens=512, cache_tokens=4096, tensor_parallel=1,
+        devices=gpus(), gpu_memory=0.3, dtype="float32", threads=1, seed=0, arguments=(),
+        log_dir=log_dir, start_timeout_s=300,
+    )  # fmt: skip
+
+
+VLLM = pytest.param(
+    vllm,
+    1.0,
+    marks=[
+        pytest.mark.skipif(not has_vllm(), reason="vLLM is not installed: make setup-vllm"),
+        pytest.mark.xdist_group("vllm"),
+    ],
+)
 
 
 def gap(model, sample: Sample) -> float:
@@ -25,15 +51,12 @@ def gap(model, sample: Sample) -> float:
     return float((expected - torch.tensor(sample.logprobs[1:]))[sampled].abs().max())
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-async def test_recorded_logprobs_are_the_models_own(tmp_path, temperature):
+@pytest.mark.parametrize(("engine", "temperature"), [(embedded, 1.0), (embedded, 0.6), VLLM])
+async def test_recorded_logprobs_are_the_models_own(tmp_path, engine, temperature):
     """Also those of a later turn, whose prompt is made of sampled tokens and new ones."""
-    words = [f"w{n}" for n in range(50)]
-    path = create(tmp_path / "model", words, layers=1, hidden_size=32, seed=3)
-    pool = EmbeddedPool(
-        str(path), size=1, max_running=8, cache_tokens=4096, threads=1, dtype="float32",
-        version=0, seed=0, log_dir=tmp_path / "logs", start_timeout_s=120,
-    )  # fmt: skip
+    words = [f"w{n}" for n in range(300)]
+    path = create(tmp_path / "model", words, layers=1, hidden_size=64, heads=2, seed=3)
+    pool = engine(path, tmp_path / "logs")
     tokenizer = AutoTokenizer.from_pretrained(path)
     async with InferenceHub(pool) as hub, Door(hub, tokenizer=tokenizer, model="policy") as door:
         episode = Episode(1, Task(1), hub=hub)
@@ -44,7 +67,7 @@ async def test_recorded_logprobs_are_the_models_own(tmp_path, temperature):
             messages = [{"role": "user", "content": "w1 w2 w3"}]
             for turn in range(4):
                 answer = await client.chat.completions.create(
-                    model="policy", messages=messages, logprobs=True, stream=False
+                    model="policy", messages=messages, logprobs=True
                 )
                 messages += [answer.choices[0].message, {"role": "user", "content": f"w{turn}"}]
             text = await client.completions.create(model="policy", prompt="w7 w8", n=2)
