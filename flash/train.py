@@ -53,7 +53,7 @@ async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any] | None
                 run_dir=folder.path,
                 seed=config.seed,
                 resume_from=folder.resume_from,
-            ) as trainer,
+            ).starting() as trainer,  # side by side with the workers
             assembly.open_hub(
                 config, model=trainer.model, version=trainer.version, log_dir=folder.logs
             ) as hub,
@@ -77,6 +77,7 @@ async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any] | None
                 on_episode=folder.episode,
             ) as rollouts,
         ):
+            await trainer.ready()
             progress = Progress(config, folder, view, hub=hub, rollouts=rollouts, envs=envs)
             examinee = assembly.agent_factory(
                 config,

@@ -8,12 +8,14 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pytest
 
 from flash import config as configuration
 from flash.cli import run as flash
 from flash.evaluate import evaluate
 from flash.hub import EmbeddedPool
+from flash.machine import has_vllm
 from flash.small_policy import create
 from flash.telemetry import METRICS, read_lines
 from flash.train import train
@@ -33,6 +35,9 @@ TINY = {
     "warm_start.steps": 3,
     "warm_start.demonstrations": 12,
 }
+
+
+OUTCOMES = ("admitted", "running", "ready", "trained", "dropped", "failed", "cancelled")
 
 
 def tiny(preset: str, runs: Path, **changes):
@@ -55,9 +60,7 @@ async def test_a_tiny_run_of_each_preset_leaves_a_whole_and_true_folder(preset, 
         assert METRICS.keys() <= line.keys()
         assert line["staleness/max"] <= 1, "invariant 1"
         assert line["logprob_gap/max"] < 1e-3, "invariant 7"
-        counts = {name: line[f"episodes/{name}"] for name in (
-            "admitted", "running", "ready", "trained", "dropped", "failed", "cancelled"
-        )}  # fmt: skip
+        counts = {name: line[f"episodes/{name}"] for name in OUTCOMES}
         assert counts.pop("admitted") == sum(counts.values()), "invariant 2"
     episodes = read_lines(folder / "episodes.jsonl")
     assert Counter(e["outcome"] for e in episodes)["trained"] == 48
@@ -71,6 +74,30 @@ async def test_a_tiny_run_of_each_preset_leaves_a_whole_and_true_folder(preset, 
     assert list(folder.glob("events.out.tfevents.*"))
     assert configuration.load(str(folder / "config.yaml")).batch_size == 16
     assert json.loads((folder / "summary.json").read_text())["steps"] == 3
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(not has_vllm(), reason="vLLM is not installed: make setup-vllm")
+async def test_a_run_on_vllm_servers_goes_on_when_one_is_killed(tmp_path):
+    changes = {"engine": {"kind": "vllm", "workers": 2, "max_running": 8}, "steps": 4}
+    config = tiny("frozen_lake", tmp_path, name="r", eval_every=0, **changes)
+    running = asyncio.create_task(run(config))
+    metrics = tmp_path / "r" / "metrics.jsonl"
+    while not (metrics.exists() and len(read_lines(metrics)) > 2):  # two publishes
+        assert not running.done()
+        await asyncio.sleep(0.05)
+    processes = psutil.Process().children(recursive=True)
+    servers = [p for p in processes if any("api_server" in word for word in p.cmdline())]
+    assert len(servers) == 2
+    servers[0].kill()
+    summary = await running
+    assert summary["steps"] == 4
+    for line in read_lines(metrics)[1:]:
+        assert line["staleness/max"] <= 1
+        assert line["logprob_gap/max"] < 1e-3
+        counts = {name: line[f"episodes/{name}"] for name in OUTCOMES}
+        assert counts.pop("admitted") == sum(counts.values())
+    assert not any(p.is_running() for p in processes)
 
 
 class SetAtWait(asyncio.Event):

@@ -1,11 +1,12 @@
 """The trainer's handle in the controller: starts the ranks, calls all of them at once."""
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import shutil
 import tempfile
-from collections.abc import Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class Trainer:
         self._run_dir = run_dir
         self._seed = seed
         self._children: list[Child] = []
-        self._work_dir = Path()
+        self._work_dir: Path | None = None  # there while it runs
         self._exports: list[Path] = []
         self._export_ids = itertools.count()
 
@@ -113,7 +114,30 @@ class Trainer:
             child.kill()  # a rank keeps nothing that a checkpoint has not
         for child in self._children:
             await child.stop()
-        shutil.rmtree(self._work_dir, ignore_errors=True)
+        if self._work_dir is not None:
+            shutil.rmtree(self._work_dir, ignore_errors=True)
+
+    @contextlib.asynccontextmanager
+    async def starting(self) -> AsyncIterator["Trainer"]:
+        """As `async with trainer`, but the body begins while the ranks load their model.
+
+        `ready` waits for them; if they fail, the body is cancelled and TrainerFailure raised.
+        """
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._starting = tasks.create_task(self.__aenter__(), name="start the trainer")
+                try:
+                    yield self
+                finally:
+                    self._starting.cancel()
+                    await asyncio.wait((self._starting,))
+                    await self.__aexit__()
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+
+    async def ready(self) -> None:
+        """Waits until the ranks of `starting` have loaded their model."""
+        await asyncio.shield(self._starting)
 
     async def step(self, batch: Batch) -> dict[str, float]:
         """Train one batch: the next version. Returns means over its trained tokens.
@@ -161,6 +185,7 @@ class Trainer:
 
         They stay until the export after next; `score` answers for them until the next step.
         """
+        assert self._work_dir is not None, "the trainer is not entered"
         path = self._work_dir / f"version_{self.version}_{next(self._export_ids)}"
         await self._call("export", str(path))
         self._exports.append(path)

@@ -231,6 +231,38 @@ async def test_a_model_that_cannot_be_loaded_is_a_failure_with_its_traceback(
     assert not any(child.alive for child in trainer._children)
 
 
+@pytest.mark.slow
+async def test_what_stands_beside_a_trainer_begins_before_its_ranks_are_ready(
+    tmp_path: Path, save_model: SaveModel
+) -> None:
+    trainer = Trainer(model=save_model(tmp_path / "m"), config=CONFIG, run_dir=tmp_path)
+    async with trainer.starting():
+        began_before = not trainer._starting.done()
+        await trainer.ready()
+        assert len(await trainer.score(PROBE)) == len(PROBE) - 1
+    assert began_before
+    assert not any(child.alive for child in trainer._children)
+
+
+@pytest.mark.slow
+async def test_ranks_that_fail_cancel_what_was_begun_beside_them(tmp_path: Path) -> None:
+    trainer = Trainer(model=tmp_path / "nothing", config=CONFIG, run_dir=tmp_path)
+    with pytest.raises(TrainerFailure, match="nothing"):
+        async with trainer.starting():
+            await asyncio.Event().wait()
+
+
+async def test_an_error_beside_a_trainer_before_it_has_begun_is_told_and_removes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").touch()
+    with pytest.raises(ValueError, match="no workers"):
+        async with not_started(tmp_path).starting():
+            raise ValueError("no workers")
+    assert (tmp_path / "mine").exists()
+
+
 async def test_ranks_that_take_too_long_are_killed_and_the_setting_is_named(
     tmp_path: Path,
 ) -> None:
