@@ -165,6 +165,7 @@ def main() -> None:
     parser.add_argument("--mean-s", type=float, default=0.25, help="mean latency of a step")
     parser.add_argument("--sigma", type=float, default=1.2, help="of its logarithm")
     parser.add_argument("--runs-dir", default="runs", help="where the runs' folders go")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where the numbers go")
     options = parser.parse_args()
     rows = []
     print(f"{'alpha':>5} {'samples':>7} {'wall s':>7} {'idle trainer':>12} {'idle worker':>11} "
@@ -181,9 +182,10 @@ def main() -> None:
             f"{alpha:5g} {row['samples']:7.0f} {row['wall_s']:7.1f} {row['idle_trainer']:12.0%} "
             f"{row['idle_worker']:11.0%} {row['wasted_tokens']:13.0f} {row['speed_up']:7.2f}x"
         )
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"settings": vars(options), "rows": rows}, indent=2) + "\n")
-    print(f"written to {RESULTS}")
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    settings = {name: str(value) for name, value in vars(options).items()}
+    options.results.write_text(json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n")
+    print(f"written to {options.results}")
 
 
 if __name__ == "__main__":

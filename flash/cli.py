@@ -1,4 +1,4 @@
-"""The `flash` command: train, eval, simulate, worker."""
+"""The `flash` command: train, eval, simulate, plan, worker."""
 
 import argparse
 import asyncio
@@ -19,6 +19,7 @@ from pydantic_core import PydanticUndefined
 from flash import config as configuration
 from flash.errors import FlashError
 from flash.simulate.distributions import Distribution
+from flash.simulate.hardware import GPUS, on_hardware
 from flash.simulate.scenario import Scenario
 from flash.simulate.scenario import load as load_scenario
 from flash.worker.config import parse as parse_worker
@@ -60,6 +61,20 @@ Simulate a run on a cluster: the engine's own hub, loop and agents in virtual ti
   --timeline              write a trace of the first one for https://ui.perfetto.dev
   --out DIR               where the files go [runs/simulations/NAME]
 """
+_PLAN = """\
+Search how to split GPUs between workers and trainer, and the alpha to allow, by simulating.
+
+  flash plan scenario.yaml --gpus 128
+  flash plan scenario.yaml --gpus 64 --gpu h100 --model 8e9
+  flash plan --calibrate runs/alfworld --gpus 8
+
+  --gpus N                the whole cluster's
+  --gpu NAME, --model M   compute the times of workers and trainer from a GPU (GPU_NAMES) and a
+                          model: its number of parameters, or a directory with its config.json
+  --alphas A,B,…          to choose from [0,1,2,4]
+  --calibrate RUN         in place of a file: fit the scenario to a run
+  --out DIR               where the files go [runs/plans/NAME]
+""".replace("GPU_NAMES", ", ".join(GPUS))
 _WORKER = "Serve one embedded inference worker."
 
 _WIDTH = 100
@@ -101,6 +116,7 @@ def _command(arguments: Sequence[str]) -> tuple[Callable[[Sequence[str]], None],
         ("train", _TRAIN, _train, config, "[PRESET|FILE.yaml] [--field.sub value …]"),
         ("eval", _EVAL, _eval, config, "RUN|CHECKPOINT [--field.sub value …]"),
         ("simulate", _SIMULATE, _simulate, scenario, "FILE.yaml [--field.sub value …]"),
+        ("plan", _PLAN, _plan, scenario, "FILE.yaml --gpus N [--field.sub value …]"),
     ):
         sub = commands.add_parser(
             name,
@@ -183,6 +199,35 @@ def _simulate(arguments: Sequence[str]) -> None:
         scenario = command.calibrated(options.calibrate, options.out).changed(changes)
         values = values or {"alpha": sorted({0.0, 1.0, scenario.alpha})}
     command.sweep(scenario, values, seeds=options.seeds, timeline=options.timeline, out=options.out)
+
+
+def _plan(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="flash plan", add_help=False, allow_abbrev=False)
+    parser.add_argument("--gpus", type=int)
+    parser.add_argument("--gpu", choices=GPUS)
+    parser.add_argument("--model")
+    parser.add_argument("--alphas", default="0,1,2,4")
+    parser.add_argument("--calibrate", type=Path)
+    parser.add_argument("--out", type=Path)
+    options, words = parser.parse_known_args(arguments)
+    sources, changes = _words(words, Scenario)
+    source = _only(sources, "a scenario's YAML file")
+    if options.gpus is None or (source is None) == (options.calibrate is None):
+        raise ValueError(
+            "flash plan what? Give a scenario's YAML file or --calibrate RUN, and --gpus N"
+        )
+    if (options.gpu is None) != (options.model is None):
+        raise ValueError("--gpu and --model go together: the times follow from both")
+    _, alphas = _swept(f"alphas={options.alphas}")
+    from flash.simulate import command  # noqa: PLC0415  (help and mistakes must not wait for it)
+
+    if source is not None:
+        scenario = load_scenario(Path(source), changes)
+    else:
+        scenario = command.calibrated(options.calibrate, options.out).changed(changes)
+    if options.gpu is not None:
+        scenario = on_hardware(scenario, options.model, options.gpu, keep=changes)
+    command.plan(scenario, gpus=options.gpus, alphas=alphas, out=options.out)
 
 
 def _swept(text: str) -> tuple[str, list[Any]]:

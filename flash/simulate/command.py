@@ -11,12 +11,13 @@ from typing import Any
 
 import yaml
 
+from flash.simulate import plan as planning
 from flash.simulate.calibrate import calibrate
 from flash.simulate.results import Result
 from flash.simulate.run import simulate
 from flash.simulate.scenario import Scenario
 
-_FOLDER = Path("runs/simulations")
+_FOLDER, _PLANS = Path("runs/simulations"), Path("runs/plans")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +82,13 @@ def sweep(
     written += [folder / "timeline.json.gz"] if timeline else []
     print("written:", ", ".join(map(str, written)))
     return rows
+
+
+def plan(
+    scenario: Scenario, *, gpus: int, alphas: Sequence[float], out: Path | None = None
+) -> planning.Plan:
+    """Searches, prints and keeps a plan."""
+    return planning.run(scenario, gpus=gpus, alphas=alphas, out=out or _PLANS / scenario.name)
 
 
 def calibrated(run: Path, out: Path | None = None) -> Scenario:

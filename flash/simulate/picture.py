@@ -11,6 +11,7 @@ from flash.simulate.results import Result
 
 if TYPE_CHECKING:
     from flash.simulate.command import Row
+    from flash.simulate.plan import Plan
 
 _BLUE, _RED, _GREEN, _ORANGE, _GREY = "#3b6ea8", "#c2443f", "#4f9a63", "#e08a4e", "#d9d9d9"
 _LINES = (_BLUE, _RED, _GREEN, _ORANGE, "#a58bc4", "#cdb45f", "#8c8c8c")
@@ -61,6 +62,36 @@ def draw_sweep(rows: Sequence["Row"]) -> Figure:
         axes.grid(alpha=0.3)
     if others:
         panels.flat[0].legend(fontsize=8)
+    return figure
+
+
+def draw_plan(plan: "Plan") -> Figure:
+    """Speed against age: what was tried, the best of each α, and the one to take."""
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for choices, style in (
+        (plan.tried, {"color": _GREY, "label": "tried"}),
+        (plan.best, {"color": _BLUE, "label": "best of its alpha"}),
+        ([plan.recommended], {"color": _RED, "label": "to take", "s": 90}),
+    ):
+        axes.scatter(
+            [choice.result.staleness_mean for choice in choices],
+            [choice.result.samples_per_s for choice in choices],
+            **style,
+        )
+    for choice in plan.best:
+        axes.annotate(
+            f"α={choice.alpha:g}, {choice.workers} workers, trainer {choice.trainer_gpus}",
+            (choice.result.staleness_mean, choice.result.samples_per_s),
+            textcoords="offset points", xytext=(6, 6), fontsize=8,
+        )  # fmt: skip
+    axes.set_xlabel("mean age of trained tokens, in versions")
+    axes.set_ylabel("samples a second")
+    axes.set_ylim(bottom=0)
+    axes.margins(x=0.25, y=0.12)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
     return figure
 
 
