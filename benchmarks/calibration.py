@@ -1,4 +1,4 @@
-"""How well simulation predicts: real runs of one job at several α, and what each says of the others.
+"""How well simulation predicts: real runs of a job at several α, and what each says of the others.
 
 Two jobs run for real (sync_vs_async.py), each at α = 0, 1 and 2 at the same time, so that whatever
 else the machine does slows all of them alike. Then a scenario is fitted to each run, and the
