@@ -338,16 +338,8 @@ class Config(Section):
     @field_validator("model")
     @classmethod
     def _model_is_there(cls, value: str) -> str:
-        path = Path(value).expanduser()
-        if value == SMALL or _is_hub_name(value):
-            return value
-        if not value or not path.is_dir():
-            raise ValueError("there is no such directory; a hub name has the form org/model")
-        if not (path / "config.json").is_file():
-            raise ValueError(
-                "the directory holds no config.json, so no model; that of a checkpoint is in its "
-                "model/ folder"
-            )
+        if value != SMALL:
+            _check_model(value)
         return value
 
     @model_validator(mode="after")
@@ -370,6 +362,11 @@ class Config(Section):
                 f"more, or trainer.advantages=reinforce, which compares those of the batch"
             )
         self._check_staleness()
+        if (reference := self.trainer.kl.reference) is not None:
+            try:
+                _check_model(reference)
+            except ValueError as error:
+                raise ValueError(f"trainer.kl.reference={reference!r}: {error}") from None
         if self.engine.transport == "nccl":
             self._check_gpus_apart()
         if self.engine.cache_tokens < self.agent.max_sequence_tokens:
@@ -469,6 +466,19 @@ def _check_run(config: Config) -> None:
     ):
         if given:
             raise ValueError(f"{field} is not for an agent of your own (agent.run): leave it out")
+
+
+def _check_model(model: str) -> None:
+    path = Path(model).expanduser()
+    if _is_hub_name(model):
+        return
+    if not model or not path.is_dir():
+        raise ValueError("there is no such directory; a hub name has the form org/model")
+    if not (path / "config.json").is_file():
+        raise ValueError(
+            "the directory holds no config.json, so no model; that of a checkpoint is in its "
+            "model/ folder"
+        )
 
 
 def _is_hub_name(model: str) -> bool:

@@ -155,6 +155,14 @@ def test_async_generation_ratio_is_another_name_for_alpha():
             "trainer.kl.estimator=k1 with place=loss and corrected=false: the mean of its gradien",
         ),
         (
+            {"trainer": {"kl": {"reference": "gpt2"}}},
+            "trainer.kl.reference=gpt2 with coefficient=0 does nothing: give trainer.kl.coefficien",
+        ),
+        (
+            {"trainer": {"kl": {"reference": "./nowhere", "coefficient": 0.1}}},
+            "trainer.kl.reference='./nowhere': there is no such directory",
+        ),
+        (
             {"trainer": {"objective": "vanilla"}},
             "trainer.objective.name=vanilla with alpha=1: tokens up to 1 versions old would be",
         ),

@@ -198,7 +198,12 @@ class KlSettings(Section):
     )
 
     @model_validator(mode="after")
-    def _has_a_gradient(self) -> Self:
+    def _does_something(self) -> Self:
+        if self.reference is not None and not self.coefficient:
+            raise ValueError(
+                f"trainer.kl.reference={self.reference} with coefficient=0 does nothing: give "
+                f"trainer.kl.coefficient, for example 0.001, or leave the reference out"
+            )
         if self.estimator == "k1" and self.place == "loss" and not self.corrected:
             raise ValueError(
                 "trainer.kl.estimator=k1 with place=loss and corrected=false: the mean of its "
