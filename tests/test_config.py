@@ -23,7 +23,7 @@ def test_options_are_set_by_dotted_name():
 def test_env_and_engine_may_be_bare_names():
     assert load("alfworld", {"env": "frozen_lake"}).env.options == {}
     config = load("alfworld", {"engine": "embedded"})
-    assert (config.engine.kind, config.engine.max_running) == ("embedded", 12)
+    assert (config.engine.kind, config.engine.cache_tokens) == ("embedded", 32768)
     assert parse({"env": "frozen_lake", "engine": "auto"}).engine.kind == "auto"
 
 
