@@ -106,13 +106,12 @@ async def block(ask: Ask, at_a_time: int, seconds: float) -> Row:
     latencies: list[float] = []
 
     async def client(number: int) -> None:
-        while True:
-            asked = clock()
+        asked = began
+        while asked < ends:
             tokens.append(await ask(number))
             answered = clock()
             latencies.append(answered - asked)
-            if answered >= ends:
-                return
+            asked = answered
 
     began, cpu_began = clock(), time.process_time()
     ends = began + seconds
