@@ -21,7 +21,7 @@ from flash.types import Batch, GenerateRequest, Sample, SamplingParams
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(not has_vllm(), reason="vLLM is not installed: make setup-vllm"),
     pytest.mark.skipif(bool(gpus()), reason="gloo stands in for NCCL where there is no GPU"),
     pytest.mark.xdist_group("vllm"),
