@@ -17,12 +17,14 @@ import math
 import uuid
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from dataclasses import replace
 
 from flash.errors import InferenceFailure, PublishFailure
+from flash.hub.checks import check, check_age
 from flash.hub.http_worker import HttpWorker
-from flash.hub.worker import BadRequest, Worker, WorkerBroken, WorkerFailure
+from flash.hub.reports import HubStats, PublishReport, WorkerPublish, WorkerStats
+from flash.hub.slot import Received, Slot, Waiter
+from flash.hub.worker import BadRequest, Pool, Worker, WorkerBroken, WorkerFailure
 from flash.types import Completion, GenerateRequest, SamplingParams, UpdateMode, Weights
 
 logger = logging.getLogger(__name__)
@@ -40,132 +42,6 @@ _PLACES_A_TURN = 16
 _CONTROL = "control"  # where a request has its id; a worker has one such call at a time
 _PROBE_PROMPT = (1, 2, 3, 1, 2, 3)  # any token ids that every vocabulary has
 _PROBE_SAMPLING = SamplingParams(max_tokens=12)
-
-
-class Pool(Protocol):
-    """Workers that the hub starts and ends, and the pool starts anew when they die.
-
-    `on_exit(worker, why, final)` tells of a death, `on_ready(worker)` that the worker lives again,
-    with its first weights; after a final death it does not.
-    """
-
-    async def start(
-        self,
-        on_exit: Callable[[Worker, str, bool], None],
-        on_ready: Callable[[Worker], None],
-    ) -> list[Worker]: ...
-
-    def restart(self, worker: Worker) -> None:
-        """Ends a worker that is no use any more; its death and its return are told as any."""
-        ...
-
-    async def stop(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerPublish:
-    """How a publish went at one worker. `gap` is nan if it was not probed."""
-
-    name: str
-    updated: bool
-    paused_s: float
-    gap: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PublishReport:
-    """How a publish went. `gap_max` is nan if no worker was probed: the weights came without
-    `score`, or every worker was out (each has the weights before it comes back)."""
-
-    version: int
-    gap_max: float
-    paused_s: float
-    workers: int
-    per_worker: tuple[WorkerPublish, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerStats:
-    """One worker as the hub sees it."""
-
-    name: str
-    healthy: bool
-    version: int
-    running: int
-    outstanding_tokens: int
-    busy_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HubStats:
-    """Totals since the start, and what is under way now."""
-
-    version: int
-    queued: int
-    running: int
-    prompt_tokens: int
-    generated_tokens: int
-    requests: int
-    retries: int
-    publishes: int
-    paused_s: float
-    workers: tuple[WorkerStats, ...]
-
-
-@dataclass(slots=True, eq=False)
-class _Slot:
-    """A worker and what it has been given.
-
-    `version` is set once the worker has been told it: no token sampled from then on is older.
-    """
-
-    worker: Worker
-    version: int
-    healthy: bool = True
-    gone: bool = False
-    updating: bool = False
-    up: asyncio.Event = field(default_factory=asyncio.Event)  # its process lives, if it is ours
-    failures: int = 0  # since its last good answer
-    streams: bool = False  # it has told of tokens before an answer was whole
-    progress_at: float = 0.0  # of the last tokens or answer
-    progress_timer: asyncio.TimerHandle | None = None
-    outstanding_tokens: int = 0
-    deadlines: dict[str, asyncio.Timeout] = field(default_factory=dict)
-    running: int = 0
-    busy_s: float = 0.0
-    busy_since: float = 0.0
-
-    @property
-    def accepting(self) -> bool:
-        return self.healthy and not self.updating
-
-
-@dataclass(slots=True, eq=False)
-class _Waiter:
-    arrival: int
-    request: GenerateRequest
-    cost: int
-    slot: asyncio.Future[_Slot]
-
-
-@dataclass(slots=True, eq=False)
-class _Received:
-    """The tokens of an answer that is not whole yet, as far as their version is certain."""
-
-    version: int
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-
-    def as_aborted(self, worker: str) -> Completion:
-        """What is worth keeping of it when its worker has failed."""
-        known = all(map(math.isfinite, self.logprobs))
-        return Completion(
-            token_ids=self.token_ids if known else [],
-            logprobs=self.logprobs if known else [],
-            versions=[self.version] * len(self.token_ids) if known else [],
-            finish_reason="abort",
-            worker=worker,
-        )
 
 
 class InferenceHub:
@@ -215,11 +91,11 @@ class InferenceHub:
         self._recovery_timeout_s = recovery_timeout_s
         self._progress_timeout_s = progress_timeout_s
         self._gap_limit = gap_limit
-        self._slots: list[_Slot] = []
+        self._slots: list[Slot] = []
         # By arrival. Bound: one entry for each caller; the agents are bounded by their loop.
-        self._queue: deque[_Waiter] = deque()
+        self._queue: deque[Waiter] = deque()
         self._given_this_turn = 0
-        self._sessions: OrderedDict[str, _Slot] = OrderedDict()
+        self._sessions: OrderedDict[str, Slot] = OrderedDict()
         self._published = {version}
         self._weights: Weights | None = None
         self._publishing = asyncio.Lock()
@@ -244,7 +120,7 @@ class InferenceHub:
             workers = [HttpWorker(w) if isinstance(w, str) else w for w in self._given]
         else:
             workers = await self._given.start(self._on_exit, self._on_ready)
-        self._slots = [_Slot(worker, self.version) for worker in workers]
+        self._slots = [Slot(worker, self.version) for worker in workers]
         for slot in self._slots:
             slot.up.set()
         await self._tasks.__aenter__()
@@ -301,15 +177,15 @@ class InferenceHub:
             prompt = [*request.token_ids, *token_ids]
             cost = len(prompt) + sampling.max_tokens
             slot = await self._acquire(request, cost=cost, arrival=arrival)
-            received = _Received(slot.version)
+            received = Received(slot.version)
             try:
                 if not slot.accepting:  # something befell it in the moment it was given to us
                     continue
                 if on_start is not None:
                     on_start(received.version)
                 piece = await self._ask(slot, prompt, sampling, received)
-                self._check(piece, sampling)
-                self._check_age(piece, slot, since=received.version)
+                check(piece, sampling, self._published)
+                check_age(piece, slot, since=received.version)
                 slot.failures = 0
             except WorkerFailure as failure:
                 self._retries += 1
@@ -373,11 +249,11 @@ class InferenceHub:
             ),
         )
 
-    async def _acquire(self, request: GenerateRequest, *, cost: int, arrival: int) -> _Slot:
+    async def _acquire(self, request: GenerateRequest, *, cost: int, arrival: int) -> Slot:
         """Waits for a place at a worker; `_release` gives it back."""
         if self._failure is not None:
             raise self._failed()
-        waiter = _Waiter(arrival, request, cost, asyncio.get_running_loop().create_future())
+        waiter = Waiter(arrival, request, cost, asyncio.get_running_loop().create_future())
         if self._queue and self._queue[-1].arrival > arrival:  # it lost its worker
             bisect.insort(self._queue, waiter, key=lambda other: other.arrival)
         else:
@@ -423,9 +299,9 @@ class InferenceHub:
         self._given_this_turn = 0
         self._dispatch()
 
-    def _best(self, request: GenerateRequest) -> _Slot | None:
+    def _best(self, request: GenerateRequest) -> Slot | None:
         """The least loaded worker; or the one with the prefix, unless waiting there costs more."""
-        least: _Slot | None = None
+        least: Slot | None = None
         for slot in self._slots:  # a plain loop: hundreds of workers are asked for each request
             if slot.running == self._max_running or not slot.accepting:
                 continue
@@ -439,7 +315,7 @@ class InferenceHub:
         extra_wait = home.outstanding_tokens - least.outstanding_tokens
         return home if extra_wait <= len(request.token_ids) else least
 
-    def _release(self, slot: _Slot, *, cost: int) -> None:
+    def _release(self, slot: Slot, *, cost: int) -> None:
         slot.running -= 1
         slot.outstanding_tokens -= cost
         if slot.running == 0:
@@ -447,7 +323,7 @@ class InferenceHub:
         self._dispatch()
 
     async def _ask(
-        self, slot: _Slot, prompt: Sequence[int], sampling: SamplingParams, received: _Received
+        self, slot: Slot, prompt: Sequence[int], sampling: SamplingParams, received: Received
     ) -> Completion:
         def on_tokens(token_ids: Sequence[int], logprobs: Sequence[float]) -> None:
             slot.streams = True
@@ -481,43 +357,12 @@ class InferenceHub:
                 # Never in the way of the cancellation: its own task, with its own deadline.
                 self._tasks.create_task(self._abort(slot, request_id), name=f"abort {request_id}")
 
-    async def _abort(self, slot: _Slot, request_id: str) -> None:
+    async def _abort(self, slot: Slot, request_id: str) -> None:
         try:
             async with asyncio.timeout(_ABORT_TIMEOUT_S):
                 await slot.worker.abort(request_id)
         except (TimeoutError, WorkerFailure, BadRequest) as error:
             logger.warning("could not abort %s at %s: %s", request_id, slot.worker.name, error)
-
-    def _check(self, piece: Completion, sampling: SamplingParams) -> None:
-        """A worker that answers what can't be true has failed."""
-        lengths = {len(piece.token_ids), len(piece.logprobs), len(piece.versions)}
-        if len(lengths) != 1 or len(piece.token_ids) > sampling.max_tokens:
-            raise WorkerBroken(
-                f"{piece.worker} answered {len(piece.token_ids)} tokens, {len(piece.logprobs)} "
-                f"logprobs, {len(piece.versions)} versions to max_tokens={sampling.max_tokens}"
-            )
-        if not all(math.isfinite(logprob) for logprob in piece.logprobs):
-            raise WorkerBroken(f"{piece.worker} answered a logprob that is not finite")
-        if unknown := set(piece.versions) - self._published:
-            raise WorkerBroken(
-                f"{piece.worker} answered with policy versions {sorted(unknown)}, which were "
-                f"never published to it"
-            )
-        if not piece.token_ids and piece.finish_reason != "abort":
-            raise WorkerBroken(f"{piece.worker} answered no tokens at all")
-        if piece.versions != sorted(piece.versions):
-            raise WorkerBroken(f"{piece.worker} answered with policy versions that go back")
-
-    def _check_age(self, piece: Completion, slot: _Slot, *, since: int) -> None:
-        """Nor can an answer be older than the version that the worker had when it was asked."""
-        if piece.versions and piece.versions[0] < since:
-            raise WorkerBroken(
-                f"{piece.worker} answered with policy version {piece.versions[0]}, but had been "
-                f"given {since} before: was it started anew?"
-            )
-        # It would be asked for the same again, at once and for ever.
-        if not piece.token_ids and slot.accepting and slot.version == since:
-            raise WorkerBroken(f"{piece.worker} aborted a request that nobody asked it to abort")
 
     # ── workers that fail and return ─────────────────────────────────────────────────────────
 
@@ -538,18 +383,18 @@ class InferenceHub:
             if slot.worker is worker:
                 slot.up.set()
 
-    def _restart(self, slot: _Slot) -> None:
+    def _restart(self, slot: Slot) -> None:
         """If it is ours to do."""
         if not isinstance(self._given, Sequence) and slot.up.is_set() and not slot.gone:
             logger.warning("worker %s is started anew", slot.worker.name)
             slot.up.clear()
             self._given.restart(slot.worker)
 
-    def _look_later(self, slot: _Slot) -> None:
+    def _look_later(self, slot: Slot) -> None:
         due = slot.progress_at + self._progress_timeout_s
         slot.progress_timer = asyncio.get_running_loop().call_at(due, self._look, slot)
 
-    def _look(self, slot: _Slot) -> None:
+    def _look(self, slot: Slot) -> None:
         """Takes a worker out that has requests, streams tokens, and brought none for too long."""
         slot.progress_timer = None
         if slot.running == 0 or not slot.healthy:
@@ -565,7 +410,7 @@ class InferenceHub:
         )
         self._take_out(slot, hangs)
 
-    def _take_out(self, slot: _Slot, cause: WorkerFailure) -> None:
+    def _take_out(self, slot: Slot, cause: WorkerFailure) -> None:
         """No more requests for this worker, and those it has go elsewhere, until it is healthy."""
         if not slot.healthy and not slot.gone:
             return  # it is known, and being looked after
@@ -591,13 +436,13 @@ class InferenceHub:
             self._recoveries.add(recovery)
             recovery.add_done_callback(self._recoveries.discard)
 
-    def _send_away(self, slot: _Slot) -> None:
+    def _send_away(self, slot: Slot) -> None:
         """The requests that this worker has end now, as if they had taken too long."""
         for deadline in slot.deadlines.values():
             if not deadline.expired():
                 deadline.reschedule(self._clock())
 
-    async def _greet(self, slot: _Slot) -> None:
+    async def _greet(self, slot: Slot) -> None:
         """Tells a worker its version at the start of the hub."""
         try:
             async with self._deadline(slot, self._control_timeout_s):
@@ -607,7 +452,7 @@ class InferenceHub:
         except BadRequest as error:
             self._take_out(slot, WorkerFailure(str(error)))
 
-    async def _recover(self, slot: _Slot) -> None:
+    async def _recover(self, slot: Slot) -> None:
         """Asks for its health until it is well, then gives it the present weights."""
         unwell = 0
         while self._failure is None:
@@ -636,7 +481,7 @@ class InferenceHub:
                 self._dispatch()
                 return
 
-    async def _catch_up(self, slot: _Slot) -> None:
+    async def _catch_up(self, slot: Slot) -> None:
         """Gives a worker the present weights and version, and leaves it going.
 
         A publish does not wait for this, and passes over workers that are out; so what is present
@@ -654,7 +499,7 @@ class InferenceHub:
                 return
 
     @contextlib.asynccontextmanager
-    async def _deadline(self, slot: _Slot, timeout_s: float) -> AsyncIterator[None]:
+    async def _deadline(self, slot: Slot, timeout_s: float) -> AsyncIterator[None]:
         """Ends what is done to a worker with WorkerFailure: in time, or when it is taken out."""
         try:
             async with asyncio.timeout(timeout_s) as deadline:
@@ -713,7 +558,7 @@ class InferenceHub:
                 )
             self._published.add(weights.version)
             self._weights = weights
-            paused_s: dict[_Slot, float] = {}
+            paused_s: dict[Slot, float] = {}
             for slot in self._slots:
                 # Not those that are out, nor one that came back with these weights just now.
                 if slot.healthy and slot.version != weights.version:
@@ -752,7 +597,7 @@ class InferenceHub:
         async with self._publishing:
             return max((await self._probe_all(weights)).values(), default=math.nan)
 
-    async def _update(self, slot: _Slot, weights: Weights, mode: UpdateMode) -> None:
+    async def _update(self, slot: Slot, weights: Weights, mode: UpdateMode) -> None:
         """One worker's turn in a publish. Afterwards it has the weights, or is taken out."""
         timeout_s = self._control_timeout_s
         if mode == "wait":  # for the requests that it has, as long as each may take
@@ -774,23 +619,23 @@ class InferenceHub:
             slot.updating = False
             self._dispatch()
 
-    async def _replace_weights(self, slot: _Slot, weights: Weights, mode: UpdateMode) -> None:
+    async def _replace_weights(self, slot: Slot, weights: Weights, mode: UpdateMode) -> None:
         await slot.worker.pause(mode)
         await slot.worker.load_weights(weights.path)
         await slot.worker.set_version(weights.version)
         slot.version = weights.version
         await slot.worker.resume()
 
-    async def _probe_all(self, weights: Weights) -> dict[_Slot, float]:
+    async def _probe_all(self, weights: Weights) -> dict[Slot, float]:
         """The gap of each worker that could be asked; of none without a `score`."""
-        gaps: dict[_Slot, float] = {}
+        gaps: dict[Slot, float] = {}
         for slot in self._slots if weights.score is not None else ():
             if not slot.healthy or slot.version != weights.version:
                 continue
             try:
-                received = _Received(weights.version)
+                received = Received(weights.version)
                 piece = await self._ask(slot, _PROBE_PROMPT, _PROBE_SAMPLING, received)
-                self._check(piece, _PROBE_SAMPLING)
+                check(piece, _PROBE_SAMPLING, self._published)
                 if not piece.token_ids:
                     raise WorkerFailure(f"{slot.worker.name} aborted the probe")
             except WorkerFailure as failure:

@@ -1,4 +1,4 @@
-"""The seam between the hub and a worker, whatever it runs on."""
+"""The seams between the hub and a worker, whatever it runs on, and a pool that starts workers."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -55,3 +55,23 @@ class Worker(Protocol):
     async def check_health(self) -> None: ...
 
     async def close(self) -> None: ...
+
+
+class Pool(Protocol):
+    """Workers that the hub starts and ends, and the pool starts anew when they die.
+
+    `on_exit(worker, why, final)` tells of a death, `on_ready(worker)` that the worker lives again,
+    with its first weights; after a final death it does not.
+    """
+
+    async def start(
+        self,
+        on_exit: Callable[[Worker, str, bool], None],
+        on_ready: Callable[[Worker], None],
+    ) -> list[Worker]: ...
+
+    def restart(self, worker: Worker) -> None:
+        """Ends a worker that is no use any more; its death and its return are told as any."""
+        ...
+
+    async def stop(self) -> None: ...
