@@ -11,7 +11,7 @@ comes at any moment is seen, for the process's own work: a loop that is busy for
 for all of that second.
 
     python benchmarks/hub.py [--servers fake,embedded,vllm] [--at-a-time 1,64,512,4096]
-        [--seconds 3] [--repeats 5] [--prompt 64] [--answer 64] [--max-running 64]
+        [--seconds 3] [--repeats 3] [--prompt 64] [--answer 32] [--max-running 64]
 """
 
 import argparse
@@ -252,7 +252,12 @@ def serve_fake(told: Connection, answer_tokens: int) -> None:
         loop = asyncio.get_running_loop()
         server = await loop.create_server(Instant, "127.0.0.1", 0, backlog=8192)
         told.send(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
-        await server.serve_forever()
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        gone = asyncio.Event()
+        loop.add_reader(parent.sentinel, gone.set)
+        await gone.wait()
+        server.close()
 
     with contextlib.suppress(KeyboardInterrupt):
         uvloop.run(serve())
@@ -304,12 +309,14 @@ async def measure(options: argparse.Namespace) -> list[dict[str, float | str]]:
     rows: list[dict[str, float | str]] = []
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
-        make = multiprocessing.get_context("spawn").Process(  # torch must not be in this process
-            target=create, args=(model, [f"w{n}" for n in range(WORDS)])
-        )
-        make.start()
-        make.join()
-        for server in options.servers.split(","):
+        servers = options.servers.split(",")
+        if servers != ["fake"]:
+            make = multiprocessing.get_context("spawn").Process(  # keeps torch out of this process
+                target=create, args=(model, [f"w{n}" for n in range(WORDS)])
+            )
+            make.start()
+            make.join()
+        for server in servers:
             if server == "vllm" and not has_vllm():
                 print("vllm: not installed, left out (`make setup-vllm`)")
                 continue
@@ -319,9 +326,8 @@ async def measure(options: argparse.Namespace) -> list[dict[str, float | str]]:
                     max_running = at_a_time if server == "fake" else options.max_running
                     row = await compare(worker, at_a_time, max_running, options)
                     rows.append({"server": server, **row})
-                    print(
-                        " " * 10 + line((row[name], title, form) for name, title, form in COLUMNS)
-                    )
+                    cells = line((row[name], title, form) for name, title, form in COLUMNS)
+                    print(" " * 10 + cells, flush=True)
     return rows
 
 
@@ -330,9 +336,9 @@ def main() -> None:
     parser.add_argument("--servers", default="fake,embedded,vllm")
     parser.add_argument("--at-a-time", default="1,64,512,4096")
     parser.add_argument("--seconds", type=float, default=3.0, help="at least, of a block")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--prompt", type=int, default=64, help="tokens")
-    parser.add_argument("--answer", type=int, default=64, help="tokens")
+    parser.add_argument("--answer", type=int, default=32, help="tokens")
     parser.add_argument(
         "--max-running", type=int, default=64,
         help="requests at one worker at a time; the fake takes all",
