@@ -183,8 +183,10 @@ async def test_a_stop_string_ends_the_text_and_the_tokens_after_it_do_not_count(
     async with enter() as house:
         session, client = house.open()
         async with client:
-            house.says = ["Action: go\nObservation: none", "ok<|im_end|>"]
-            answer = await chat(client, stop=["Observation:", "\n\n"])
+            said = "Action: go\nObservation: none"
+            house.says = [said, "ok<|im_end|>"]
+            stop = ["Observation:", "\n\n"]
+            answer = await chat(client, stop=stop, max_tokens=len(house.tokens(said)))
             (choice,) = answer.choices
             assert (choice.message.content, choice.finish_reason) == ("Action: go\n", "stop")
             assert answer.usage.completion_tokens == len(house.tokens("Action: go\nObservation:"))
