@@ -68,7 +68,8 @@ def main() -> None:
                 error = predicted / measured - 1
                 print(
                     f"{job:12} alpha={fitted} {fit.measured_s:10.1f} {times[fitted]:11.1f} "
-                    f"    alpha={alpha} {measured:7.2f}x {predicted:8.2f}x {error:+6.1%}"
+                    f"    alpha={alpha} {measured:7.2f}x {predicted:8.2f}x {error:+6.1%}",
+                    flush=True,
                 )
                 rows.append(
                     {
