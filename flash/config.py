@@ -379,6 +379,13 @@ class Config(Section):
                 f"policy.max_tokens={self.policy.max_tokens} can't read one episode of "
                 f"agent.max_sequence_tokens={self.agent.max_sequence_tokens}: raise the former"
             )
+        head = self.policy.hidden_size // self.policy.heads
+        if self.engine.kind == "vllm" and self.model == SMALL and not gpus() and head % 32:
+            raise ValueError(
+                f"policy.hidden_size={self.policy.hidden_size} with policy.heads="
+                f"{self.policy.heads} gives heads of {head}; vLLM on a CPU takes 32, 64, 96, …: "
+                f"change one of them"
+            )
         if self.agent.max_tokens >= self.agent.max_sequence_tokens:
             raise ValueError(
                 f"agent.max_tokens={self.agent.max_tokens} leaves no room for a prompt in "

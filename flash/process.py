@@ -12,6 +12,7 @@ import ctypes
 import itertools
 import os
 import pickle
+import re
 import signal
 import socket
 import struct
@@ -27,6 +28,7 @@ _LENGTH = struct.Struct("!Q")
 _FD_VARIABLE = "FLASH_CHILD_FD"
 PARENT_PID_VARIABLE = "FLASH_PARENT_PID"  # for die_with_parent
 _LOG_TAIL_BYTES = 4000
+_ERROR = re.compile(r"\b[A-Z]\w*(Error|Exception): .+")
 
 
 class Child:
@@ -176,6 +178,22 @@ def log_tail(path: Path, *, since: int = 0) -> str:
     with path.open("rb") as log:
         log.seek(max(since, path.stat().st_size - _LOG_TAIL_BYTES))
         return log.read().decode(errors="replace").strip() or "(empty)"
+
+
+def log_report(path: Path, since: int = 0) -> str:
+    """The first error that was logged after `since` bytes, if one can be made out, and the end.
+
+    What goes wrong first is the cause; a server's own shutdown comes last, and may be long.
+    """
+    tail = log_tail(path)
+    if path.exists():
+        with path.open("rb") as log:
+            log.seek(since)
+            for line in log:
+                error = _ERROR.search(line.decode(errors="replace"))
+                if error and error.group() not in tail:
+                    return f"{error.group()}\n…\n{tail}"
+    return tail
 
 
 def die_with_parent(by: signal.Signals = signal.SIGKILL) -> None:

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from flash.errors import ProcessFailure
-from flash.process import PARENT_PID_VARIABLE, Child
+from flash.process import PARENT_PID_VARIABLE, Child, log_report
 
 HANDLER = """
 import os, sys, time
@@ -192,3 +192,16 @@ def test_a_child_whose_parent_died_before_it_looked_ends_itself():
         )
         assert result.stdout == output
         assert result.returncode == (0 if output else -signal.SIGKILL)
+
+
+def test_a_long_log_is_told_by_its_first_error_and_its_end(tmp_path):
+    log = tmp_path / "log"
+    before = b"OSError: of an earlier process\n"
+    cause = b"(Worker pid=7) ERROR [x.py:1] RuntimeError: head_dim=16 is not supported\n"
+    log.write_bytes(before + cause + b"shutting down\n" * 1000 + b"KeyError: later\nbye\n")
+    told = log_report(log, since=len(before)).splitlines()
+    assert told[0] == "RuntimeError: head_dim=16 is not supported"
+    assert told[-1] == "bye"
+    log.write_bytes(b"ValueError: at the end\n")
+    assert log_report(log) == "ValueError: at the end"
+    assert log_report(tmp_path / "none") == "(no log)"

@@ -80,6 +80,7 @@ async def test_a_tiny_run_of_each_preset_leaves_a_whole_and_true_folder(preset, 
 @pytest.mark.skipif(not has_vllm(), reason="vLLM is not installed: make setup-vllm")
 async def test_a_run_on_vllm_servers_goes_on_when_one_is_killed(tmp_path):
     changes = {"engine": {"kind": "vllm", "workers": 2, "max_running": 8}, "steps": 4}
+    changes["policy.hidden_size"] = 64  # heads of 32, the least that vLLM takes on a CPU
     config = tiny("frozen_lake", tmp_path, name="r", eval_every=0, **changes)
     running = asyncio.create_task(run(config))
     metrics = tmp_path / "r" / "metrics.jsonl"

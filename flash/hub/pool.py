@@ -15,7 +15,7 @@ from pathlib import Path
 from flash.errors import InferenceFailure
 from flash.hub.http_worker import HttpWorker
 from flash.hub.worker import Worker, WorkerFailure
-from flash.process import PARENT_PID_VARIABLE, log_tail
+from flash.process import PARENT_PID_VARIABLE, log_report
 
 _HOST = "127.0.0.1"
 _STOP_GRACE_S = 5.0
@@ -37,6 +37,7 @@ class _Seat:
     reservation: socket.socket
     worker: HttpWorker
     log: Path
+    log_start: int = 0  # of the present process's lines
     process: asyncio.subprocess.Process | None = None
 
 
@@ -146,6 +147,7 @@ class ProcessPool(abc.ABC):
     async def _launch(self, seat: _Seat) -> None:
         """Starts the seat's process and waits until it is well; InferenceFailure if it is not."""
         with seat.log.open("ab") as log:
+            seat.log_start = log.tell()
             seat.process = await asyncio.create_subprocess_exec(
                 *self._command(seat.number, _HOST, seat.port),
                 stdin=asyncio.subprocess.DEVNULL,
@@ -171,14 +173,14 @@ class ProcessPool(abc.ABC):
             _kill(seat)
             raise InferenceFailure(
                 f"worker {seat.number} was not ready after engine.start_timeout_s="
-                f"{self._start_timeout_s:g} s. The end of {seat.log}:\n{log_tail(seat.log)}"
+                f"{self._start_timeout_s:g} s. {_log_of(seat)}"
             ) from None
         finally:
             exited.cancel()
         _kill(seat)  # what it may have left behind
         raise InferenceFailure(
             f"worker {seat.number} ended at its start with exit code {seat.process.returncode}. "
-            f"The end of {seat.log}:\n{log_tail(seat.log)}"
+            f"{_log_of(seat)}"
         )
 
     async def _keep(self, seat: _Seat, on_exit: OnExit, on_ready: OnReady) -> None:
@@ -199,7 +201,7 @@ class ProcessPool(abc.ABC):
                     deaths = 0
                 why = (
                     f"worker {seat.number} (pid {seat.process.pid}) ended with exit code {code}. "
-                    f"The end of {seat.log}:\n{log_tail(seat.log)}"
+                    f"{_log_of(seat)}"
                 )
             except InferenceFailure as failure:
                 why = str(failure)
@@ -260,6 +262,10 @@ def _reserve_port() -> socket.socket:
     reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     reservation.bind((_HOST, 0))
     return reservation
+
+
+def _log_of(seat: _Seat) -> str:
+    return f"From {seat.log}:\n{log_report(seat.log, seat.log_start)}"
 
 
 def _kill(seat: _Seat) -> None:
