@@ -205,7 +205,7 @@ async def test_environments_in_host_processes_and_two_trainer_ranks(tmp_path):
 
 def test_the_readmes_snippet_runs_against_a_worker(tmp_path):
     readme = (Path(__file__).parents[1] / "README.md").read_text()
-    (snippet,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    snippet = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[0]
     assert len(snippet.splitlines()) < 20
     names: dict[str, object] = {}
     exec(compile(snippet, "README.md", "exec"), names)
