@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import pytest
 
 from flash.errors import ProcessFailure
 from flash.process import PARENT_PID_VARIABLE, Child, log_report
+from tests.processes import Watch
 
 HANDLER = """
 import os, sys, time
@@ -170,14 +170,11 @@ asyncio.run(main())
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )
     assert process.stdout is not None
-    child = int(process.stdout.readline())
-    watch = os.pidfd_open(child)
+    child = Watch([int(process.stdout.readline())])
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    # The file descriptor of a process becomes readable when it ends.
-    assert select.select([watch], [], [], 30)[0], "the child outlived its parent"
-    os.close(watch)
+    assert not child.left()
 
 
 def test_a_child_whose_parent_died_before_it_looked_ends_itself():

@@ -20,6 +20,7 @@ from flash.small_policy import create
 from flash.telemetry import METRICS, read_lines
 from flash.train import train
 from flash.trainer import Trainer, TrainerConfig
+from tests.processes import Watch
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -90,6 +91,7 @@ async def test_a_run_on_vllm_servers_goes_on_when_one_is_killed(tmp_path):
     processes = psutil.Process().children(recursive=True)
     servers = [p for p in processes if any("api_server" in word for word in p.cmdline())]
     assert len(servers) == 2
+    watch = Watch(p.pid for p in processes)
     servers[0].kill()
     summary = await running
     assert summary["steps"] == 4
@@ -98,7 +100,7 @@ async def test_a_run_on_vllm_servers_goes_on_when_one_is_killed(tmp_path):
         assert line["logprob_gap/max"] < 1e-3
         counts = {name: line[f"episodes/{name}"] for name in OUTCOMES}
         assert counts.pop("admitted") == sum(counts.values())
-    assert not any(p.is_running() for p in processes)
+    assert not await asyncio.to_thread(watch.left)
 
 
 class SetAtWait(asyncio.Event):

@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from flash.errors import InferenceFailure
 from flash.hub import EmbeddedPool, InferenceHub, ProcessPool
 from flash.small_policy import create
 from flash.types import GenerateRequest, SamplingParams, Weights
+from tests.processes import Watch
 
 pytestmark = pytest.mark.slow
 DEAF = (lambda worker, why, final: None, lambda worker: None)
@@ -130,13 +130,11 @@ asyncio.run(main())
 """
     process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE)
     assert process.stdout is not None
-    watch = os.pidfd_open(int(process.stdout.readline()))
+    worker = Watch([int(process.stdout.readline())])
     process.kill()
     process.wait()
     process.stdout.close()
-    # The file descriptor of a process becomes readable when it ends.
-    assert select.select([watch], [], [], 30)[0], "the worker outlived its parent"
-    os.close(watch)
+    assert not worker.left()
 
 
 async def test_a_worker_that_dies_at_its_start_shows_its_log(tmp_path):

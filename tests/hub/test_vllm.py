@@ -2,11 +2,12 @@
 
 import asyncio
 import os
-import select
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from itertools import groupby
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from flash.hub import InferenceHub, VllmPool
 from flash.machine import gpus, has_vllm
 from flash.small_policy import create
 from flash.types import Completion, GenerateRequest, SamplingParams, Weights
+from tests.processes import Watch
 
 pytestmark = [
     pytest.mark.slow,
@@ -32,7 +34,7 @@ pytestmark = [
 ]
 
 PROMPT = [5, 6, 7, 8, 9, 10, 11, 12]
-GRACE_S = 30
+Answer = tuple[list[int], Completion]  # with its prompt
 RETURN_S = 300  # for a server to be started anew on a busy machine
 
 
@@ -80,6 +82,10 @@ class Servers:
                 if of == version:
                     assert got == pytest.approx(wanted, abs=1e-3), f"version {version}"
 
+    def assert_all_exact(self, answers: list[Answer]) -> None:
+        for prompt, answer in answers:
+            self.assert_exact(prompt, answer)
+
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def servers(models, tmp_path_factory):
@@ -91,10 +97,8 @@ async def servers(models, tmp_path_factory):
         )  # fmt: skip
         async with InferenceHub(pool, max_running=8, recovery_timeout_s=RETURN_S) as hub:
             yield Servers(hub, pool, models)
-    deadline = asyncio.get_running_loop().time() + GRACE_S
-    while any(map(psutil.pid_exists, pool.pids)):
-        assert asyncio.get_running_loop().time() < deadline, "a server outlived its pool"
-        await asyncio.sleep(0.1)
+            watch = Watch(pool.pids)
+    assert not await asyncio.to_thread(watch.left)
 
 
 def logprobs(model: Path, token_ids: list[int], temperature: float = 1.0) -> list[float]:
@@ -117,27 +121,44 @@ def request(max_tokens: int, prompt=PROMPT, temperature: float = 1.0) -> Generat
     return GenerateRequest(token_ids=prompt, sampling=sampling)
 
 
-async def in_flight(hub: InferenceHub, count: int, max_tokens: int) -> list[asyncio.Task]:
-    """So many long requests, all of which have begun to sample."""
-    prompts = [[*PROMPT, 20 + n] for n in range(count)]
-    tasks = [asyncio.create_task(hub.generate(request(max_tokens, p))) for p in prompts]
-    while hub.stats().running < count:
-        await asyncio.sleep(0.05)
-    since = asyncio.get_running_loop().time()
-    while not all(slot.streams and slot.progress_at > since for slot in hub._slots):
-        await asyncio.sleep(0.05)
-    return tasks
+@asynccontextmanager
+async def traffic(hub: InferenceHub) -> AsyncIterator[list[Answer]]:
+    """Eight who each ask anew when they are answered, no two at the same time.
+
+    So some requests are in flight whenever the body of the block runs, however fast the machine.
+    """
+    answers: list[Answer] = []
+    over = False
+
+    async def ask(number: int, answered: asyncio.Event) -> None:
+        prompt = [*PROMPT, 20 + number]
+        max_tokens = 300 + 40 * number
+        while not over:
+            answer = await hub.generate(request(max_tokens, prompt))
+            assert len(answer.token_ids) == max_tokens
+            answers.append((prompt, answer))
+            answered.set()
+
+    async with asyncio.TaskGroup() as group:
+        first = [asyncio.Event() for _ in range(8)]
+        for number, answered in enumerate(first):
+            group.create_task(ask(number, answered))
+        for answered in first:
+            await answered.wait()
+        assert len({answer.worker for _, answer in answers}) == 2
+        yield answers
+        over = True
+
+
+def versions_of(answers: list[Answer]) -> list[list[int]]:
+    """For each answer, the versions in the order in which they sampled."""
+    return [[version for version, _ in groupby(answer.versions)] for _, answer in answers]
 
 
 async def all_healthy(hub: InferenceHub) -> None:
     async with asyncio.timeout(RETURN_S):
         while not all(worker.healthy for worker in hub.stats().workers):
             await asyncio.sleep(0.2)
-
-
-def versions_of(answers: list[Completion]) -> list[list[int]]:
-    """For each answer, the versions in the order in which they sampled."""
-    return [[version for version, _ in groupby(answer.versions)] for answer in answers]
 
 
 async def test_logprobs_are_the_models_own_after_the_temperature(servers):
@@ -157,54 +178,42 @@ async def test_nobody_without_the_key_reaches_any_route(servers):
 
 
 async def test_keep_goes_on_with_the_new_weights_exactly_from_the_seam(servers):
-    running = await in_flight(servers.hub, 8, 600)
-    report = await servers.publish("keep")
-    answers = await asyncio.gather(*running)
+    async with traffic(servers.hub) as answers:
+        report = await servers.publish("keep")
     assert report.workers == 2
     assert report.gap_max < 1e-3
-    old, new = servers.hub.version - 1, servers.hub.version
-    assert [old, new] in versions_of(answers)
-    for number, answer in enumerate(answers):
-        assert len(answer.token_ids) == 600
-        servers.assert_exact([*PROMPT, 20 + number], answer)
+    assert [servers.hub.version - 1, servers.hub.version] in versions_of(answers)
+    servers.assert_all_exact(answers)
 
 
 async def test_abort_samples_the_rest_anew(servers):
-    running = await in_flight(servers.hub, 8, 600)
-    await servers.publish("abort")
-    answers = await asyncio.gather(*running)
+    async with traffic(servers.hub) as answers:
+        await servers.publish("abort")
     assert [servers.hub.version - 1, servers.hub.version] in versions_of(answers)
-    for number, answer in enumerate(answers):
-        assert len(answer.token_ids) == 600
-        servers.assert_exact([*PROMPT, 20 + number], answer)
+    servers.assert_all_exact(answers)
 
 
 async def test_wait_lets_every_request_end_with_the_weights_it_began_with(servers):
-    running = await in_flight(servers.hub, 8, 300)
-    old = servers.hub.version
-    await servers.publish("wait")
-    answers = await asyncio.gather(*running)
-    assert [old] in versions_of(answers)
+    async with traffic(servers.hub) as answers:
+        await servers.publish("wait")
     assert all(len(versions) == 1 for versions in versions_of(answers))
-    for number, answer in enumerate(answers):
-        servers.assert_exact([*PROMPT, 20 + number], answer)
+    assert versions_of(answers)[-1] == [servers.hub.version]
+    servers.assert_all_exact(answers)
 
 
 async def test_a_server_that_is_killed_loses_no_token_and_returns_with_the_present_weights(servers):
     hub = servers.hub
     restarts = hub.stats().retries
-    running = await in_flight(hub, 8, 900)
-    victim = psutil.Process(servers.pool.pids[0])
-    left = [victim, *victim.children(recursive=True)]
-    os.kill(left[1].pid, signal.SIGKILL)  # the API server; its engine would live on
-    answers = await asyncio.gather(*running)
+    async with traffic(hub) as answers:
+        victim = psutil.Process(servers.pool.pids[0])
+        family = [victim, *victim.children(recursive=True)]
+        watch = Watch(process.pid for process in family)
+        os.kill(family[1].pid, signal.SIGKILL)  # the API server; its engine would live on
     assert hub.stats().retries > restarts
-    for number, answer in enumerate(answers):
-        assert len(answer.token_ids) == 900
-        servers.assert_exact([*PROMPT, 20 + number], answer)
+    servers.assert_all_exact(answers)
     await servers.publish()  # while it is away
     await all_healthy(hub)
-    assert not any(process.is_running() for process in left)
+    assert not await asyncio.to_thread(watch.left)
     answers = await asyncio.gather(*(hub.generate(request(20)) for _ in range(16)))
     assert len({answer.worker for answer in answers}) == 2
     assert {v for answer in answers for v in answer.versions} == {hub.version}
@@ -214,17 +223,16 @@ async def test_a_server_that_is_killed_loses_no_token_and_returns_with_the_prese
 
 async def test_a_server_whose_engine_stands_still_is_started_anew(servers):
     hub = servers.hub
-    running = await in_flight(hub, 8, 600)
     hub._progress_timeout_s = 10.0
-    engines = psutil.Process(servers.pool.pids[1]).children(recursive=True)
-    for process in engines[1:]:  # all but the API server, which goes on to say that it is well
-        process.suspend()
-    answers = await asyncio.gather(*running)
+    async with traffic(hub) as answers:
+        engines = psutil.Process(servers.pool.pids[1]).children(recursive=True)
+        watch = Watch(process.pid for process in engines)
+        for process in engines[1:]:  # all but the API server, which goes on to say that it is well
+            process.suspend()
     hub._progress_timeout_s = 120.0
-    for number, answer in enumerate(answers):
-        servers.assert_exact([*PROMPT, 20 + number], answer)
+    servers.assert_all_exact(answers)
     await all_healthy(hub)
-    assert not any(process.is_running() for process in engines)
+    assert not await asyncio.to_thread(watch.left)
 
 
 async def test_a_head_that_keeps_its_old_weights_ends_the_run(servers, tmp_path):
@@ -264,13 +272,9 @@ asyncio.run(main())
     )
     assert process.stdout is not None
     server = psutil.Process(int(await asyncio.to_thread(process.stdout.readline)))
-    watches = [os.pidfd_open(p.pid) for p in [server, *server.children(recursive=True)]]
-    assert len(watches) >= 3
+    watch = Watch(p.pid for p in [server, *server.children(recursive=True)])
+    assert len(watch) >= 3
     process.kill()
     process.wait()
     process.stdout.close()
-    for watch in watches:
-        # The file descriptor of a process becomes readable when it ends.
-        ended = await asyncio.to_thread(select.select, [watch], [], [], GRACE_S)
-        assert ended[0], "a process of the server outlived the controller"
-        os.close(watch)
+    assert not await asyncio.to_thread(watch.left)
