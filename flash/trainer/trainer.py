@@ -5,7 +5,6 @@ import contextlib
 import itertools
 import logging
 import shutil
-import tempfile
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from flash.process import Child
 from flash.trainer.checkpoint import MODEL_FOLDER, checkpoint_version
 from flash.trainer.config import TrainerConfig
 from flash.trainer.packing import divide
+from flash.trainer.scratch import Scratch
 from flash.types import Batch, Sample, Weights
 
 __all__ = ["MODEL_FOLDER", "Trainer", "checkpoint_version"]
@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 # In float32 it is 1e-12, in bfloat16 1e-3; logprobs without their temperature give 0.1 and more.
 _MISMATCH_ALARM = 0.05
 _DEATH_NOTICE_S = 1.0  # for a rank's death to be known, once another complains of it
-_TMPFS = Path("/dev/shm")
 _EXPORTS_KEPT = 2  # the one that is published, and the one before, which a worker may be reading
 
 
@@ -69,14 +68,13 @@ class Trainer:
         self._run_dir = run_dir
         self._seed = seed
         self._children: list[Child] = []
-        self._work_dir: Path | None = None  # there while it runs
+        self._scratch: Scratch | None = None  # there while it runs
         self._exports: list[Path] = []
         self._export_ids = itertools.count()
 
     async def __aenter__(self) -> "Trainer":
-        in_memory = _TMPFS if _TMPFS.is_dir() else None
-        self._work_dir = Path(tempfile.mkdtemp(prefix="flash-trainer-", dir=in_memory))
-        rendezvous = str(self._work_dir / "rendezvous")
+        self._scratch = Scratch()
+        rendezvous = str(self._scratch.path / "rendezvous")
         ranks = self.config.ranks
         try:
             for rank in range(ranks):
@@ -114,8 +112,9 @@ class Trainer:
             child.kill()  # a rank keeps nothing that a checkpoint has not
         for child in self._children:
             await child.stop()
-        if self._work_dir is not None:
-            shutil.rmtree(self._work_dir, ignore_errors=True)
+        if self._scratch is not None:
+            self._scratch.remove()
+            self._scratch = None
 
     @contextlib.asynccontextmanager
     async def starting(self) -> AsyncIterator["Trainer"]:
@@ -185,8 +184,8 @@ class Trainer:
 
         They stay until the export after next; `score` answers for them until the next step.
         """
-        assert self._work_dir is not None, "the trainer is not entered"
-        path = self._work_dir / f"version_{self.version}_{next(self._export_ids)}"
+        assert self._scratch is not None, "the trainer is not entered"
+        path = self._scratch.path / f"version_{self.version}_{next(self._export_ids)}"
         await self._call("export", str(path))
         self._exports.append(path)
         while len(self._exports) > _EXPORTS_KEPT:

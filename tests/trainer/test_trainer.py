@@ -227,7 +227,7 @@ async def test_a_model_that_cannot_be_loaded_is_a_failure_with_its_traceback(
     trainer = Trainer(model=empty, config=CONFIG, run_dir=tmp_path)
     with pytest.raises(TrainerFailure, match=rf"(?s)trainer rank 0 raised.*Traceback.*{empty}"):
         await trainer.__aenter__()
-    assert not trainer._work_dir.exists()
+    assert trainer._scratch is None
     assert not any(child.alive for child in trainer._children)
 
 
