@@ -221,7 +221,31 @@ class EngineConfig(Section):
 
 
 class RolloutConfig(Section):
-    """What the rollout loop does with episodes that fail, grow old or hang."""
+    """Which episodes begin, and what becomes of those that fail, grow old or teach nothing."""
+
+    schedule: Literal["queue", "batch"] = Field(
+        "queue",
+        description="queue: an episode begins the moment there is room; batch: a batch's begin "
+        "together, the next batch's when the last of them has ended",
+    )
+    replicate: bool = Field(
+        True,
+        description="a group's first responses may come from different workers; false: from one",
+    )
+    redundant_groups: int = Field(
+        0, ge=0, description="groups begun beyond what batches can take; the slowest are cancelled"
+    )
+    redundant_episodes: int = Field(
+        0, ge=0, description="episodes begun beyond group_size; the slowest are cancelled"
+    )
+    filters: tuple[str, ...] = Field(
+        (),
+        description="what drops a complete group, for another task's: equal_rewards, or "
+        "module:function; with commas between",
+    )
+    max_filtered: int = Field(
+        10, ge=1, description="batches' worth of groups that filters may drop for one batch"
+    )
 
     on_stale: Literal["regenerate", "wait", "drop"] = Field(
         "regenerate", description="what becomes of an episode that would pass alpha"
@@ -232,6 +256,21 @@ class RolloutConfig(Section):
     stall_timeout_s: float = Field(
         600.0, gt=0, description="the run ends if no episode does so long"
     )
+
+    @field_validator("filters", mode="before")
+    @classmethod
+    def _one_filter_or_many(cls, value: Any) -> Any:
+        return [name for name in value.split(",") if name] if isinstance(value, str) else value
+
+    @field_validator("filters")
+    @classmethod
+    def _filters_are_there(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if value:
+            from flash.rollout import filters  # noqa: PLC0415  (imports NumPy)
+
+            for name in value:
+                filters.find(name)
+        return value
 
 
 class PolicyConfig(Section):
@@ -361,6 +400,7 @@ class Config(Section):
                 f"{self.trainer.advantages.name}, which compares the episodes of a group: use 2 or "
                 f"more, or trainer.advantages=reinforce, which compares those of the batch"
             )
+        self._check_rollout()
         self._check_staleness()
         if (reference := self.trainer.kl.reference) is not None:
             try:
@@ -400,6 +440,14 @@ class Config(Section):
         style = registry.style(self.agent.style)
         _check_arguments(style, self.agent.style_options, "agent.style_options")
         return self
+
+    def _check_rollout(self) -> None:
+        """That episodes can end in batches."""
+        if self.group_size < 2 and "equal_rewards" in self.rollout.filters:
+            raise ValueError(
+                f"rollout.filters=equal_rewards with group_size={self.group_size} would drop every "
+                f"group: use a group_size of 2 or more, or leave the filter out"
+            )
 
     def _check_staleness(self) -> None:
         """An objective that is wrong for stale tokens gets none, unless that is asked for."""

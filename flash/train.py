@@ -18,7 +18,7 @@ from flash import assembly
 from flash.config import Config
 from flash.live import open_view
 from flash.progress import Progress
-from flash.rollout import RolloutLoop
+from flash.rollout import RolloutLoop, filters
 from flash.telemetry import RunFolder
 from flash.trainer import Trainer
 from flash.trainer.advantages import make_advantages
@@ -72,6 +72,13 @@ async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any] | None
                 on_stale=config.rollout.on_stale,
                 update_mode=config.engine.update_mode,
                 advantages=make_advantages(config.trainer.advantages),
+                schedule=config.rollout.schedule,
+                replicate=config.rollout.replicate,
+                redundant_groups=config.rollout.redundant_groups,
+                redundant_episodes=config.rollout.redundant_episodes,
+                filters=[filters.find(name) for name in config.rollout.filters],
+                max_filtered=config.rollout.max_filtered,
+                last_version=config.steps,
                 max_attempts=config.rollout.max_attempts,
                 stall_timeout_s=config.rollout.stall_timeout_s,
                 on_episode=folder.episode,

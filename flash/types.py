@@ -33,11 +33,13 @@ class GenerateRequest:
     """One response to sample after `token_ids`.
 
     Requests that share a `session` share prefixes; the hub sends them to one worker if it can.
+    Those that share a `place` go to one worker even if they must wait for it.
     """
 
     token_ids: Sequence[int]
     sampling: SamplingParams
     session: str = ""
+    place: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -49,6 +49,19 @@ def test_async_generation_ratio_is_another_name_for_alpha():
         ({"env": {"name": "frozen_lake", "options": 3}}, "env.options=3: must be a mapping: {key:"),
         ({"runs_dir": 3}, "runs_dir=3: must be a path"),
         ({"rollout": {"on_stale": "x"}}, "rollout.on_stale='x': must be 'regenerate', 'wait' or"),
+        (
+            {"rollout": {"filters": "equal_rewardz"}},
+            "rollout.filters: 'equal_rewardz' is none of equal_rewards; name one of your own",
+        ),
+        (
+            {
+                "group_size": 1,
+                "rollout": {"filters": "equal_rewards"},
+                "trainer": {"advantages": "reinforce"},
+            },
+            "rollout.filters=equal_rewards with group_size=1 would drop every group: use a group",
+        ),
+        ({"rollout": {"redundant_groups": -1}}, "rollout.redundant_groups=-1: must be at least 0"),
         ({"agent": {1: 2}}, "agent.1 is no field"),
         ({"agent": {"alpha": 2}}, "agent.alpha is no field: did you mean alpha?"),
         ({"async_generation_ration": 1}, "did you mean async_generation_ratio?"),

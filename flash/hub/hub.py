@@ -270,29 +270,34 @@ class InferenceHub:
 
     def _dispatch(self) -> None:
         """Gives places to those that wait, first come first served, a few in a turn of the loop."""
-        while self._queue and self._given_this_turn < _PLACES_A_TURN:
-            waiter = self._queue[0]
+        passed = 0  # they wait for a worker of their own
+        while passed < len(self._queue) and self._given_this_turn < _PLACES_A_TURN:
+            waiter = self._queue[passed]
             if waiter.slot.done():  # its caller was cancelled
-                self._queue.popleft()
+                del self._queue[passed]
                 continue
             slot = self._best(waiter.request)
             if slot is None:
-                return
+                if self._place_of(waiter.request) is None:
+                    return
+                passed += 1
+                continue
             if self._given_this_turn == 0:
                 asyncio.get_running_loop().call_soon(self._next_turn)
             self._given_this_turn += 1
-            self._queue.popleft()
+            del self._queue[passed]
             if slot.running == 0:
                 slot.busy_since = slot.progress_at = self._clock()
                 if slot.progress_timer is None:
                     self._look_later(slot)
             slot.running += 1
             slot.outstanding_tokens += waiter.cost
-            if session := waiter.request.session:
-                self._sessions[session] = slot
-                self._sessions.move_to_end(session)
-                if len(self._sessions) > _SESSIONS_KEPT:
-                    self._sessions.popitem(last=False)
+            for session in (waiter.request.session, waiter.request.place):
+                if session:
+                    self._sessions[session] = slot
+                    self._sessions.move_to_end(session)
+                    if len(self._sessions) > _SESSIONS_KEPT:
+                        self._sessions.popitem(last=False)
             waiter.slot.set_result(slot)
 
     def _next_turn(self) -> None:
@@ -301,6 +306,8 @@ class InferenceHub:
 
     def _best(self, request: GenerateRequest) -> Slot | None:
         """The least loaded worker; or the one with the prefix, unless waiting there costs more."""
+        if (place := self._place_of(request)) is not None:
+            return place if place.running < self._max_running else None
         least: Slot | None = None
         for slot in self._slots:  # a plain loop: hundreds of workers are asked for each request
             if slot.running == self._max_running or not slot.accepting:
@@ -314,6 +321,11 @@ class InferenceHub:
             return least
         extra_wait = home.outstanding_tokens - least.outstanding_tokens
         return home if extra_wait <= len(request.token_ids) else least
+
+    def _place_of(self, request: GenerateRequest) -> Slot | None:
+        """The worker that the request must go to, as long as that takes any."""
+        place = self._sessions.get(request.place) if request.place else None
+        return place if place is not None and place.accepting else None
 
     def _release(self, slot: Slot, *, cost: int) -> None:
         slot.running -= 1

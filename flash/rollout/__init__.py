@@ -2,6 +2,7 @@
 
 from flash.rollout.episode import Agent, AgentFactory, Episode
 from flash.rollout.evaluation import Evaluation, evaluate
+from flash.rollout.filters import GroupFilter
 from flash.rollout.ledger import EpisodeRecord, Ledger
 from flash.rollout.loop import RolloutLoop
 
@@ -11,6 +12,7 @@ __all__ = [
     "Episode",
     "EpisodeRecord",
     "Evaluation",
+    "GroupFilter",
     "Ledger",
     "RolloutLoop",
     "evaluate",

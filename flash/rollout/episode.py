@@ -31,11 +31,19 @@ class Episode:
     """One agent's life in one environment: its task, its stage, its clocks and its tokens.
 
     The agent calls `generate` and marks its other stages with `with episode.stage("env")`; the
-    loop reads the rest. Times are seconds of the event loop's clock.
+    loop reads the rest. Times are seconds of the event loop's clock. The first responses of the
+    episodes of a group that are `together` come from one worker.
     """
 
     def __init__(
-        self, episode_id: int, task: Task, *, hub: Generator, group: int = -1, attempt: int = 1
+        self,
+        episode_id: int,
+        task: Task,
+        *,
+        hub: Generator,
+        group: int = -1,
+        attempt: int = 1,
+        together: bool = False,
     ) -> None:
         self.id = episode_id
         self.task = task
@@ -55,6 +63,7 @@ class Episode:
         self.trajectory: Trajectory | None = None
         self.cancel_reason: str | None = None
         self._hub = hub
+        self._place = f"group-{group}" if together else ""
 
     @property
     def session(self) -> str:
@@ -63,7 +72,12 @@ class Episode:
 
     async def generate(self, token_ids: Sequence[int], sampling: SamplingParams) -> Completion:
         """One sampled response after `token_ids`; counted, timed and stamped."""
-        request = GenerateRequest(token_ids=token_ids, sampling=sampling, session=self.session)
+        request = GenerateRequest(
+            token_ids=token_ids,
+            sampling=sampling,
+            session=self.session,
+            place="" if self.turns else self._place,
+        )
         with self.stage("generate"):
             completion = await self._hub.generate(request, on_start=self._note_version)
         self.turns += 1

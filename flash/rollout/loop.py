@@ -10,7 +10,7 @@ an episode to end) and `publish` (for the hub). What always holds:
 
 1. No token in a batch is older than α versions: `_evict_stale`, and a check at hand-over.
 2. Each admitted episode has one outcome: `Ledger.end`, once, and `Ledger.check`.
-3. running + ready + handed over but unpublished ≤ (1+α)·batch: `_admit`.
+3. running + ready + handed over but unpublished ≤ (1+α)·batch: `_admit` and `Slots`.
 5. `next_batch` never waits in silence: a stall or a streak of failures ends the run by name.
 """
 
@@ -19,19 +19,19 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from flash.errors import EpisodeFailure, FlashError, RolloutFailure
+from flash.rollout.assemble import batch_of, trajectories
 from flash.rollout.crew import Crew
 from flash.rollout.episode import AgentFactory, Cancelled, Episode, EpisodeEnd, Generator
 from flash.rollout.evaluation import Evaluation, evaluate
+from flash.rollout.filters import Filters, GroupFilter
+from flash.rollout.groups import Group, Groups
 from flash.rollout.ledger import EpisodeRecord, Ledger
+from flash.rollout.slots import BatchSchedule, QueueSchedule, Schedule, Slots
 from flash.trainer.advantages import Advantages, grpo, per_group
-from flash.types import Batch, Sample, Task, Trajectory, UpdateMode, Weights
+from flash.types import Batch, Task, Trajectory, UpdateMode, Weights
 
 logger = logging.getLogger(__name__)
 
@@ -50,27 +50,6 @@ class Hub(Generator, Protocol):
     async def publish(self, weights: Weights, mode: UpdateMode = "keep") -> Any: ...
 
     def forget(self, session: str) -> None: ...
-
-
-@dataclass(slots=True, eq=False)
-class _Group:
-    """The episodes of one task on their way into a batch."""
-
-    id: int
-    task: Task
-    size: int
-    members: dict[int, Episode] = field(default_factory=dict)
-
-    @property
-    def complete(self) -> bool:
-        ready = sum(1 for member in self.members.values() if member.trajectory is not None)
-        return ready == self.size
-
-    @property
-    def oldest_version(self) -> float:
-        """The version of the oldest token so far; infinite if there is none."""
-        versions = [m.oldest_version for m in self.members.values() if m.oldest_version is not None]
-        return min(versions, default=math.inf)
 
 
 class RolloutLoop:
@@ -94,7 +73,18 @@ class RolloutLoop:
             (`regenerate`), hold the batch until it ends (`wait`), or drop its group (`drop`).
         advantages: of the episodes of a batch; `per_group` makes it of a function of the rewards
             of one group.
-        max_attempts: how often an episode is started before a failure gives up its group.
+        max_attempts: how often an episode fails before its group is given up.
+        schedule: `queue` begins each episode the moment there is room for it; `batch` begins a
+            batch's episodes together, and the next batch's when the last of them has ended.
+        replicate: the episodes of a group go to whichever workers are best; without it their
+            first responses all come from one worker, like the samples of one request.
+        redundant_groups, redundant_episodes: so many groups more than batches can take, and
+            episodes more than a group needs, are begun; the first to be complete are kept, and
+            the rest is cancelled at once.
+        filters: a complete group that one of them drops is replaced by another task's.
+        max_filtered: batches' worth of groups that may be dropped for one batch.
+        last_version: the version at which training ends; what no batch until then can take is
+            neither begun nor played to its end.
         stall_timeout_s: `next_batch` raises if no episode ends for so long.
         on_episode: called with the record of each ended episode.
 
@@ -115,6 +105,13 @@ class RolloutLoop:
         update_mode: UpdateMode = "keep",
         advantages: Advantages = _GRPO,
         max_attempts: int = 3,
+        schedule: Schedule = "queue",
+        replicate: bool = True,
+        redundant_groups: int = 0,
+        redundant_episodes: int = 0,
+        filters: Sequence[GroupFilter] = (),
+        max_filtered: int = 10,
+        last_version: int | None = None,
         stall_timeout_s: float = 600.0,
         on_episode: Callable[[EpisodeRecord], None] | None = None,
     ) -> None:
@@ -126,12 +123,13 @@ class RolloutLoop:
             raise ValueError(f"alpha={alpha} must be a number of at least 0; 0 is synchronous")
         self.hub = hub
         self.alpha = alpha
-        self.capacity = math.floor((1 + alpha) * batch_size)
         self.ledger = Ledger()
         self._agent = agent
         self._tasks = iter(tasks)
         self._groups_per_batch = batch_size // group_size
         self._group_size = group_size
+        self._redundant_episodes = redundant_episodes
+        self._replicate = replicate
         self._on_stale = on_stale
         self._update_mode = update_mode
         self._advantages = advantages
@@ -139,12 +137,24 @@ class RolloutLoop:
         self._stall_timeout_s = stall_timeout_s
         self._on_episode = on_episode
 
-        self._groups: dict[int, _Group] = {}  # in the order of their tasks
-        self._owed: deque[tuple[_Group, int]] = deque()  # starts not yet admitted, with attempt
-        self._held: deque[tuple[int, int]] = deque()  # (version, samples) handed over, unpublished
+        self._slots = Slots(
+            groups_per_batch=self._groups_per_batch,
+            group_size=group_size,
+            alpha=alpha,
+            redundant_groups=redundant_groups,
+            redundant_episodes=redundant_episodes,
+            last_version=last_version,
+        )
+        self._schedule = (
+            QueueSchedule()
+            if schedule == "queue"
+            else BatchSchedule(self._groups_per_batch + redundant_groups)
+        )
+        self._filters = Filters(filters, at_most=max_filtered * self._groups_per_batch)
+        self._groups = Groups()
+        self._owed: deque[tuple[Group, int]] = deque()  # starts not yet admitted, with attempt
         self._next_version = hub.version  # at which the next batch will be trained
         self._next_episode = 0
-        self._next_group = 0
         self._exhausted = False
         self._admitting = False
         self._failure: FlashError | None = None
@@ -161,7 +171,7 @@ class RolloutLoop:
     async def __aexit__(self, *exc_info: object) -> None:
         """Ends what runs (cancelled) and what waits (dropped), for the reason `shutdown`."""
         self._admitting = False
-        for group in list(self._groups.values()):
+        for group in list(self._groups):
             self._give_up(group, "shutdown")
         await self._crew.__aexit__(*exc_info)
 
@@ -199,8 +209,7 @@ class RolloutLoop:
             raise self._failure
         self._next_version = max(self._next_version, weights.version)
         report = await self.hub.publish(weights, self._update_mode)
-        while self._held and self._held[0][0] < weights.version:
-            self._held.popleft()
+        self._slots.release(weights.version)
         self._evict_stale()
         self._admit()
         return report
@@ -228,6 +237,11 @@ class RolloutLoop:
             self._admit()
 
     @property
+    def capacity(self) -> int:
+        """So many episodes run or are ready at most."""
+        return self._slots.most_episodes
+
+    @property
     def crashes(self) -> int:
         """Agents that crashed and were replaced."""
         return self._crew.crashes
@@ -236,23 +250,20 @@ class RolloutLoop:
         """For each running or ready episode with tokens: next training version - oldest token."""
         return [
             self._next_version - member.oldest_version
-            for group in self._groups.values()
+            for group in self._groups
             for member in group.members.values()
             if member.oldest_version is not None
         ]
 
     def episodes(self) -> list[Episode]:
         """The episodes on their way into a batch, oldest group first."""
-        return [m for group in self._groups.values() for m in group.members.values()]
+        return [m for group in self._groups for m in group.members.values()]
 
     def unfinished_tasks(self) -> list[Task]:
         """Tasks of the groups on their way: what a run that stops now has begun and not trained."""
-        return [group.task for group in self._groups.values()]
+        return [group.task for group in self._groups]
 
     # ── admission ────────────────────────────────────────────────────────────────────────────
-
-    def _slots_used(self) -> int:
-        return self.ledger.running + self.ledger.ready + sum(n for _, n in self._held)
 
     def _admit(self) -> None:
         """Starts episodes while there are slots, and while what they'd sample could be trained."""
@@ -261,33 +272,61 @@ class RolloutLoop:
             self._admitting
             and self._failure is None
             and fresh_enough
-            and self._slots_used() < self.capacity
-            and (owed := self._next_start()) is not None
+            and self.ledger.running + self.ledger.ready < self._slots.most_episodes
+            and (start := self._next_start()) is not None
         ):
-            group, attempt = owed
+            group, attempt = start
             episode = Episode(
-                self._next_episode, group.task, hub=self.hub, group=group.id, attempt=attempt
+                self._next_episode,
+                group.task,
+                hub=self.hub,
+                group=group.id,
+                attempt=attempt,
+                together=not self._replicate,
             )
             self._next_episode += 1
-            group.members[episode.id] = episode
+            self._groups.add(group, episode)
             self.ledger.admit()
             self._crew.start(episode)
 
-    def _next_start(self) -> tuple[_Group, int] | None:
+    def _next_start(self) -> tuple[Group, int] | None:
         """The next episode owed: of a group under way, else of a new one."""
-        while True:
-            while self._owed:
-                group, attempt = self._owed.popleft()
-                if group.id in self._groups:
-                    return group, attempt
-            task = next(self._tasks, None)
-            if task is None:
-                self._exhausted = True
-                return None
-            group = _Group(self._next_group, task, self._group_size)
-            self._next_group += 1
-            self._groups[group.id] = group
-            self._owed.extend([(group, 1)] * group.size)
+        while self._owed:
+            group, attempt = self._owed[0]
+            if group in self._groups:
+                if len(group.members) < group.size and not self._has_slot():
+                    return None
+                self._owed.popleft()
+                group.owed -= 1
+                return group, attempt
+            self._owed.popleft()
+        if not self._has_slot() or not self._may_begin():
+            return None
+        task = next(self._tasks, None)
+        if task is None:
+            self._exhausted = True
+            return None
+        episodes = self._group_size + self._redundant_episodes
+        group = self._groups.begin(task, size=self._group_size, episodes=episodes)
+        self._schedule.began()
+        self._owed.extend([(group, 1)] * episodes)
+        return self._next_start()
+
+    def _has_slot(self) -> bool:
+        used = self.ledger.running + self.ledger.ready - self._groups.spares + self._slots.held
+        return used < self._slots.limit
+
+    def _may_begin(self) -> bool:
+        wanted = self._slots.wanted(
+            under_way=len(self._groups),
+            complete=self._groups.complete,
+            next_version=self._next_version,
+        )
+        return wanted > 0 and self._schedule.allows(wanted, running=self.ledger.running)
+
+    def _owe(self, group: Group, attempt: int) -> None:
+        group.owed += 1
+        self._owed.appendleft((group, attempt))
 
     # ── ends of episodes ─────────────────────────────────────────────────────────────────────
 
@@ -300,8 +339,12 @@ class RolloutLoop:
             episode.finish(end)
             self.ledger.finish()
             self._failures_in_a_row = 0
-            if not wanted:  # it finished in the moment it was given up
+            if group is None or not wanted:  # it finished in the moment it was given up
                 self._end(episode, "dropped", episode.cancel_reason or "shutdown")
+            else:
+                self._groups.finish(group)
+                if group.complete:
+                    self._after_completion(group)
         elif isinstance(end, Cancelled):
             self._end(episode, "cancelled", episode.cancel_reason or "shutdown")
             if group is not None and wanted:
@@ -313,9 +356,34 @@ class RolloutLoop:
         self._admit()
         self._progress.set()
 
-    def _after_failure(self, group: _Group, episode: Episode, failure: EpisodeFailure) -> None:
+    def _after_completion(self, group: Group) -> None:
+        """The group's spares are cancelled; then it is kept or dropped; then others may be."""
+        for member in list(group.members.values()):
+            if member.trajectory is None:
+                self._groups.remove(group, member)
+                self._crew.abort(member, "redundant")
+        if group.owed:
+            self._owed = deque(start for start in self._owed if start[0] is not group)
+            group.owed = 0
+        try:
+            reason = self._filters.reason_to_drop(trajectories(group))
+        except RolloutFailure as failure:
+            self._fail(failure)
+            return
+        if reason is not None:
+            self._give_up(group, reason)
+        self._cancel_redundant()
+
+    def _cancel_redundant(self) -> None:
+        """Gives up what runs for nothing: complete groups fill every batch that they could."""
+        needed = self._slots.needed(complete=self._groups.complete, next_version=self._next_version)
+        if needed <= 0:
+            for group in [group for group in self._groups if not group.complete]:
+                self._give_up(group, "redundant")
+
+    def _after_failure(self, group: Group, episode: Episode, failure: EpisodeFailure) -> None:
         logger.warning("%s failed: %s", episode.describe(), failure)
-        del group.members[episode.id]
+        self._groups.remove(group, episode)
         self._failures_in_a_row += 1
         # Everything under way may fail at once for one cause (a host that died), and that is
         # nothing to stop for; but not again and again with no success between.
@@ -326,20 +394,20 @@ class RolloutLoop:
             )
             error.__cause__ = failure
             self._fail(error)
-        elif episode.attempt >= self._max_attempts:
+        elif episode.attempt < self._max_attempts:
+            self._owe(group, episode.attempt + 1)
+        elif len(group.members) + group.owed < group.size:
             logger.warning("group %d is given up after %d attempts", group.id, episode.attempt)
             self._give_up(group, "group_failed")
-        else:
-            self._owed.appendleft((group, episode.attempt + 1))
 
-    def _restart(self, group: _Group, episode: Episode) -> None:
+    def _restart(self, group: Group, episode: Episode) -> None:
         """In the place of an episode that is no failure: it does not count as an attempt."""
-        del group.members[episode.id]
-        self._owed.appendleft((group, episode.attempt))
+        self._groups.remove(group, episode)
+        self._owe(group, episode.attempt)
 
-    def _give_up(self, group: _Group, reason: str) -> None:
+    def _give_up(self, group: Group, reason: str) -> None:
         """Drops the group's ready episodes, cancels the running ones; its slots become free."""
-        del self._groups[group.id]
+        self._groups.close(group)
         for member in group.members.values():
             self._discard(member, reason)
 
@@ -370,7 +438,7 @@ class RolloutLoop:
 
     def _evict_stale(self) -> None:
         """Gives up every episode that would break the bound in the next batch already."""
-        for group in list(self._groups.values()):
+        for group in list(self._groups):
             stale = [
                 member
                 for member in group.members.values()
@@ -384,59 +452,43 @@ class RolloutLoop:
                 self._restart(group, member)
                 self._discard(member, "stale")
 
-    def _choose(self) -> list[_Group] | None:
+    def _choose(self) -> list[Group] | None:
         """The groups of the next batch, if there are enough."""
         wanted = self._groups_per_batch
         if self.ledger.ready < wanted * self._group_size:
             return None
         # An episode that was admitted in time may have sampled late, from old weights.
         self._evict_stale()
-        due: list[_Group] = []
+        due: list[Group] = []
         if self._on_stale == "wait":
             # Those that would be too old for the batch after this one. More than a batch of them
             # exists only if α is no integer; those left over are regenerated.
             due = [
                 group
-                for group in self._groups.values()
+                for group in self._groups
                 if self._next_version + 1 - group.oldest_version > self.alpha
             ][:wanted]
             if not all(group.complete for group in due):
                 return None
-        complete = [g for g in self._groups.values() if g.complete and g not in due]
+        complete = [g for g in self._groups if g.complete and g not in due]
         chosen = (due + complete)[:wanted]
         return chosen if len(chosen) == wanted else None
 
-    def _hand_over(self, chosen: list[_Group]) -> Batch:
-        version = self._next_version
-        samples: list[Sample] = []
-        episodes: list[Episode] = []
-        advantages = self._advantages(
-            [[_trajectory(m) for m in group.members.values()] for group in chosen]
+    def _hand_over(self, chosen: list[Group]) -> Batch:
+        batch = batch_of(
+            chosen, version=self._next_version, alpha=self.alpha, advantages=self._advantages
         )
-        for group, of_group in zip(chosen, advantages, strict=True):
-            members = list(group.members.values())
-            for member, of_episode in zip(members, of_group, strict=True):
-                samples += [
-                    replace(
-                        sample,
-                        advantage=_of_tokens(of_episode, sample),
-                        reward=_trajectory(member).reward,
-                        group=group.id,
-                        episode=member.id,
-                    )
-                    for sample in _trajectory(member).samples
-                ]
-            episodes += members
-            del self._groups[group.id]
-        ages = version - np.concatenate([s.sampled_versions() for s in samples])
-        assert ages.size == 0 or ages.max() <= self.alpha, f"a token is {ages.max()} versions old"
-        for episode in episodes:
-            self._end(episode, "trained", version=version)
-        self._held.append((version, len(episodes)))
+        for group in chosen:
+            self._groups.close(group)
+            for member in group.members.values():
+                self._end(member, "trained", version=batch.version)
+        self._slots.hold(batch.version, len(chosen))
+        self._filters.batch_done()
         self._next_version += 1
+        self._cancel_redundant()
         self._evict_stale()  # at once: what is doomed should not sample while the trainer trains
         self._admit()
-        return Batch(samples=samples, version=version, metrics=_batch_metrics(episodes, ages))
+        return batch
 
     def _describe_stall(self) -> str:
         by_age = sorted(self.episodes(), key=lambda episode: episode.stage_since)
@@ -447,40 +499,3 @@ class RolloutLoop:
             f"{len(running)} run, {self.ledger.ready} are ready, {len(self._owed)} wait for "
             f"a slot of {self.capacity}. Longest in their stage:\n  " + "\n  ".join(lines)
         )
-
-
-def _trajectory(episode: Episode) -> Trajectory:
-    assert episode.trajectory is not None
-    return episode.trajectory
-
-
-def _of_tokens(
-    advantage: NDArray[np.float64] | float, sample: Sample
-) -> float | NDArray[np.float32]:
-    """One number for the sample; or, of one for each turn, that of each token's turn, [T]."""
-    if np.ndim(advantage) == 0:
-        return float(advantage)
-    assert sample.turns is not None
-    of_turns = np.append(advantage, 0.0).astype(np.float32)  # -1, the last, is for other tokens
-    return np.asarray(of_turns[sample.turns])
-
-
-def _batch_metrics(episodes: list[Episode], ages: NDArray[np.int64]) -> dict[str, Any]:
-    """What is known of a batch at hand-over; ages are per token, in versions."""
-
-    def mean_seconds(stage: str) -> float:
-        return float(np.mean([episode.seconds.get(stage, 0.0) for episode in episodes]))
-
-    trajectories = [_trajectory(episode) for episode in episodes]
-    return {
-        "reward/mean": float(np.mean([t.reward for t in trajectories])),
-        "success_rate": float(np.mean([t.success for t in trajectories])),
-        "turns/mean": float(np.mean([t.turns for t in trajectories])),
-        "staleness/mean": float(ages.mean()) if ages.size else 0.0,
-        "staleness/max": int(ages.max()) if ages.size else 0,
-        "staleness/histogram": np.bincount(ages).tolist() if ages.size else [],
-        "time/generate_s": mean_seconds("generate"),
-        "time/env_s": mean_seconds("env"),
-        "time/agent_s": mean_seconds("agent"),
-        "time/reward_s": mean_seconds("reward"),
-    }

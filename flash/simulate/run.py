@@ -17,7 +17,7 @@ from pathlib import Path
 
 from flash import registry, virtual_time
 from flash.hub import InferenceHub
-from flash.rollout import EpisodeRecord, RolloutLoop
+from flash.rollout import EpisodeRecord, RolloutLoop, filters
 from flash.simulate.results import Result, Step
 from flash.simulate.scenario import Scenario
 from flash.simulate.timeline import Timeline
@@ -103,6 +103,13 @@ class _Simulation:
             group_size=scenario.group_size,
             alpha=scenario.alpha,
             on_stale=scenario.on_stale,
+            schedule=scenario.schedule,
+            replicate=scenario.replicate,
+            redundant_groups=scenario.redundant_groups,
+            redundant_episodes=scenario.redundant_episodes,
+            filters=[filters.find(name) for name in scenario.filters],
+            max_filtered=scenario.max_filtered,
+            last_version=scenario.steps,
             update_mode=scenario.update_mode,
             advantages=per_group(lambda rewards: rewards - rewards.mean()),
             stall_timeout_s=_FOREVER_S,

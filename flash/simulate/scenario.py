@@ -81,6 +81,16 @@ class Scenario(Section):
     on_stale: Literal["regenerate", "wait", "drop"] = Field(
         "regenerate", description="what becomes of an episode that would pass alpha"
     )
+    schedule: Literal["queue", "batch"] = Field(
+        "queue", description="batch: a batch's episodes begin together, as in rollout.schedule"
+    )
+    replicate: bool = Field(
+        True, description="a group's first responses may come from different workers"
+    )
+    redundant_groups: int = Field(0, ge=0, description="groups begun beyond what batches can take")
+    redundant_episodes: int = Field(0, ge=0, description="episodes begun beyond group_size")
+    filters: tuple[str, ...] = Field((), description="what drops a group, as in rollout.filters")
+    max_filtered: int = Field(100, ge=1, description="as in rollout.max_filtered")
     update_mode: Literal["keep", "abort", "wait"] = Field(
         "keep", description="what a publish does to requests under way"
     )
@@ -95,6 +105,11 @@ class Scenario(Section):
     workers: WorkersConfig = WorkersConfig()
     trainer: TrainerConfig = TrainerConfig()
     workload: WorkloadConfig = WorkloadConfig()
+
+    @field_validator("filters", mode="before")
+    @classmethod
+    def _one_filter_or_many(cls, value: Any) -> Any:
+        return [name for name in value.split(",") if name] if isinstance(value, str) else value
 
     @field_validator("alpha")
     @classmethod

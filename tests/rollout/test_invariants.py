@@ -1,6 +1,7 @@
 """Invariants 1-6 as properties, under virtual time with fake workers and fake environments."""
 
 import asyncio
+import math
 import random
 from collections import Counter
 from pathlib import Path
@@ -35,11 +36,14 @@ class CrashingAgent(EnvironmentAgent):
 class Scenario:
     """A run of a few steps with everything drawn from one seed."""
 
-    def __init__(self, seed: int, *, alpha: float, on_stale: str, update_mode: str, **rates):
+    def __init__(
+        self, seed: int, *, alpha: float, on_stale: str, update_mode: str, features=None, **rates
+    ):
         self.rng = random.Random(seed)
         self.alpha = alpha
         self.on_stale = on_stale
         self.update_mode = update_mode
+        self.features = features or {}
         self.rates = {"fail": 0.0, "hang": 0.0, "crash": 0.0, "worker_death": 0.0, **rates}
         self.group_size = self.rng.choice([2, 3, 4])
         self.groups = self.rng.choice([1, 2, 4])
@@ -71,7 +75,7 @@ class Scenario:
                 hub, agent=self.make_agent, tasks=(Task(i) for i in range(10**6)),
                 batch_size=self.batch_size, group_size=self.group_size, alpha=self.alpha,
                 on_stale=self.on_stale, update_mode=self.update_mode,
-                on_episode=self.records.append,
+                on_episode=self.records.append, **self.features,
             ) as rollouts,
         ):  # fmt: skip
             self.rollouts = rollouts
@@ -107,7 +111,11 @@ class Scenario:
     def check_bounds(self, rollouts):
         ledger = rollouts.ledger
         ledger.check()
-        assert ledger.running + ledger.ready <= int((1 + self.alpha) * self.batch_size)
+        redundant = self.features.get("redundant_groups", 0) * self.group_size
+        slots = int((1 + self.alpha) * self.batch_size) + redundant
+        groups = math.ceil(slots / self.group_size)
+        spares = groups * self.features.get("redundant_episodes", 0)
+        assert ledger.running + ledger.ready <= slots + spares, "invariant 3"
 
     def check_batch(self, batch, version):
         assert batch.version == version
@@ -163,6 +171,40 @@ def test_the_invariants_hold_when_everything_fails_now_and_then(seed, alpha, on_
         fail=0.05, hang=0.02, crash=0.05, worker_death=0.3,
     )  # fmt: skip
     virtual_time.run(scenario.run())
+
+
+def some_rewards_alike(group):
+    """A filter that drops every third group or so."""
+    return sum(int(s.token_ids.sum()) for t in group for s in t.samples) % 3 == 0
+
+
+@SCHEDULES
+@given(
+    seed=st.integers(0, 10**6),
+    alpha=st.sampled_from([0, 0.5, 1, 2, 2.5]),
+    on_stale=st.sampled_from(["regenerate", "wait", "drop"]),
+    update_mode=st.sampled_from(["keep", "abort", "wait"]),
+    features=st.fixed_dictionaries(
+        {
+            "schedule": st.sampled_from(["queue", "batch"]),
+            "replicate": st.booleans(),
+            "redundant_groups": st.sampled_from([0, 1, 3]),
+            "redundant_episodes": st.sampled_from([0, 1, 2]),
+            "filters": st.sampled_from([(), (some_rewards_alike,)]),
+            "last_version": st.sampled_from([None, 5]),
+        }
+    ),
+    failing=st.booleans(),
+)
+def test_the_invariants_hold_with_every_feature_in_any_combination(
+    seed, alpha, on_stale, update_mode, features, failing
+):
+    rates = {"fail": 0.05, "hang": 0.02, "crash": 0.05, "worker_death": 0.3} if failing else {}
+    scenario = Scenario(
+        seed, alpha=alpha, on_stale=on_stale, update_mode=update_mode, features=features, **rates
+    )
+    virtual_time.run(scenario.run())
+    assert len(scenario.batches) == 5
 
 
 def test_alpha_zero_is_on_policy_token_for_token():

@@ -1,0 +1,71 @@
+"""Filters of complete groups: what teaches nothing is dropped, and another task takes its place."""
+
+from collections.abc import Callable, Sequence
+
+from flash import registry
+from flash.errors import RolloutFailure
+from flash.types import Trajectory
+
+GroupFilter = Callable[[Sequence[Trajectory]], bool]
+"""Of the episodes of one group: whether it is dropped."""
+
+
+def equal_rewards(group: Sequence[Trajectory]) -> bool:
+    """All rewards are equal, so that no episode is better than another. Yu et al. 2025 (DAPO)."""
+    return len({trajectory.reward for trajectory in group}) == 1
+
+
+FILTERS: dict[str, GroupFilter] = {"equal_rewards": equal_rewards}
+
+
+def find(name: str) -> GroupFilter:
+    """The filter of that name, or `module:function`. ValueError says what there is."""
+    if name in FILTERS:
+        return FILTERS[name]
+    if ":" not in name:
+        raise ValueError(
+            f"rollout.filters: {name!r} is none of {', '.join(sorted(FILTERS))}; name one of your "
+            f"own as module:function"
+        )
+    found: GroupFilter = registry.function(name, "rollout.filters")
+    if not callable(found):
+        raise ValueError(f"rollout.filters: {name!r} is no function of a group's trajectories")
+    return found
+
+
+class Filters:
+    """Judges complete groups, one filter after another.
+
+    Raises RolloutFailure when more than `at_most` groups are dropped for one batch, or when a
+    filter raises.
+    """
+
+    def __init__(self, filters: Sequence[GroupFilter], *, at_most: int) -> None:
+        self._filters = filters
+        self._at_most = at_most
+        self._dropped = self._kept = 0
+
+    def reason_to_drop(self, group: Sequence[Trajectory]) -> str | None:
+        """The outcome's reason; None if the group is kept."""
+        for drops in self._filters:
+            name = getattr(drops, "__name__", type(drops).__name__)
+            try:
+                dropped = drops(group)
+            except Exception as error:  # the boundary to the user's function
+                raise RolloutFailure(f"rollout.filters: {name} raised {error!r}") from error
+            if dropped:
+                self._dropped += 1
+                if self._dropped > self._at_most:
+                    raise RolloutFailure(
+                        f"rollout.filters dropped {self._dropped} groups and kept {self._kept} "
+                        f"since the last batch, the last one by {name}; rollout.max_filtered "
+                        f"allows {self._at_most} a batch: take tasks that the policy solves now "
+                        f"and then, or raise it"
+                    )
+                return f"filtered:{name}"
+        self._kept += 1
+        return None
+
+    def batch_done(self) -> None:
+        """A batch was handed over."""
+        self._dropped = self._kept = 0

@@ -1,0 +1,90 @@
+"""The groups on their way into a batch, and what they add up to."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from flash.rollout.episode import Episode
+from flash.types import Task
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """The episodes of one task; complete when `size` of them are ready, however many began."""
+
+    id: int
+    task: Task
+    size: int
+    members: dict[int, Episode] = field(default_factory=dict)
+    ready: int = 0
+    owed: int = 0  # starts to come
+
+    @property
+    def complete(self) -> bool:
+        return self.ready >= self.size
+
+    @property
+    def spares(self) -> int:
+        """Episodes beyond what the group needs, which take no slots."""
+        return max(0, len(self.members) - self.size)
+
+    @property
+    def oldest_version(self) -> float:
+        """The version of the oldest token so far; infinite if there is none."""
+        versions = [m.oldest_version for m in self.members.values() if m.oldest_version is not None]
+        return min(versions, default=math.inf)
+
+
+class Groups:
+    """In the order of their tasks. `complete` and `spares` are sums, kept as members change."""
+
+    def __init__(self) -> None:
+        self.complete = 0
+        self.spares = 0
+        self._groups: dict[int, Group] = {}
+        self._next_id = 0
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def __iter__(self) -> Iterator[Group]:
+        return iter(self._groups.values())
+
+    def __contains__(self, group: Group) -> bool:
+        return group.id in self._groups
+
+    def get(self, group_id: int) -> Group | None:
+        return self._groups.get(group_id)
+
+    def begin(self, task: Task, *, size: int, episodes: int) -> Group:
+        """A new group that is owed so many episodes."""
+        group = Group(self._next_id, task, size, owed=episodes)
+        self._next_id += 1
+        self._groups[group.id] = group
+        return group
+
+    def close(self, group: Group) -> None:
+        """It is on its way no longer; its members are as they were."""
+        del self._groups[group.id]
+        self._count(group, -1)
+
+    def add(self, group: Group, episode: Episode) -> None:
+        self._count(group, -1)
+        group.members[episode.id] = episode
+        self._count(group, +1)
+
+    def remove(self, group: Group, episode: Episode) -> None:
+        self._count(group, -1)
+        del group.members[episode.id]
+        group.ready -= episode.trajectory is not None
+        self._count(group, +1)
+
+    def finish(self, group: Group) -> None:
+        """One of its members came to its end."""
+        self._count(group, -1)
+        group.ready += 1
+        self._count(group, +1)
+
+    def _count(self, group: Group, sign: int) -> None:
+        self.complete += sign * group.complete
+        self.spares += sign * group.spares

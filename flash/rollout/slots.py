@@ -1,0 +1,103 @@
+"""Slots: how much may be under way, and how much of it can still matter. Invariant 3.
+
+A slot is room for one sample that a batch will take. Spare episodes of a group take none, and
+redundant groups have slots of their own, so redundancy never makes rollout run further ahead: as
+soon as enough groups are complete to fill every batch that α allows, no other is needed.
+"""
+
+import math
+from collections import deque
+from typing import Literal
+
+Schedule = Literal["queue", "batch"]
+
+
+class Slots:
+    """Counts in groups and samples; knows nothing of single episodes.
+
+    `capacity` is (1+α)·batch: the samples on their way that a batch can take.
+    """
+
+    def __init__(
+        self,
+        *,
+        groups_per_batch: int,
+        group_size: int,
+        alpha: float,
+        redundant_groups: int,
+        redundant_episodes: int,
+        last_version: int | None,
+    ) -> None:
+        self.capacity = math.floor((1 + alpha) * groups_per_batch * group_size)
+        self.limit = self.capacity + redundant_groups * group_size
+        self._groups_per_batch = groups_per_batch
+        self._group_size = group_size
+        self._redundant_groups = redundant_groups
+        self._last_version = last_version
+        self._spares = math.ceil(self.limit / group_size) * redundant_episodes
+        self._held: deque[tuple[int, int]] = deque()  # (version, groups): handed over, unpublished
+
+    @property
+    def most_episodes(self) -> int:
+        """So many run or are ready at most, spare ones with them."""
+        return self.limit + self._spares
+
+    @property
+    def held(self) -> int:
+        """Slots of batches that were handed over and whose weights are not published."""
+        return self._group_size * self._held_groups()
+
+    def hold(self, version: int, groups: int) -> None:
+        """A batch for that version was handed over."""
+        self._held.append((version, groups))
+
+    def release(self, published: int) -> None:
+        """Weights of that version were published."""
+        while self._held and self._held[0][0] < published:
+            self._held.popleft()
+
+    def needed(self, *, complete: int, next_version: int) -> int:
+        """How many groups more can get into a batch, besides the complete ones."""
+        groups = math.ceil(self.capacity / self._group_size) - self._held_groups()
+        if self._last_version is not None:
+            left = max(0, self._last_version - next_version)
+            groups = min(groups, left * self._groups_per_batch)
+        return groups - complete
+
+    def wanted(self, *, under_way: int, complete: int, next_version: int) -> int:
+        """How many groups more are to begin, redundant ones with them."""
+        needed = self.needed(complete=complete, next_version=next_version)
+        return needed + self._redundant_groups - (under_way - complete) if needed > 0 else 0
+
+    def _held_groups(self) -> int:
+        return sum(groups for _, groups in self._held)
+
+
+class QueueSchedule:
+    """A group begins the moment there is room for it."""
+
+    def allows(self, wanted: int, *, running: int) -> bool:
+        """Whether one of the wanted groups may begin now."""
+        return True
+
+    def began(self) -> None:
+        """One did."""
+
+
+class BatchSchedule:
+    """A batch of groups begins together, and the next when the last episode of it has ended.
+
+    It is how rollout was done before ROLL Flash; to compare with, and for strict batches.
+    """
+
+    def __init__(self, groups: int) -> None:
+        self._groups = groups
+        self._left = 0
+
+    def allows(self, wanted: int, *, running: int) -> bool:
+        if running == 0:
+            self._left = min(wanted, self._groups)
+        return self._left > 0
+
+    def began(self) -> None:
+        self._left -= 1

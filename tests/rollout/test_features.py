@@ -1,0 +1,313 @@
+"""Scheduling, replication, redundancy and filters, one promise at a time, under virtual time."""
+
+import asyncio
+import contextlib
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+
+from flash import virtual_time
+from flash.agents import Actor
+from flash.conversation import TokenSequence
+from flash.errors import EnvFailure, RolloutFailure
+from flash.fakes import FakeWorker
+from flash.hub import InferenceHub
+from flash.rollout import RolloutLoop
+from flash.rollout.filters import equal_rewards, find
+from flash.simulate import Scenario, simulate
+from flash.types import GenerateRequest, SamplingParams, Task, Trajectory, Weights
+
+SAMPLING = SamplingParams(max_tokens=4)
+
+
+class Player(Actor):
+    """Samples a few tokens, then takes the seconds that its task and number in the group say."""
+
+    def __init__(self, seconds, rewards=lambda task, number: number, failing=lambda *_: False):
+        super().__init__(episode_timeout_s=1e6)
+        self._told = seconds, rewards, failing
+
+    async def play(self, episode):
+        seconds, rewards, failing = self._told
+        tokens = TokenSequence([1, 2])
+        tokens.add_sampled(await episode.generate([1, 2], SAMPLING))
+        number = self.numbers[episode.group]
+        self.numbers[episode.group] += 1
+        await asyncio.sleep(seconds(episode.group, number))
+        if failing(episode.group, number):
+            raise EnvFailure("planned")
+        sample = tokens.sample(1.0)
+        return Trajectory(samples=[sample], reward=rewards(episode.group, number), turns=1)
+
+
+@contextlib.asynccontextmanager
+async def rollouts(seconds=lambda *_: 1.0, records=None, workers=None, **options):
+    numbers = defaultdict(int)
+    told = {name: options.pop(name) for name in ("rewards", "failing") if name in options}
+
+    def make_agent():
+        agent = Player(seconds, **told)
+        agent.numbers = numbers
+        return agent
+
+    options = {"batch_size": 4, "group_size": 2, "alpha": 1, **options}
+    async with (
+        InferenceHub(workers or [FakeWorker("w")]) as hub,
+        RolloutLoop(
+            hub, agent=make_agent, tasks=(Task(i) for i in range(10**6)),
+            on_episode=(records if records is not None else []).append, **options,
+        ) as loop,
+    ):  # fmt: skip
+        yield loop
+
+
+def outcomes(records):
+    return Counter((r.outcome, r.reason) for r in records if r.reason != "shutdown")
+
+
+def now():
+    return asyncio.get_running_loop().time()
+
+
+# ── scheduling and replication ───────────────────────────────────────────────────────────────
+
+
+def test_under_a_batch_schedule_the_next_batch_begins_when_the_last_episode_has_ended():
+    async def main(schedule):
+        records = []
+        slow = lambda group, number: 50.0 if (group, number) == (1, 1) else 1.0  # noqa: E731
+        async with rollouts(slow, records, schedule=schedule) as loop:
+            for version in (1, 2, 3):
+                await loop.next_batch()
+                await loop.publish(Weights(version=version, path=Path("/fake")))
+        return sorted({round(r.admitted_s) for r in records}), records
+
+    admitted, records = virtual_time.run(main("batch"))
+    assert len([r for r in records if r.admitted_s == 0]) == 4, "one batch, though α allows two"
+    assert admitted[1] >= 50
+    admitted, records = virtual_time.run(main("queue"))
+    assert len([r for r in records if r.admitted_s == 0]) == 8
+    assert 0 < admitted[1] < 10
+
+
+def test_batches_that_filters_thin_are_filled_up_by_a_batch_of_their_own():
+    async def main():
+        records = []
+        options = {"schedule": "batch", "filters": [equal_rewards], "alpha": 0}
+        rewards = lambda group, number: number * (group not in (0, 3))  # noqa: E731
+        takes = lambda group, number: 10.0 if group == 1 else 1.0  # noqa: E731
+        async with rollouts(takes, records, rewards=rewards, **options) as loop:
+            batch = await loop.next_batch()
+        assert {sample.group for sample in batch.samples} == {1, 2}
+        began = {r.group: r.admitted_s for r in records}
+        assert began[2] >= 10, "not before the first batch's last episode has ended"
+
+    virtual_time.run(main())
+
+
+def test_without_replication_a_groups_first_responses_come_from_one_worker():
+    async def main(replicate):
+        workers = [FakeWorker("a"), FakeWorker("b")]
+        async with rollouts(workers=workers, replicate=replicate, alpha=0, group_size=4) as loop:
+            await loop.next_batch()
+        return sorted(len(worker.started) for worker in workers)
+
+    assert virtual_time.run(main(True)) == [2, 2]
+    assert virtual_time.run(main(False)) == [0, 4]
+
+
+def test_who_must_wait_for_one_worker_holds_up_nobody_who_need_not():
+    async def main():
+        workers = [FakeWorker(name, tokens=(4, 4), token_s=(1.0, 1.0)) for name in "ab"]
+        async with InferenceHub(workers, max_running=1) as hub, asyncio.TaskGroup() as tasks:
+            ask = lambda place: tasks.create_task(  # noqa: E731
+                hub.generate(GenerateRequest(token_ids=[1], sampling=SAMPLING, place=place))
+            )
+            together = [ask("here") for _ in range(3)]
+            alone = ask("")
+            assert (await alone).worker != (await together[0]).worker
+            assert now() == pytest.approx(4)
+            assert {(await one).worker for one in together} == {(await together[0]).worker}
+            assert now() == pytest.approx(12)
+
+    virtual_time.run(main())
+
+
+def test_a_place_whose_worker_fails_moves_to_another():
+    async def main():
+        workers = [FakeWorker(name) for name in "ab"]
+        async with InferenceHub(workers) as hub:
+            request = GenerateRequest(token_ids=[1], sampling=SAMPLING, place="here")
+            home = (await hub.generate(request)).worker
+            next(worker for worker in workers if worker.name == home).die()
+            assert (await hub.generate(request)).worker != home
+
+    virtual_time.run(main())
+
+
+# ── redundancy ───────────────────────────────────────────────────────────────────────────────
+
+
+def test_redundant_episodes_that_are_slowest_are_cancelled_at_once():
+    async def main():
+        records = []
+        takes = lambda group, number: 1.0 if number < 2 else 99.0  # noqa: E731
+        async with rollouts(takes, records, redundant_episodes=1, alpha=0) as loop:
+            assert loop.ledger.running == 6
+            batch = await loop.next_batch()
+            assert Counter(sample.group for sample in batch.samples) == {0: 2, 1: 2}
+            await asyncio.sleep(0.01)
+            assert loop.ledger.running == 0
+            assert now() < 2
+        assert outcomes(records) == {("trained", ""): 4, ("cancelled", "redundant"): 2}
+
+    virtual_time.run(main())
+
+
+def test_redundant_groups_that_are_slowest_are_cancelled_at_once():
+    async def main():
+        records = []
+        takes = lambda group, number: 99.0 if group == 0 else 1.0  # noqa: E731
+        async with rollouts(takes, records, redundant_groups=1, alpha=0) as loop:
+            assert loop.ledger.running == 6
+            batch = await loop.next_batch()
+            assert {sample.group for sample in batch.samples} == {1, 2}
+            await asyncio.sleep(0.01)
+            assert loop.ledger.running == 0
+            assert now() < 2
+            await loop.publish(Weights(version=1, path=Path("/fake")))
+            assert {episode.group for episode in loop.episodes()} == {3, 4, 5}
+        assert outcomes(records) == {("trained", ""): 4, ("cancelled", "redundant"): 2}
+
+    virtual_time.run(main())
+
+
+def test_redundancy_does_not_make_rollout_run_further_ahead():
+    async def main():
+        async with rollouts(redundant_groups=3, redundant_episodes=2, alpha=1) as loop:
+            assert loop.ledger.running == (4 + 3) * 4
+            await asyncio.sleep(1000)
+            assert (loop.ledger.running, loop.ledger.ready) == (0, 8), "two batches, as α says"
+            await loop.next_batch()
+            await asyncio.sleep(1000)
+            assert (loop.ledger.running, loop.ledger.ready) == (0, 4)
+
+    virtual_time.run(main())
+
+
+def test_a_group_outlives_an_episode_that_keeps_failing_if_it_has_a_spare():
+    async def main(redundant_episodes):
+        records = []
+        failing = lambda group, number: (group, number) == (0, 0)  # noqa: E731
+        async with rollouts(
+            lambda group, number: 1.0 + number, records, failing=failing, max_attempts=1,
+            redundant_episodes=redundant_episodes, alpha=0,
+        ) as loop:  # fmt: skip
+            batch = await loop.next_batch()
+        return {sample.group for sample in batch.samples}
+
+    assert virtual_time.run(main(0)) == {1, 2}
+    assert virtual_time.run(main(1)) == {0, 1}
+
+
+# ── what can no longer matter ────────────────────────────────────────────────────────────────
+
+
+def test_nothing_is_begun_that_no_batch_can_take_before_training_ends():
+    async def main():
+        records = []
+        async with rollouts(records=records, alpha=3, last_version=2) as loop:
+            assert loop.ledger.running == 8
+            for version in (1, 2):
+                await loop.next_batch()
+                await loop.publish(Weights(version=version, path=Path("/fake")))
+            assert loop.ledger.running == 0
+        assert outcomes(records) == {("trained", ""): 8}
+
+    virtual_time.run(main())
+
+
+# ── filters ──────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_group_that_is_filtered_is_replaced_by_another_task():
+    async def main():
+        records = []
+        rewards = lambda group, number: number * (group % 2)  # noqa: E731
+        async with rollouts(records=records, filters=[equal_rewards], rewards=rewards) as loop:
+            for version in (1, 2, 3):
+                batch = await loop.next_batch()
+                assert all(sample.group % 2 for sample in batch.samples)
+                await loop.publish(Weights(version=version, path=Path("/fake")))
+        assert outcomes(records)["dropped", "filtered:equal_rewards"] >= 12
+
+    virtual_time.run(main())
+
+
+def test_filters_that_drop_everything_end_the_run_with_numbers_and_remedy():
+    async def main():
+        async with rollouts(
+            filters=[equal_rewards], rewards=lambda *_: 1.0, max_filtered=3
+        ) as loop:
+            await loop.next_batch()
+
+    message = r"dropped 7 groups and kept 0 .* by equal_rewards; rollout.max_filtered allows 6"
+    with pytest.raises(RolloutFailure, match=message):
+        virtual_time.run(main())
+
+
+def test_a_filter_that_raises_ends_the_run_by_its_name():
+    def picky(group):
+        raise KeyError("no such thing")
+
+    async def main():
+        async with rollouts(filters=[picky]) as loop:
+            await loop.next_batch()
+
+    with pytest.raises(RolloutFailure, match="picky raised KeyError"):
+        virtual_time.run(main())
+
+
+def test_a_filter_is_found_by_its_name_or_as_a_function_of_ones_own():
+    assert find("equal_rewards") is equal_rewards
+    assert find("flash.rollout.filters:equal_rewards") is equal_rewards
+    with pytest.raises(ValueError, match=r"rollout.filters: 'equal' is none of equal_rewards"):
+        find("equal")
+    with pytest.raises(ValueError, match=r"rollout.filters='json:nothing' can't be imported"):
+        find("json:nothing")
+
+
+# ── their effects, simulated ─────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def long_tailed():
+    scenario = Scenario(
+        steps=2, alpha=0, grain=200, batch_size=64, group_size=8, filters=("equal_rewards",),
+        workers={"count": 8, "max_running": 8, "step_s": 0.02},
+        workload={
+            "success_rate": 0.1,
+            "response_tokens": {
+                "kind": "lognormal", "mean": 2000, "sigma": 1, "at_most": 16_000,
+            },
+        },
+    )  # fmt: skip
+    return lambda **changes: simulate(scenario.changed(changes))
+
+
+def test_each_feature_shows_in_the_simulator(long_tailed):
+    queue = long_tailed()
+    assert long_tailed(schedule="batch").time_s > 1.1 * queue.time_s
+    assert long_tailed(redundant_groups=8).time_s < 0.6 * queue.time_s
+    spares = long_tailed(redundant_episodes=2)
+    assert spares.time_s < 0.8 * queue.time_s
+    assert spares.outcomes["cancelled(redundant)"] > 0
+    assert queue.outcomes["dropped(filtered:equal_rewards)"] > 0
+
+
+def test_prompts_that_are_not_replicated_pile_up_at_one_worker(long_tailed):
+    crowded = {"workers.max_running": 4, "filters": (), "batch_size": 128}
+    apart, together = long_tailed(**crowded), long_tailed(replicate=False, **crowded)
+    assert together.time_s > apart.time_s
+    assert together.idle_workers > apart.idle_workers
