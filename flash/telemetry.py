@@ -101,6 +101,12 @@ MORE_METRICS = {
     "kl_reference": "KL(policy ‖ reference) in nats a token, k3 estimate",
     "entropy": "of the policy's choice of each trained token, in nats",
     "learning_rate": "of the last optimizer step",
+    "critic/loss": "of values against returns, mean over mini-batches",
+    "critic/clip_fraction": "share of tokens whose value the clip stopped",
+    "critic/grad_norm": "before clipping, mean over mini-batches",
+    "critic/value_mean": "what the critic expected before the step, mean over trained tokens",
+    "critic/return_mean": "what it is taught, mean over trained tokens",
+    "critic/explained_variance": "of the returns by the critic: 1 knows all, 0 a constant does it",
 }
 """In lines with an evaluation, and what the objective in use adds."""
 

@@ -154,7 +154,8 @@ class Sample:
     any weight. `temperature` is what all of them were sampled at: `logprobs` are those of the
     distribution that was sampled from. `turns` counts the responses of the episode: which one a
     token belongs to, -1 elsewhere; only advantages of turns need it. `advantage` is one number, or
-    one for each token.
+    one for each token. `reward` is the episode's; `turn_rewards` are those that followed its turns,
+    as far as they are known.
     """
 
     token_ids: NDArray[np.int64]
@@ -165,6 +166,7 @@ class Sample:
     turns: NDArray[np.int64] | None = None
     advantage: float | NDArray[np.float32] = 0.0
     reward: float = 0.0
+    turn_rewards: Sequence[float] = ()
     group: int = 0
     episode: int = 0
 

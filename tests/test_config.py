@@ -83,7 +83,7 @@ def test_async_generation_ratio_is_another_name_for_alpha():
         ({"trainer": {"advantages": "grop"}}, "trainer.advantages.name='grop': did you mean grpo?"),
         (
             {"trainer": {"advantages": {"name": "rloo", "gamma": 1}}},
-            "trainer.advantages.gamma is no field of rloo, but of turn_returns, gigpo: rloo has wh",
+            "trainer.advantages.gamma is no field of rloo, but of turn_returns, gigpo, gae: rloo",
         ),
         ({"alpha": -1}, "alpha=-1: must be a number of at least 0"),
         ({"alpha": float("nan")}, "alpha=nan: must be a number of at least 0"),

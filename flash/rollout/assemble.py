@@ -28,6 +28,7 @@ def batch_of(
                     sample,
                     advantage=_of_tokens(of_episode, sample),
                     reward=trajectory(member).reward,
+                    turn_rewards=trajectory(member).turn_rewards,
                     group=group.id,
                     episode=member.id,
                 )

@@ -98,7 +98,24 @@ class GiGpo(AdvantageSettings):
     std: bool = Field(True, description="divide by the standard deviation of the group")
 
 
+class Gae(AdvantageSettings):
+    """Generalised advantage estimation, token by token, with a critic (trainer.critic)."""
+
+    name: Literal["gae"] = "gae"
+    gamma: float = Field(1.0, ge=0, le=1, description="discount of a reward, a token")
+    lam: float = Field(
+        1.0, ge=0, le=1, description="λ: 1 trusts what followed, 0 the critic's next value"
+    )
+    whiten: bool = Field(
+        True, description="to mean 0, deviation 1 over the batch's tokens; on by default"
+    )
+
+    @property
+    def compares(self) -> bool:
+        return False
+
+
 AnyAdvantages = Annotated[
-    Grpo | DrGrpo | Rloo | Reinforce | ReinforcePp | TurnReturns | GiGpo,
+    Grpo | DrGrpo | Rloo | Reinforce | ReinforcePp | TurnReturns | GiGpo | Gae,
     Field(discriminator="name"),
 ]

@@ -12,8 +12,11 @@ reinforce     R - mean of batch (or of group, or nothing)                William
 reinforce_pp  as reinforce with none, then whitened over the batch       Hu et al. 2025, eqs. 4, 5
 turn_returns  G_t = Σ γ^(s-t)·r_s, less the mean of its group's turns    Sutton & Barto 2018, 13.4
 gigpo         grpo + ω·(G_t against turns of its group in one state)     Feng et al. 2025, eqs. 3-8
+gae           of its token t: Σ (γλ)^(s-t)·(r_s + γ·V_{s+1} - V_s)       Schulman et al. 2016, 16
 
-All may be whitened over the batch's trained tokens, and then clipped.
+All may be whitened over the batch's trained tokens, and then clipped. The values V of `gae` are a
+critic's, on the trainer's ranks (`critic.py`); so its advantages are computed there, at the start
+of a step (`values.py`), and not when a batch is handed over.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -116,6 +119,25 @@ def gigpo(
     ]
 
 
+# ── one number a token ───────────────────────────────────────────────────────────────────────
+
+
+def gae(rewards_T: Floats, values_T: Floats, *, gamma: float, lam: float) -> Floats:
+    """Advantages of the trained tokens of one episode, [T], from their critic's values.
+
+    Token t is an action in a state worth `values_T[t]` that brought `rewards_T[t]`; the next
+    trained token's state is the next one, whatever was observed in between, and after the last
+    token nothing is to come. Schulman et al. 2016, eq. 16.
+    """
+    advantages_T = np.zeros(len(rewards_T))
+    advantage = next_value = 0.0
+    for t in range(len(rewards_T) - 1, -1, -1):
+        surprise = rewards_T[t] + gamma * next_value - values_T[t]
+        advantage = advantages_T[t] = surprise + gamma * lam * advantage
+        next_value = values_T[t]
+    return advantages_T
+
+
 # ── a whole batch ────────────────────────────────────────────────────────────────────────────
 
 
@@ -198,6 +220,7 @@ _OF_BATCH: dict[str, Callable[..., list[OfEpisodes]]] = {
     "reinforce_pp": reinforce,
     "turn_returns": _turn_returns,
     "gigpo": _gigpo,
+    "gae": lambda groups, **_: [[np.zeros(()) for _ in group] for group in groups],
 }
 
 
@@ -230,8 +253,13 @@ def _compares(members: Sequence[Any] | Floats) -> None:
     if len(members) < 2:
         raise ValueError(
             "a group of 1 has no relative advantage: set group_size to 2 or more, or "
-            "trainer.advantages to reinforce (a baseline over the batch) or reinforce_pp"
+            "trainer.advantages to reinforce (a baseline over the batch), reinforce_pp or gae"
         )
+
+
+def to_unit_deviation(values: Floats) -> Floats:
+    """With mean 0 and deviation 1; zeros if all are equal."""
+    return _by_deviation(values - values.mean())
 
 
 def _by_deviation(centred: Floats) -> Floats:
@@ -240,8 +268,7 @@ def _by_deviation(centred: Floats) -> Floats:
 
 
 def _centred(values: Floats, std: bool) -> Floats:
-    centred = values - values.mean()
-    return _by_deviation(centred) if std else centred
+    return to_unit_deviation(values) if std else values - values.mean()
 
 
 def _split(flat: Floats, like: Sequence[Floats]) -> OfEpisodes:

@@ -2,6 +2,7 @@
 
 model/         a Hugging Face model, with its tokenizer if it has one
 optimizer.pt   optimizer, learning-rate schedule, random numbers
+critic.pt      of advantages=gae: the critic and its optimizer
 trainer.json   the policy version, and the size of every file; written last
 """
 
@@ -10,6 +11,7 @@ from pathlib import Path
 
 MODEL_FOLDER = "model"
 OPTIMIZER_FILE = "optimizer.pt"
+CRITIC_FILE = "critic.pt"
 STATE_FILE = "trainer.json"
 
 

@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from flash.section import Section
-from flash.trainer.advantage_settings import AnyAdvantages, Grpo
+from flash.trainer.advantage_settings import AnyAdvantages, Gae, Grpo
 from flash.trainer.objectives.settings import (
     Aggregation,
     AnyObjective,
@@ -14,6 +14,18 @@ from flash.trainer.objectives.settings import (
 )
 
 _DEFAULTS = {"objective": "decoupled_ppo", "advantages": "grpo"}
+
+
+class CriticConfig(Section):
+    """The critic of advantages=gae: a second model of the policy's size, with a head for values."""
+
+    learning_rate: float = Field(1e-5, gt=0, description="of the critic's AdamW")
+    clip: float | None = Field(
+        0.5, gt=0, description="how far a value may move in a step before the loss stops it"
+    )
+    warmup_batches: int = Field(
+        0, ge=0, description="at first so many batches teach the critic alone, not the policy"
+    )
 
 
 class TrainerConfig(Section):
@@ -53,6 +65,11 @@ class TrainerConfig(Section):
         Grpo(), description="by name; see flash/trainer/advantages.py"
     )
     kl: KlSettings = KlSettings()
+    critic: CriticConfig = CriticConfig()
+
+    @property
+    def has_critic(self) -> bool:
+        return isinstance(self.advantages, Gae)
 
     @field_validator(*_DEFAULTS, mode="before")
     @classmethod
@@ -70,5 +87,19 @@ class TrainerConfig(Section):
                 f"trainer.aggregation={self.aggregation or 'null'} with trainer.fixed_length="
                 f"{self.fixed_length or 'null'}: give both (aggregation=fixed_length and the "
                 f"longest response, in tokens) or neither"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _critic_is_used(self) -> Self:
+        if not self.has_critic and self.critic != CriticConfig():
+            raise ValueError(
+                f"trainer.critic with trainer.advantages.name={self.advantages.name}, which has "
+                f"no critic: leave it out, or use trainer.advantages=gae"
+            )
+        if self.has_critic and self.kl.coefficient and self.kl.place == "reward":
+            raise ValueError(
+                "trainer.kl.place=reward with trainer.advantages.name=gae: the critic would not "
+                "know of what is taken from the returns: use trainer.kl.place=loss"
             )
         return self

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flash.trainer.objectives.token_batch import TokenBatch
+from flash.trainer.values import ValuedSample
 from flash.types import Sample
 
 # A rank without samples passes something too, because every pass is a collective.
@@ -28,7 +29,8 @@ _NOTHING = Sample(
 class MicroBatch:
     """One micro-batch. `trained_S` are indices into N; `loss_weights_S` is mask times scale.
 
-    `temperatures_S` is None if all of it was sampled at 1.
+    `temperatures_S` is None if all of it was sampled at 1. `values_S` and `returns_S` are 0 where
+    there is no critic.
     """
 
     token_ids_N: Tensor
@@ -42,6 +44,8 @@ class MicroBatch:
     rewards_S: Tensor
     ages_S: Tensor
     sequences_S: Tensor
+    values_S: Tensor
+    returns_S: Tensor
 
     def with_logprobs(
         self, logprobs_S: Tensor, proximal_logprobs_S: Tensor | None, progress: float
@@ -84,6 +88,11 @@ def pack(
     def of_samples(values: Sequence[float]) -> NDArray[np.float32]:
         return np.asarray(values)[sequences_S].astype(np.float32)
 
+    def of_critic(name: str) -> NDArray[np.float32]:
+        # Of a rank without samples no token is trained.
+        valued = isinstance(samples[0], ValuedSample)
+        return of_tokens(name) if valued else np.zeros(len(trained_S), np.float32)
+
     def on_device(array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(device)
 
@@ -105,4 +114,6 @@ def pack(
         rewards_S=on_device(of_samples([sample.reward for sample in samples])),
         ages_S=on_device(version - of_tokens("versions")),
         sequences_S=on_device(sequences_S),
+        values_S=on_device(of_critic("values")),
+        returns_S=on_device(of_critic("returns")),
     )

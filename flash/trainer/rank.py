@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -22,27 +23,26 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.utils import logging as untyped_logging
 
 from flash.process import serve
-from flash.trainer.checkpoint import MODEL_FOLDER, OPTIMIZER_FILE, write_state
+from flash.trainer.checkpoint import CRITIC_FILE, MODEL_FOLDER, OPTIMIZER_FILE, write_state
 from flash.trainer.config import TrainerConfig
+from flash.trainer.critic import Critic
 from flash.trainer.export import write_weights
 from flash.trainer.micro_batch import MicroBatch, pack
 from flash.trainer.objectives.choose import make_objective
 from flash.trainer.objectives.regularisers import kl_estimate, kl_loss, kl_penalty
 from flash.trainer.packing import MiniBatch
-from flash.trainer.scorer import PACKED_ATTENTION, TokenScorer
+from flash.trainer.scorer import TokenScorer
+from flash.trainer.sharding import load_model, shard
 from flash.trainer.statistics import StepStatistics
+from flash.trainer.values import trained
+from flash.types import Sample
 
 logger = logging.getLogger(__name__)
-
-# Below it one FSDP unit is faster than one a layer: gathering small layers is all overhead.
-_ONE_UNIT_PARAMETERS = 50_000_000
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -101,31 +101,31 @@ class Rank:
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self._optimizer, lambda done: _learning_rate_factor(done, config)
         )
+        self._critic: Critic | None = None
+        if config.has_critic:
+            self._critic = Critic(model, config, ranks=ranks, device=self._device, half=self._half)
         if checkpoint is not None:
             self._load(Path(checkpoint))
 
     def _load_model(self, source: str) -> tuple[Any, TokenScorer]:
         """A model and the sharded module that scores tokens with it."""
-        # Weights and optimizer are float32 everywhere; on a GPU layers compute in bfloat16.
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, attn_implementation=PACKED_ATTENTION
-        )
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0  # or logprobs would differ between two looks at the same weights
+        model = load_model(source)
         scorer = TokenScorer(model).to(self._device)
-        policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if self._half else None, reduce_dtype=torch.float32
-        )
-        mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (self._ranks,))
-        if sum(p.numel() for p in model.parameters()) > _ONE_UNIT_PARAMETERS:
-            for module in model.modules():
-                if type(module).__name__ in (model._no_split_modules or ()):
-                    fully_shard(module, mesh=mesh, mp_policy=policy)
-        fully_shard(scorer, mesh=mesh, mp_policy=policy)
+        shard(scorer, model, ranks=self._ranks, half=self._half)
         return model, scorer
 
     # ── learning ─────────────────────────────────────────────────────────────────────────────
+
+    def values(self, micro_batches: list[list[Sample]]) -> list[list[NDArray[np.float64]]]:
+        """The critic's values, of each sample's trained tokens."""
+        assert self._critic is not None
+        values = []
+        for samples in micro_batches:
+            micro = pack(samples, [0.0] * len(samples), version=0, device=self._device)
+            values_S = self._critic.values(micro).cpu().numpy().astype(np.float64)
+            ends = np.cumsum([int(trained(sample).sum()) for sample in samples])
+            values.append(np.split(values_S, ends[:-1]) if samples else [])
+        return values
 
     def step(self, mini_batches: list[MiniBatch], version: int) -> dict[str, float]:
         """One optimizer step a mini-batch; the metrics are over all tokens of the batch."""
@@ -146,8 +146,9 @@ class Rank:
             for number, micros in enumerate(packed)
         ]
         statistics = StepStatistics(self._device)
-        norms: list[float] = []
+        told: list[dict[str, float]] = []
         learning_rate = 0.0
+        critic_alone = self._critic is not None and version < self._config.critic.warmup_batches
         for number, (micros, proximal_of_mini) in enumerate(zip(packed, proximal, strict=True)):
             for micro, proximal_S in zip(micros, proximal_of_mini, strict=True):
                 loss = self._loss(micro, proximal_S, number, len(packed), statistics)
@@ -156,14 +157,19 @@ class Rank:
             norm = torch.nn.utils.clip_grad_norm_(
                 self._scorer.parameters(), self._config.max_grad_norm
             )
-            norms.append(float(norm.full_tensor() if isinstance(norm, DTensor) else norm))
-            learning_rate = float(self._schedule.get_last_lr()[0])
-            self._optimizer.step()
+            told.append(
+                {"grad_norm": float(norm.full_tensor() if isinstance(norm, DTensor) else norm)}
+            )
+            if not critic_alone:
+                learning_rate = float(self._schedule.get_last_lr()[0])
+                self._optimizer.step()
+                self._schedule.step()
             self._optimizer.zero_grad(set_to_none=True)
-            self._schedule.step()
+            if self._critic is not None:
+                told[-1] |= self._critic.step(micros)
         return {
             **statistics.metrics(len(packed)),
-            "grad_norm": float(np.mean(norms)),
+            **{name: float(np.mean([mini[name] for mini in told])) for name in told[0]},
             "learning_rate": learning_rate,  # of the last of them
         }
 
@@ -247,6 +253,7 @@ class Rank:
         """Write a Hugging Face model, and with `optimizer` all it takes to go on training."""
         weights: dict[str, Any] = get_model_state_dict(self._model, options=_FULL)
         state = get_optimizer_state_dict(self._scorer, self._optimizer, options=_FULL)
+        of_critic = self._critic.state() if self._critic is not None and optimizer else None
         if self._rank != 0:
             return
         partial = Path(f"{directory}.partial")
@@ -265,6 +272,8 @@ class Rank:
                 },
                 partial / OPTIMIZER_FILE,
             )
+            if of_critic is not None:
+                torch.save(of_critic, partial / CRITIC_FILE)
             write_state(partial, version)
         shutil.rmtree(directory, ignore_errors=True)
         partial.rename(directory)
@@ -276,6 +285,8 @@ class Rank:
         )
         self._schedule.load_state_dict(kept["schedule"])
         torch.set_rng_state(kept["rng"])
+        if self._critic is not None:
+            self._critic.load(directory / CRITIC_FILE)
 
 
 def _learning_rate_factor(done: int, config: TrainerConfig) -> float:

@@ -64,14 +64,7 @@ class TokenScorer(nn.Module):
         `temperatures_S` they are those of a sampler at these temperatures. With `with_entropy` the
         answer is [2, S]: logprobs, and the entropy of what each token was chosen from.
         """
-        inputs = {
-            "input_ids": token_ids_N[None],
-            "position_ids": torch.cat(
-                [torch.arange(length, device=token_ids_N.device) for length in lengths]
-            )[None],
-            "use_cache": False,
-            "sequence_lengths": tuple(lengths),
-        }
+        inputs = packed_inputs(token_ids_N, lengths)
         targets_S = token_ids_N[scored_S]
         if not self._plain_head:
             logits_NV = self.model(**inputs).logits[0]
@@ -103,6 +96,18 @@ class TokenScorer(nn.Module):
                 )
             )
         return torch.cat(scored, dim=-1)
+
+
+def packed_inputs(token_ids_N: Tensor, lengths: Sequence[int]) -> dict[str, Any]:
+    """The arguments of a forward pass over packed sequences of these lengths."""
+    return {
+        "input_ids": token_ids_N[None],
+        "position_ids": torch.cat(
+            [torch.arange(length, device=token_ids_N.device) for length in lengths]
+        )[None],
+        "use_cache": False,
+        "sequence_lengths": tuple(lengths),
+    }
 
 
 def _pick(

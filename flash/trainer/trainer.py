@@ -13,10 +13,12 @@ import numpy as np
 
 from flash.errors import ProcessFailure, TrainerFailure
 from flash.process import Child
-from flash.trainer.checkpoint import MODEL_FOLDER, checkpoint_version
+from flash.trainer.advantage_settings import Gae
+from flash.trainer.checkpoint import CRITIC_FILE, MODEL_FOLDER, checkpoint_version
 from flash.trainer.config import TrainerConfig
-from flash.trainer.packing import divide
+from flash.trainer.packing import divide, plan
 from flash.trainer.scratch import Scratch
+from flash.trainer.values import with_values
 from flash.types import Batch, Sample, Weights
 
 __all__ = ["MODEL_FOLDER", "Trainer", "checkpoint_version"]
@@ -62,6 +64,12 @@ class Trainer:
         if resume_from is not None:
             self.version = checkpoint_version(resume_from)
             self.model = str(resume_from / MODEL_FOLDER)
+            if config.has_critic and not (resume_from / CRITIC_FILE).exists():
+                raise ValueError(
+                    f"{resume_from} has no critic ({CRITIC_FILE}), which trainer.advantages=gae "
+                    f"needs: resume from a checkpoint of a run with gae, or start anew from its "
+                    f"{MODEL_FOLDER}/ folder"
+                )
         # The policy may have gone on from there; the reference stays where it began.
         self._reference = config.kl.reference or str(model) if config.kl.coefficient else None
         self._resume_from = resume_from
@@ -150,17 +158,20 @@ class Trainer:
             )
         for sample in batch.samples:
             _check(sample)
+        samples: Sequence[Sample]
         samples = [sample for sample in batch.samples if (sample.loss_mask[1:] > 0).any()]
         if not samples:
             raise ValueError(
                 f"no token to train on: the loss mask of all {len(batch.samples)} samples is 0 "
                 f"(the first token of a sample never counts)"
             )
-        shares = divide(samples, self.config)
         started = asyncio.get_running_loop().time()
-        metrics: dict[str, float] = await self._call_each(
-            "step", [(share, self.version) for share in shares]
-        )
+        of_critic: dict[str, float] = {}
+        if isinstance(self.config.advantages, Gae):
+            samples, of_critic = await self._valued(samples, self.config.advantages)
+        shares = divide(samples, self.config)
+        metrics: dict[str, float]
+        metrics, *_ = await self._call_each("step", [(share, self.version) for share in shares])
         self.version += 1
         if (mismatch := metrics.get("mismatch/kl_fresh", 0.0)) > _MISMATCH_ALARM:
             logger.warning(
@@ -172,7 +183,29 @@ class Trainer:
             )
         trained = int(sum((sample.loss_mask[1:] > 0).sum() for sample in samples))
         elapsed = asyncio.get_running_loop().time() - started
-        return {**metrics, "tokens/trained": trained, "time/train_s": elapsed}
+        return {**metrics, **of_critic, "tokens/trained": trained, "time/train_s": elapsed}
+
+    async def _valued(
+        self, samples: Sequence[Sample], settings: Gae
+    ) -> tuple[Sequence[Sample], dict[str, float]]:
+        """The samples with advantages by the critic as it is before the step."""
+        (of_ranks,) = plan(
+            [sample.num_tokens for sample in samples],
+            mini_batches=1,
+            ranks=self.config.ranks,
+            tokens_per_micro_batch=self.config.tokens_per_micro_batch,
+        )
+        answers = await self._call_each(
+            "values",
+            [([[samples[i] for i in micro] for micro in micros],) for micros in of_ranks],
+        )
+        values = {
+            index: of_sample
+            for micros, answer in zip(of_ranks, answers, strict=True)
+            for micro, of_micro in zip(micros, answer, strict=True)
+            for index, of_sample in zip(micro, of_micro, strict=True)
+        }
+        return with_values(samples, [values[i] for i in range(len(samples))], settings)
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
         """The trainer's own logprobs of `token_ids[1:]`, under the present weights."""
@@ -205,12 +238,13 @@ class Trainer:
         await self._call("save", str(directory), self.version, optimizer)
 
     async def _call(self, method: str, *args: Any) -> Any:
-        return await self._call_each(method, [args] * self.config.ranks)
+        """Calls every rank alike; rank 0's answer."""
+        return (await self._call_each(method, [args] * self.config.ranks))[0]
 
     async def _call_each(
         self, method: str, args_of_ranks: Sequence[tuple[Any, ...]], timeout_s: float | None = None
-    ) -> Any:
-        """Calls every rank with its arguments; rank 0's answer."""
+    ) -> list[Any]:
+        """Calls every rank with its arguments; all answers."""
         timeout_s = timeout_s or self.config.step_timeout_s
         calls: list[Awaitable[Any]] = [
             child.call(method, *args, timeout_s=timeout_s)
@@ -231,7 +265,7 @@ class Trainer:
                     f"(trainer.step_timeout_s, trainer.start_timeout_s)"
                 ) from cause
             raise
-        return tasks[0].result()
+        return [task.result() for task in tasks]
 
     async def _cause(self, first: BaseException) -> BaseException:
         """Why the ranks failed: the death of one, or else what the first raised.
@@ -263,6 +297,8 @@ def _check(sample: Sample) -> None:
         )
     if not np.isfinite(sample.logprobs).all() or not np.isfinite(sample.advantage).all():
         raise ValueError(f"episode {sample.episode}: a logprob or the advantage is not finite")
+    if not np.isfinite([sample.reward, *sample.turn_rewards]).all():
+        raise ValueError(f"episode {sample.episode}: a reward is not finite")
     if np.shape(sample.advantage) not in ((), sample.token_ids.shape):
         raise ValueError(
             f"episode {sample.episode}: the advantage has the shape {np.shape(sample.advantage)}; "

@@ -1,0 +1,134 @@
+"""The critic of advantages=gae: a second model that learns what each state is worth.
+
+It starts as the policy's own layers with a head of zeros, so that its first values are 0 and its
+first advantages plain returns. One on each rank, sharded like the policy.
+
+Legend: N tokens of packed sequences; S of them trained; T trained tokens; D width.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
+
+from flash.trainer.config import TrainerConfig
+from flash.trainer.micro_batch import MicroBatch
+from flash.trainer.scorer import packed_inputs
+from flash.trainer.sharding import load_model, shard
+
+_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def value_loss(
+    values_T: Tensor, old_values_T: Tensor, returns_T: Tensor, *, clip: float | None
+) -> tuple[Tensor, Tensor]:
+    """½·max((V - R)², (V_clip - R)²) of each token, [T], and where the clip stopped it.
+
+    V_clip is V, no farther than `clip` from what it was before the step. As in the code of
+    Schulman et al. 2017; Engstrom et al. 2020, section 3.
+    """
+    plain_T = (values_T - returns_T) ** 2
+    if clip is None:
+        return plain_T / 2, torch.zeros_like(plain_T)
+    near_T = old_values_T + (values_T - old_values_T).clamp(-clip, clip)
+    clipped_T = (near_T - returns_T) ** 2
+    return torch.maximum(plain_T, clipped_T) / 2, (clipped_T > plain_T).to(plain_T.dtype)
+
+
+class TokenValuer(nn.Module):
+    """A language model's layers with a head of one output, as a function of packed tokens."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.body = model.base_model
+        self.head = nn.Linear(model.get_output_embeddings().weight.shape[1], 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, token_ids_N: Tensor, lengths: Sequence[int], valued_S: Tensor) -> Tensor:
+        """Values of the states before the tokens at the indices `valued_S`, [S], in float32."""
+        hidden_ND = self.body(**packed_inputs(token_ids_N, lengths)).last_hidden_state[0]
+        # Not in bfloat16, whose steps near 1 are as large as what there is to learn.
+        weight_D, bias_1 = self.head.weight[0].float(), self.head.bias.float()
+        values_S: Tensor = hidden_ND[valued_S - 1].float() @ weight_D + bias_1
+        return values_S
+
+
+class Critic:
+    """Valuer and optimizer of one rank; every call but `load` is a collective."""
+
+    def __init__(
+        self, source: str, config: TrainerConfig, *, ranks: int, device: Any, half: bool
+    ) -> None:
+        model = load_model(source)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self._valuer = TokenValuer(model).to(device).train()
+        shard(self._valuer, model, ranks=ranks, half=half)
+        self._config = config
+        self._ranks = ranks
+        self._device = device
+        self._optimizer = torch.optim.AdamW(
+            self._valuer.parameters(),
+            lr=config.critic.learning_rate,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+
+    @torch.no_grad()
+    def values(self, micro: MicroBatch) -> Tensor:
+        """Of the states before the trained tokens, [S]."""
+        values_S: Tensor = self._valuer(micro.token_ids_N, micro.lengths, micro.trained_S)
+        return values_S
+
+    def step(self, micros: Sequence[MicroBatch]) -> dict[str, float]:
+        """One optimizer step on a mini-batch: the mean loss over its tokens, on all ranks."""
+        tokens = torch.stack([micro.mask_S.sum() for micro in micros]).sum()
+        dist.all_reduce(tokens)
+        told = torch.zeros(2, dtype=torch.float64, device=self._device)
+        for micro in micros:
+            values_S = self._valuer(micro.token_ids_N, micro.lengths, micro.trained_S)
+            loss_S, stopped_S = value_loss(
+                values_S, micro.values_S, micro.returns_S, clip=self._config.critic.clip
+            )
+            weights_S = micro.mask_S / tokens
+            loss: Any = (loss_S * weights_S).sum()
+            # FSDP averages gradients over ranks; ours is a sum over all tokens.
+            (loss * self._ranks).backward()
+            told += torch.stack([loss.detach(), (stopped_S * weights_S).sum()])
+        norm = torch.nn.utils.clip_grad_norm_(self._valuer.parameters(), self._config.max_grad_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        dist.all_reduce(told)
+        return {
+            "critic/loss": float(told[0]),
+            "critic/clip_fraction": float(told[1]),
+            "critic/grad_norm": float(norm.full_tensor() if isinstance(norm, DTensor) else norm),
+        }
+
+    def state(self) -> dict[str, Any]:
+        """Weights and optimizer, whole on rank 0."""
+        return {
+            "model": get_model_state_dict(self._valuer, options=_FULL),
+            "optimizer": get_optimizer_state_dict(self._valuer, self._optimizer, options=_FULL),
+        }
+
+    def load(self, path: Path) -> None:
+        """Goes on from what `state` was."""
+        kept = torch.load(path, weights_only=True, map_location="cpu")
+        set_model_state_dict(self._valuer, kept["model"], options=_FULL)
+        set_optimizer_state_dict(
+            self._valuer, self._optimizer, optim_state_dict=kept["optimizer"], options=_FULL
+        )
