@@ -314,9 +314,11 @@ def test_an_agent_tells_the_state_and_the_reward_of_each_turn():
 
     async def main():
         async with rollouts(advantages=told) as loop:
-            await loop.next_batch()
+            return await loop.next_batch()
 
-    virtual_time.run(main())
+    batch = virtual_time.run(main())
+    handed_over = [(sample.reward, sample.turn_rewards) for sample in batch.samples]
+    assert handed_over == [(trajectory.reward, trajectory.turn_rewards) for trajectory in seen]
     for trajectory in seen:
         assert len(trajectory.turn_rewards) == len(trajectory.turn_states) == trajectory.turns
         assert sum(trajectory.turn_rewards) == pytest.approx(trajectory.reward)
