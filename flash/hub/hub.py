@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 _SESSIONS_KEPT = 100_000  # routing hints only: losing one costs a prefill
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.5, 8.0
+# How much busier the worker with the prefix may be. A request more slows a batch by a little, a
+# prefix costs its whole prefill; with these, agents of 20 turns find nine tenths of theirs.
+_HOME_SHARE, _HOME_MORE = 1.25, 4
 _ABORT_TIMEOUT_S = 10.0
 _HEALTH_TIMEOUT_S = 10.0
 _UNWELL_UNTIL_RESTART = 3  # health checks that fail in a row
@@ -305,7 +308,7 @@ class InferenceHub:
         self._dispatch()
 
     def _best(self, request: GenerateRequest) -> Slot | None:
-        """The least loaded worker; or the one with the prefix, unless waiting there costs more."""
+        """The worker that has the prefix, unless it is much busier; else the least loaded."""
         if (place := self._place_of(request)) is not None:
             return place if place.running < self._max_running else None
         least: Slot | None = None
@@ -319,8 +322,7 @@ class InferenceHub:
             return least
         if home.running == self._max_running or not home.accepting:
             return least
-        extra_wait = home.outstanding_tokens - least.outstanding_tokens
-        return home if extra_wait <= len(request.token_ids) else least
+        return home if home.running <= _HOME_SHARE * least.running + _HOME_MORE else least
 
     def _place_of(self, request: GenerateRequest) -> Slot | None:
         """The worker that the request must go to, as long as that takes any."""

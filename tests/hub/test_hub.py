@@ -92,30 +92,21 @@ def test_the_worker_with_the_least_outstanding_tokens_gets_the_request():
     virtual_time.run(main())
 
 
-def test_a_later_turn_goes_where_its_prefix_is_though_that_worker_is_busier():
+def test_a_later_turn_goes_where_its_prefix_is_unless_that_worker_is_much_busier():
     async def main():
         workers = [steady("a"), steady("b")]
-        async with InferenceHub(workers) as hub:
-            first = await hub.generate(request(session="s"))
-            filler = asyncio.ensure_future(hub.generate(request(max_tokens=30, prompt=1)))
+        async with InferenceHub(workers) as hub, asyncio.TaskGroup() as tasks:
+            for session in ("home", "x", "y", "z", "u", "v"):  # one after another, all at a
+                assert (await hub.generate(request(session=session))).worker == "a"
+            for session in ("x", "y", "z", "u"):
+                tasks.create_task(hub.generate(request(max_tokens=100, session=session)))
             await asyncio.sleep(0.5)
-            assert first.worker == "a"
-            # Worker a has 31 tokens to do, b none: a prefix of 40 is worth the wait.
-            assert (await hub.generate(request(prompt=40, session="s"))).worker == "a"
-            await filler
-
-    virtual_time.run(main())
-
-
-def test_a_short_prefix_does_not_hold_a_request_at_a_busy_worker():
-    async def main():
-        workers = [steady("a"), steady("b")]
-        async with InferenceHub(workers) as hub:
-            assert (await hub.generate(request(session="s"))).worker == "a"
-            busy = asyncio.ensure_future(hub.generate(request(max_tokens=100, prompt=1)))
+            assert [worker.running for worker in workers] == [4, 0]
+            assert (await hub.generate(request(session="home"))).worker == "a"
+            tasks.create_task(hub.generate(request(max_tokens=100, session="v")))
             await asyncio.sleep(0.5)
-            assert (await hub.generate(request(prompt=5, session="s"))).worker == "b"
-            await busy
+            assert [worker.running for worker in workers] == [5, 0]
+            assert (await hub.generate(request(session="home"))).worker == "b"
 
     virtual_time.run(main())
 
