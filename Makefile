@@ -5,6 +5,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	&& { echo $$p; break; }; done)
 ENV ?= alfworld
 ENGINE ?=
+N ?= 1000
 ARGS ?=
 
 BIN := .venv/bin
@@ -17,7 +18,7 @@ EXTRAS := alfworld,reasoning,dev
 READY := .venv/.ready
 VLLM_READY := .venv/.vllm_ready
 
-.PHONY: help setup setup-vllm train test test-fast lint bench clean
+.PHONY: help setup setup-vllm train test test-fast soak lint bench clean
 
 help:  ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -59,6 +60,9 @@ test: $(READY)  ## all tests
 
 test-fast: $(READY)  ## the tests that start no processes and train nothing, in under two minutes
 	$(PYTEST) -m "not slow"
+
+soak: $(READY)  ## N=1000 schedules in which anything may fail; FIRST=0 is the first one's seed
+	$(BIN)/python -m tests.faults.soak -n $(N) --first $(or $(FIRST),0)
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .

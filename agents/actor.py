@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable
 
-from flash.errors import DeadlineFailure, EpisodeFailure
+from flash.errors import AgentFailure, DeadlineFailure, EpisodeFailure
 from flash.rollout.episode import Abort, Cancelled, Episode, EpisodeEnd, Message, Start, Stop
 from flash.types import Trajectory
 
@@ -56,6 +56,9 @@ class Actor:
                 f"episode_timeout_s={self._episode_timeout_s:g} passed after {episode.turns} turns"
             )
         except asyncio.CancelledError:
-            report(episode, Cancelled())
-            raise
+            life = asyncio.current_task()
+            if life is None or life.cancelling():
+                report(episode, Cancelled())
+                raise
+            end = AgentFailure("the episode was cancelled by what it called, and by nobody else")
         report(episode, end)

@@ -118,11 +118,10 @@ class Crew:
                 f" in {blamed.describe()}" if blamed else " while idle",
                 exc_info=cause,
             )
-            seat.agent = self._make_agent()
-            if blamed is None:
-                self._discard(seat)
-                self._on_fatal(AgentFailure(f"an idle agent crashed: {cause!r}"))
+            if blamed is None:  # nobody's episode: the next start makes another seat
+                self._idle.remove(seat)
                 return
+            seat.agent = self._make_agent()
             self._release(seat, _as_failure(cause))
 
     def _release(self, seat: _Seat, end: EpisodeEnd) -> None:
@@ -132,9 +131,6 @@ class Crew:
         del self._busy[episode.id]
         self._idle.append(seat)
         self._on_end(episode, end)
-
-    def _discard(self, seat: _Seat) -> None:
-        self._idle.remove(seat)
 
 
 def _as_failure(cause: BaseException) -> EpisodeFailure:

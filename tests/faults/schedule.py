@@ -1,0 +1,349 @@
+"""One run of hub, loop and agents with everything drawn from a seed, what goes wrong included.
+
+    Schedule(seed).run()      raises Violation if an invariant does not hold; gives the trace
+
+The parts are the production's; the trainer is the schedule itself. A seed decides the settings,
+which kinds of faults there are and how often (some seeds have none), and when something is
+cancelled.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import random
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flash import virtual_time
+from flash.errors import (
+    FlashError,
+    InferenceFailure,
+    PublishFailure,
+    RolloutFailure,
+    TrainerFailure,
+)
+from flash.fakes import FakePool, FakeStyle
+from flash.hub import InferenceHub
+from flash.rollout import EpisodeRecord, RolloutLoop
+from flash.types import Batch, Task, Weights
+from tests.faults.faulty import Faults, FaultyAgent, FaultyEnvs, FaultyWorker, Truth
+
+# The most that a call may go wrong; a seed takes some kinds, and of each a part of this.
+RATES = {
+    "worker_fail": 0.03, "worker_crash": 0.02, "worker_hang": 0.02, "worker_slow": 0.1,
+    "answer_lost": 0.03, "answer_doubled": 0.2, "answer_false": 0.02, "abort_hang": 0.2,
+    "control_fail": 0.1, "control_hang": 0.05, "control_crash": 0.05,
+    "env_fail": 0.05, "env_hang": 0.03, "env_slow": 0.1, "env_bug": 0.03, "env_cancel": 0.03,
+    "reward_bug": 0.1, "reward_hang": 0.1, "reward_slow": 0.2, "reward_cancel": 0.1,
+    "agent_bug": 0.05, "agent_cancel": 0.05, "agent_lingers": 0.2, "agent_leaves": 0.05,
+    "agent_reports_twice": 0.05,
+    "trainer_slow": 0.3, "trainer_dies": 0.05, "batch_impatient": 0.5, "publish_cancelled": 0.2,
+    "evaluation": 0.2, "evaluation_cancelled": 0.5, "run_cancelled": 0.3, "tasks_end": 0.2,
+}  # fmt: skip
+
+EPISODE_TIMEOUT_S = 200.0
+STALL_TIMEOUT_S = 500.0
+LINGER_S = 5.0 + 1e-6
+LONGEST_S = 1e6  # of a whole schedule; its waits all have deadlines far below
+
+
+class Violation(AssertionError):
+    """An invariant did not hold. Names the seed, which replays it."""
+
+
+class Schedule:
+    """See above. `rates` and `steps` replace what is drawn; so does any setting of the loop."""
+
+    worker_class = FaultyWorker
+
+    def __init__(self, seed: int, **settings: Any) -> None:
+        self.seed = seed
+        self.rng = rng = random.Random(f"schedule {seed}")
+        self.rates = {}
+        if rng.random() < 0.9:
+            share = rng.choice([0.1, 0.3, 1.0])
+            self.rates = {
+                kind: most * rng.random() for kind, most in RATES.items() if rng.random() < share
+            }
+        self.settings = {
+            "group_size": rng.choice([2, 3, 4]),
+            "alpha": rng.choice([0, 0.5, 1, 1, 2, 2.5, 4]),
+            "on_stale": rng.choice(["regenerate", "wait", "drop"]),
+            "update_mode": rng.choice(["keep", "abort", "wait"]),
+        }
+        groups = rng.choice([1, 2, 4])
+        self.workers_wanted = rng.choice([1, 2, 3])
+        self.pooled = rng.random() < 0.5
+        self.max_running = rng.choice([1, 4, 16])
+        self.tell_s = rng.choice([None, 0.2, 1.0])
+        self.turns = rng.choice([(1, 1), (1, 4)])
+        self.steps = 6
+        for name, value in settings.items():
+            if name in ("rates", "steps"):
+                setattr(self, name, value)
+            else:
+                self.settings[name] = value
+        self.settings["batch_size"] = groups * self.settings["group_size"]
+
+        self.trace: list[tuple[Any, ...]] = []
+        self.records: list[EpisodeRecord] = []
+        self.batches: list[Batch] = []
+        self.held: dict[int, int] = {}  # samples handed over, by version, until the publish
+        self.truth = Truth()
+        self.outcome = "not run"
+        self.evaluating = False
+
+    def run(self) -> list[tuple[Any, ...]]:
+        try:
+            with _quiet():
+                virtual_time.run(self._run())
+        except Exception as error:
+            cause = f"{type(error).__name__}: {error}"
+            raise Violation(f"seed {self.seed} ({self.settings}, {self.rates}): {cause}") from error
+        return self.trace
+
+    def digest(self) -> str:
+        return hashlib.sha256(repr(self.trace).encode()).hexdigest()
+
+    def say(self, *what: Any) -> None:
+        self.trace.append((round(asyncio.get_running_loop().time(), 6), *what))
+
+    # ── the run ──────────────────────────────────────────────────────────────────────────────
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(self._on_loop_error)
+        self.loop_errors: list[str] = []
+        self.chance = Faults(f"trainer {self.seed}", self.rates, self.say)
+        self.envs = FaultyEnvs(
+            faults=self._faults("env"), seed=self.seed, turns=self.turns, step_s=(0.0, 2.0)
+        )
+        self.workers = [
+            self.worker_class(
+                f"w{i}", seed=self.rng.randrange(10**6), faults=self._faults(f"worker {i}"),
+                truth=self.truth, tell_s=self.tell_s,
+            )
+            for i in range(self.workers_wanted)
+        ]  # fmt: skip
+        life = loop.create_task(self._live(), name="the run")
+        if self.chance.draw("run_cancelled"):
+            loop.call_later(self.rng.uniform(0, 60), self._cancel_after_turns, life, 5)
+        try:
+            async with asyncio.timeout(LONGEST_S):
+                await asyncio.wait([life])
+        finally:
+            life.cancel()
+        self._note_outcome(life)
+        self._check_end()
+
+    def _faults(self, of: str) -> Faults:
+        return Faults(f"{of} {self.seed}", self.rates, self.say)
+
+    def _cancel_after_turns(self, task: asyncio.Task[Any], most: int) -> None:
+        """A moment is many turns of the loop, and any of them may be the one."""
+        if self.rng.randrange(most):
+            asyncio.get_running_loop().call_soon(self._cancel_after_turns, task, most)
+        else:
+            self.say("cancel", task.get_name())
+            task.cancel()
+
+    async def _live(self) -> None:
+        source: Any = self.workers
+        if self.pooled:
+            source = FakePool(self.workers, start_s=20.0)
+            for worker in self.workers:
+                worker.pool = source
+        agents = iter(range(10**9))
+        tasks = 2 * self.settings["batch_size"] if self.chance.draw("tasks_end") else 10**9
+        async with (
+            InferenceHub(
+                source, max_running=self.max_running, request_timeout_s=60.0,
+                control_timeout_s=30.0, recovery_timeout_s=300.0, progress_timeout_s=25.0,
+            ) as self.hub,
+            self._drained(),
+            RolloutLoop(
+                self.hub,
+                agent=lambda: FaultyAgent(
+                    faults=self._faults(f"agent {next(agents)}"), envs=self.envs,
+                    style=FakeStyle(), max_tokens=8, step_timeout_s=20.0,
+                    episode_timeout_s=EPISODE_TIMEOUT_S, reward_timeout_s=10.0,
+                ),
+                tasks=(Task(seed) for seed in range(tasks)),
+                stall_timeout_s=STALL_TIMEOUT_S, on_episode=self._on_episode, **self.settings,
+            ) as self.rollouts,
+            asyncio.TaskGroup() as beside,
+        ):  # fmt: skip
+            monitor = beside.create_task(self._monitor(), name="monitor")
+            for _ in range(self.steps):
+                await self._step()
+            monitor.cancel()
+
+    async def _step(self) -> None:
+        batch = await self._next_batch()
+        self._check_batch(batch)
+        self.held[batch.version] = len(batch.samples)
+        if self.chance.draw("trainer_dies"):
+            raise TrainerFailure("planned")
+        slow = self.chance.draw("trainer_slow") is not None
+        await asyncio.sleep(self.rng.random() * (300 if slow else 3))
+        while not await self._cancellable(
+            self.rollouts.publish(Weights(version=batch.version + 1, path=Path("/fake"))),
+            "publish_cancelled",
+        ):
+            await asyncio.sleep(self.rng.random())
+        self.held = {v: n for v, n in self.held.items() if v > batch.version}
+        self.say("published", batch.version + 1)
+        behind = [w for w in self.hub.stats().workers if w.healthy and w.version <= batch.version]
+        assert not behind, f"a worker takes requests with old weights: {behind}"
+        if self.chance.draw("evaluation"):
+            tasks = [Task(-1 - number) for number in range(3)]
+            self.evaluating = True
+            try:
+                await self._cancellable(self.rollouts.evaluate(tasks), "evaluation_cancelled")
+            finally:
+                self.evaluating = False
+
+    async def _next_batch(self) -> Batch:
+        """Gives up waiting at random moments; nothing may be lost by it."""
+        while True:
+            patience = self.rng.random() * 10 if self.chance.draw("batch_impatient") else None
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(patience):
+                    return await self.rollouts.next_batch()
+
+    async def _cancellable(self, coroutine: Any, kind: str) -> bool:
+        """Whether it came to its end."""
+        task = asyncio.create_task(coroutine, name=kind)
+        if self.chance.draw(kind):
+            after = self.rng.choice([0.0, 0.1, 1.0, 20.0]) * self.rng.random()
+            asyncio.get_running_loop().call_later(after, self._cancel_after_turns, task, 3)
+        try:
+            await asyncio.wait([task])
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+        if task.cancelled():
+            return False
+        task.result()
+        return True
+
+    def _on_episode(self, record: EpisodeRecord) -> None:
+        self.records.append(record)
+        self.say("ended", record.episode, record.outcome, record.reason, record.generated_tokens)
+
+    def _on_loop_error(self, loop: object, context: dict[str, Any]) -> None:
+        self.loop_errors.append(f"{context['message']}: {context.get('exception')!r}")
+
+    # ── what must hold ───────────────────────────────────────────────────────────────────────
+
+    async def _monitor(self) -> None:
+        """Invariants 2, 3 and 5 at many moments, not only at the end."""
+        while True:
+            rollouts, now = self.rollouts, asyncio.get_running_loop().time()
+            rollouts.ledger.check()
+            under_way = rollouts.ledger.running + rollouts.ledger.ready + sum(self.held.values())
+            assert under_way <= rollouts.capacity, "invariant 3: bounded"
+            for episode in rollouts.episodes():
+                if episode.trajectory is None:
+                    lasts = now - episode.admitted_at
+                    assert lasts <= EPISODE_TIMEOUT_S + LINGER_S, f"invariant 5: {lasts:.0f} s"
+            await asyncio.sleep(0.5)
+
+    def _check_batch(self, batch: Batch) -> None:
+        self.say("batch", batch.version, [sample.episode for sample in batch.samples])
+        assert batch.version == self.hub.version
+        assert len(batch.samples) == self.settings["batch_size"]
+        sizes = Counter(sample.group for sample in batch.samples)
+        assert set(sizes.values()) == {self.settings["group_size"]}, "a group is handed over whole"
+        for sample in batch.samples:
+            ages = batch.version - sample.sampled_versions()
+            assert ages.min() >= 0
+            assert ages.max() <= self.settings["alpha"], "invariant 1: staleness"
+            assert (sample.versions[sample.loss_mask == 0] == -1).all()
+            sampled = np.flatnonzero(sample.loss_mask)
+            for at in sampled.tolist():
+                told = sample.logprobs[at], sample.versions[at], sample.token_ids[at - 1]
+                # Popped, so that a token that is trained twice is found as well.
+                true = self.truth.tokens.pop(int(sample.token_ids[at]), None)
+                assert told == true, f"invariant 4: truth: trained on {told}, sampled {true}"
+        self.batches.append(batch)
+
+    @contextlib.asynccontextmanager
+    async def _drained(self):
+        """Invariant 6 at the hub, when the loop has ended and the hub has not."""
+        try:
+            yield
+        finally:
+            stats = self.hub.stats()
+            assert stats.queued == stats.running == 0, f"invariant 6: {stats}"
+            assert all(w.outstanding_tokens == 0 for w in stats.workers), f"invariant 6: {stats}"
+
+    def _note_outcome(self, life: asyncio.Task[None]) -> None:
+        if life.cancelled():
+            self.outcome = "cancelled"
+        elif (error := life.exception()) is None:
+            self.outcome = "trained"
+        else:
+            while isinstance(error, BaseExceptionGroup):
+                error = error.exceptions[0]
+            if not isinstance(error, FlashError):
+                raise error
+            self.outcome = type(error).__name__
+            self._check_warranted(error)
+        self.say("end", self.outcome)
+
+    def _check_warranted(self, error: FlashError) -> None:
+        """A run ends for what was planted, and says so."""
+        kinds = " ".join(self.rates)
+        causes = {
+            InferenceFailure: ("worker", "answer", "control"),
+            PublishFailure: ("worker", "answer", "control"),
+            RolloutFailure: ("worker", "answer", "env", "agent", "reward", "control", "tasks_end"),
+            TrainerFailure: ("trainer_dies",),
+        }
+        assert any(cause in kinds for cause in causes[type(error)]), f"nothing planted: {error!r}"
+
+    def _check_end(self) -> None:
+        assert not self.loop_errors, self.loop_errors
+        assert self.envs.open_now == 0, "invariant 6: an environment is open"
+        assert all(worker.running == 0 for worker in self.workers), "invariant 6: one samples on"
+        if not any(
+            kind.startswith(("worker", "abort", "control", "answer")) for kind in self.rates
+        ):
+            for worker in self.workers:
+                assert set(worker.cancelled) <= set(worker.aborted), "invariant 6: not aborted"
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        assert not left, f"invariant 6: {left}"
+        if not hasattr(self, "rollouts"):
+            return
+        ledger = self.rollouts.ledger
+        assert ledger.running == ledger.ready == 0, "invariant 2: an episode has no outcome"
+        ledger.check()
+        ids = [record.episode for record in self.records]
+        assert len(ids) == len(set(ids)) == ledger.admitted, "invariant 2: one outcome each"
+        counts = Counter((record.outcome, record.reason) for record in self.records)
+        assert counts == ledger.ended
+        wasted = sum(r.generated_tokens for r in self.records if r.outcome != "trained")
+        assert ledger.waste_tokens == wasted
+        trained = Counter(r.episode for r in self.records if r.outcome == "trained")
+        assert trained == Counter(s.episode for b in self.batches for s in b.samples)
+        if not self.rates:
+            assert self.outcome == "trained"
+            assert not ledger.count("failed")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Thousands of planned failures, each with a warning."""
+    logger = logging.getLogger("flash")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,108 @@
+"""Invariants 1-6 of the loop, hub and agents, on schedules in which anything may fail.
+
+A seed that fails is in the error: `python -m tests.faults.soak --seed SEED` replays it.
+"""
+
+import os
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.faults.faulty import FaultyWorker
+from tests.faults.schedule import RATES, Schedule, Violation
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("first", range(0, 240, 24))
+def test_the_invariants_hold_whatever_fails(first):
+    """`make soak` tries as many as asked; these are the first ones."""
+    for seed in range(first, first + 24):
+        Schedule(seed).run()
+
+
+@pytest.mark.parametrize("kind", RATES)
+def test_the_invariants_hold_where_one_kind_of_fault_is_frequent(kind):
+    rates = {kind: 1.0 if kind in ("run_cancelled", "tasks_end") else min(0.5, 3 * RATES[kind])}
+    if kind == "evaluation_cancelled":
+        rates["evaluation"] = 0.5
+    if kind == "abort_hang":
+        rates["answer_lost"] = 0.05
+    schedule = Schedule(1, rates=rates, steps=10)
+    schedule.run()
+    assert any(entry[1:] == ("fault", kind) for entry in schedule.trace), "it never happened"
+
+
+def test_without_faults_no_episode_fails_and_all_batches_are_trained():
+    for seed in range(10):
+        schedule = Schedule(seed, rates={})
+        schedule.run()
+        assert (schedule.outcome, len(schedule.batches)) == ("trained", schedule.steps)
+
+
+def test_alpha_zero_is_on_policy_token_for_token():
+    for seed in range(10):
+        schedule = Schedule(seed, rates={}, alpha=0)
+        schedule.run()
+        for batch in schedule.batches:
+            for sample in batch.samples:
+                assert set(sample.sampled_versions().tolist()) == {batch.version}
+
+
+def test_alpha_lets_rollout_and_training_overlap():
+    """With α=1 some tokens are older than the version they are trained at."""
+    schedule = Schedule(3, rates={}, alpha=1, steps=8)
+    schedule.run()
+    ages = [b.version - s.sampled_versions() for b in schedule.batches for s in b.samples]
+    assert np.concatenate(ages).max() == 1
+
+
+def test_the_same_seed_gives_the_same_trace_in_this_process_and_in_another():
+    seeds = [0, 1, 2]
+    digests = []
+    for seed in seeds:
+        schedule = Schedule(seed)
+        schedule.run()
+        digests.append(schedule.digest())
+    code = (
+        "from tests.faults.schedule import Schedule\n"
+        f"for seed in {seeds}:\n"
+        "    schedule = Schedule(seed); schedule.run(); print(schedule.digest())"
+    )
+    again = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONHASHSEED": str(random.randrange(1, 1000))}, timeout=100,
+    )  # fmt: skip
+    assert again.stdout.split() == digests
+    assert len(set(digests)) == len(digests)
+
+
+def test_a_violation_names_the_seed_and_what_did_not_hold():
+    """A worker whose streamed tokens differ from those it sampled, for example."""
+
+    class Schedules(Schedule):
+        def _check_batch(self, batch):
+            self.truth.tokens[int(batch.samples[0].token_ids[-1])] = (np.float32(0), 0, 0)
+            super()._check_batch(batch)
+
+    with pytest.raises(Violation, match=r"seed 7 .*invariant 4: truth"):
+        Schedules(7, rates={}).run()
+
+
+def test_an_answer_that_is_made_up_is_noticed():
+    """The checks of truth are not idle: this is what the hub can't see to be false."""
+
+    class Plausible(FaultyWorker):
+        def _falsified(self, answer):
+            return replace(answer, logprobs=[logprob - 1 for logprob in answer.logprobs])
+
+    class Schedules(Schedule):
+        worker_class = Plausible
+
+    with pytest.raises(Violation, match="invariant 4: truth"):
+        Schedules(7, rates={"answer_false": 1.0}).run()
