@@ -81,6 +81,7 @@ class FaultyWorker(FakeWorker):
     """Crashes, hangs, is slow, loses answers, tells of them twice, lies, fails half-way."""
 
     pool: FakePool | None = None
+    on_answer: Callable[[], None] = staticmethod(lambda: None)
 
     def __init__(self, name: str, *, faults: Faults, truth: Truth, **options: Any) -> None:
         super().__init__(name, script=self._respond, token_s=self._token_time, **options)
@@ -118,6 +119,8 @@ class FaultyWorker(FakeWorker):
         except asyncio.CancelledError:
             self.cancelled.append(request_id)
             raise
+        finally:
+            self.on_answer()
         self._truth.note(token_ids[-1], answer.token_ids, answer.logprobs, answer.versions)
         if fault == "answer_doubled" and on_tokens is not None:
             again = answer.token_ids, answer.logprobs

@@ -13,7 +13,7 @@ import hashlib
 import logging
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from flash.errors import (
 from flash.fakes import FakePool, FakeStyle
 from flash.hub import InferenceHub
 from flash.rollout import EpisodeRecord, RolloutLoop
-from flash.types import Batch, Task, Weights
+from flash.types import Batch, GenerateRequest, SamplingParams, Task, Weights
 from tests.faults.faulty import Faults, FaultyAgent, FaultyEnvs, FaultyWorker, Truth
 
 # The most that a call may go wrong; a seed takes some kinds, and of each a part of this.
@@ -43,7 +43,8 @@ RATES = {
     "agent_bug": 0.05, "agent_cancel": 0.05, "agent_lingers": 0.2, "agent_leaves": 0.05,
     "agent_reports_twice": 0.05,
     "trainer_slow": 0.3, "trainer_dies": 0.05, "batch_impatient": 0.5, "publish_cancelled": 0.2,
-    "evaluation": 0.2, "evaluation_cancelled": 0.5, "run_cancelled": 0.3, "tasks_end": 0.2,
+    "evaluation": 0.2, "evaluation_cancelled": 0.5, "client_cancelled": 0.2,
+    "run_cancelled": 0.3, "tasks_end": 0.2,
 }  # fmt: skip
 
 EPISODE_TIMEOUT_S = 200.0
@@ -96,7 +97,6 @@ class Schedule:
         self.held: dict[int, int] = {}  # samples handed over, by version, until the publish
         self.truth = Truth()
         self.outcome = "not run"
-        self.evaluating = False
 
     def run(self) -> list[tuple[Any, ...]]:
         try:
@@ -166,6 +166,7 @@ class Schedule:
                 control_timeout_s=30.0, recovery_timeout_s=300.0, progress_timeout_s=25.0,
             ) as self.hub,
             self._drained(),
+            self._asked_beside(),
             RolloutLoop(
                 self.hub,
                 agent=lambda: FaultyAgent(
@@ -182,6 +183,40 @@ class Schedule:
             for _ in range(self.steps):
                 await self._step()
             monitor.cancel()
+
+    @contextlib.asynccontextmanager
+    async def _asked_beside(self) -> AsyncIterator[None]:
+        """Three clients that are no episodes, one of them cancelled now and then as a worker ends
+        a request: it may just be given the place."""
+        clients: list[asyncio.Task[None]] = []
+        leaving: list[asyncio.Task[None]] = []
+
+        async def ask() -> None:
+            request = GenerateRequest(token_ids=[1, 2], sampling=SamplingParams(max_tokens=4))
+            with contextlib.suppress(FlashError):  # others tell of it
+                while True:
+                    await self.hub.generate(request)
+
+        def on_answer() -> None:
+            if clients and self.chance.draw("client_cancelled"):
+                at = self.rng.randrange(len(clients))
+                self._cancel_after_turns(clients[at], 4)
+                leaving.append(clients[at])
+                clients[at] = asyncio.create_task(ask(), name="client")
+
+        for worker in self.workers:
+            worker.on_answer = on_answer
+        if "client_cancelled" in self.rates:
+            clients += [asyncio.create_task(ask(), name="client") for _ in range(3)]
+        try:
+            yield
+        finally:
+            leaving += clients
+            clients.clear()
+            for client in leaving:
+                client.cancel()
+            if leaving:
+                await asyncio.wait(leaving)
 
     async def _step(self) -> None:
         batch = await self._next_batch()
@@ -202,11 +237,7 @@ class Schedule:
         assert not behind, f"a worker takes requests with old weights: {behind}"
         if self.chance.draw("evaluation"):
             tasks = [Task(-1 - number) for number in range(3)]
-            self.evaluating = True
-            try:
-                await self._cancellable(self.rollouts.evaluate(tasks), "evaluation_cancelled")
-            finally:
-                self.evaluating = False
+            await self._cancellable(self.rollouts.evaluate(tasks), "evaluation_cancelled")
 
     async def _next_batch(self) -> Batch:
         """Gives up waiting at random moments; nothing may be lost by it."""
@@ -248,11 +279,19 @@ class Schedule:
             rollouts.ledger.check()
             under_way = rollouts.ledger.running + rollouts.ledger.ready + sum(self.held.values())
             assert under_way <= rollouts.capacity, "invariant 3: bounded"
+            if self._requests_lost():
+                await asyncio.sleep(0.001)  # within one moment they may be on their way
+                assert not self._requests_lost(), "invariant 5: a request is lost"
             for episode in rollouts.episodes():
                 if episode.trajectory is None:
                     lasts = now - episode.admitted_at
                     assert lasts <= EPISODE_TIMEOUT_S + LINGER_S, f"invariant 5: {lasts:.0f} s"
             await asyncio.sleep(0.5)
+
+    def _requests_lost(self) -> bool:
+        hub = self.hub.stats()
+        asking = sum(e.stage_name == "generate" for e in self.rollouts.episodes())
+        return asking > hub.queued + hub.running
 
     def _check_batch(self, batch: Batch) -> None:
         self.say("batch", batch.version, [sample.episode for sample in batch.samples])
@@ -274,7 +313,7 @@ class Schedule:
         self.batches.append(batch)
 
     @contextlib.asynccontextmanager
-    async def _drained(self):
+    async def _drained(self) -> AsyncIterator[None]:
         """Invariant 6 at the hub, when the loop has ended and the hub has not."""
         try:
             yield
