@@ -11,9 +11,10 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import math
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from flash.errors import (
 from flash.fakes import FakePool, FakeStyle
 from flash.hub import InferenceHub
 from flash.rollout import EpisodeRecord, RolloutLoop
-from flash.types import Batch, GenerateRequest, SamplingParams, Task, Weights
+from flash.types import Batch, GenerateRequest, SamplingParams, Task, Trajectory, Weights
 from tests.faults.faulty import Faults, FaultyAgent, FaultyEnvs, FaultyWorker, Truth
 
 # The most that a call may go wrong; a seed takes some kinds, and of each a part of this.
@@ -77,6 +78,15 @@ class Schedule:
             "on_stale": rng.choice(["regenerate", "wait", "drop"]),
             "update_mode": rng.choice(["keep", "abort", "wait"]),
         }
+        if rng.random() < 0.5:
+            self.settings |= {
+                "schedule": rng.choice(["queue", "batch"]),
+                "replicate": rng.random() < 0.5,
+                "redundant_groups": rng.choice([0, 1, 3]),
+                "redundant_episodes": rng.choice([0, 1, 2]),
+                "filters": rng.choice([(), (_every_third,)]),
+                "last_version": rng.choice([None, 6]),
+            }
         groups = rng.choice([1, 2, 4])
         self.workers_wanted = rng.choice([1, 2, 3])
         self.pooled = rng.random() < 0.5
@@ -278,7 +288,7 @@ class Schedule:
             rollouts, now = self.rollouts, asyncio.get_running_loop().time()
             rollouts.ledger.check()
             under_way = rollouts.ledger.running + rollouts.ledger.ready + sum(self.held.values())
-            assert under_way <= rollouts.capacity, "invariant 3: bounded"
+            assert under_way <= self._most_under_way(), "invariant 3: bounded"
             if self._requests_lost():
                 await asyncio.sleep(0.001)  # within one moment they may be on their way
                 assert not self._requests_lost(), "invariant 5: a request is lost"
@@ -287,6 +297,12 @@ class Schedule:
                     lasts = now - episode.admitted_at
                     assert lasts <= EPISODE_TIMEOUT_S + LINGER_S, f"invariant 5: {lasts:.0f} s"
             await asyncio.sleep(0.5)
+
+    def _most_under_way(self) -> int:
+        of_group = self.settings["group_size"]
+        slots = int((1 + self.settings["alpha"]) * self.settings["batch_size"])
+        slots += self.settings.get("redundant_groups", 0) * of_group
+        return slots + math.ceil(slots / of_group) * self.settings.get("redundant_episodes", 0)
 
     def _requests_lost(self) -> bool:
         hub = self.hub.stats()
@@ -374,6 +390,11 @@ class Schedule:
         if not self.rates:
             assert self.outcome == "trained"
             assert not ledger.count("failed")
+
+
+def _every_third(group: Sequence[Trajectory]) -> bool:
+    """A filter that drops every third group or so."""
+    return sum(len(sample.token_ids) for t in group for sample in t.samples) % 3 == 0
 
 
 @contextlib.contextmanager

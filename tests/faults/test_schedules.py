@@ -19,16 +19,18 @@ from tests.faults.schedule import RATES, Schedule, Violation
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("first", range(0, 240, 24))
+@pytest.mark.parametrize("first", range(0, 200, 20))
 def test_the_invariants_hold_whatever_fails(first):
     """`make soak` tries as many as asked; these are the first ones."""
-    for seed in range(first, first + 24):
+    for seed in range(first, first + 20):
         Schedule(seed).run()
 
 
 @pytest.mark.parametrize("kind", RATES)
 def test_the_invariants_hold_where_one_kind_of_fault_is_frequent(kind):
-    rates = {kind: 1.0 if kind in ("run_cancelled", "tasks_end") else min(0.5, 3 * RATES[kind])}
+    rates = {kind: min(0.5, 3 * RATES[kind])}
+    if kind in ("agent_leaves", "run_cancelled", "tasks_end"):  # drawn once in a life
+        rates = {kind: 0.5 if kind == "agent_leaves" else 1.0}
     if kind == "evaluation_cancelled":
         rates["evaluation"] = 0.5
     if kind == "abort_hang":
