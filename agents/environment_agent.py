@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from flash.conversation import TokenSequence
 from flash.errors import AgentFailure, EnvFailure, RewardFailure
@@ -32,6 +32,8 @@ class EnvironmentAgent(Actor):
         max_turns: responses in an episode; None leaves the end to the environment.
         max_sequence_tokens: an episode whose conversation would grow past it ends there, with the
             reward it has.
+        samples: what the trajectory holds: the conversation as one sample, or a sample for each
+            turn, in which only that turn's response is trained on.
         step_timeout_s, episode_timeout_s: past them the episode fails (env, deadline).
         reward: computes the episode's reward from all its observations; by default the sum of
             what the environment gave.
@@ -47,6 +49,7 @@ class EnvironmentAgent(Actor):
         max_turns: int | None = None,
         max_sequence_tokens: int = 32_768,
         temperature: float = 1.0,
+        samples: Literal["whole", "turns"] = "whole",
         step_timeout_s: float = 60.0,
         episode_timeout_s: float = 1800.0,
         reward: Reward | None = None,
@@ -59,6 +62,7 @@ class EnvironmentAgent(Actor):
         self._max_turns = max_turns
         self._max_sequence_tokens = max_sequence_tokens
         self._temperature = temperature
+        self._a_sample_a_turn = samples == "turns"
         self._step_timeout_s = step_timeout_s
         self._reward = reward
         self._reward_timeout_s = reward_timeout_s
@@ -76,6 +80,7 @@ class EnvironmentAgent(Actor):
         with episode.stage("env"):
             seen = [await self._within_step("reset", env.reset(episode.task))]
         conversation = TokenSequence(self._style.first(seen[0]))
+        turns: list[TokenSequence] = []
         if len(conversation.token_ids) >= self._max_sequence_tokens:
             raise AgentFailure(
                 f"the first prompt has {len(conversation.token_ids)} tokens, which leaves no room "
@@ -91,6 +96,10 @@ class EnvironmentAgent(Actor):
                 stop_token_ids=self._style.stop_token_ids,
             )
             completion = await episode.generate(conversation.token_ids, sampling)
+            if self._a_sample_a_turn:
+                turn = TokenSequence(conversation.token_ids)
+                turn.add_sampled(completion, turn=episode.turns - 1)
+                turns.append(turn)
             conversation.add_sampled(completion)
             with episode.stage("env"):
                 action = self._style.action(completion.token_ids)
@@ -100,7 +109,7 @@ class EnvironmentAgent(Actor):
         with episode.stage("reward"):
             reward = await self._reward_of(seen)
         return Trajectory(
-            samples=[conversation.sample(self._temperature)],
+            samples=[part.sample(self._temperature) for part in turns or [conversation]],
             reward=reward,
             turns=episode.turns,
             success=bool(seen[-1].info.get("success", reward > 0)),

@@ -265,6 +265,7 @@ def agent_factory(
         envs=envs,
         style=style,
         max_turns=settings.max_turns,
+        samples=settings.samples,
         # A host that hangs is found by its own deadline first, which can tell who was working.
         step_timeout_s=settings.step_timeout_s * (2 if config.env.hosts else 1),
         **common,

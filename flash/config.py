@@ -62,6 +62,9 @@ class AgentConfig(Section):
         description="what its requests may ask for in vain (temperature, top_p, …); anything "
         "else that training can't allow is refused",
     )
+    samples: Literal["whole", "turns"] = Field(
+        "whole", description="what an episode is trained as: one sample, or one for each turn"
+    )
     style: str = Field("plain", description="plain, chat, or module:Class")
     style_options: dict[str, Any] = Field({}, description="the style's arguments")
     max_turns: int | None = Field(None, ge=1, description="responses in an episode; null: no limit")
@@ -251,7 +254,12 @@ class RolloutConfig(Section):
         "regenerate", description="what becomes of an episode that would pass alpha"
     )
     max_attempts: int = Field(
-        3, ge=1, description="starts of an episode before its group is given up"
+        3, ge=1, description="failures of an episode before its group is given up"
+    )
+    max_regenerations: int = Field(
+        8,
+        ge=0,
+        description="how often a group is set back by staleness before another task replaces it",
     )
     stall_timeout_s: float = Field(
         600.0, gt=0, description="the run ends if no episode does so long"
@@ -333,6 +341,12 @@ class Config(Section):
     )
     batch_size: int = Field(64, ge=1, description="samples in a step")
     group_size: int = Field(8, ge=1, description="episodes of one task, compared with each other")
+    publish_every: int = Field(
+        1,
+        ge=1,
+        description="steps between publishes; alpha still counts versions trained, so it must be "
+        "at least one less",
+    )
     steps: int = Field(100, ge=1, description="policy versions to train")
     seed: int = Field(0, ge=0, description="of tasks, sampling and the small policy")
     eval_every: int = Field(10, ge=0, description="steps between evaluations; 0: only at the ends")
@@ -442,7 +456,13 @@ class Config(Section):
         return self
 
     def _check_rollout(self) -> None:
-        """That episodes can end in batches."""
+        """That episodes can end in batches, and be fresh enough for them."""
+        if self.publish_every - 1 > self.alpha:
+            raise ValueError(
+                f"publish_every={self.publish_every} with alpha={self.alpha:g}: at the last step "
+                f"before a publish every token is {self.publish_every - 1} versions old or older: "
+                f"set alpha to {self.publish_every - 1} or more, or publish more often"
+            )
         if self.group_size < 2 and "equal_rewards" in self.rollout.filters:
             raise ValueError(
                 f"rollout.filters=equal_rewards with group_size={self.group_size} would drop every "
@@ -517,6 +537,7 @@ def _check_run(config: Config) -> None:
             ) from None
     for field, given in (
         ("agent.max_turns", config.agent.max_turns is not None),
+        ("agent.samples", config.agent.samples != "whole"),
         ("env.hosts", config.env.hosts > 0),
     ):
         if given:

@@ -57,12 +57,15 @@ class Progress:
         self._metrics |= metrics
         self._metrics["time/train_s"] = self._lap()
 
-    def published(self, report: PublishReport) -> None:
-        gaps = [self._metrics.get("logprob_gap/max", math.nan), report.gap_max]
+    def published(self, report: PublishReport | None) -> None:
+        """None: the step's weights are not published (`publish_every`)."""
+        gaps = [self._metrics.get("logprob_gap/max", math.nan)]
+        if report is not None:
+            gaps.append(report.gap_max)
         known = [gap for gap in gaps if not math.isnan(gap)]
         self._metrics["logprob_gap/max"] = max(known, default=math.nan)
         self._metrics["time/publish_s"] = self._lap()
-        self._metrics["policy_version"] = report.version
+        self._metrics["policy_version"] = self._hub.version
         self._measure_rates()
 
     def evaluated(self, evaluation: Evaluation) -> None:

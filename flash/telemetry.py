@@ -74,6 +74,9 @@ METRICS = {
     "time/wait_batch_s": "the trainer waited for this batch",
     "time/train_s": "the trainer trained",
     "time/publish_s": "export, publish and probe",
+    "bias/turns": "of trained over admitted episodes, since the start; below 1: slow ones starve",
+    "bias/tokens": "likewise, sampled tokens",
+    "bias/seconds": "likewise, seconds from admission to the end",
     "publish/count": "since the start",
     "publish/paused_s": "seconds that workers were paused, summed over workers, since the start",
 }

@@ -80,6 +80,7 @@ async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any] | None
                 max_filtered=config.rollout.max_filtered,
                 last_version=config.steps,
                 max_attempts=config.rollout.max_attempts,
+                max_regenerations=config.rollout.max_regenerations,
                 stall_timeout_s=config.rollout.stall_timeout_s,
                 on_episode=folder.episode,
             ) as rollouts,
@@ -108,10 +109,13 @@ async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any] | None
                         break
                     progress.took(batch)
                     progress.trained(await trainer.step(batch))
-                    report = await rollouts.publish(await trainer.export_weights())
-                    progress.published(report)
                     step = trainer.version
-                    if step == config.steps or _is_due(step, config.eval_every):
+                    evaluates = step == config.steps or _is_due(step, config.eval_every)
+                    report = None
+                    if evaluates or _is_due(step, config.publish_every):
+                        report = await rollouts.publish(await trainer.export_weights())
+                    progress.published(report)
+                    if evaluates:
                         trained = await _unless(stop, rollouts.evaluate(exam, agent=examinee))
                         if trained is not None:
                             progress.evaluated(trained)

@@ -61,6 +61,10 @@ def test_async_generation_ratio_is_another_name_for_alpha():
             },
             "rollout.filters=equal_rewards with group_size=1 would drop every group: use a group",
         ),
+        (
+            {"publish_every": 3},
+            "publish_every=3 with alpha=1: at the last step before a publish ev",
+        ),
         ({"rollout": {"redundant_groups": -1}}, "rollout.redundant_groups=-1: must be at least 0"),
         ({"agent": {1: 2}}, "agent.1 is no field"),
         ({"agent": {"alpha": 2}}, "agent.alpha is no field: did you mean alpha?"),

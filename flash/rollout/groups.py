@@ -18,6 +18,7 @@ class Group:
     members: dict[int, Episode] = field(default_factory=dict)
     ready: int = 0
     owed: int = 0  # starts to come
+    regenerations: int = 0
 
     @property
     def complete(self) -> bool:

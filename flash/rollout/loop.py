@@ -19,10 +19,12 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 from flash.errors import EpisodeFailure, FlashError, RolloutFailure
 from flash.rollout.assemble import batch_of, trajectories
+from flash.rollout.bias import LengthBias
 from flash.rollout.crew import Crew
 from flash.rollout.episode import AgentFactory, Cancelled, Episode, EpisodeEnd, Generator
 from flash.rollout.evaluation import Evaluation, evaluate
@@ -74,6 +76,8 @@ class RolloutLoop:
         advantages: of the episodes of a batch; `per_group` makes it of a function of the rewards
             of one group.
         max_attempts: how often an episode fails before its group is given up.
+        max_regenerations: how often a group is set back by staleness before another task takes its
+            place; without it a task that is too slow for alpha could be played for ever.
         schedule: `queue` begins each episode the moment there is room for it; `batch` begins a
             batch's episodes together, and the next batch's when the last of them has ended.
         replicate: the episodes of a group go to whichever workers are best; without it their
@@ -105,6 +109,7 @@ class RolloutLoop:
         update_mode: UpdateMode = "keep",
         advantages: Advantages = _GRPO,
         max_attempts: int = 3,
+        max_regenerations: int = 8,
         schedule: Schedule = "queue",
         replicate: bool = True,
         redundant_groups: int = 0,
@@ -124,6 +129,7 @@ class RolloutLoop:
         self.hub = hub
         self.alpha = alpha
         self.ledger = Ledger()
+        self._bias = LengthBias()
         self._agent = agent
         self._tasks = iter(tasks)
         self._groups_per_batch = batch_size // group_size
@@ -134,6 +140,7 @@ class RolloutLoop:
         self._update_mode = update_mode
         self._advantages = advantages
         self._max_attempts = max_attempts
+        self._max_regenerations = max_regenerations
         self._stall_timeout_s = stall_timeout_s
         self._on_episode = on_episode
 
@@ -337,6 +344,7 @@ class RolloutLoop:
         wanted = group is not None and episode.id in group.members
         if isinstance(end, Trajectory):
             episode.finish(end)
+            self._bias.played(episode)
             self.ledger.finish()
             self._failures_in_a_row = 0
             if group is None or not wanted:  # it finished in the moment it was given up
@@ -346,10 +354,12 @@ class RolloutLoop:
                 if group.complete:
                     self._after_completion(group)
         elif isinstance(end, Cancelled):
+            self._bias.played(episode)
             self._end(episode, "cancelled", episode.cancel_reason or "shutdown")
             if group is not None and wanted:
                 self._restart(group, episode)
         else:
+            self._bias.played(episode)
             self._end(episode, "failed", end.kind)
             if group is not None and wanted:
                 self._after_failure(group, episode, end)
@@ -448,6 +458,15 @@ class RolloutLoop:
             if stale and self._on_stale == "drop":
                 self._give_up(group, "stale")
                 continue
+            group.regenerations += bool(stale)
+            if group.regenerations > self._max_regenerations:
+                logger.warning(
+                    "group %d (seed %d) was too slow for alpha=%g %d times and is given up "
+                    "(rollout.max_regenerations); rollout.on_stale=wait would wait for it",
+                    group.id, group.task.seed, self.alpha, group.regenerations,
+                )  # fmt: skip
+                self._give_up(group, "too_slow")
+                continue
             for member in stale:
                 self._restart(group, member)
                 self._discard(member, "stale")
@@ -481,6 +500,7 @@ class RolloutLoop:
         for group in chosen:
             self._groups.close(group)
             for member in group.members.values():
+                self._bias.trained(member)
                 self._end(member, "trained", version=batch.version)
         self._slots.hold(batch.version, len(chosen))
         self._filters.batch_done()
@@ -488,7 +508,8 @@ class RolloutLoop:
         self._cancel_redundant()
         self._evict_stale()  # at once: what is doomed should not sample while the trainer trains
         self._admit()
-        return batch
+        running = (member for member in self.episodes() if member.trajectory is None)
+        return replace(batch, metrics={**batch.metrics, **self._bias.metrics(running)})
 
     def _describe_stall(self) -> str:
         by_age = sorted(self.episodes(), key=lambda episode: episode.stage_since)

@@ -104,6 +104,7 @@ class _Simulation:
             alpha=scenario.alpha,
             on_stale=scenario.on_stale,
             schedule=scenario.schedule,
+            max_regenerations=scenario.max_regenerations,
             replicate=scenario.replicate,
             redundant_groups=scenario.redundant_groups,
             redundant_episodes=scenario.redundant_episodes,
@@ -148,9 +149,10 @@ class _Simulation:
             await asyncio.sleep(train_s)
             self._lane("train", took_at, version=batch.version, tokens=tokens)
             trained_at = self._clock()
-            await asyncio.sleep(trainer.export_s)
-            await rollouts.publish(Weights(version=batch.version + 1, path=_NOWHERE))
-            self._lane("publish", trained_at, version=batch.version + 1)
+            if number % self._scenario.publish_every == 0 or number == self._scenario.steps:
+                await asyncio.sleep(trainer.export_s)
+                await rollouts.publish(Weights(version=batch.version + 1, path=_NOWHERE))
+                self._lane("publish", trained_at, version=batch.version + 1)
             self._steps.append(
                 Step(
                     step=number,

@@ -90,6 +90,8 @@ class Scenario(Section):
     redundant_groups: int = Field(0, ge=0, description="groups begun beyond what batches can take")
     redundant_episodes: int = Field(0, ge=0, description="episodes begun beyond group_size")
     filters: tuple[str, ...] = Field((), description="what drops a group, as in rollout.filters")
+    max_regenerations: int = Field(8, ge=0, description="as in rollout.max_regenerations")
+    publish_every: int = Field(1, ge=1, description="steps between publishes")
     max_filtered: int = Field(100, ge=1, description="as in rollout.max_filtered")
     update_mode: Literal["keep", "abort", "wait"] = Field(
         "keep", description="what a publish does to requests under way"
@@ -127,6 +129,11 @@ class Scenario(Section):
             raise ValueError(
                 f"batch_size={self.batch_size} is not divisible by group_size={self.group_size}: "
                 f"use {below or self.group_size} or {below + self.group_size}"
+            )
+        if self.publish_every - 1 > self.alpha:
+            raise ValueError(
+                f"publish_every={self.publish_every} with alpha={self.alpha:g}: set alpha to "
+                f"{self.publish_every - 1} or more, or publish more often"
             )
         if self.workers.kv_tokens < self.max_sequence_tokens:
             raise ValueError(

@@ -2,20 +2,25 @@
 
 import asyncio
 import contextlib
+import math
+import random
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
 
 from flash import virtual_time
-from flash.agents import Actor
+from flash.agents import Actor, EnvironmentAgent
 from flash.conversation import TokenSequence
 from flash.errors import EnvFailure, RolloutFailure
-from flash.fakes import FakeWorker
+from flash.fakes import FakeEnvs, FakeStyle, FakeWorker
 from flash.hub import InferenceHub
 from flash.rollout import RolloutLoop
+from flash.rollout.bias import mean_with_cut_off
 from flash.rollout.filters import equal_rewards, find
 from flash.simulate import Scenario, simulate
+from flash.trainer.advantage_settings import TurnReturns
+from flash.trainer.advantages import make_advantages
 from flash.types import GenerateRequest, SamplingParams, Task, Trajectory, Weights
 
 SAMPLING = SamplingParams(max_tokens=4)
@@ -276,6 +281,125 @@ def test_a_filter_is_found_by_its_name_or_as_a_function_of_ones_own():
         find("equal")
     with pytest.raises(ValueError, match=r"rollout.filters='json:nothing' can't be imported"):
         find("json:nothing")
+
+
+# ── fairness ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_task_too_slow_for_alpha_is_given_up_after_so_many_regenerations():
+    async def main():
+        records = []
+        takes = lambda group, number: 1e4 if group == 0 else 1.0  # noqa: E731
+        async with rollouts(takes, records, max_regenerations=2) as loop:
+            for version in range(1, 12):
+                await loop.next_batch()
+                await asyncio.sleep(1)
+                await loop.publish(Weights(version=version, path=Path("/fake")))
+        of_the_slow = outcomes([record for record in records if record.group == 0])
+        assert of_the_slow == {("cancelled", "stale"): 4, ("cancelled", "too_slow"): 2}
+
+    virtual_time.run(main())
+
+
+def test_the_mean_length_counts_what_was_cut_off_as_longer():
+    whole, cut_off = lengths(1, 100), lengths(10)
+    # Two of three are left after 1; one of those is known to be longer than 10: 1/3·1 + 2/3·100.
+    assert mean_with_cut_off(whole, cut_off) == pytest.approx(67, rel=0.03)
+    assert mean_with_cut_off(lengths(1, 1, 4), Counter()) == pytest.approx(2, rel=0.03)
+    assert mean_with_cut_off(lengths(1), lengths(50)) == pytest.approx(25.5, rel=0.03)
+
+
+def lengths(*values):
+    return Counter(round(math.log(value) / math.log(1.05)) for value in values)
+
+
+def test_the_bias_toward_quick_episodes_is_told_and_warned_of(caplog):
+    async def main(**options):
+        rng = random.Random(0)
+        takes = lambda *_: rng.lognormvariate(0, 1.5)  # noqa: E731
+        async with rollouts(takes, batch_size=16, **options) as loop:
+            for version in range(1, 30):
+                batch = await loop.next_batch()
+                await loop.publish(Weights(version=version, path=Path("/fake")))
+        return batch.metrics
+
+    metrics = virtual_time.run(main(on_stale="wait", alpha=1))
+    assert 0.9 < metrics["bias/seconds"] < 1.1
+    assert not caplog.messages
+    metrics = virtual_time.run(main(redundant_episodes=2, alpha=0))
+    assert metrics["bias/seconds"] < 0.7
+    assert metrics["bias/turns"] == pytest.approx(1)
+    assert sum("slow episodes are starved" in message for message in caplog.messages) == 1
+
+
+# ── publishing now and then ──────────────────────────────────────────────────────────────────
+
+
+def test_alpha_counts_versions_trained_where_only_some_are_published():
+    async def main():
+        async with rollouts(alpha=2) as loop:
+            ages = []
+            for version in range(1, 10):
+                batch = await loop.next_batch()
+                ages.append(batch.metrics["staleness/max"])
+                assert batch.version == version - 1
+                if version % 3 == 0:
+                    await loop.publish(Weights(version=version, path=Path("/fake")))
+        assert ages == [0, 1, 2] * 3
+
+    virtual_time.run(main())
+
+
+def test_trinitys_sync_interval_and_offset_are_publish_every_and_alpha():
+    def run(sync_interval, sync_offset):
+        scenario = Scenario(
+            steps=12, alpha=sync_interval - 1 + sync_offset, publish_every=sync_interval,
+            batch_size=16, group_size=4, workload={"response_tokens": 100},
+            trainer={"batch_s": 1.0}, workers={"max_running": 16},
+        )  # fmt: skip
+        return simulate(scenario)
+
+    in_step, ahead = run(3, 0), run(3, 2)
+    assert in_step.staleness_max == 2
+    assert in_step.staleness_mean == pytest.approx(1)
+    assert ahead.staleness_max <= 4
+    assert ahead.time_s < in_step.time_s, "rollout goes on while the trainer trains"
+
+
+# ── a sample for each turn ───────────────────────────────────────────────────────────────────
+
+
+def test_an_episode_can_be_trained_as_a_sample_for_each_turn():
+    async def main(samples):
+        envs, style = FakeEnvs(turns=(1, 4)), FakeStyle()
+        make_agent = lambda: EnvironmentAgent(  # noqa: E731
+            envs=envs, style=style, max_tokens=4, samples=samples
+        )
+        advantages = make_advantages(TurnReturns(gamma=0.5))
+        async with (
+            InferenceHub([FakeWorker("w", seed=3)]) as hub,
+            RolloutLoop(
+                hub, agent=make_agent, tasks=[Task(0), Task(1)], batch_size=8, group_size=4,
+                alpha=0, advantages=advantages,
+            ) as loop,
+        ):  # fmt: skip
+            return await loop.next_batch()
+
+    whole, turns = virtual_time.run(main("whole")), virtual_time.run(main("turns"))
+    assert len(whole.samples) == 8 < len(turns.samples)
+    of_episode = defaultdict(list)
+    for sample in turns.samples:
+        of_episode[sample.episode].append(sample)
+    for sample in whole.samples:
+        parts = of_episode[sample.episode]
+        assert len(parts) == sample.turns.max() + 1
+        for number, part in enumerate(parts):
+            its = sample.turns == number
+            assert part.token_ids.tolist() == sample.token_ids[: part.num_tokens].tolist()
+            assert set(part.turns[part.loss_mask > 0].tolist()) == {number}
+            for name in ("token_ids", "logprobs", "versions", "advantage"):
+                found = getattr(part, name)[part.loss_mask > 0]
+                assert found.tolist() == getattr(sample, name)[its].tolist(), name
 
 
 # ── their effects, simulated ─────────────────────────────────────────────────────────────────
