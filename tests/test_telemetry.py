@@ -20,6 +20,7 @@ ratio/clip_fraction logprob_gap/max staleness/{mean,max,histogram}
 episodes/{admitted,running,ready,trained,dropped,failed,cancelled} waste/{tokens,env_s}
 tokens/{prompt,generated,trained} tokens_per_s idle/{trainer,workers,env_hosts}
 time/{generate,env,agent,reward,wait_batch,train,publish}_s publish/{count,paused_s}
+bias/{turns,tokens,seconds}
 """
 
 
