@@ -86,7 +86,9 @@ class Schedule:
                 "redundant_episodes": rng.choice([0, 1, 2]),
                 "filters": rng.choice([(), (_every_third,)]),
                 "last_version": rng.choice([None, 6]),
+                "max_regenerations": rng.choice([0, 8]),
             }
+        self.publish_every = rng.choice([1, 1, 2, 3])
         groups = rng.choice([1, 2, 4])
         self.workers_wanted = rng.choice([1, 2, 3])
         self.pooled = rng.random() < 0.5
@@ -99,6 +101,7 @@ class Schedule:
                 setattr(self, name, value)
             else:
                 self.settings[name] = value
+        self.publish_every = min(self.publish_every, 1 + int(self.settings["alpha"]))
         self.settings["batch_size"] = groups * self.settings["group_size"]
 
         self.trace: list[tuple[Any, ...]] = []
@@ -236,6 +239,8 @@ class Schedule:
             raise TrainerFailure("planned")
         slow = self.chance.draw("trainer_slow") is not None
         await asyncio.sleep(self.rng.random() * (300 if slow else 3))
+        if (batch.version + 1) % self.publish_every:
+            return
         while not await self._cancellable(
             self.rollouts.publish(Weights(version=batch.version + 1, path=Path("/fake"))),
             "publish_cancelled",
@@ -311,7 +316,7 @@ class Schedule:
 
     def _check_batch(self, batch: Batch) -> None:
         self.say("batch", batch.version, [sample.episode for sample in batch.samples])
-        assert batch.version == self.hub.version
+        assert batch.version == len(self.batches)
         assert len(batch.samples) == self.settings["batch_size"]
         sizes = Counter(sample.group for sample in batch.samples)
         assert set(sizes.values()) == {self.settings["group_size"]}, "a group is handed over whole"
