@@ -1,11 +1,13 @@
 """What every agent here shares: a mailbox, one episode at a time, a deadline, one report each."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from flash.errors import AgentFailure, DeadlineFailure, EpisodeFailure
 from flash.rollout.episode import Abort, Cancelled, Episode, EpisodeEnd, Message, Start, Stop
 from flash.types import Trajectory
+
+RewardStage = Callable[[Episode, Trajectory], Awaitable[Trajectory]]
 
 
 class Actor:
@@ -13,12 +15,16 @@ class Actor:
 
     Args:
         episode_timeout_s: past it the episode fails (deadline).
+        reward_stage: gives what `play` returns another reward.
     """
 
-    def __init__(self, *, episode_timeout_s: float) -> None:
+    def __init__(
+        self, *, episode_timeout_s: float, reward_stage: RewardStage | None = None
+    ) -> None:
         # Bound: at most one Start, one Abort and one Stop are ever under way.
         self.mailbox: asyncio.Queue[Message] = asyncio.Queue(maxsize=4)
         self._episode_timeout_s = episode_timeout_s
+        self._reward_stage = reward_stage
 
     async def play(self, episode: Episode) -> Trajectory:
         """One whole episode. EpisodeFailure ends it, any other error ends the agent."""
@@ -47,6 +53,8 @@ class Actor:
         try:
             async with asyncio.timeout(self._episode_timeout_s) as deadline:
                 end = await self.play(episode)
+                if self._reward_stage is not None:
+                    end = await self._reward_stage(episode, end)
         except EpisodeFailure as failure:
             end = failure
         except TimeoutError:

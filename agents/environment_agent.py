@@ -16,7 +16,7 @@ from flash.types import (
     Trajectory,
 )
 
-from .actor import Actor
+from .actor import Actor, RewardStage
 
 _T = TypeVar("_T")
 Reward = Callable[[Sequence[Observation]], Awaitable[float]]
@@ -38,6 +38,7 @@ class EnvironmentAgent(Actor):
         reward: computes the episode's reward from all its observations; by default the sum of
             what the environment gave.
         reward_timeout_s: past it the episode fails (reward).
+        reward_stage: computes it after that, from what was read and said: see `flash/reward/`.
     """
 
     def __init__(
@@ -54,8 +55,9 @@ class EnvironmentAgent(Actor):
         episode_timeout_s: float = 1800.0,
         reward: Reward | None = None,
         reward_timeout_s: float = 60.0,
+        reward_stage: RewardStage | None = None,
     ) -> None:
-        super().__init__(episode_timeout_s=episode_timeout_s)
+        super().__init__(episode_timeout_s=episode_timeout_s, reward_stage=reward_stage)
         self._envs = envs
         self._style = style
         self._max_tokens = max_tokens

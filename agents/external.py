@@ -8,19 +8,16 @@ What it sampled is what the door recorded, under the same α, deadlines and ledg
 """
 
 import asyncio
-import math
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from numbers import Real
 from typing import Any, NoReturn, Protocol
 
-import numpy as np
-
-from flash.errors import AgentFailure, EpisodeFailure, FlashError, RewardFailure
+from flash.errors import AgentFailure, EpisodeFailure, FlashError
+from flash.outcome import outcome as stated_outcome
 from flash.rollout.episode import Episode
 from flash.types import Completion, Sample, SamplingParams, Task, Trajectory
 
-from .actor import Actor
+from .actor import Actor, RewardStage
 
 Generate = Callable[[Sequence[int], SamplingParams], Awaitable[Completion]]
 
@@ -64,6 +61,7 @@ class ExternalAgent(Actor):
         max_sequence_tokens: of a conversation; the door refuses what would grow past it.
         options: are put under the task's own options.
         episode_timeout_s: past it the agent is cancelled and the episode fails (deadline).
+        reward_stage: another reward than the agent's own: see `flash/reward/`.
     """
 
     def __init__(
@@ -76,8 +74,9 @@ class ExternalAgent(Actor):
         temperature: float = 1.0,
         options: Mapping[str, Any] | None = None,
         episode_timeout_s: float = 1800.0,
+        reward_stage: RewardStage | None = None,
     ) -> None:
-        super().__init__(episode_timeout_s=episode_timeout_s)
+        super().__init__(episode_timeout_s=episode_timeout_s, reward_stage=reward_stage)
         self._door = door
         self._act = act
         self._max_tokens = max_tokens
@@ -159,14 +158,5 @@ async def _raise_first(causes: "asyncio.Queue[FlashError]") -> NoReturn:
 
 def outcome(answer: object) -> tuple[float, bool]:
     """Reward and success of an agent's answer. RewardFailure if it holds no reward."""
-    told = answer if isinstance(answer, Mapping) else {"reward": answer}
-    reward = told.get("reward")
-    if not isinstance(reward, Real) or isinstance(reward, bool) or not math.isfinite(reward):
-        raise RewardFailure(
-            f"the agent answered {answer!r}: it must be a finite number, or a mapping with such "
-            f"a number as 'reward'"
-        )
-    success = told.get("success", float(reward) > 0)
-    if not isinstance(success, bool | np.bool_):
-        raise RewardFailure(f"the agent answered {answer!r}: 'success' must be true or false")
-    return float(reward), bool(success)
+    reward, success = stated_outcome(answer, "the agent")
+    return reward, reward > 0 if success is None else success

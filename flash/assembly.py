@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+
 from flash import registry
 from flash.command import CommandAgent
 from flash.config import SMALL, Config
@@ -17,6 +19,10 @@ from flash.environments import EnvHosts, InlineEnvs
 from flash.hub import EmbeddedPool, HttpWorker, InferenceHub, ProcessPool, VllmPool, Worker
 from flash.hub.nccl_worker import NcclPool, NcclWorker, nccl_sender
 from flash.machine import gpus, has_vllm
+from flash.reward.config import EnvReward, FunctionReward, ProcessReward
+from flash.reward.judge import PROMPT, Judge, ask_hub, ask_url
+from flash.reward.processes import RewardProcesses
+from flash.reward.stage import FunctionScorer, RewardStage, Scorer
 from flash.rollout import AgentFactory
 from flash.types import EnvSource, PromptStyle, Task
 from flash.warm_start import Progress, small_model
@@ -233,6 +239,49 @@ def env_options(config: Config, *, heldout: bool) -> dict[str, Any]:
     return config.env.options | (config.env.eval_options if heldout else {})
 
 
+@contextlib.asynccontextmanager
+async def open_reward(
+    config: Config, hub: InferenceHub, *, tokenizer: Any, log_dir: Path
+) -> AsyncIterator[RewardStage | None]:
+    """The reward stage, if the reward is not the environment's own."""
+    reward = config.reward
+    if isinstance(reward, EnvReward):
+        yield None
+        return
+    async with contextlib.AsyncExitStack() as parts:
+        scorer: Scorer
+        if isinstance(reward, FunctionReward):
+            scorer = FunctionScorer(registry.function(reward.run, "reward.run"))
+        elif isinstance(reward, ProcessReward):
+            scorer = await parts.enter_async_context(
+                RewardProcesses(reward.run, processes=reward.concurrency, log_dir=log_dir)
+            )
+        else:
+            if reward.url:
+                ask = ask_url(
+                    await parts.enter_async_context(aiohttp.ClientSession()),
+                    reward.url,
+                    model=reward.model,
+                    api_key=reward.api_key,
+                    max_tokens=reward.max_tokens,
+                )
+            elif getattr(tokenizer, "chat_template", None):
+                ask = ask_hub(hub, tokenizer, max_tokens=reward.max_tokens)
+            else:
+                raise ValueError(
+                    f"model={config.model!r} has no chat template, so it can't judge (reward.name="
+                    f"judge): use an instruction-tuned model, or another's reward.url"
+                )
+            scorer = Judge(ask, prompt=reward.prompt or PROMPT, max_score=reward.max_score)
+        yield RewardStage(
+            scorer,
+            decode=tokenizer.decode,
+            concurrency=reward.concurrency,
+            timeout_s=reward.timeout_s,
+            retries=reward.retries,
+        )
+
+
 def agent_factory(
     config: Config,
     *,
@@ -241,6 +290,7 @@ def agent_factory(
     door: Door | None,
     log_dir: Path,
     heldout: bool = False,
+    reward: RewardStage | None = None,
 ) -> AgentFactory:
     """Makes agents; found by name, because `flash` does not import `flash.agents`."""
     settings = config.agent
@@ -249,6 +299,7 @@ def agent_factory(
         "max_sequence_tokens": settings.max_sequence_tokens,
         "temperature": config.eval.temperature if heldout else settings.temperature,
         "episode_timeout_s": settings.episode_timeout_s,
+        "reward_stage": reward,
     }
     if settings.run:
         assert door is not None, "it is open wherever an agent of the user's own runs"

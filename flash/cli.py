@@ -82,7 +82,7 @@ _INDENT = 38
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point. Exit code 2 for what the user got wrong, 1 for a run that could not go on."""
+    """Entry point. Exit code 2 for what the user got wrong, 3 for a stall, 1 for other failures."""
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
@@ -97,7 +97,7 @@ def run(arguments: Sequence[str]) -> int:
         return 2
     except FlashError as error:
         _complain(f"{type(error).__name__}: {error}", error)
-        return 1
+        return error.exit_code
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     return 0

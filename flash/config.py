@@ -22,6 +22,7 @@ from pydantic.fields import FieldInfo
 
 from flash import registry
 from flash.machine import gpus, has_vllm
+from flash.reward.config import AnyReward, EnvReward
 from flash.section import Section
 from flash.trainer.config import TrainerConfig
 from flash.trainer.objectives.settings import SETTINGS, Supervised
@@ -31,7 +32,13 @@ _M = TypeVar("_M", bound=BaseModel)
 SMALL = "small"
 
 # What a section's bare value stands for: `env: frozen_lake`, `engine: embedded`.
-_BARE = {"env": "name", "engine": "kind", "objective": "name", "advantages": "name"}
+_BARE = {
+    "env": "name",
+    "reward": "name",
+    "engine": "kind",
+    "objective": "name",
+    "advantages": "name",
+}
 # Other systems' names of our fields.
 _ALIASES = {"async_generation_ratio": "alpha"}
 
@@ -262,7 +269,12 @@ class RolloutConfig(Section):
         description="how often a group is set back by staleness before another task replaces it",
     )
     stall_timeout_s: float = Field(
-        600.0, gt=0, description="the run ends if no episode does so long"
+        600.0, gt=0, description="without any progress, until the watchdog says why and acts"
+    )
+    on_stall: Literal["stop", "replace", "restart"] = Field(
+        "stop",
+        description="about what blocks: end the run (exit code 3), replace its episodes, or start "
+        "its worker anew; what neither can help ends the run",
     )
 
     @field_validator("filters", mode="before")
@@ -352,6 +364,9 @@ class Config(Section):
     eval_every: int = Field(10, ge=0, description="steps between evaluations; 0: only at the ends")
     runs_dir: Path = Field(Path("runs"), description="where the runs' folders are")
     agent: AgentConfig = AgentConfig()
+    reward: AnyReward = Field(
+        EnvReward(), description="env: the environment's own; or a stage after the last turn"
+    )
     rollout: RolloutConfig = RolloutConfig()
     trainer: TrainerConfig = TrainerConfig()
     policy: PolicyConfig = PolicyConfig()
@@ -380,6 +395,11 @@ class Config(Section):
     @classmethod
     def _engine_by_kind(cls, value: Any) -> Any:
         return {_BARE["engine"]: value} if isinstance(value, str) else value
+
+    @field_validator("reward", mode="before")
+    @classmethod
+    def _reward_by_name(cls, value: Any) -> Any:
+        return {_BARE["reward"]: value} if isinstance(value, str) else value
 
     @field_validator("alpha")
     @classmethod

@@ -9,7 +9,8 @@
     ├── InferenceFailure      no worker could answer
     ├── TrainerFailure        a trainer rank died or raised
     ├── PublishFailure        new weights did not become the policy, or not exactly
-    ├── RolloutFailure        the rollout loop can't go on: too many failures, or a stall
+    ├── RolloutFailure        the rollout loop can't go on: too many failures, or no tasks
+    │   └── RolloutStall      nothing moves any more; names one cause
     └── ProcessFailure        a child process of ours died or raised
 
 A user's mistake is a `ValueError` with the field, the value and the remedy.
@@ -18,6 +19,8 @@ A user's mistake is a `ValueError` with the field, the value and the remedy.
 
 class FlashError(Exception):
     """Base of every error that crosses a boundary of the engine."""
+
+    exit_code = 1  # of a command that it ends
 
 
 class EpisodeFailure(FlashError):
@@ -64,6 +67,16 @@ class PublishFailure(FlashError):
 
 class RolloutFailure(FlashError):
     """The rollout loop can't go on; the message names the episodes and stages at fault."""
+
+
+class RolloutStall(RolloutFailure):
+    """The run made no progress for too long. `cause` is its name, the message the whole report."""
+
+    exit_code = 3
+
+    def __init__(self, cause: str, report: str) -> None:
+        super().__init__(report)
+        self.cause = cause
 
 
 class ProcessFailure(FlashError):

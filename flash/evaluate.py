@@ -32,9 +32,10 @@ async def evaluate(source: Path, overrides: Mapping[str, Any]) -> Evaluation:
         assembly.open_hub(config, model=model, version=version, log_dir=logs) as hub,
         assembly.open_door(config, hub, tokenizer=tokenizer) as door,
         assembly.open_envs(config, logs, heldout=True) as envs,
+        assembly.open_reward(config, hub, tokenizer=tokenizer, log_dir=logs) as reward,
     ):
         agent = assembly.agent_factory(
-            config, envs=envs, style=style, door=door, log_dir=logs, heldout=True
+            config, envs=envs, style=style, door=door, log_dir=logs, heldout=True, reward=reward
         )
         return await play(
             hub,

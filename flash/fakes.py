@@ -119,6 +119,7 @@ class FakeWorker:
         self._dead = False
         self._failures_planned = 0
         self._lies: list[dict[str, Any]] = []
+        self._losses_planned = 0
         self._changed = asyncio.Event()  # for those that run; each is set once and replaced
         self._ended = asyncio.Event()  # for those that wait to begin, or for others to end
 
@@ -131,6 +132,10 @@ class FakeWorker:
     def lie_next(self, **changes: Any) -> None:
         """The next answer to a request has these fields changed: `logprobs=[nan]`, say."""
         self._lies.append(changes)
+
+    def lose_next(self, answers: int) -> None:
+        """The answers to the next requests never come; others do."""
+        self._losses_planned = answers
 
     def hang(self) -> None:
         """Sample nothing more, until `wake`."""
@@ -170,6 +175,9 @@ class FakeWorker:
         self.max_running_seen = max(self.max_running_seen, self.running)
         self.started.append(request_id)
         try:
+            if self._losses_planned:
+                self._losses_planned -= 1
+                await asyncio.Event().wait()
             tell = on_tokens if self._tell_s is not None else None
             completion = await self._sample(request_id, token_ids, sampling, tell)
         finally:

@@ -6,7 +6,8 @@ runs/<name>/
 ├── episodes.jsonl    a line an ended episode: EpisodeRecord
 ├── events.out.…      the same metrics for TensorBoard
 ├── checkpoints/      step_<version>/; whole once tasks.json is in it
-├── logs/             of the processes; controller.log holds what ended the run, if anything did
+├── logs/             of the processes; controller.log holds what ended the run, if anything did,
+│                     stalls.log what blocked it
 ├── report.png        pictures of the run
 └── summary.json      how it ended
 """
@@ -211,6 +212,12 @@ class RunFolder:
     def episode(self, record: EpisodeRecord) -> None:
         """One line of episodes.jsonl."""
         _write(self._episodes, asdict(record))
+
+    def stall(self, report: str) -> None:
+        """What the watchdog said, in logs/stalls.log."""
+        self.logs.mkdir(exist_ok=True)
+        with (self.logs / "stalls.log").open("a") as log:
+            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {report}\n\n")
 
     def summary(self, summary: Mapping[str, Any]) -> None:
         (self.path / "summary.json").write_text(json.dumps(_plain(summary), indent=2) + "\n")

@@ -11,14 +11,18 @@ the same lines are synchronous training.
 
 import asyncio
 import logging
-from collections.abc import Awaitable
+import os
+import sys
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from flash import assembly
 from flash.config import Config
+from flash.errors import RolloutStall
 from flash.live import open_view
 from flash.progress import Progress
 from flash.rollout import RolloutLoop, filters
+from flash.rollout.blocked import watched_event_loop
 from flash.telemetry import RunFolder
 from flash.trainer import Trainer
 from flash.trainer.advantages import make_advantages
@@ -36,7 +40,11 @@ async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any] | None
     Raises ValueError for what the user got wrong, FlashError with the cause if the run can't go
     on. What was measured until then is in the run's folder.
     """
-    with RunFolder(config) as folder, open_view() as view:
+    with (
+        RunFolder(config) as folder,
+        watched_event_loop(config.rollout.stall_timeout_s, _end_of(folder)),
+        open_view() as view,
+    ):
         model = await _unless(stop, assembly.prepared_model(config, view.progress))
         if model is None:
             return None
@@ -60,10 +68,11 @@ async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any] | None
             assembly.open_door(config, hub, tokenizer=tokenizer, log_dir=folder.logs) as door,
             assembly.open_envs(config, folder.logs) as envs,
             assembly.open_envs(config, folder.logs, heldout=True) as heldout_envs,
+            assembly.open_reward(config, hub, tokenizer=tokenizer, log_dir=folder.logs) as reward,
             RolloutLoop(
                 hub,
                 agent=assembly.agent_factory(
-                    config, envs=envs, style=style, door=door, log_dir=folder.logs
+                    config, envs=envs, style=style, door=door, log_dir=folder.logs, reward=reward
                 ),
                 tasks=tasks,
                 batch_size=config.batch_size,
@@ -82,6 +91,11 @@ async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any] | None
                 max_attempts=config.rollout.max_attempts,
                 max_regenerations=config.rollout.max_regenerations,
                 stall_timeout_s=config.rollout.stall_timeout_s,
+                # Each of the trainer's calls has a deadline, and there are two between batches.
+                caller_timeout_s=config.trainer.start_timeout_s + 2 * config.trainer.step_timeout_s,
+                on_stall=config.rollout.on_stall,
+                trainer=trainer.state,
+                on_report=folder.stall,
                 on_episode=folder.episode,
             ) as rollouts,
         ):
@@ -94,6 +108,7 @@ async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any] | None
                 door=door,
                 log_dir=folder.logs,
                 heldout=True,
+                reward=reward,
             )
             exam = assembly.heldout_tasks(config)
             async with progress.ticking():
@@ -125,6 +140,17 @@ async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any] | None
                 if not folder.checkpoint(trainer.version).exists():
                     await _save(folder, trainer, rollouts, tasks)
             return await progress.summarise(stopped=stop.is_set())
+
+
+def _end_of(folder: RunFolder) -> Callable[[str], None]:
+    """Ends the run when its event loop is blocked, and nothing in it can."""
+
+    def end(report: str) -> None:
+        folder.stall(report)
+        print(f"flash: {report}", file=sys.stderr, flush=True)
+        os._exit(RolloutStall.exit_code)  # the children end with it
+
+    return end
 
 
 def _is_due(step: int, every: int) -> bool:

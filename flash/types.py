@@ -189,6 +189,15 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerState:
+    """What the trainer is at. `doing`: the call, empty if none; `dead`: why, empty if it lives."""
+
+    doing: str = ""
+    since: float = 0.0
+    dead: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Trajectory:
     """An episode that came to its end: its samples and what it was worth.
 
@@ -202,6 +211,21 @@ class Trajectory:
     success: bool = False
     turn_rewards: Sequence[float] = ()
     turn_states: Sequence[Hashable] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Played:
+    """An episode that came to its end, as a scorer sees it.
+
+    `text` is all that the policy read and said, `responses` what it said, turn by turn; `reward`
+    and `success` are what the environment, or the agent, thinks of it.
+    """
+
+    task: Task
+    text: str
+    responses: tuple[str, ...]
+    reward: float
+    success: bool
 
 
 class PromptStyle(Protocol):

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from flash import cli, config
-from flash.errors import InferenceFailure
+from flash.errors import InferenceFailure, RolloutStall
 
 
 @pytest.mark.parametrize(
@@ -137,6 +137,14 @@ def test_a_failure_of_the_run_ends_with_exit_code_1_its_cause_and_its_log(monkey
         "flash: InferenceFailure: no worker is left",
         "flash: log: runs/x/logs/controller.log",
     ]
+
+
+def test_a_stall_has_an_exit_code_of_its_own(monkeypatch):
+    def stall(_):
+        raise RolloutStall("env_asleep", "no progress for 600.0 s: the environment is asleep")
+
+    monkeypatch.setattr(cli, "_train", stall)
+    assert cli.run(["train"]) == 3
 
 
 @pytest.mark.parametrize("statement", ["import flash", "import flash.cli", "import flash.agents"])

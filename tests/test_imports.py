@@ -69,7 +69,7 @@ def test_the_engine_talks_to_vllm_over_http_and_to_ray_not_at_all(path):
 def test_environments_and_agents_know_the_seams_only(path):
     allowed = (
         "flash.types", "flash.errors", "flash.rollout.episode", "flash.small_policy",
-        "flash.conversation",
+        "flash.conversation", "flash.outcome",
     )  # fmt: skip
     for name in imports(path):
         if name.split(".")[0] == "flash":

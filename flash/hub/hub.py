@@ -247,10 +247,33 @@ class InferenceHub:
                     running=slot.running,
                     outstanding_tokens=slot.outstanding_tokens,
                     busy_s=slot.busy_s + (self._clock() - slot.busy_since) * (slot.running > 0),
+                    updating=slot.updating,
+                    quiet_s=(self._clock() - slot.progress_at) * (slot.running > 0),
+                    oldest_s=max(ages_s, default=0.0),
+                    newest_s=min(ages_s, default=0.0),
                 )
-                for slot in self._slots
+                for slot, ages_s in ((slot, self._request_ages_s(slot)) for slot in self._slots)
             ),
         )
+
+    def place_of(self, session: str) -> str:
+        """Where the session's request is, or was last: `queue`, a worker's name, or nothing."""
+        if any(waiter.request.session == session for waiter in self._queue):
+            return "queue"
+        slot = self._sessions.get(session)
+        return slot.worker.name if slot is not None else ""
+
+    def give_up(self, worker: str, why: str) -> None:
+        """Takes out a worker as one that hangs: its requests go elsewhere, a pool restarts it."""
+        for slot in self._slots:
+            if slot.worker.name == worker:
+                self._take_out(slot, WorkerBroken(f"{worker} is given up: {why}"))
+
+    def _request_ages_s(self, slot: Slot) -> list[float]:
+        """Of those under way at a worker, oldest first."""
+        now, timeout_s = self._clock(), self._request_timeout_s
+        due = [deadline.when() for key, deadline in slot.deadlines.items() if key != _CONTROL]
+        return [now - (when - timeout_s) for when in due if when is not None]
 
     async def _acquire(self, request: GenerateRequest, *, cost: int, arrival: int) -> Slot:
         """Waits for a place at a worker; `_release` gives it back."""

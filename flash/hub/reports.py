@@ -35,6 +35,10 @@ class WorkerStats:
     running: int
     outstanding_tokens: int
     busy_s: float
+    updating: bool = False
+    quiet_s: float = 0.0  # since its last tokens or answer, while it has requests
+    oldest_s: float = 0.0  # since the first of the requests that it has
+    newest_s: float = 0.0  # since the last of them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

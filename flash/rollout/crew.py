@@ -90,6 +90,10 @@ class Crew:
             episode.cancel_reason = reason
             self._busy[episode.id].agent.mailbox.put_nowait(Abort(episode))
 
+    def episodes(self) -> list[Episode]:
+        """Those that have not ended."""
+        return [seat.episode for seat in self._busy.values() if seat.episode is not None]
+
     async def _supervise(self, seat: _Seat) -> None:
         """Runs the seat's agent; when it crashes, fails its episode and seats a new one."""
 

@@ -11,7 +11,7 @@ an episode to end) and `publish` (for the hub). What always holds:
 1. No token in a batch is older than α versions: `_evict_stale`, and a check at hand-over.
 2. Each admitted episode has one outcome: `Ledger.end`, once, and `Ledger.check`.
 3. running + ready + handed over but unpublished ≤ (1+α)·batch: `_admit` and `Slots`.
-5. `next_batch` never waits in silence: a stall or a streak of failures ends the run by name.
+5. No wait is silent: a streak of failures ends the run by name, and `Watchdog` looks to the rest.
 """
 
 import asyncio
@@ -23,23 +23,26 @@ from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 from flash.errors import EpisodeFailure, FlashError, RolloutFailure
+from flash.hub.reports import HubStats
 from flash.rollout.assemble import batch_of, trajectories
 from flash.rollout.bias import LengthBias
 from flash.rollout.crew import Crew
+from flash.rollout.diagnosis import Admission
 from flash.rollout.episode import AgentFactory, Cancelled, Episode, EpisodeEnd, Generator
 from flash.rollout.evaluation import Evaluation, evaluate
 from flash.rollout.filters import Filters, GroupFilter
 from flash.rollout.groups import Group, Groups
 from flash.rollout.ledger import EpisodeRecord, Ledger
+from flash.rollout.pulse import Pulse, felt
 from flash.rollout.slots import BatchSchedule, QueueSchedule, Schedule, Slots
+from flash.rollout.watchdog import OnStall, Watchdog
 from flash.trainer.advantages import Advantages, grpo, per_group
-from flash.types import Batch, Task, Trajectory, UpdateMode, Weights
+from flash.types import Batch, Task, TrainerState, Trajectory, UpdateMode, Weights
 
 logger = logging.getLogger(__name__)
 
 OnStale = Literal["regenerate", "wait", "drop"]
 
-_EPISODES_NAMED_IN_ERRORS = 8
 _GRPO = per_group(grpo)
 
 
@@ -52,6 +55,12 @@ class Hub(Generator, Protocol):
     async def publish(self, weights: Weights, mode: UpdateMode = "keep") -> Any: ...
 
     def forget(self, session: str) -> None: ...
+
+    def stats(self) -> HubStats: ...
+
+    def place_of(self, session: str) -> str: ...
+
+    def give_up(self, worker: str, why: str) -> None: ...
 
 
 class RolloutLoop:
@@ -89,7 +98,8 @@ class RolloutLoop:
         max_filtered: batches' worth of groups that may be dropped for one batch.
         last_version: the version at which training ends; what no batch until then can take is
             neither begun nor played to its end.
-        stall_timeout_s: `next_batch` raises if no episode ends for so long.
+        stall_timeout_s, caller_timeout_s, on_stall, trainer, on_report: of the `Watchdog`, which
+            says what blocks when nothing moves for so long, and does something about it.
         on_episode: called with the record of each ended episode.
 
     Errors: `next_batch` and `publish` raise RolloutFailure when the loop can't go on, and the
@@ -118,6 +128,10 @@ class RolloutLoop:
         max_filtered: int = 10,
         last_version: int | None = None,
         stall_timeout_s: float = 600.0,
+        caller_timeout_s: float = 3600.0,
+        on_stall: OnStall = "stop",
+        trainer: Callable[[], TrainerState] | None = None,
+        on_report: Callable[[str], None] | None = None,
         on_episode: Callable[[EpisodeRecord], None] | None = None,
     ) -> None:
         if group_size < 1 or batch_size < 1 or batch_size % group_size:
@@ -167,23 +181,37 @@ class RolloutLoop:
         self._failure: FlashError | None = None
         self._failures_in_a_row = 0
         self._progress = asyncio.Event()
-        self._crew = Crew(agent, on_end=self._on_end, on_fatal=self._fail)
+        self._crew = Crew(agent, on_end=self._on_end, on_fatal=self.fail)
+        self.pulse = Pulse()
+        self._watchdog = Watchdog(
+            self,
+            stall_timeout_s=stall_timeout_s,
+            caller_timeout_s=caller_timeout_s,
+            on_stall=on_stall,
+            trainer=trainer,
+            on_report=on_report,
+        )
 
     async def __aenter__(self) -> "RolloutLoop":
         await self._crew.__aenter__()
+        await self._watchdog.__aenter__()
         self._admitting = True
         self._admit()
         return self
 
-    async def __aexit__(self, *exc_info: object) -> None:
+    async def __aexit__(self, *exc_info: Any) -> None:
         """Ends what runs (cancelled) and what waits (dropped), for the reason `shutdown`."""
         self._admitting = False
         for group in list(self._groups):
             self._give_up(group, "shutdown")
-        await self._crew.__aexit__(*exc_info)
+        try:
+            await self._crew.__aexit__(*exc_info)
+        finally:
+            await self._watchdog.__aexit__(*exc_info)
 
     # ── what the trainer's side calls ────────────────────────────────────────────────────────
 
+    @felt
     async def next_batch(self) -> Batch:
         """Waits for enough complete, fresh groups; consumes them, oldest first.
 
@@ -201,12 +229,9 @@ class RolloutLoop:
                     f"{self._groups_per_batch}: give more tasks, or ask for fewer batches"
                 )
             self._progress.clear()
-            try:
-                async with asyncio.timeout(self._stall_timeout_s):
-                    await self._progress.wait()
-            except TimeoutError:
-                raise RolloutFailure(self._describe_stall()) from None
+            await self._progress.wait()
 
+    @felt
     async def publish(self, weights: Weights) -> Any:
         """Make these weights the policy, then free the slots of the batches they were made from.
 
@@ -221,6 +246,7 @@ class RolloutLoop:
         self._admit()
         return report
 
+    @felt
     async def evaluate(
         self, tasks: Sequence[Task], *, agent: AgentFactory | None = None
     ) -> Evaluation:
@@ -265,6 +291,25 @@ class RolloutLoop:
     def episodes(self) -> list[Episode]:
         """The episodes on their way into a batch, oldest group first."""
         return [m for group in self._groups for m in group.members.values()]
+
+    def under_way(self) -> list[Episode]:
+        """The episodes that run, with those that were given up and are not gone yet."""
+        return self._crew.episodes()
+
+    def admission(self) -> Admission:
+        return Admission(
+            next_version=self._next_version,
+            fresh=self._next_version - self.hub.version <= self.alpha,
+            owed=len(self._owed),
+            unpublished=self._slots.held,
+        )
+
+    def replace(self, episode: Episode) -> None:
+        """Cancels a running episode, and starts its task again."""
+        group = self._groups.get(episode.group)
+        if group is not None and episode.id in group.members:
+            self._restart(group, episode)
+            self._discard(episode, "stall")
 
     def unfinished_tasks(self) -> list[Task]:
         """Tasks of the groups on their way: what a run that stops now has begun and not trained."""
@@ -346,6 +391,7 @@ class RolloutLoop:
             episode.finish(end)
             self._bias.played(episode)
             self.ledger.finish()
+            self.pulse.ready(self.ledger.ready)
             self._failures_in_a_row = 0
             if group is None or not wanted:  # it finished in the moment it was given up
                 self._end(episode, "dropped", episode.cancel_reason or "shutdown")
@@ -378,7 +424,7 @@ class RolloutLoop:
         try:
             reason = self._filters.reason_to_drop(trajectories(group))
         except RolloutFailure as failure:
-            self._fail(failure)
+            self.fail(failure)
             return
         if reason is not None:
             self._give_up(group, reason)
@@ -403,7 +449,7 @@ class RolloutLoop:
                 f"the last one: {failure}"
             )
             error.__cause__ = failure
-            self._fail(error)
+            self.fail(error)
         elif episode.attempt < self._max_attempts:
             self._owe(group, episode.attempt + 1)
         elif len(group.members) + group.owed < group.size:
@@ -435,10 +481,11 @@ class RolloutLoop:
         version: int | None = None,
     ) -> None:
         record = self.ledger.end(episode, outcome, reason, version=version)
+        self.pulse.ended(outcome, reason)
         if self._on_episode is not None:
             self._on_episode(record)
 
-    def _fail(self, error: FlashError) -> None:
+    def fail(self, error: FlashError) -> None:
         """The first error that no episode can be blamed for; `next_batch` raises it."""
         if self._failure is None:
             self._failure = error
@@ -502,6 +549,7 @@ class RolloutLoop:
             for member in group.members.values():
                 self._bias.trained(member)
                 self._end(member, "trained", version=batch.version)
+        self.pulse.handed_over(self.ledger.ready)
         self._slots.hold(batch.version, len(chosen))
         self._filters.batch_done()
         self._next_version += 1
@@ -510,13 +558,3 @@ class RolloutLoop:
         self._admit()
         running = (member for member in self.episodes() if member.trajectory is None)
         return replace(batch, metrics={**batch.metrics, **self._bias.metrics(running)})
-
-    def _describe_stall(self) -> str:
-        by_age = sorted(self.episodes(), key=lambda episode: episode.stage_since)
-        running = [e for e in by_age if e.trajectory is None]
-        lines = [episode.describe() for episode in running[:_EPISODES_NAMED_IN_ERRORS]]
-        return (
-            f"no episode ended for {self._stall_timeout_s:g} s (stall_timeout_s); "
-            f"{len(running)} run, {self.ledger.ready} are ready, {len(self._owed)} wait for "
-            f"a slot of {self.capacity}. Longest in their stage:\n  " + "\n  ".join(lines)
-        )

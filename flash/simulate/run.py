@@ -114,6 +114,7 @@ class _Simulation:
             update_mode=scenario.update_mode,
             advantages=per_group(lambda rewards: rewards - rewards.mean()),
             stall_timeout_s=_FOREVER_S,
+            caller_timeout_s=_FOREVER_S,
             on_episode=self._episodes.append,
         )
         self._clock = asyncio.get_running_loop().time

@@ -19,7 +19,7 @@ from flash.trainer.config import TrainerConfig
 from flash.trainer.packing import divide, plan
 from flash.trainer.scratch import Scratch
 from flash.trainer.values import with_values
-from flash.types import Batch, Sample, Weights
+from flash.types import Batch, Sample, TrainerState, Weights
 
 __all__ = ["MODEL_FOLDER", "Trainer", "checkpoint_version"]
 
@@ -75,6 +75,7 @@ class Trainer:
         self._resume_from = resume_from
         self._run_dir = run_dir
         self._seed = seed
+        self._doing: tuple[str, float] | None = None  # a call, and since when
         self._children: list[Child] = []
         self._scratch: Scratch | None = None  # there while it runs
         self._exports: list[Path] = []
@@ -207,6 +208,12 @@ class Trainer:
         }
         return with_values(samples, [values[i] for i in range(len(samples))], settings)
 
+    def state(self) -> TrainerState:
+        """For the watchdog."""
+        doing, since = self._doing or ("", 0.0)
+        dead = ", ".join(child.name for child in self._children if not child.alive)
+        return TrainerState(doing=doing, since=since, dead=dead and f"{dead} ended")
+
     async def score(self, token_ids: Sequence[int]) -> list[float]:
         """The trainer's own logprobs of `token_ids[1:]`, under the present weights."""
         logprobs: list[float] = await self._call("score", list(token_ids))
@@ -246,6 +253,7 @@ class Trainer:
     ) -> list[Any]:
         """Calls every rank with its arguments; all answers."""
         timeout_s = timeout_s or self.config.step_timeout_s
+        self._doing = method, asyncio.get_running_loop().time()
         calls: list[Awaitable[Any]] = [
             child.call(method, *args, timeout_s=timeout_s)
             for child, args in zip(self._children, args_of_ranks, strict=True)
@@ -265,6 +273,8 @@ class Trainer:
                     f"(trainer.step_timeout_s, trainer.start_timeout_s)"
                 ) from cause
             raise
+        finally:
+            self._doing = None
         return [task.result() for task in tasks]
 
     async def _cause(self, first: BaseException) -> BaseException:

@@ -226,7 +226,7 @@ def test_a_stall_is_named_with_episode_stage_and_time():
         return str(caught.value)
 
     message = virtual_time.run(main())
-    assert "no episode ended for 50 s" in message
+    assert "no progress for 50.0 s: the environment is asleep" in message
     assert "episode 0 (seed 0, group 0, attempt 1) in stage 'env' for 50.0 s" in message
 
 

@@ -1,0 +1,1 @@
+"""The reward stage: what an ended episode was worth, computed beside everything else."""

@@ -1,0 +1,111 @@
+"""A reward function in processes of its own, which are killed when they take too long."""
+
+import asyncio
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from flash.errors import ProcessFailure, RewardFailure
+from flash.process import Child
+from flash.types import Played
+
+_STARTS = 3  # in place of a killed one
+_START_TIMEOUT_S = 120.0  # for the interpreter, and what the function's module imports
+
+
+class RewardProcesses:
+    """A scorer that calls `module:function` in one of its processes.
+
+    The function takes a Played and may block, leak, or hang: past the deadline, or when the
+    episode is given up, its process is killed with all that it started, and another one takes its
+    place. What it prints is in `log_dir/reward_<n>.log`.
+
+    Entering starts all processes; ValueError if they can't import the function.
+    """
+
+    def __init__(self, function: str, *, processes: int = 2, log_dir: Path) -> None:
+        self._function = function
+        self._processes = processes
+        self._log_dir = log_dir
+        # Bound: the processes.
+        self._free: asyncio.Queue[Child] = asyncio.Queue(processes)
+        self._tasks = asyncio.TaskGroup()
+        self._restarts: set[asyncio.Task[None]] = set()
+        self._children: set[Child] = set()
+
+    async def __aenter__(self) -> "RewardProcesses":
+        await self._tasks.__aenter__()
+        try:
+            async with asyncio.TaskGroup() as starts:
+                for number in range(self._processes):
+                    starts.create_task(self._start(number), name=f"start reward {number}")
+        except BaseExceptionGroup as errors:
+            await self.__aexit__(None, None, None)
+            first = errors.exceptions[0]
+            raise ValueError(f"reward.run={self._function!r}: {first}") from first
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for task in self._restarts:
+            task.cancel()
+        for child in self._children:
+            child.kill()
+        for child in list(self._children):
+            await child.stop()
+        try:
+            await self._tasks.__aexit__(None, None, None)
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from error
+
+    async def __call__(self, played: Played, *, timeout_s: float) -> Any:
+        child = await self._free.get()
+        try:
+            answer = await child.call("score", played, timeout_s=timeout_s)
+        except ProcessFailure as failure:
+            if not child.alive:
+                self._replace(child)
+                raise RewardFailure(f"was killed by its own doing: {failure}") from failure
+            self._free.put_nowait(child)
+            raise RewardFailure(f"raised {str(failure).strip().splitlines()[-1]}") from failure
+        except BaseException:  # too late, or cancelled: it may go on for ever
+            self._replace(child)
+            raise
+        self._free.put_nowait(child)
+        return answer
+
+    def _replace(self, child: Child) -> None:
+        restart = self._tasks.create_task(self._restart(child), name=f"restart {child.name}")
+        self._restarts.add(restart)
+        restart.add_done_callback(self._restarts.discard)
+
+    async def _restart(self, child: Child) -> None:
+        child.kill()
+        await child.stop()
+        self._children.discard(child)
+        number = int(child.name.removeprefix("reward "))
+        for attempt in range(_STARTS):
+            try:
+                await self._start(number)
+                return
+            except (ProcessFailure, TimeoutError) as error:
+                if attempt == _STARTS - 1:
+                    raise RewardFailure(f"{child.name} can't be started again: {error}") from error
+
+    async def _start(self, number: int) -> None:
+        child = await Child.start(
+            "flash.reward.host",
+            name=f"reward {number}",
+            log_path=self._log_dir / f"reward_{number}.log",
+        )
+        self._children.add(child)
+        try:
+            await child.call("configure", self._function, timeout_s=_START_TIMEOUT_S)
+        except BaseException:
+            child.kill()
+            raise
+        self._free.put_nowait(child)

@@ -1,0 +1,134 @@
+"""The stage between an episode's last turn and its end: a scorer, with room, deadline and retries.
+
+    agent: … last turn ─► RewardStage ─► Trajectory with that reward
+                             │ room for `concurrency`; each attempt has `timeout_s`
+                             ├─ FunctionScorer    a coroutine function, in this process
+                             ├─ RewardProcesses   any function, in processes that can be killed
+                             └─ Judge             a language model: the policy, or one at a URL
+
+No other episode waits for it, and its environment is closed by then. Whatever goes wrong fails the
+episode (reward); it never becomes a reward of 0.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import Any, Protocol
+
+from flash.errors import EpisodeFailure, FlashError, RewardFailure
+from flash.outcome import outcome
+from flash.rollout.episode import Episode
+from flash.types import Played, Sample, Task, Trajectory
+
+logger = logging.getLogger(__name__)
+
+_FIRST_BACKOFF_S = 0.5
+
+
+class Scorer(Protocol):
+    """Computes a reward.
+
+    The answer is a number, or a mapping with `reward` and, if it is to replace what the
+    environment said, `success`. Raises TimeoutError after `timeout_s`, and anything else for
+    anything else.
+    """
+
+    async def __call__(self, played: Played, *, timeout_s: float) -> Any: ...
+
+
+class FunctionScorer:
+    """A coroutine function of the episode, in this process: it must not block."""
+
+    def __init__(self, function: Callable[[Played], Awaitable[Any]]) -> None:
+        self._function = function
+
+    async def __call__(self, played: Played, *, timeout_s: float) -> Any:
+        async with asyncio.timeout(timeout_s):
+            return await self._function(played)
+
+
+class RewardStage:
+    """Gives ended episodes their reward.
+
+    >>> stage = RewardStage(FunctionScorer(score), decode=tokenizer.decode, timeout_s=10)
+    >>> agent = EnvironmentAgent(envs=envs, style=style, reward_stage=stage, max_tokens=64)
+
+    Args:
+        decode: from token ids to text.
+        concurrency: episodes that are scored at a time; others wait, first come first served.
+        timeout_s: for one attempt, not counting the wait for its turn.
+        retries: attempts after the first.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        *,
+        decode: Callable[[Sequence[int]], str],
+        concurrency: int = 16,
+        timeout_s: float = 60.0,
+        retries: int = 1,
+    ) -> None:
+        if concurrency < 1 or retries < 0 or not timeout_s > 0:
+            raise ValueError(
+                f"concurrency={concurrency} must be at least 1, retries={retries} at least 0, "
+                f"timeout_s={timeout_s:g} above 0"
+            )
+        self._scorer = scorer
+        self._decode = decode
+        self._room = asyncio.Semaphore(concurrency)
+        self._timeout_s = timeout_s
+        self._retries = retries
+
+    async def __call__(self, episode: Episode, trajectory: Trajectory) -> Trajectory:
+        """The trajectory with its reward. RewardFailure once every attempt has failed."""
+        with episode.stage("reward"):
+            played = self._played(episode.task, trajectory)
+            async with self._room:
+                reward, success = await self._score(episode, played)
+        return replace(
+            trajectory,
+            reward=reward,
+            success=trajectory.success if success is None else success,
+            # It is known at the end, so it follows the last turn.
+            turn_rewards=[0.0] * (trajectory.turns - 1) + [reward] if trajectory.turns else (),
+        )
+
+    async def _score(self, episode: Episode, played: Played) -> tuple[float, bool | None]:
+        for attempt in range(self._retries + 1):
+            if attempt:
+                await asyncio.sleep(_FIRST_BACKOFF_S * 2 ** (attempt - 1))
+            try:
+                return outcome(await self._scorer(played, timeout_s=self._timeout_s), "the reward")
+            except TimeoutError as error:
+                why = f"took longer than timeout_s={self._timeout_s:g}"
+                cause: Exception = error
+            except Exception as error:  # the boundary to the user's function
+                if isinstance(error, FlashError) and not isinstance(error, EpisodeFailure):
+                    raise  # nobody's fault here: no worker is left, say
+                why, cause = str(error) or repr(error), error
+                if not isinstance(error, RewardFailure):
+                    why = f"raised {error!r}"
+            logger.warning("the reward of %s, attempt %d: %s", episode.session, attempt + 1, why)
+        raise RewardFailure(
+            f"the reward failed {self._retries + 1} times; the last time it {why}"
+        ) from cause
+
+    def _played(self, task: Task, trajectory: Trajectory) -> Played:
+        return Played(
+            task=task,
+            text="\n\n".join(self._decode(s.token_ids.tolist()) for s in trajectory.samples),
+            responses=tuple(
+                self._decode(ids) for sample in trajectory.samples for ids in _responses(sample)
+            ),
+            reward=trajectory.reward,
+            success=trajectory.success,
+        )
+
+
+def _responses(sample: Sample) -> list[list[int]]:
+    """The token ids of each run of sampled tokens."""
+    pairs = zip(sample.token_ids.tolist(), (sample.loss_mask > 0).tolist(), strict=True)
+    return [[i for i, _ in run] for sampled, run in groupby(pairs, lambda p: p[1]) if sampled]

@@ -1,0 +1,67 @@
+"""Rewards in processes that are killed when they hang; with real processes."""
+
+import asyncio
+import os
+
+import pytest
+
+from flash.errors import RewardFailure
+from flash.reward.processes import RewardProcesses
+from flash.types import Played, Task
+
+pytestmark = pytest.mark.slow
+
+SCORING = """
+import os, time
+
+def score(played):
+    if played.text == "hang":
+        time.sleep(1e6)
+    if played.text == "die":
+        os._exit(3)
+    if played.text == "raise":
+        raise KeyError("no such answer")
+    if played.text == "pid":
+        return os.getpid()
+    return {"reward": len(played.responses), "success": True}
+"""
+
+
+def played(text):
+    return Played(task=Task(0), text=text, responses=("a", "b"), reward=0.0, success=False)
+
+
+async def test_a_function_that_hangs_dies_or_raises_costs_its_own_episode_only(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "my_scoring.py").write_text(SCORING)
+    monkeypatch.chdir(tmp_path)
+    async with RewardProcesses("my_scoring:score", processes=1, log_dir=tmp_path) as score:
+        assert await score(played(""), timeout_s=60) == {"reward": 2, "success": True}
+        first = await score(played("pid"), timeout_s=60)
+        with pytest.raises(RewardFailure, match="raised KeyError: 'no such answer'"):
+            await score(played("raise"), timeout_s=60)
+        assert await score(played("pid"), timeout_s=60) == first, "an exception kills nobody"
+
+        with pytest.raises(TimeoutError):
+            await score(played("hang"), timeout_s=0.5)
+        second = await score(played("pid"), timeout_s=60)
+        assert second != first
+        with pytest.raises(ProcessLookupError):
+            os.kill(first, 0)
+
+        given_up = asyncio.create_task(score(played("hang"), timeout_s=1e6))
+        await asyncio.sleep(0)
+        given_up.cancel()
+        with pytest.raises(RewardFailure, match="exit code 3"):
+            await score(played("die"), timeout_s=60)
+        third = await score(played("pid"), timeout_s=60)
+        assert len({first, second, third}) == 3
+    with pytest.raises(ProcessLookupError):
+        os.kill(third, 0)
+
+
+async def test_a_function_that_can_not_be_imported_there_is_told_at_the_start(tmp_path):
+    with pytest.raises(ValueError, match=r"reward\.run='no_such_module:score'.*No module named"):
+        async with RewardProcesses("no_such_module:score", processes=1, log_dir=tmp_path):
+            pass
