@@ -174,9 +174,9 @@ class InferenceHub:
         logprobs: list[float] = []
         versions: list[int] = []
         while True:
-            sampling = replace(
-                request.sampling, max_tokens=request.sampling.max_tokens - len(token_ids)
-            )
+            sampling = request.sampling
+            if token_ids:
+                sampling = replace(sampling, max_tokens=sampling.max_tokens - len(token_ids))
             prompt = [*request.token_ids, *token_ids]
             cost = len(prompt) + sampling.max_tokens
             slot = await self._acquire(request, cost=cost, arrival=arrival)

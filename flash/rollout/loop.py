@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 OnStale = Literal["regenerate", "wait", "drop"]
 
+_STARTS_A_TURN = 32  # each costs 0.1 ms or so until it waits: a batch's must not hold the loop
 _GRPO = per_group(grpo)
 
 
@@ -176,6 +177,7 @@ class RolloutLoop:
         self._owed: deque[tuple[Group, int]] = deque()  # starts not yet admitted, with attempt
         self._next_version = hub.version  # at which the next batch will be trained
         self._next_episode = 0
+        self._started_this_turn = 0
         self._exhausted = False
         self._admitting = False
         self._failure: FlashError | None = None
@@ -318,10 +320,14 @@ class RolloutLoop:
     # ── admission ────────────────────────────────────────────────────────────────────────────
 
     def _admit(self) -> None:
-        """Starts episodes while there are slots, and while what they'd sample could be trained."""
+        """Starts episodes while there are slots, and while what they'd sample could be trained.
+
+        Those of a burst, a few in each turn of the event loop.
+        """
         fresh_enough = self._next_version - self.hub.version <= self.alpha
         while (
             self._admitting
+            and self._started_this_turn < _STARTS_A_TURN
             and self._failure is None
             and fresh_enough
             and self.ledger.running + self.ledger.ready < self._slots.most_episodes
@@ -337,9 +343,16 @@ class RolloutLoop:
                 together=not self._replicate,
             )
             self._next_episode += 1
+            if self._started_this_turn == 0:
+                asyncio.get_running_loop().call_soon(self._next_turn)
+            self._started_this_turn += 1
             self._groups.add(group, episode)
             self.ledger.admit()
             self._crew.start(episode)
+
+    def _next_turn(self) -> None:
+        self._started_this_turn = 0
+        self._admit()
 
     def _next_start(self) -> tuple[Group, int] | None:
         """The next episode owed: of a group under way, else of a new one."""
@@ -521,7 +534,7 @@ class RolloutLoop:
     def _choose(self) -> list[Group] | None:
         """The groups of the next batch, if there are enough."""
         wanted = self._groups_per_batch
-        if self.ledger.ready < wanted * self._group_size:
+        if self._groups.complete < wanted:  # most ends of episodes: thousands of groups to look at
             return None
         # An episode that was admitted in time may have sampled late, from old weights.
         self._evict_stale()

@@ -298,7 +298,8 @@ class Schedule:
                 await asyncio.sleep(0.001)  # within one moment they may be on their way
                 assert not self._requests_lost(), "invariant 5: a request is lost"
             for episode in rollouts.episodes():
-                if episode.trajectory is None:
+                # A run that has failed says so at the trainer's next call; till then it waits.
+                if episode.trajectory is None and rollouts._failure is None:
                     lasts = now - episode.admitted_at
                     assert lasts <= EPISODE_TIMEOUT_S + LINGER_S, f"invariant 5: {lasts:.0f} s"
             await asyncio.sleep(0.5)
