@@ -39,6 +39,8 @@ _BARE = {
     "objective": "name",
     "advantages": "name",
 }
+# Of vLLM's arguments: what changes the distribution, or whose logprobs are told.
+_SAMPLING_ARGS = ("logprobs-mode", "generation-config", "override-generation-config")
 # Other systems' names of our fields.
 _ALIASES = {"async_generation_ratio": "alpha"}
 
@@ -179,6 +181,19 @@ class EngineConfig(Section):
     gap_limit: float = Field(
         1e-3, gt=0, description="largest difference of logprobs, worker against trainer"
     )
+
+    @field_validator("vllm_args")
+    @classmethod
+    def _samples_as_the_trainer_takes_it(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for word in value:
+            name = word.partition("=")[0].removeprefix("--").replace("_", "-")
+            if word.startswith("--") and name in _SAMPLING_ARGS:
+                raise ValueError(
+                    f"{word} would change what is sampled or whose logprobs are told, and every "
+                    f"correction for staleness would be wrong: leave it out, and use "
+                    f"agent.temperature"
+                )
+        return value
 
     @field_validator("urls", mode="before")
     @classmethod

@@ -192,6 +192,10 @@ def test_async_generation_ratio_is_another_name_for_alpha():
             "trainer.objective.name=supervised: it imitates every sample, whatever its reward",
         ),
         (
+            {"engine": {"vllm_args": ["--logprobs_mode=raw_logprobs"]}},
+            "--logprobs_mode=raw_logprobs would change what is sampled or whose logprobs are told",
+        ),
+        (
             {"agent": {"top_p": 0.9}},
             "agent.top_p=0.9: the engine's logprobs would be those of a cut distribution",
         ),

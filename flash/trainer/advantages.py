@@ -14,7 +14,26 @@ turn_returns  G_t = Σ γ^(s-t)·r_s, less the mean of its group's turns    Sutt
 gigpo         grpo + ω·(G_t against turns of its group in one state)     Feng et al. 2025, eqs. 3-8
 gae           of its token t: Σ (γλ)^(s-t)·(r_s + γ·V_{s+1} - V_s)       Schulman et al. 2016, 16
 
-All may be whitened over the batch's trained tokens, and then clipped. The values V of `gae` are a
+R is an episode's reward, r_t that of its turn or token t, G_t the return from turn t on.
+
+name          defaults            a sample that is k versions old
+grpo          std                 the group's mean is that of the versions that sampled it, up to k
+dr_grpo       –                   ago: as a baseline it is out of date, which adds variance and
+rloo          –                   no bias; with std its spread is theirs as well
+reinforce     baseline batch      as above, with the mean of all versions in the batch
+reinforce_pp  baseline none       as reinforce; mean and deviation are of all versions in the batch
+turn_returns  γ 0.95, std         as above; and what followed a turn is what old weights did next
+gigpo         γ 0.95, ω 1, std    as grpo and turn_returns: turns in one state are compared, by
+                                  whichever versions they and what followed them were sampled
+gae           γ 1, λ 1, whiten    V is the present critic's, but it has learned from returns of k or
+                                  more versions ago; what followed a token is what old weights did,
+                                  the less of which counts the smaller λ is
+
+No advantage corrects for who sampled: that is the objective's part. What is off by the age of the
+actions after a token, no objective of ours corrects either.
+
+`whiten` and `clip` are none by default but for gae; all may be whitened over the batch's trained
+tokens, and then clipped. The values V of `gae` are a
 critic's, on the trainer's ranks (`critic.py`); so its advantages are computed there, at the start
 of a step (`values.py`), and not when a batch is handed over.
 """

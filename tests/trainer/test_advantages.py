@@ -144,6 +144,41 @@ def test_gigpo_without_weight_of_turns_is_grpo() -> None:
         assert turns == [of_episode] * len(turns)
 
 
+numbers = st.floats(-3, 3)
+turns_of_groups = st.lists(
+    st.lists(st.tuples(numbers, st.sampled_from("abc")), min_size=1, max_size=5),
+    min_size=2,
+    max_size=5,
+)
+
+
+@given(turns_of_groups, st.floats(0, 1), st.booleans())
+def test_advantages_of_turns_are_those_of_their_definitions(
+    group: list[list[tuple[float, str]]], gamma: float, std: bool
+) -> None:
+    rewards = [np.array([reward for reward, _ in turns]) for turns in group]
+    states = [[state for _, state in turns] for turns in group]
+    returns = [
+        [sum(gamma ** (s - t) * r[s] for s in range(t, len(r))) for t in range(len(r))]
+        for r in rewards
+    ]
+    places = [(i, t) for i, r in enumerate(rewards) for t in range(len(r))]
+
+    def relative(value: float, others: list[float]) -> float:
+        deviation = np.std(others) if std else 1.0
+        return float((value - np.mean(others)) / deviation) if deviation > 1e-8 else 0.0
+
+    everyone = [returns[i][t] for i, t in places]
+    totals = [float(r.sum()) for r in rewards]
+    found = turn_returns(rewards, gamma=gamma, std=std)
+    compared = gigpo(np.array(totals), rewards, states, gamma=gamma, omega=0.7, std=std)
+    for i, t in places:
+        assert found[i][t] == pytest.approx(relative(returns[i][t], everyone), abs=1e-6)
+        alike = [returns[j][u] for j, u in places if states[j][u] == states[i][t]]
+        expected = relative(totals[i], totals) + 0.7 * relative(returns[i][t], alike)
+        assert compared[i][t] == pytest.approx(expected, abs=1e-6)
+
+
 def test_advantages_of_turns_need_turns() -> None:
     bare = Trajectory(samples=[], reward=1.0, turns=2)
     for name in ("gigpo", "turn_returns"):

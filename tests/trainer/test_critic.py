@@ -214,6 +214,7 @@ def test_a_critic_without_gae_and_a_divergence_it_would_not_know_of_are_refused(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 async def test_two_ranks_with_a_critic_compute_what_one_does_and_one_goes_on_where_two_stopped(
     tmp_path: Path, model: Path, samples_of: SamplesOf
 ) -> None:
@@ -245,6 +246,7 @@ async def test_two_ranks_with_a_critic_compute_what_one_does_and_one_goes_on_whe
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_a_policy_learns_from_groups_of_one_whose_rewards_only_a_critic_can_compare(
     model: Path, tmp_path: Path
 ) -> None:
@@ -259,7 +261,7 @@ def test_a_policy_learns_from_groups_of_one_whose_rewards_only_a_critic_can_comp
     prompts = torch.tensor([[3, 5], [7, 11], [13, 17], [19, 23]]).repeat(16, 1)
     shares, explained = [], []
     with started(model, tmp_path, config) as rank:
-        for version in range(60):
+        for version in range(40):
             tokens = prompts
             chosen = []
             with torch.no_grad():

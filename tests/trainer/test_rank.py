@@ -23,7 +23,7 @@ from flash.trainer.objectives.settings import (
     Tis,
     Vanilla,
 )
-from flash.trainer.packing import divide
+from flash.trainer.packing import MiniBatch, divide
 from flash.trainer.rank import Rank
 from flash.types import Sample
 
@@ -94,21 +94,28 @@ def close(a: Mapping[str, float], b: Mapping[str, float]) -> bool:
 
 
 @pytest.mark.parametrize("objective", [kind() for kind in SETTINGS.values()], ids=lambda o: o.name)
-def test_loss_metrics_and_gradient_do_not_depend_on_micro_batches_or_order(
+def test_loss_metrics_and_gradient_do_not_depend_on_micro_batches_order_or_ranks(
     objective: Any, model: Path, tmp_path: Path, samples_of: SamplesOf
 ) -> None:
     samples = samples_of(9)
     if objective.name == "supervised":
         samples = [replace(s, loss_mask=s.loss_mask * 0.3 + 0.2) for s in samples]
     results = []
-    for budget, order in [(4096, range(9)), (60, range(9)), (1, range(8, -1, -1))]:
+    cases = [(4096, range(9), 1), (60, range(9), 1), (1, range(8, -1, -1), 1), (60, range(9), 3)]
+    for budget, order, ranks in cases:
         config = TrainerConfig(
-            objective=objective, tokens_per_micro_batch=budget, learning_rate=1e-3, warmup_steps=0
+            objective=objective, tokens_per_micro_batch=budget, learning_rate=1e-3, warmup_steps=0,
+            ranks=ranks,
+        )  # fmt: skip
+        shares = divide([samples[i] for i in order], config)
+        # One rank does what all would: their losses and gradients are added up.
+        of_all = MiniBatch(
+            [micro for (mini,) in shares for micro in mini.micro_batches],
+            [scales for (mini,) in shares for scales in mini.scales],
         )
         with started(model, tmp_path, config) as rank:
             gradients = gradients_of(rank)
-            metrics = step(rank, [samples[i] for i in order], config)
-            results.append((metrics, gradients))
+            results.append((rank.step([of_all], 0), gradients))
     for metrics, gradients in results[1:]:
         assert close(results[0][0], metrics), (results[0][0], metrics)
         for name, gradient in gradients.items():

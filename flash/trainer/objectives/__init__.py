@@ -50,6 +50,17 @@ masked_is      token,     0.5, 2                     is corrected, or left out w
 icepop         token      0.5, 5, clip 0.2, 0.28     as decoupled_ppo, left out instead of capped
 opmd           token      τ 1                        as vanilla, by 1/(1 + τ); refused likewise
 
+gspo's clip is of s, a mean over a sequence, not of one token's ratio: its defaults are those of the
+paper (section 5.1), for responses of thousands of tokens, whose mean log-ratio hardly moves in the
+mini-batches of one fresh batch. Over n tokens s scatters by about 1/√n of what one token's ratio
+does; so with short responses, with stale samples, or where engine and trainer differ by 1e-3 and
+more (bfloat16), 3e-4 stops nearly all of them, as ratio/clip_fraction tells: set clip_low and
+clip_high to a few hundredths. masked_is has the bounds of a token's ratio as defaults; over a
+sequence's mean (`geometric`) they leave nothing out: there 0.99 and 1.01 are a start.
+
+opmd and vanilla are refused with mini_batches > 1 too; ages are counted in batches, and of a batch
+the later mini-batches meet newer weights. `supervised` has no ratios and is for warm starts alone.
+
 Left-out and stopped tokens stay in the denominators. How tokens are added up is the aggregation
 (`aggregation.py`), token_mean unless said otherwise, sequence_mean for gspo. What is added to any
 of them: `trainer.kl` and `trainer.entropy_bonus` (`regularisers.py`).
