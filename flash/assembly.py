@@ -24,6 +24,7 @@ from flash.reward.judge import PROMPT, Judge, ask_hub, ask_url
 from flash.reward.processes import RewardProcesses
 from flash.reward.stage import FunctionScorer, RewardStage, Scorer
 from flash.rollout import AgentFactory
+from flash.rollout.adaptive import AdaptiveAlpha
 from flash.types import EnvSource, PromptStyle, Task
 from flash.warm_start import Progress, small_model
 
@@ -320,6 +321,15 @@ def agent_factory(
         # A host that hangs is found by its own deadline first, which can tell who was working.
         step_timeout_s=settings.step_timeout_s * (2 if config.env.hosts else 1),
         **common,
+    )
+
+
+def adaptive_alpha(config: Config) -> AdaptiveAlpha:
+    """What decides α after each step; without thresholds it stays what is configured."""
+    return AdaptiveAlpha(
+        config.alpha,
+        least=config.publish_every - 1,  # or the batches between two publishes had no room
+        **config.rollout.adaptive_alpha.model_dump(),
     )
 
 

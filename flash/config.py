@@ -245,6 +245,25 @@ class EngineConfig(Section):
             )
 
 
+class AdaptiveAlphaConfig(Section):
+    """Follows staleness with less room for it than alpha allows; on if a threshold is given."""
+
+    min_ess: float | None = Field(
+        None, gt=0, lt=1, description="the α in force falls if importance/ess is below, say 0.9"
+    )
+    max_kl: float | None = Field(
+        None, gt=0, description="or if kl_behaviour is above, in nats a token, say 0.05"
+    )
+    max_wait: float = Field(
+        0.1, ge=0, lt=1, description="it rises again if idle/trainer is above, and no threshold is"
+    )
+    window: int = Field(3, ge=1, description="so many steps are judged by their means")
+
+    @property
+    def is_on(self) -> bool:
+        return self.min_ess is not None or self.max_kl is not None
+
+
 class RolloutConfig(Section):
     """Which episodes begin, and what becomes of those that fail, grow old or teach nothing."""
 
@@ -291,6 +310,7 @@ class RolloutConfig(Section):
         description="about what blocks: end the run (exit code 3), replace its episodes, or start "
         "its worker anew; what neither can help ends the run",
     )
+    adaptive_alpha: AdaptiveAlphaConfig = AdaptiveAlphaConfig()
 
     @field_validator("filters", mode="before")
     @classmethod
@@ -492,6 +512,11 @@ class Config(Section):
 
     def _check_rollout(self) -> None:
         """That episodes can end in batches, and be fresh enough for them."""
+        if self.rollout.adaptive_alpha.is_on and not self.alpha:
+            raise ValueError(
+                "rollout.adaptive_alpha with alpha=0: there is nothing to follow: set alpha to the "
+                "most it may be, or leave min_ess and max_kl out"
+            )
         if self.publish_every - 1 > self.alpha:
             raise ValueError(
                 f"publish_every={self.publish_every} with alpha={self.alpha:g}: at the last step "

@@ -51,6 +51,7 @@ class Progress:
 
     def took(self, batch: Batch) -> None:
         self._metrics |= batch.metrics
+        self._metrics["alpha"] = self._rollouts.alpha_in_force
         self._metrics["time/wait_batch_s"] = self._lap()
 
     def trained(self, metrics: Mapping[str, float]) -> None:
@@ -127,6 +128,11 @@ class Progress:
         # Drawing takes seconds; the loop is still serving its last agents.
         await asyncio.to_thread(write_report, self._folder.path)
         return summary
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        """What is known of the step until its line is written."""
+        return self._metrics
 
     # ── the numbers ──────────────────────────────────────────────────────────────────────────
 

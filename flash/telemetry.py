@@ -99,6 +99,7 @@ MORE_METRICS = {
     "weight/p50": "their median",
     "weight/p99": "their 99th percentile",
     "importance/mean": "policy / behaviour policy, whatever the objective; 1 but for noise",
+    "alpha": "in force when the batch was taken: the configured bound, or less if it is adaptive",
     "importance/ess": "effective sample size of policy / behaviour policy, as a share of tokens",
     "mismatch/kl_fresh": "KL(behaviour ‖ proximal) of tokens of age 0: engine against trainer",
     "mismatch/kl_stale": "KL(behaviour ‖ proximal) of older tokens: staleness as well",

@@ -22,6 +22,7 @@ from flash.errors import RolloutStall
 from flash.live import open_view
 from flash.progress import Progress
 from flash.rollout import RolloutLoop, filters
+from flash.rollout.adaptive import AdaptiveAlpha
 from flash.rollout.blocked import watched_event_loop
 from flash.telemetry import RunFolder
 from flash.trainer import Trainer
@@ -51,8 +52,10 @@ async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any] | None
         tokenizer = assembly.load_tokenizer(model)
         style = assembly.make_style(config, tokenizer)
         tasks = assembly.Tasks(config.seed)
+        adaptive = assembly.adaptive_alpha(config)
         if folder.resume_from is not None:
             tasks.restore(folder.resume_from)
+            adaptive.restore(folder.resume_from)
             folder.forget_after(checkpoint_version(folder.resume_from))
         async with (
             Trainer(
@@ -78,6 +81,7 @@ async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any] | None
                 batch_size=config.batch_size,
                 group_size=config.group_size,
                 alpha=config.alpha,
+                alpha_in_force=adaptive.alpha,
                 on_stale=config.rollout.on_stale,
                 update_mode=config.engine.update_mode,
                 advantages=make_advantages(config.trainer.advantages),
@@ -130,15 +134,16 @@ async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any] | None
                     if evaluates or _is_due(step, config.publish_every):
                         report = await rollouts.publish(await trainer.export_weights())
                     progress.published(report)
+                    rollouts.follow(adaptive.after_step(progress.metrics))
                     if evaluates:
                         trained = await _unless(stop, rollouts.evaluate(exam, agent=examinee))
                         if trained is not None:
                             progress.evaluated(trained)
                     progress.step_done(step)
                     if _is_due(step, config.checkpoint.every):
-                        await _save(folder, trainer, rollouts, tasks)
+                        await _save(folder, trainer, rollouts, tasks, adaptive)
                 if not folder.checkpoint(trainer.version).exists():
-                    await _save(folder, trainer, rollouts, tasks)
+                    await _save(folder, trainer, rollouts, tasks, adaptive)
             return await progress.summarise(stopped=stop.is_set())
 
 
@@ -158,12 +163,17 @@ def _is_due(step: int, every: int) -> bool:
 
 
 async def _save(
-    folder: RunFolder, trainer: Trainer, rollouts: RolloutLoop, tasks: assembly.Tasks
+    folder: RunFolder,
+    trainer: Trainer,
+    rollouts: RolloutLoop,
+    tasks: assembly.Tasks,
+    adaptive: AdaptiveAlpha,
 ) -> None:
     checkpoint = folder.checkpoint(trainer.version)
     unfinished = rollouts.unfinished_tasks()
     await trainer.save_checkpoint(checkpoint)
     tasks.save(checkpoint, unfinished)
+    adaptive.save(checkpoint)
     logger.info("saved %s", checkpoint)
 
 

@@ -81,6 +81,7 @@ class RolloutLoop:
         alpha: the asynchronous ratio. A token sampled by version u is trained at version v only
             if v - u ≤ alpha, and (1+alpha)·batch_size samples at most are under way. 0 is
             synchronous. A fraction adds room for work, not for age.
+        alpha_in_force: what `follow` had made of alpha before; None: all of it.
         on_stale: what becomes of an episode that would pass the bound: start it again
             (`regenerate`), hold the batch until it ends (`wait`), or drop its group (`drop`).
         advantages: of the episodes of a batch; `per_group` makes it of a function of the rewards
@@ -116,6 +117,7 @@ class RolloutLoop:
         batch_size: int,
         group_size: int,
         alpha: float = 1.0,
+        alpha_in_force: float | None = None,
         on_stale: OnStale = "regenerate",
         update_mode: UpdateMode = "keep",
         advantages: Advantages = _GRPO,
@@ -159,6 +161,7 @@ class RolloutLoop:
         self._stall_timeout_s = stall_timeout_s
         self._on_episode = on_episode
 
+        self._admitting = False
         self._slots = Slots(
             groups_per_batch=self._groups_per_batch,
             group_size=group_size,
@@ -167,6 +170,7 @@ class RolloutLoop:
             redundant_episodes=redundant_episodes,
             last_version=last_version,
         )
+        self.follow(alpha if alpha_in_force is None else alpha_in_force)
         self._schedule = (
             QueueSchedule()
             if schedule == "queue"
@@ -179,7 +183,6 @@ class RolloutLoop:
         self._next_episode = 0
         self._started_this_turn = 0
         self._exhausted = False
-        self._admitting = False
         self._failure: FlashError | None = None
         self._failures_in_a_row = 0
         self._progress = asyncio.Event()
@@ -269,6 +272,15 @@ class RolloutLoop:
             )
         finally:
             self._admitting = True
+            self._admit()
+
+    def follow(self, alpha: float) -> None:
+        """Let (1+alpha)·batch samples be under way from now on; `self.alpha` stays the bound."""
+        if not 0 <= alpha <= self.alpha:
+            raise ValueError(f"alpha={alpha} must be from 0 to the loop's bound of {self.alpha:g}")
+        self.alpha_in_force = alpha
+        self._slots.follow(alpha)
+        if self._admitting:
             self._admit()
 
     @property

@@ -29,10 +29,10 @@ class Slots:
         last_version: int | None,
     ) -> None:
         self.capacity = math.floor((1 + alpha) * groups_per_batch * group_size)
-        self.limit = self.capacity + redundant_groups * group_size
         self._groups_per_batch = groups_per_batch
         self._group_size = group_size
         self._redundant_groups = redundant_groups
+        self.follow(alpha)
         self._last_version = last_version
         self._spares = math.ceil(self.limit / group_size) * redundant_episodes
         self._held: deque[tuple[int, int]] = deque()  # (version, groups): handed over, unpublished
@@ -46,6 +46,12 @@ class Slots:
     def held(self) -> int:
         """Slots of batches that were handed over and whose weights are not published."""
         return self._group_size * self._held_groups()
+
+    def follow(self, alpha: float) -> None:
+        """From now on no more begins than this α has room for; `capacity` is still the bound's,
+        so that what is under way already is not taken for redundant."""
+        room = math.floor((1 + alpha) * self._groups_per_batch * self._group_size)
+        self.limit = room + self._redundant_groups * self._group_size
 
     def hold(self, version: int, groups: int) -> None:
         """A batch for that version was handed over."""
