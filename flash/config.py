@@ -388,6 +388,11 @@ class Config(Section):
     )
     batch_size: int = Field(64, ge=1, description="samples in a step")
     group_size: int = Field(8, ge=1, description="episodes of one task, compared with each other")
+    stream: bool = Field(
+        False,
+        description="compute gradients of groups as they finish; the optimizer step is still the "
+        "whole batch's",
+    )
     publish_every: int = Field(
         1,
         ge=1,
@@ -516,6 +521,19 @@ class Config(Section):
             raise ValueError(
                 "rollout.adaptive_alpha with alpha=0: there is nothing to follow: set alpha to the "
                 "most it may be, or leave min_ess and max_kl out"
+            )
+        if self.stream and self.trainer.mini_batches > 1:
+            raise ValueError(
+                f"stream=true with trainer.mini_batches={self.trainer.mini_batches}: a later "
+                f"mini-batch needs weights that the first has changed, so it can't come in parts: "
+                f"set trainer.mini_batches=1, or stream=false"
+            )
+        if self.stream and self.trainer.advantages.needs_batch:
+            raise ValueError(
+                f"stream=true with trainer.advantages.name={self.trainer.advantages.name}: these "
+                f"advantages take the whole batch (its baseline, its whitening, or a critic), so "
+                f"no group can be trained before the last has finished: use grpo or rloo without "
+                f"whiten, or stream=false"
             )
         if self.publish_every - 1 > self.alpha:
             raise ValueError(

@@ -45,18 +45,22 @@ class Progress:
         self._began = self._clock() - before_s
         self._step_began = self._mark = self._clock()
         self._metrics: dict[str, Any] = {}
+        self._wait_s = self._train_s = 0.0
         self._totals = self._busy_and_tokens()
 
     # ── the stages of a step ─────────────────────────────────────────────────────────────────
 
     def took(self, batch: Batch) -> None:
+        """A batch, or a part of one."""
         self._metrics |= batch.metrics
         self._metrics["alpha"] = self._rollouts.alpha_in_force
-        self._metrics["time/wait_batch_s"] = self._lap()
+        self._wait_s += self._lap()
+        self._metrics["time/wait_batch_s"] = self._wait_s
 
     def trained(self, metrics: Mapping[str, float]) -> None:
         self._metrics |= metrics
-        self._metrics["time/train_s"] = self._lap()
+        self._train_s += self._lap()
+        self._metrics["time/train_s"] = self._train_s
 
     def published(self, report: PublishReport | None) -> None:
         """None: the step's weights are not published (`publish_every`)."""
@@ -91,6 +95,7 @@ class Progress:
         )
         self._view.step(self.snapshot())
         self._step_began = self._mark = self._clock()
+        self._wait_s = self._train_s = 0.0
         self._totals = self._busy_and_tokens()
 
     @contextlib.asynccontextmanager

@@ -28,6 +28,7 @@ from flash.telemetry import RunFolder
 from flash.trainer import Trainer
 from flash.trainer.advantages import make_advantages
 from flash.trainer.trainer import checkpoint_version
+from flash.types import Batch
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any] | None
                         return None
                     progress.evaluated(untrained)
                 while trainer.version < config.steps and not stop.is_set():
-                    batch = await _unless(stop, rollouts.next_batch())
+                    batch = await _next_batch(config, stop, rollouts, trainer, progress)
                     if batch is None:
                         break
                     progress.took(batch)
@@ -145,6 +146,23 @@ async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any] | None
                 if not folder.checkpoint(trainer.version).exists():
                     await _save(folder, trainer, rollouts, tasks, adaptive)
             return await progress.summarise(stopped=stop.is_set())
+
+
+async def _next_batch(
+    config: Config,
+    stop: asyncio.Event,
+    rollouts: RolloutLoop,
+    trainer: Trainer,
+    progress: Progress,
+) -> Batch | None:
+    """The batch; under `stream` its last part, once the trainer has the others. None if stopped."""
+    if not config.stream:
+        return await _unless(stop, rollouts.next_batch())
+    while (part := await _unless(stop, rollouts.next_part())) is not None and not part.last:
+        progress.took(part)
+        await trainer.add(part)
+        progress.trained({})
+    return part
 
 
 def _end_of(folder: RunFolder) -> Callable[[str], None]:

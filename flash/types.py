@@ -181,10 +181,14 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Whole groups, to be trained at policy version `version`."""
+    """Whole groups, to be trained at policy version `version`.
+
+    A batch may come in parts; then the last of them has the numbers of all.
+    """
 
     samples: list[Sample]
     version: int
+    last: bool = True
     metrics: Mapping[str, Any] = field(default_factory=dict)
 
 

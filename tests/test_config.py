@@ -65,6 +65,14 @@ def test_async_generation_ratio_is_another_name_for_alpha():
             {"publish_every": 3},
             "publish_every=3 with alpha=1: at the last step before a publish ev",
         ),
+        (
+            {"stream": True, "trainer": {"mini_batches": 2}},
+            "stream=true with trainer.mini_batches=2: a later mini-batch needs weights that the",
+        ),
+        (
+            {"stream": True, "trainer": {"advantages": "reinforce_pp"}},
+            "stream=true with trainer.advantages.name=reinforce_pp: these advantages take the who",
+        ),
         ({"rollout": {"redundant_groups": -1}}, "rollout.redundant_groups=-1: must be at least 0"),
         ({"agent": {1: 2}}, "agent.1 is no field"),
         ({"agent": {"alpha": 2}}, "agent.alpha is no field: did you mean alpha?"),

@@ -156,7 +156,8 @@ async def test_a_run_that_is_stopped_saves_and_goes_on_where_it_stopped(tmp_path
 
 
 async def test_a_synchronous_run_trains_no_token_of_another_version(tmp_path):
-    summary = await run(tiny("frozen_lake", tmp_path, alpha=0, **{"engine.workers": 2}))
+    config = tiny("frozen_lake", tmp_path, alpha=0, stream=True, **{"engine.workers": 2})
+    summary = await run(config)
     steps = read_lines(Path(summary["folder"]) / "metrics.jsonl")[1:]
     assert [line["staleness/max"] for line in steps] == [0, 0, 0]
 

@@ -19,12 +19,11 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 from flash.errors import EpisodeFailure, FlashError, RolloutFailure
 from flash.hub.reports import HubStats
-from flash.rollout.assemble import batch_of, trajectories
+from flash.rollout.assemble import metrics_of, samples_of, trajectories
 from flash.rollout.bias import LengthBias
 from flash.rollout.crew import Crew
 from flash.rollout.diagnosis import Admission
@@ -178,6 +177,7 @@ class RolloutLoop:
         )
         self._filters = Filters(filters, at_most=max_filtered * self._groups_per_batch)
         self._groups = Groups()
+        self._taken: list[Group] = []  # parts of the next batch
         self._owed: deque[tuple[Group, int]] = deque()  # starts not yet admitted, with attempt
         self._next_version = hub.version  # at which the next batch will be trained
         self._next_episode = 0
@@ -223,10 +223,24 @@ class RolloutLoop:
         What unblocks it: an episode that ends. What it never waits for: a running group while
         enough others are complete, unless `on_stale` is `wait` and it would grow too old.
         """
+        if self._taken:
+            raise ValueError("a batch was begun with next_part: take its other parts likewise")
+        return await self._next(self._groups_per_batch)
+
+    @felt
+    async def next_part(self) -> Batch:
+        """As `next_batch`, but waits for one complete group only, and hands over all there are.
+
+        With the last part (`Batch.last`) the batch is whole; until then its version is the same,
+        its episodes are not counted as trained, and nothing of it is lost if no more are taken.
+        """
+        return await self._next(1)
+
+    async def _next(self, at_least: int) -> Batch:
         while True:
             if self._failure is not None:
                 raise self._failure
-            if chosen := self._choose():
+            if len(chosen := self._choose(at_least)) >= at_least:
                 return self._hand_over(chosen)
             if self._exhausted and not self._owed and len(self._groups) < self._groups_per_batch:
                 raise RolloutFailure(
@@ -543,43 +557,46 @@ class RolloutLoop:
                 self._restart(group, member)
                 self._discard(member, "stale")
 
-    def _choose(self) -> list[Group] | None:
-        """The groups of the next batch, if there are enough."""
-        wanted = self._groups_per_batch
-        if self._groups.complete < wanted:  # most ends of episodes: thousands of groups to look at
-            return None
+    def _choose(self, at_least: int) -> list[Group]:
+        """Complete groups for the next batch, as many as it has room for."""
+        wanted = self._groups_per_batch - len(self._taken)
+        if self._groups.complete - len(self._taken) < at_least:
+            return []
         # An episode that was admitted in time may have sampled late, from old weights.
         self._evict_stale()
+        left = [group for group in self._groups if group not in self._taken]
         due: list[Group] = []
         if self._on_stale == "wait":
             # Those that would be too old for the batch after this one. More than a batch of them
             # exists only if α is no integer; those left over are regenerated.
             due = [
                 group
-                for group in self._groups
+                for group in left
                 if self._next_version + 1 - group.oldest_version > self.alpha
             ][:wanted]
-            if not all(group.complete for group in due):
-                return None
-        complete = [g for g in self._groups if g.complete and g not in due]
-        chosen = (due + complete)[:wanted]
-        return chosen if len(chosen) == wanted else None
+        others = [group for group in left if group.complete and group not in due]
+        return [group for group in due if group.complete] + others[: wanted - len(due)]
 
     def _hand_over(self, chosen: list[Group]) -> Batch:
-        batch = batch_of(
-            chosen, version=self._next_version, alpha=self.alpha, advantages=self._advantages
-        )
-        for group in chosen:
+        version = self._next_version
+        samples = samples_of(chosen, version=version, alpha=self.alpha, advantages=self._advantages)
+        self._taken += chosen
+        if len(self._taken) < self._groups_per_batch:
+            metrics = metrics_of(chosen, version=version)
+            return Batch(samples=samples, version=version, last=False, metrics=metrics)
+        whole, self._taken = self._taken, []
+        for group in whole:
             self._groups.close(group)
             for member in group.members.values():
                 self._bias.trained(member)
-                self._end(member, "trained", version=batch.version)
+                self._end(member, "trained", version=version)
         self.pulse.handed_over(self.ledger.ready)
-        self._slots.hold(batch.version, len(chosen))
+        self._slots.hold(version, len(whole))
         self._filters.batch_done()
         self._next_version += 1
         self._cancel_redundant()
         self._evict_stale()  # at once: what is doomed should not sample while the trainer trains
         self._admit()
         running = (member for member in self.episodes() if member.trajectory is None)
-        return replace(batch, metrics={**batch.metrics, **self._bias.metrics(running)})
+        metrics = metrics_of(whole, version=version) | self._bias.metrics(running)
+        return Batch(samples=samples, version=version, metrics=metrics)

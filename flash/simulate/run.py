@@ -141,14 +141,24 @@ class _Simulation:
         """The trainer's life: wait for a batch, train, publish."""
         trainer = self._scenario.trainer
         for number in itertools.count(1):
-            began = self._clock()
-            batch = await rollouts.next_batch()
-            took_at = self._clock()
-            self._lane("wait", began)
-            tokens = self._count(batch)
-            train_s = trainer.batch_s + tokens * trainer.token_gpu_s / trainer.gpus
-            await asyncio.sleep(train_s)
-            self._lane("train", took_at, version=batch.version, tokens=tokens)
+            wait_s = train_s = 0.0
+            tokens = 0
+            last = False
+            while not last:
+                began = self._clock()
+                take = rollouts.next_part if self._scenario.stream else rollouts.next_batch
+                batch = await take()
+                last = batch.last
+                took_at = self._clock()
+                wait_s += took_at - began
+                self._lane("wait", began)
+                part = sum(sample.num_tokens for sample in batch.samples) * self._world.grain
+                computing_s = part * trainer.token_gpu_s / trainer.gpus + last * trainer.batch_s
+                await asyncio.sleep(computing_s)
+                self._lane("train", took_at, version=batch.version, tokens=part)
+                tokens += part
+                train_s += computing_s
+            self._count(batch)
             trained_at = self._clock()
             if number % self._scenario.publish_every == 0 or number == self._scenario.steps:
                 await asyncio.sleep(trainer.export_s)
@@ -158,7 +168,7 @@ class _Simulation:
                 Step(
                     step=number,
                     time_s=self._clock(),
-                    wait_s=took_at - began,
+                    wait_s=wait_s,
                     train_s=train_s,
                     publish_s=self._clock() - trained_at,
                     tokens=tokens,
@@ -169,11 +179,10 @@ class _Simulation:
             if number == self._scenario.steps:
                 return
 
-    def _count(self, batch: Batch) -> int:
-        """The batch's tokens; and the ages of those that were sampled."""
+    def _count(self, batch: Batch) -> None:
+        """The ages of the batch's sampled tokens."""
         for age, entries in enumerate(batch.metrics["staleness/histogram"]):
             self._ages[age] += entries * self._world.grain
-        return sum(sample.num_tokens for sample in batch.samples) * self._world.grain
 
     def _lane(self, name: str, began: float, **details: float) -> None:
         if self._timeline is not None:

@@ -91,6 +91,7 @@ class Scenario(Section):
     redundant_episodes: int = Field(0, ge=0, description="episodes begun beyond group_size")
     filters: tuple[str, ...] = Field((), description="what drops a group, as in rollout.filters")
     max_regenerations: int = Field(8, ge=0, description="as in rollout.max_regenerations")
+    stream: bool = Field(False, description="the trainer takes groups as they finish")
     publish_every: int = Field(1, ge=1, description="steps between publishes")
     max_filtered: int = Field(100, ge=1, description="as in rollout.max_filtered")
     update_mode: Literal["keep", "abort", "wait"] = Field(

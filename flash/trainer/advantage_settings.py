@@ -27,6 +27,11 @@ class AdvantageSettings(BaseModel):
     def whitens(self) -> bool:
         return self.whiten
 
+    @property
+    def needs_batch(self) -> bool:
+        """Whether an advantage depends on other groups of the batch."""
+        return self.whitens
+
     def parameters(self) -> dict[str, Any]:
         """The keyword arguments of the function."""
         return self.model_dump(exclude={"name", "whiten", "clip"})
@@ -62,6 +67,10 @@ class Reinforce(AdvantageSettings):
     @property
     def compares(self) -> bool:
         return self.baseline == "group"
+
+    @property
+    def needs_batch(self) -> bool:
+        return self.whitens or self.baseline == "batch"
 
 
 class ReinforcePp(AdvantageSettings):
@@ -113,6 +122,10 @@ class Gae(AdvantageSettings):
     @property
     def compares(self) -> bool:
         return False
+
+    @property
+    def needs_batch(self) -> bool:
+        return True  # the critic learns from all of it
 
 
 AnyAdvantages = Annotated[

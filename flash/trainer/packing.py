@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flash.trainer.config import TrainerConfig
-from flash.trainer.objectives.aggregation import scales
+from flash.trainer.objectives.aggregation import denominator, scales, scales_of_part
 from flash.types import Sample
 
 MicroBatch = list[int]  # sample indices
@@ -27,8 +27,14 @@ class MiniBatch:
     scales: list[list[float]]
 
 
-def divide(samples: Sequence[Sample], config: TrainerConfig) -> list[list[MiniBatch]]:
-    """`divide[rank]` is what that rank trains on, one MiniBatch an optimizer step."""
+def divide(
+    samples: Sequence[Sample], config: TrainerConfig, *, part: bool = False
+) -> list[list[MiniBatch]]:
+    """`divide[rank]` is what that rank trains on, one MiniBatch an optimizer step.
+
+    The scales of a `part` are still to be divided by the `denominator` of all parts.
+    """
+    scales_of = scales_of_part if part else scales
     planned = plan(
         [sample.num_tokens for sample in samples],
         mini_batches=config.mini_batches,
@@ -39,7 +45,7 @@ def divide(samples: Sequence[Sample], config: TrainerConfig) -> list[list[MiniBa
     shares: list[list[MiniBatch]] = [[] for _ in range(config.ranks)]
     for of_ranks in planned:
         members = [i for micros in of_ranks for micro in micros for i in micro]
-        of_members = scales([samples[i] for i in members], aggregation, config.fixed_length)
+        of_members = scales_of([samples[i] for i in members], aggregation, config.fixed_length)
         scale = dict(zip(members, of_members, strict=True))
         for share, micros in zip(shares, of_ranks, strict=True):
             share.append(
@@ -49,6 +55,11 @@ def divide(samples: Sequence[Sample], config: TrainerConfig) -> list[list[MiniBa
                 )
             )
     return shares
+
+
+def denominator_of(samples: Sequence[Sample], config: TrainerConfig) -> float:
+    """A part's share of what the batch's loss is divided by."""
+    return denominator(samples, config.aggregation or config.objective.aggregation)
 
 
 def plan(

@@ -154,16 +154,9 @@ class Rank:
                 loss = self._loss(micro, proximal_S, number, len(packed), statistics)
                 # FSDP averages gradients over ranks; ours is a sum over all tokens.
                 (loss * self._ranks).backward()
-            norm = torch.nn.utils.clip_grad_norm_(
-                self._scorer.parameters(), self._config.max_grad_norm
-            )
-            told.append(
-                {"grad_norm": float(norm.full_tensor() if isinstance(norm, DTensor) else norm)}
-            )
+            told.append({"grad_norm": self._clip()})
             if not critic_alone:
-                learning_rate = float(self._schedule.get_last_lr()[0])
-                self._optimizer.step()
-                self._schedule.step()
+                learning_rate = self._update()
             self._optimizer.zero_grad(set_to_none=True)
             if self._critic is not None:
                 told[-1] |= self._critic.step(micros)
@@ -172,6 +165,38 @@ class Rank:
             **{name: float(np.mean([mini[name] for mini in told])) for name in told[0]},
             "learning_rate": learning_rate,  # of the last of them
         }
+
+    def add(self, part: MiniBatch, version: int, first: bool) -> None:
+        """Adds a part of a batch to the gradient that `finish` uses; `first` forgets others."""
+        if first:
+            self._optimizer.zero_grad(set_to_none=True)
+            self._of_parts = StepStatistics(self._device)
+        for samples, scales in zip(part.micro_batches, part.scales, strict=True):
+            micro = pack(samples, scales, version=version, device=self._device)
+            loss = self._loss(micro, None, 0, 1, self._of_parts)
+            (loss * self._ranks).backward()
+
+    def finish(self, denominator: float) -> dict[str, float]:
+        """The optimizer step of the batch whose parts were added; metrics as of `step`."""
+        for parameter in self._scorer.parameters():
+            if parameter.grad is not None:
+                parameter.grad.div_(denominator)
+        norm, learning_rate = self._clip(), self._update()
+        self._optimizer.zero_grad(set_to_none=True)
+        metrics = self._of_parts.metrics(denominator)
+        return {**metrics, "grad_norm": norm, "learning_rate": learning_rate}
+
+    def _clip(self) -> float:
+        """Clips the gradient; its norm before."""
+        norm = torch.nn.utils.clip_grad_norm_(self._scorer.parameters(), self._config.max_grad_norm)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def _update(self) -> float:
+        """One optimizer step; its learning rate."""
+        learning_rate = float(self._schedule.get_last_lr()[0])
+        self._optimizer.step()
+        self._schedule.step()
+        return learning_rate
 
     def _loss(
         self,

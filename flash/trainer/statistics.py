@@ -72,15 +72,19 @@ class StepStatistics:
             gap_S = (proximal_S - behaviour_S).abs()
             self._gap = torch.maximum(self._gap, gap_S[fresh_S].max())
 
-    def metrics(self, mini_batches: int) -> dict[str, float]:
-        """Names as in flash.telemetry; without those that no token of the step tells."""
+    def metrics(self, losses: float) -> dict[str, float]:
+        """Names as in flash.telemetry; without those that no token of the step tells.
+
+        The loss that was added up is divided by `losses`: the mini-batches, or the denominator
+        of a batch that came in parts.
+        """
         names = sorted(self._sums)
         totals = torch.stack([self._loss, *(s for name in names for s in self._sums[name])])
         dist.all_reduce(totals)
         dist.all_reduce(self._gap, op=dist.ReduceOp.MAX)
         loss, *rest = totals.tolist()
         sums = {name: (rest[2 * i], rest[2 * i + 1]) for i, name in enumerate(names)}
-        found = {"loss": loss / mini_batches}
+        found = {"loss": loss / losses}
         for name in ("importance", "weight"):
             if name in sums:
                 squares = sums.pop(f"{name} squared")[0]

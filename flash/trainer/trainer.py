@@ -16,7 +16,7 @@ from flash.process import Child
 from flash.trainer.advantage_settings import Gae
 from flash.trainer.checkpoint import CRITIC_FILE, MODEL_FOLDER, checkpoint_version
 from flash.trainer.config import TrainerConfig
-from flash.trainer.packing import divide, plan
+from flash.trainer.packing import denominator_of, divide, plan
 from flash.trainer.scratch import Scratch
 from flash.trainer.values import with_values
 from flash.types import Batch, Sample, TrainerState, Weights
@@ -79,6 +79,9 @@ class Trainer:
         self._children: list[Child] = []
         self._scratch: Scratch | None = None  # there while it runs
         self._exports: list[Path] = []
+        self._parts = 0  # of the next batch, given to the ranks
+        self._parts_tokens = 0
+        self._denominator = 0.0
         self._export_ids = itertools.count()
 
     async def __aenter__(self) -> "Trainer":
@@ -150,29 +153,18 @@ class Trainer:
     async def step(self, batch: Batch) -> dict[str, float]:
         """Train one batch: the next version. Returns means over its trained tokens.
 
+        With the last part of a batch whose other parts were given to `add`: trains all of it.
         Raises ValueError for samples that can't be trained on, naming the episode.
         """
-        if batch.version != self.version:
-            raise ValueError(
-                f"the batch is for policy version {batch.version}, the trainer is at "
-                f"{self.version}: hand over a batch that was checked against the present version"
-            )
-        for sample in batch.samples:
-            _check(sample)
-        samples: Sequence[Sample]
-        samples = [sample for sample in batch.samples if (sample.loss_mask[1:] > 0).any()]
-        if not samples:
-            raise ValueError(
-                f"no token to train on: the loss mask of all {len(batch.samples)} samples is 0 "
-                f"(the first token of a sample never counts)"
-            )
         started = asyncio.get_running_loop().time()
-        of_critic: dict[str, float] = {}
-        if isinstance(self.config.advantages, Gae):
-            samples, of_critic = await self._valued(samples, self.config.advantages)
-        shares = divide(samples, self.config)
-        metrics: dict[str, float]
-        metrics, *_ = await self._call_each("step", [(share, self.version) for share in shares])
+        if self._parts:
+            await self.add(batch)
+            metrics, *_ = await self._call_each(
+                "finish", [(self._denominator,)] * self.config.ranks
+            )
+            trained, self._parts = self._parts_tokens, 0
+        else:
+            metrics, trained = await self._step(self._trainable(batch))
         self.version += 1
         if (mismatch := metrics.get("mismatch/kl_fresh", 0.0)) > _MISMATCH_ALARM:
             logger.warning(
@@ -182,9 +174,56 @@ class Trainer:
                 "--logprobs-mode processed_logprobs)",
                 mismatch,
             )
-        trained = int(sum((sample.loss_mask[1:] > 0).sum() for sample in samples))
         elapsed = asyncio.get_running_loop().time() - started
-        return {**metrics, **of_critic, "tokens/trained": trained, "time/train_s": elapsed}
+        return {**metrics, "tokens/trained": trained, "time/train_s": elapsed}
+
+    async def add(self, part: Batch) -> None:
+        """Compute the gradient of a part of the next batch; `step` with the last part trains it.
+
+        The step is the one that the whole batch at once would make. ValueError as for `step`.
+        """
+        if self.config.mini_batches > 1 or self.config.advantages.needs_batch:
+            raise ValueError(
+                f"trainer.mini_batches={self.config.mini_batches} with trainer.advantages.name="
+                f"{self.config.advantages.name}: a batch can come in parts only as one mini-batch "
+                f"with advantages of single groups: give the whole batch to step"
+            )
+        samples = self._trainable(part)
+        if not samples:
+            return
+        first = self._parts == 0
+        if first:
+            self._denominator, self._parts_tokens = 0.0, 0
+        shares = divide(samples, self.config, part=True)
+        await self._call_each("add", [(mini, self.version, first) for (mini,) in shares])
+        self._parts += 1
+        self._denominator += denominator_of(samples, self.config)
+        self._parts_tokens += _trained_tokens(samples)
+
+    def _trainable(self, batch: Batch) -> list[Sample]:
+        """The batch's samples that have a token to train on."""
+        if batch.version != self.version:
+            raise ValueError(
+                f"the batch is for policy version {batch.version}, the trainer is at "
+                f"{self.version}: hand over a batch that was checked against the present version"
+            )
+        for sample in batch.samples:
+            _check(sample)
+        return [sample for sample in batch.samples if (sample.loss_mask[1:] > 0).any()]
+
+    async def _step(self, samples: Sequence[Sample]) -> tuple[dict[str, float], int]:
+        """The step of a batch that came whole, and how many tokens it trained."""
+        if not samples:
+            raise ValueError(
+                "no token to train on: the loss mask of every sample of the batch is 0 (the first "
+                "token of a sample never counts)"
+            )
+        of_critic: dict[str, float] = {}
+        if isinstance(self.config.advantages, Gae):
+            samples, of_critic = await self._valued(samples, self.config.advantages)
+        shares = divide(samples, self.config)
+        metrics, *_ = await self._call_each("step", [(share, self.version) for share in shares])
+        return {**metrics, **of_critic}, _trained_tokens(samples)
 
     async def _valued(
         self, samples: Sequence[Sample], settings: Gae
@@ -291,6 +330,10 @@ class Trainer:
         for task in alive:
             task.cancel()
         return dead.pop().result() if dead else first
+
+
+def _trained_tokens(samples: Sequence[Sample]) -> int:
+    return int(sum((sample.loss_mask[1:] > 0).sum() for sample in samples))
 
 
 async def _await(awaitable: Awaitable[Any]) -> Any:

@@ -15,6 +15,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from flash.errors import (
 from flash.fakes import FakePool, FakeStyle
 from flash.hub import InferenceHub
 from flash.rollout import EpisodeRecord, RolloutLoop
-from flash.types import Batch, GenerateRequest, SamplingParams, Task, Trajectory, Weights
+from flash.types import Batch, GenerateRequest, Sample, SamplingParams, Task, Trajectory, Weights
 from tests.faults.faulty import Faults, FaultyAgent, FaultyEnvs, FaultyWorker, Truth
 
 # The most that a call may go wrong; a seed takes some kinds, and of each a part of this.
@@ -89,6 +90,7 @@ class Schedule:
                 "max_regenerations": rng.choice([0, 8]),
             }
         self.publish_every = rng.choice([1, 1, 2, 3])
+        self.streams = rng.random() < 0.3
         groups = rng.choice([1, 2, 4])
         self.workers_wanted = rng.choice([1, 2, 3])
         self.pooled = rng.random() < 0.5
@@ -256,11 +258,17 @@ class Schedule:
 
     async def _next_batch(self) -> Batch:
         """Gives up waiting at random moments; nothing may be lost by it."""
+        samples: list[Sample] = []
         while True:
             patience = self.rng.random() * 10 if self.chance.draw("batch_impatient") else None
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(patience):
-                    return await self.rollouts.next_batch()
+                    part = await (
+                        self.rollouts.next_part() if self.streams else self.rollouts.next_batch()
+                    )
+                    samples += part.samples
+                    if part.last:
+                        return replace(part, samples=samples)
 
     async def _cancellable(self, coroutine: Any, kind: str) -> bool:
         """Whether it came to its end."""

@@ -366,6 +366,77 @@ def test_trinitys_sync_interval_and_offset_are_publish_every_and_alpha():
     assert ahead.time_s < in_step.time_s, "rollout goes on while the trainer trains"
 
 
+# ── a batch in parts ─────────────────────────────────────────────────────────────────────────
+
+
+def test_a_batch_comes_in_parts_as_groups_finish_and_is_the_whole_one_in_the_end():
+    async def main():
+        records = []
+        takes = lambda group, number: [3.0, 1.0, 2.0, 1.0][group % 4]  # noqa: E731
+        rewards = lambda group, number: float(number)  # noqa: E731
+        async with rollouts(takes, records, rewards=rewards, batch_size=8, alpha=0) as loop:
+            first = await loop.next_part()
+            assert (first.last, first.version) == (False, 0)
+            assert sorted(Counter(s.group for s in first.samples).items()) == [(1, 2), (3, 2)]
+            assert sorted(sample.advantage for sample in first.samples) == [-1, -1, 1, 1]
+            assert loop.ledger.count("trained") == 0, "the batch is not whole"
+            assert {task.seed for task in loop.unfinished_tasks()} == {0, 1, 2, 3}
+            with pytest.raises(ValueError, match="begun with next_part"):
+                await loop.next_batch()
+            second = await loop.next_part()
+            assert not second.last
+            last = await loop.next_part()
+            assert last.last
+            assert (second.samples[0].group, last.samples[0].group) == (2, 0)
+            assert now() == pytest.approx(3, abs=0.5)
+            assert loop.ledger.count("trained") == 8
+            assert last.metrics["reward/mean"] == 0.5
+            await loop.publish(Weights(version=1, path=Path("/fake")))
+            assert (await loop.next_part()).version == 1
+
+    virtual_time.run(main())
+
+
+def test_a_batch_that_was_begun_in_parts_and_never_completed_was_not_trained():
+    async def main():
+        records = []
+        takes = lambda group, number: 1.0 + 99 * group  # noqa: E731
+        async with rollouts(takes, records) as loop:
+            assert not (await loop.next_part()).last
+        assert {(r.outcome, r.reason) for r in records if r.group == 0} == {("dropped", "shutdown")}
+
+    virtual_time.run(main())
+
+
+def test_a_group_that_must_not_wait_longer_has_its_place_in_a_batch_of_parts():
+    async def main():
+        takes = lambda group, number: 30.0 if group == 0 else 1.0  # noqa: E731
+        async with rollouts(takes, on_stale="wait", alpha=1) as loop:
+            seen = []
+            for version in (1, 2, 3):
+                last = False
+                while not last:
+                    part = await loop.next_part()
+                    last = part.last
+                    seen += [(part.version, sample.group) for sample in part.samples]
+                await loop.publish(Weights(version=version, path=Path("/fake")))
+        assert (1, 0) in seen, "the oldest group waited for, in the last batch it is fresh for"
+
+    virtual_time.run(main())
+
+
+def test_streaming_shortens_a_synchronous_step():
+    scenario = Scenario(
+        steps=4, alpha=0, batch_size=32, group_size=4, workers={"max_running": 32},
+        workload={"response_tokens": {"kind": "lognormal", "mean": 500, "sigma": 1.0}},
+        trainer={"token_gpu_s": 1e-3, "batch_s": 0.1},
+    )  # fmt: skip
+    whole, parts = simulate(scenario), simulate(scenario.changed({"stream": True}))
+    assert parts.time_s < 0.8 * whole.time_s
+    assert parts.staleness_max == 0
+    assert [step.tokens for step in parts.steps] == [step.tokens for step in whole.steps]
+
+
 # ── a sample for each turn ───────────────────────────────────────────────────────────────────
 
 

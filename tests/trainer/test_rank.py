@@ -23,7 +23,7 @@ from flash.trainer.objectives.settings import (
     Tis,
     Vanilla,
 )
-from flash.trainer.packing import MiniBatch, divide
+from flash.trainer.packing import MiniBatch, denominator_of, divide
 from flash.trainer.rank import Rank
 from flash.types import Sample
 
@@ -120,6 +120,33 @@ def test_loss_metrics_and_gradient_do_not_depend_on_micro_batches_order_or_ranks
         assert close(results[0][0], metrics), (results[0][0], metrics)
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, results[0][1][name], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("aggregation", [a for a in get_args(Aggregation) if a])
+def test_a_batch_in_parts_makes_the_step_that_it_makes_at_once(
+    aggregation: Aggregation, model: Path, tmp_path: Path, samples_of: SamplesOf
+) -> None:
+    length = 40 if aggregation == "fixed_length" else None
+    config = TrainerConfig(
+        learning_rate=1e-3, warmup_steps=0, tokens_per_micro_batch=64, aggregation=aggregation,
+        fixed_length=length,
+    )  # fmt: skip
+    samples = samples_of(9)
+    told, gradients = [], []
+    for parts in ([samples], [samples[:2], samples[2:7], samples[7:]]):
+        with started(model, tmp_path, config) as rank:
+            gradients.append(gradients_of(rank))
+            if len(parts) == 1:
+                told.append(rank.step(divide(samples, config)[0], 0))
+            else:
+                rank.add(divide(samples[:4], config, part=True)[0][0], 0, True)  # forgotten
+                for number, part in enumerate(parts):
+                    rank.add(divide(part, config, part=True)[0][0], 0, number == 0)
+                told.append(rank.finish(sum(denominator_of(part, config) for part in parts)))
+    whole, in_parts = told
+    assert in_parts == pytest.approx(whole, rel=1e-5, abs=1e-7)
+    for name, gradient in gradients[0].items():
+        assert (gradient - gradients[1][name]).abs().max() < 1e-6, name
 
 
 def test_the_loss_and_the_gap_are_those_of_an_independent_reference(

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from flash.errors import TrainerFailure
 from flash.trainer import Trainer, TrainerConfig
+from flash.trainer.advantage_settings import ReinforcePp
 from flash.trainer.checkpoint import checkpoint_version, write_state
 from flash.trainer.objectives.settings import Gspo, KlSettings
 from flash.types import Batch, Sample
@@ -154,6 +155,38 @@ async def test_two_ranks_compute_what_one_does_and_one_goes_on_where_two_stopped
             assert resumed.version == 2
             await same_step(one, resumed, third)
     assert not any(weights.path.exists() for weights in exports)
+
+
+@pytest.mark.slow
+async def test_a_batch_given_in_parts_trains_what_the_whole_one_does(
+    tmp_path: Path, save_model: SaveModel, samples_of: SamplesOf
+) -> None:
+    model = save_model(tmp_path / "model")
+    config = CONFIG.model_copy(update={"ranks": 2})
+    samples, scores, told = samples_of(7), [], []
+    async with Trainer(model=model, config=config, run_dir=tmp_path / "a") as trainer:
+        told.append(await trainer.step(batch_of(samples)))
+        scores.append(await trainer.score(PROBE))
+    async with Trainer(model=model, config=config, run_dir=tmp_path / "b") as trainer:
+        for part in (samples[:1], samples[1:3]):
+            await trainer.add(replace(batch_of(part), last=False))
+        told.append(await trainer.step(batch_of(samples[3:])))
+        scores.append(await trainer.score(PROBE))
+        assert trainer.version == 1
+    for metrics in told:
+        del metrics["time/train_s"]
+    assert told[1] == pytest.approx(told[0], rel=1e-5, abs=1e-7)
+    assert scores[1] == pytest.approx(scores[0], rel=1e-6)
+
+
+async def test_parts_are_refused_where_a_step_takes_the_whole_batch(
+    tmp_path: Path, samples_of: SamplesOf
+) -> None:
+    for change in ({"mini_batches": 2}, {"advantages": ReinforcePp()}):
+        config = CONFIG.model_copy(update=change)
+        trainer = Trainer(model="none", config=config, run_dir=tmp_path)
+        with pytest.raises(ValueError, match="in parts only as one mini-batch"):
+            await trainer.add(batch_of(samples_of(1)))
 
 
 @pytest.mark.slow

@@ -21,15 +21,31 @@ def scales(
     samples: Sequence[Sample], aggregation: Aggregation, fixed_length: int | None = None
 ) -> list[float]:
     """The scale of each sample of one mini-batch. Each must have a token to train on."""
-    # The first token has no logprob, so its mask counts for nothing.
-    masses = [float(sample.loss_mask[1:].sum(dtype=float)) for sample in samples]
+    total = denominator(samples, aggregation)
+    return [scale / total for scale in scales_of_part(samples, aggregation, fixed_length)]
+
+
+def scales_of_part(
+    samples: Sequence[Sample], aggregation: Aggregation, fixed_length: int | None = None
+) -> list[float]:
+    """As `scales`, but still to be divided by the sum of `denominator` over all parts."""
     match aggregation:
-        case "token_mean":
-            return [1 / sum(masses)] * len(samples)
+        case "token_mean" | "sequence_sum":
+            return [1.0] * len(samples)
         case "sequence_mean":
-            return [1 / (len(samples) * mass) for mass in masses]
-        case "sequence_sum":
-            return [1 / len(samples)] * len(samples)
+            return [1 / _mass(sample) for sample in samples]
         case "fixed_length":
             assert fixed_length is not None
-            return [1 / (len(samples) * fixed_length)] * len(samples)
+            return [1 / fixed_length] * len(samples)
+
+
+def denominator(samples: Sequence[Sample], aggregation: Aggregation) -> float:
+    """What a mini-batch's loss is divided by; that of parts adds up."""
+    if aggregation == "token_mean":
+        return sum(_mass(sample) for sample in samples)
+    return float(len(samples))
+
+
+def _mass(sample: Sample) -> float:
+    # The first token has no logprob, so its mask counts for nothing.
+    return float(sample.loss_mask[1:].sum(dtype=float))
