@@ -2,9 +2,11 @@
 
 The real hub, worker, agents, loop and trainer play FrozenLake; each environment step also sleeps a
 seeded lognormal time, the same in every run, so that cores are no limit. Every run trains the same
-number of samples, and keeps its folder, which `flash simulate --calibrate` reads.
+number of samples, and keeps its folder, which `flash simulate --calibrate` reads. With --stream
+each is run twice, the second time with gradients computed as groups finish.
 
     python benchmarks/sync_vs_async.py [--steps 10] [--alphas 0,1,2] [--mean-s 0.25] [--sigma 1.2]
+                                       [--stream] [--hidden-size 64]
 """
 
 import argparse
@@ -70,14 +72,15 @@ class _SlowEnv:
         self._env.close()
 
 
-def configured(alpha: float, options: argparse.Namespace) -> Config:
+def configured(alpha: float, stream: bool, options: argparse.Namespace) -> Config:
     """What the run would be told if it were one of `flash train`."""
     return parse(
         {
-            "name": f"sync_vs_async_alpha{alpha:g}",
+            "name": f"sync_vs_async_alpha{alpha:g}{'_stream' * stream}",
             "runs_dir": options.runs_dir,
             "env": "frozen_lake",
             "alpha": alpha,
+            "stream": stream,
             "steps": options.steps,
             "batch_size": options.batch_size,
             "group_size": options.group_size,
@@ -91,7 +94,8 @@ async def one_run(
     config: Config, options: argparse.Namespace, run: RunFolder, folder: Path
 ) -> dict[str, float]:
     """Train `config.steps` batches; what it took."""
-    model = create(folder / "model", FrozenLakeTextEnv().vocabulary(), layers=2, hidden_size=64)
+    vocabulary, hidden_size = FrozenLakeTextEnv().vocabulary(), options.hidden_size
+    model = create(folder / "model", vocabulary, layers=2, hidden_size=hidden_size)
     style = PlainStyle(AutoTokenizer.from_pretrained(model))
     envs = SlowEnvs(
         InlineEnvs(lambda: FrozenLakeTextEnv(max_turns=8)),
@@ -123,20 +127,25 @@ async def one_run(
     ):
         started = clock()
         for step in range(1, config.steps + 1):
-            began = clock()
-            batch = await rollouts.next_batch()
-            took = clock()
-            await trainer.step(batch)
-            trained = clock()
+            wait_s, of_step_s, last = 0.0, 0.0, False
+            while not last:
+                began = clock()
+                batch = await (rollouts.next_part() if config.stream else rollouts.next_batch())
+                last = batch.last
+                took = clock()
+                await (trainer.step(batch) if last else trainer.add(batch))
+                trained = clock()
+                wait_s += took - began
+                of_step_s += trained - took
             await rollouts.publish(await trainer.export_weights())
-            train_s += trained - took
+            train_s += of_step_s
             stats = hub.stats()
             run.step(
                 {
                     "step": step,
                     "time_s": clock() - started,
-                    "time/wait_batch_s": took - began,
-                    "time/train_s": trained - took,
+                    "time/wait_batch_s": wait_s,
+                    "time/train_s": of_step_s,
                     "time/publish_s": clock() - trained,
                     "tokens/generated": stats.generated_tokens,
                     "publish/count": stats.publishes,
@@ -148,6 +157,7 @@ async def one_run(
         ledger = rollouts.ledger
         return {
             "alpha": config.alpha,
+            "stream": config.stream,
             "samples": ledger.count("trained"),
             "wall_s": wall_s,
             "idle_trainer": 1 - train_s / wall_s,
@@ -164,23 +174,27 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=4)
     parser.add_argument("--mean-s", type=float, default=0.25, help="mean latency of a step")
     parser.add_argument("--sigma", type=float, default=1.2, help="of its logarithm")
+    parser.add_argument("--stream", action="store_true", help="each run with stream=true as well")
+    parser.add_argument("--hidden-size", type=int, default=64, help="of the policy")
     parser.add_argument("--runs-dir", default="runs", help="where the runs' folders go")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the numbers go")
     options = parser.parse_args()
     rows = []
-    print(f"{'alpha':>5} {'samples':>7} {'wall s':>7} {'idle trainer':>12} {'idle worker':>11} "
-          f"{'wasted tokens':>13} {'speed-up':>8}")  # fmt: skip
-    for alpha in map(float, options.alphas.split(",")):
+    print(f"{'alpha':>5} {'stream':>6} {'samples':>7} {'wall s':>7} {'idle trainer':>12} "
+          f"{'idle worker':>11} {'wasted tokens':>13} {'speed-up':>8}")  # fmt: skip
+    streams = [False, True] if options.stream else [False]
+    for alpha, stream in itertools.product(map(float, options.alphas.split(",")), streams):
         with (
             tempfile.TemporaryDirectory() as folder,
-            RunFolder(configured(alpha, options)) as run,
+            RunFolder(configured(alpha, stream, options)) as run,
         ):
             row = asyncio.run(one_run(run.config, options, run, Path(folder)))
         rows.append(row)
         row["speed_up"] = rows[0]["wall_s"] / row["wall_s"]
         print(
-            f"{alpha:5g} {row['samples']:7.0f} {row['wall_s']:7.1f} {row['idle_trainer']:12.0%} "
-            f"{row['idle_worker']:11.0%} {row['wasted_tokens']:13.0f} {row['speed_up']:7.2f}x"
+            f"{alpha:5g} {stream!s:>6} {row['samples']:7.0f} {row['wall_s']:7.1f} "
+            f"{row['idle_trainer']:12.0%} {row['idle_worker']:11.0%} "
+            f"{row['wasted_tokens']:13.0f} {row['speed_up']:7.2f}x"
         )
     options.results.parent.mkdir(parents=True, exist_ok=True)
     settings = {name: str(value) for name, value in vars(options).items()}
