@@ -365,6 +365,12 @@ class EvalConfig(Section):
 
     tasks: int = Field(64, ge=1, description="episodes of an evaluation")
     temperature: float = Field(1.0, gt=0, description="of sampling")
+    mode: Literal["pause", "beside"] = Field(
+        "pause",
+        description="pause: rollout starts nothing meanwhile; beside: it goes on, and evaluation "
+        "has workers of its own, whose weights stay as they are. At the ends of a run: pause",
+    )
+    workers: int = Field(1, ge=1, description="of the engine's, for eval.mode=beside")
 
 
 class CheckpointConfig(Section):
@@ -468,6 +474,7 @@ class Config(Section):
                 f"trainer.mini_batches={self.trainer.mini_batches} exceeds batch_size="
                 f"{self.batch_size}: use fewer"
             )
+        self._check_share()
         if self.group_size < 2 and self.trainer.advantages.compares:
             raise ValueError(
                 f"group_size={self.group_size} with trainer.advantages.name="
@@ -573,6 +580,16 @@ class Config(Section):
                 f"{name} with trainer.mini_batches={self.trainer.mini_batches}: all but the first "
                 f"mini-batch come from weights before its own, because "
                 f"{objective.cannot_correct}: set trainer.mini_batches=1, {remedy}"
+            )
+
+    def _check_share(self) -> None:
+        """Of the workers, for evaluation beside rollout."""
+        workers = len(self.engine.urls) or self.engine.workers
+        if self.eval.mode == "beside" and self.eval.workers >= workers:
+            raise ValueError(
+                f"eval.workers={self.eval.workers} with eval.mode=beside leaves none of "
+                f"{workers} workers to rollout: set engine.workers to "
+                f"{self.eval.workers + 1} or more, or use eval.mode=pause"
             )
 
     def _check_gpus_apart(self) -> None:

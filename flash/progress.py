@@ -80,6 +80,12 @@ class Progress:
             self._write({"step": 0, "policy_version": self._hub.version})
         self._lap()
 
+    def evaluated_beside(self, evaluation: Evaluation) -> None:
+        """Of an earlier version, told in the present step's line; it took none of its time."""
+        told = evaluation.metrics()
+        del told["eval/time_s"]
+        self._metrics |= told
+
     def step_done(self, step: int) -> None:
         """Writes the step's line."""
         stats = self._hub.stats()

@@ -84,7 +84,7 @@ def _curves(
     handles = axis.plot(xs, rates, color=_TRAIN, alpha=0.25, lw=1)
     handles = axis.plot(xs, _smooth(rates), color=_TRAIN, lw=2, label=_smoothed("training"))
     evaluated = [line for line in lines if line.get("eval/success_rate") is not None]
-    exs = [x(line) for line in evaluated]
+    exs = [x({**line, "step": line.get("eval/version", line["step"])}) for line in evaluated]
     scores = [100 * line["eval/success_rate"] for line in evaluated]
     handles += axis.plot(exs, scores, "o-", color=_HELDOUT, lw=1.5, ms=5, label="held out")
     for number in sorted({0, len(scores) - 1}) if scores else ():

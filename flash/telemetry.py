@@ -84,6 +84,7 @@ METRICS = {
 """In every line but that of step 0; the names are fixed. A resume counts as a start."""
 
 MORE_METRICS = {
+    "eval/version": "whose weights were evaluated; in an earlier line's, with eval.mode=beside",
     "eval/success_rate": "on the held-out tasks, 0 to 1",
     "eval/reward_mean": "of the held-out episodes",
     "eval/turns_mean": "of the held-out episodes",

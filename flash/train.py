@@ -10,6 +10,7 @@ the same lines are synchronous training.
 """
 
 import asyncio
+import functools
 import logging
 import os
 import sys
@@ -21,8 +22,9 @@ from flash.config import Config
 from flash.errors import RolloutStall
 from flash.live import open_view
 from flash.progress import Progress
-from flash.rollout import RolloutLoop, filters
+from flash.rollout import AgentFactory, RolloutLoop, filters
 from flash.rollout.adaptive import AdaptiveAlpha
+from flash.rollout.beside import Beside
 from flash.rollout.blocked import watched_event_loop
 from flash.telemetry import RunFolder
 from flash.trainer import Trainer
@@ -115,14 +117,12 @@ async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any] | None
                 heldout=True,
                 reward=reward,
             )
-            exam = assembly.heldout_tasks(config)
-            async with progress.ticking():
+            exam = _Exam(config, rollouts, examinee, progress, stop)
+            async with progress.ticking(), exam.beside:
                 if trainer.version == 0:
                     await hub.probe(await trainer.export_weights())
-                    untrained = await _unless(stop, rollouts.evaluate(exam, agent=examinee))
-                    if untrained is None:
+                    if not await exam.alone():
                         return None
-                    progress.evaluated(untrained)
                 while trainer.version < config.steps and not stop.is_set():
                     batch = await _next_batch(config, stop, rollouts, trainer, progress)
                     if batch is None:
@@ -136,13 +136,11 @@ async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any] | None
                         report = await rollouts.publish(await trainer.export_weights())
                     progress.published(report)
                     rollouts.follow(adaptive.after_step(progress.metrics))
-                    if evaluates:
-                        trained = await _unless(stop, rollouts.evaluate(exam, agent=examinee))
-                        if trained is not None:
-                            progress.evaluated(trained)
+                    await exam.after(step, due=evaluates)
                     progress.step_done(step)
                     if _is_due(step, config.checkpoint.every):
                         await _save(folder, trainer, rollouts, tasks, adaptive)
+                await exam.finish()
                 if not folder.checkpoint(trainer.version).exists():
                     await _save(folder, trainer, rollouts, tasks, adaptive)
             return await progress.summarise(stopped=stop.is_set())
@@ -163,6 +161,49 @@ async def _next_batch(
         await trainer.add(part)
         progress.trained({})
     return part
+
+
+class _Exam:
+    """The evaluations of a run: beside rollout if so configured, with it paused at the ends."""
+
+    def __init__(
+        self,
+        config: Config,
+        rollouts: RolloutLoop,
+        agent: AgentFactory,
+        progress: Progress,
+        stop: asyncio.Event,
+    ) -> None:
+        self.beside = Beside(progress.evaluated_beside)
+        self._config = config
+        tasks = assembly.heldout_tasks(config)
+        self._play = functools.partial(rollouts.evaluate, tasks, agent=agent)
+        self._play_beside = functools.partial(
+            rollouts.evaluate_beside, tasks, agent=agent, workers=config.eval.workers
+        )
+        self._progress = progress
+        self._stop = stop
+
+    async def alone(self) -> bool:
+        """Whether it came to its end: not if the run is to stop."""
+        evaluation = await _unless(self._stop, self._play())
+        if evaluation is not None:
+            self._progress.evaluated(evaluation)
+        return evaluation is not None
+
+    async def after(self, step: int, *, due: bool) -> None:
+        """Of the weights just published, if it is due."""
+        if due and step < self._config.steps and self._config.eval.mode == "beside":
+            self.beside.begin(step, self._play_beside)
+        elif due:
+            await self.alone()
+        if step == self._config.steps - 1:  # the last line has an evaluation of its own
+            await _unless(self._stop, self.beside.finish())
+
+    async def finish(self) -> None:
+        """Waits for the one that runs, or gives it up if the run is to stop."""
+        await _unless(self._stop, self.beside.finish())
+        self.beside.cancel()
 
 
 def _end_of(folder: RunFolder) -> Callable[[str], None]:

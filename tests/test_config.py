@@ -49,6 +49,7 @@ def test_async_generation_ratio_is_another_name_for_alpha():
         ({"env": {"name": "frozen_lake", "options": 3}}, "env.options=3: must be a mapping: {key:"),
         ({"runs_dir": 3}, "runs_dir=3: must be a path"),
         ({"rollout": {"on_stale": "x"}}, "rollout.on_stale='x': must be 'regenerate', 'wait' or"),
+        ({"eval": {"mode": "beside"}}, "beside leaves none of 1 workers to rollout: set engine.wo"),
         (
             {"rollout": {"filters": "equal_rewardz"}},
             "rollout.filters: 'equal_rewardz' is none of equal_rewards; name one of your own",

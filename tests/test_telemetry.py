@@ -40,7 +40,13 @@ def test_the_names_of_the_metrics_are_fixed():
 
 def test_what_an_evaluation_measures_is_explained():
     evaluation = Evaluation(
-        success_rate=0.5, reward_mean=0.5, turns_mean=9, episodes=64, failed=0, time_s=1
+        success_rate=0.5,
+        reward_mean=0.5,
+        turns_mean=9,
+        episodes=64,
+        failed=0,
+        time_s=1,
+        versions=(3,),
     )
     assert evaluation.metrics().keys() <= MORE_METRICS.keys()
     assert not METRICS.keys() & MORE_METRICS.keys()

@@ -22,6 +22,7 @@ from dataclasses import replace
 from flash.errors import InferenceFailure, PublishFailure
 from flash.hub.checks import check, check_age
 from flash.hub.http_worker import HttpWorker
+from flash.hub.loan import Lent, Loan
 from flash.hub.reports import HubStats, PublishReport, WorkerPublish, WorkerStats
 from flash.hub.slot import Received, Slot, Waiter
 from flash.hub.worker import BadRequest, Pool, Worker, WorkerBroken, WorkerFailure
@@ -246,8 +247,11 @@ class InferenceHub:
                     version=slot.version,
                     running=slot.running,
                     outstanding_tokens=slot.outstanding_tokens,
-                    busy_s=slot.busy_s + (self._clock() - slot.busy_since) * (slot.running > 0),
+                    busy_s=slot.busy_s
+                    + (slot.lent.busy_s if slot.lent is not None else 0.0)
+                    + (self._clock() - slot.busy_since) * (slot.running > 0),
                     updating=slot.updating,
+                    lent=slot.lent is not None,
                     quiet_s=(self._clock() - slot.progress_at) * (slot.running > 0),
                     oldest_s=max(ages_s, default=0.0),
                     newest_s=min(ages_s, default=0.0),
@@ -256,7 +260,7 @@ class InferenceHub:
             ),
         )
 
-    def place_of(self, session: str) -> str:
+    def whereabouts(self, session: str) -> str:
         """Where the session's request is, or was last: `queue`, a worker's name, or nothing."""
         if any(waiter.request.session == session for waiter in self._queue):
             return "queue"
@@ -452,6 +456,8 @@ class InferenceHub:
         if not slot.healthy and not slot.gone:
             return  # it is known, and being looked after
         was_healthy, slot.healthy = slot.healthy, False
+        if slot.lent is not None:  # what comes back has other weights
+            slot.lent.end(str(cause))
         self._send_away(slot)
         if self._failure is not None:
             return
@@ -598,7 +604,7 @@ class InferenceHub:
             paused_s: dict[Slot, float] = {}
             for slot in self._slots:
                 # Not those that are out, nor one that came back with these weights just now.
-                if slot.healthy and slot.version != weights.version:
+                if slot.healthy and slot.lent is None and slot.version != weights.version:
                     started = self._clock()
                     await self._update(slot, weights, mode)
                     paused_s[slot] = self._clock() - started
@@ -624,6 +630,61 @@ class InferenceHub:
                 workers=sum(worker.updated for worker in per_worker),
                 per_worker=per_worker,
             )
+
+    @contextlib.asynccontextmanager
+    async def lend(self, workers: int) -> AsyncIterator["InferenceHub"]:
+        """A hub over so many of the workers, while the block runs, with the weights they have now.
+
+        This hub sends them nothing and publishes nothing to them meanwhile; what they were at,
+        they finish. Afterwards they get the present weights and come back. One that fails is lost
+        to the borrower, and back here once it is well. Raises InferenceFailure if there are not
+        enough healthy workers to keep one.
+        """
+        async with self._publishing:  # not between two versions
+            able = [s for s in self._slots if s.accepting and s.version == self.version]
+            if len(able) <= workers:
+                raise InferenceFailure(
+                    f"{workers} of {len(able)} healthy workers can't be lent: one must stay"
+                )
+            slots = sorted(able, key=lambda slot: slot.outstanding_tokens)[:workers]
+            lent = [Lent(slot.worker) for slot in slots]
+            for slot, worker in zip(slots, lent, strict=True):
+                slot.lent = worker
+            share = InferenceHub(
+                Loan(lent),
+                max_running=self._max_running,
+                version=self.version,
+                request_timeout_s=self._request_timeout_s,
+                control_timeout_s=self._control_timeout_s,
+                recovery_timeout_s=self._recovery_timeout_s,
+                progress_timeout_s=self._progress_timeout_s,
+            )
+        try:
+            async with share:
+                yield share
+        finally:
+            told = share.stats()
+            self._requests += told.requests
+            self._prompt_tokens += told.prompt_tokens
+            self._generated_tokens += told.generated_tokens
+            for slot in slots:
+                rejoin = self._rejoin(slot)
+                self._tasks.create_task(rejoin, name=f"rejoin {slot.worker.name}")
+
+    async def _rejoin(self, slot: Slot) -> None:
+        """A lent worker comes back, with the present weights."""
+        async with self._publishing:
+            lent, slot.lent = slot.lent, None
+            assert lent is not None
+            slot.busy_s += lent.busy_s
+            if lent.failed and slot.healthy:
+                self._take_out(slot, WorkerFailure(f"{slot.worker.name}: {lent.failed}"))
+            if slot.healthy and self._weights is not None and slot.version != self.version:
+                try:
+                    await self._update(slot, self._weights, "keep")
+                except PublishFailure as failure:
+                    logger.warning("%s came back from an evaluation: %s", slot.worker.name, failure)
+        self._dispatch()
 
     async def probe(self, weights: Weights) -> float:
         """The largest difference between the workers' logprobs and `weights.score`, on a probe.

@@ -4,6 +4,7 @@ import asyncio
 import math
 from dataclasses import dataclass, field
 
+from flash.hub.loan import Lent
 from flash.hub.worker import Worker
 from flash.types import Completion, GenerateRequest
 
@@ -20,6 +21,7 @@ class Slot:
     healthy: bool = True
     gone: bool = False
     updating: bool = False
+    lent: Lent | None = None
     up: asyncio.Event = field(default_factory=asyncio.Event)  # its process lives, if it is ours
     failures: int = 0  # since its last good answer
     streams: bool = False  # it has told of tokens before an answer was whole
@@ -33,7 +35,7 @@ class Slot:
 
     @property
     def accepting(self) -> bool:
-        return self.healthy and not self.updating
+        return self.healthy and not self.updating and self.lent is None
 
 
 @dataclass(slots=True, eq=False)

@@ -3,7 +3,7 @@
 publish under way  ─► a worker, or the probe                     publish_stuck
 no call under way  ─► the caller, or the trainer that it awaits  trainer_dead, trainer_hangs,
                                                                  nobody_collects
-a batch awaited    ─► episodes end, and none is of use           all_stale, nothing_kept
+a batch awaited    ─► episodes end, and all of them stale        all_stale
                    ─► none runs                                  publish_missing, nothing_runs
                    ─► given up, and still there                  cancellation_ignored
                    ─► most of them wait in one stage:
@@ -27,7 +27,7 @@ from flash.rollout.stacks import waiting_stack
 from flash.types import TrainerState
 
 _EPISODES_NAMED = 8
-# So many capacities' worth of episodes ended for nothing: it is no accident.
+# So many capacities' worth of episodes grew stale: it is no accident.
 _FRUITLESS = 2
 _SAME_TIME_S = 1e-3
 
@@ -37,7 +37,7 @@ class Hub(Protocol):
 
     def stats(self) -> HubStats: ...
 
-    def place_of(self, session: str) -> str: ...
+    def whereabouts(self, session: str) -> str: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,9 +80,15 @@ class Cause:
 
 
 def fruitless(loop: Loop) -> bool:
-    """Whether episodes end and end, and the next batch comes no nearer."""
-    ended = loop.pulse.ended_since_gain.total()
-    return ended >= _FRUITLESS * loop.capacity
+    """Whether episodes grow stale and are begun again, and the next batch comes no nearer.
+
+    Of those that fail or are filtered the loop itself bears so many only.
+    """
+    return _stale(loop.pulse.ended_since_gain) >= _FRUITLESS * loop.capacity
+
+
+def _stale(ended: Counter[str]) -> int:
+    return ended["cancelled(stale)"] + ended["dropped(stale)"]
 
 
 def find_cause(loop: Loop, call: Call | None, trainer: TrainerState | None) -> Cause:
@@ -151,16 +157,12 @@ def _of_the_episodes(loop: Loop) -> Cause:
 
 def _of_what_ended(loop: Loop) -> Cause:
     ended = loop.pulse.ended_since_gain
-    total = ended.total()
-    reason, count = ended.most_common(1)[0]
-    words = f"{count} of the last {total} episodes ended as {reason}, and no batch came nearer"
-    if reason in ("cancelled(stale)", "dropped(stale)"):
-        words = (
-            f"everything grows stale: {words}. Weights are published faster than groups are "
-            f"whole: publish less often, raise alpha={loop.alpha:g}, or make episodes shorter"
-        )
-        return Cause(name="all_stale", words=words)
-    return Cause(name="nothing_kept", words=f"nothing is kept: {words}")
+    words = (
+        f"everything grows stale: {_stale(ended)} of the last {ended.total()} episodes that ended, "
+        f"and no batch came nearer. Weights are published faster than groups are whole: publish "
+        f"less often, raise alpha={loop.alpha:g}, or make episodes shorter"
+    )
+    return Cause(name="all_stale", words=words)
 
 
 def _of_admission(loop: Loop) -> Cause:
@@ -187,7 +189,7 @@ def _of_generation(hub: Hub, blocking: Sequence[Episode]) -> Cause:
             f"all {len(stats.workers)} workers are out, and {_episodes(blocking)} ask for tokens"
         )
         return Cause(name="workers_out", words=words, episodes=blocking)
-    places = Counter(hub.place_of(episode.session) for episode in blocking)
+    places = Counter(hub.whereabouts(episode.session) for episode in blocking)
     place = max(places, key=lambda name: places[name])
     worker = next((worker for worker in healthy if worker.name == place), None)
     if worker is None:  # in the queue, where they wait for whoever is full and does nothing

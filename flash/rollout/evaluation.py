@@ -22,10 +22,12 @@ class Evaluation:
     episodes: int
     failed: int
     time_s: float
+    versions: tuple[int, ...]  # whose weights sampled it: one, unless some were published meanwhile
 
     def metrics(self) -> dict[str, float]:
         """The `eval/*` metrics."""
-        return {
+        versions = {"eval/version": self.versions[0]} if self.versions else {}
+        return versions | {
             "eval/success_rate": self.success_rate,
             "eval/reward_mean": self.reward_mean,
             "eval/turns_mean": self.turns_mean,
@@ -107,4 +109,14 @@ async def evaluate(
         episodes=len(trajectories),
         failed=len(failures),
         time_s=clock() - started,
+        versions=tuple(
+            sorted(
+                {
+                    int(version)
+                    for trajectory in trajectories
+                    for sample in trajectory.samples
+                    for version in sample.sampled_versions()
+                }
+            )
+        ),
     )

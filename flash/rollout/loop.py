@@ -19,6 +19,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Any, Literal, Protocol
 
 from flash.errors import EpisodeFailure, FlashError, RolloutFailure
@@ -58,7 +59,9 @@ class Hub(Generator, Protocol):
 
     def stats(self) -> HubStats: ...
 
-    def place_of(self, session: str) -> str: ...
+    def whereabouts(self, session: str) -> str: ...
+
+    def lend(self, workers: int) -> AbstractAsyncContextManager[Generator]: ...
 
     def give_up(self, worker: str, why: str) -> None: ...
 
@@ -296,6 +299,25 @@ class RolloutLoop:
         self._slots.follow(alpha)
         if self._admitting:
             self._admit()
+
+    async def evaluate_beside(
+        self, tasks: Sequence[Task], *, agent: AgentFactory | None = None, workers: int = 1
+    ) -> Evaluation:
+        """Plays the tasks once each on a share of the workers, while rollout goes on with the rest.
+
+        The share keeps the weights that it has at the start, whatever is published meanwhile; so
+        all of the evaluation is of that version. Raises what `evaluate` does, and InferenceFailure
+        if the share is lost or there is none to spare.
+        """
+        async with self.hub.lend(workers) as share:
+            return await evaluate(
+                share,
+                agent or self._agent,
+                tasks,
+                concurrency=self.capacity,
+                max_attempts=self._max_attempts,
+                stall_timeout_s=self._stall_timeout_s,
+            )
 
     @property
     def capacity(self) -> int:

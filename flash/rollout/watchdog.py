@@ -5,8 +5,8 @@
     the caller, between two calls       caller_timeout_s; stall_timeout_s if the trainer is dead
     an evaluation                       its own
 
-A wait for a batch has stalled where nothing moved for so long, or where episodes ended for
-nothing. Remedies that bring no gain are not tried for ever.
+A wait for a batch has stalled where nothing moved for so long, or where all that ended had
+grown stale. Remedies that bring no gain are not tried for ever.
 """
 
 import asyncio

@@ -375,7 +375,8 @@ class Schedule:
             RolloutFailure: ("worker", "answer", "env", "agent", "reward", "control", "tasks_end"),
             TrainerFailure: ("trainer_dies",),
         }
-        assert any(cause in kinds for cause in causes[type(error)]), f"nothing planted: {error!r}"
+        planted = next(causes[kind] for kind in type(error).__mro__ if kind in causes)
+        assert any(cause in kinds for cause in planted), f"nothing planted: {error!r}"
 
     def _check_end(self) -> None:
         assert not self.loop_errors, self.loop_errors
