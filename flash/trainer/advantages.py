@@ -29,13 +29,13 @@ gae           γ 1, λ 1, whiten    V is the present critic's, but it has learne
                                   more versions ago; what followed a token is what old weights did,
                                   the less of which counts the smaller λ is
 
-No advantage corrects for who sampled: that is the objective's part. What is off by the age of the
-actions after a token, no objective of ours corrects either.
+No advantage corrects for who sampled: that is the objective's part. That later actions of the
+episode were old weights' too, only the ratio of a whole sequence corrects (masked_is, topr).
 
-`whiten` and `clip` are none by default but for gae; all may be whitened over the batch's trained
-tokens, and then clipped. The values V of `gae` are a
-critic's, on the trainer's ranks (`critic.py`); so its advantages are computed there, at the start
-of a step (`values.py`), and not when a batch is handed over.
+All may be whitened over the batch's trained tokens, and then clipped; gae is whitened unless told
+otherwise, reinforce_pp always. The values V of `gae` are a critic's, on the trainer's ranks
+(`critic.py`); so its advantages are computed there, at the start of a step (`values.py`), and not
+when a batch is handed over.
 """
 
 from collections.abc import Callable, Hashable, Sequence

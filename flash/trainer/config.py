@@ -17,7 +17,7 @@ _DEFAULTS = {"objective": "decoupled_ppo", "advantages": "grpo"}
 
 
 class CriticConfig(Section):
-    """The critic of advantages=gae: a second model of the policy's size, with a head for values."""
+    """A second model of the policy's size, which values states; for advantages=gae."""
 
     learning_rate: float = Field(1e-5, gt=0, description="of the critic's AdamW")
     clip: float | None = Field(
