@@ -143,6 +143,13 @@ class RolloutLoop:
             raise ValueError(
                 f"batch_size={batch_size} must be a positive multiple of group_size={group_size}"
             )
+        for name, count in (
+            ("redundant_groups", redundant_groups),
+            ("redundant_episodes", redundant_episodes),
+            ("max_regenerations", max_regenerations),
+        ):
+            if count < 0:
+                raise ValueError(f"{name}={count} must be at least 0")
         if not (math.isfinite(alpha) and alpha >= 0):
             raise ValueError(f"alpha={alpha} must be a number of at least 0; 0 is synchronous")
         self.hub = hub

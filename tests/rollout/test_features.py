@@ -216,6 +216,16 @@ def test_a_group_outlives_an_episode_that_keeps_failing_if_it_has_a_spare():
     assert virtual_time.run(main(1)) == {0, 1}
 
 
+@pytest.mark.parametrize("field", ["redundant_groups", "redundant_episodes", "max_regenerations"])
+def test_negative_counts_are_refused_by_name(field):
+    async def main():
+        async with rollouts(**{field: -1}):
+            pass
+
+    with pytest.raises(ValueError, match=f"{field}=-1 must be at least 0"):
+        virtual_time.run(main())
+
+
 # ── what can no longer matter ────────────────────────────────────────────────────────────────
 
 
@@ -346,6 +356,22 @@ def test_alpha_counts_versions_trained_where_only_some_are_published():
                 if version % 3 == 0:
                     await loop.publish(Weights(version=version, path=Path("/fake")))
         assert ages == [0, 1, 2] * 3
+
+    virtual_time.run(main())
+
+
+def test_the_next_batch_is_assembled_while_weights_are_published():
+    async def main():
+        worker = FakeWorker("w", load_s=(50, 50))
+        async with rollouts(workers=[worker], alpha=1) as loop:
+            await loop.next_batch()
+            before = loop.ledger.ready
+            publishing = asyncio.create_task(loop.publish(Weights(version=1, path=Path("/fake"))))
+            await asyncio.sleep(40)
+            assert not publishing.done()
+            assert loop.ledger.ready >= before
+            assert loop.ledger.ready == 4, "a whole batch, ready before the publish is over"
+            await publishing
 
     virtual_time.run(main())
 
