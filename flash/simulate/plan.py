@@ -1,12 +1,14 @@
-"""`flash plan`: how to split the GPUs, and how much asynchrony to allow.
+"""`flash plan`: how to split the GPUs, how much asynchrony to allow, how much to begin in vain.
 
 For each α the split is searched that trains the most samples a second: with too few workers the
 trainer waits, with too many they wait. Between the two the curve has one top, so each round of the
-search keeps the side where it is higher.
+search keeps the side where it is higher. Then redundancy is tried at each α's best split: what it
+brings depends on the tail, and costs tokens that nobody trains.
 """
 
 import functools
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from flash.simulate.scenario import Scenario
 _MOST_SPLITS = 16
 _NEARLY = 0.95  # of the best speed, which a smaller α may have
 _WAITS = 0.1
+_REDUNDANT = (1 / 8, 1 / 4, 1 / 2)  # of a group's episodes, and of a batch's groups
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +34,8 @@ class Choice:
     workers: int
     trainer_gpus: int
     result: Result
+    redundant_groups: int = 0
+    redundant_episodes: int = 0
 
     @property
     def why(self) -> str:
@@ -45,7 +50,7 @@ class Choice:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """`best` has the choice of each α, and `recommended` is the one to take: the least age among
-    those that are nearly as quick as the quickest."""
+    those that are nearly as quick as the quickest, and of those the one that wastes the least."""
 
     tried: Sequence[Choice]
     best: Sequence[Choice]
@@ -88,10 +93,12 @@ def plan(
                 high = middle
             else:
                 low = middle + 1
-        best.append(choice(low))
+        found = _with_redundancy(scenario, choice(low), on_choice)
+        tried += found[1:]
+        best.append(max(found, key=_worth))
     quickest = max(choice.result.samples_per_s for choice in best)
     quick = [choice for choice in best if choice.result.samples_per_s >= _NEARLY * quickest]
-    recommended = min(quick, key=lambda choice: choice.result.staleness_mean)
+    recommended = min(quick, key=lambda c: (c.result.staleness_mean, c.result.wasted_share))
     return Plan(tried=tried, best=best, recommended=recommended)
 
 
@@ -110,19 +117,56 @@ def _splits(gpus: int, of_worker: int) -> list[tuple[int, int]]:
     return [(count, gpus - count * of_worker) for count in counts]
 
 
-def _choice(scenario: Scenario, alpha: float, workers: int, trainer_gpus: int) -> Choice:
+def _with_redundancy(
+    scenario: Scenario, plain: Choice, on_choice: Callable[[Choice], None]
+) -> list[Choice]:
+    """The choice, and the same with more and more redundancy, as long as more is quicker."""
+    found = [plain]
+    for share in _REDUNDANT:
+        before = max(map(_worth, found))
+        groups = math.ceil(share * scenario.batch_size / scenario.group_size)
+        episodes = math.ceil(share * scenario.group_size)
+        for pair in ((groups, 0), (0, episodes), (groups, episodes)):
+            if any(pair == (c.redundant_groups, c.redundant_episodes) for c in found):
+                continue
+            found.append(_choice(scenario, plain.alpha, plain.workers, plain.trainer_gpus, *pair))
+            on_choice(found[-1])
+        if max(map(_worth, found)) == before:
+            break
+    return found
+
+
+def _worth(choice: Choice) -> float:
+    """Its speed; that of a redundant one counts a little less, for what it wastes."""
+    redundant = choice.redundant_groups or choice.redundant_episodes
+    return choice.result.samples_per_s * (_NEARLY if redundant else 1.0)
+
+
+def _choice(
+    scenario: Scenario,
+    alpha: float,
+    workers: int,
+    trainer_gpus: int,
+    redundant_groups: int = 0,
+    redundant_episodes: int = 0,
+) -> Choice:
     # Long enough for the start to matter little, and no longer.
     steps = 4 + round(3 * (1 + alpha))
-    changes = {"alpha": alpha, "workers.count": workers, "trainer.gpus": trainer_gpus}
+    split = {"workers.count": workers, "trainer.gpus": trainer_gpus}
+    redundant = {"redundant_groups": redundant_groups, "redundant_episodes": redundant_episodes}
+    changes = {"alpha": alpha, **split, **redundant}
     result = simulate(scenario.changed({**changes, "time_s": None, "steps": steps}))
-    return Choice(alpha=alpha, workers=workers, trainer_gpus=trainer_gpus, result=result)
+    return Choice(
+        alpha=alpha, workers=workers, trainer_gpus=trainer_gpus, result=result, **redundant
+    )
 
 
 def run(scenario: Scenario, *, gpus: int, alphas: Sequence[float], out: Path) -> Plan:
     """Prints the plan as it is found; keeps it in `out` with a picture and the best scenario."""
     header = (
-        f"{'alpha':>5} {'workers':>8} {'trainer':>8} {'samples/s':>9} {'idle: trainer':>13} "
-        f"{'workers':>7} {'age: mean':>9} {'max':>3} {'wasted':>6}"
+        f"{'alpha':>5} {'workers':>8} {'trainer':>8} {'+groups':>7} {'+episodes':>9} "
+        f"{'samples/s':>9} {'idle: trainer':>13} {'workers':>7} "
+        f"{'age: mean':>9} {'max':>3} {'wasted':>6}"
     )
     print(f"{scenario.name}: {gpus} GPUs, workers of {scenario.workers.gpus}\n{header}")
     found = plan(
@@ -142,17 +186,27 @@ def run(scenario: Scenario, *, gpus: int, alphas: Sequence[float], out: Path) ->
         took = ""
     print(
         f"\ntake alpha={take.alpha:g} with {take.workers} workers and {take.trainer_gpus} GPUs for "
-        f"the trainer: {take.result.samples_per_s:.3g} samples/s{took}"
+        f"the trainer{_spare(take)}: {take.result.samples_per_s:.3g} samples/s{took}"
     )
     print("written:", ", ".join(map(str, _write(found, out))))
     return found
+
+
+def _spare(choice: Choice) -> str:
+    if not choice.redundant_groups and not choice.redundant_episodes:
+        return ""
+    return (
+        f", redundant_groups={choice.redundant_groups} and "
+        f"redundant_episodes={choice.redundant_episodes}"
+    )
 
 
 def _line(choice: Choice, scenario: Scenario) -> str:
     result = choice.result
     return (
         f"{choice.alpha:5g} {choice.workers:4}×{scenario.workers.gpus:<3} "
-        f"{choice.trainer_gpus:8} {result.samples_per_s:9.3g} {result.idle_trainer:13.0%} "
+        f"{choice.trainer_gpus:8} {choice.redundant_groups:7} {choice.redundant_episodes:9} "
+        f"{result.samples_per_s:9.3g} {result.idle_trainer:13.0%} "
         f"{result.idle_workers:7.0%} {result.staleness_mean:9.2f} {result.staleness_max:3} "
         f"{result.wasted_share:6.1%}"
     )
@@ -179,6 +233,8 @@ def _summary(choice: Choice) -> Mapping[str, Any]:
         "alpha": choice.alpha,
         "workers": choice.workers,
         "trainer_gpus": choice.trainer_gpus,
+        "redundant_groups": choice.redundant_groups,
+        "redundant_episodes": choice.redundant_episodes,
         "samples_per_s": result.samples_per_s,
         "idle_trainer": result.idle_trainer,
         "idle_workers": result.idle_workers,

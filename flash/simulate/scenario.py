@@ -49,6 +49,9 @@ class WorkloadConfig(Section):
 
     prompt_tokens: Varying = Field(constant(512), description="of the first prompt; a task's own")
     response_tokens: Varying = Field(constant(512), description="of one response")
+    response_scale: Varying = Field(
+        constant(1), description="a factor of all the responses to a task: hard ones are long"
+    )
     turns: Varying = Field(constant(1), description="responses in an episode")
     observation_tokens: Varying = Field(constant(0), description="between two responses")
     env_reset_s: Varying = Field(constant(0), description="an environment's reset")

@@ -63,6 +63,7 @@ class World:
         self._prompt_tokens = workload.prompt_tokens.sampler()
         self._response_tokens = workload.response_tokens.sampler()
         self._observation_tokens = workload.observation_tokens.sampler()
+        self._response_scale = workload.response_scale.sampler()
         self._turns = workload.turns.sampler()
         self._reset_s = workload.env_reset_s.sampler()
         self._step_s = workload.env_step_s.sampler()
@@ -73,7 +74,9 @@ class World:
         """The task's next episode."""
         attempt = self._episodes_of[task]
         self._episodes_of[task] += 1
-        prompt_tokens = self._prompt_tokens.draw(random.Random(f"{self._seed} {task}"))
+        of_task = random.Random(f"{self._seed} {task}")
+        prompt_tokens = self._prompt_tokens.draw(of_task)
+        length = self._response_scale.draw(of_task)
         rng = random.Random(f"{self._seed} {task} {attempt}")
         self._numbers += 1
         script = Script(
@@ -85,7 +88,7 @@ class World:
             reward=float(rng.random() < self._workload.success_rate),
         )
         if self._replay is None:
-            self._draw_turns(script, rng)
+            self._draw_turns(script, rng, length)
         else:
             self._replay_turns(script, self._replay.episode(task, attempt, rng))
         script.observation_tokens = [
@@ -95,10 +98,12 @@ class World:
         self._scripts[script.number] = script
         return script
 
-    def _draw_turns(self, script: Script, rng: random.Random) -> None:
+    def _draw_turns(self, script: Script, rng: random.Random, length: float) -> None:
         turns = range(max(1, round(self._turns.draw(rng))))
         scale = self._step_scale.draw(rng)
-        script.response_tokens = [max(1, round(self._response_tokens.draw(rng))) for _ in turns]
+        script.response_tokens = [
+            max(1, round(length * self._response_tokens.draw(rng))) for _ in turns
+        ]
         script.step_s = [scale * self._step_s.draw(rng) for _ in turns]
 
     def _replay_turns(self, script: Script, episode: Played) -> None:

@@ -71,6 +71,24 @@ def test_each_choice_says_what_limits_it():
     assert "slowest episodes" in why(**{"workload.env_step_s": 100})
 
 
+def test_redundancy_is_taken_where_a_long_tail_pays_for_it():
+    tail = {"workload.env_step_s": {"kind": "pareto", "mean": 20, "shape": 1.2}}
+    slow = plan(workload(**tail), gpus=4, alphas=[1])
+    assert slow.recommended.redundant_groups or slow.recommended.redundant_episodes
+    plain = [c for c in slow.tried if not c.redundant_groups and not c.redundant_episodes]
+    gain = slow.recommended.result.samples_per_s / max(c.result.samples_per_s for c in plain)
+    assert gain > 1.1
+    scenario = slow.recommended.result.scenario
+    assert scenario.redundant_episodes == slow.recommended.redundant_episodes
+
+
+def test_redundancy_that_brings_nothing_is_not_taken(found):
+    assert any(choice.redundant_episodes for choice in found.tried), "it was tried"
+    for choice in found.best[1:]:
+        assert not choice.redundant_groups
+        assert not choice.redundant_episodes
+
+
 def test_the_command_prints_the_plan_and_keeps_a_scenario_that_runs(tmp_path, capsys):
     path = tmp_path / "work.yaml"
     path.write_text(yaml.safe_dump(workload().model_dump(mode="json", exclude_unset=True)))
