@@ -338,6 +338,41 @@ def test_a_run_that_stops_knows_which_tasks_it_leaves_unfinished():
     assert not trained & unfinished
 
 
+def test_an_episode_that_is_cancelled_by_what_it_called_has_failed():
+    """Started again as if the loop had cancelled it, it would be so for ever."""
+
+    class Cancelling(FakeEnvs):
+        async def take_time(self):
+            raise asyncio.CancelledError
+
+    async def main():
+        async with rollouts(envs=Cancelling()) as loop:
+            with pytest.raises(RolloutFailure, match="cancelled by what it called"):
+                await loop.next_batch()
+            assert loop.ledger.ended["failed", "agent"] > 0
+
+    virtual_time.run(main())
+
+
+def test_an_agent_that_crashes_after_its_report_costs_no_more_than_itself():
+    class Twice(EnvironmentAgent):
+        async def run(self, report):
+            def report_twice(episode, end):
+                report(episode, end)
+                report(episode, end)
+
+            await super().run(report_twice)
+
+    async def main():
+        async with rollouts(agent=Twice, alpha=0) as loop:
+            for version in range(1, 4):
+                await loop.next_batch()
+                await loop.publish(weights(version))
+            assert loop.crashes > 0
+
+    virtual_time.run(main())
+
+
 def test_thousands_of_agents_run_at_once():
     async def main():
         worker = FakeWorker("w", token_s=(0.5, 1.0))
