@@ -4,6 +4,10 @@ The paper does not give every setting; what is assumed here is printed with each
 latencies decide most of them, and are not published: how long a tail is, how alike the responses to
 a prompt are, what share of a step is training, what share of the groups a filter drops. So a figure
 of ours that is near tells that the setting is plausible, and one that is far that it is another.
+Of queue scheduling, replication and the agentic jobs a handful of settings were tried, and those
+shown were chosen with the published figures in view: they are fits, not predictions. No setting
+that was tried gave queue scheduling without redundancy more than 1.4, or replication a gain that
+grows with the batch as the paper's does.
 
     python benchmarks/paper.py [STUDY …]
 """
