@@ -9,7 +9,8 @@ N ?= 1000
 ARGS ?=
 
 BIN := .venv/bin
-UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt \
+# Compiled at once: what starts from .venv starts many processes, which may not write bytecode.
+UV := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt \
 	$(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)")
 # One thread each: the models of the tests are small, and several run side by side.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup \
