@@ -170,7 +170,8 @@ class RolloutLoop:
         self._stall_timeout_s = stall_timeout_s
         self._on_episode = on_episode
 
-        self._admitting = False
+        self._open = False
+        self._paused = False
         self._slots = Slots(
             groups_per_batch=self._groups_per_batch,
             group_size=group_size,
@@ -210,13 +211,13 @@ class RolloutLoop:
     async def __aenter__(self) -> "RolloutLoop":
         await self._crew.__aenter__()
         await self._watchdog.__aenter__()
-        self._admitting = True
+        self._open = True
         self._admit()
         return self
 
     async def __aexit__(self, *exc_info: Any) -> None:
         """Ends what runs (cancelled) and what waits (dropped), for the reason `shutdown`."""
-        self._admitting = False
+        self._open = False
         for group in list(self._groups):
             self._give_up(group, "shutdown")
         try:
@@ -284,7 +285,7 @@ class RolloutLoop:
         `agent` makes the agents if evaluation has its own (another split, another temperature).
         These episodes train nothing and are not in the ledger.
         """
-        self._admitting = False
+        self._paused = True
         try:
             return await evaluate(
                 self.hub,
@@ -295,7 +296,7 @@ class RolloutLoop:
                 stall_timeout_s=self._stall_timeout_s,
             )
         finally:
-            self._admitting = True
+            self._paused = False
             self._admit()
 
     def follow(self, alpha: float) -> None:
@@ -304,7 +305,7 @@ class RolloutLoop:
             raise ValueError(f"alpha={alpha} must be from 0 to the loop's bound of {self.alpha:g}")
         self.alpha_in_force = alpha
         self._slots.follow(alpha)
-        if self._admitting:
+        if self._open:
             self._admit()
 
     async def evaluate_beside(
@@ -381,7 +382,8 @@ class RolloutLoop:
         """
         fresh_enough = self._next_version - self.hub.version <= self.alpha
         while (
-            self._admitting
+            self._open
+            and not self._paused
             and self._started_this_turn < _STARTS_A_TURN
             and self._failure is None
             and fresh_enough

@@ -267,6 +267,21 @@ def test_evaluation_pauses_admission_and_stays_out_of_the_ledger():
     virtual_time.run(main())
 
 
+def test_an_evaluation_that_is_cancelled_as_the_loop_closes_admits_nothing():
+    async def main():
+        async with rollouts(alpha=1) as loop:
+            await loop.next_batch()
+            evaluation = asyncio.ensure_future(loop.evaluate([Task(seed) for seed in range(20)]))
+            await asyncio.sleep(0)  # it begins
+            admitted = loop.ledger.admitted
+            evaluation.cancel()
+        assert evaluation.cancelled()
+        assert loop.ledger.admitted == admitted
+        assert loop.ledger.running == 0
+
+    virtual_time.run(main())
+
+
 def test_an_evaluation_task_that_fails_is_tried_again_and_counted_if_it_keeps_failing():
     async def main():
         async with rollouts(envs=FakeEnvs(fail_rate=0.4), max_attempts=2) as loop:
