@@ -13,8 +13,8 @@ BIN := .venv/bin
 UV := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt \
 	$(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)")
 # One thread each: the models of the tests are small, and several run side by side.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup \
-	--durations 15
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 \
+	--dist loadfile --no-loadscope-reorder --durations 15
 EXTRAS := alfworld,reasoning,dev
 READY := .venv/.ready
 VLLM_READY := .venv/.vllm_ready

@@ -102,7 +102,8 @@ def test_the_help_names_every_field_and_preset(capsys):
     text = capsys.readouterr().out
     for name, _ in config.fields():
         assert name in text
-    assert "presets: alfworld, frozen_lake, frozen_lake_openai, reasoning_gym" in text
+    presets = "alfworld, frozen_lake, frozen_lake_openai, one_step_off, reasoning_gym, trinity"
+    assert f"presets: {presets}" in text
 
 
 def test_values_are_yaml_with_or_without_an_equals_sign():

@@ -81,7 +81,6 @@ async def test_a_tiny_run_of_each_preset_leaves_a_whole_and_true_folder(preset, 
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.xdist_group("vllm")
 @pytest.mark.skipif(not has_vllm(), reason="vLLM is not installed: make setup-vllm")
 async def test_a_run_on_vllm_servers_goes_on_when_one_is_killed(tmp_path):
     changes = {"engine": {"kind": "vllm", "workers": 2, "max_running": 8}, "steps": 4}

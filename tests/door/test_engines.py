@@ -33,10 +33,7 @@ def vllm(path, log_dir) -> VllmPool:
 VLLM = pytest.param(
     vllm,
     1.0,
-    marks=[
-        pytest.mark.skipif(not has_vllm(), reason="vLLM is not installed: make setup-vllm"),
-        pytest.mark.xdist_group("vllm"),
-    ],
+    marks=pytest.mark.skipif(not has_vllm(), reason="vLLM is not installed: make setup-vllm"),
 )
 
 

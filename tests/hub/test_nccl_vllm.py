@@ -24,7 +24,6 @@ pytestmark = [
     pytest.mark.timeout(1800),
     pytest.mark.skipif(not has_vllm(), reason="vLLM is not installed: make setup-vllm"),
     pytest.mark.skipif(bool(gpus()), reason="gloo stands in for NCCL where there is no GPU"),
-    pytest.mark.xdist_group("vllm"),
 ]
 
 GLOO = Path(__file__).parent / "gloo"

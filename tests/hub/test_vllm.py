@@ -30,7 +30,6 @@ pytestmark = [
     pytest.mark.timeout(600),
     pytest.mark.skipif(not has_vllm(), reason="vLLM is not installed: make setup-vllm"),
     pytest.mark.asyncio(loop_scope="module"),
-    pytest.mark.xdist_group("vllm"),
 ]
 
 PROMPT = [5, 6, 7, 8, 9, 10, 11, 12]
