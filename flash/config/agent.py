@@ -1,0 +1,92 @@
+"""What acts and where: the environment, and the agent in it."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from flash.section import Section
+
+
+class EnvConfig(Section):
+    """The environment; `--env NAME` sets the name alone."""
+
+    name: str = Field(description="a registered environment, or module:Class")
+    options: dict[str, Any] = Field({}, description="its constructor's arguments")
+    eval_options: dict[str, Any] = Field(
+        {"split": "heldout"}, description="what evaluation changes in them"
+    )
+    hosts: int = Field(
+        0, ge=0, description="processes for environments that block; 0 runs them in the event loop"
+    )
+
+
+class AgentConfig(Section):
+    """How an agent talks to the policy."""
+
+    run: str | tuple[str, ...] = Field(
+        "",
+        description="an agent of your own, as a coroutine function module:name, or as a command "
+        "[python, agent.py, …]; it brings its own environment",
+    )
+    ignore: tuple[str, ...] = Field(
+        (),
+        description="what its requests may ask for in vain (temperature, top_p, …); anything "
+        "else that training can't allow is refused",
+    )
+    samples: Literal["whole", "turns"] = Field(
+        "whole", description="what an episode is trained as: one sample, or one for each turn"
+    )
+    style: str = Field("plain", description="plain, chat, or module:Class")
+    style_options: dict[str, Any] = Field({}, description="the style's arguments")
+    max_turns: int | None = Field(None, ge=1, description="responses in an episode; null: no limit")
+    max_tokens: int = Field(256, ge=1, description="of one response")
+    max_sequence_tokens: int = Field(4096, ge=2, description="of a whole episode")
+    temperature: float = Field(1.0, gt=0, description="of sampling; the trainer accounts for it")
+    step_timeout_s: float = Field(60.0, gt=0, description="for one environment step")
+    episode_timeout_s: float = Field(1800.0, gt=0, description="for one episode")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _samples_the_whole_distribution(cls, given: Any) -> Any:
+        for name in ("top_p", "top_k", "min_p", "repetition_penalty"):
+            if isinstance(given, Mapping) and name in given:
+                raise ValueError(
+                    f"agent.{name}={given[name]}: the engine's logprobs would be those of a cut "
+                    f"distribution, which the trainer does not have, and every correction for "
+                    f"staleness would be wrong: leave it out, and use agent.temperature"
+                )
+        return given
+
+    @field_validator("run", mode="before")
+    @classmethod
+    def _run_is_a_name_or_a_command(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            good = not value or (":" in value and " " not in value)
+        else:
+            good = (
+                isinstance(value, list | tuple)
+                and len(value) > 0
+                and all(isinstance(word, str) for word in value)
+            )
+        if not good:
+            raise ValueError(
+                "must be a coroutine function, module:name, or a command as a list of texts: "
+                "[python, agent.py]"
+            )
+        return value
+
+    @field_validator("ignore", mode="before")
+    @classmethod
+    def _one_field_or_many(cls, value: Any) -> Any:
+        return value.split(",") if isinstance(value, str) else value
+
+    @field_validator("ignore")
+    @classmethod
+    def _ignore_can_be_ignored(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if value:
+            from flash.door.schema import IGNORABLE  # noqa: PLC0415  (imports a server)
+
+            if unknown := set(value) - IGNORABLE:
+                raise ValueError(f"{sorted(unknown)} can't be ignored, only {sorted(IGNORABLE)}")
+        return value

@@ -1,0 +1,75 @@
+"""Whether what a run names can be called as it will be: an agent, an environment, a style."""
+
+import difflib
+import inspect
+import shutil
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from flash import registry
+from flash.config.agent import EnvConfig
+
+if TYPE_CHECKING:
+    from flash.config.run import Config
+
+
+def check_run(config: "Config") -> None:
+    """That the user's agent can be started, and that no setting speaks of ours."""
+    run = config.agent.run
+    if isinstance(run, tuple):
+        if shutil.which(run[0]) is None:
+            raise ValueError(f"agent.run={list(run)!r}: there is no command {run[0]!r}")
+    else:
+        act = registry.function(run, "agent.run")
+        if not inspect.iscoroutinefunction(act):
+            raise ValueError(f"agent.run={run!r} is no coroutine function: write async def")
+        try:
+            inspect.signature(act).bind(base_url="", api_key="", task=None)
+        except TypeError as error:
+            raise ValueError(
+                f"agent.run={run!r} must take base_url, api_key and task: {error}"
+            ) from None
+    for field, given in (
+        ("agent.max_turns", config.agent.max_turns is not None),
+        ("agent.samples", config.agent.samples != "whole"),
+        ("env.hosts", config.env.hosts > 0),
+    ):
+        if given:
+            raise ValueError(f"{field} is not for an agent of your own (agent.run): leave it out")
+
+
+def check_arguments(make: Any, options: Mapping[str, Any], field: str) -> None:
+    """ValueError for an option that `make` does not take."""
+    parameters = dict(inspect.signature(make).parameters)
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return
+    what = "environment"
+    if field == "agent.style_options":
+        what = "style"
+        parameters.pop(next(iter(parameters), ""), None)  # the tokenizer, which is ours to give
+    for name in options:
+        if name not in parameters:
+            near = difflib.get_close_matches(name, parameters, n=1, cutoff=0.6)
+            takes = f"it takes {', '.join(parameters) or 'none'}"
+            hint = f"did you mean {near[0]}?" if near else takes
+            if field == "env.eval_options" and not near:
+                hint += "; with --env.eval_options '{}' evaluation is on what it trains on"
+            raise ValueError(f"{field}.{name} is no argument of the {what}: {hint}")
+
+
+def try_environment(env: EnvConfig) -> None:
+    """Makes the environment once for training and once for evaluation, to see that it can be.
+
+    Takes seconds where it imports much. ValueError says what its constructor objects to.
+    """
+    make = registry.environment(env.name)
+    for field, options in (
+        ("env.options", env.options),
+        ("env.eval_options", env.options | env.eval_options),
+    ):
+        try:
+            make(**options).close()
+        except ImportError as error:
+            raise registry.missing_package("env.name", env.name, error) from error
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{field}: {error}") from error

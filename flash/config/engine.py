@@ -1,0 +1,127 @@
+"""Who answers requests: the inference workers."""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from flash import machine
+from flash.section import Section
+
+# Of vLLM's arguments: what changes the distribution, or whose logprobs are told.
+_SAMPLING_ARGS = ("logprobs-mode", "generation-config", "override-generation-config")
+
+
+class EngineConfig(Section):
+    """The inference workers; `--engine KIND` sets the kind alone."""
+
+    kind: Literal["auto", "embedded", "vllm", "urls"] = Field(
+        "auto",
+        description="auto: urls if any are given, else vllm where it is installed and has a GPU, "
+        "else embedded workers",
+    )
+    workers: int = Field(1, ge=1, description="embedded workers or vLLM servers to start")
+    urls: tuple[str, ...] = Field(
+        (), description="workers that run already, vLLM or embedded; with commas between"
+    )
+    api_key: str = Field("", description="bearer token of the workers at `urls`")
+    max_running: int = Field(64, ge=1, description="requests at one worker at a time")
+    cache_tokens: int = Field(
+        65_536,
+        ge=64,
+        description="for keys and values; vLLM on a GPU goes by gpu_memory",
+    )
+    threads: int = Field(0, ge=0, description="CPU threads of a worker; 0 leaves it to torch")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the weights")
+    update_mode: Literal["keep", "abort", "wait"] = Field(
+        "keep", description="what a publish does to requests under way"
+    )
+    transport: Literal["disk", "nccl"] = Field(
+        "disk",
+        description="how weights get to the workers: as files in the trainer's memory, or from the "
+        "trainer's GPUs to those of vLLM servers anywhere",
+    )
+    tensor_parallel: int = Field(1, ge=1, description="GPUs of a vLLM server")
+    devices: tuple[int, ...] = Field(
+        (), description="GPUs for vLLM servers; none given: those that the trainer leaves"
+    )
+    gpu_memory: float = Field(
+        0.5, gt=0, le=1, description="share of a GPU's memory that a vLLM server takes"
+    )
+    vllm_args: tuple[str, ...] = Field((), description="further arguments of vLLM's servers")
+    start_timeout_s: float = Field(600.0, gt=0, description="for a worker to load the model")
+    request_timeout_s: float = Field(600.0, gt=0, description="for one response")
+    progress_timeout_s: float = Field(
+        120.0, gt=0, description="for the next tokens from a worker that streams them"
+    )
+    door_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="serve OpenAI's protocol and /metrics there, 0: at a free port; URL and token "
+        "are in logs/door.json. Without it the door opens for agent.run alone",
+    )
+    gap_limit: float = Field(
+        1e-3, gt=0, description="largest difference of logprobs, worker against trainer"
+    )
+
+    @field_validator("vllm_args")
+    @classmethod
+    def _samples_as_the_trainer_takes_it(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for word in value:
+            name = word.partition("=")[0].removeprefix("--").replace("_", "-")
+            if word.startswith("--") and name in _SAMPLING_ARGS:
+                raise ValueError(
+                    f"{word} would change what is sampled or whose logprobs are told, and every "
+                    f"correction for staleness would be wrong: leave it out, and use "
+                    f"agent.temperature"
+                )
+        return value
+
+    @field_validator("urls", mode="before")
+    @classmethod
+    def _one_url_or_many(cls, value: Any) -> Any:
+        given = value.split(",") if isinstance(value, str) else value
+        for url in given if isinstance(given, list | tuple) else [given]:
+            if not str(url).startswith(("http://", "https://")):
+                raise ValueError(f"{url} is no URL: write http://host:8000, with commas between")
+        return given
+
+    @model_validator(mode="after")
+    def _starts_workers_or_finds_them(self) -> Self:
+        if self.kind == "urls" and not self.urls:
+            raise ValueError("engine.kind=urls needs engine.urls, for example http://host:8000")
+        if self.kind in ("embedded", "vllm") and self.urls:
+            raise ValueError(
+                f"engine.kind={self.kind} starts workers, engine.urls names some that run already: "
+                f"leave one of them out"
+            )
+        if self.kind == "vllm" and not machine.has_vllm():
+            raise ValueError(
+                "engine.kind=vllm needs vLLM, which is not installed here: run `make setup-vllm`"
+            )
+        if self.devices and len(self.devices) % self.tensor_parallel:
+            raise ValueError(
+                f"engine.devices names {len(self.devices)} GPUs, which are not divisible by "
+                f"engine.tensor_parallel={self.tensor_parallel}: name more or fewer"
+            )
+        if self.transport == "nccl":
+            self._check_nccl()
+        return self
+
+    def _check_nccl(self) -> None:
+        instead = "engine.transport=disk"
+        if self.kind != "vllm" and not self.urls:
+            raise ValueError(
+                f"engine.transport=nccl is vLLM's, and engine.kind={self.kind} can mean embedded "
+                f"workers: use engine.kind=vllm, or {instead}"
+            )
+        if not machine.has_vllm():
+            raise ValueError(
+                f"engine.transport=nccl needs vLLM, which is not installed here: run "
+                f"`make setup-vllm`, or use {instead}"
+            )
+        if not machine.gpus():
+            raise ValueError(
+                "engine.transport=nccl needs NVIDIA GPUs, and this machine shows none: use "
+                f"{instead}"
+            )

@@ -1,0 +1,163 @@
+"""What the sections of a run must agree on; each error names the fields, and what to change."""
+
+import math
+from typing import TYPE_CHECKING
+
+from flash import machine, registry
+from flash.config.callables import check_arguments, check_run
+from flash.config.model import SMALL, check_model
+from flash.trainer.objectives.settings import SETTINGS, Supervised
+
+if TYPE_CHECKING:
+    from flash.config.run import Config
+
+
+def check_together(config: "Config") -> None:
+    """ValueError for the first of the sections' disagreements."""
+    if config.batch_size % config.group_size:
+        below = config.batch_size - config.batch_size % config.group_size
+        raise ValueError(
+            f"batch_size={config.batch_size} is not divisible by group_size={config.group_size}: "
+            f"use {below or config.group_size} or {below + config.group_size}"
+        )
+    if config.trainer.mini_batches > config.batch_size:
+        raise ValueError(
+            f"trainer.mini_batches={config.trainer.mini_batches} exceeds batch_size="
+            f"{config.batch_size}: use fewer"
+        )
+    _check_share(config)
+    if config.group_size < 2 and config.trainer.advantages.compares:
+        raise ValueError(
+            f"group_size={config.group_size} with trainer.advantages.name="
+            f"{config.trainer.advantages.name}, which compares the episodes of a group: use 2 or "
+            f"more, or trainer.advantages=reinforce, which compares those of the batch"
+        )
+    _check_rollout(config)
+    _check_staleness(config)
+    if (reference := config.trainer.kl.reference) is not None:
+        try:
+            check_model(reference)
+        except ValueError as error:
+            raise ValueError(f"trainer.kl.reference={reference!r}: {error}") from None
+    if config.engine.transport == "nccl":
+        _check_gpus_apart(config)
+    if config.engine.cache_tokens < config.agent.max_sequence_tokens:
+        raise ValueError(
+            f"engine.cache_tokens={config.engine.cache_tokens} can't hold one episode of "
+            f"agent.max_sequence_tokens={config.agent.max_sequence_tokens}: raise the former"
+        )
+    if config.model == SMALL and config.policy.max_tokens < config.agent.max_sequence_tokens:
+        raise ValueError(
+            f"policy.max_tokens={config.policy.max_tokens} can't read one episode of "
+            f"agent.max_sequence_tokens={config.agent.max_sequence_tokens}: raise the former"
+        )
+    head = config.policy.hidden_size // config.policy.heads
+    if config.engine.kind == "vllm" and config.model == SMALL and not machine.gpus() and head % 32:
+        raise ValueError(
+            f"policy.hidden_size={config.policy.hidden_size} with policy.heads="
+            f"{config.policy.heads} gives heads of {head}; vLLM on a CPU takes 32, 64, 96, …: "
+            f"change one of them"
+        )
+    if config.agent.max_tokens >= config.agent.max_sequence_tokens:
+        raise ValueError(
+            f"agent.max_tokens={config.agent.max_tokens} leaves no room for a prompt in "
+            f"agent.max_sequence_tokens={config.agent.max_sequence_tokens}: raise the latter"
+        )
+    if config.agent.run:
+        check_run(config)
+    if config.uses_environment:
+        make = registry.environment(config.env.name)
+        check_arguments(make, config.env.options, "env.options")
+        check_arguments(make, config.env.options | config.env.eval_options, "env.eval_options")
+    style = registry.style(config.agent.style)
+    check_arguments(style, config.agent.style_options, "agent.style_options")
+
+
+def _check_rollout(config: "Config") -> None:
+    """That episodes can end in batches, and be fresh enough for them."""
+    if config.rollout.adaptive_alpha.is_on and not config.alpha:
+        raise ValueError(
+            "rollout.adaptive_alpha with alpha=0: there is nothing to follow: set alpha to the "
+            "most it may be, or leave min_ess and max_kl out"
+        )
+    if config.stream and config.trainer.mini_batches > 1:
+        raise ValueError(
+            f"stream=true with trainer.mini_batches={config.trainer.mini_batches}: a later "
+            f"mini-batch needs weights that the first has changed, so it can't come in parts: "
+            f"set trainer.mini_batches=1, or stream=false"
+        )
+    if config.stream and config.trainer.advantages.needs_batch:
+        raise ValueError(
+            f"stream=true with trainer.advantages.name={config.trainer.advantages.name}: these "
+            f"advantages take the whole batch (its baseline, its whitening, or a critic), so "
+            f"no group can be trained before the last has finished: use grpo or rloo without "
+            f"whiten, or stream=false"
+        )
+    if config.publish_every - 1 > config.alpha:
+        raise ValueError(
+            f"publish_every={config.publish_every} with alpha={config.alpha:g}: at the last step "
+            f"before a publish every token is {config.publish_every - 1} versions old or older: "
+            f"set alpha to {config.publish_every - 1} or more, or publish more often"
+        )
+    if config.group_size < 2 and "equal_rewards" in config.rollout.filters:
+        raise ValueError(
+            f"rollout.filters=equal_rewards with group_size={config.group_size} would drop every "
+            f"group: use a group_size of 2 or more, or leave the filter out"
+        )
+
+
+def _check_staleness(config: "Config") -> None:
+    """An objective that is wrong for stale tokens gets none, unless that is asked for."""
+    objective = config.trainer.objective
+    name = f"trainer.objective.name={objective.name}"
+    if isinstance(objective, Supervised):
+        raise ValueError(
+            f"{name}: {objective.cannot_correct}: it is for warm starts; use another of "
+            f"{', '.join(sorted(set(SETTINGS) - {objective.name}))}"
+        )
+    if objective.allows_stale:
+        return
+    remedy = (
+        "use an objective that corrects (tis, decoupled_ppo, …), or "
+        "trainer.objective.allow_stale=true to study what that does"
+    )
+    if config.alpha >= 1:
+        raise ValueError(
+            f"{name} with alpha={config.alpha:g}: tokens up to {math.floor(config.alpha)} versions "
+            f"old would be trained as if they were new, because {objective.cannot_correct}: "
+            f"set alpha=0, {remedy}"
+        )
+    if config.trainer.mini_batches > 1:
+        raise ValueError(
+            f"{name} with trainer.mini_batches={config.trainer.mini_batches}: all but the first "
+            f"mini-batch come from weights before its own, because "
+            f"{objective.cannot_correct}: set trainer.mini_batches=1, {remedy}"
+        )
+
+
+def _check_share(config: "Config") -> None:
+    """Of the workers, for evaluation beside rollout."""
+    workers = len(config.engine.urls) or config.engine.workers
+    if config.eval.mode == "beside" and config.eval.workers >= workers:
+        raise ValueError(
+            f"eval.workers={config.eval.workers} with eval.mode=beside leaves none of "
+            f"{workers} workers to rollout: set engine.workers to "
+            f"{config.eval.workers + 1} or more, or use eval.mode=pause"
+        )
+
+
+def _check_gpus_apart(config: "Config") -> None:
+    """NCCL takes no group in which two processes use one GPU."""
+    trainers, servers = machine.gpus()[: config.trainer.ranks], config.engine.devices
+    if shared := sorted({*trainers} & {*servers}):
+        raise ValueError(
+            f"engine.devices={servers} and the trainer ({config.trainer.ranks} trainer.ranks) "
+            f"share GPUs {shared}, which engine.transport=nccl can't: name others, or use "
+            f"engine.transport=disk"
+        )
+    if config.engine.kind == "vllm" and not servers and len(machine.gpus()) <= config.trainer.ranks:
+        raise ValueError(
+            f"engine.transport=nccl needs GPUs for vLLM beside the trainer's: "
+            f"trainer.ranks={config.trainer.ranks} take all {len(machine.gpus())}: use fewer, or "
+            f"engine.transport=disk"
+        )
