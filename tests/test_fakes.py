@@ -182,6 +182,6 @@ async def test_the_hub_over_http_publishes_under_a_request_and_aborts_a_cancelle
             await aborted.wait()
             assert worker.aborted == ["generate-tokens-" + worker.started[-1][16:]]
             worker.die()
-            hub._recovery_timeout_s = 0.05
+            hub._supervisor.recovery_timeout_s = 0.05
             with pytest.raises(Exception, match="no inference worker is left.*w is dead"):
                 await hub.generate(request)

@@ -1,8 +1,9 @@
 """What no worker can truthfully answer; one that does is broken."""
 
 import math
-from collections.abc import Set
+from collections.abc import Sequence, Set
 
+from flash.errors import PublishFailure
 from flash.hub.slot import Slot
 from flash.hub.worker import WorkerBroken
 from flash.types import Completion, SamplingParams
@@ -39,3 +40,18 @@ def check_age(piece: Completion, slot: Slot, *, since: int) -> None:
     # It would be asked for the same again, at once and for ever.
     if not piece.token_ids and slot.accepting and slot.version == since:
         raise WorkerBroken(f"{piece.worker} aborted a request that nobody asked it to abort")
+
+
+def check_gap(piece: Completion, expected: Sequence[float], *, version: int, limit: float) -> float:
+    """The largest difference to the trainer's logprobs; PublishFailure if that is above `limit`."""
+    differences = [abs(a - b) for a, b in zip(piece.logprobs, expected, strict=True)]
+    # max() alone would pass over a nan.
+    gap = max(differences) if all(map(math.isfinite, differences)) else math.nan
+    if set(piece.versions) != {version} or not gap <= limit:
+        raise PublishFailure(
+            f"{piece.worker} should sample with version {version}: it says "
+            f"{sorted(set(piece.versions))}, and its logprobs differ from the trainer's by "
+            f"{gap:.2g}, more than engine.gap_limit={limit:g}. Either it has "
+            f"other weights, or the two compute in precisions that need a higher limit"
+        )
+    return gap

@@ -9,41 +9,31 @@ can start, and nothing queues behind a long one. A publish takes the workers one
 """
 
 import asyncio
-import bisect
 import contextlib
 import itertools
 import logging
 import math
 import uuid
-from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 
 from flash.errors import InferenceFailure, PublishFailure
-from flash.hub.checks import check, check_age
+from flash.hub.checks import check, check_age, check_gap
 from flash.hub.http_worker import HttpWorker
 from flash.hub.loan import Lent, Loan
-from flash.hub.reports import HubStats, PublishReport, WorkerPublish, WorkerStats
-from flash.hub.slot import Received, Slot, Waiter
+from flash.hub.queue import RequestQueue
+from flash.hub.reports import HubStats, PublishReport, WorkerPublish
+from flash.hub.slot import Received, Slot
+from flash.hub.supervisor import Supervisor
 from flash.hub.worker import BadRequest, Pool, Worker, WorkerBroken, WorkerFailure
 from flash.types import Completion, GenerateRequest, SamplingParams, UpdateMode, Weights
 
 logger = logging.getLogger(__name__)
 
-_SESSIONS_KEPT = 100_000  # routing hints only: losing one costs a prefill
-_FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.5, 8.0
-# How much busier the worker with the prefix may be. A request more slows a batch by a little, a
-# prefix costs its whole prefill; with these, agents of 20 turns find nine tenths of theirs.
-_HOME_SHARE, _HOME_MORE = 1.25, 4
 _ABORT_TIMEOUT_S = 10.0
-_HEALTH_TIMEOUT_S = 10.0
-_UNWELL_UNTIL_RESTART = 3  # health checks that fail in a row
 # One request that no worker survives must not take them out in turn for ever, and workers that
 # pass their health check and then answer nonsense (weights gone nan) must end the run.
 _FAILURES_A_REQUEST = 5
-# Each costs about 0.2 ms until its answer is read: a burst of thousands must not hold the loop.
-_PLACES_A_TURN = 16
-_CONTROL = "control"  # where a request has its id; a worker has one such call at a time
 _PROBE_PROMPT = (1, 2, 3, 1, 2, 3)  # any token ids that every vocabulary has
 _PROBE_SAMPLING = SamplingParams(max_tokens=12)
 
@@ -89,24 +79,27 @@ class InferenceHub:
             raise ValueError(f"max_running={max_running} must be at least 1")
         self.version = version
         self._given = workers
+        self._pool = None if isinstance(workers, Sequence) else workers
         self._max_running = max_running
         self._request_timeout_s = request_timeout_s
         self._control_timeout_s = control_timeout_s
-        self._recovery_timeout_s = recovery_timeout_s
-        self._progress_timeout_s = progress_timeout_s
         self._gap_limit = gap_limit
+        self._tasks = asyncio.TaskGroup()
         self._slots: list[Slot] = []
-        # By arrival. Bound: one entry for each caller; the agents are bounded by their loop.
-        self._queue: deque[Waiter] = deque()
-        self._given_this_turn = 0
-        self._sessions: OrderedDict[str, Slot] = OrderedDict()
+        self._queue = RequestQueue(self._slots, max_running=max_running)
+        self._supervisor = Supervisor(
+            self._slots,
+            self._queue,
+            self._tasks,
+            pool=self._pool,
+            catch_up=self._catch_up,
+            control_timeout_s=control_timeout_s,
+            recovery_timeout_s=recovery_timeout_s,
+            progress_timeout_s=progress_timeout_s,
+        )
         self._published = {version}
         self._weights: Weights | None = None
         self._publishing = asyncio.Lock()
-        self._last_hope: asyncio.TimerHandle | None = None  # runs while no worker is healthy
-        self._failure: InferenceFailure | None = None
-        self._tasks = asyncio.TaskGroup()
-        self._recoveries: set[asyncio.Task[None]] = set()
         self._id = uuid.uuid4().hex[:8]
         self._request_ids = itertools.count()
         self._arrivals = itertools.count()
@@ -123,35 +116,32 @@ class InferenceHub:
         if isinstance(self._given, Sequence):
             workers = [HttpWorker(w) if isinstance(w, str) else w for w in self._given]
         else:
-            workers = await self._given.start(self._on_exit, self._on_ready)
-        self._slots = [Slot(worker, self.version) for worker in workers]
+            workers = await self._given.start(self._supervisor.on_exit, self._supervisor.on_ready)
+        self._slots += [Slot(worker, self.version) for worker in workers]
         for slot in self._slots:
             slot.up.set()
         await self._tasks.__aenter__()
         try:
             async with asyncio.TaskGroup() as greetings:
                 for slot in self._slots:
-                    greetings.create_task(self._greet(slot), name=f"greet {slot.worker.name}")
+                    greetings.create_task(
+                        self._supervisor.greet(slot), name=f"greet {slot.worker.name}"
+                    )
         except BaseException:
             await self.__aexit__()
             raise
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        self._tell_all(InferenceFailure("the hub is closed"))
-        for slot in self._slots:
-            self._send_away(slot)
-            if slot.progress_timer is not None:
-                slot.progress_timer.cancel()
-        for task in self._recoveries:
-            task.cancel()
+        self._queue.close(InferenceFailure("the hub is closed"))
+        self._supervisor.stop()
         try:
             await self._tasks.__aexit__(None, None, None)
         finally:
             for slot in self._slots:
                 await slot.worker.close()
-            if not isinstance(self._given, Sequence):
-                await self._given.stop()
+            if self._pool is not None:
+                await self._pool.stop()
 
     # ── requests ─────────────────────────────────────────────────────────────────────────────
 
@@ -180,11 +170,12 @@ class InferenceHub:
                 sampling = replace(sampling, max_tokens=sampling.max_tokens - len(token_ids))
             prompt = [*request.token_ids, *token_ids]
             cost = len(prompt) + sampling.max_tokens
-            slot = await self._acquire(request, cost=cost, arrival=arrival)
+            slot = await self._queue.acquire(request, cost=cost, arrival=arrival)
             received = Received(slot.version)
             try:
                 if not slot.accepting:  # something befell it in the moment it was given to us
                     continue
+                self._supervisor.watch(slot)
                 if on_start is not None:
                     on_start(received.version)
                 piece = await self._ask(slot, prompt, sampling, received)
@@ -194,8 +185,8 @@ class InferenceHub:
             except WorkerFailure as failure:
                 self._retries += 1
                 failures += slot.healthy  # else it was taken out for another request's sake
-                self._take_out(slot, failure)
-                if failures == _FAILURES_A_REQUEST and self._failure is None:
+                self._supervisor.take_out(slot, failure)
+                if failures == _FAILURES_A_REQUEST and self._queue.failure is None:
                     raise InferenceFailure(
                         f"workers failed {failures} times at one request of {len(prompt)} tokens; "
                         f"the last time: {failure}"
@@ -206,7 +197,7 @@ class InferenceHub:
             except BadRequest as error:
                 raise ValueError(str(error)) from error
             finally:
-                self._release(slot, cost=cost)
+                self._queue.release(slot, cost=cost)
             token_ids += piece.token_ids
             logprobs += piece.logprobs
             versions += piece.versions
@@ -226,7 +217,7 @@ class InferenceHub:
 
     def forget(self, session: str) -> None:
         """No more requests of this session will come."""
-        self._sessions.pop(session, None)
+        self._queue.forget(session)
 
     def stats(self) -> HubStats:
         """A snapshot."""
@@ -241,127 +232,20 @@ class InferenceHub:
             publishes=self._publishes,
             paused_s=self._paused_s,
             workers=tuple(
-                WorkerStats(
-                    name=slot.worker.name,
-                    healthy=slot.healthy,
-                    version=slot.version,
-                    running=slot.running,
-                    outstanding_tokens=slot.outstanding_tokens,
-                    busy_s=slot.busy_s
-                    + (slot.lent.busy_s if slot.lent is not None else 0.0)
-                    + (self._clock() - slot.busy_since) * (slot.running > 0),
-                    updating=slot.updating,
-                    lent=slot.lent is not None,
-                    quiet_s=(self._clock() - slot.progress_at) * (slot.running > 0),
-                    oldest_s=max(ages_s, default=0.0),
-                    newest_s=min(ages_s, default=0.0),
-                )
-                for slot, ages_s in ((slot, self._request_ages_s(slot)) for slot in self._slots)
+                slot.stats(self._clock(), request_timeout_s=self._request_timeout_s)
+                for slot in self._slots
             ),
         )
 
     def whereabouts(self, session: str) -> str:
         """Where the session's request is, or was last: `queue`, a worker's name, or nothing."""
-        if any(waiter.request.session == session for waiter in self._queue):
-            return "queue"
-        slot = self._sessions.get(session)
-        return slot.worker.name if slot is not None else ""
+        return self._queue.whereabouts(session)
 
     def give_up(self, worker: str, why: str) -> None:
         """Takes out a worker as one that hangs: its requests go elsewhere, a pool restarts it."""
         for slot in self._slots:
             if slot.worker.name == worker:
-                self._take_out(slot, WorkerBroken(f"{worker} is given up: {why}"))
-
-    def _request_ages_s(self, slot: Slot) -> list[float]:
-        """Of those under way at a worker, oldest first."""
-        now, timeout_s = self._clock(), self._request_timeout_s
-        due = [deadline.when() for key, deadline in slot.deadlines.items() if key != _CONTROL]
-        return [now - (when - timeout_s) for when in due if when is not None]
-
-    async def _acquire(self, request: GenerateRequest, *, cost: int, arrival: int) -> Slot:
-        """Waits for a place at a worker; `_release` gives it back."""
-        if self._failure is not None:
-            raise self._failed()
-        waiter = Waiter(arrival, request, cost, asyncio.get_running_loop().create_future())
-        if self._queue and self._queue[-1].arrival > arrival:  # it lost its worker
-            bisect.insort(self._queue, waiter, key=lambda other: other.arrival)
-        else:
-            self._queue.append(waiter)
-        self._dispatch()
-        try:
-            return await waiter.slot
-        except asyncio.CancelledError:
-            if waiter in self._queue:
-                self._queue.remove(waiter)
-            elif not waiter.slot.cancelled() and waiter.slot.exception() is None:
-                self._release(waiter.slot.result(), cost=cost)
-            raise
-
-    def _dispatch(self) -> None:
-        """Gives places to those that wait, first come first served, a few in a turn of the loop."""
-        passed = 0  # they wait for a worker of their own
-        while passed < len(self._queue) and self._given_this_turn < _PLACES_A_TURN:
-            waiter = self._queue[passed]
-            if waiter.slot.done():  # its caller was cancelled
-                del self._queue[passed]
-                continue
-            slot = self._best(waiter.request)
-            if slot is None:
-                if self._place_of(waiter.request) is None:
-                    return
-                passed += 1
-                continue
-            if self._given_this_turn == 0:
-                asyncio.get_running_loop().call_soon(self._next_turn)
-            self._given_this_turn += 1
-            del self._queue[passed]
-            if slot.running == 0:
-                slot.busy_since = slot.progress_at = self._clock()
-                if slot.progress_timer is None:
-                    self._look_later(slot)
-            slot.running += 1
-            slot.outstanding_tokens += waiter.cost
-            for session in (waiter.request.session, waiter.request.place):
-                if session:
-                    self._sessions[session] = slot
-                    self._sessions.move_to_end(session)
-                    if len(self._sessions) > _SESSIONS_KEPT:
-                        self._sessions.popitem(last=False)
-            waiter.slot.set_result(slot)
-
-    def _next_turn(self) -> None:
-        self._given_this_turn = 0
-        self._dispatch()
-
-    def _best(self, request: GenerateRequest) -> Slot | None:
-        """The worker that has the prefix, unless it is much busier; else the least loaded."""
-        if (place := self._place_of(request)) is not None:
-            return place if place.running < self._max_running else None
-        least: Slot | None = None
-        for slot in self._slots:  # a plain loop: hundreds of workers are asked for each request
-            if slot.running == self._max_running or not slot.accepting:
-                continue
-            if least is None or slot.outstanding_tokens < least.outstanding_tokens:
-                least = slot
-        home = self._sessions.get(request.session)
-        if least is None or home is None or home is least:
-            return least
-        if home.running == self._max_running or not home.accepting:
-            return least
-        return home if home.running <= _HOME_SHARE * least.running + _HOME_MORE else least
-
-    def _place_of(self, request: GenerateRequest) -> Slot | None:
-        """The worker that the request must go to, as long as that takes any."""
-        place = self._sessions.get(request.place) if request.place else None
-        return place if place is not None and place.accepting else None
-
-    def _release(self, slot: Slot, *, cost: int) -> None:
-        slot.running -= 1
-        slot.outstanding_tokens -= cost
-        if slot.running == 0:
-            slot.busy_s += self._clock() - slot.busy_since
-        self._dispatch()
+                self._supervisor.take_out(slot, WorkerBroken(f"{worker} is given up: {why}"))
 
     async def _ask(
         self, slot: Slot, prompt: Sequence[int], sampling: SamplingParams, received: Received
@@ -394,7 +278,7 @@ class InferenceHub:
             raise
         finally:
             del slot.deadlines[request_id]
-            if not answered and not slot.gone and self._failure is None:
+            if not answered and not slot.gone and self._queue.failure is None:
                 # Never in the way of the cancellation: its own task, with its own deadline.
                 self._tasks.create_task(self._abort(slot, request_id), name=f"abort {request_id}")
 
@@ -404,181 +288,6 @@ class InferenceHub:
                 await slot.worker.abort(request_id)
         except (TimeoutError, WorkerFailure, BadRequest) as error:
             logger.warning("could not abort %s at %s: %s", request_id, slot.worker.name, error)
-
-    # ── workers that fail and return ─────────────────────────────────────────────────────────
-
-    def _on_exit(self, worker: Worker, why: str, final: bool) -> None:
-        """A worker's process died; unless that was final, the pool starts it anew."""
-        for slot in self._slots:
-            if slot.worker is worker:
-                slot.gone = final
-                if final:
-                    slot.up.set()  # nobody need wait for it any more
-                else:
-                    slot.up.clear()
-                self._take_out(slot, WorkerFailure(why))
-
-    def _on_ready(self, worker: Worker) -> None:
-        """A worker's process lives again, with its first weights."""
-        for slot in self._slots:
-            if slot.worker is worker:
-                slot.up.set()
-
-    def _restart(self, slot: Slot) -> None:
-        """If it is ours to do."""
-        if not isinstance(self._given, Sequence) and slot.up.is_set() and not slot.gone:
-            logger.warning("worker %s is started anew", slot.worker.name)
-            slot.up.clear()
-            self._given.restart(slot.worker)
-
-    def _look_later(self, slot: Slot) -> None:
-        due = slot.progress_at + self._progress_timeout_s
-        slot.progress_timer = asyncio.get_running_loop().call_at(due, self._look, slot)
-
-    def _look(self, slot: Slot) -> None:
-        """Takes a worker out that has requests, streams tokens, and brought none for too long."""
-        slot.progress_timer = None
-        if slot.running == 0 or not slot.healthy:
-            return  # the next request looks again
-        if slot.updating or not slot.streams:
-            slot.progress_at = self._clock()  # a freeze has a deadline of its own
-        if self._clock() < slot.progress_at + self._progress_timeout_s:
-            self._look_later(slot)
-            return
-        hangs = WorkerBroken(
-            f"{slot.worker.name} hangs: {slot.running} requests and no token for "
-            f"progress_timeout_s={self._progress_timeout_s:g}"
-        )
-        self._take_out(slot, hangs)
-
-    def _take_out(self, slot: Slot, cause: WorkerFailure) -> None:
-        """No more requests for this worker, and those it has go elsewhere, until it is healthy."""
-        if not slot.healthy and not slot.gone:
-            return  # it is known, and being looked after
-        was_healthy, slot.healthy = slot.healthy, False
-        if slot.lent is not None:  # what comes back has other weights
-            slot.lent.end(str(cause))
-        self._send_away(slot)
-        if self._failure is not None:
-            return
-        if isinstance(cause, WorkerBroken):
-            self._restart(slot)
-        if was_healthy:
-            logger.warning("worker taken out: %s", cause)
-        if all(other.gone for other in self._slots):
-            self._fail(cause)
-            return
-        if self._last_hope is None and not any(other.healthy for other in self._slots):
-            self._last_hope = asyncio.get_running_loop().call_later(
-                self._recovery_timeout_s, self._fail, cause
-            )
-        if was_healthy:
-            recovery = self._tasks.create_task(
-                self._recover(slot), name=f"recover {slot.worker.name}"
-            )
-            self._recoveries.add(recovery)
-            recovery.add_done_callback(self._recoveries.discard)
-
-    def _send_away(self, slot: Slot) -> None:
-        """The requests that this worker has end now, as if they had taken too long."""
-        for deadline in slot.deadlines.values():
-            if not deadline.expired():
-                deadline.reschedule(self._clock())
-
-    async def _greet(self, slot: Slot) -> None:
-        """Tells a worker its version at the start of the hub."""
-        try:
-            async with self._deadline(slot, self._control_timeout_s):
-                await self._catch_up(slot)
-        except WorkerFailure as failure:
-            self._take_out(slot, failure)
-        except BadRequest as error:
-            self._take_out(slot, WorkerFailure(str(error)))
-
-    async def _recover(self, slot: Slot) -> None:
-        """Asks for its health until it is well, then gives it the present weights."""
-        unwell = 0
-        while self._failure is None:
-            await slot.up.wait()
-            if slot.gone:
-                return
-            # A worker that fails again before it has answered anything waits longer.
-            await asyncio.sleep(min(_FIRST_BACKOFF_S * 2**slot.failures, _LONGEST_BACKOFF_S))
-            slot.failures = min(slot.failures + 1, 10)
-            try:
-                async with self._deadline(slot, _HEALTH_TIMEOUT_S):
-                    await slot.worker.check_health()
-                async with self._deadline(slot, self._control_timeout_s):
-                    await self._catch_up(slot)
-                    slot.healthy = slot.up.is_set() and not slot.gone and self._failure is None
-            except (WorkerFailure, BadRequest) as error:
-                logger.warning("%s is not well yet: %s", slot.worker.name, error)
-                unwell += 1
-                if unwell % _UNWELL_UNTIL_RESTART == 0:
-                    self._restart(slot)
-            if slot.healthy:
-                logger.warning("worker %s is back", slot.worker.name)
-                if self._last_hope is not None:
-                    self._last_hope.cancel()
-                    self._last_hope = None
-                self._dispatch()
-                return
-
-    async def _catch_up(self, slot: Slot) -> None:
-        """Gives a worker the present weights and version, and leaves it going.
-
-        A publish does not wait for this, and passes over workers that are out; so what is present
-        may change meanwhile. The weights are not probed: `score` speaks for the trainer as it is
-        now, which may be a step ahead of them.
-        """
-        while True:
-            weights = self._weights
-            if weights is not None:
-                await self._replace_weights(slot, weights, "abort")
-            else:
-                await slot.worker.set_version(self.version)
-                await slot.worker.resume()  # a run that was killed may have left it paused
-            if weights is self._weights:
-                return
-
-    @contextlib.asynccontextmanager
-    async def _deadline(self, slot: Slot, timeout_s: float) -> AsyncIterator[None]:
-        """Ends what is done to a worker with WorkerFailure: in time, or when it is taken out."""
-        try:
-            async with asyncio.timeout(timeout_s) as deadline:
-                slot.deadlines[_CONTROL] = deadline
-                try:
-                    yield
-                finally:
-                    del slot.deadlines[_CONTROL]
-        except TimeoutError as error:
-            raise WorkerFailure(
-                f"{slot.worker.name} was taken out, or took longer than {timeout_s:g} s for a "
-                f"pause, a weight load or a health check"
-            ) from error
-
-    def _fail(self, cause: WorkerFailure) -> None:
-        """The pool has nobody left."""
-        failure = InferenceFailure(f"no inference worker is left; the last one: {cause}")
-        failure.__cause__ = cause
-        self._tell_all(failure)
-
-    def _tell_all(self, failure: InferenceFailure) -> None:
-        """Every caller gets this failure, now and later; the first one is the cause and stays."""
-        if self._last_hope is not None:
-            self._last_hope.cancel()
-        self._failure = self._failure or failure
-        for waiter in self._queue:
-            if not waiter.slot.done():
-                waiter.slot.set_exception(self._failed())
-        self._queue.clear()
-
-    def _failed(self) -> InferenceFailure:
-        """The failure for one caller: an error that many raise would grow their tracebacks."""
-        assert self._failure is not None
-        failure = InferenceFailure(str(self._failure))
-        failure.__cause__ = self._failure.__cause__
-        return failure
 
     # ── new weights ──────────────────────────────────────────────────────────────────────────
 
@@ -593,8 +302,7 @@ class InferenceHub:
         fit; InferenceFailure if no worker is left.
         """
         async with self._publishing:
-            if self._failure is not None:
-                raise self._failed()
+            self._queue.raise_failure()
             if weights.version <= self.version:
                 raise ValueError(
                     f"version {weights.version} is not newer than the published {self.version}"
@@ -608,8 +316,7 @@ class InferenceHub:
                     started = self._clock()
                     await self._update(slot, weights, mode)
                     paused_s[slot] = self._clock() - started
-            if self._failure is not None:
-                raise self._failed()
+            self._queue.raise_failure()
             self.version = weights.version
             gaps = await self._probe_all(weights)
             self._publishes += 1
@@ -656,8 +363,8 @@ class InferenceHub:
                 version=self.version,
                 request_timeout_s=self._request_timeout_s,
                 control_timeout_s=self._control_timeout_s,
-                recovery_timeout_s=self._recovery_timeout_s,
-                progress_timeout_s=self._progress_timeout_s,
+                recovery_timeout_s=self._supervisor.recovery_timeout_s,
+                progress_timeout_s=self._supervisor.progress_timeout_s,
             )
         try:
             async with share:
@@ -678,13 +385,13 @@ class InferenceHub:
             assert lent is not None
             slot.busy_s += lent.busy_s
             if lent.failed and slot.healthy:
-                self._take_out(slot, WorkerFailure(f"{slot.worker.name}: {lent.failed}"))
+                self._supervisor.take_out(slot, WorkerFailure(f"{slot.worker.name}: {lent.failed}"))
             if slot.healthy and self._weights is not None and slot.version != self.version:
                 try:
                     await self._update(slot, self._weights, "keep")
                 except PublishFailure as failure:
                     logger.warning("%s came back from an evaluation: %s", slot.worker.name, failure)
-        self._dispatch()
+        self._queue.dispatch()
 
     async def probe(self, weights: Weights) -> float:
         """The largest difference between the workers' logprobs and `weights.score`, on a probe.
@@ -702,20 +409,39 @@ class InferenceHub:
             timeout_s += self._request_timeout_s
         slot.updating = True
         try:
-            async with self._deadline(slot, timeout_s):
+            async with slot.control(timeout_s):
                 await self._replace_weights(slot, weights, mode)
         except WorkerFailure as failure:
-            self._take_out(slot, failure)
+            self._supervisor.take_out(slot, failure)
         except BadRequest as error:
-            self._take_out(slot, WorkerFailure(str(error)))
+            self._supervisor.take_out(slot, WorkerFailure(str(error)))
             raise PublishFailure(f"version {weights.version}: {error}") from error
         except asyncio.CancelledError:
             # It may be paused, or between two weights.
-            self._take_out(slot, WorkerFailure(f"{slot.worker.name}: its publish was cancelled"))
+            self._supervisor.take_out(
+                slot, WorkerFailure(f"{slot.worker.name}: its publish was cancelled")
+            )
             raise
         finally:
             slot.updating = False
-            self._dispatch()
+            self._queue.dispatch()
+
+    async def _catch_up(self, slot: Slot) -> None:
+        """Gives a worker the present weights and version, and leaves it going.
+
+        A publish does not wait for this, and passes over workers that are out; so what is present
+        may change meanwhile. The weights are not probed: `score` speaks for the trainer as it is
+        now, which may be a step ahead of them.
+        """
+        while True:
+            weights = self._weights
+            if weights is not None:
+                await self._replace_weights(slot, weights, "abort")
+            else:
+                await slot.worker.set_version(self.version)
+                await slot.worker.resume()  # a run that was killed may have left it paused
+            if weights is self._weights:
+                return
 
     async def _replace_weights(self, slot: Slot, weights: Weights, mode: UpdateMode) -> None:
         await slot.worker.pause(mode)
@@ -737,22 +463,16 @@ class InferenceHub:
                 if not piece.token_ids:
                     raise WorkerFailure(f"{slot.worker.name} aborted the probe")
             except WorkerFailure as failure:
-                self._take_out(slot, failure)
+                self._supervisor.take_out(slot, failure)
                 continue
             except BadRequest as error:
                 raise PublishFailure(f"{slot.worker.name} refused the probe: {error}") from error
             assert weights.score is not None
             expected = await weights.score([*_PROBE_PROMPT, *piece.token_ids])
-            expected = expected[len(_PROBE_PROMPT) - 1 :]
-            differences = [abs(a - b) for a, b in zip(piece.logprobs, expected, strict=True)]
-            # max() alone would pass over a nan.
-            gap = max(differences) if all(map(math.isfinite, differences)) else math.nan
-            if set(piece.versions) != {weights.version} or not gap <= self._gap_limit:
-                raise PublishFailure(
-                    f"{slot.worker.name} should sample with version {weights.version}: it says "
-                    f"{sorted(set(piece.versions))}, and its logprobs differ from the trainer's by "
-                    f"{gap:.2g}, more than engine.gap_limit={self._gap_limit:g}. Either it has "
-                    f"other weights, or the two compute in precisions that need a higher limit"
-                )
-            gaps[slot] = gap
+            gaps[slot] = check_gap(
+                piece,
+                expected[len(_PROBE_PROMPT) - 1 :],
+                version=weights.version,
+                limit=self._gap_limit,
+            )
         return gaps

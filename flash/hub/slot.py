@@ -1,12 +1,17 @@
 """What the hub remembers of a worker, of a request that waits, and of an answer on its way."""
 
 import asyncio
+import contextlib
 import math
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from flash.hub.loan import Lent
-from flash.hub.worker import Worker
+from flash.hub.reports import WorkerStats
+from flash.hub.worker import Worker, WorkerFailure
 from flash.types import Completion, GenerateRequest
+
+_CONTROL = "control"  # where a request has its id; a worker has one such call at a time
 
 
 @dataclass(slots=True, eq=False)
@@ -37,6 +42,61 @@ class Slot:
     def accepting(self) -> bool:
         return self.healthy and not self.updating and self.lent is None
 
+    def begin(self, cost: int) -> None:
+        """A request of so many tokens at most is given to it."""
+        if self.running == 0:
+            self.busy_since = self.progress_at = _now()
+        self.running += 1
+        self.outstanding_tokens += cost
+
+    def end(self, cost: int) -> None:
+        """That request is over."""
+        self.running -= 1
+        self.outstanding_tokens -= cost
+        if self.running == 0:
+            self.busy_s += _now() - self.busy_since
+
+    def send_away(self) -> None:
+        """The requests that this worker has end now, as if they had taken too long."""
+        for deadline in self.deadlines.values():
+            if not deadline.expired():
+                deadline.reschedule(_now())
+
+    @contextlib.asynccontextmanager
+    async def control(self, timeout_s: float) -> AsyncIterator[None]:
+        """Ends what is done to a worker with WorkerFailure: in time, or when it is taken out."""
+        try:
+            async with asyncio.timeout(timeout_s) as deadline:
+                self.deadlines[_CONTROL] = deadline
+                try:
+                    yield
+                finally:
+                    del self.deadlines[_CONTROL]
+        except TimeoutError as error:
+            raise WorkerFailure(
+                f"{self.worker.name} was taken out, or took longer than {timeout_s:g} s for a "
+                f"pause, a weight load or a health check"
+            ) from error
+
+    def stats(self, now: float, *, request_timeout_s: float) -> WorkerStats:
+        """A snapshot."""
+        due = [deadline.when() for key, deadline in self.deadlines.items() if key != _CONTROL]
+        ages_s = [now - (when - request_timeout_s) for when in due if when is not None]
+        lent_s = self.lent.busy_s if self.lent is not None else 0.0
+        return WorkerStats(
+            name=self.worker.name,
+            healthy=self.healthy,
+            version=self.version,
+            running=self.running,
+            outstanding_tokens=self.outstanding_tokens,
+            busy_s=self.busy_s + lent_s + (now - self.busy_since) * (self.running > 0),
+            updating=self.updating,
+            lent=self.lent is not None,
+            quiet_s=(now - self.progress_at) * (self.running > 0),
+            oldest_s=max(ages_s, default=0.0),
+            newest_s=min(ages_s, default=0.0),
+        )
+
 
 @dataclass(slots=True, eq=False)
 class Waiter:
@@ -64,3 +124,7 @@ class Received:
             finish_reason="abort",
             worker=worker,
         )
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

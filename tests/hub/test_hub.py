@@ -131,7 +131,7 @@ def test_sessions_are_forgotten():
             for number in range(100):
                 await hub.generate(request(max_tokens=1, session=f"s{number}"))
                 hub.forget(f"s{number}")
-            assert not hub._sessions
+            assert not any(hub.whereabouts(f"s{number}") for number in range(100))
 
     virtual_time.run(main())
 
@@ -202,7 +202,7 @@ def test_a_caller_cancelled_in_the_moment_the_pool_fails_is_cancelled():
     async def main():
         async with InferenceHub([steady()], max_running=1) as hub:
             asyncio.get_running_loop().call_later(
-                3, hub._on_exit, hub._slots[0].worker, "killed", True
+                3, hub._supervisor.on_exit, hub._slots[0].worker, "killed", True
             )
             running = asyncio.ensure_future(hub.generate(request()))
             queued = asyncio.ensure_future(hub.generate(request()))
@@ -340,7 +340,7 @@ def test_the_first_cause_of_the_end_is_the_one_that_is_told():
         async with InferenceHub([worker]) as hub:
             calls = [asyncio.ensure_future(hub.generate(request())) for _ in range(3)]
             await asyncio.sleep(0.5)
-            hub._on_exit(worker, "worker 0 (pid 7) ended with exit code -9", True)
+            hub._supervisor.on_exit(worker, "worker 0 (pid 7) ended with exit code -9", True)
             for error in await all_ended(calls):
                 assert "worker 0 (pid 7) ended with exit code -9" in str(error)
         with pytest.raises(InferenceFailure, match="exit code -9"):
@@ -368,7 +368,7 @@ def test_each_time_without_a_worker_has_its_own_recovery_timeout():
 def test_a_publish_in_which_the_last_worker_dies_is_told():
     class Dying(FakeWorker):
         async def load_weights(self, path):
-            hub._on_exit(self, "worker 0 ended with exit code -9", True)
+            hub._supervisor.on_exit(self, "worker 0 ended with exit code -9", True)
             raise WorkerFailure("disconnected")
 
     async def main():
@@ -385,11 +385,11 @@ def test_a_worker_that_the_pool_lost_is_not_looked_after():
     async def main():
         workers = [steady("a"), steady("b")]
         async with InferenceHub(workers) as hub:
-            hub._on_exit(workers[0], "killed", True)
+            hub._supervisor.on_exit(workers[0], "killed", True)
             await asyncio.sleep(100)
             assert not hub.stats().workers[0].healthy
             assert (await hub.generate(request())).worker == "b"
-            assert not hub._recoveries
+            assert not hub._supervisor._recoveries
 
     virtual_time.run(main())
 
@@ -799,7 +799,7 @@ def test_every_request_ends_exactly_once_whatever_happens(seed, mode):
             stats = hub.stats()
             assert stats.queued == stats.running == 0
             assert all(w.outstanding_tokens == 0 for w in stats.workers)
-            assert not hub._sessions
+            assert not any(hub.whereabouts(str(number)) for number in range(60))
         assert sum(ends.values()) == 60
         assert max(worker.max_running_seen for worker in workers) <= 4
         assert asyncio.all_tasks() == {asyncio.current_task()}

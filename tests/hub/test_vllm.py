@@ -222,13 +222,13 @@ async def test_a_server_that_is_killed_loses_no_token_and_returns_with_the_prese
 
 async def test_a_server_whose_engine_stands_still_is_started_anew(servers):
     hub = servers.hub
-    hub._progress_timeout_s = 10.0
+    hub._supervisor.progress_timeout_s = 10.0
     async with traffic(hub) as answers:
         engines = psutil.Process(servers.pool.pids[1]).children(recursive=True)
         watch = Watch(process.pid for process in engines)
         for process in engines[1:]:  # all but the API server, which goes on to say that it is well
             process.suspend()
-    hub._progress_timeout_s = 120.0
+    hub._supervisor.progress_timeout_s = 120.0
     servers.assert_all_exact(answers)
     await all_healthy(hub)
     assert not await asyncio.to_thread(watch.left)
