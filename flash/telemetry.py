@@ -76,7 +76,7 @@ METRICS = {
     "time/train_s": "the trainer trained",
     "time/publish_s": "export, publish and probe",
     "bias/turns": "of trained over admitted episodes, since the start; below 1: slow ones starve",
-    "bias/tokens": "likewise, sampled tokens; of a response that was cut off none is known",
+    "bias/tokens": "likewise, sampled tokens; of a response under way those known so far",
     "bias/seconds": "likewise, seconds from admission to the end",
     "publish/count": "since the start",
     "publish/paused_s": "seconds that workers were paused, summed over workers, since the start",

@@ -146,13 +146,17 @@ class InferenceHub:
     # ── requests ─────────────────────────────────────────────────────────────────────────────
 
     async def generate(
-        self, request: GenerateRequest, on_start: Callable[[int], None] | None = None
+        self,
+        request: GenerateRequest,
+        on_start: Callable[[int], None] | None = None,
+        on_sampled: Callable[[int], None] | None = None,
     ) -> Completion:
         """One response, from whichever worker is best, retried elsewhere if that one fails.
 
         `on_start` is called with the worker's policy version each time a worker begins: no token
-        sampled from then on can be older. Raises ValueError for a request that no worker takes,
-        InferenceFailure if no worker is left or several failed at this very request.
+        sampled from then on can be older. `on_sampled` is called with how many tokens it has so
+        far, as far as workers tell before it is whole. Raises ValueError for a request that no
+        worker takes, InferenceFailure if no worker is left or several failed at this very request.
         """
         if not request.token_ids or request.sampling.max_tokens < 1:
             raise ValueError(
@@ -164,14 +168,14 @@ class InferenceHub:
         token_ids: list[int] = []
         logprobs: list[float] = []
         versions: list[int] = []
+        count = self._counting(on_sampled)
         while True:
-            sampling = request.sampling
-            if token_ids:
-                sampling = replace(sampling, max_tokens=sampling.max_tokens - len(token_ids))
+            left = request.sampling.max_tokens - len(token_ids)
+            sampling = replace(request.sampling, max_tokens=left)
             prompt = [*request.token_ids, *token_ids]
             cost = len(prompt) + sampling.max_tokens
             slot = await self._queue.acquire(request, cost=cost, arrival=arrival)
-            received = Received(slot.version)
+            received = Received(slot.version, len(token_ids), count)
             try:
                 if not slot.accepting:  # something befell it in the moment it was given to us
                     continue
@@ -201,11 +205,11 @@ class InferenceHub:
             token_ids += piece.token_ids
             logprobs += piece.logprobs
             versions += piece.versions
+            count(len(token_ids))
             if piece.finish_reason == "abort" and len(token_ids) < request.sampling.max_tokens:
                 continue
             self._requests += 1
             self._prompt_tokens += len(request.token_ids)
-            self._generated_tokens += len(token_ids)
             reason = "length" if piece.finish_reason == "abort" else piece.finish_reason
             return Completion(
                 token_ids=token_ids,
@@ -214,6 +218,19 @@ class InferenceHub:
                 finish_reason=reason,
                 worker=slot.worker.name,
             )
+
+    def _counting(self, on_sampled: Callable[[int], None] | None) -> Callable[[int], None]:
+        """Takes how many tokens a response has so far; it has fewer if its worker fails."""
+        counted = 0
+
+        def count(sampled: int) -> None:
+            nonlocal counted
+            self._generated_tokens += max(0, sampled - counted)
+            counted = max(counted, sampled)
+            if on_sampled is not None:
+                on_sampled(sampled)
+
+        return count
 
     def forget(self, session: str) -> None:
         """No more requests of this session will come."""
@@ -253,6 +270,7 @@ class InferenceHub:
         def on_tokens(token_ids: Sequence[int], logprobs: Sequence[float]) -> None:
             slot.streams = True
             slot.progress_at = self._clock()
+            received.count(len(token_ids))
             if slot.version == received.version and not slot.updating:
                 received.token_ids += token_ids
                 received.logprobs += logprobs

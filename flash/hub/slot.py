@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 from flash.hub.loan import Lent
@@ -111,8 +111,15 @@ class Received:
     """The tokens of an answer that is not whole yet, as far as their version is certain."""
 
     version: int
+    sampled: int = 0  # of the response, whatever their version and with those before
+    on_sampled: Callable[[int], None] | None = None
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+
+    def count(self, tokens: int) -> None:
+        self.sampled += tokens
+        if self.on_sampled is not None:
+            self.on_sampled(self.sampled)
 
     def as_aborted(self, worker: str) -> Completion:
         """What is worth keeping of it when its worker has failed."""

@@ -4,7 +4,7 @@ A loop that hands over what is complete, evicts what grows old and cancels what 
 on quick episodes more often than on slow ones. Length is measured in turns, in sampled tokens and
 in seconds. What was given up, or still runs, is known to be longer than it got; so the mean length
 of all that were admitted is taken from Kaplan & Meier's estimate of its distribution (1958).
-Turns and tokens of a response under way are not known: of single-turn episodes only seconds tell.
+Of a response under way, or cut off, those tokens count that its worker has told of.
 """
 
 import logging

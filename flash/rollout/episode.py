@@ -14,7 +14,10 @@ class Generator(Protocol):
     """What an episode needs of the hub."""
 
     async def generate(
-        self, request: GenerateRequest, on_start: Callable[[int], None] | None = None
+        self,
+        request: GenerateRequest,
+        on_start: Callable[[int], None] | None = None,
+        on_sampled: Callable[[int], None] | None = None,
     ) -> Completion: ...
 
 
@@ -78,11 +81,20 @@ class Episode:
             session=self.session,
             place="" if self.turns else self._place,
         )
+        known = 0
+
+        def count(sampled: int) -> None:  # also of a response that will never be whole
+            nonlocal known
+            self.generated_tokens += sampled - known
+            known = sampled
+
         with self.stage("generate"):
-            completion = await self._hub.generate(request, on_start=self._note_version)
+            completion = await self._hub.generate(
+                request, on_start=self._note_version, on_sampled=count
+            )
         self.turns += 1
         self.prompt_tokens += len(token_ids)
-        self.generated_tokens += len(completion.token_ids)
+        count(len(completion.token_ids))
         if completion.versions:
             self.newest_version = max(completion.versions)
         return completion

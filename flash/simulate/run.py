@@ -85,6 +85,7 @@ class _Simulation:
             max_running=scenario.workers.max_running,
             request_timeout_s=_FOREVER_S,
             control_timeout_s=_FOREVER_S,
+            progress_timeout_s=_FOREVER_S,
         )
         rollouts = RolloutLoop(
             hub,

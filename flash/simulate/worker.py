@@ -113,6 +113,8 @@ class SimulatedWorker:
                 self._plan()
             if not self._jobs:
                 self._drained.set()
+            if on_tokens is not None and (entries := self._whole_entries(job)):
+                on_tokens([script.number] * entries, [-1.0] * entries)
         if self._config.overhead_s:
             await asyncio.sleep(self._config.overhead_s)
         return answer
@@ -294,6 +296,9 @@ class SimulatedWorker:
             return job.sampled + self._steps - job.since_step
         return job.sampled
 
+    def _whole_entries(self, job: _Job) -> int:
+        return math.floor((job.sampled + 1e-6) / self._world.grain)
+
     def _remove(self, job: _Job) -> None:
         """Wherever it is."""
         if job in self._decoding:
@@ -307,10 +312,8 @@ class SimulatedWorker:
         if job.answer.done():
             return
         grain = self._world.grain
-        if reason == "abort":  # an entry that is not whole is sampled anew
-            entries = math.floor((job.sampled + 1e-6) / grain)
-        else:
-            entries = math.ceil(job.wanted / grain)
+        # One that is not whole is sampled anew.
+        entries = self._whole_entries(job) if reason == "abort" else math.ceil(job.wanted / grain)
         versions: list[int] = []
         for (_, version), (until, _) in itertools.pairwise([*job.versions, (math.inf, 0)]):
             last = entries if until == math.inf else min(entries, math.ceil(until / grain))

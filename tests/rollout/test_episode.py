@@ -2,6 +2,8 @@
 
 import asyncio
 
+from flash.fakes import FakeWorker
+from flash.hub import InferenceHub
 from flash.rollout.episode import Episode
 from flash.types import Completion, SamplingParams, Task, Trajectory
 from flash.virtual_time import run
@@ -10,7 +12,7 @@ from flash.virtual_time import run
 class SlowHub:
     """Answers after as many seconds as the prompt has tokens."""
 
-    async def generate(self, request, on_start=None):
+    async def generate(self, request, on_start=None, on_sampled=None):
         await asyncio.sleep(len(request.token_ids))
         return Completion(token_ids=[1], logprobs=[-1.0], versions=[0], finish_reason="stop")
 
@@ -55,3 +57,37 @@ def test_a_call_that_outlives_its_episode_changes_nothing():
         return one.stage_name
 
     assert run(main()) == "ready"
+
+
+def test_the_tokens_of_a_response_that_is_cut_off_are_known_as_far_as_they_were_told():
+    async def main(tell_s):
+        worker = FakeWorker("w", token_s=(1.0, 1.0), tell_s=tell_s)
+        async with InferenceHub([worker]) as hub:
+            one, sampling = Episode(1, Task(1), hub=hub), SamplingParams(max_tokens=20)
+            await one.generate([1], sampling)
+            assert one.generated_tokens == hub.stats().generated_tokens == 20
+            call = asyncio.create_task(one.generate([1], sampling))
+            await asyncio.sleep(9.5)
+            under_way = one.generated_tokens
+            call.cancel()
+            await asyncio.wait([call])
+            assert one.generated_tokens == hub.stats().generated_tokens == under_way
+            assert one.turns == 1
+            return under_way
+
+    assert run(main(tell_s=2.1)) == 20 + 8
+    assert run(main(tell_s=None)) == 20
+
+
+def test_tokens_that_a_failed_worker_took_with_it_are_not_the_episodes():
+    async def main():
+        workers = [FakeWorker(name, token_s=(1.0, 1.0), tell_s=2.1) for name in "ab"]
+        async with InferenceHub(workers) as hub:
+            one = Episode(1, Task(1), hub=hub)
+            call = asyncio.create_task(one.generate([1], SamplingParams(max_tokens=20)))
+            await asyncio.sleep(9.5)
+            hub.give_up(next(w.name for w in workers if w.running), "it is said to hang")
+            await call
+            return one.generated_tokens, hub.stats().generated_tokens
+
+    assert run(main()) == (20, 20)

@@ -133,6 +133,17 @@ def test_a_run_that_can_not_go_on_says_so_as_the_real_one_would():
         simulate(small(**{"workload.env_fail_rate": 0.99}))
 
 
+def test_the_tokens_of_a_response_that_was_cut_off_are_counted_as_wasted():
+    result = simulate(
+        small(alpha=0, redundant_episodes=2, grain=10, **{"workload.turns": 1, "steps": 3})
+    )
+    assert result.outcomes.keys() == {"trained", "cancelled(redundant)"}
+    trained = 10 * sum(e.generated_tokens for e in result.episodes if e.outcome == "trained")
+    decoded = result.tokens_per_s * result.time_s
+    assert trained + result.wasted_tokens == pytest.approx(decoded, rel=0.02)
+    assert result.wasted_share > 0.3
+
+
 def test_the_time_limit_ends_it():
     result = simulate(small(steps=None, time_s=100.0))
     assert result.time_s == 100.0
