@@ -15,7 +15,7 @@ from types import FrameType
 
 from flash.rollout.stacks import running_stack
 
-_ADMISSION = "_next_start"  # of the loop, which asks the task source
+_ADMISSION = "next_start"  # of `Starts`, which asks the task source
 _WAITS = 4
 _SOURCES = Path(__file__).parents[1]
 

@@ -10,14 +10,13 @@ an episode to end) and `publish` (for the hub). What always holds:
 
 1. No token in a batch is older than α versions: `_evict_stale`, and a check at hand-over.
 2. Each admitted episode has one outcome: `Ledger.end`, once, and `Ledger.check`.
-3. running + ready + handed over but unpublished ≤ (1+α)·batch: `_admit` and `Slots`.
+3. running + ready + handed over but unpublished ≤ (1+α)·batch: `Starts` and `Slots`.
 5. No wait is silent: a streak of failures ends the run by name, and `Watchdog` looks to the rest.
 """
 
 import asyncio
 import logging
 import math
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Literal, Protocol
@@ -26,6 +25,7 @@ from flash.errors import EpisodeFailure, FlashError, RolloutFailure
 from flash.hub.reports import HubStats
 from flash.rollout.assemble import metrics_of, samples_of, trajectories
 from flash.rollout.bias import LengthBias
+from flash.rollout.choice import choose, stale
 from flash.rollout.crew import Crew
 from flash.rollout.diagnosis import Admission
 from flash.rollout.episode import AgentFactory, Cancelled, Episode, EpisodeEnd, Generator
@@ -35,6 +35,7 @@ from flash.rollout.groups import Group, Groups
 from flash.rollout.ledger import EpisodeRecord, Ledger
 from flash.rollout.pulse import Pulse, felt
 from flash.rollout.slots import BatchSchedule, QueueSchedule, Schedule, Slots
+from flash.rollout.starts import Starts
 from flash.rollout.watchdog import OnStall, Watchdog
 from flash.trainer.advantages import Advantages, grpo, per_group
 from flash.types import Batch, Task, TrainerState, Trajectory, UpdateMode, Weights
@@ -157,10 +158,7 @@ class RolloutLoop:
         self.ledger = Ledger()
         self._bias = LengthBias()
         self._agent = agent
-        self._tasks = iter(tasks)
         self._groups_per_batch = batch_size // group_size
-        self._group_size = group_size
-        self._redundant_episodes = redundant_episodes
         self._replicate = replicate
         self._on_stale = on_stale
         self._update_mode = update_mode
@@ -181,19 +179,25 @@ class RolloutLoop:
             last_version=last_version,
         )
         self.follow(alpha if alpha_in_force is None else alpha_in_force)
-        self._schedule = (
-            QueueSchedule()
-            if schedule == "queue"
-            else BatchSchedule(self._groups_per_batch + redundant_groups)
-        )
         self._filters = Filters(filters, at_most=max_filtered * self._groups_per_batch)
         self._groups = Groups()
+        self._starts = Starts(
+            tasks,
+            self._groups,
+            slots=self._slots,
+            schedule=(
+                QueueSchedule()
+                if schedule == "queue"
+                else BatchSchedule(self._groups_per_batch + redundant_groups)
+            ),
+            ledger=self.ledger,
+            group_size=group_size,
+            episodes=group_size + redundant_episodes,
+        )
         self._taken: list[Group] = []  # parts of the next batch
-        self._owed: deque[tuple[Group, int]] = deque()  # starts not yet admitted, with attempt
         self._next_version = hub.version  # at which the next batch will be trained
         self._next_episode = 0
         self._started_this_turn = 0
-        self._exhausted = False
         self._failure: FlashError | None = None
         self._failures_in_a_row = 0
         self._progress = asyncio.Event()
@@ -253,9 +257,10 @@ class RolloutLoop:
                 raise self._failure
             if len(chosen := self._choose(at_least)) >= at_least:
                 return self._hand_over(chosen)
-            if self._exhausted and not self._owed and len(self._groups) < self._groups_per_batch:
+            left = len(self._groups)
+            if self._starts.exhausted and not self._starts and left < self._groups_per_batch:
                 raise RolloutFailure(
-                    f"the tasks have ended with {len(self._groups)} groups left, and a batch takes "
+                    f"the tasks have ended with {left} groups left, and a batch takes "
                     f"{self._groups_per_batch}: give more tasks, or ask for fewer batches"
                 )
             self._progress.clear()
@@ -276,6 +281,15 @@ class RolloutLoop:
         self._admit()
         return report
 
+    def follow(self, alpha: float) -> None:
+        """Let (1+alpha)·batch samples be under way from now on; `self.alpha` stays the bound."""
+        if not 0 <= alpha <= self.alpha:
+            raise ValueError(f"alpha={alpha} must be from 0 to the loop's bound of {self.alpha:g}")
+        self.alpha_in_force = alpha
+        self._slots.follow(alpha)
+        if self._open:
+            self._admit()
+
     @felt
     async def evaluate(
         self, tasks: Sequence[Task], *, agent: AgentFactory | None = None
@@ -287,25 +301,9 @@ class RolloutLoop:
         """
         self._paused = True
         try:
-            return await evaluate(
-                self.hub,
-                agent or self._agent,
-                tasks,
-                concurrency=self.capacity,
-                max_attempts=self._max_attempts,
-                stall_timeout_s=self._stall_timeout_s,
-            )
+            return await self._evaluate(self.hub, tasks, agent)
         finally:
             self._paused = False
-            self._admit()
-
-    def follow(self, alpha: float) -> None:
-        """Let (1+alpha)·batch samples be under way from now on; `self.alpha` stays the bound."""
-        if not 0 <= alpha <= self.alpha:
-            raise ValueError(f"alpha={alpha} must be from 0 to the loop's bound of {self.alpha:g}")
-        self.alpha_in_force = alpha
-        self._slots.follow(alpha)
-        if self._open:
             self._admit()
 
     async def evaluate_beside(
@@ -318,14 +316,19 @@ class RolloutLoop:
         if the share is lost or there is none to spare.
         """
         async with self.hub.lend(workers) as share:
-            return await evaluate(
-                share,
-                agent or self._agent,
-                tasks,
-                concurrency=self.capacity,
-                max_attempts=self._max_attempts,
-                stall_timeout_s=self._stall_timeout_s,
-            )
+            return await self._evaluate(share, tasks, agent)
+
+    async def _evaluate(
+        self, hub: Generator, tasks: Sequence[Task], agent: AgentFactory | None
+    ) -> Evaluation:
+        return await evaluate(
+            hub,
+            agent or self._agent,
+            tasks,
+            concurrency=self.capacity,
+            max_attempts=self._max_attempts,
+            stall_timeout_s=self._stall_timeout_s,
+        )
 
     @property
     def capacity(self) -> int:
@@ -358,7 +361,7 @@ class RolloutLoop:
         return Admission(
             next_version=self._next_version,
             fresh=self._next_version - self.hub.version <= self.alpha,
-            owed=len(self._owed),
+            owed=len(self._starts),
             unpublished=self._slots.held,
         )
 
@@ -387,8 +390,7 @@ class RolloutLoop:
             and self._started_this_turn < _STARTS_A_TURN
             and self._failure is None
             and fresh_enough
-            and self.ledger.running + self.ledger.ready < self._slots.most_episodes
-            and (start := self._next_start()) is not None
+            and (start := self._starts.next_start(self._next_version)) is not None
         ):
             group, attempt = start
             episode = Episode(
@@ -410,45 +412,6 @@ class RolloutLoop:
     def _next_turn(self) -> None:
         self._started_this_turn = 0
         self._admit()
-
-    def _next_start(self) -> tuple[Group, int] | None:
-        """The next episode owed: of a group under way, else of a new one."""
-        while self._owed:
-            group, attempt = self._owed[0]
-            if group in self._groups:
-                if len(group.members) < group.size and not self._has_slot():
-                    return None
-                self._owed.popleft()
-                group.owed -= 1
-                return group, attempt
-            self._owed.popleft()
-        if not self._has_slot() or not self._may_begin():
-            return None
-        task = next(self._tasks, None)
-        if task is None:
-            self._exhausted = True
-            return None
-        episodes = self._group_size + self._redundant_episodes
-        group = self._groups.begin(task, size=self._group_size, episodes=episodes)
-        self._schedule.began()
-        self._owed.extend([(group, 1)] * episodes)
-        return self._next_start()
-
-    def _has_slot(self) -> bool:
-        used = self.ledger.running + self.ledger.ready - self._groups.spares + self._slots.held
-        return used < self._slots.limit
-
-    def _may_begin(self) -> bool:
-        wanted = self._slots.wanted(
-            under_way=len(self._groups),
-            complete=self._groups.complete,
-            next_version=self._next_version,
-        )
-        return wanted > 0 and self._schedule.allows(wanted, running=self.ledger.running)
-
-    def _owe(self, group: Group, attempt: int) -> None:
-        group.owed += 1
-        self._owed.appendleft((group, attempt))
 
     # ── ends of episodes ─────────────────────────────────────────────────────────────────────
 
@@ -488,9 +451,7 @@ class RolloutLoop:
             if member.trajectory is None:
                 self._groups.remove(group, member)
                 self._crew.abort(member, "redundant")
-        if group.owed:
-            self._owed = deque(start for start in self._owed if start[0] is not group)
-            group.owed = 0
+        self._starts.cancel(group)
         try:
             reason = self._filters.reason_to_drop(trajectories(group))
         except RolloutFailure as failure:
@@ -521,7 +482,7 @@ class RolloutLoop:
             error.__cause__ = failure
             self.fail(error)
         elif episode.attempt < self._max_attempts:
-            self._owe(group, episode.attempt + 1)
+            self._starts.owe(group, episode.attempt + 1)
         elif len(group.members) + group.owed < group.size:
             logger.warning("group %d is given up after %d attempts", group.id, episode.attempt)
             self._give_up(group, "group_failed")
@@ -529,7 +490,7 @@ class RolloutLoop:
     def _restart(self, group: Group, episode: Episode) -> None:
         """In the place of an episode that is no failure: it does not count as an attempt."""
         self._groups.remove(group, episode)
-        self._owe(group, episode.attempt)
+        self._starts.owe(group, episode.attempt)
 
     def _give_up(self, group: Group, reason: str) -> None:
         """Drops the group's ready episodes, cancels the running ones; its slots become free."""
@@ -566,16 +527,11 @@ class RolloutLoop:
     def _evict_stale(self) -> None:
         """Gives up every episode that would break the bound in the next batch already."""
         for group in list(self._groups):
-            stale = [
-                member
-                for member in group.members.values()
-                if member.oldest_version is not None
-                and self._next_version - member.oldest_version > self.alpha
-            ]
-            if stale and self._on_stale == "drop":
+            old = stale(group, version=self._next_version, alpha=self.alpha)
+            if old and self._on_stale == "drop":
                 self._give_up(group, "stale")
                 continue
-            group.regenerations += bool(stale)
+            group.regenerations += bool(old)
             if group.regenerations > self._max_regenerations:
                 logger.warning(
                     "group %d (seed %d) was too slow for alpha=%g %d times and is given up "
@@ -584,7 +540,7 @@ class RolloutLoop:
                 )  # fmt: skip
                 self._give_up(group, "too_slow")
                 continue
-            for member in stale:
+            for member in old:
                 self._restart(group, member)
                 self._discard(member, "stale")
 
@@ -596,17 +552,13 @@ class RolloutLoop:
         # An episode that was admitted in time may have sampled late, from old weights.
         self._evict_stale()
         left = [group for group in self._groups if group not in self._taken]
-        due: list[Group] = []
-        if self._on_stale == "wait":
-            # Those that would be too old for the batch after this one. More than a batch of them
-            # exists only if α is no integer; those left over are regenerated.
-            due = [
-                group
-                for group in left
-                if self._next_version + 1 - group.oldest_version > self.alpha
-            ][:wanted]
-        others = [group for group in left if group.complete and group not in due]
-        return [group for group in due if group.complete] + others[: wanted - len(due)]
+        return choose(
+            left,
+            wanted,
+            version=self._next_version,
+            alpha=self.alpha,
+            wait=self._on_stale == "wait",
+        )
 
     def _hand_over(self, chosen: list[Group]) -> Batch:
         version = self._next_version
