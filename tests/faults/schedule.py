@@ -10,6 +10,7 @@ cancelled.
 import asyncio
 import contextlib
 import hashlib
+import itertools
 import logging
 import math
 import random
@@ -97,6 +98,7 @@ class Schedule:
         self.max_running = rng.choice([1, 4, 16])
         self.tell_s = rng.choice([None, 0.2, 1.0])
         self.turns = rng.choice([(1, 1), (1, 4)])
+        self.samples = rng.choice(["whole", "turns"])
         self.steps = 6
         for name, value in settings.items():
             if name in ("rates", "steps"):
@@ -186,7 +188,7 @@ class Schedule:
                 self.hub,
                 agent=lambda: FaultyAgent(
                     faults=self._faults(f"agent {next(agents)}"), envs=self.envs,
-                    style=FakeStyle(), max_tokens=8, step_timeout_s=20.0,
+                    style=FakeStyle(), max_tokens=8, samples=self.samples, step_timeout_s=20.0,
                     episode_timeout_s=EPISODE_TIMEOUT_S, reward_timeout_s=10.0,
                 ),
                 tasks=(Task(seed) for seed in range(tasks)),
@@ -236,7 +238,7 @@ class Schedule:
     async def _step(self) -> None:
         batch = await self._next_batch()
         self._check_batch(batch)
-        self.held[batch.version] = len(batch.samples)
+        self.held[batch.version] = self.settings["batch_size"]
         if self.chance.draw("trainer_dies"):
             raise TrainerFailure("planned")
         slow = self.chance.draw("trainer_slow") is not None
@@ -326,8 +328,10 @@ class Schedule:
     def _check_batch(self, batch: Batch) -> None:
         self.say("batch", batch.version, [sample.episode for sample in batch.samples])
         assert batch.version == len(self.batches)
-        assert len(batch.samples) == self.settings["batch_size"]
-        sizes = Counter(sample.group for sample in batch.samples)
+        episodes = Counter((sample.group, sample.episode) for sample in batch.samples)
+        assert len(episodes) == self.settings["batch_size"]
+        assert self.samples == "turns" or set(episodes.values()) == {1}
+        sizes = Counter(group for group, _ in episodes)
         assert set(sizes.values()) == {self.settings["group_size"]}, "a group is handed over whole"
         for sample in batch.samples:
             ages = batch.version - sample.sampled_versions()
@@ -401,7 +405,8 @@ class Schedule:
         wasted = sum(r.generated_tokens for r in self.records if r.outcome != "trained")
         assert ledger.waste_tokens == wasted
         trained = Counter(r.episode for r in self.records if r.outcome == "trained")
-        assert trained == Counter(s.episode for b in self.batches for s in b.samples)
+        handed_over = ({sample.episode for sample in batch.samples} for batch in self.batches)
+        assert trained == Counter(itertools.chain.from_iterable(handed_over))
         if not self.rates:
             assert self.outcome == "trained"
             assert not ledger.count("failed")

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pytest
@@ -13,6 +13,11 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
+from flash import virtual_time
+from flash.agents import EnvironmentAgent
+from flash.fakes import FakeEnvs, FakeStyle, FakeWorker
+from flash.hub import InferenceHub
+from flash.rollout import RolloutLoop
 from flash.trainer.config import TrainerConfig
 from flash.trainer.objectives.settings import (
     SETTINGS,
@@ -25,7 +30,7 @@ from flash.trainer.objectives.settings import (
 )
 from flash.trainer.packing import MiniBatch, denominator_of, divide
 from flash.trainer.rank import Rank
-from flash.types import Sample
+from flash.types import Batch, Sample, Task
 
 SamplesOf = Callable[..., list[Sample]]
 SaveModel = Callable[..., Path]
@@ -306,6 +311,44 @@ def scored(model: Path, samples: list[Sample], reference_logprobs: Reference) ->
         np.array([0.0, *reference_logprobs(plain, s.token_ids.tolist())])[s.loss_mask > 0]
         for s in samples
     ]
+
+
+def played(samples: Literal["whole", "turns"]) -> list[Sample]:
+    """Two groups of four episodes with advantages, in the words of the model."""
+
+    async def play() -> Batch:
+        envs = FakeEnvs(seed=1, turns=(1, 4))
+        async with (
+            InferenceHub([FakeWorker("w", seed=3)]) as hub,
+            RolloutLoop(
+                hub,
+                agent=lambda: EnvironmentAgent(
+                    envs=envs, style=FakeStyle(), max_tokens=4, samples=samples
+                ),
+                tasks=[Task(0), Task(1)], batch_size=8, group_size=4, alpha=0,
+            ) as rollouts,
+        ):  # fmt: skip
+            return await rollouts.next_batch()
+
+    batch = virtual_time.run(play())
+    return [replace(sample, token_ids=sample.token_ids % 97) for sample in batch.samples]
+
+
+def test_a_sample_for_each_turn_trains_what_whole_trajectories_do(
+    model: Path, tmp_path: Path
+) -> None:
+    # Of all ways to add up only this one asks neither where a sample ends nor how many there are.
+    config = TrainerConfig(aggregation="token_mean", learning_rate=1e-3, warmup_steps=0)
+    told, gradients = [], []
+    for samples in (played("whole"), played("turns")):
+        with started(model, tmp_path, config) as rank:
+            gradients.append(gradients_of(rank))
+            told.append(step(rank, samples, config))
+    whole, turns = told
+    assert close(whole, turns), (whole, turns)
+    assert whole["grad_norm"] > 0.1
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("aggregation", get_args(Aggregation))
