@@ -56,7 +56,8 @@ Simulate a run on a cluster: the engine's own hub, loop and agents in virtual ti
   flash simulate --calibrate runs/alfworld --sweep alpha=0,1,2,4
 
   --calibrate RUN         in place of a file: fit the scenario to a run, and keep it as a file
-  --sweep FIELD=V1,V2,…   simulate each value (of several: each combination)
+  --sweep FIELD=V1,V2,…   simulate each value (of several: each combination); a list is written as
+                          in YAML: filters=[],[equal_rewards]
   --seeds N               simulate each N times, with the seeds that follow `seed`
   --timeline              write a trace of the first one for https://ui.perfetto.dev
   --out DIR               where the files go [runs/simulations/NAME]

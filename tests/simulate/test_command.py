@@ -42,6 +42,14 @@ def test_a_sweep_prints_a_row_for_each_combination_and_averages_seeds(scenario, 
     assert results[-1]["changes"] == {"alpha": 1, "workers.count": 3}
 
 
+def test_a_swept_value_may_be_a_list(scenario, tmp_path, capsys):
+    arguments = ["--sweep", "filters=[],[equal_rewards]", "--out", str(tmp_path)]
+    assert cli.run(["simulate", str(scenario), *arguments]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [r["scenario"]["filters"] for r in results] == [[], ["equal_rewards"]]
+    assert "['equal_rewards']" in capsys.readouterr().out
+
+
 def test_a_timeline_has_a_lane_for_each_worker_each_agent_and_the_trainer(scenario, tmp_path):
     assert cli.run(["simulate", str(scenario), "--timeline", "--out", str(tmp_path)]) == 0
     packed = (tmp_path / "timeline.json.gz").read_bytes()

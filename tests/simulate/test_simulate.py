@@ -11,6 +11,7 @@ import pytest
 
 from flash.errors import FlashError
 from flash.simulate import Scenario, simulate
+from flash.simulate.world import World
 
 SMALL = {
     "steps": 6,
@@ -113,6 +114,17 @@ def test_two_alphas_are_compared_on_the_same_episodes():
     assert len(shared) > 20
     same = sum(sync[seed] == overlapped[seed] for seed in shared)
     assert same > 0.7 * len(shared), "but for those that were given up and drawn anew"
+
+
+def test_responses_to_one_task_are_alike_in_length_by_their_scale():
+    wide = {"kind": "uniform", "low": 0.1, "high": 10}
+    settings = {"workload.response_tokens": 100, "workload.turns": 1}
+    world = World(small(**settings, **{"workload.response_scale": wide}))
+    lengths = [{world.begin(task).response_tokens[0] for _ in range(4)} for task in range(50)]
+    assert all(len(of_task) == 1 for of_task in lengths)
+    of_tasks = [length for of_task in lengths for length in of_task]
+    assert min(of_tasks) < 200
+    assert max(of_tasks) > 800
 
 
 def test_the_grain_hardly_matters():
