@@ -4,7 +4,6 @@ import contextlib
 import functools
 import itertools
 import json
-import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,6 @@ from flash.rollout import AgentFactory
 from flash.rollout.adaptive import AdaptiveAlpha
 from flash.types import EnvSource, PromptStyle, Task
 from flash.warm_start import Progress, small_model
-
-logger = logging.getLogger(__name__)
 
 _DOOR_FILE = "door.json"
 _TASKS_FILE = "tasks.json"
@@ -75,11 +72,13 @@ def make_style(config: Config, tokenizer: Any) -> PromptStyle:
     return style
 
 
-def open_hub(config: Config, *, model: str, version: int, log_dir: Path) -> InferenceHub:
-    """The hub, over workers that run already or over a pool that it starts."""
+def open_hub(
+    config: Config, *, model: str, version: int, log_dir: Path, say: Callable[[str], None]
+) -> InferenceHub:
+    """The hub, over workers that run already or over a pool that it starts; `say` is told which."""
     engine = config.engine
     workers, why = _workers(config, model=model, version=version, log_dir=log_dir)
-    logger.info("engine: %s", why)
+    say(f"engine: {why}")
     return InferenceHub(
         workers,
         max_running=engine.max_running,

@@ -1,6 +1,6 @@
 """`flash eval`: how a run, or one checkpoint of it, does on held-out tasks."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ from flash.telemetry import newest_checkpoint
 from flash.trainer.trainer import MODEL_FOLDER, checkpoint_version
 
 
-async def evaluate(source: Path, overrides: Mapping[str, Any]) -> Evaluation:
+async def evaluate(
+    source: Path, overrides: Mapping[str, Any], say: Callable[[str], None] = print
+) -> Evaluation:
     """Plays the held-out tasks with a checkpoint: the newest one if `source` is a run's folder.
 
     The run's own configuration says how; `overrides` change it. Raises ValueError if there is no
@@ -29,7 +31,7 @@ async def evaluate(source: Path, overrides: Mapping[str, Any]) -> Evaluation:
     style = assembly.make_style(config, tokenizer)
     logs = run / "logs"
     async with (
-        assembly.open_hub(config, model=model, version=version, log_dir=logs) as hub,
+        assembly.open_hub(config, model=model, version=version, log_dir=logs, say=say) as hub,
         assembly.open_door(config, hub, tokenizer=tokenizer) as door,
         assembly.open_envs(config, logs, heldout=True) as envs,
         assembly.open_reward(config, hub, tokenizer=tokenizer, log_dir=logs) as reward,

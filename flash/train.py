@@ -69,7 +69,11 @@ async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any] | None
                 resume_from=folder.resume_from,
             ).starting() as trainer,  # side by side with the workers
             assembly.open_hub(
-                config, model=trainer.model, version=trainer.version, log_dir=folder.logs
+                config,
+                model=trainer.model,
+                version=trainer.version,
+                log_dir=folder.logs,
+                say=view.say,
             ) as hub,
             assembly.open_door(config, hub, tokenizer=tokenizer, log_dir=folder.logs) as door,
             assembly.open_envs(config, folder.logs) as envs,

@@ -50,9 +50,10 @@ async def run(config, stop=None):
 
 
 @pytest.mark.parametrize("preset", sorted(configuration.presets()))
-async def test_a_tiny_run_of_each_preset_leaves_a_whole_and_true_folder(preset, tmp_path):
+async def test_a_tiny_run_of_each_preset_leaves_a_whole_and_true_folder(preset, tmp_path, capsys):
     config = tiny(preset, tmp_path)
     summary = await run(config)
+    assert "engine: " in capsys.readouterr().out
     folder = Path(summary["folder"])
     start, *steps = read_lines(folder / "metrics.jsonl")
     assert start["step"] == 0
