@@ -3,10 +3,11 @@
 The real hub, worker, agents, loop and trainer play FrozenLake; each environment step also sleeps a
 seeded lognormal time, the same in every run, so that cores are no limit. Every run trains the same
 number of samples, and keeps its folder, which `flash simulate --calibrate` reads. With --stream
-each is run twice, the second time with gradients computed as groups finish.
+each is run twice, the second time with gradients computed as groups finish. With --ablation all
+features are on, and then each is off in turn.
 
     python benchmarks/sync_vs_async.py [--steps 10] [--alphas 0,1,2] [--mean-s 0.25] [--sigma 1.2]
-                                       [--stream] [--hidden-size 64]
+                                       [--stream] [--ablation] [--hidden-size 64]
 """
 
 import argparse
@@ -15,9 +16,11 @@ import itertools
 import json
 import math
 import random
+import re
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer
 
@@ -32,6 +35,18 @@ from flash.trainer import Trainer, TrainerConfig
 from flash.types import AsyncEnv, EnvSource, Observation
 
 RESULTS = Path(__file__).parent / "results" / "sync_vs_async.json"
+
+# benchmarks/ablation.py has the simulated one, on a cluster.
+_REDUNDANT = {"redundant_groups": 1, "redundant_episodes": 1}
+ABLATION: dict[str, dict[str, Any]] = {
+    "all features": {"alpha": 2, "rollout": _REDUNDANT},
+    "no asynchrony": {"alpha": 0, "rollout": _REDUNDANT},
+    "one step off": {"alpha": 1, "rollout": _REDUNDANT},
+    "no redundancy": {"alpha": 2},
+    "batches, not a queue": {"alpha": 2, "rollout": {**_REDUNDANT, "schedule": "batch"}},
+    "stale groups dropped": {"alpha": 2, "rollout": {**_REDUNDANT, "on_stale": "drop"}},
+    "none of them": {"alpha": 0, "rollout": {"schedule": "batch"}},
+}
 
 
 class SlowEnvs:
@@ -72,15 +87,25 @@ class _SlowEnv:
         self._env.close()
 
 
-def configured(alpha: float, stream: bool, options: argparse.Namespace) -> Config:
+def variants(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The runs, and how each differs from the others."""
+    if options.ablation:
+        return ABLATION
+    streams = [False, True] if options.stream else [False]
+    return {
+        f"alpha{alpha:g}{'_stream' * stream}": {"alpha": alpha, "stream": stream}
+        for alpha, stream in itertools.product(map(float, options.alphas.split(",")), streams)
+    }
+
+
+def configured(name: str, changes: dict[str, Any], options: argparse.Namespace) -> Config:
     """What the run would be told if it were one of `flash train`."""
     return parse(
         {
-            "name": f"sync_vs_async_alpha{alpha:g}{'_stream' * stream}",
+            "name": "sync_vs_async_" + re.sub(r"\W+", "_", name),
             "runs_dir": options.runs_dir,
             "env": "frozen_lake",
-            "alpha": alpha,
-            "stream": stream,
+            **changes,
             "steps": options.steps,
             "batch_size": options.batch_size,
             "group_size": options.group_size,
@@ -122,6 +147,10 @@ async def one_run(
             batch_size=config.batch_size,
             group_size=config.group_size,
             alpha=config.alpha,
+            on_stale=config.rollout.on_stale,
+            schedule=config.rollout.schedule,
+            redundant_groups=config.rollout.redundant_groups,
+            redundant_episodes=config.rollout.redundant_episodes,
             on_episode=run.episode,
         ) as rollouts,
     ):
@@ -157,7 +186,6 @@ async def one_run(
         ledger = rollouts.ledger
         return {
             "alpha": config.alpha,
-            "stream": config.stream,
             "samples": ledger.count("trained"),
             "wall_s": wall_s,
             "idle_trainer": 1 - train_s / wall_s,
@@ -175,24 +203,24 @@ def main() -> None:
     parser.add_argument("--mean-s", type=float, default=0.25, help="mean latency of a step")
     parser.add_argument("--sigma", type=float, default=1.2, help="of its logarithm")
     parser.add_argument("--stream", action="store_true", help="each run with stream=true as well")
+    parser.add_argument("--ablation", action="store_true", help="each feature off in turn")
     parser.add_argument("--hidden-size", type=int, default=64, help="of the policy")
     parser.add_argument("--runs-dir", default="runs", help="where the runs' folders go")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the numbers go")
     options = parser.parse_args()
     rows = []
-    print(f"{'alpha':>5} {'stream':>6} {'samples':>7} {'wall s':>7} {'idle trainer':>12} "
+    print(f"{'run':20} {'samples':>7} {'wall s':>7} {'idle trainer':>12} "
           f"{'idle worker':>11} {'wasted tokens':>13} {'speed-up':>8}")  # fmt: skip
-    streams = [False, True] if options.stream else [False]
-    for alpha, stream in itertools.product(map(float, options.alphas.split(",")), streams):
+    for name, changes in variants(options).items():
         with (
             tempfile.TemporaryDirectory() as folder,
-            RunFolder(configured(alpha, stream, options)) as run,
+            RunFolder(configured(name, changes, options)) as run,
         ):
-            row = asyncio.run(one_run(run.config, options, run, Path(folder)))
+            row = {"run": name} | asyncio.run(one_run(run.config, options, run, Path(folder)))
         rows.append(row)
         row["speed_up"] = rows[0]["wall_s"] / row["wall_s"]
         print(
-            f"{alpha:5g} {stream!s:>6} {row['samples']:7.0f} {row['wall_s']:7.1f} "
+            f"{name:20} {row['samples']:7.0f} {row['wall_s']:7.1f} "
             f"{row['idle_trainer']:12.0%} {row['idle_worker']:11.0%} "
             f"{row['wasted_tokens']:13.0f} {row['speed_up']:7.2f}x"
         )

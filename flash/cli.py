@@ -25,6 +25,7 @@ from flash.simulate.scenario import load as load_scenario
 from flash.worker.config import parse as parse_worker
 
 _T = TypeVar("_T")
+_GARBAGE_EVERY_S = 300.0
 
 _TRAIN = """\
 Train a policy by asynchronous reinforcement learning.
@@ -248,16 +249,32 @@ def _worker(arguments: Sequence[str]) -> None:
 
 
 def run_loop(main: Coroutine[Any, Any, _T]) -> _T:
-    """Runs a coroutine as the commands do: on uvloop, with collections of garbage that are short.
+    """Runs a coroutine as the commands do: on uvloop, with garbage collected by the clock.
 
-    With thousands of requests under way a full one holds the loop for 0.1 to 0.5 s, and by default
-    every second or so; what is garbage in a run is young, and the other generations find it. Young
-    ones are looked at often: what gathers is what lives, and ten times as much of it took 50 ms.
+    Python counts what is made less what is dropped, so while old episodes go, new ones gather in
+    its youngest generation, and a look at them holds the loop for 0.1 s. Next to nothing of a run
+    is cyclic garbage: a full look at rare intervals finds it.
     """
     import uvloop  # noqa: PLC0415  (only a run needs it)
 
-    gc.set_threshold(700, 2, 5000)
-    return uvloop.run(main)
+    async def collecting() -> _T:
+        collector = asyncio.create_task(_collect_by_the_clock(), name="garbage collector")
+        try:
+            return await main
+        finally:
+            collector.cancel()
+
+    gc.disable()
+    try:
+        return uvloop.run(collecting())
+    finally:
+        gc.enable()
+
+
+async def _collect_by_the_clock() -> None:
+    while True:
+        await asyncio.sleep(_GARBAGE_EVERY_S)
+        gc.collect()
 
 
 def _stop_on_signals() -> asyncio.Event:
