@@ -258,11 +258,8 @@ def run_loop(main: Coroutine[Any, Any, _T]) -> _T:
     import uvloop  # noqa: PLC0415  (only a run needs it)
 
     async def collecting() -> _T:
-        collector = asyncio.create_task(_collect_by_the_clock(), name="garbage collector")
-        try:
-            return await main
-        finally:
-            collector.cancel()
+        _collect_by_the_clock(asyncio.get_running_loop())
+        return await main
 
     gc.disable()
     try:
@@ -271,10 +268,12 @@ def run_loop(main: Coroutine[Any, Any, _T]) -> _T:
         gc.enable()
 
 
-async def _collect_by_the_clock() -> None:
-    while True:
-        await asyncio.sleep(_GARBAGE_EVERY_S)
+def _collect_by_the_clock(loop: asyncio.AbstractEventLoop) -> None:
+    def collect() -> None:
         gc.collect()
+        loop.call_later(_GARBAGE_EVERY_S, collect)
+
+    loop.call_later(_GARBAGE_EVERY_S, collect)
 
 
 def _stop_on_signals() -> asyncio.Event:

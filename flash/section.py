@@ -1,8 +1,8 @@
 """What all parts of a configuration share."""
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
 
 
 class Section(BaseModel):
@@ -17,3 +17,11 @@ class Section(BaseModel):
         if isinstance(value, bool) and wanted in (int, float):
             raise ValueError("must be a number")
         return value
+
+
+def _split(value: Any) -> Any:
+    return [name for name in value.split(",") if name] if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+"""A list, or one string with commas between its names."""

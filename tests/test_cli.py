@@ -1,15 +1,17 @@
 """The command: exit codes, messages and help; nothing starts for a mistake."""
 
 import asyncio
+import gc
 import os
 import signal
 import socket
 import subprocess
 import sys
+import weakref
 
 import pytest
 
-from flash import cli, config
+from flash import cli, config, virtual_time
 from flash.errors import InferenceFailure, RolloutStall
 
 
@@ -165,6 +167,33 @@ def test_help_comes_without_a_heavy_package():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "light"
+
+
+def test_commands_collect_garbage_by_the_clock_alone():
+    class Loop:
+        def __init__(self):
+            self.itself = self
+
+    async def main():
+        assert not gc.isenabled()
+        cli._collect_by_the_clock(asyncio.get_running_loop())
+        for _ in range(2):
+            garbage = weakref.ref(Loop())
+            await asyncio.sleep(cli._GARBAGE_EVERY_S - 1)
+            assert garbage() is not None
+            await asyncio.sleep(2)
+            assert garbage() is None
+
+    async def is_off():
+        return not gc.isenabled()
+
+    assert cli.run_loop(is_off())
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        virtual_time.run(main())
+    finally:
+        gc.enable()
 
 
 async def test_the_first_signal_asks_and_the_second_is_the_usual_one(capsys):

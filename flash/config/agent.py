@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from flash.section import Section
+from flash.section import Names, Section
 
 
 class EnvConfig(Section):
@@ -29,7 +29,7 @@ class AgentConfig(Section):
         description="an agent of your own, as a coroutine function module:name, or as a command "
         "[python, agent.py, …]; it brings its own environment",
     )
-    ignore: tuple[str, ...] = Field(
+    ignore: Names = Field(
         (),
         description="what its requests may ask for in vain (temperature, top_p, …); anything "
         "else that training can't allow is refused",
@@ -75,11 +75,6 @@ class AgentConfig(Section):
                 "[python, agent.py]"
             )
         return value
-
-    @field_validator("ignore", mode="before")
-    @classmethod
-    def _one_field_or_many(cls, value: Any) -> Any:
-        return value.split(",") if isinstance(value, str) else value
 
     @field_validator("ignore")
     @classmethod

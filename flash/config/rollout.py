@@ -1,10 +1,10 @@
 """Which episodes are played, for training and for evaluation."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator
 
-from flash.section import Section
+from flash.section import Names, Section
 
 
 class AdaptiveAlphaConfig(Section):
@@ -44,7 +44,7 @@ class RolloutConfig(Section):
     redundant_episodes: int = Field(
         0, ge=0, description="episodes begun beyond group_size; the slowest are cancelled"
     )
-    filters: tuple[str, ...] = Field(
+    filters: Names = Field(
         (),
         description="what drops a complete group, for another task's: equal_rewards, or "
         "module:function; with commas between",
@@ -73,11 +73,6 @@ class RolloutConfig(Section):
         "its worker anew; what neither can help ends the run",
     )
     adaptive_alpha: AdaptiveAlphaConfig = AdaptiveAlphaConfig()
-
-    @field_validator("filters", mode="before")
-    @classmethod
-    def _one_filter_or_many(cls, value: Any) -> Any:
-        return [name for name in value.split(",") if name] if isinstance(value, str) else value
 
     @field_validator("filters")
     @classmethod

@@ -45,6 +45,12 @@ def _read(source: str) -> dict[str, Any]:
         raise ValueError(
             f"{source!r} is neither a preset ({', '.join(sorted(known))}) nor a YAML file{hint}"
         )
+    # A run is named after what it ran, unless it says otherwise.
+    return {"name": path.stem, **read_mapping(path, "env: NAME")}
+
+
+def read_mapping(path: Path, example: str) -> dict[str, Any]:
+    """What a YAML file holds. ValueError if that is no mapping, with an example of one."""
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -52,9 +58,8 @@ def _read(source: str) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"{path} must hold a mapping of fields to values, at least env: NAME")
-    # A run is named after what it ran, unless it says otherwise.
-    return {"name": path.stem, **settings}
+        raise ValueError(f"{path} must hold a mapping of fields to values, at least {example}")
+    return settings
 
 
 def _set(settings: dict[str, Any], path: list[str], value: Any) -> None:

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import Field, field_validator, model_validator
 
 from flash import config as configuration
-from flash.section import Section
+from flash.config.source import read_mapping
+from flash.section import Names, Section
 from flash.simulate.distributions import Varying, constant
 from flash.simulate.replay import played
 
@@ -92,7 +92,7 @@ class Scenario(Section):
     )
     redundant_groups: int = Field(0, ge=0, description="groups begun beyond what batches can take")
     redundant_episodes: int = Field(0, ge=0, description="episodes begun beyond group_size")
-    filters: tuple[str, ...] = Field((), description="what drops a group, as in rollout.filters")
+    filters: Names = Field((), description="what drops a group, as in rollout.filters")
     max_regenerations: int = Field(8, ge=0, description="as in rollout.max_regenerations")
     stream: bool = Field(False, description="the trainer takes groups as they finish")
     publish_every: int = Field(1, ge=1, description="steps between publishes")
@@ -111,11 +111,6 @@ class Scenario(Section):
     workers: WorkersConfig = WorkersConfig()
     trainer: TrainerConfig = TrainerConfig()
     workload: WorkloadConfig = WorkloadConfig()
-
-    @field_validator("filters", mode="before")
-    @classmethod
-    def _one_filter_or_many(cls, value: Any) -> Any:
-        return [name for name in value.split(",") if name] if isinstance(value, str) else value
 
     @field_validator("alpha")
     @classmethod
@@ -172,15 +167,7 @@ class Scenario(Section):
 
 def load(path: Path, changes: Mapping[str, Any] | None = None) -> Scenario:
     """The scenario of a YAML file. ValueError with a line for each mistake."""
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} can't be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} must hold a mapping of fields to values, at least steps: 10")
-    settings = {"name": path.stem, **settings}
+    settings = {"name": path.stem, **read_mapping(path, "steps: 10")}
     for name, value in (changes or {}).items():
         _set(settings, name, value)
     return configuration.validated(Scenario, settings)
