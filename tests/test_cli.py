@@ -179,9 +179,9 @@ def test_commands_collect_garbage_by_the_clock_alone():
         cli._collect_by_the_clock(asyncio.get_running_loop())
         for _ in range(2):
             garbage = weakref.ref(Loop())
-            await asyncio.sleep(cli._GARBAGE_EVERY_S - 1)
+            await asyncio.sleep(cli._GARBAGE_EVERY_S - 2)
             assert garbage() is not None
-            await asyncio.sleep(2)
+            await asyncio.sleep(3)
             assert garbage() is None
 
     async def is_off():
