@@ -4,7 +4,7 @@ import contextlib
 import functools
 import itertools
 import json
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,14 @@ from flash.door import Door
 from flash.environments import EnvHosts, InlineEnvs
 from flash.hub import EmbeddedPool, HttpWorker, InferenceHub, ProcessPool, VllmPool, Worker
 from flash.hub.nccl_worker import NcclPool, NcclWorker, nccl_sender
-from flash.machine import gpus, has_vllm
+from flash.machine import Gpu, gpus, has_vllm
 from flash.reward.config import EnvReward, FunctionReward, ProcessReward
 from flash.reward.judge import PROMPT, Judge, ask_hub, ask_url
 from flash.reward.processes import RewardProcesses
 from flash.reward.stage import FunctionScorer, RewardStage, Scorer
 from flash.rollout import AgentFactory
 from flash.rollout.adaptive import AdaptiveAlpha
-from flash.types import EnvSource, PromptStyle, Task
+from flash.types import EnvSource, PromptStyle, Task, Weights
 from flash.warm_start import Progress, small_model
 
 _DOOR_FILE = "door.json"
@@ -68,27 +68,54 @@ def load_tokenizer(model: str) -> Any:
 
 def make_style(config: Config, tokenizer: Any) -> PromptStyle:
     """The prompt style of the configuration, for a tokenizer."""
-    style: PromptStyle = registry.style(config.agent.style)(tokenizer, **config.agent.style_options)
+    try:
+        style: PromptStyle
+        style = registry.style(config.agent.style)(tokenizer, **config.agent.style_options)
+    except Exception as error:  # the boundary to the style's code
+        raise ValueError(
+            f"agent.style={config.agent.style!r} with the tokenizer of model={config.model!r}: "
+            f"{error}"
+        ) from error
     return style
 
 
-def open_hub(
-    config: Config, *, model: str, version: int, log_dir: Path, say: Callable[[str], None]
-) -> InferenceHub:
-    """The hub, over workers that run already or over a pool that it starts; `say` is told which."""
+@contextlib.asynccontextmanager
+async def open_hub(
+    config: Config,
+    *,
+    model: str,
+    version: int,
+    weights: Callable[[], Awaitable[Weights]],
+    log_dir: Path,
+    say: Callable[[str], None],
+) -> AsyncIterator[InferenceHub]:
+    """The hub, over workers that run already or over a pool that it starts; `say` is told which.
+
+    A pool's workers start with `model`. Those that run already may have any weights, of another
+    run too, so they are given `weights` before they are asked anything.
+    """
     engine = config.engine
     workers, why = _workers(config, model=model, version=version, log_dir=log_dir)
     say(f"engine: {why}")
-    return InferenceHub(
+    async with InferenceHub(
         workers,
         max_running=engine.max_running,
         version=version,
+        weights=await weights() if engine.urls else None,
         request_timeout_s=engine.request_timeout_s,
         progress_timeout_s=engine.progress_timeout_s,
         # Long enough for all of a pool to be started anew.
         recovery_timeout_s=60.0 + (0 if isinstance(workers, list) else engine.start_timeout_s),
-        gap_limit=engine.gap_limit,
-    )
+        gap_limit=gap_limit(config),
+    ) as hub:
+        yield hub
+
+
+def gap_limit(config: Config) -> float:
+    """As configured, or what the coarser precision of worker and trainer makes of logprobs."""
+    dtypes = {config.engine.dtype, config.trainer.dtype}
+    half = "bfloat16" in dtypes or ("auto" in dtypes and bool(gpus()))
+    return config.engine.gap_limit or (0.1 if half else 1e-3)
 
 
 def _workers(
@@ -99,7 +126,8 @@ def _workers(
     if engine.urls:
         urls: list[Worker | str]
         urls = [_client(config, number, url, log_dir) for number, url in enumerate(engine.urls)]
-        return urls, f"{len(urls)} workers that run already, because engine.urls names them"
+        running = _count(len(urls), "worker")
+        return urls, f"{running} that ran before, because engine.urls names them"
     devices = engine.devices or worker_gpus(config.trainer.ranks)
     if engine.kind == "vllm" or (engine.kind == "auto" and has_vllm() and devices):
         start: Callable[..., VllmPool] = VllmPool
@@ -121,12 +149,12 @@ def _workers(
             log_dir=log_dir,
             start_timeout_s=engine.start_timeout_s,
         )
-        where = f"GPUs {', '.join(map(str, devices))}" if devices else "the CPU"
         why = "as engine.kind says" if engine.kind == "vllm" else "because it is installed"
-        return vllm, f"{engine.workers} vLLM servers on {where}, {why}"
+        return vllm, f"{_count(engine.workers, 'vLLM server')} on {_where(config, devices)}, {why}"
     embedded = EmbeddedPool(
         model,
         size=engine.workers,
+        devices=devices,
         max_running=engine.max_running,
         cache_tokens=engine.cache_tokens,
         threads=engine.threads,
@@ -142,7 +170,22 @@ def _workers(
         why = "because vLLM has no GPU here"
     else:
         why = "because vLLM is not installed (`make setup-vllm`)"
-    return embedded, f"{engine.workers} embedded workers, {why}"
+    where = _where(config, devices)
+    return embedded, f"{_count(engine.workers, 'embedded worker')} on {where}, {why}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number > 1 else ''}"
+
+
+def _where(config: Config, devices: Sequence[Gpu]) -> str:
+    """Where the workers of a pool are, and which GPUs nobody uses."""
+    each = config.engine.tensor_parallel if config.engine.kind != "embedded" else 1
+    used = devices[: config.engine.workers * each]
+    rest = [gpu for gpu in devices if gpu not in used]
+    where = f"GPU {', '.join(map(str, used))}" if used else "the CPU"
+    idle = f" (idle: {', '.join(map(str, rest))}; engine.workers may be more)" if rest else ""
+    return where + idle
 
 
 def _client(config: Config, number: int, url: str, log_dir: Path) -> HttpWorker:
@@ -158,13 +201,13 @@ def _client(config: Config, number: int, url: str, log_dir: Path) -> HttpWorker:
     return NcclWorker(url, api_key=engine.api_key, start_sender=start_sender)
 
 
-def worker_gpus(ranks: int) -> list[int]:
+def worker_gpus(ranks: int) -> list[Gpu]:
     """The GPUs that the trainer's ranks leave to the workers; all of them if they leave none."""
     present = gpus()
     return present[ranks:] or present
 
 
-def _dtype(dtype: str, devices: Sequence[int]) -> str:
+def _dtype(dtype: str, devices: Sequence[Gpu]) -> str:
     """What the trainer computes in, so that the two agree."""
     if dtype != "auto":
         return dtype

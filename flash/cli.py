@@ -318,7 +318,8 @@ def _words(
             if kinds.get(name) is bool and (not words or words[0].lower() not in _SWITCH):
                 value = "true"
             elif not words or words[0].startswith("--"):
-                raise ValueError(f"--{name} has no value: write --{name} VALUE")
+                dashes = f", or --{name}='{words[0]}' if that is the value" if words else ""
+                raise ValueError(f"--{name} has no value: write --{name} VALUE{dashes}")
             else:
                 value = words.pop(0)
         fields[name] = value if kinds.get(name) is str else _yaml(name, value)
@@ -338,8 +339,9 @@ def _yaml(name: str, value: str) -> Any:
 
 def _only(words: Sequence[str], what: str) -> str | None:
     if len(words) > 1:
+        meant = next((f"; did you mean -{w}?" for w in words if w.startswith("-")), "")
         raise ValueError(
-            f"{words[1]!r} is one word too many: give {what}, then --field value pairs"
+            f"{words[1]!r} is one word too many: give {what}, then --field value pairs{meant}"
         )
     return words[0] if words else None
 

@@ -10,6 +10,7 @@ from flash.rollout import Evaluation
 from flash.rollout import evaluate as play
 from flash.telemetry import newest_checkpoint
 from flash.trainer.trainer import MODEL_FOLDER, checkpoint_version
+from flash.types import Weights
 
 
 async def evaluate(
@@ -30,8 +31,14 @@ async def evaluate(
     tokenizer = assembly.load_tokenizer(model)
     style = assembly.make_style(config, tokenizer)
     logs = run / "logs"
+
+    async def weights() -> Weights:
+        return Weights(version=version, path=(checkpoint / MODEL_FOLDER).resolve())
+
     async with (
-        assembly.open_hub(config, model=model, version=version, log_dir=logs, say=say) as hub,
+        assembly.open_hub(
+            config, model=model, version=version, weights=weights, log_dir=logs, say=say
+        ) as hub,
         assembly.open_door(config, hub, tokenizer=tokenizer) as door,
         assembly.open_envs(config, logs, heldout=True) as envs,
         assembly.open_reward(config, hub, tokenizer=tokenizer, log_dir=logs) as reward,

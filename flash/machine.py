@@ -10,12 +10,20 @@ def has_vllm() -> bool:
     return importlib.util.find_spec("vllm") is not None
 
 
-def gpus() -> list[int]:
-    """The numbers of the NVIDIA GPUs that this process may use."""
+Gpu = int | str
+"""As CUDA_VISIBLE_DEVICES names it: by its number, or a UUID as in GPU-1234."""
+
+
+def gpus(dev: Path = Path("/dev")) -> list[Gpu]:
+    """The NVIDIA GPUs that this process may use."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = (path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*"))
-    present = sorted(int(name) for name in names if name.isdigit())
+    # CUDA counts those that it sees: the only one of a container may be /dev/nvidia3, and is 0.
+    count = sum(path.name[len("nvidia") :].isdigit() for path in dev.glob("nvidia[0-9]*"))
     if visible is None:
-        return present
-    wanted = [int(number) for number in visible.split(",") if number.strip().isdigit()]
-    return [number for number in wanted if number in present]
+        return list(range(count))
+    names = [name.strip() for name in visible.split(",")]
+    return [
+        int(name) if name.isdigit() else name
+        for name in names
+        if (name.isdigit() and int(name) < count) or name.startswith(("GPU-", "MIG-"))
+    ]

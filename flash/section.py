@@ -20,8 +20,13 @@ class Section(BaseModel):
 
 
 def _split(value: Any) -> Any:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return [value]
     return [name for name in value.split(",") if name] if isinstance(value, str) else value
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 """A list, or one string with commas between its names."""
+
+Numbers = Annotated[tuple[int, ...], BeforeValidator(_split)]
+"""Likewise of whole numbers; one alone needs no list."""

@@ -72,6 +72,7 @@ async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any] | None
                 config,
                 model=trainer.model,
                 version=trainer.version,
+                weights=trainer.first_weights,
                 log_dir=folder.logs,
                 say=view.say,
             ) as hub,

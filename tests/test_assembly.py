@@ -1,5 +1,6 @@
 """From a configuration to parts: the model's tokenizer and the tasks of a run."""
 
+import asyncio
 import itertools
 import json
 from types import SimpleNamespace
@@ -10,7 +11,16 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from flash.agents import EnvironmentAgent, ExternalAgent
-from flash.assembly import Tasks, agent_factory, heldout_tasks, load_tokenizer, open_door
+from flash.assembly import (
+    Tasks,
+    agent_factory,
+    gap_limit,
+    heldout_tasks,
+    load_tokenizer,
+    make_style,
+    open_door,
+    open_hub,
+)
 from flash.config import load
 from flash.fakes import FakeWorker
 from flash.hub import InferenceHub
@@ -23,6 +33,14 @@ def test_a_model_without_a_tokenizer_is_the_users_to_change(tmp_path):
         load_tokenizer(str(tmp_path))
     assert str(caught.value).startswith(f"model={str(tmp_path)!r} can't be loaded: check its name")
     assert "\n" not in str(caught.value)
+
+
+def test_a_style_that_can_not_use_the_models_tokenizer_is_named_with_it():
+    config = load("frozen_lake", {"agent.style": "chat"})
+    with pytest.raises(
+        ValueError, match=r"agent\.style='chat' with the tokenizer of model='small'"
+    ):
+        make_style(config, SimpleNamespace(chat_template=None))
 
 
 async def test_a_model_that_can_not_chat_has_no_door_for_an_agent_of_ones_own():
@@ -38,6 +56,54 @@ async def test_an_open_door_alone_makes_nobody_elses_agents(tmp_path):
     assert type(agent_factory(config, **parts)()) is EnvironmentAgent
     config = load("frozen_lake", {"agent.run": ["sh", "agent.sh"]})
     assert type(agent_factory(config, **parts)()) is ExternalAgent
+
+
+@pytest.mark.parametrize(
+    ("changes", "gpus", "limit"),
+    [
+        ({}, [], 1e-3),
+        ({}, [0], 0.1),
+        ({"engine.dtype": "float32", "trainer.dtype": "float32"}, [0], 1e-3),
+        ({"engine.dtype": "float32"}, [0], 0.1),
+        ({"engine.dtype": "bfloat16"}, [], 0.1),
+        ({"engine.gap_limit": 0.02}, [0], 0.02),
+    ],
+)
+def test_the_probe_allows_what_the_coarser_precision_makes(changes, gpus, limit, monkeypatch):
+    monkeypatch.setattr("flash.assembly.gpus", lambda: gpus)
+    assert gap_limit(load("frozen_lake", changes)) == limit
+
+
+@pytest.mark.parametrize(
+    ("changes", "gpus", "line"),
+    [
+        ({}, [], "engine: 1 embedded worker on the CPU, because vLLM is not installed (`make "),
+        ({"engine.workers": 2}, [0, 1, 2, 3], "2 embedded workers on GPU 1, 2 (idle: 3; engine."),
+        ({"engine.urls": "http://127.0.0.1:1"}, [], "engine: 1 worker that ran before, because e"),
+    ],
+)
+async def test_a_run_says_which_workers_it_takes_and_which_gpus_are_idle(
+    changes, gpus, line, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("flash.assembly.gpus", lambda: gpus)
+    monkeypatch.setattr("flash.assembly.has_vllm", lambda: False)
+    said = []
+
+    async def no_weights():
+        raise ValueError("the trainer's")
+
+    config = load("frozen_lake", changes)
+    hub = open_hub(
+        config, model="", version=0, weights=no_weights, log_dir=tmp_path, say=said.append
+    )
+    if "engine.urls" in changes:
+        with pytest.raises(ValueError, match="the trainer's"):
+            await hub.__aenter__()
+    else:
+        monkeypatch.setattr("flash.hub.EmbeddedPool.start", lambda *_: asyncio.sleep(0, []))
+        async with hub:
+            pass
+    assert line in said[0]
 
 
 def seeds(tasks: Tasks, count: int) -> list[int]:

@@ -118,6 +118,10 @@ def test_async_generation_ratio_is_another_name_for_alpha():
         ({"trainer": {"ranks": True}}, "trainer.ranks=True: must be a number"),
         ({"trainer": {"kl": {"coefficient": True}}}, "trainer.kl.coefficient=True: must be a num"),
         ({"env": [1]}, "env=[1]: must be a section"),
+        ({"reward": {"run": "a:b"}}, "reward.name is missing: there are env, function, judge, pro"),
+        ({"reward": None}, "reward=None: must be a name, or a section with a name"),
+        ({"engine": {"devices": "one"}}, "engine.devices.0='one': must be a whole number"),
+        ({"engine": {"vllm_args": 3}}, "engine.vllm_args=3: must be a list: [one, two]"),
         ({"traner": {"ranks": 1}}, "traner is no field"),
         ({"trainer": {"lr": 1}}, "trainer.lr is no field: trainer has ranks, aggregation, fixed_"),
         ({"policy": {"heads": 3}}, "policy.hidden_size=128 is no multiple of 2 × policy.heads = 6"),
@@ -215,6 +219,11 @@ def test_a_mistake_is_one_line_with_field_value_and_remedy(settings, message):
         parse({"env": "frozen_lake", **settings})
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_field_that_its_error_names_is_named_once():
+    with pytest.raises(ValueError, match=r"^rollout\.filters: 'equal' is none of equal_rewards"):
+        parse({"env": "frozen_lake", "rollout": {"filters": "equal"}})
 
 
 def test_an_agent_of_ones_own_brings_its_world_along_unless_a_small_policy_needs_a_teacher():
@@ -319,6 +328,44 @@ def test_urls_are_a_list_or_a_text_with_commas():
     urls = ("http://a:1", "https://b:2")
     assert load("frozen_lake", {"engine.urls": "http://a:1,https://b:2"}).engine.urls == urls
     assert load("frozen_lake", {"engine.urls": list(urls)}).engine.urls == urls
+
+
+def test_gpus_are_numbers_with_commas_and_arguments_of_vllm_words_as_in_a_shell():
+    for given, devices in (("0,3", (0, 3)), (2, (2,)), ([1, 0], (1, 0))):
+        assert load("frozen_lake", {"engine.devices": given}).engine.devices == devices
+    words = ("--max-num-batched-tokens", "4096", "--x=a b")
+    given = "--max-num-batched-tokens 4096 '--x=a b'"
+    assert load("frozen_lake", {"engine.vllm_args": given}).engine.vllm_args == words
+
+
+class FromAFile:
+    def __init__(self) -> None:
+        raise KeyError("no such game")
+
+
+class Scenery:
+    """Lacks what makes an environment."""
+
+    def reset(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "FromAFile",
+            r"can't be made with env\.options=\{\}: KeyError\('no such game'\) in .*, line",
+        ),
+        ("Scenery", r"is no environment: it has no step, close; name a class with the methods of"),
+    ],
+)
+def test_an_environment_that_is_none_is_found_out_before_anything_starts(
+    name, message, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "worlds", sys.modules[__name__])
+    env = {"name": f"worlds:{name}", "eval_options": {}}
+    with pytest.raises(ValueError, match=rf"env\.name='worlds:{name}' {message}"):
+        try_environment(load("frozen_lake", {"env": env}).env)
 
 
 def test_what_the_environments_constructor_objects_to_names_the_field():

@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import shutil
+import traceback
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -68,8 +69,20 @@ def try_environment(env: EnvConfig) -> None:
         ("env.eval_options", env.options | env.eval_options),
     ):
         try:
-            make(**options).close()
+            made = make(**options)
         except ImportError as error:
             raise registry.missing_package("env.name", env.name, error) from error
         except (TypeError, ValueError) as error:
             raise ValueError(f"{field}: {error}") from error
+        except Exception as error:  # the boundary to the environment's code
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            raise ValueError(
+                f"env.name={env.name!r} can't be made with {field}={options}: {error!r} in "
+                f"{last.filename}, line {last.lineno}"
+            ) from error
+        if lacks := [name for name in ("reset", "step", "close") if not hasattr(made, name)]:
+            raise ValueError(
+                f"env.name={env.name!r} is no environment: it has no {', '.join(lacks)}; name a "
+                f"class with the methods of a gymnasium.Env"
+            )
+        made.close()

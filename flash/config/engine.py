@@ -1,11 +1,12 @@
 """Who answers requests: the inference workers."""
 
+import shlex
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from flash import machine
-from flash.section import Section
+from flash.section import Numbers, Section
 
 # Of vLLM's arguments: what changes the distribution, or whose logprobs are told.
 _SAMPLING_ARGS = ("logprobs-mode", "generation-config", "override-generation-config")
@@ -41,13 +42,17 @@ class EngineConfig(Section):
         "trainer's GPUs to those of vLLM servers anywhere",
     )
     tensor_parallel: int = Field(1, ge=1, description="GPUs of a vLLM server")
-    devices: tuple[int, ...] = Field(
-        (), description="GPUs for vLLM servers; none given: those that the trainer leaves"
+    devices: Numbers = Field(
+        (),
+        description="GPUs for the workers, with commas between; none given: those that the trainer "
+        "leaves",
     )
     gpu_memory: float = Field(
         0.5, gt=0, le=1, description="share of a GPU's memory that a vLLM server takes"
     )
-    vllm_args: tuple[str, ...] = Field((), description="further arguments of vLLM's servers")
+    vllm_args: tuple[str, ...] = Field(
+        (), description="further arguments of vLLM's servers: a list, or a text as in a shell"
+    )
     start_timeout_s: float = Field(600.0, gt=0, description="for a worker to load the model")
     request_timeout_s: float = Field(600.0, gt=0, description="for one response")
     progress_timeout_s: float = Field(
@@ -60,9 +65,17 @@ class EngineConfig(Section):
         description="serve OpenAI's protocol and /metrics there, 0: at a free port; URL and token "
         "are in logs/door.json. Without it the door opens for agent.run alone",
     )
-    gap_limit: float = Field(
-        1e-3, gt=0, description="largest difference of logprobs, worker against trainer"
+    gap_limit: float | None = Field(
+        None,
+        gt=0,
+        description="largest difference of logprobs, worker against trainer; null: 1e-3 in "
+        "float32, 0.1 where either computes in bfloat16",
     )
+
+    @field_validator("vllm_args", mode="before")
+    @classmethod
+    def _words_of_a_text(cls, value: Any) -> Any:
+        return shlex.split(value) if isinstance(value, str) else value
 
     @field_validator("vllm_args")
     @classmethod

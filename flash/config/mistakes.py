@@ -25,6 +25,8 @@ _REMEDIES = {
     "string_type": "must be a text; write it in quotes",
     "dict_type": "must be a mapping: {key: value}",
     "path_type": "must be a path; write it in quotes",
+    "tuple_type": "must be a list: [one, two]",
+    "model_attributes_type": "must be a name, or a section with a name",
 }
 
 
@@ -46,12 +48,8 @@ def _line(error: Any, model: type[BaseModel]) -> str:
         if error["type"] == "extra_forbidden":
             hint = _nearest(name, variant, model)
         return f"{name} is no field{hint}"
-    if error["type"] == "union_tag_invalid":
-        known = variants(dict(fields(model))[name])
-        given = error["ctx"]["tag"]
-        near = difflib.get_close_matches(given, known, n=1, cutoff=0.6)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}"
-        return f"{name}.name={given!r}: {hint}"
+    if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        return _choice(name, error.get("ctx", {}).get("tag"), model)
     if error["type"] == "missing":
         about = next((info.description for known, info in fields(model) if known == name), None)
         return f"{name} is missing: give it a value" + (f" ({about})" if about else "")
@@ -60,10 +58,19 @@ def _line(error: Any, model: type[BaseModel]) -> str:
     message = _REMEDIES.get(error["type"], str(error["msg"]))
     message = message.removeprefix("Value error, ").replace("Input should", "must")
     message = message.replace("be greater than or equal to", "be at least")
-    # An error of a whole section names its fields itself.
-    if not name or (isinstance(error["input"], dict) and error["type"] == "value_error"):
-        return message if name in message else f"{name}: {message}"
-    return f"{name}={error['input']!r}: {message}"
+    # Some errors name their fields themselves, as those of a whole section do.
+    section = isinstance(error["input"], dict) and error["type"] == "value_error"
+    if message.startswith(name) or (section and name in message):
+        return message
+    return f"{name}: {message}" if section else f"{name}={error['input']!r}: {message}"
+
+
+def _choice(name: str, given: str | None, model: type[BaseModel]) -> str:
+    """What a section with variants may be called."""
+    known = variants(dict(fields(model))[name])
+    near = difflib.get_close_matches(given or "", known, n=1, cutoff=0.6)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}"
+    return f"{name}.name is missing: {hint}" if given is None else f"{name}.name={given!r}: {hint}"
 
 
 def _name_and_variant(

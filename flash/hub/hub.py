@@ -48,6 +48,7 @@ class InferenceHub:
         workers: URLs, Worker objects, or a Pool that starts its own.
         max_running: requests at one worker at a time.
         version: the policy version of the weights that the workers have now; they are told.
+        weights: of that version, for workers that may have others: they get them before anything.
         request_timeout_s: for one answer; a worker that takes longer has failed.
         control_timeout_s: for a pause, a weight load, a health check.
         recovery_timeout_s: how long the pool may be without any healthy worker.
@@ -65,6 +66,7 @@ class InferenceHub:
         *,
         max_running: int = 64,
         version: int = 0,
+        weights: Weights | None = None,
         request_timeout_s: float = 600.0,
         control_timeout_s: float = 300.0,
         recovery_timeout_s: float = 60.0,
@@ -77,6 +79,8 @@ class InferenceHub:
             raise ValueError("workers is empty: give at least one URL")
         if max_running < 1:
             raise ValueError(f"max_running={max_running} must be at least 1")
+        if weights is not None and weights.version != version:
+            raise ValueError(f"weights of version {weights.version} with version={version}")
         self.version = version
         self._given = workers
         self._pool = None if isinstance(workers, Sequence) else workers
@@ -98,7 +102,7 @@ class InferenceHub:
             progress_timeout_s=progress_timeout_s,
         )
         self._published = {version}
-        self._weights: Weights | None = None
+        self._weights = weights
         self._publishing = asyncio.Lock()
         self._id = uuid.uuid4().hex[:8]
         self._request_ids = itertools.count()

@@ -15,6 +15,7 @@ from pathlib import Path
 from flash.errors import InferenceFailure
 from flash.hub.http_worker import HttpWorker
 from flash.hub.worker import Worker, WorkerFailure
+from flash.machine import Gpu
 from flash.process import PARENT_PID_VARIABLE, log_report
 
 _HOST = "127.0.0.1"
@@ -220,6 +221,7 @@ class EmbeddedPool(ProcessPool):
     Args:
         model: directory or hub name.
         version: the policy version of that model.
+        devices: the GPUs to use, which the workers take in turn; [] leaves it to torch.
     """
 
     def __init__(
@@ -235,8 +237,10 @@ class EmbeddedPool(ProcessPool):
         seed: int,
         log_dir: Path,
         start_timeout_s: float,
+        devices: Sequence[Gpu] = (),
     ) -> None:
         super().__init__(size=size, log_dir=log_dir, start_timeout_s=start_timeout_s)
+        self._devices = devices
         self._options = {
             "model": model,
             "max-running": max_running,
@@ -253,7 +257,15 @@ class EmbeddedPool(ProcessPool):
         return [sys.executable, "-m", "flash.worker", *given]
 
     def _environment(self, number: int) -> Mapping[str, str]:
-        return {"FLASH_WORKER_API_KEY": self._api_key}
+        return {"FLASH_WORKER_API_KEY": self._api_key, **visible_gpus(self._devices, number)}
+
+
+def visible_gpus(devices: Sequence[Gpu], number: int, each: int = 1) -> dict[str, str]:
+    """What worker `number` sees of the GPUs, of which every worker has `each`, in turn."""
+    if not devices:
+        return {}
+    mine = (devices[(number * each + n) % len(devices)] for n in range(each))
+    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, mine))}
 
 
 def _reserve_port() -> socket.socket:

@@ -4,7 +4,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from flash.hub.pool import ProcessPool
+from flash.hub.pool import ProcessPool, visible_gpus
+from flash.machine import Gpu
 
 _BLOCK_TOKENS = 32  # the least that attention on a CPU takes
 
@@ -33,7 +34,7 @@ class VllmPool(ProcessPool):
         max_tokens: int,
         cache_tokens: int,
         tensor_parallel: int,
-        devices: Sequence[int],
+        devices: Sequence[Gpu],
         gpu_memory: float,
         dtype: str,
         threads: int,
@@ -92,12 +93,7 @@ class VllmPool(ProcessPool):
             "VLLM_NO_USAGE_STATS": "1",
         }
         if self._devices:
-            first = number * self._tensor_parallel
-            mine = (
-                self._devices[(first + n) % len(self._devices)]
-                for n in range(self._tensor_parallel)
-            )
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, mine))
+            environment |= visible_gpus(self._devices, number, self._tensor_parallel)
         else:
             environment["VLLM_CPU_KVCACHE_SPACE"] = "1"
             environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"

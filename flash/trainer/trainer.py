@@ -150,6 +150,11 @@ class Trainer:
         """Waits until the ranks of `starting` have loaded their model."""
         await asyncio.shield(self._starting)
 
+    async def first_weights(self) -> Weights:
+        """Those that it begins with, as soon as `starting` has loaded them."""
+        await self.ready()
+        return await self.export_weights()
+
     async def step(self, batch: Batch) -> dict[str, float]:
         """Train one batch: the next version. Returns means over its trained tokens.
 

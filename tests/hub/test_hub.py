@@ -285,6 +285,22 @@ def test_a_worker_comes_back_with_the_present_weights_before_it_takes_requests()
     virtual_time.run(main())
 
 
+def test_workers_that_ran_before_get_the_weights_of_the_hub_before_anything_else():
+    async def main():
+        there, late = steady("there"), steady("late")
+        late.fail_next(1)
+        async with InferenceHub([there, late], version=7, weights=weights(7)) as hub:
+            assert there.loaded == [Path("/fake/7")]
+            await asyncio.sleep(10)
+            assert late.loaded == [Path("/fake/7")]
+            answer = await hub.generate(request())
+            assert set(answer.versions) == {7}
+        with pytest.raises(ValueError, match="weights of version 3 with version=7"):
+            InferenceHub([there], version=7, weights=weights(3))
+
+    virtual_time.run(main())
+
+
 def test_with_no_worker_left_every_caller_is_told_the_cause_now_and_later():
     async def main():
         worker = steady("only")
