@@ -1,8 +1,8 @@
 """How well simulation predicts: real runs of a job at several α, and what each says of the others.
 
-Two jobs run for real (sync_vs_async.py), each at α = 0, 1 and 2 at the same time, so that whatever
-else the machine does slows all of them alike. Then a scenario is fitted to each run, and the
-speed-up over α = 0 that it predicts is compared with the measured one.
+Two jobs run for real (sync_vs_async.py), each at α = 0, 1 and 2 in turn, which takes half an hour
+of a machine that does nothing else. Then a scenario is fitted to each run, and the speed-up over
+α = 0 that it predicts is compared with the measured one. Runs that are there are not run again.
 
     python benchmarks/calibration.py [--runs-dir runs/calibration]
 """
@@ -27,16 +27,9 @@ SEEDS = 3
 
 
 def run_for_real(folder: Path, options: list[str]) -> None:
-    """All α at once; takes as long as the synchronous one."""
-    command = [sys.executable, str(HERE / "sync_vs_async.py"), "--runs-dir", str(folder), *options]
-    started = [
-        subprocess.Popen(
-            [*command, "--alphas", str(alpha), "--results", str(folder / f"alpha{alpha}.json")]
-        )
-        for alpha in ALPHAS
-    ]
-    if any(process.wait() for process in started):
-        sys.exit(f"a run of {folder} failed: see above")
+    script, alphas = str(HERE / "sync_vs_async.py"), ",".join(map(str, ALPHAS))
+    results = ["--runs-dir", str(folder), "--results", str(folder / "results.json")]
+    subprocess.run([sys.executable, script, "--alphas", alphas, *results, *options], check=True)
 
 
 def simulated_s(calibration: Calibration, alpha: float) -> float:
