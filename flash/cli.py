@@ -192,7 +192,12 @@ def _simulate(arguments: Sequence[str]) -> None:
         raise ValueError("flash simulate what? Give a scenario's YAML file, or --calibrate RUN")
     if options.seeds < 1:
         raise ValueError(f"--seeds {options.seeds}: must be at least 1")
-    values = dict(_swept(text) for text in options.sweep)
+    values: dict[str, list[Any]] = {}
+    for text in options.sweep:
+        name, listed = _swept(text)
+        if name in values:
+            raise ValueError(f"--sweep {name} is given twice: write --sweep {name}=V1,V2,…")
+        values[name] = listed
     from flash.simulate import command  # noqa: PLC0415  (help and mistakes must not wait for it)
 
     if source is not None:
@@ -220,7 +225,8 @@ def _plan(arguments: Sequence[str]) -> None:
         )
     if (options.gpu is None) != (options.model is None):
         raise ValueError("--gpu and --model go together: the times follow from both")
-    _, alphas = _swept(f"alphas={options.alphas}")
+    if not (alphas := _listed("alphas", options.alphas)):
+        raise ValueError("--alphas is empty: write --alphas A,B,…")
     from flash.simulate import command  # noqa: PLC0415  (help and mistakes must not wait for it)
 
     if source is not None:
@@ -237,8 +243,12 @@ def _swept(text: str) -> tuple[str, list[Any]]:
     name, _, values = text.partition("=")
     if not name or not values:
         raise ValueError(f"--sweep {text}: write --sweep FIELD=V1,V2,…")
-    listed = _yaml("sweep", f"[{values}]")
-    return name.replace("-", "_"), listed
+    return name.replace("-", "_"), _listed("sweep", values)
+
+
+def _listed(option: str, values: str) -> list[Any]:
+    listed: list[Any] = _yaml(option, f"[{values}]")
+    return listed
 
 
 def _worker(arguments: Sequence[str]) -> None:

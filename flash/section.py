@@ -6,9 +6,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, fie
 
 
 class Section(BaseModel):
-    """Nothing unknown, nothing changed later."""
+    """Nothing unknown, nothing changed later, no number that is none."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod

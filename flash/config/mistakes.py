@@ -20,6 +20,7 @@ _REMEDIES = {
     "int_parsing_size": "must be a whole number of fewer digits",
     "float_parsing": "must be a number",
     "float_type": "must be a number",
+    "finite_number": "must be a finite number",
     "bool_parsing": "must be true or false",
     "bool_type": "must be true or false",
     "string_type": "must be a text; write it in quotes",

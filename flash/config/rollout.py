@@ -1,10 +1,22 @@
 """Which episodes are played, for training and for evaluation."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 
 from flash.section import Names, Section
+
+
+def _that_are_there(names: tuple[str, ...]) -> tuple[str, ...]:
+    if names:
+        from flash.rollout import filters  # noqa: PLC0415  (imports NumPy)
+
+        for name in names:
+            filters.find(name)
+    return names
+
+
+FilterNames = Annotated[Names, AfterValidator(_that_are_there)]
 
 
 class AdaptiveAlphaConfig(Section):
@@ -44,7 +56,7 @@ class RolloutConfig(Section):
     redundant_episodes: int = Field(
         0, ge=0, description="episodes begun beyond group_size; the slowest are cancelled"
     )
-    filters: Names = Field(
+    filters: FilterNames = Field(
         (),
         description="what drops a complete group, for another task's: equal_rewards, or "
         "module:function; with commas between",
@@ -73,16 +85,6 @@ class RolloutConfig(Section):
         "its worker anew; what neither can help ends the run",
     )
     adaptive_alpha: AdaptiveAlphaConfig = AdaptiveAlphaConfig()
-
-    @field_validator("filters")
-    @classmethod
-    def _filters_are_there(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if value:
-            from flash.rollout import filters  # noqa: PLC0415  (imports NumPy)
-
-            for name in value:
-                filters.find(name)
-        return value
 
 
 class EvalConfig(Section):

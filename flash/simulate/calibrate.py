@@ -20,11 +20,16 @@ import yaml
 from numpy.typing import NDArray
 
 from flash.config import validated
+from flash.rollout.filters import FILTERS
 from flash.simulate.replay import Played, played
 from flash.simulate.run import simulate
 from flash.simulate.scenario import Scenario
 from flash.telemetry import read_lines
 
+_AS_IN_THE_RUN = (
+    "on_stale", "schedule", "replicate", "redundant_groups", "redundant_episodes",
+    "max_filtered", "max_regenerations",
+)  # fmt: skip
 _ROUNDS = 5
 _CLOSE = 0.01
 
@@ -66,7 +71,11 @@ def calibrate(run: Path) -> Calibration:
         "alpha": config["alpha"],
         "batch_size": config["batch_size"],
         "group_size": config["group_size"],
-        "on_stale": config["rollout"]["on_stale"],
+        "publish_every": config["publish_every"],
+        "stream": config["stream"],
+        **{name: config["rollout"][name] for name in _AS_IN_THE_RUN},
+        # One of the user's own would look into tokens, of which a replay has only the number.
+        "filters": [name for name in config["rollout"]["filters"] if name in FILTERS],
         "update_mode": config["engine"]["update_mode"],
         "max_tokens": config["agent"]["max_tokens"],
         "max_sequence_tokens": config["agent"]["max_sequence_tokens"],
@@ -129,7 +138,9 @@ def _publish_s(steps: Sequence[dict[str, Any]], workers: int) -> tuple[float, fl
     """Of one worker's load, and of what comes before the workers' turns."""
     paused_s, count = steps[-1]["publish/paused_s"], steps[-1]["publish/count"]
     load_s = paused_s / max(1, count) / workers
-    publish_s = fmean(line["time/publish_s"] for line in steps)
+    before = [0, *(line["publish/count"] for line in steps)]
+    published = [s for s, n in zip(steps, before, strict=False) if s["publish/count"] != n]
+    publish_s = fmean(line["time/publish_s"] for line in published or steps)
     return load_s, max(0.0, publish_s - load_s * workers)
 
 

@@ -58,14 +58,13 @@ def sweep(
     out: Path | None = None,
 ) -> list[Row]:
     """Prints a row for each combination as it is simulated, then writes JSON and a picture."""
-    folder = out or _FOLDER / scenario.name
     combinations = [
         dict(zip(values, combination, strict=True))
         for combination in itertools.product(*values.values())
     ]
     # All are checked before the first one takes its time.
     scenarios = [scenario.changed(changes) for changes in combinations]
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _made(out or _FOLDER / scenario.name)
     trace = folder / "timeline.json.gz" if timeline else None
     _print_title(scenario)
     widths = [max(len(name), *(len(_text(c[name])) for c in combinations)) for name in values]
@@ -78,6 +77,10 @@ def sweep(
             trace = None
         rows.append(Row(changes=changes, results=results))
         print(*_cells(rows[-1], rows[0], widths), flush=True)
+        if not all(result.steps for result in results):
+            print(
+                f"  time_s={changed.time_s:g} ended before the first batch was trained: give more"
+            )
     written = [_write_json(folder, rows), _write_picture(folder, rows)]
     written += [folder / "timeline.json.gz"] if timeline else []
     print("written:", ", ".join(map(str, written)))
@@ -88,16 +91,15 @@ def plan(
     scenario: Scenario, *, gpus: int, alphas: Sequence[float], out: Path | None = None
 ) -> planning.Plan:
     """Searches, prints and keeps a plan."""
-    return planning.run(scenario, gpus=gpus, alphas=alphas, out=out or _PLANS / scenario.name)
+    folder = _made(out or _PLANS / scenario.name)
+    return planning.run(scenario, gpus=gpus, alphas=alphas, folder=folder)
 
 
 def calibrated(run: Path, out: Path | None = None) -> Scenario:
     """The scenario fitted to a run; prints how well it fits, and keeps it as `scenario.yaml`."""
     calibration = calibrate(run)
     scenario = calibration.scenario
-    folder = out or _FOLDER / scenario.name
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "scenario.yaml"
+    path = _made(out or _FOLDER / scenario.name) / "scenario.yaml"
     settings = scenario.model_dump(mode="json", exclude_unset=True)
     path.write_text(yaml.safe_dump(settings, sort_keys=False))
     print(
@@ -105,6 +107,14 @@ def calibrated(run: Path, out: Path | None = None) -> Scenario:
         f"{calibration.simulated_s:.1f} s ({calibration.error:+.1%}); fitted: {path}"
     )
     return scenario
+
+
+def _made(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {folder}: {error.strerror}; name a folder") from error
+    return folder
 
 
 def _print_title(scenario: Scenario) -> None:

@@ -150,4 +150,5 @@ def _draw_durations(axes: Any, result: Result) -> None:
         if seconds:
             axes.hist(seconds, bins=50, color=colour, alpha=0.7, label=outcome)
     axes.set_title("episodes by their seconds until the reward", fontsize=10, loc="left")
-    axes.legend(fontsize=8)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8)

@@ -9,7 +9,7 @@ brings depends on the tail, and costs tokens that nobody trains.
 import functools
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ def plan(
     scenario: Scenario,
     *,
     gpus: int,
-    alphas: Iterable[float],
+    alphas: Sequence[float],
     on_choice: Callable[[Choice], None] = lambda choice: None,
 ) -> Plan:
     """Calls `on_choice` with each choice as it is simulated.
@@ -69,6 +69,8 @@ def plan(
     ValueError if the GPUs don't suffice for one worker and a trainer.
     """
     splits = _splits(gpus, scenario.workers.gpus)
+    for alpha in alphas:  # all are checked before the first one takes its time
+        scenario.changed({"alpha": alpha})
     tried: list[Choice] = []
     best: list[Choice] = []
 
@@ -161,8 +163,8 @@ def _choice(
     )
 
 
-def run(scenario: Scenario, *, gpus: int, alphas: Sequence[float], out: Path) -> Plan:
-    """Prints the plan as it is found; keeps it in `out` with a picture and the best scenario."""
+def run(scenario: Scenario, *, gpus: int, alphas: Sequence[float], folder: Path) -> Plan:
+    """Prints the plan as it is found; keeps it there, with a picture and the best scenario."""
     header = (
         f"{'alpha':>5} {'workers':>8} {'trainer':>8} {'+groups':>7} {'+episodes':>9} "
         f"{'samples/s':>9} {'idle: trainer':>13} {'workers':>7} "
@@ -188,7 +190,7 @@ def run(scenario: Scenario, *, gpus: int, alphas: Sequence[float], out: Path) ->
         f"\ntake alpha={take.alpha:g} with {take.workers} workers and {take.trainer_gpus} GPUs for "
         f"the trainer{_spare(take)}: {take.result.samples_per_s:.3g} samples/s{took}"
     )
-    print("written:", ", ".join(map(str, _write(found, out))))
+    print("written:", ", ".join(map(str, _write(found, folder))))
     return found
 
 
@@ -215,7 +217,6 @@ def _line(choice: Choice, scenario: Scenario) -> str:
 def _write(found: Plan, folder: Path) -> list[Path]:
     from flash.simulate.picture import draw_plan  # noqa: PLC0415  (slow to import)
 
-    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / name for name in ("plan.json", "best.yaml", "frontier.png")]
     paths[0].write_text(json.dumps([_summary(c) for c in found.tried], indent=1) + "\n")
     best = found.recommended.result.scenario

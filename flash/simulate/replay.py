@@ -9,6 +9,8 @@ from typing import Any
 
 from flash.telemetry import read_lines
 
+_SLOW = ("stale", "too_slow", "redundant")
+
 
 @dataclass(frozen=True, slots=True)
 class Played:
@@ -62,13 +64,13 @@ def played(run: Path) -> list[Played]:
 
 
 def cut_off(run: Path) -> list[Played]:
-    """The run's episodes that were given up as too old, as far as they got: long ones mostly, so
-    without them a replay would be too quick."""
+    """The run's episodes that were given up for being slow, as far as they got: without them a
+    replay would be too quick."""
     lines = read_lines(run / "episodes.jsonl")
     return [
         Played.of(line)
         for line in lines
-        if line["outcome"] == "cancelled" and line["reason"] == "stale"
+        if line["outcome"] == "cancelled" and line["reason"] in _SLOW
     ]
 
 

@@ -1,6 +1,5 @@
 """A scenario: the job, the cluster and the workload that are simulated. Times are in seconds."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -8,8 +7,9 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from flash import config as configuration
+from flash.config.rollout import FilterNames
 from flash.config.source import read_mapping
-from flash.section import Names, Section
+from flash.section import Section
 from flash.simulate.distributions import Varying, constant
 from flash.simulate.replay import played
 
@@ -70,6 +70,22 @@ class WorkloadConfig(Section):
     reward_s: Varying = Field(constant(0), description="an episode's reward")
     success_rate: float = Field(0.5, ge=0, le=1, description="of the episodes")
 
+    @field_validator("replay")
+    @classmethod
+    def _can_be_replayed(cls, run: Path | None) -> Path | None:
+        if run is not None:
+            played(run)
+        return run
+
+    @model_validator(mode="after")
+    def _rates_are_of_one_call(self) -> Self:
+        if self.env_fail_rate + self.env_hang_rate > 1:
+            raise ValueError(
+                f"workload.env_fail_rate={self.env_fail_rate:g} and workload.env_hang_rate="
+                f"{self.env_hang_rate:g} are more than all calls: lower one of them"
+            )
+        return self
+
 
 class Scenario(Section):
     """One simulated run."""
@@ -92,7 +108,7 @@ class Scenario(Section):
     )
     redundant_groups: int = Field(0, ge=0, description="groups begun beyond what batches can take")
     redundant_episodes: int = Field(0, ge=0, description="episodes begun beyond group_size")
-    filters: Names = Field((), description="what drops a group, as in rollout.filters")
+    filters: FilterNames = Field((), description="what drops a group, as in rollout.filters")
     max_regenerations: int = Field(8, ge=0, description="as in rollout.max_regenerations")
     stream: bool = Field(False, description="the trainer takes groups as they finish")
     publish_every: int = Field(1, ge=1, description="steps between publishes")
@@ -111,13 +127,6 @@ class Scenario(Section):
     workers: WorkersConfig = WorkersConfig()
     trainer: TrainerConfig = TrainerConfig()
     workload: WorkloadConfig = WorkloadConfig()
-
-    @field_validator("alpha")
-    @classmethod
-    def _alpha_is_finite(cls, value: float) -> float:
-        if not math.isfinite(value):
-            raise ValueError("must be a number of at least 0; 0 is synchronous training")
-        return value
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -138,6 +147,12 @@ class Scenario(Section):
             raise ValueError(
                 f"workers.kv_tokens={self.workers.kv_tokens} can't hold one episode of "
                 f"max_sequence_tokens={self.max_sequence_tokens}: lower the latter"
+            )
+        prompt = self.workload.prompt_tokens.sampler().quantile(0.5)
+        if prompt >= self.max_sequence_tokens:
+            raise ValueError(
+                f"workload.prompt_tokens of {prompt:g} leave no room to answer in "
+                f"max_sequence_tokens={self.max_sequence_tokens}: shorten prompts, or raise it"
             )
         return self
 

@@ -38,6 +38,11 @@ def write_run(folder, scenario):
     config = parse(
         {
             "env": "frozen_lake", "alpha": scenario.alpha, "batch_size": 32, "group_size": 4,
+            "publish_every": scenario.publish_every, "stream": scenario.stream,
+            "rollout": {
+                "schedule": scenario.schedule, "redundant_groups": scenario.redundant_groups,
+                "redundant_episodes": scenario.redundant_episodes, "filters": scenario.filters,
+            },
             "engine": {"workers": 2, "max_running": 12, "cache_tokens": 32_000},
             "agent": {"max_tokens": 64, "max_sequence_tokens": 2000},
         }
@@ -48,13 +53,14 @@ def write_run(folder, scenario):
             file.write(json.dumps(asdict(episode)) + "\n")
     with (folder / "metrics.jsonl").open("w") as file:
         for step in result.steps:
+            publishes = step.step // scenario.publish_every
             line = {
                 "step": step.step,
                 "time/wait_batch_s": step.wait_s,
                 "time/train_s": step.train_s,
                 "time/publish_s": step.publish_s,
-                "publish/count": step.step,
-                "publish/paused_s": 0.6 * step.step,
+                "publish/count": publishes,
+                "publish/paused_s": 0.6 * publishes,
             }
             file.write(json.dumps(line) + "\n")
     return result
@@ -82,6 +88,22 @@ def test_from_one_run_it_predicts_the_speed_up_of_another_alpha(tmp_path, alpha)
     fitted = calibrate(tmp_path / "run").scenario
     predicted = simulate(fitted.changed({"alpha": alpha})).time_s / simulate(fitted).time_s
     assert predicted == pytest.approx(other.time_s / mine.time_s, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"publish_every": 2, "alpha": 2, "stream": True, "filters": ["equal_rewards"]},
+        {"redundant_groups": 4, "redundant_episodes": 2},
+    ],
+)
+def test_what_was_on_in_the_run_is_on_in_its_simulation(tmp_path, changes):
+    write_run(tmp_path / "run", truth(**changes))
+    calibration = calibrate(tmp_path / "run")
+    again = calibration.scenario.model_dump(mode="json")
+    assert {name: again[name] for name in changes} == changes
+    assert abs(calibration.error) < 0.1
+    assert calibration.scenario.trainer.export_s == pytest.approx(0.7)
 
 
 def test_queueing_at_the_hub_is_not_taken_for_slow_workers(tmp_path):

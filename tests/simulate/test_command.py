@@ -50,6 +50,13 @@ def test_a_swept_value_may_be_a_list(scenario, tmp_path, capsys):
     assert "['equal_rewards']" in capsys.readouterr().out
 
 
+def test_a_run_that_ends_before_its_first_batch_is_told_of(scenario, tmp_path, capsys):
+    arguments = ["--steps", "null", "--time_s", "1", "--out", str(tmp_path)]
+    assert cli.run(["simulate", str(scenario), *arguments]) == 0
+    assert "time_s=1 ended before the first batch was trained" in capsys.readouterr().out
+    assert (tmp_path / "picture.png").exists()
+
+
 def test_a_timeline_has_a_lane_for_each_worker_each_agent_and_the_trainer(scenario, tmp_path):
     assert cli.run(["simulate", str(scenario), "--timeline", "--out", str(tmp_path)]) == 0
     packed = (tmp_path / "timeline.json.gz").read_bytes()
@@ -78,6 +85,8 @@ def test_a_timeline_has_a_lane_for_each_worker_each_agent_and_the_trainer(scenar
         (["FILE", "--sweep", "alpha"], "write --sweep FIELD=V1,V2,…"),
         (["FILE", "--sweep", "alpha=-1,1"], "alpha=-1: must be at least 0"),
         (["FILE", "--seeds", "0"], "--seeds 0: must be at least 1"),
+        (["FILE", "--sweep", "alpha=0,1", "--sweep", "alpha=2"], "--sweep alpha is given twice"),
+        (["FILE", "--out", "FILE"], "small.yaml: File exists; name a folder"),
     ],
 )
 def test_a_mistake_is_told_before_anything_is_simulated(scenario, arguments, message, capsys):

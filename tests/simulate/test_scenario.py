@@ -1,6 +1,7 @@
 """Scenarios: what they take, and what they say of mistakes."""
 
 import json
+import math
 import random
 from statistics import fmean
 
@@ -28,6 +29,18 @@ def test_a_file_is_named_after_itself_and_fields_change_it(tmp_path):
         ({"steps": 1, "alfa": 1}, "alfa is no field: did you mean alpha?"),
         ({"steps": 1, "batch_size": 30}, "batch_size=30 is not divisible by group_size=8: use 24"),
         ({"steps": 1, "alpha": -1}, "alpha=-1: must be at least 0"),
+        ({"steps": 1, "alpha": math.inf}, "alpha=inf: must be a finite number"),
+        ({"steps": 1, "trainer": {"batch_s": math.inf}}, "trainer.batch_s=inf: must be a finite"),
+        ({"steps": 1, "filters": ["even"]}, "filters=['even']: rollout.filters: 'even' is none of"),
+        ({"steps": 1, "workload": {"replay": "no/run"}}, "workload.replay='no/run': no/run/episod"),
+        (
+            {"steps": 1, "workload": {"env_fail_rate": 0.5, "env_hang_rate": 0.6}},
+            "workload.env_fail_rate=0.5 and workload.env_hang_rate=0.6 are more than all calls",
+        ),
+        (
+            {"steps": 1, "workload": {"prompt_tokens": 200_000}},
+            "workload.prompt_tokens of 200000 leave no room to answer in max_sequence_tokens=",
+        ),
         ({"steps": 1, "workers": {"kv_tokens": 1000}}, "workers.kv_tokens=1000 can't hold"),
         ({"steps": 1, "workers": {"step_s": 0}}, "give a step some time"),
         (
