@@ -1,4 +1,4 @@
-"""A crew of supervised agents: each seat runs one episode at a time, and outlives its agents."""
+"""A crew of supervised agents: each runs one episode at a time, until it crashes."""
 
 import asyncio
 import logging
@@ -30,11 +30,12 @@ class _Seat:
 
 
 class Crew:
-    """Starts episodes on idle agents, and replaces an agent that crashes.
+    """Starts episodes on idle agents, or on new ones.
 
-    Seats are made as they are needed, so the caller's bound on running episodes is the bound on
+    Agents are made as they are needed, so the caller's bound on running episodes is the bound on
     agents. `on_end(episode, end)` is called once for each started episode, from the event loop.
-    `on_fatal(error)` is called when an error that no episode can be blamed for reaches an agent.
+    `on_fatal(error)` is called with an error that no episode can be blamed for: one that reaches
+    an agent, or that `on_end` raises.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class Crew:
         make_agent: AgentFactory,
         *,
         on_end: Callable[[Episode, EpisodeEnd], None],
-        on_fatal: Callable[[FlashError], None],
+        on_fatal: Callable[[Exception], None],
     ) -> None:
         self.crashes = 0
         self._make_agent = make_agent
@@ -74,7 +75,8 @@ class Crew:
             self._release(seat, Cancelled())
 
     def start(self, episode: Episode) -> None:
-        """Give the episode to an idle agent, or to a new one."""
+        """Give the episode to an idle agent, or to a new one; raises what making one raises."""
+        assert not self._closing
         if self._idle:
             seat = self._idle.pop()
         else:
@@ -95,37 +97,35 @@ class Crew:
         return [seat.episode for seat in self._busy.values() if seat.episode is not None]
 
     async def _supervise(self, seat: _Seat) -> None:
-        """Runs the seat's agent; when it crashes, fails its episode and seats a new one."""
+        """Runs the seat's agent; when it crashes, fails its episode and gives up the seat."""
 
         def report(episode: Episode, end: EpisodeEnd) -> None:
             if seat.episode is not episode:
                 raise AgentFailure(f"reported episode {episode.id}, which it was not given")
+            self._idle.append(seat)
             self._release(seat, end)
 
-        while True:
-            try:
-                await seat.agent.run(report)
-            except Exception as crash:  # the boundary between agents and engine
-                cause = _root_cause(crash)
-            else:
-                if seat.episode is None or self._closing:
-                    return
-                cause = AgentFailure("the agent returned before its episode ended")
-            if isinstance(cause, FlashError) and not isinstance(cause, EpisodeFailure):
-                # Nobody's fault here (no inference worker is left, say): the run can't go on.
-                self._on_fatal(cause)
+        try:
+            await seat.agent.run(report)
+        except Exception as crash:  # the boundary between agents and engine
+            cause = _root_cause(crash)
+        else:
+            if seat.episode is None or self._closing:
                 return
-            self.crashes += 1
-            blamed = seat.episode
-            logger.warning(
-                "an agent crashed%s and is replaced",
-                f" in {blamed.describe()}" if blamed else " while idle",
-                exc_info=cause,
-            )
-            if blamed is None:  # nobody's episode: the next start makes another seat
-                self._idle.remove(seat)
-                return
-            seat.agent = self._make_agent()
+            cause = AgentFailure("the agent returned before its episode ended")
+        if isinstance(cause, FlashError) and not isinstance(cause, EpisodeFailure):
+            # Nobody's fault here (no inference worker is left, say): the run can't go on.
+            self._on_fatal(cause)
+            return
+        self.crashes += 1
+        logger.warning(
+            "an agent crashed%s and is replaced",
+            f" in {seat.episode.describe()}" if seat.episode else " while idle",
+            exc_info=cause,
+        )
+        if seat.episode is None:
+            self._idle.remove(seat)
+        else:
             self._release(seat, _as_failure(cause))
 
     def _release(self, seat: _Seat, end: EpisodeEnd) -> None:
@@ -133,8 +133,10 @@ class Crew:
         assert episode is not None
         seat.episode = None
         del self._busy[episode.id]
-        self._idle.append(seat)
-        self._on_end(episode, end)
+        try:
+            self._on_end(episode, end)
+        except Exception as error:  # its caller here is an agent, which has no part in it
+            self._on_fatal(error)
 
 
 def _as_failure(cause: BaseException) -> EpisodeFailure:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flash.errors import EpisodeFailure, FlashError, RolloutFailure
+from flash.errors import EpisodeFailure, RolloutFailure
 from flash.rollout.crew import Crew
 from flash.rollout.episode import AgentFactory, Episode, EpisodeEnd, Generator
 from flash.types import Task, Trajectory
@@ -56,7 +56,7 @@ async def evaluate(
     waiting = [(index, task, 1) for index, task in enumerate(tasks)][::-1]
     trajectories: list[Trajectory] = []
     failures: list[EpisodeFailure] = []
-    fatal: list[FlashError] = []
+    fatal: list[Exception] = []
     running = 0
     progress = asyncio.Event()
 
@@ -81,22 +81,23 @@ async def evaluate(
         start_more()
         progress.set()
 
-    def on_fatal(error: FlashError) -> None:
+    def on_fatal(error: Exception) -> None:
         fatal.append(error)
         progress.set()
 
     async with Crew(agent, on_end=on_end, on_fatal=on_fatal) as crew:
-        start_more()
-        while running and not fatal:
-            progress.clear()
-            try:
+        try:
+            start_more()
+            while running and not fatal:
+                progress.clear()
                 async with asyncio.timeout(stall_timeout_s):
                     await progress.wait()
-            except TimeoutError:
-                raise RolloutFailure(
-                    f"evaluation: none of {running} running episodes ended for "
-                    f"{stall_timeout_s:g} s"
-                ) from None
+        except TimeoutError:
+            raise RolloutFailure(
+                f"evaluation: none of {running} running episodes ended for {stall_timeout_s:g} s"
+            ) from None
+        finally:
+            waiting.clear()  # an episode that is cancelled now has no successor
     if fatal:
         raise fatal[0]
     if not trajectories:

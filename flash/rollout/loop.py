@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Literal, Protocol
 
-from flash.errors import EpisodeFailure, FlashError, RolloutFailure
+from flash.errors import EpisodeFailure, RolloutFailure
 from flash.hub.reports import HubStats
 from flash.rollout.assemble import metrics_of, samples_of, trajectories
 from flash.rollout.bias import LengthBias
@@ -107,8 +107,9 @@ class RolloutLoop:
             says what blocks when nothing moves for so long, and does something about it.
         on_episode: called with the record of each ended episode.
 
-    Errors: `next_batch` and `publish` raise RolloutFailure when the loop can't go on, and the
-    hub's own failures (InferenceFailure, PublishFailure) with their causes.
+    Errors: `next_batch` and `publish` raise RolloutFailure when the loop can't go on, the hub's
+    own failures (InferenceFailure, PublishFailure) with their causes, and what `tasks`, `agent` or
+    `on_episode` raised.
     """
 
     def __init__(
@@ -198,7 +199,7 @@ class RolloutLoop:
         self._next_version = hub.version  # at which the next batch will be trained
         self._next_episode = 0
         self._started_this_turn = 0
-        self._failure: FlashError | None = None
+        self._failure: Exception | None = None
         self._failures_in_a_row = 0
         self._progress = asyncio.Event()
         self._crew = Crew(agent, on_end=self._on_end, on_fatal=self.fail)
@@ -384,30 +385,34 @@ class RolloutLoop:
         Those of a burst, a few in each turn of the event loop.
         """
         fresh_enough = self._next_version - self.hub.version <= self.alpha
-        while (
-            self._open
-            and not self._paused
-            and self._started_this_turn < _STARTS_A_TURN
-            and self._failure is None
-            and fresh_enough
-            and (start := self._starts.next_start(self._next_version)) is not None
-        ):
-            group, attempt = start
-            episode = Episode(
-                self._next_episode,
-                group.task,
-                hub=self.hub,
-                group=group.id,
-                attempt=attempt,
-                together=not self._replicate,
-            )
-            self._next_episode += 1
-            if self._started_this_turn == 0:
-                asyncio.get_running_loop().call_soon(self._next_turn)
-            self._started_this_turn += 1
-            self._groups.add(group, episode)
-            self.ledger.admit()
-            self._crew.start(episode)
+        if not self._open or self._paused or not fresh_enough:
+            return
+        try:
+            while (
+                self._started_this_turn < _STARTS_A_TURN
+                and self._failure is None
+                and (start := self._starts.next_start(self._next_version)) is not None
+            ):
+                self._start(*start)
+        except Exception as error:  # of the tasks or of the agent's making: nobody awaits this
+            self.fail(error)
+
+    def _start(self, group: Group, attempt: int) -> None:
+        episode = Episode(
+            self._next_episode,
+            group.task,
+            hub=self.hub,
+            group=group.id,
+            attempt=attempt,
+            together=not self._replicate,
+        )
+        self._crew.start(episode)
+        self._next_episode += 1
+        self._groups.add(group, episode)
+        self.ledger.admit()
+        if self._started_this_turn == 0:
+            asyncio.get_running_loop().call_soon(self._next_turn)
+        self._started_this_turn += 1
 
     def _next_turn(self) -> None:
         self._started_this_turn = 0
@@ -514,9 +519,12 @@ class RolloutLoop:
         record = self.ledger.end(episode, outcome, reason, version=version)
         self.pulse.ended(outcome, reason)
         if self._on_episode is not None:
-            self._on_episode(record)
+            try:
+                self._on_episode(record)
+            except Exception as error:  # the boundary; counts add up all the same
+                self.fail(error)
 
-    def fail(self, error: FlashError) -> None:
+    def fail(self, error: Exception) -> None:
         """The first error that no episode can be blamed for; `next_batch` raises it."""
         if self._failure is None:
             self._failure = error

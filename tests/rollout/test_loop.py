@@ -252,6 +252,67 @@ def test_tasks_that_end_are_an_error_that_says_so_not_a_hang():
     virtual_time.run(main())
 
 
+def tasks_that_break(after: int):
+    yield from tasks(after)
+    raise OSError("the file of tasks is gone")
+
+
+@pytest.mark.parametrize("given", [0, 6], ids=["at once", "later"])
+def test_what_the_task_source_raises_ends_the_run(given):
+    async def main():
+        async with rollouts(tasks=tasks_that_break(given), alpha=0) as loop:
+            with pytest.raises(OSError, match="the file of tasks is gone"):
+                for version in range(1, 9):
+                    await loop.next_batch()
+                    await loop.publish(weights(version))
+            loop.ledger.check()
+            return loop.ledger.count("trained")
+
+    assert virtual_time.run(main()) == 2 * given
+
+
+def test_what_the_making_of_an_agent_raises_ends_the_run_and_an_evaluation():
+    left = 3
+
+    class Scarce(EnvironmentAgent):
+        def __init__(self, **options):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise MemoryError("no room for another agent")
+            super().__init__(**options)
+
+        async def play(self, episode):
+            raise KeyError("it takes a new agent for each episode")
+
+    async def main(use):
+        nonlocal left
+        left = 3
+        async with rollouts(agent=Scarce, max_attempts=1000) as loop:
+            with pytest.raises(MemoryError, match="no room for another agent"):
+                await use(loop)
+
+    virtual_time.run(main(lambda loop: loop.next_batch()))
+    virtual_time.run(main(lambda loop: loop.evaluate([Task(seed) for seed in range(9)])))
+
+
+def test_what_is_told_of_an_episode_and_raises_ends_the_run_and_leaves_the_counts_right():
+    def full(record):
+        raise OSError("no space left on device")
+
+    async def main():
+        envs = FakeEnvs(fail_rate=0.5)
+        async with rollouts(envs=envs, on_episode=full) as loop:
+            with pytest.raises(OSError, match="no space left"):
+                for version in range(1, 9):
+                    await loop.next_batch()
+                    await loop.publish(weights(version))
+            assert loop.crashes == 0, "no agent is to blame"
+        assert (loop.ledger.running, loop.ledger.ready, envs.open_now) == (0, 0, 0)
+
+    virtual_time.run(main())
+
+
 def test_evaluation_pauses_admission_and_stays_out_of_the_ledger():
     async def main():
         async with rollouts(alpha=1) as loop:
