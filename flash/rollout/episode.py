@@ -101,7 +101,7 @@ class Episode:
 
     def _note_version(self, version: int) -> None:
         """A worker at `version` began to sample for us: no token of ours can be older."""
-        if self.oldest_version is None:
+        if self.oldest_version is None or version < self.oldest_version:
             self.oldest_version = version
 
     @property

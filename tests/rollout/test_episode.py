@@ -59,6 +59,25 @@ def test_a_call_that_outlives_its_episode_changes_nothing():
     assert run(main()) == "ready"
 
 
+def test_an_episode_is_as_old_as_the_oldest_worker_that_it_had():
+    """In a publish workers are updated one after another, so a later turn may meet an older one."""
+
+    class Versions(SlowHub):
+        left = [5, 4, 6]
+
+        async def generate(self, request, on_start=None, on_sampled=None):
+            on_start(self.left.pop(0))
+            return await super().generate(request)
+
+    async def main():
+        one = Episode(1, Task(1), hub=Versions())
+        for _ in range(3):
+            await one.generate([0], SamplingParams(max_tokens=1))
+        return one.oldest_version
+
+    assert run(main()) == 4
+
+
 def test_the_tokens_of_a_response_that_is_cut_off_are_known_as_far_as_they_were_told():
     async def main(tell_s):
         worker = FakeWorker("w", token_s=(1.0, 1.0), tell_s=tell_s)
