@@ -47,6 +47,7 @@ class AdaptiveAlpha:
     ) -> None:
         self.alpha = self._bound = bound
         self._min_ess, self._max_kl = min_ess, max_kl
+        self._follows = min_ess is not None or max_kl is not None
         self._max_wait = max_wait
         self._least = least
         self._window = window
@@ -55,7 +56,7 @@ class AdaptiveAlpha:
 
     def after_step(self, metrics: Mapping[str, Any]) -> float:
         """α from now on, given the metrics of one step more."""
-        if self._min_ess is None and self._max_kl is None:
+        if not self._follows:
             return self.alpha
         if self._unjudged:
             self._unjudged -= 1
@@ -88,10 +89,10 @@ class AdaptiveAlpha:
         (checkpoint / _FILE).write_text(json.dumps(state))
 
     def restore(self, checkpoint: Path) -> None:
-        """Goes on where the run left off; begins anew if it had a fixed α until then."""
-        if not (checkpoint / _FILE).exists():
+        """Goes on where the run left off; begins anew if α was fixed until then, or is now."""
+        if not self._follows or not (checkpoint / _FILE).exists():
             return
         state = json.loads((checkpoint / _FILE).read_text())
-        self.alpha = min(self._bound, state["alpha"])  # the bound may be another by now
+        self.alpha = min(self._bound, max(self._least, state["alpha"]))  # others by now, perhaps
         self._unjudged = state["unjudged"]
         self._seen.extend((ess, kl, waited) for ess, kl, waited in state["seen"])

@@ -86,11 +86,18 @@ def test_a_resumed_run_decides_as_the_one_that_went_on(tmp_path: Path):
         assert seen == expected
 
 
-def test_a_resumed_run_with_a_lower_bound_begins_there(tmp_path: Path):
-    AdaptiveAlpha(4, min_ess=0.9).save(tmp_path)
-    lower = AdaptiveAlpha(1, min_ess=0.9)
-    lower.restore(tmp_path)
-    assert lower.alpha == 1
+@pytest.mark.parametrize(
+    ("bound", "settings", "alpha"),
+    [(1, {"min_ess": 0.9}, 1), (4, {"min_ess": 0.9, "least": 3}, 3), (4, {}, 4)],
+    ids=["a lower bound", "more batches between publishes", "no threshold any more"],
+)
+def test_a_resumed_run_with_other_settings_begins_within_them(tmp_path, bound, settings, alpha):
+    before = AdaptiveAlpha(4, min_ess=0.9, window=1)
+    assert before.after_step(step(ess=0.5)) == 2
+    before.save(tmp_path)
+    resumed = AdaptiveAlpha(bound, **settings)
+    resumed.restore(tmp_path)
+    assert resumed.alpha == alpha
 
 
 def test_a_checkpoint_from_before_leaves_alpha_at_its_bound(tmp_path: Path):

@@ -62,11 +62,11 @@ def test_a_call_that_outlives_its_episode_changes_nothing():
 def test_an_episode_is_as_old_as_the_oldest_worker_that_it_had():
     """In a publish workers are updated one after another, so a later turn may meet an older one."""
 
-    class Versions(SlowHub):
-        left = [5, 4, 6]
+    versions = iter([5, 4, 6])
 
+    class Versions(SlowHub):
         async def generate(self, request, on_start=None, on_sampled=None):
-            on_start(self.left.pop(0))
+            on_start(next(versions))
             return await super().generate(request)
 
     async def main():
