@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
-from flash.errors import AgentFailure, EpisodeFailure, FlashError
+from flash.errors import AgentFailure, EpisodeFailure, FlashError, first_error
 from flash.outcome import outcome as stated_outcome
 from flash.rollout.episode import Episode
 from flash.types import Completion, Sample, SamplingParams, Task, Trajectory
@@ -120,14 +120,11 @@ class ExternalAgent(Actor):
         self, session: Session, task: Task, causes: "asyncio.Queue[FlashError]"
     ) -> Any:
         """What the agent answers, unless the engine fails it first."""
-        try:
+        with first_error():
             async with asyncio.TaskGroup() as tasks:
                 watch = tasks.create_task(_raise_first(causes), name="watch generation")
                 answer = await self._run(session, task)
                 watch.cancel()
-        except BaseExceptionGroup as errors:
-            first = errors.exceptions[0]
-            raise first from first.__cause__
         return answer
 
     async def _run(self, session: Session, task: Task) -> Any:

@@ -16,6 +16,9 @@
 A user's mistake is a `ValueError` with the field, the value and the remedy.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 
 class FlashError(Exception):
     """Base of every error that crosses a boundary of the engine."""
@@ -81,3 +84,13 @@ class RolloutStall(RolloutFailure):
 
 class ProcessFailure(FlashError):
     """A child process died or raised; the message holds its last output or traceback."""
+
+
+@contextlib.contextmanager
+def first_error() -> Iterator[None]:
+    """Of the errors that a TaskGroup inside raises as a group, the first, with its own cause."""
+    try:
+        yield
+    except BaseExceptionGroup as errors:
+        first = errors.exceptions[0]
+        raise first from first.__cause__

@@ -9,6 +9,7 @@ from typing import Any
 
 from flash.config import Config
 from flash.environments import EnvHosts
+from flash.errors import first_error
 from flash.hub import InferenceHub, PublishReport
 from flash.live import Snapshot, View
 from flash.report import write_report
@@ -107,13 +108,11 @@ class Progress:
     @contextlib.asynccontextmanager
     async def ticking(self) -> AsyncIterator[None]:
         """Keeps the live view fresh while the block runs."""
-        try:
+        with first_error():
             async with asyncio.TaskGroup() as tasks:
                 ticker = tasks.create_task(self._tick(), name="live view")
                 yield
                 ticker.cancel()
-        except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from None
 
     async def summarise(self, *, stopped: bool) -> dict[str, Any]:
         """Writes summary.json and report.png; returns the summary."""

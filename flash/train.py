@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from flash import assembly
 from flash.config import Config
-from flash.errors import RolloutStall
+from flash.errors import RolloutStall, first_error
 from flash.live import open_view
 from flash.progress import Progress
 from flash.rollout import AgentFactory, RolloutLoop, filters
@@ -243,7 +243,7 @@ async def _save(
 
 async def _unless(stop: asyncio.Event, awaitable: Awaitable[_T]) -> _T | None:
     """The awaitable's result; None, and the awaitable cancelled, if `stop` is set first."""
-    try:
+    with first_error():
         async with asyncio.TaskGroup() as tasks:
             wanted = tasks.create_task(_await(awaitable), name="until stopped")
             stopped = tasks.create_task(stop.wait(), name="stop")
@@ -251,8 +251,6 @@ async def _unless(stop: asyncio.Event, awaitable: Awaitable[_T]) -> _T | None:
             stopped.cancel()
             if not wanted.done():
                 wanted.cancel()
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None
     return None if wanted.cancelled() else wanted.result()
 
 

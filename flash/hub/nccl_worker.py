@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from flash.errors import ProcessFailure
+from flash.errors import ProcessFailure, first_error
 from flash.hub.http_worker import HttpWorker
 from flash.hub.vllm_pool import VllmPool
 from flash.hub.worker import WorkerBroken, WorkerFailure
@@ -216,9 +216,7 @@ class NcclPool(VllmPool):
 
 async def _both(*calls: Coroutine[Any, Any, Any]) -> None:
     """Waits for all; the first that fails ends the others."""
-    try:
+    with first_error():
         async with asyncio.TaskGroup() as tasks:
             for call in calls:
                 tasks.create_task(call)
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flash.errors import InferenceFailure
+from flash.errors import InferenceFailure, first_error
 from flash.hub.http_worker import HttpWorker
 from flash.hub.worker import Worker, WorkerFailure
 from flash.machine import Gpu
@@ -87,13 +87,11 @@ class ProcessPool(abc.ABC):
         self._log_dir.mkdir(parents=True, exist_ok=True)
         self._seats = [self._seat(number) for number in range(self._size)]
         try:
-            async with asyncio.TaskGroup() as starts:
-                for seat in self._seats:
-                    starts.create_task(self._launch(seat), name=f"start worker {seat.number}")
-        except BaseExceptionGroup as errors:
-            await self.stop()
-            raise errors.exceptions[0] from None
-        except asyncio.CancelledError:
+            with first_error():
+                async with asyncio.TaskGroup() as starts:
+                    for seat in self._seats:
+                        starts.create_task(self._launch(seat), name=f"start worker {seat.number}")
+        except BaseException:
             await self.stop()
             raise
         self._keepers = [

@@ -2,10 +2,9 @@
 
 import asyncio
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from flash.errors import ProcessFailure, RewardFailure
+from flash.errors import ProcessFailure, RewardFailure, first_error
 from flash.process import Child
 from flash.types import Played
 
@@ -36,31 +35,26 @@ class RewardProcesses:
     async def __aenter__(self) -> "RewardProcesses":
         await self._tasks.__aenter__()
         try:
-            async with asyncio.TaskGroup() as starts:
-                for number in range(self._processes):
-                    starts.create_task(self._start(number), name=f"start reward {number}")
-        except BaseExceptionGroup as errors:
-            await self.__aexit__(None, None, None)
-            first = errors.exceptions[0]
-            raise ValueError(f"reward.run={self._function!r}: {first}") from first
+            with first_error():
+                async with asyncio.TaskGroup() as starts:
+                    for number in range(self._processes):
+                        starts.create_task(self._start(number), name=f"start reward {number}")
+        except BaseException as error:
+            await self.__aexit__()
+            if not isinstance(error, Exception):  # cancelled
+                raise
+            raise ValueError(f"reward.run={self._function!r}: {error}") from error
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         for task in self._restarts:
             task.cancel()
         for child in self._children:
             child.kill()
         for child in list(self._children):
             await child.stop()
-        try:
+        with first_error():
             await self._tasks.__aexit__(None, None, None)
-        except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from error
 
     async def __call__(self, played: Played, *, timeout_s: float) -> Any:
         child = await self._free.get()

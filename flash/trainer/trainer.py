@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from flash.errors import ProcessFailure, TrainerFailure
+from flash.errors import ProcessFailure, TrainerFailure, first_error
 from flash.process import Child
 from flash.trainer.advantage_settings import Gae
 from flash.trainer.checkpoint import CRITIC_FILE, MODEL_FOLDER, checkpoint_version
@@ -134,7 +134,7 @@ class Trainer:
 
         `ready` waits for them; if they fail, the body is cancelled and TrainerFailure raised.
         """
-        try:
+        with first_error():
             async with asyncio.TaskGroup() as tasks:
                 self._starting = tasks.create_task(self.__aenter__(), name="start the trainer")
                 try:
@@ -143,8 +143,6 @@ class Trainer:
                     self._starting.cancel()
                     await asyncio.wait((self._starting,))
                     await self.__aexit__()
-        except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from None
 
     async def ready(self) -> None:
         """Waits until the ranks of `starting` have loaded their model."""

@@ -26,6 +26,20 @@ def score(played):
     return {"reward": len(played.responses), "success": True}
 """
 
+# The second process finds the first one's mark, tells of both, and never gets further.
+SLOW_IMPORT = """
+import os, pathlib, time
+
+try:
+    pathlib.Path("first").symlink_to(str(os.getpid()))
+except FileExistsError:
+    pathlib.Path("pids").write_text(f"{os.readlink('first')} {os.getpid()}")
+    time.sleep(1e6)
+
+def score(played):
+    return 0
+"""
+
 
 def played(text):
     return Played(task=Task(0), text=text, responses=("a", "b"), reward=0.0, success=False)
@@ -59,6 +73,22 @@ async def test_a_function_that_hangs_dies_or_raises_costs_its_own_episode_only(
         assert len({first, second, third}) == 3
     with pytest.raises(ProcessLookupError):
         os.kill(third, 0)
+
+
+async def test_a_start_that_is_given_up_leaves_no_process(tmp_path, monkeypatch):
+    """Neither the one that is ready nor the one whose import has no end."""
+    (tmp_path / "my_slow_import.py").write_text(SLOW_IMPORT)
+    os.mkfifo(tmp_path / "pids")
+    monkeypatch.chdir(tmp_path)
+    processes = RewardProcesses("my_slow_import:score", processes=2, log_dir=tmp_path)
+    start = asyncio.create_task(processes.__aenter__())
+    pids = (await asyncio.to_thread((tmp_path / "pids").read_text)).split()
+    start.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await start
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
 
 
 async def test_a_function_that_can_not_be_imported_there_is_told_at_the_start(tmp_path):
