@@ -8,7 +8,7 @@ import pytest
 
 from flash.config import Config, fields
 from flash.trainer.advantage_settings import AnyAdvantages
-from flash.trainer.objectives.settings import SETTINGS
+from flash.trainer.objectives.settings import SETTINGS, Aggregation
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -83,11 +83,13 @@ def test_make_targets_are_the_makefiles(page):
         assert target in targets, target
 
 
-def test_every_objective_and_every_kind_of_advantages_is_explained_with_its_defaults():
+def test_every_objective_aggregation_and_kind_of_advantages_is_explained_with_its_defaults():
     objectives, advantages = (ROOT / "docs/objectives.md").read_text().split("\n## Advantages\n")
     for name, settings in SETTINGS.items():
         if name != "supervised":
             assert_row(objectives, name, settings)
+    for name in get_args(Aggregation):
+        assert f"\n| `{name}` |" in objectives
     for settings in get_args(get_args(AnyAdvantages)[0]):
         name = settings.model_fields["name"].default
         assert_row(advantages, name, settings, leave_out=("whiten", "clip"))

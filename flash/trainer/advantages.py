@@ -4,38 +4,9 @@ Legend: G episodes of one group; U turns of one episode, or of all in a group. A
 group takes what it needs of its episodes; `make_advantages` makes of it a function of the batch:
 for each group and episode one number, or one for each turn, [U].
 
-name          advantage of episode i, or of its turn t                   source
-grpo          (R - mean of group)/deviation of group                     Shao et al. 2024
-dr_grpo       R - mean of group                                          Liu et al. 2025
-rloo          R - mean of the others of its group                        Ahmadian et al. 2024
-reinforce     R - mean of batch (or of group, or nothing)                Williams 1992
-reinforce_pp  as reinforce with none, then whitened over the batch       Hu et al. 2025, eqs. 4, 5
-turn_returns  G_t = Σ γ^(s-t)·r_s, less the mean of its group's turns    Sutton & Barto 2018, 13.4
-gigpo         grpo + ω·(G_t against turns of its group in one state)     Feng et al. 2025, eqs. 3-8
-gae           of its token t: Σ (γλ)^(s-t)·(r_s + γ·V_{s+1} - V_s)       Schulman et al. 2016, 16
-
-R is an episode's reward, r_t that of its turn or token t, G_t the return from turn t on.
-
-name          defaults            a sample that is k versions old
-grpo          std                 the group's mean is that of the versions that sampled it, up to k
-dr_grpo       –                   ago: as a baseline it is out of date, which adds variance and
-rloo          –                   no bias; with std its spread is theirs as well
-reinforce     baseline batch      as above, with the mean of all versions in the batch
-reinforce_pp  baseline none       as reinforce; mean and deviation are of all versions in the batch
-turn_returns  γ 0.95, std         as above; and what followed a turn is what old weights did next
-gigpo         γ 0.95, ω 1, std    as grpo and turn_returns: turns in one state are compared, by
-                                  whichever versions they and what followed them were sampled
-gae           γ 1, λ 1, whiten    V is the present critic's, but it has learned from returns of k or
-                                  more versions ago; what followed a token is what old weights did,
-                                  the less of which counts the smaller λ is
-
-No advantage corrects for who sampled: that is the objective's part. That later actions of the
-episode were old weights' too, only the ratio of a whole sequence corrects (masked_is, topr).
-
-All may be whitened over the batch's trained tokens, and then clipped; gae is whitened unless told
-otherwise, reinforce_pp always. The values V of `gae` are a critic's, on the trainer's ranks
-(`critic.py`); so its advantages are computed there, at the start of a step (`values.py`), and not
-when a batch is handed over.
+docs/objectives.md has all of them in a table: formula, source, settings, what becomes of stale
+samples. The values of `gae` are a critic's, on the trainer's ranks (`critic.py`); so its advantages
+are computed there, at the start of a step (`values.py`), and not when a batch is handed over.
 """
 
 from collections.abc import Callable, Hashable, Sequence

@@ -59,11 +59,9 @@ class TrainerConfig(Section):
     start_timeout_s: float = Field(600.0, gt=0, description="for the ranks to load the model")
     step_timeout_s: float = Field(1800.0, gt=0, description="for any one step, export or save")
     objective: AnyObjective = Field(
-        DecoupledPpo(), description="the loss, by name; see flash/trainer/objectives/__init__.py"
+        DecoupledPpo(), description="the loss, by name; see docs/objectives.md"
     )
-    advantages: AnyAdvantages = Field(
-        Grpo(), description="by name; see flash/trainer/advantages.py"
-    )
+    advantages: AnyAdvantages = Field(Grpo(), description="by name; see docs/objectives.md")
     kl: KlSettings = KlSettings()
     critic: CriticConfig = CriticConfig()
 

@@ -1,14 +1,8 @@
-"""How the losses of tokens become one loss; imports no torch.
+"""How the losses of tokens become one loss (docs/objectives.md); imports no torch.
 
-Each trained token counts m·scale, with m its mask and the scale of its sample:
-
-    token_mean      1 / Σm                   every token counts the same
-    sequence_mean   1 / (N · Σm of sample)   every sample counts the same
-    sequence_sum    1 / N                    a sample counts as much as it is long
-    fixed_length    1 / (N · length)         as before, and small: Dr. GRPO (Liu et al. 2025)
-
-Sums and the number N of samples are those of the whole mini-batch, on all ranks, and known before
-it is divided: so no division changes the loss.
+Each trained token counts its mask times the scale of its sample. Sums and the number of samples are
+those of the whole mini-batch, on all ranks, and known before it is divided: so no division changes
+the loss.
 """
 
 from collections.abc import Sequence
