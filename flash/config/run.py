@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from flash.config.agent import AgentConfig, EnvConfig
 from flash.config.engine import EngineConfig
@@ -78,20 +78,10 @@ class Config(Section):
             raise ValueError("must be a folder's name: letters, digits, '.', '_' and '-'")
         return value
 
-    @field_validator("env", mode="before")
+    @field_validator("env", "engine", "reward", mode="before")
     @classmethod
-    def _env_by_name(cls, value: Any) -> Any:
-        return {BARE["env"]: value} if isinstance(value, str) else value
-
-    @field_validator("engine", mode="before")
-    @classmethod
-    def _engine_by_kind(cls, value: Any) -> Any:
-        return {BARE["engine"]: value} if isinstance(value, str) else value
-
-    @field_validator("reward", mode="before")
-    @classmethod
-    def _reward_by_name(cls, value: Any) -> Any:
-        return {BARE["reward"]: value} if isinstance(value, str) else value
+    def _section_by_its_bare_value(cls, value: Any, info: ValidationInfo) -> Any:
+        return {BARE[info.field_name or ""]: value} if isinstance(value, str) else value
 
     @field_validator("model")
     @classmethod

@@ -158,14 +158,16 @@ class Exchange(ABC):
         pending = 0  # tokens whose logprobs were not told yet
         for deltas, end in response.pieces:
             for delta in deltas:
-                yield self._chunk(response, delta, pending, end, None)
+                yield self._choice(response, self._part(delta), pending, end, None)
                 pending = end
         kept = len(response.completion.token_ids)
-        yield self._chunk(response, {}, pending, kept, response.finish_reason)
+        yield self._choice(response, self._part({}), pending, kept, response.finish_reason)
 
-    @abstractmethod
     def whole(self, response: Response) -> dict[str, Any]:
         """The response as a choice."""
+        kept = len(response.completion.token_ids)
+        words = self._whole(response.reply)
+        return self._choice(response, words, 0, kept, response.finish_reason)
 
     @abstractmethod
     def _new_reply(self, stop_token_ids: Sequence[int]) -> Reply: ...
@@ -174,9 +176,40 @@ class Exchange(ABC):
     def _note(self, reply: Reply, known: Known) -> None: ...
 
     @abstractmethod
-    def _chunk(
-        self, response: Response, delta: Delta, start: int, end: int, finish_reason: str | None
-    ) -> dict[str, Any]: ...
+    def _whole(self, reply: Reply) -> dict[str, Any]:
+        """The words of a whole choice."""
+
+    @abstractmethod
+    def _part(self, delta: Delta) -> dict[str, Any]:
+        """The words of a choice of a stream."""
+
+    @abstractmethod
+    def _logprobs(self, of_tokens: list[dict[str, Any]]) -> dict[str, Any]:
+        """The logprobs of a choice."""
+
+    def _choice(
+        self,
+        response: Response,
+        words: dict[str, Any],
+        start: int,
+        end: int,
+        finish_reason: str | None,
+    ) -> dict[str, Any]:
+        """With the logprobs of the tokens from `start` to `end`, if they are asked for."""
+        logprobs = None
+        if self.ask.logprobs and start < end:
+            sampled = response.completion
+            logprobs = self._logprobs(
+                token_logprobs(
+                    self._tokenizer, sampled.token_ids[start:end], sampled.logprobs[start:end]
+                )
+            )
+        return {
+            "index": response.index,
+            **words,
+            "logprobs": logprobs,
+            "finish_reason": finish_reason,
+        }
 
 
 class _Chat(Exchange):
@@ -192,16 +225,9 @@ class _Chat(Exchange):
         self._stop_token_ids = responder.stop_token_ids
         self._template = responder.response_templates[ask.parse_tools]
 
-    def whole(self, response: Response) -> dict[str, Any]:
-        return {
-            "index": response.index,
-            "message": response.reply.message(),
-            "logprobs": self._logprobs(response, 0, len(response.completion.token_ids)),
-            "finish_reason": response.finish_reason,
-        }
-
     def chunks(self, response: Response) -> Iterator[dict[str, Any]]:
-        yield self._chunk(response, {"role": "assistant", "content": ""}, 0, 0, None)
+        first = self._part({"role": "assistant", "content": ""})
+        yield self._choice(response, first, 0, 0, None)
         yield from super().chunks(response)
 
     def _new_reply(self, stop_token_ids: Sequence[int]) -> Reply:
@@ -218,24 +244,14 @@ class _Chat(Exchange):
         said = as_template(reply.message())
         self._session.memory.note_chat(self.ask.messages, said, self.ask.tools, known)
 
-    def _chunk(
-        self, response: Response, delta: Delta, start: int, end: int, finish_reason: str | None
-    ) -> dict[str, Any]:
-        return {
-            "index": response.index,
-            "delta": delta,
-            "logprobs": self._logprobs(response, start, end),
-            "finish_reason": finish_reason,
-        }
+    def _whole(self, reply: Reply) -> dict[str, Any]:
+        return {"message": reply.message()}
 
-    def _logprobs(self, response: Response, start: int, end: int) -> dict[str, Any] | None:
-        if not self.ask.logprobs or start == end:
-            return None
-        completion = response.completion
-        content = token_logprobs(
-            self._tokenizer, completion.token_ids[start:end], completion.logprobs[start:end]
-        )
-        return {"content": content, "refusal": None}
+    def _part(self, delta: Delta) -> dict[str, Any]:
+        return {"delta": delta}
+
+    def _logprobs(self, of_tokens: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"content": of_tokens, "refusal": None}
 
 
 class _Text(Exchange):
@@ -250,11 +266,6 @@ class _Text(Exchange):
         eos = responder.tokenizer.eos_token_id
         self._stop_token_ids = () if eos is None else (eos,)
 
-    def whole(self, response: Response) -> dict[str, Any]:
-        delta = {"content": response.reply.content}
-        kept = len(response.completion.token_ids)
-        return self._chunk(response, delta, 0, kept, response.finish_reason)
-
     def _new_reply(self, stop_token_ids: Sequence[int]) -> Reply:
         return Reply(self._tokenizer, stop=self.ask.stop, stop_token_ids=stop_token_ids)
 
@@ -262,26 +273,16 @@ class _Text(Exchange):
         if isinstance(self.ask.prompt, str):
             self._session.memory.note_text(self.ask.prompt + reply.content, known)
 
-    def _chunk(
-        self, response: Response, delta: Delta, start: int, end: int, finish_reason: str | None
-    ) -> dict[str, Any]:
-        return {
-            "index": response.index,
-            "text": delta.get("content", ""),
-            "logprobs": self._logprobs(response, start, end),
-            "finish_reason": finish_reason,
-        }
+    def _whole(self, reply: Reply) -> dict[str, Any]:
+        return {"text": reply.content}
 
-    def _logprobs(self, response: Response, start: int, end: int) -> dict[str, Any] | None:
-        if not self.ask.logprobs or start == end:
-            return None
-        completion = response.completion
-        entries = token_logprobs(
-            self._tokenizer, completion.token_ids[start:end], completion.logprobs[start:end]
-        )
+    def _part(self, delta: Delta) -> dict[str, Any]:
+        return {"text": delta.get("content", "")}
+
+    def _logprobs(self, of_tokens: list[dict[str, Any]]) -> dict[str, Any]:
         return {
-            "tokens": [entry["token"] for entry in entries],
-            "token_logprobs": [entry["logprob"] for entry in entries],
+            "tokens": [entry["token"] for entry in of_tokens],
+            "token_logprobs": [entry["logprob"] for entry in of_tokens],
             "top_logprobs": None,
             "text_offset": None,
         }

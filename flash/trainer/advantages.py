@@ -4,8 +4,8 @@ Legend: G episodes of one group; U turns of one episode, or of all in a group. A
 group takes what it needs of its episodes; `make_advantages` makes of it a function of the batch:
 for each group and episode one number, or one for each turn, [U].
 
-docs/objectives.md has all of them in a table: formula, source, settings, what becomes of stale
-samples. The values of `gae` are a critic's, on the trainer's ranks (`critic.py`); so its advantages
+docs/objectives.md has all of them in a table: formula, source, settings, what stale samples become.
+The values of `gae` are a critic's, on the trainer's ranks (`critic.py`); so its advantages
 are computed there, at the start of a step (`values.py`), and not when a batch is handed over.
 """
 

@@ -1,6 +1,6 @@
 """Objectives: from what is known of each token to its loss. One pure function each, by name.
 
-docs/objectives.md has all of them in a table: loss, source, settings, what becomes of stale samples.
+docs/objectives.md has all of them in a table: loss, source, settings, what stale samples become.
 
 r = π/π_b of a token: π is the policy that is trained, π_b (behaviour) the weights that sampled it,
 by the engine's own logprobs; π_p (proximal) are the weights at the start of the step. Never is a
