@@ -9,7 +9,7 @@ from flash import config as configuration
 from flash.rollout import Evaluation
 from flash.rollout import evaluate as play
 from flash.telemetry import newest_checkpoint
-from flash.trainer.trainer import MODEL_FOLDER, checkpoint_version
+from flash.trainer.checkpoint import MODEL_FOLDER, checkpoint_version
 from flash.types import Weights
 
 

@@ -29,7 +29,7 @@ from flash.rollout.blocked import watched_event_loop
 from flash.telemetry import RunFolder
 from flash.trainer import Trainer
 from flash.trainer.advantages import make_advantages
-from flash.trainer.trainer import checkpoint_version
+from flash.trainer.checkpoint import checkpoint_version
 from flash.types import Batch
 
 logger = logging.getLogger(__name__)

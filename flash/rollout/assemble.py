@@ -21,16 +21,17 @@ def samples_of(
     computed = advantages([trajectories(group) for group in groups])
     for group, of_group in zip(groups, computed, strict=True):
         for member, of_episode in zip(group.members.values(), of_group, strict=True):
+            trajectory = _trajectory(member)
             samples += [
                 replace(
                     sample,
                     advantage=_of_tokens(of_episode, sample),
-                    reward=_trajectory(member).reward,
-                    turn_rewards=_trajectory(member).turn_rewards,
+                    reward=trajectory.reward,
+                    turn_rewards=trajectory.turn_rewards,
                     group=group.id,
                     episode=member.id,
                 )
-                for sample in _trajectory(member).samples
+                for sample in trajectory.samples
             ]
     ages = _ages(samples, version)
     oldest = ages.max() if ages.size else 0

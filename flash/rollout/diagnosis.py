@@ -194,9 +194,8 @@ def _of_generation(hub: Hub, blocking: Sequence[Episode]) -> Cause:
     worker = next((worker for worker in healthy if worker.name == place), None)
     if worker is None:  # in the queue, where they wait for whoever is full and does nothing
         worker = max(healthy, key=lambda worker: worker.quiet_s)
-    for updating in healthy:
-        if updating.updating:
-            return _of_the_publish(stats)
+    if any(each.updating for each in healthy):
+        return _of_the_publish(stats)
     if worker.running:
         return _of_worker(worker, blocking)
     words = f"the hub's queue is stuck: {stats.queued} requests wait beside workers with room"

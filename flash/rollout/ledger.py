@@ -60,8 +60,7 @@ class Ledger:
             self.running -= 1
         else:
             self.ready -= 1
-            waited = episode.clock() - episode.stage_since
-            episode.seconds["wait"] = waited
+            episode.seconds["wait"] = episode.clock() - episode.stage_since
         episode.ended_at = episode.clock()
         self.ended[outcome, reason] += 1
         if outcome != "trained":

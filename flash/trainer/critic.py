@@ -14,20 +14,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.tensor import DTensor
 
 from flash.trainer.config import TrainerConfig
 from flash.trainer.micro_batch import MicroBatch
 from flash.trainer.scorer import packed_inputs
-from flash.trainer.sharding import load_model, shard
-
-_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+from flash.trainer.sharding import WHOLE, clip_gradient, load_model, make_optimizer, shard
 
 
 def value_loss(
@@ -79,12 +75,8 @@ class Critic:
         self._config = config
         self._ranks = ranks
         self._device = device
-        self._optimizer = torch.optim.AdamW(
-            self._valuer.parameters(),
-            lr=config.critic.learning_rate,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-            fused=True,
+        self._optimizer = make_optimizer(
+            self._valuer, config, learning_rate=config.critic.learning_rate
         )
 
     @torch.no_grad()
@@ -108,27 +100,27 @@ class Critic:
             # FSDP averages gradients over ranks; ours is a sum over all tokens.
             (loss * self._ranks).backward()
             told += torch.stack([loss.detach(), (stopped_S * weights_S).sum()])
-        norm = torch.nn.utils.clip_grad_norm_(self._valuer.parameters(), self._config.max_grad_norm)
+        norm = clip_gradient(self._valuer, self._config)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         dist.all_reduce(told)
         return {
             "critic/loss": float(told[0]),
             "critic/clip_fraction": float(told[1]),
-            "critic/grad_norm": float(norm.full_tensor() if isinstance(norm, DTensor) else norm),
+            "critic/grad_norm": norm,
         }
 
     def state(self) -> dict[str, Any]:
         """Weights and optimizer, whole on rank 0."""
         return {
-            "model": get_model_state_dict(self._valuer, options=_FULL),
-            "optimizer": get_optimizer_state_dict(self._valuer, self._optimizer, options=_FULL),
+            "model": get_model_state_dict(self._valuer, options=WHOLE),
+            "optimizer": get_optimizer_state_dict(self._valuer, self._optimizer, options=WHOLE),
         }
 
     def load(self, path: Path) -> None:
         """Goes on from what `state` was."""
         kept = torch.load(path, weights_only=True, map_location="cpu")
-        set_model_state_dict(self._valuer, kept["model"], options=_FULL)
+        set_model_state_dict(self._valuer, kept["model"], options=WHOLE)
         set_optimizer_state_dict(
-            self._valuer, self._optimizer, optim_state_dict=kept["optimizer"], options=_FULL
+            self._valuer, self._optimizer, optim_state_dict=kept["optimizer"], options=WHOLE
         )

@@ -18,12 +18,10 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer
 from transformers.utils import logging as untyped_logging
 
@@ -37,14 +35,12 @@ from flash.trainer.objectives.choose import make_objective
 from flash.trainer.objectives.regularisers import kl_estimate, kl_loss, kl_penalty
 from flash.trainer.packing import MiniBatch
 from flash.trainer.scorer import TokenScorer
-from flash.trainer.sharding import load_model, shard
+from flash.trainer.sharding import WHOLE, clip_gradient, load_model, make_optimizer, shard
 from flash.trainer.statistics import StepStatistics
 from flash.trainer.values import trained
 from flash.types import Sample
 
 logger = logging.getLogger(__name__)
-
-_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class Rank:
@@ -91,13 +87,7 @@ class Rank:
         if reference is not None:
             _, self._reference = self._load_model(reference)
             self._reference.requires_grad_(False)
-        self._optimizer = torch.optim.AdamW(
-            self._scorer.parameters(),
-            lr=config.learning_rate,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        self._optimizer = make_optimizer(self._scorer, config, learning_rate=config.learning_rate)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self._optimizer, lambda done: _learning_rate_factor(done, config)
         )
@@ -154,7 +144,7 @@ class Rank:
                 loss = self._loss(micro, proximal_S, number, len(packed), statistics)
                 # FSDP averages gradients over ranks; ours is a sum over all tokens.
                 (loss * self._ranks).backward()
-            told.append({"grad_norm": self._clip()})
+            told.append({"grad_norm": clip_gradient(self._scorer, self._config)})
             if not critic_alone:
                 learning_rate = self._update()
             self._optimizer.zero_grad(set_to_none=True)
@@ -181,15 +171,10 @@ class Rank:
         for parameter in self._scorer.parameters():
             if parameter.grad is not None:
                 parameter.grad.div_(denominator)
-        norm, learning_rate = self._clip(), self._update()
+        norm, learning_rate = clip_gradient(self._scorer, self._config), self._update()
         self._optimizer.zero_grad(set_to_none=True)
         metrics = self._of_parts.metrics(denominator)
         return {**metrics, "grad_norm": norm, "learning_rate": learning_rate}
-
-    def _clip(self) -> float:
-        """Clips the gradient; its norm before."""
-        norm = torch.nn.utils.clip_grad_norm_(self._scorer.parameters(), self._config.max_grad_norm)
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def _update(self) -> float:
         """One optimizer step; its learning rate."""
@@ -276,8 +261,8 @@ class Rank:
 
     def save(self, directory: str, version: int, optimizer: bool) -> None:
         """Write a Hugging Face model, and with `optimizer` all it takes to go on training."""
-        weights: dict[str, Any] = get_model_state_dict(self._model, options=_FULL)
-        state = get_optimizer_state_dict(self._scorer, self._optimizer, options=_FULL)
+        weights: dict[str, Any] = get_model_state_dict(self._model, options=WHOLE)
+        state = get_optimizer_state_dict(self._scorer, self._optimizer, options=WHOLE)
         of_critic = self._critic.state() if self._critic is not None and optimizer else None
         if self._rank != 0:
             return
@@ -306,7 +291,7 @@ class Rank:
     def _load(self, directory: Path) -> None:
         kept = torch.load(directory / OPTIMIZER_FILE, weights_only=True, map_location="cpu")
         set_optimizer_state_dict(
-            self._scorer, self._optimizer, optim_state_dict=kept["optimizer"], options=_FULL
+            self._scorer, self._optimizer, optim_state_dict=kept["optimizer"], options=WHOLE
         )
         self._schedule.load_state_dict(kept["schedule"])
         torch.set_rng_state(kept["rng"])

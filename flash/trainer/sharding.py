@@ -1,14 +1,19 @@
-"""Models as the ranks hold them: loaded for packed sequences, sharded with FSDP2."""
+"""Models as the ranks hold them: loaded for packed sequences, sharded with FSDP2, optimized."""
 
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
+from flash.trainer.config import TrainerConfig
 from flash.trainer.scorer import PACKED_ATTENTION
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0
 
 # Below it one FSDP unit is faster than one a layer: gathering small layers is all overhead.
 _ONE_UNIT_PARAMETERS = 50_000_000
@@ -37,3 +42,21 @@ def shard(module: nn.Module, model: Any, *, ranks: int, half: bool) -> None:
             if type(layer).__name__ in (model._no_split_modules or ()):
                 fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(module, mesh=mesh, mp_policy=policy)
+
+
+def make_optimizer(
+    module: nn.Module, config: TrainerConfig, *, learning_rate: float
+) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        module.parameters(),
+        lr=learning_rate,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+def clip_gradient(module: nn.Module, config: TrainerConfig) -> float:
+    """Clips it over all ranks; its norm before."""
+    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), config.max_grad_norm)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

@@ -5,7 +5,7 @@ import contextlib
 import itertools
 import logging
 import shutil
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,6 @@ from flash.trainer.packing import denominator_of, divide, plan
 from flash.trainer.scratch import Scratch
 from flash.trainer.values import with_values
 from flash.types import Batch, Sample, TrainerState, Weights
-
-__all__ = ["MODEL_FOLDER", "Trainer", "checkpoint_version"]
 
 logger = logging.getLogger(__name__)
 
@@ -296,13 +294,12 @@ class Trainer:
         """Calls every rank with its arguments; all answers."""
         timeout_s = timeout_s or self.config.step_timeout_s
         self._doing = method, asyncio.get_running_loop().time()
-        calls: list[Awaitable[Any]] = [
-            child.call(method, *args, timeout_s=timeout_s)
-            for child, args in zip(self._children, args_of_ranks, strict=True)
-        ]
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(_await(call)) for call in calls]
+                tasks = [
+                    group.create_task(child.call(method, *args, timeout_s=timeout_s))
+                    for child, args in zip(self._children, args_of_ranks, strict=True)
+                ]
         except BaseExceptionGroup as errors:
             cause = await self._cause(errors.exceptions[0])
             for child in self._children:
@@ -337,10 +334,6 @@ class Trainer:
 
 def _trained_tokens(samples: Sequence[Sample]) -> int:
     return int(sum((sample.loss_mask[1:] > 0).sum() for sample in samples))
-
-
-async def _await(awaitable: Awaitable[Any]) -> Any:
-    return await awaitable
 
 
 def _check(sample: Sample) -> None:
