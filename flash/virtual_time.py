@@ -4,10 +4,12 @@ Only timers, queues and futures may be awaited under it: nothing from outside th
 """
 
 import asyncio
+import functools
 import selectors
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, ParamSpec, TypeVar
 
+_P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
@@ -49,6 +51,16 @@ def run(main: Coroutine[Any, Any, _T]) -> _T:
     """Like `asyncio.run`, under virtual time. Raises Deadlock where that would hang."""
     with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
         return runner.run(main)
+
+
+def in_virtual_time(main: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, _T]:
+    """A coroutine function as a plain one that runs it under virtual time: for tests."""
+
+    @functools.wraps(main)
+    def under_virtual_time(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        return run(main(*args, **kwargs))
+
+    return under_virtual_time
 
 
 def _tasks(loop: asyncio.AbstractEventLoop) -> str:

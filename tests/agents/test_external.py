@@ -27,6 +27,7 @@ from flash.rollout import RolloutLoop
 from flash.rollout.episode import Episode
 from flash.small_policy import SPECIAL_TOKENS, create
 from flash.types import Sample, SamplingParams, Task, Weights
+from flash.virtual_time import in_virtual_time
 
 
 class FakeDoor:
@@ -96,37 +97,35 @@ async def rollouts(life, *, worker=None, records=None, timeout_s=100.0, agent=No
         yield loop
 
 
-def test_an_agents_reward_and_tokens_become_samples_under_the_bound():
+@in_virtual_time
+async def test_an_agents_reward_and_tokens_become_samples_under_the_bound():
     async def life(session, task):
         for _ in range(3):
             await session.say()
             await asyncio.sleep(0.5)
         return {"reward": task.seed % 2, "success": task.seed == 3, "notes": "may be there"}
 
-    async def main():
-        records = []
-        async with rollouts(life, records=records) as loop:
-            for version in range(3):
-                batch = await loop.next_batch()
-                assert len(batch.samples) == 4
-                for sample in batch.samples:
-                    assert sample.num_tokens == 3 * (2 + 4)
-                    assert sample.loss_mask.sum() == 12
-                    assert sample.reward == records[-1].seed % 2 or sample.reward in (0, 1)
-                    assert version - sample.sampled_versions().min() <= 1
-                await loop.publish(Weights(version=version + 1, path=Path("/fake")))
-        trained = [r for r in records if r.outcome == "trained"]
-        assert len(trained) == 12
-        for record in trained:
-            assert record.reward == record.seed % 2
-            assert record.success == (record.seed == 3)
-            assert record.turns == 3
-            assert record.stages_s["agent"] == pytest.approx(1.5), "its own time only"
-            assert record.stages_s["generate"] >= 12
-        assert loop.ledger.admitted == loop.ledger.ended.total()
-        assert loop.door.closed == len(loop.door.sessions), "each session is closed"
-
-    virtual_time.run(main())
+    records = []
+    async with rollouts(life, records=records) as loop:
+        for version in range(3):
+            batch = await loop.next_batch()
+            assert len(batch.samples) == 4
+            for sample in batch.samples:
+                assert sample.num_tokens == 3 * (2 + 4)
+                assert sample.loss_mask.sum() == 12
+                assert sample.reward == records[-1].seed % 2 or sample.reward in (0, 1)
+                assert version - sample.sampled_versions().min() <= 1
+            await loop.publish(Weights(version=version + 1, path=Path("/fake")))
+    trained = [r for r in records if r.outcome == "trained"]
+    assert len(trained) == 12
+    for record in trained:
+        assert record.reward == record.seed % 2
+        assert record.success == (record.seed == 3)
+        assert record.turns == 3
+        assert record.stages_s["agent"] == pytest.approx(1.5), "its own time only"
+        assert record.stages_s["generate"] >= 12
+    assert loop.ledger.admitted == loop.ledger.ended.total()
+    assert loop.door.closed == len(loop.door.sessions), "each session is closed"
 
 
 def test_the_agent_is_told_the_task_with_the_environments_options():
@@ -210,7 +209,8 @@ def test_the_line_of_the_agents_own_file_is_named(caplog):
     assert f"{Path(__file__).name}, line {line}" in caplog.text
 
 
-def test_an_episode_that_is_given_up_cancels_its_agent_and_its_request():
+@in_virtual_time
+async def test_an_episode_that_is_given_up_cancels_its_agent_and_its_request():
     ended = []
 
     async def life(session, task):
@@ -222,18 +222,16 @@ def test_an_episode_that_is_given_up_cancels_its_agent_and_its_request():
             raise
         return 1.0
 
-    async def main():
-        async with rollouts(life, alpha=1, timeout_s=1e6) as loop:
-            for version in range(3):
-                await loop.next_batch()
-                await loop.publish(Weights(version=version + 1, path=Path("/fake")))
-            assert ended[:2] == [0, 0]
-            assert loop.ledger.reasons()["cancelled(stale)"] >= 2
-
-    virtual_time.run(main())
+    async with rollouts(life, alpha=1, timeout_s=1e6) as loop:
+        for version in range(3):
+            await loop.next_batch()
+            await loop.publish(Weights(version=version + 1, path=Path("/fake")))
+        assert ended[:2] == [0, 0]
+        assert loop.ledger.reasons()["cancelled(stale)"] >= 2
 
 
-def test_no_worker_left_ends_the_run_and_blames_no_agent():
+@in_virtual_time
+async def test_no_worker_left_ends_the_run_and_blames_no_agent():
     worker = FakeWorker("w")
 
     async def never_gives_up(session, task):
@@ -243,46 +241,39 @@ def test_no_worker_left_ends_the_run_and_blames_no_agent():
             except InferenceFailure:
                 await asyncio.sleep(1)
 
-    async def main():
-        async with rollouts(never_gives_up, worker=worker, timeout_s=1e6) as loop:
-            await asyncio.sleep(1)
-            worker.die()
-            with pytest.raises(InferenceFailure):
-                await loop.next_batch()
-            assert loop.ledger.count("failed") == 0
-
-    virtual_time.run(main())
+    async with rollouts(never_gives_up, worker=worker, timeout_s=1e6) as loop:
+        await asyncio.sleep(1)
+        worker.die()
+        with pytest.raises(InferenceFailure):
+            await loop.next_batch()
+        assert loop.ledger.count("failed") == 0
 
 
-def test_calls_side_by_side_count_their_time_once():
+@in_virtual_time
+async def test_calls_side_by_side_count_their_time_once():
     async def life(session, task):
         await asyncio.gather(session.say(), session.say())
         await asyncio.sleep(2)
         return 1.0
 
-    async def main():
-        records = []
-        async with rollouts(life, records=records) as loop:
-            await loop.next_batch()
-        first = records[0]
-        assert first.stages_s["agent"] == pytest.approx(2)
-        spent = sum(first.stages_s.values())
-        assert spent == pytest.approx(first.ended_s - first.admitted_s)
-
-    virtual_time.run(main())
+    records = []
+    async with rollouts(life, records=records) as loop:
+        await loop.next_batch()
+    first = records[0]
+    assert first.stages_s["agent"] == pytest.approx(2)
+    spent = sum(first.stages_s.values())
+    assert spent == pytest.approx(first.ended_s - first.admitted_s)
 
 
-def test_a_stage_that_goes_on_in_another_call_is_told_from_its_beginning():
-    async def main():
-        episode = Episode(0, Task(0), hub=None)
-        with contextlib.ExitStack() as second:
-            with episode.stage("generate"):
-                second.enter_context(episode.stage("generate"))
-                await asyncio.sleep(2)
-            await asyncio.sleep(1)
-            assert "in stage 'generate' for 3.0 s" in episode.describe()
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_a_stage_that_goes_on_in_another_call_is_told_from_its_beginning():
+    episode = Episode(0, Task(0), hub=None)
+    with contextlib.ExitStack() as second:
+        with episode.stage("generate"):
+            second.enter_context(episode.stage("generate"))
+            await asyncio.sleep(2)
+        await asyncio.sleep(1)
+        assert "in stage 'generate' for 3.0 s" in episode.describe()
 
 
 @pytest.mark.parametrize(

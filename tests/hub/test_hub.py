@@ -15,6 +15,7 @@ from flash.errors import InferenceFailure, PublishFailure
 from flash.fakes import FakeWorker
 from flash.hub import BadRequest, InferenceHub, WorkerFailure
 from flash.types import Completion, GenerateRequest, SamplingParams, Weights
+from flash.virtual_time import in_virtual_time
 
 
 def request(max_tokens: int = 10, prompt: int = 5, session: str = "") -> GenerateRequest:
@@ -46,339 +47,299 @@ async def all_ended(tasks) -> list:
 # ── scheduling ───────────────────────────────────────────────────────────────────────────────
 
 
-def test_requests_wait_for_room_first_come_first_served():
-    async def main():
-        ended = []
-        async with InferenceHub([steady()], max_running=2) as hub:
+@in_virtual_time
+async def test_requests_wait_for_room_first_come_first_served():
+    ended = []
+    async with InferenceHub([steady()], max_running=2) as hub:
 
-            async def one(number):
-                await hub.generate(request())
-                ended.append((number, now()))
+        async def one(number):
+            await hub.generate(request())
+            ended.append((number, now()))
 
-            await asyncio.gather(*(one(n) for n in range(6)))
-        assert [number for number, _ in ended] == list(range(6))
-        assert [when for _, when in ended] == [10, 10, 20, 20, 30, 30]
-
-    virtual_time.run(main())
+        await asyncio.gather(*(one(n) for n in range(6)))
+    assert [number for number, _ in ended] == list(range(6))
+    assert [when for _, when in ended] == [10, 10, 20, 20, 30, 30]
 
 
-def test_a_burst_of_requests_begins_in_many_small_turns_of_the_loop_and_at_once():
-    async def main():
-        worker = steady()
-        async with InferenceHub([worker], max_running=1000) as hub:
-            calls = [asyncio.ensure_future(hub.generate(request())) for _ in range(500)]
-            begun = [0]
-            while begun[-1] < 500:
-                await asyncio.sleep(0)
-                begun.append(len(worker.started))
-            assert max(b - a for a, b in itertools.pairwise(begun)) <= 32
-            assert now() == 0
-            await asyncio.gather(*calls)
-            assert now() == 10
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_a_burst_of_requests_begins_in_many_small_turns_of_the_loop_and_at_once():
+    worker = steady()
+    async with InferenceHub([worker], max_running=1000) as hub:
+        calls = [asyncio.ensure_future(hub.generate(request())) for _ in range(500)]
+        begun = [0]
+        while begun[-1] < 500:
+            await asyncio.sleep(0)
+            begun.append(len(worker.started))
+        assert max(b - a for a, b in itertools.pairwise(begun)) <= 32
+        assert now() == 0
+        await asyncio.gather(*calls)
+        assert now() == 10
 
 
-def test_the_worker_with_the_least_outstanding_tokens_gets_the_request():
-    async def main():
-        workers = [steady("a"), steady("b")]
-        async with InferenceHub(workers) as hub, asyncio.TaskGroup() as tasks:
-            tasks.create_task(hub.generate(request(max_tokens=100)))
-            for _ in range(3):
-                tasks.create_task(hub.generate(request(max_tokens=10)))
-            await asyncio.sleep(0.5)
-            assert [worker.running for worker in workers] == [1, 3]
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_the_worker_with_the_least_outstanding_tokens_gets_the_request():
+    workers = [steady("a"), steady("b")]
+    async with InferenceHub(workers) as hub, asyncio.TaskGroup() as tasks:
+        tasks.create_task(hub.generate(request(max_tokens=100)))
+        for _ in range(3):
+            tasks.create_task(hub.generate(request(max_tokens=10)))
+        await asyncio.sleep(0.5)
+        assert [worker.running for worker in workers] == [1, 3]
 
 
-def test_a_later_turn_goes_where_its_prefix_is_unless_that_worker_is_much_busier():
-    async def main():
-        workers = [steady("a"), steady("b")]
-        async with InferenceHub(workers) as hub, asyncio.TaskGroup() as tasks:
-            for session in ("home", "x", "y", "z", "u", "v"):  # one after another, all at a
-                assert (await hub.generate(request(session=session))).worker == "a"
-            for session in ("x", "y", "z", "u"):
-                tasks.create_task(hub.generate(request(max_tokens=100, session=session)))
-            await asyncio.sleep(0.5)
-            assert [worker.running for worker in workers] == [4, 0]
-            assert (await hub.generate(request(session="home"))).worker == "a"
-            tasks.create_task(hub.generate(request(max_tokens=100, session="v")))
-            await asyncio.sleep(0.5)
-            assert [worker.running for worker in workers] == [5, 0]
-            assert (await hub.generate(request(session="home"))).worker == "b"
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_a_later_turn_goes_where_its_prefix_is_unless_that_worker_is_much_busier():
+    workers = [steady("a"), steady("b")]
+    async with InferenceHub(workers) as hub, asyncio.TaskGroup() as tasks:
+        for session in ("home", "x", "y", "z", "u", "v"):  # one after another, all at a
+            assert (await hub.generate(request(session=session))).worker == "a"
+        for session in ("x", "y", "z", "u"):
+            tasks.create_task(hub.generate(request(max_tokens=100, session=session)))
+        await asyncio.sleep(0.5)
+        assert [worker.running for worker in workers] == [4, 0]
+        assert (await hub.generate(request(session="home"))).worker == "a"
+        tasks.create_task(hub.generate(request(max_tokens=100, session="v")))
+        await asyncio.sleep(0.5)
+        assert [worker.running for worker in workers] == [5, 0]
+        assert (await hub.generate(request(session="home"))).worker == "b"
 
 
-def test_a_worker_never_has_more_than_max_running_and_a_full_home_is_left():
-    async def main():
-        workers = [steady("a"), steady("b")]
-        async with InferenceHub(workers, max_running=2) as hub:
-            calls = [asyncio.ensure_future(hub.generate(request(session="s"))) for _ in range(6)]
-            await asyncio.sleep(0.5)
-            assert [worker.running for worker in workers] == [2, 2]
-            assert hub.stats().queued == 2
-            await asyncio.gather(*calls)
-        assert [worker.max_running_seen for worker in workers] == [2, 2]
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_a_worker_never_has_more_than_max_running_and_a_full_home_is_left():
+    workers = [steady("a"), steady("b")]
+    async with InferenceHub(workers, max_running=2) as hub:
+        calls = [asyncio.ensure_future(hub.generate(request(session="s"))) for _ in range(6)]
+        await asyncio.sleep(0.5)
+        assert [worker.running for worker in workers] == [2, 2]
+        assert hub.stats().queued == 2
+        await asyncio.gather(*calls)
+    assert [worker.max_running_seen for worker in workers] == [2, 2]
 
 
-def test_sessions_are_forgotten():
-    async def main():
-        async with InferenceHub([steady()]) as hub:
-            for number in range(100):
-                await hub.generate(request(max_tokens=1, session=f"s{number}"))
-                hub.forget(f"s{number}")
-            assert not any(hub.whereabouts(f"s{number}") for number in range(100))
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_sessions_are_forgotten():
+    async with InferenceHub([steady()]) as hub:
+        for number in range(100):
+            await hub.generate(request(max_tokens=1, session=f"s{number}"))
+            hub.forget(f"s{number}")
+        assert not any(hub.whereabouts(f"s{number}") for number in range(100))
 
 
 # ── cancellation ─────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_cancelled_caller_frees_its_place_and_its_request_is_aborted():
-    async def main():
-        worker = steady()
-        async with InferenceHub([worker], max_running=1) as hub:
-            running = asyncio.ensure_future(hub.generate(request(max_tokens=1000)))
-            queued = asyncio.ensure_future(hub.generate(request(max_tokens=1000)))
-            last = asyncio.ensure_future(hub.generate(request()))
-            await asyncio.sleep(5)
-            queued.cancel()
-            running.cancel()
-            await all_ended([running, queued])
-            assert now() == 5, "the cancellation waits for nobody"
-            await last
-            assert now() == 15
-        assert worker.aborted == worker.started[:1]
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_a_cancelled_caller_frees_its_place_and_its_request_is_aborted():
+    worker = steady()
+    async with InferenceHub([worker], max_running=1) as hub:
+        running = asyncio.ensure_future(hub.generate(request(max_tokens=1000)))
+        queued = asyncio.ensure_future(hub.generate(request(max_tokens=1000)))
+        last = asyncio.ensure_future(hub.generate(request()))
+        await asyncio.sleep(5)
+        queued.cancel()
+        running.cancel()
+        await all_ended([running, queued])
+        assert now() == 5, "the cancellation waits for nobody"
+        await last
+        assert now() == 15
+    assert worker.aborted == worker.started[:1]
 
 
-def test_a_caller_that_is_cancelled_in_the_queue_is_out_of_it_at_once():
-    async def main():
-        worker = steady()
-        async with InferenceHub([worker], max_running=1) as hub:
-            running = asyncio.ensure_future(hub.generate(request()))
-            queued = [asyncio.ensure_future(hub.generate(request())) for _ in range(3)]
-            await asyncio.sleep(1)
-            for call in queued[:2]:
-                call.cancel()
-            await all_ended(queued[:2])
-            assert hub.stats().queued == 1
-            await asyncio.gather(running, queued[2])
-            assert now() == 20
-        assert len(worker.started) == 2
-        assert not worker.aborted, "what never ran is not aborted"
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_a_caller_that_is_cancelled_in_the_queue_is_out_of_it_at_once():
+    worker = steady()
+    async with InferenceHub([worker], max_running=1) as hub:
+        running = asyncio.ensure_future(hub.generate(request()))
+        queued = [asyncio.ensure_future(hub.generate(request())) for _ in range(3)]
+        await asyncio.sleep(1)
+        for call in queued[:2]:
+            call.cancel()
+        await all_ended(queued[:2])
+        assert hub.stats().queued == 1
+        await asyncio.gather(running, queued[2])
+        assert now() == 20
+    assert len(worker.started) == 2
+    assert not worker.aborted, "what never ran is not aborted"
 
 
-def test_a_caller_cancelled_in_the_moment_it_gets_a_place_gives_it_back():
-    async def main():
-        async with InferenceHub([steady()], max_running=1) as hub:
-            first = asyncio.ensure_future(hub.generate(request()))
-            second = asyncio.ensure_future(hub.generate(request()))
+@in_virtual_time
+async def test_a_caller_cancelled_in_the_moment_it_gets_a_place_gives_it_back():
+    async with InferenceHub([steady()], max_running=1) as hub:
+        first = asyncio.ensure_future(hub.generate(request()))
+        second = asyncio.ensure_future(hub.generate(request()))
+        await asyncio.sleep(0)
+        first.cancel()
+        # The place passes to the second in the turn in which the first ends; the second would
+        # notice it one turn later.
+        while not first.done():
             await asyncio.sleep(0)
-            first.cancel()
-            # The place passes to the second in the turn in which the first ends; the second would
-            # notice it one turn later.
-            while not first.done():
-                await asyncio.sleep(0)
-            second.cancel()
-            for error in await all_ended([first, second]):
-                assert isinstance(error, asyncio.CancelledError)
-            assert hub.stats().running == 0
-            assert hub.stats().workers[0].outstanding_tokens == 0
-            await hub.generate(request())
-
-    virtual_time.run(main())
+        second.cancel()
+        for error in await all_ended([first, second]):
+            assert isinstance(error, asyncio.CancelledError)
+        assert hub.stats().running == 0
+        assert hub.stats().workers[0].outstanding_tokens == 0
+        await hub.generate(request())
 
 
-def test_a_caller_cancelled_in_the_moment_the_pool_fails_is_cancelled():
-    async def main():
-        async with InferenceHub([steady()], max_running=1) as hub:
-            asyncio.get_running_loop().call_later(
-                3, hub._supervisor.on_exit, hub._slots[0].worker, "killed", True
-            )
-            running = asyncio.ensure_future(hub.generate(request()))
-            queued = asyncio.ensure_future(hub.generate(request()))
-            asyncio.get_running_loop().call_later(3, queued.cancel)
-            first, second = await all_ended([running, queued])
-            assert isinstance(first, InferenceFailure)
-            assert isinstance(second, asyncio.CancelledError)
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_a_caller_cancelled_in_the_moment_the_pool_fails_is_cancelled():
+    async with InferenceHub([steady()], max_running=1) as hub:
+        asyncio.get_running_loop().call_later(
+            3, hub._supervisor.on_exit, hub._slots[0].worker, "killed", True
+        )
+        running = asyncio.ensure_future(hub.generate(request()))
+        queued = asyncio.ensure_future(hub.generate(request()))
+        asyncio.get_running_loop().call_later(3, queued.cancel)
+        first, second = await all_ended([running, queued])
+        assert isinstance(first, InferenceFailure)
+        assert isinstance(second, asyncio.CancelledError)
 
 
-def test_an_abort_that_hangs_holds_nobody_up():
+@in_virtual_time
+async def test_an_abort_that_hangs_holds_nobody_up():
     class SlowToAbort(FakeWorker):
         async def abort(self, request_id):
             await asyncio.Event().wait()
 
-    async def main():
-        async with InferenceHub([SlowToAbort("w")]) as hub:
-            call = asyncio.ensure_future(hub.generate(request(max_tokens=1000)))
-            await asyncio.sleep(0.001)
-            call.cancel()
-            await all_ended([call])
-            assert now() == 0.001
-        assert now() < 15, "closing waits for the abort's own deadline, no longer"
-
-    virtual_time.run(main())
+    async with InferenceHub([SlowToAbort("w")]) as hub:
+        call = asyncio.ensure_future(hub.generate(request(max_tokens=1000)))
+        await asyncio.sleep(0.001)
+        call.cancel()
+        await all_ended([call])
+        assert now() == 0.001
+    assert now() < 15, "closing waits for the abort's own deadline, no longer"
 
 
 # ── failing workers ──────────────────────────────────────────────────────────────────────────
 
 
-def test_a_failing_workers_requests_move_to_others():
-    async def main():
-        workers = [steady("a"), steady("b")]
-        async with InferenceHub(workers) as hub:
-            calls = [asyncio.ensure_future(hub.generate(request())) for _ in range(6)]
-            await asyncio.sleep(3.5)
-            workers[0].die()
-            answers = await asyncio.gather(*calls)
-            assert {answer.worker for answer in answers} == {"b"}
-            assert hub.stats().retries == 3
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_a_failing_workers_requests_move_to_others():
+    workers = [steady("a"), steady("b")]
+    async with InferenceHub(workers) as hub:
+        calls = [asyncio.ensure_future(hub.generate(request())) for _ in range(6)]
+        await asyncio.sleep(3.5)
+        workers[0].die()
+        answers = await asyncio.gather(*calls)
+        assert {answer.worker for answer in answers} == {"b"}
+        assert hub.stats().retries == 3
 
 
-def test_a_worker_that_hangs_is_found_by_the_deadline_and_all_it_has_moves_at_once():
-    async def main():
-        workers = [steady("a"), steady("b")]
-        async with InferenceHub(workers, request_timeout_s=60) as hub:
-            first = asyncio.ensure_future(hub.generate(request()))
-            await asyncio.sleep(1)
-            workers[0].hang()
-            other = asyncio.ensure_future(hub.generate(request(max_tokens=10)))
-            third = asyncio.ensure_future(hub.generate(request(max_tokens=10)))
-            await asyncio.sleep(0.1)
-            assert workers[0].running == 2
-            await asyncio.gather(first, other, third)
-            assert now() < 60 + 11, "the second request at the hung worker did not wait anew"
-            workers[0].wake()
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_a_worker_that_hangs_is_found_by_the_deadline_and_all_it_has_moves_at_once():
+    workers = [steady("a"), steady("b")]
+    async with InferenceHub(workers, request_timeout_s=60) as hub:
+        first = asyncio.ensure_future(hub.generate(request()))
+        await asyncio.sleep(1)
+        workers[0].hang()
+        other = asyncio.ensure_future(hub.generate(request(max_tokens=10)))
+        third = asyncio.ensure_future(hub.generate(request(max_tokens=10)))
+        await asyncio.sleep(0.1)
+        assert workers[0].running == 2
+        await asyncio.gather(first, other, third)
+        assert now() < 60 + 11, "the second request at the hung worker did not wait anew"
+        workers[0].wake()
 
 
-def test_a_worker_comes_back_with_the_present_weights_before_it_takes_requests():
-    async def main():
-        workers = [steady("a"), steady("b")]
-        async with InferenceHub(workers) as hub:
-            workers[0].fail_next(2)
+@in_virtual_time
+async def test_a_worker_comes_back_with_the_present_weights_before_it_takes_requests():
+    workers = [steady("a"), steady("b")]
+    async with InferenceHub(workers) as hub:
+        workers[0].fail_next(2)
+        await hub.generate(request())
+        await hub.publish(weights(1))
+        await hub.publish(weights(2))
+        await asyncio.sleep(60)
+        stats = {worker.name: worker for worker in hub.stats().workers}
+        assert stats["a"].healthy
+        assert workers[0].version == 2
+        answers = await asyncio.gather(*(hub.generate(request()) for _ in range(4)))
+        assert {answer.worker for answer in answers} == {"a", "b"}
+        assert {v for answer in answers for v in answer.versions} == {2}
+
+
+@in_virtual_time
+async def test_workers_that_ran_before_get_the_weights_of_the_hub_before_anything_else():
+    there, late = steady("there"), steady("late")
+    late.fail_next(1)
+    async with InferenceHub([there, late], version=7, weights=weights(7)) as hub:
+        assert there.loaded == [Path("/fake/7")]
+        await asyncio.sleep(10)
+        assert late.loaded == [Path("/fake/7")]
+        answer = await hub.generate(request())
+        assert set(answer.versions) == {7}
+    with pytest.raises(ValueError, match="weights of version 3 with version=7"):
+        InferenceHub([there], version=7, weights=weights(3))
+
+
+@in_virtual_time
+async def test_with_no_worker_left_every_caller_is_told_the_cause_now_and_later():
+    worker = steady("only")
+    async with InferenceHub([worker], max_running=1, recovery_timeout_s=10) as hub:
+        calls = [asyncio.ensure_future(hub.generate(request())) for _ in range(3)]
+        await asyncio.sleep(1.5)
+        worker.die()
+        for error in await all_ended(calls):
+            assert isinstance(error, InferenceFailure)
+            assert "only is dead" in str(error)
+        with pytest.raises(InferenceFailure):
             await hub.generate(request())
+        with pytest.raises(InferenceFailure):
             await hub.publish(weights(1))
-            await hub.publish(weights(2))
-            await asyncio.sleep(60)
-            stats = {worker.name: worker for worker in hub.stats().workers}
-            assert stats["a"].healthy
-            assert workers[0].version == 2
-            answers = await asyncio.gather(*(hub.generate(request()) for _ in range(4)))
-            assert {answer.worker for answer in answers} == {"a", "b"}
-            assert {v for answer in answers for v in answer.versions} == {2}
-
-    virtual_time.run(main())
 
 
-def test_workers_that_ran_before_get_the_weights_of_the_hub_before_anything_else():
-    async def main():
-        there, late = steady("there"), steady("late")
-        late.fail_next(1)
-        async with InferenceHub([there, late], version=7, weights=weights(7)) as hub:
-            assert there.loaded == [Path("/fake/7")]
-            await asyncio.sleep(10)
-            assert late.loaded == [Path("/fake/7")]
-            answer = await hub.generate(request())
-            assert set(answer.versions) == {7}
-        with pytest.raises(ValueError, match="weights of version 3 with version=7"):
-            InferenceHub([there], version=7, weights=weights(3))
-
-    virtual_time.run(main())
-
-
-def test_with_no_worker_left_every_caller_is_told_the_cause_now_and_later():
-    async def main():
-        worker = steady("only")
-        async with InferenceHub([worker], max_running=1, recovery_timeout_s=10) as hub:
-            calls = [asyncio.ensure_future(hub.generate(request())) for _ in range(3)]
-            await asyncio.sleep(1.5)
-            worker.die()
-            for error in await all_ended(calls):
-                assert isinstance(error, InferenceFailure)
-                assert "only is dead" in str(error)
-            with pytest.raises(InferenceFailure):
-                await hub.generate(request())
-            with pytest.raises(InferenceFailure):
-                await hub.publish(weights(1))
-
-    virtual_time.run(main())
-
-
-def test_a_pool_without_a_healthy_worker_fails_after_recovery_timeout_even_if_health_hangs():
+@in_virtual_time
+async def test_a_pool_without_a_healthy_worker_fails_after_recovery_timeout_even_if_health_hangs():
     class Mute(FakeWorker):
         async def check_health(self):
             await asyncio.Event().wait()
 
-    async def main():
-        worker = Mute("mute", token_s=(1, 1), tokens=(100, 100))
-        async with InferenceHub([worker], recovery_timeout_s=10, control_timeout_s=1000) as hub:
-            worker.fail_next(1)
-            with pytest.raises(InferenceFailure, match="mute was told to fail") as caught:
-                await hub.generate(request())
-            assert now() == 10
-            assert isinstance(caught.value.__cause__, WorkerFailure)
-
-    virtual_time.run(main())
-
-
-def test_a_pool_that_recovers_in_time_answers_those_that_waited():
-    async def main():
-        workers = [steady("a"), steady("b")]
-        async with InferenceHub(workers, recovery_timeout_s=10) as hub:
-            for worker in workers:
-                worker.fail_next(3)
-            assert len((await hub.generate(request())).token_ids) == 10
-            await asyncio.sleep(100)
-            assert len((await hub.generate(request())).token_ids) == 10
-            assert all(worker.healthy for worker in hub.stats().workers)
-
-    virtual_time.run(main())
-
-
-def test_the_first_cause_of_the_end_is_the_one_that_is_told():
-    async def main():
-        worker = steady("w")
-        async with InferenceHub([worker]) as hub:
-            calls = [asyncio.ensure_future(hub.generate(request())) for _ in range(3)]
-            await asyncio.sleep(0.5)
-            hub._supervisor.on_exit(worker, "worker 0 (pid 7) ended with exit code -9", True)
-            for error in await all_ended(calls):
-                assert "worker 0 (pid 7) ended with exit code -9" in str(error)
-        with pytest.raises(InferenceFailure, match="exit code -9"):
+    worker = Mute("mute", token_s=(1, 1), tokens=(100, 100))
+    async with InferenceHub([worker], recovery_timeout_s=10, control_timeout_s=1000) as hub:
+        worker.fail_next(1)
+        with pytest.raises(InferenceFailure, match="mute was told to fail") as caught:
             await hub.generate(request())
+        assert now() == 10
+        assert isinstance(caught.value.__cause__, WorkerFailure)
 
-    virtual_time.run(main())
+
+@in_virtual_time
+async def test_a_pool_that_recovers_in_time_answers_those_that_waited():
+    workers = [steady("a"), steady("b")]
+    async with InferenceHub(workers, recovery_timeout_s=10) as hub:
+        for worker in workers:
+            worker.fail_next(3)
+        assert len((await hub.generate(request())).token_ids) == 10
+        await asyncio.sleep(100)
+        assert len((await hub.generate(request())).token_ids) == 10
+        assert all(worker.healthy for worker in hub.stats().workers)
 
 
-def test_each_time_without_a_worker_has_its_own_recovery_timeout():
-    async def main():
-        worker = steady("w")
-        async with InferenceHub([worker], recovery_timeout_s=10) as hub:
-            worker.fail_next(1)
+@in_virtual_time
+async def test_the_first_cause_of_the_end_is_the_one_that_is_told():
+    worker = steady("w")
+    async with InferenceHub([worker]) as hub:
+        calls = [asyncio.ensure_future(hub.generate(request())) for _ in range(3)]
+        await asyncio.sleep(0.5)
+        hub._supervisor.on_exit(worker, "worker 0 (pid 7) ended with exit code -9", True)
+        for error in await all_ended(calls):
+            assert "worker 0 (pid 7) ended with exit code -9" in str(error)
+    with pytest.raises(InferenceFailure, match="exit code -9"):
+        await hub.generate(request())
+
+
+@in_virtual_time
+async def test_each_time_without_a_worker_has_its_own_recovery_timeout():
+    worker = steady("w")
+    async with InferenceHub([worker], recovery_timeout_s=10) as hub:
+        worker.fail_next(1)
+        await hub.generate(request())
+        await asyncio.sleep(100)
+        worker.die()
+        died = now()
+        with pytest.raises(InferenceFailure, match="w is dead"):
             await hub.generate(request())
-            await asyncio.sleep(100)
-            worker.die()
-            died = now()
-            with pytest.raises(InferenceFailure, match="w is dead"):
-                await hub.generate(request())
-            assert now() == died + 10
-
-    virtual_time.run(main())
+        assert now() == died + 10
 
 
 def test_a_publish_in_which_the_last_worker_dies_is_told():
@@ -397,33 +358,29 @@ def test_a_publish_in_which_the_last_worker_dies_is_told():
     virtual_time.run(main())
 
 
-def test_a_worker_that_the_pool_lost_is_not_looked_after():
-    async def main():
-        workers = [steady("a"), steady("b")]
-        async with InferenceHub(workers) as hub:
-            hub._supervisor.on_exit(workers[0], "killed", True)
-            await asyncio.sleep(100)
-            assert not hub.stats().workers[0].healthy
-            assert (await hub.generate(request())).worker == "b"
-            assert not hub._supervisor._recoveries
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_a_worker_that_the_pool_lost_is_not_looked_after():
+    workers = [steady("a"), steady("b")]
+    async with InferenceHub(workers) as hub:
+        hub._supervisor.on_exit(workers[0], "killed", True)
+        await asyncio.sleep(100)
+        assert not hub.stats().workers[0].healthy
+        assert (await hub.generate(request())).worker == "b"
+        assert not hub._supervisor._recoveries
 
 
-def test_callers_of_a_hub_that_closes_are_told():
-    async def main():
-        hub = InferenceHub([steady()], max_running=1)
-        async with hub:
-            calls = [asyncio.ensure_future(hub.generate(request(max_tokens=500))) for _ in range(2)]
-            await asyncio.sleep(1)
-        for error in await all_ended(calls):
-            assert isinstance(error, InferenceFailure)
-            assert "closed" in str(error)
-        with pytest.raises(InferenceFailure, match="closed"):
-            await hub.generate(request())
-        assert now() == 1
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_callers_of_a_hub_that_closes_are_told():
+    hub = InferenceHub([steady()], max_running=1)
+    async with hub:
+        calls = [asyncio.ensure_future(hub.generate(request(max_tokens=500))) for _ in range(2)]
+        await asyncio.sleep(1)
+    for error in await all_ended(calls):
+        assert isinstance(error, InferenceFailure)
+        assert "closed" in str(error)
+    with pytest.raises(InferenceFailure, match="closed"):
+        await hub.generate(request())
+    assert now() == 1
 
 
 class Answering(FakeWorker):
@@ -447,17 +404,15 @@ def answer(**changes) -> Completion:
     return Completion(**(fields | changes))
 
 
-def test_a_request_that_is_refused_is_its_callers_mistake_alone():
-    async def main():
-        worker = Answering(BadRequest("max_tokens must be at least 1"))
-        async with InferenceHub([worker]) as hub:
-            with pytest.raises(ValueError, match="max_tokens must be at least 1"):
-                await hub.generate(request())
-            worker.answer = answer()
-            assert (await hub.generate(request())).token_ids == [1, 2]
-            assert hub.stats().retries == 0
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_a_request_that_is_refused_is_its_callers_mistake_alone():
+    worker = Answering(BadRequest("max_tokens must be at least 1"))
+    async with InferenceHub([worker]) as hub:
+        with pytest.raises(ValueError, match="max_tokens must be at least 1"):
+            await hub.generate(request())
+        worker.answer = answer()
+        assert (await hub.generate(request())).token_ids == [1, 2]
+        assert hub.stats().retries == 0
 
 
 @pytest.mark.parametrize(
@@ -472,49 +427,44 @@ def test_a_request_that_is_refused_is_its_callers_mistake_alone():
         answer(token_ids=[1] * 11, logprobs=[-1.0] * 11, versions=[0] * 11),
     ],
 )
-def test_an_answer_that_cannot_be_true_is_never_passed_on(lie):
-    async def main():
-        async with InferenceHub([Answering(lie), steady("honest")]) as hub:
-            assert (await hub.generate(request())).worker == "honest"
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_an_answer_that_cannot_be_true_is_never_passed_on(lie):
+    async with InferenceHub([Answering(lie), steady("honest")]) as hub:
+        assert (await hub.generate(request())).worker == "honest"
 
 
 # ── publish ──────────────────────────────────────────────────────────────────────────────────
 
 
-def test_keep_freezes_requests_and_their_later_tokens_carry_the_new_version():
-    async def main():
-        async with InferenceHub([steady()]) as hub:
-            call = asyncio.ensure_future(hub.generate(request(max_tokens=10)))
-            await asyncio.sleep(3.5)
-            report = await hub.publish(weights(1), "keep")
-            answered = await call
-            assert answered.versions == [0, 0, 0] + [1] * 7
-            assert report.paused_s == 1
-            assert hub.version == 1
-            assert math.isnan(report.gap_max)
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_keep_freezes_requests_and_their_later_tokens_carry_the_new_version():
+    async with InferenceHub([steady()]) as hub:
+        call = asyncio.ensure_future(hub.generate(request(max_tokens=10)))
+        await asyncio.sleep(3.5)
+        report = await hub.publish(weights(1), "keep")
+        answered = await call
+        assert answered.versions == [0, 0, 0] + [1] * 7
+        assert report.paused_s == 1
+        assert hub.version == 1
+        assert math.isnan(report.gap_max)
 
 
-def test_abort_samples_the_rest_anew_and_the_caller_notices_nothing():
-    async def main():
-        async with InferenceHub([steady()]) as hub:
-            starts = []
-            call = asyncio.ensure_future(hub.generate(request(max_tokens=10), starts.append))
-            await asyncio.sleep(3.5)
-            await hub.publish(weights(1), "abort")
-            answered = await call
-            assert answered.versions == [0, 0, 0] + [1] * 7
-            assert len(answered.token_ids) == len(answered.logprobs) == 10
-            assert answered.finish_reason == "length"
-            assert starts == [0, 1]
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_abort_samples_the_rest_anew_and_the_caller_notices_nothing():
+    async with InferenceHub([steady()]) as hub:
+        starts = []
+        call = asyncio.ensure_future(hub.generate(request(max_tokens=10), starts.append))
+        await asyncio.sleep(3.5)
+        await hub.publish(weights(1), "abort")
+        answered = await call
+        assert answered.versions == [0, 0, 0] + [1] * 7
+        assert len(answered.token_ids) == len(answered.logprobs) == 10
+        assert answered.finish_reason == "length"
+        assert starts == [0, 1]
 
 
-def test_the_rest_of_an_aborted_response_is_sampled_after_what_there_is():
+@in_virtual_time
+async def test_the_rest_of_an_aborted_response_is_sampled_after_what_there_is():
     prompts = []
 
     class Recording(FakeWorker):
@@ -522,36 +472,32 @@ def test_the_rest_of_an_aborted_response_is_sampled_after_what_there_is():
             prompts.append((list(token_ids), sampling.max_tokens))
             return await super().generate(request_id, token_ids, sampling)
 
-    async def main():
-        worker = Recording("w", token_s=(1, 1), tokens=(100, 100))
-        async with InferenceHub([worker]) as hub:
-            call = asyncio.ensure_future(hub.generate(request(max_tokens=10)))
-            await asyncio.sleep(3.5)
-            await hub.publish(weights(1), "abort")
-            sampled = (await call).token_ids
-        assert prompts == [([0, 1, 2, 3, 4], 10), ([0, 1, 2, 3, 4, *sampled[:3]], 7)]
-
-    virtual_time.run(main())
+    worker = Recording("w", token_s=(1, 1), tokens=(100, 100))
+    async with InferenceHub([worker]) as hub:
+        call = asyncio.ensure_future(hub.generate(request(max_tokens=10)))
+        await asyncio.sleep(3.5)
+        await hub.publish(weights(1), "abort")
+        sampled = (await call).token_ids
+    assert prompts == [([0, 1, 2, 3, 4], 10), ([0, 1, 2, 3, 4, *sampled[:3]], 7)]
 
 
-def test_wait_lets_requests_end_with_the_version_they_began_with():
-    async def main():
-        async with InferenceHub([steady()]) as hub:
-            call = asyncio.ensure_future(hub.generate(request(max_tokens=10)))
-            await asyncio.sleep(3.5)
-            late = asyncio.ensure_future(hub.publish(weights(1), "wait"))
-            await asyncio.sleep(1)
-            new = asyncio.ensure_future(hub.generate(request(max_tokens=2)))
-            assert (await call).versions == [0] * 10
-            await late
-            assert now() == 11
-            assert (await new).versions == [1, 1]
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_wait_lets_requests_end_with_the_version_they_began_with():
+    async with InferenceHub([steady()]) as hub:
+        call = asyncio.ensure_future(hub.generate(request(max_tokens=10)))
+        await asyncio.sleep(3.5)
+        late = asyncio.ensure_future(hub.publish(weights(1), "wait"))
+        await asyncio.sleep(1)
+        new = asyncio.ensure_future(hub.generate(request(max_tokens=2)))
+        assert (await call).versions == [0] * 10
+        await late
+        assert now() == 11
+        assert (await new).versions == [1, 1]
 
 
 @pytest.mark.parametrize("mode", ["keep", "abort", "wait"])
-def test_a_publish_under_requests_at_two_workers(mode):
+@in_virtual_time
+async def test_a_publish_under_requests_at_two_workers(mode):
     """Each worker takes a second to load; b is frozen one second after a."""
     expected = {
         "keep": [[0] * 3 + [1] * 7, [0] * 4 + [1] * 6],
@@ -559,77 +505,66 @@ def test_a_publish_under_requests_at_two_workers(mode):
         "wait": [[0] * 10, [0] * 10],
     }
 
-    async def main():
-        workers = [steady("a"), steady("b")]
-        async with InferenceHub(workers) as hub:
-            calls = [asyncio.ensure_future(hub.generate(request())) for _ in range(2)]
-            await asyncio.sleep(3.5)
-            report = await hub.publish(weights(1), mode)
-            answers = await asyncio.gather(*calls)
-            assert [answered.versions for answered in answers] == expected[mode]
-            for answered in answers:
-                assert len(answered.token_ids) == len(answered.logprobs) == 10
-                assert answered.finish_reason == "length"
-            assert report.workers == 2
-            assert [worker.loaded for worker in workers] == [[Path("/fake/1")]] * 2
-            assert {worker.version for worker in hub.stats().workers} == {1}
-
-    virtual_time.run(main())
+    workers = [steady("a"), steady("b")]
+    async with InferenceHub(workers) as hub:
+        calls = [asyncio.ensure_future(hub.generate(request())) for _ in range(2)]
+        await asyncio.sleep(3.5)
+        report = await hub.publish(weights(1), mode)
+        answers = await asyncio.gather(*calls)
+        assert [answered.versions for answered in answers] == expected[mode]
+        for answered in answers:
+            assert len(answered.token_ids) == len(answered.logprobs) == 10
+            assert answered.finish_reason == "length"
+        assert report.workers == 2
+        assert [worker.loaded for worker in workers] == [[Path("/fake/1")]] * 2
+        assert {worker.version for worker in hub.stats().workers} == {1}
 
 
-def test_a_worker_that_fails_in_a_publish_is_left_out_and_its_requests_move():
-    async def main():
-        workers = [steady("a"), steady("b")]
-        async with InferenceHub(workers) as hub:
-            call = asyncio.ensure_future(hub.generate(request()))
-            await asyncio.sleep(3.5)
-            workers[0].fail_next(1)
-            report = await hub.publish(weights(1))
-            assert report.workers == 1
-            assert (await call).worker == "b"
-            await asyncio.sleep(10)
-            assert workers[0].version == 1, "it got them when it came back"
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_a_worker_that_fails_in_a_publish_is_left_out_and_its_requests_move():
+    workers = [steady("a"), steady("b")]
+    async with InferenceHub(workers) as hub:
+        call = asyncio.ensure_future(hub.generate(request()))
+        await asyncio.sleep(3.5)
+        workers[0].fail_next(1)
+        report = await hub.publish(weights(1))
+        assert report.workers == 1
+        assert (await call).worker == "b"
+        await asyncio.sleep(10)
+        assert workers[0].version == 1, "it got them when it came back"
 
 
-def test_a_publish_to_nobody_has_no_gap_to_tell():
+@in_virtual_time
+async def test_a_publish_to_nobody_has_no_gap_to_tell():
     async def score(token_ids):
         raise AssertionError("there is nothing to compare with")
 
-    async def main():
-        worker = steady()
-        async with InferenceHub([worker]) as hub:
-            worker.fail_next(1)
-            report = await hub.publish(weights(1, score))
-            assert math.isnan(report.gap_max)
-            assert report.workers == 0
-
-    virtual_time.run(main())
+    worker = steady()
+    async with InferenceHub([worker]) as hub:
+        worker.fail_next(1)
+        report = await hub.publish(weights(1, score))
+        assert math.isnan(report.gap_max)
+        assert report.workers == 0
 
 
-def test_workers_are_updated_one_after_another_while_the_others_serve():
-    async def main():
-        workers = [steady("a"), steady("b")]
-        async with InferenceHub(workers) as hub:
-            publishing = asyncio.ensure_future(hub.publish(weights(1)))
-            await asyncio.sleep(0.5)
-            assert (await hub.generate(request(max_tokens=1))).worker == "b"
-            await publishing
-            assert [worker.version for worker in workers] == [1, 1]
-            assert now() == 2, "one second each; the request at b was frozen for a while"
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_workers_are_updated_one_after_another_while_the_others_serve():
+    workers = [steady("a"), steady("b")]
+    async with InferenceHub(workers) as hub:
+        publishing = asyncio.ensure_future(hub.publish(weights(1)))
+        await asyncio.sleep(0.5)
+        assert (await hub.generate(request(max_tokens=1))).worker == "b"
+        await publishing
+        assert [worker.version for worker in workers] == [1, 1]
+        assert now() == 2, "one second each; the request at b was frozen for a while"
 
 
-def test_versions_only_grow():
-    async def main():
-        async with InferenceHub([steady()], version=4) as hub:
-            for version in (4, 3):
-                with pytest.raises(ValueError, match="not newer than the published 4"):
-                    await hub.publish(weights(version))
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_versions_only_grow():
+    async with InferenceHub([steady()], version=4) as hub:
+        for version in (4, 3):
+            with pytest.raises(ValueError, match="not newer than the published 4"):
+                await hub.publish(weights(version))
 
 
 def probed(worker: FakeWorker, by: float):
@@ -650,114 +585,98 @@ def probed(worker: FakeWorker, by: float):
     return score
 
 
-def test_the_probe_accepts_equal_logprobs_and_tells_the_gap():
-    async def main():
-        worker = steady()
-        async with InferenceHub([worker]) as hub:
-            report = await hub.publish(weights(1, probed(worker, 1e-4)))
-            assert report.gap_max == pytest.approx(1e-4)
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_the_probe_accepts_equal_logprobs_and_tells_the_gap():
+    worker = steady()
+    async with InferenceHub([worker]) as hub:
+        report = await hub.publish(weights(1, probed(worker, 1e-4)))
+        assert report.gap_max == pytest.approx(1e-4)
 
 
-def test_a_worker_with_other_weights_than_the_trainer_fails_the_publish():
-    async def main():
-        worker = steady("tied")
-        async with InferenceHub([worker]) as hub:
-            with pytest.raises(PublishFailure, match="tied should sample with version 1.*0.01"):
-                await hub.publish(weights(1, probed(worker, 0.01)))
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_a_worker_with_other_weights_than_the_trainer_fails_the_publish():
+    worker = steady("tied")
+    async with InferenceHub([worker]) as hub:
+        with pytest.raises(PublishFailure, match="tied should sample with version 1.*0.01"):
+            await hub.publish(weights(1, probed(worker, 0.01)))
 
 
-def test_a_nan_anywhere_in_the_probe_fails_the_publish():
-    async def main():
-        worker = steady()
-        exact = probed(worker, 0.0)
+@in_virtual_time
+async def test_a_nan_anywhere_in_the_probe_fails_the_publish():
+    worker = steady()
+    exact = probed(worker, 0.0)
 
-        async def score(token_ids):
-            logprobs = await exact(token_ids)
-            return [*logprobs[:-1], math.nan]
+    async def score(token_ids):
+        logprobs = await exact(token_ids)
+        return [*logprobs[:-1], math.nan]
 
-        async with InferenceHub([worker]) as hub:
-            with pytest.raises(PublishFailure, match="differ from the trainer's by nan"):
-                await hub.publish(weights(1, score))
-
-    virtual_time.run(main())
+    async with InferenceHub([worker]) as hub:
+        with pytest.raises(PublishFailure, match="differ from the trainer's by nan"):
+            await hub.publish(weights(1, score))
 
 
-def test_a_worker_that_still_samples_with_the_old_version_fails_the_publish():
+@in_virtual_time
+async def test_a_worker_that_still_samples_with_the_old_version_fails_the_publish():
     class Forgetful(FakeWorker):
         async def set_version(self, version):
             pass
 
-    async def main():
-        worker = Forgetful("forgetful")
-        async with InferenceHub([worker]) as hub:
-            with pytest.raises(PublishFailure, match=r"version 1: it says \[0\]"):
-                await hub.publish(weights(1, probed(worker, 0.0)))
-
-    virtual_time.run(main())
+    worker = Forgetful("forgetful")
+    async with InferenceHub([worker]) as hub:
+        with pytest.raises(PublishFailure, match=r"version 1: it says \[0\]"):
+            await hub.publish(weights(1, probed(worker, 0.0)))
 
 
-def test_a_probe_can_be_made_without_a_publish():
-    async def main():
-        worker = steady(version=3)
-        async with InferenceHub([worker], version=3) as hub:
-            assert await hub.probe(weights(3, probed(worker, 0.0))) == 0
-            assert math.isnan(await hub.probe(weights(3)))
-            with pytest.raises(PublishFailure, match="0.5"):
-                await hub.probe(weights(3, probed(worker, 0.5)))
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_a_probe_can_be_made_without_a_publish():
+    worker = steady(version=3)
+    async with InferenceHub([worker], version=3) as hub:
+        assert await hub.probe(weights(3, probed(worker, 0.0))) == 0
+        assert math.isnan(await hub.probe(weights(3)))
+        with pytest.raises(PublishFailure, match="0.5"):
+            await hub.probe(weights(3, probed(worker, 0.5)))
 
 
-def test_a_refused_probe_fails_the_publish():
+@in_virtual_time
+async def test_a_refused_probe_fails_the_publish():
     async def score(token_ids):
         return []
 
-    async def main():
-        worker = Answering(BadRequest("token_ids must lie in 0 … 2"))
-        async with InferenceHub([worker]) as hub:
-            with pytest.raises(PublishFailure, match="refused the probe: token_ids must lie"):
-                await hub.publish(weights(1, score))
-
-    virtual_time.run(main())
+    worker = Answering(BadRequest("token_ids must lie in 0 … 2"))
+    async with InferenceHub([worker]) as hub:
+        with pytest.raises(PublishFailure, match="refused the probe: token_ids must lie"):
+            await hub.publish(weights(1, score))
 
 
-def test_the_totals_add_up():
-    async def main():
-        workers = [steady("a"), steady("b")]
-        async with InferenceHub(workers) as hub:
-            calls = [hub.generate(request(max_tokens=n, prompt=3)) for n in (1, 2, 3, 4)]
-            running = [asyncio.ensure_future(call) for call in calls]
-            await asyncio.sleep(0.5)
-            stats = hub.stats()
-            assert stats.running == sum(worker.running for worker in stats.workers) == 4
-            assert sum(w.outstanding_tokens for w in stats.workers) == 4 * 3 + 10
-            await asyncio.gather(*running)
-            await asyncio.sleep(100)
-            await hub.publish(weights(1))
-            stats = hub.stats()
-            assert (stats.requests, stats.prompt_tokens, stats.generated_tokens) == (4, 12, 10)
-            assert (stats.retries, stats.publishes, stats.paused_s) == (0, 1, 2)
-            # a got 1 and 4 tokens' requests or 3's: each is busy as long as its longest one.
-            assert sorted(worker.busy_s for worker in stats.workers) == [3, 4]
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_the_totals_add_up():
+    workers = [steady("a"), steady("b")]
+    async with InferenceHub(workers) as hub:
+        calls = [hub.generate(request(max_tokens=n, prompt=3)) for n in (1, 2, 3, 4)]
+        running = [asyncio.ensure_future(call) for call in calls]
+        await asyncio.sleep(0.5)
+        stats = hub.stats()
+        assert stats.running == sum(worker.running for worker in stats.workers) == 4
+        assert sum(w.outstanding_tokens for w in stats.workers) == 4 * 3 + 10
+        await asyncio.gather(*running)
+        await asyncio.sleep(100)
+        await hub.publish(weights(1))
+        stats = hub.stats()
+        assert (stats.requests, stats.prompt_tokens, stats.generated_tokens) == (4, 12, 10)
+        assert (stats.retries, stats.publishes, stats.paused_s) == (0, 1, 2)
+        # a got 1 and 4 tokens' requests or 3's: each is busy as long as its longest one.
+        assert sorted(worker.busy_s for worker in stats.workers) == [3, 4]
 
 
-def test_weights_that_do_not_fit_fail_the_publish():
+@in_virtual_time
+async def test_weights_that_do_not_fit_fail_the_publish():
     class Refusing(FakeWorker):
         async def load_weights(self, path):
             raise BadRequest("lacks weights of this model")
 
-    async def main():
-        async with InferenceHub([Refusing("r")]) as hub:
-            with pytest.raises(PublishFailure, match="version 1: lacks weights"):
-                await hub.publish(weights(1))
-
-    virtual_time.run(main())
+    async with InferenceHub([Refusing("r")]) as hub:
+        with pytest.raises(PublishFailure, match="version 1: lacks weights"):
+            await hub.publish(weights(1))
 
 
 # ── everything at once ───────────────────────────────────────────────────────────────────────
@@ -765,59 +684,57 @@ def test_weights_that_do_not_fit_fail_the_publish():
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10**6), mode=st.sampled_from(["keep", "abort", "wait"]))
-def test_every_request_ends_exactly_once_whatever_happens(seed, mode):
+@in_virtual_time
+async def test_every_request_ends_exactly_once_whatever_happens(seed, mode):
     rng = random.Random(seed)
 
-    async def main():
-        workers = [
-            FakeWorker(f"w{n}", seed=rng.randrange(10**6), token_s=(0.01, 1.0)) for n in range(3)
-        ]
-        ends = {"answered": 0, "cancelled": 0}
-        async with InferenceHub(workers, max_running=4, request_timeout_s=40) as hub:
+    workers = [
+        FakeWorker(f"w{n}", seed=rng.randrange(10**6), token_s=(0.01, 1.0)) for n in range(3)
+    ]
+    ends = {"answered": 0, "cancelled": 0}
+    async with InferenceHub(workers, max_running=4, request_timeout_s=40) as hub:
 
-            async def one(number):
-                await asyncio.sleep(rng.uniform(0, 30))
-                try:
-                    async with asyncio.timeout(rng.choice([5.0, 10_000.0])):
-                        got = await hub.generate(request(rng.randint(1, 20), session=str(number)))
-                    assert 1 <= len(got.token_ids) == len(got.logprobs) == len(got.versions) <= 20
-                    assert sorted(got.versions) == got.versions, "versions only grow"
-                    ends["answered"] += 1
-                except TimeoutError:
-                    ends["cancelled"] += 1
-                finally:
-                    hub.forget(str(number))
+        async def one(number):
+            await asyncio.sleep(rng.uniform(0, 30))
+            try:
+                async with asyncio.timeout(rng.choice([5.0, 10_000.0])):
+                    got = await hub.generate(request(rng.randint(1, 20), session=str(number)))
+                assert 1 <= len(got.token_ids) == len(got.logprobs) == len(got.versions) <= 20
+                assert sorted(got.versions) == got.versions, "versions only grow"
+                ends["answered"] += 1
+            except TimeoutError:
+                ends["cancelled"] += 1
+            finally:
+                hub.forget(str(number))
 
-            async def trouble():
-                for _ in range(5):
-                    await asyncio.sleep(rng.uniform(0, 8))
-                    victim = rng.choice(workers)
-                    luck = rng.random()
-                    if luck < 0.4:
-                        victim.fail_next(rng.randint(1, 3))
-                    elif luck < 0.6 and victim is not workers[0]:  # one stays, to answer them all
-                        victim.die()
-                    else:
-                        victim.hang()
-                        await asyncio.sleep(rng.uniform(0, 60))
-                        victim.wake()
+        async def trouble():
+            for _ in range(5):
+                await asyncio.sleep(rng.uniform(0, 8))
+                victim = rng.choice(workers)
+                luck = rng.random()
+                if luck < 0.4:
+                    victim.fail_next(rng.randint(1, 3))
+                elif luck < 0.6 and victim is not workers[0]:  # one stays, to answer them all
+                    victim.die()
+                else:
+                    victim.hang()
+                    await asyncio.sleep(rng.uniform(0, 60))
+                    victim.wake()
 
-            async def publishing():
-                for version in range(1, 6):
-                    await asyncio.sleep(rng.uniform(0, 8))
-                    await hub.publish(weights(version), mode)
+        async def publishing():
+            for version in range(1, 6):
+                await asyncio.sleep(rng.uniform(0, 8))
+                await hub.publish(weights(version), mode)
 
-            async with asyncio.TaskGroup() as tasks:
-                for number in range(60):
-                    tasks.create_task(one(number))
-                tasks.create_task(trouble())
-                tasks.create_task(publishing())
-            stats = hub.stats()
-            assert stats.queued == stats.running == 0
-            assert all(w.outstanding_tokens == 0 for w in stats.workers)
-            assert not any(hub.whereabouts(str(number)) for number in range(60))
-        assert sum(ends.values()) == 60
-        assert max(worker.max_running_seen for worker in workers) <= 4
-        assert asyncio.all_tasks() == {asyncio.current_task()}
-
-    virtual_time.run(main())
+        async with asyncio.TaskGroup() as tasks:
+            for number in range(60):
+                tasks.create_task(one(number))
+            tasks.create_task(trouble())
+            tasks.create_task(publishing())
+        stats = hub.stats()
+        assert stats.queued == stats.running == 0
+        assert all(w.outstanding_tokens == 0 for w in stats.workers)
+        assert not any(hub.whereabouts(str(number)) for number in range(60))
+    assert sum(ends.values()) == 60
+    assert max(worker.max_running_seen for worker in workers) <= 4
+    assert asyncio.all_tasks() == {asyncio.current_task()}

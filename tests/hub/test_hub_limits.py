@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from flash import virtual_time
 from flash.errors import InferenceFailure, PublishFailure
 from flash.fakes import FakeWorker
 from flash.hub import BadRequest, InferenceHub, WorkerFailure
 from flash.types import Completion, GenerateRequest, SamplingParams, Weights
+from flash.virtual_time import in_virtual_time
 
 
 def request(max_tokens: int = 10, prompt: int = 5) -> GenerateRequest:
@@ -37,65 +37,58 @@ def now() -> float:
 # ── requests ─────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_pool_that_is_healthy_and_answers_nonsense_ends_the_request_with_the_cause():
-    async def main():
-        workers = [steady("a"), steady("b")]
-        for worker in workers:
-            for _ in range(100):
-                worker.lie_next(logprobs=[math.nan] * 10)
-        async with InferenceHub(workers) as hub:
-            with pytest.raises(InferenceFailure, match="failed 5 times.*not finite") as caught:
-                await hub.generate(request())
-            assert isinstance(caught.value.__cause__, WorkerFailure)
-            assert sum(len(worker.started) for worker in workers) == 5
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_a_pool_that_is_healthy_and_answers_nonsense_ends_the_request_with_the_cause():
+    workers = [steady("a"), steady("b")]
+    for worker in workers:
+        for _ in range(100):
+            worker.lie_next(logprobs=[math.nan] * 10)
+    async with InferenceHub(workers) as hub:
+        with pytest.raises(InferenceFailure, match="failed 5 times.*not finite") as caught:
+            await hub.generate(request())
+        assert isinstance(caught.value.__cause__, WorkerFailure)
+        assert sum(len(worker.started) for worker in workers) == 5
 
 
-def test_a_request_is_not_blamed_for_workers_that_others_took_out():
-    async def main():
-        workers = [steady("a"), steady("b")]
-        async with InferenceHub(workers, request_timeout_s=50) as hub:
-            patient = asyncio.ensure_future(hub.generate(request(max_tokens=40)))
-            for _ in range(12):
-                await asyncio.sleep(3)
-                for worker in workers:
-                    worker.fail_next(1)
-                await hub.generate(request(max_tokens=1))
-            assert len((await patient).token_ids) == 40
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_a_request_is_not_blamed_for_workers_that_others_took_out():
+    workers = [steady("a"), steady("b")]
+    async with InferenceHub(workers, request_timeout_s=50) as hub:
+        patient = asyncio.ensure_future(hub.generate(request(max_tokens=40)))
+        for _ in range(12):
+            await asyncio.sleep(3)
+            for worker in workers:
+                worker.fail_next(1)
+            await hub.generate(request(max_tokens=1))
+        assert len((await patient).token_ids) == 40
 
 
-def test_a_worker_that_fails_again_before_it_answered_anything_waits_longer():
-    async def main():
-        worker = steady("liar")
-        tried = []
-        for _ in range(5):
-            worker.lie_next(versions=[7])
-        async with InferenceHub([worker]) as hub:
-            with pytest.raises(InferenceFailure):
-                await hub.generate(request(max_tokens=1), on_start=lambda _: tried.append(now()))
-            gaps = [after - before - 1 for before, after in itertools.pairwise(tried)]
-            assert gaps == [0.5, 1, 2, 4], "the second of sampling left out"
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_a_worker_that_fails_again_before_it_answered_anything_waits_longer():
+    worker = steady("liar")
+    tried = []
+    for _ in range(5):
+        worker.lie_next(versions=[7])
+    async with InferenceHub([worker]) as hub:
+        with pytest.raises(InferenceFailure):
+            await hub.generate(request(max_tokens=1), on_start=lambda _: tried.append(now()))
+        gaps = [after - before - 1 for before, after in itertools.pairwise(tried)]
+        assert gaps == [0.5, 1, 2, 4], "the second of sampling left out"
 
 
-def test_a_worker_that_aborts_what_nobody_asked_it_to_is_not_asked_for_ever():
+@in_virtual_time
+async def test_a_worker_that_aborts_what_nobody_asked_it_to_is_not_asked_for_ever():
     class Aborting(FakeWorker):
         async def generate(self, request_id, token_ids, sampling, on_tokens=None):
             self.lie_next(token_ids=[], logprobs=[], versions=[], finish_reason="abort")
             return await super().generate(request_id, token_ids, sampling)
 
-    async def main():
-        async with InferenceHub([steady("x", Aborting), steady("y")]) as hub:
-            assert (await hub.generate(request())).worker == "y"
-
-    virtual_time.run(main())
+    async with InferenceHub([steady("x", Aborting), steady("y")]) as hub:
+        assert (await hub.generate(request())).worker == "y"
 
 
-def test_a_place_at_a_worker_that_is_taken_out_in_the_same_moment_is_not_used():
+@in_virtual_time
+async def test_a_place_at_a_worker_that_is_taken_out_in_the_same_moment_is_not_used():
     class Manual(FakeWorker):
         """Answers when it is told to."""
 
@@ -105,54 +98,47 @@ def test_a_place_at_a_worker_that_is_taken_out_in_the_same_moment_is_not_used():
 
     good = Completion(token_ids=[1], logprobs=[-1.0], versions=[0], finish_reason="stop")
 
-    async def main():
-        worker = Manual("manual")
-        async with InferenceHub([worker], max_running=2) as hub:
-            calls = [asyncio.ensure_future(hub.generate(request())) for _ in range(3)]
-            await asyncio.sleep(0.1)
-            first, second = worker.asked
-            first.set_result(good)  # the third gets this place
-            second.set_exception(WorkerFailure("broken"))  # and the worker is out
-            await asyncio.sleep(0.1)
-            assert len(worker.asked) == 2
-            await asyncio.sleep(1)
-            for answer in worker.asked[2:]:
-                answer.set_result(good)
-            await asyncio.gather(*calls)
-
-    virtual_time.run(main())
+    worker = Manual("manual")
+    async with InferenceHub([worker], max_running=2) as hub:
+        calls = [asyncio.ensure_future(hub.generate(request())) for _ in range(3)]
+        await asyncio.sleep(0.1)
+        first, second = worker.asked
+        first.set_result(good)  # the third gets this place
+        second.set_exception(WorkerFailure("broken"))  # and the worker is out
+        await asyncio.sleep(0.1)
+        assert len(worker.asked) == 2
+        await asyncio.sleep(1)
+        for answer in worker.asked[2:]:
+            answer.set_result(good)
+        await asyncio.gather(*calls)
 
 
-def test_a_request_that_lost_its_worker_goes_before_those_that_have_not_begun():
-    async def main():
-        workers = [steady("a"), steady("b")]
-        async with InferenceHub(workers, max_running=1) as hub:
-            order = []
+@in_virtual_time
+async def test_a_request_that_lost_its_worker_goes_before_those_that_have_not_begun():
+    workers = [steady("a"), steady("b")]
+    async with InferenceHub(workers, max_running=1) as hub:
+        order = []
 
-            async def one(number):
-                await hub.generate(request())
-                order.append(number)
+        async def one(number):
+            await hub.generate(request())
+            order.append(number)
 
-            async with asyncio.TaskGroup() as tasks:
-                for number in range(6):
-                    tasks.create_task(one(number))
-                await asyncio.sleep(2)
-                workers[0].die()  # it had number 0
-            assert order == [1, 0, 2, 3, 4, 5]
-
-    virtual_time.run(main())
+        async with asyncio.TaskGroup() as tasks:
+            for number in range(6):
+                tasks.create_task(one(number))
+            await asyncio.sleep(2)
+            workers[0].die()  # it had number 0
+        assert order == [1, 0, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("bad", [request(max_tokens=0), request(prompt=0)])
-def test_a_request_that_cannot_be_is_refused_before_any_worker_sees_it(bad):
-    async def main():
-        worker = steady()
-        async with InferenceHub([worker]) as hub:
-            with pytest.raises(ValueError, match="needs a prompt and max_tokens of at least 1"):
-                await hub.generate(bad)
-        assert not worker.started
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_a_request_that_cannot_be_is_refused_before_any_worker_sees_it(bad):
+    worker = steady()
+    async with InferenceHub([worker]) as hub:
+        with pytest.raises(ValueError, match="needs a prompt and max_tokens of at least 1"):
+            await hub.generate(bad)
+    assert not worker.started
 
 
 def test_a_url_in_place_of_a_list_is_told_at_once():
@@ -165,208 +151,184 @@ def test_a_url_in_place_of_a_list_is_told_at_once():
 # ── versions ─────────────────────────────────────────────────────────────────────────────────
 
 
-def test_workers_are_told_their_version_at_the_start_and_woken_if_a_killed_run_left_them_paused():
-    async def main():
-        workers = [steady("a"), steady("b")]
-        await workers[0].pause("keep")
-        async with InferenceHub(workers, version=7) as hub:
-            assert [worker.version for worker in workers] == [7, 7]
-            answers = await asyncio.gather(*(hub.generate(request()) for _ in range(4)))
-            assert {answer.worker for answer in answers} == {"a", "b"}
-            assert {v for answer in answers for v in answer.versions} == {7}
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_workers_are_told_their_version_at_the_start_and_woken_if_they_were_left_paused():
+    workers = [steady("a"), steady("b")]
+    await workers[0].pause("keep")
+    async with InferenceHub(workers, version=7) as hub:
+        assert [worker.version for worker in workers] == [7, 7]
+        answers = await asyncio.gather(*(hub.generate(request()) for _ in range(4)))
+        assert {answer.worker for answer in answers} == {"a", "b"}
+        assert {v for answer in answers for v in answer.versions} == {7}
 
 
-def test_a_server_may_start_after_the_hub():
-    async def main():
-        worker = steady()
-        worker.die()
-        async with InferenceHub([worker], version=3, recovery_timeout_s=30) as hub:
-            asyncio.get_running_loop().call_later(20, worker.restart)
-            assert (await hub.generate(request(max_tokens=1))).versions == [3]
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_a_server_may_start_after_the_hub():
+    worker = steady()
+    worker.die()
+    async with InferenceHub([worker], version=3, recovery_timeout_s=30) as hub:
+        asyncio.get_running_loop().call_later(20, worker.restart)
+        assert (await hub.generate(request(max_tokens=1))).versions == [3]
 
 
-def test_a_server_that_was_started_anew_unnoticed_is_found_by_its_versions():
-    async def main():
-        workers = [steady("a"), steady("b")]
-        async with InferenceHub(workers) as hub:
-            await hub.publish(weights(1))
-            await hub.publish(weights(2))
-            workers[0].restart(version=1)  # a version that was published, and is not a's
-            answers = await asyncio.gather(*(hub.generate(request()) for _ in range(2)))
-            assert {v for answer in answers for v in answer.versions} == {2}
-            await asyncio.sleep(20)
-            assert workers[0].loaded[-1] == Path("/fake/2")
-            assert workers[0].version == 2
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_a_server_that_was_started_anew_unnoticed_is_found_by_its_versions():
+    workers = [steady("a"), steady("b")]
+    async with InferenceHub(workers) as hub:
+        await hub.publish(weights(1))
+        await hub.publish(weights(2))
+        workers[0].restart(version=1)  # a version that was published, and is not a's
+        answers = await asyncio.gather(*(hub.generate(request()) for _ in range(2)))
+        assert {v for answer in answers for v in answer.versions} == {2}
+        await asyncio.sleep(20)
+        assert workers[0].loaded[-1] == Path("/fake/2")
+        assert workers[0].version == 2
 
 
-def test_versions_that_go_back_are_never_passed_on():
-    async def main():
-        workers = [steady("a"), steady("b")]
-        async with InferenceHub(workers) as hub:
-            call = asyncio.ensure_future(hub.generate(request()))
-            await asyncio.sleep(3.5)
-            workers[0].lie_next(versions=[1] * 5 + [0] * 5)
-            await hub.publish(weights(1))
-            assert (await call).worker == "b"
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_versions_that_go_back_are_never_passed_on():
+    workers = [steady("a"), steady("b")]
+    async with InferenceHub(workers) as hub:
+        call = asyncio.ensure_future(hub.generate(request()))
+        await asyncio.sleep(3.5)
+        workers[0].lie_next(versions=[1] * 5 + [0] * 5)
+        await hub.publish(weights(1))
+        assert (await call).worker == "b"
 
 
 # ── publish ──────────────────────────────────────────────────────────────────────────────────
 
 
-def test_wait_gives_requests_the_time_that_requests_have():
-    async def main():
-        worker = steady()
-        async with InferenceHub([worker], control_timeout_s=10, request_timeout_s=100) as hub:
-            call = asyncio.ensure_future(hub.generate(request(max_tokens=80)))
-            await asyncio.sleep(0.5)
-            report = await hub.publish(weights(1), "wait")
-            assert report.workers == 1
-            assert (await call).versions == [0] * 80
-            assert hub.stats().retries == 0
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_wait_gives_requests_the_time_that_requests_have():
+    worker = steady()
+    async with InferenceHub([worker], control_timeout_s=10, request_timeout_s=100) as hub:
+        call = asyncio.ensure_future(hub.generate(request(max_tokens=80)))
+        await asyncio.sleep(0.5)
+        report = await hub.publish(weights(1), "wait")
+        assert report.workers == 1
+        assert (await call).versions == [0] * 80
+        assert hub.stats().retries == 0
 
 
-def test_a_publish_that_is_cancelled_leaves_no_worker_paused_or_between_two_weights():
-    async def main():
-        workers = [steady("a"), steady("b")]
-        async with InferenceHub(workers) as hub:
-            publishing = asyncio.ensure_future(hub.publish(weights(1)))
-            await asyncio.sleep(0.5)  # a is loading
-            publishing.cancel()
-            await asyncio.gather(publishing, return_exceptions=True)
-            assert [worker.healthy for worker in hub.stats().workers] == [False, True]
-            assert hub.version == 0
-            await hub.publish(weights(1))
-            await asyncio.sleep(10)
-            assert [worker.version for worker in workers] == [1, 1]
-            assert all(worker.healthy for worker in hub.stats().workers)
-            answers = await asyncio.gather(*(hub.generate(request()) for _ in range(2)))
-            assert {answer.worker for answer in answers} == {"a", "b"}
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_a_publish_that_is_cancelled_leaves_no_worker_paused_or_between_two_weights():
+    workers = [steady("a"), steady("b")]
+    async with InferenceHub(workers) as hub:
+        publishing = asyncio.ensure_future(hub.publish(weights(1)))
+        await asyncio.sleep(0.5)  # a is loading
+        publishing.cancel()
+        await asyncio.gather(publishing, return_exceptions=True)
+        assert [worker.healthy for worker in hub.stats().workers] == [False, True]
+        assert hub.version == 0
+        await hub.publish(weights(1))
+        await asyncio.sleep(10)
+        assert [worker.version for worker in workers] == [1, 1]
+        assert all(worker.healthy for worker in hub.stats().workers)
+        answers = await asyncio.gather(*(hub.generate(request()) for _ in range(2)))
+        assert {answer.worker for answer in answers} == {"a", "b"}
 
 
-def test_a_worker_that_hangs_while_it_recovers_holds_up_no_publish():
+@in_virtual_time
+async def test_a_worker_that_hangs_while_it_recovers_holds_up_no_publish():
     class Stuck(FakeWorker):
         async def load_weights(self, path):
             await asyncio.Event().wait()
 
-    async def main():
-        workers = [steady("stuck", Stuck), steady("b")]
-        async with InferenceHub(workers, control_timeout_s=300) as hub:
-            workers[0].fail_next(1)
-            await hub.generate(request())
-            await hub.publish(weights(1))
-            await asyncio.sleep(30)  # stuck is given the weights, and never says that it has them
-            began = now()
-            report = await hub.publish(weights(2))
-            assert now() - began == 1
-            assert [(w.name, w.updated) for w in report.per_worker] == [
-                ("stuck", False),
-                ("b", True),
-            ]
-
-    virtual_time.run(main())
+    workers = [steady("stuck", Stuck), steady("b")]
+    async with InferenceHub(workers, control_timeout_s=300) as hub:
+        workers[0].fail_next(1)
+        await hub.generate(request())
+        await hub.publish(weights(1))
+        await asyncio.sleep(30)  # stuck is given the weights, and never says that it has them
+        began = now()
+        report = await hub.publish(weights(2))
+        assert now() - began == 1
+        assert [(w.name, w.updated) for w in report.per_worker] == [
+            ("stuck", False),
+            ("b", True),
+        ]
 
 
 @pytest.mark.parametrize("returning", [0, 1])
-def test_a_worker_that_comes_back_while_a_publish_is_under_way_comes_with_the_new_weights(
+@in_virtual_time
+async def test_a_worker_that_comes_back_while_a_publish_is_under_way_comes_with_the_new_weights(
     returning,
 ):
-    async def main():
-        workers = [steady("a", load_s=(5, 5)), steady("b", load_s=(5, 5))]
-        async with InferenceHub(workers) as hub:
-            await hub.publish(weights(1))
-            workers[returning].fail_next(1)
-            calls = [asyncio.ensure_future(hub.generate(request())) for _ in range(2)]
-            await asyncio.sleep(1)  # it is given version 1 again
-            report = await hub.publish(weights(2))
-            await asyncio.gather(*calls)
-            await asyncio.sleep(20)
-            assert report.version == 2
-            assert workers[returning].loaded == [Path(f"/fake/{v}") for v in (1, 1, 2)]
-            assert [worker.version for worker in workers] == [2, 2]
-
-    virtual_time.run(main())
+    workers = [steady("a", load_s=(5, 5)), steady("b", load_s=(5, 5))]
+    async with InferenceHub(workers) as hub:
+        await hub.publish(weights(1))
+        workers[returning].fail_next(1)
+        calls = [asyncio.ensure_future(hub.generate(request())) for _ in range(2)]
+        await asyncio.sleep(1)  # it is given version 1 again
+        report = await hub.publish(weights(2))
+        await asyncio.gather(*calls)
+        await asyncio.sleep(20)
+        assert report.version == 2
+        assert workers[returning].loaded == [Path(f"/fake/{v}") for v in (1, 1, 2)]
+        assert [worker.version for worker in workers] == [2, 2]
 
 
-def test_a_worker_that_has_the_new_weights_already_is_left_alone():
-    async def main():
-        workers = [steady("a", load_s=(5, 5)), steady("b")]
-        async with InferenceHub(workers) as hub:
-            workers[1].fail_next(1)
-            calls = [asyncio.ensure_future(hub.generate(request())) for _ in range(2)]
-            await asyncio.sleep(0.1)
-            await hub.publish(weights(1))  # b is back before a has loaded
-            await asyncio.gather(*calls)
-            assert [worker.loaded for worker in workers] == [[Path("/fake/1")]] * 2
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_a_worker_that_has_the_new_weights_already_is_left_alone():
+    workers = [steady("a", load_s=(5, 5)), steady("b")]
+    async with InferenceHub(workers) as hub:
+        workers[1].fail_next(1)
+        calls = [asyncio.ensure_future(hub.generate(request())) for _ in range(2)]
+        await asyncio.sleep(0.1)
+        await hub.publish(weights(1))  # b is back before a has loaded
+        await asyncio.gather(*calls)
+        assert [worker.loaded for worker in workers] == [[Path("/fake/1")]] * 2
 
 
-def test_a_worker_that_is_taken_out_in_its_turn_ends_its_turn():
-    async def main():
-        workers = [steady("a"), steady("b")]
-        async with InferenceHub(workers, request_timeout_s=20, control_timeout_s=1000) as hub:
-            call = asyncio.ensure_future(hub.generate(request()))
-            await asyncio.sleep(0.5)
-            workers[0].hang()
-            report = await hub.publish(weights(1), "wait")  # waits for the request that hangs
-            assert now() == 20 + 10 + 1, "its deadline, then all of it at b, then b's load"
-            assert report.per_worker[0].paused_s == 19.5
-            assert report.workers == 2, "a came back meanwhile, with the new weights"
-            assert (await call).worker == "b"
-            workers[0].wake()
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_a_worker_that_is_taken_out_in_its_turn_ends_its_turn():
+    workers = [steady("a"), steady("b")]
+    async with InferenceHub(workers, request_timeout_s=20, control_timeout_s=1000) as hub:
+        call = asyncio.ensure_future(hub.generate(request()))
+        await asyncio.sleep(0.5)
+        workers[0].hang()
+        report = await hub.publish(weights(1), "wait")  # waits for the request that hangs
+        assert now() == 20 + 10 + 1, "its deadline, then all of it at b, then b's load"
+        assert report.per_worker[0].paused_s == 19.5
+        assert report.workers == 2, "a came back meanwhile, with the new weights"
+        assert (await call).worker == "b"
+        workers[0].wake()
 
 
-def test_a_worker_that_refuses_the_weights_gets_no_more_requests():
+@in_virtual_time
+async def test_a_worker_that_refuses_the_weights_gets_no_more_requests():
     class Refusing(FakeWorker):
         async def load_weights(self, path):
             raise BadRequest("lacks weights of this model")
 
-    async def main():
-        workers = [steady("r", Refusing), steady("b")]
-        async with InferenceHub(workers) as hub:
-            with pytest.raises(PublishFailure, match="version 1: lacks weights"):
-                await hub.publish(weights(1))
-            answers = await asyncio.gather(*(hub.generate(request()) for _ in range(3)))
-            assert {answer.worker for answer in answers} == {"b"}
-            assert hub.stats().retries == 0, "r is paused: what goes there hangs"
-
-    virtual_time.run(main())
+    workers = [steady("r", Refusing), steady("b")]
+    async with InferenceHub(workers) as hub:
+        with pytest.raises(PublishFailure, match="version 1: lacks weights"):
+            await hub.publish(weights(1))
+        answers = await asyncio.gather(*(hub.generate(request()) for _ in range(3)))
+        assert {answer.worker for answer in answers} == {"b"}
+        assert hub.stats().retries == 0, "r is paused: what goes there hangs"
 
 
-def test_the_report_tells_each_workers_pause_and_gap():
-    async def main():
-        workers = [steady("a"), steady("b", load_s=(3, 3)), steady("c")]
-        said = {}
-        for worker in workers:
-            worker.lie_next(logprobs=[-0.5] * 12)
+@in_virtual_time
+async def test_the_report_tells_each_workers_pause_and_gap():
+    workers = [steady("a"), steady("b", load_s=(3, 3)), steady("c")]
+    said = {}
+    for worker in workers:
+        worker.lie_next(logprobs=[-0.5] * 12)
 
-        async def score(token_ids):
-            said[len(said)] = token_ids
-            return [-0.5 - 1e-4 * len(said)] * (len(token_ids) - 1)
+    async def score(token_ids):
+        said[len(said)] = token_ids
+        return [-0.5 - 1e-4 * len(said)] * (len(token_ids) - 1)
 
-        async with InferenceHub(workers) as hub:
-            workers[2].die()
-            report = await hub.publish(weights(1, score))
-            assert [worker.name for worker in report.per_worker] == ["a", "b", "c"]
-            assert [worker.updated for worker in report.per_worker] == [True, True, False]
-            assert [worker.paused_s for worker in report.per_worker] == [1, 3, 0]
-            gaps = [worker.gap for worker in report.per_worker]
-            assert gaps[:2] == pytest.approx([1e-4, 2e-4])
-            assert math.isnan(gaps[2])
-            assert report.gap_max == gaps[1]
-
-    virtual_time.run(main())
+    async with InferenceHub(workers) as hub:
+        workers[2].die()
+        report = await hub.publish(weights(1, score))
+        assert [worker.name for worker in report.per_worker] == ["a", "b", "c"]
+        assert [worker.updated for worker in report.per_worker] == [True, True, False]
+        assert [worker.paused_s for worker in report.per_worker] == [1, 3, 0]
+        gaps = [worker.gap for worker in report.per_worker]
+        assert gaps[:2] == pytest.approx([1e-4, 2e-4])
+        assert math.isnan(gaps[2])
+        assert report.gap_max == gaps[1]

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from flash import virtual_time
 from flash.errors import InferenceFailure
 from flash.fakes import FakePool, FakeWorker
 from flash.hub import InferenceHub, WorkerFailure
 from flash.types import GenerateRequest, SamplingParams, Weights
+from flash.virtual_time import in_virtual_time
 
 PROMPT = (1, 2, 3)
 
@@ -40,175 +40,154 @@ def now() -> float:
     return asyncio.get_running_loop().time()
 
 
-def test_a_worker_that_died_takes_requests_again_once_it_has_the_present_weights():
-    async def main():
-        dying, other = workers = [Recording("a"), Recording("b")]
-        pool = FakePool(workers, start_s=30)
-        async with InferenceHub(pool) as hub:
-            pool.kill(dying)
-            await hub.publish(weights(1))
-            assert dying.loaded == []
+@in_virtual_time
+async def test_a_worker_that_died_takes_requests_again_once_it_has_the_present_weights():
+    dying, other = workers = [Recording("a"), Recording("b")]
+    pool = FakePool(workers, start_s=30)
+    async with InferenceHub(pool) as hub:
+        pool.kill(dying)
+        await hub.publish(weights(1))
+        assert dying.loaded == []
+        await asyncio.sleep(20)
+        assert (await hub.generate(request(1))).worker == "b"
+        await asyncio.sleep(40)
+        assert dying.loaded == [Path("/fake/1")]
+        answers = await asyncio.gather(*(hub.generate(request(5)) for _ in range(4)))
+        assert {answer.worker for answer in answers} == {"a", "b"}
+        assert {v for answer in answers for v in answer.versions} == {1}
+        assert other.loaded == [Path("/fake/1")]
+
+
+@in_virtual_time
+async def test_a_pool_that_dies_as_a_whole_makes_requests_wait_for_its_return():
+    workers = [Recording("a"), Recording("b")]
+    pool = FakePool(workers, start_s=30)
+    async with InferenceHub(pool, recovery_timeout_s=60) as hub:
+        calls = [asyncio.ensure_future(hub.generate(request(50))) for _ in range(4)]
+        await asyncio.sleep(10)
+        for worker in workers:
+            pool.kill(worker)
+        answers = await asyncio.gather(*calls)
+        assert [len(answer.token_ids) for answer in answers] == [50] * 4
+        assert 10 + 30 + 40 <= now() < 10 + 30 + 40 + 2
+
+
+@in_virtual_time
+async def test_a_death_that_is_final_for_all_ends_every_call_with_its_cause():
+    workers = [Recording("a"), Recording("b")]
+    pool = FakePool(workers, lives=2, start_s=1)
+    async with InferenceHub(pool) as hub:
+        call = asyncio.ensure_future(hub.generate(request(1000)))
+        for _ in range(2):
             await asyncio.sleep(20)
-            assert (await hub.generate(request(1))).worker == "b"
-            await asyncio.sleep(40)
-            assert dying.loaded == [Path("/fake/1")]
-            answers = await asyncio.gather(*(hub.generate(request(5)) for _ in range(4)))
-            assert {answer.worker for answer in answers} == {"a", "b"}
-            assert {v for answer in answers for v in answer.versions} == {1}
-            assert other.loaded == [Path("/fake/1")]
-
-    virtual_time.run(main())
-
-
-def test_a_pool_that_dies_as_a_whole_makes_requests_wait_for_its_return():
-    async def main():
-        workers = [Recording("a"), Recording("b")]
-        pool = FakePool(workers, start_s=30)
-        async with InferenceHub(pool, recovery_timeout_s=60) as hub:
-            calls = [asyncio.ensure_future(hub.generate(request(50))) for _ in range(4)]
-            await asyncio.sleep(10)
             for worker in workers:
                 pool.kill(worker)
-            answers = await asyncio.gather(*calls)
-            assert [len(answer.token_ids) for answer in answers] == [50] * 4
-            assert 10 + 30 + 40 <= now() < 10 + 30 + 40 + 2
-
-    virtual_time.run(main())
+        with pytest.raises(InferenceFailure, match="no inference worker is left.*was killed"):
+            await call
+        assert now() == 40
 
 
-def test_a_death_that_is_final_for_all_ends_every_call_with_its_cause():
-    async def main():
-        workers = [Recording("a"), Recording("b")]
-        pool = FakePool(workers, lives=2, start_s=1)
-        async with InferenceHub(pool) as hub:
-            call = asyncio.ensure_future(hub.generate(request(1000)))
-            for _ in range(2):
-                await asyncio.sleep(20)
-                for worker in workers:
-                    pool.kill(worker)
-            with pytest.raises(InferenceFailure, match="no inference worker is left.*was killed"):
-                await call
-            assert now() == 40
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_what_a_worker_had_told_before_it_died_is_not_sampled_again():
+    worker = Recording("a")
+    pool = FakePool([worker])
+    async with InferenceHub(pool) as hub:
+        call = asyncio.ensure_future(hub.generate(request(100)))
+        await asyncio.sleep(40.5)
+        pool.kill(worker)
+        answer = await call
+        assert worker.asked == [(0, 100), (40, 60)]
+        assert len(answer.token_ids) == len(answer.logprobs) == 100
+        assert answer.versions == [0] * 100
+        assert answer.finish_reason == "length"
 
 
-def test_what_a_worker_had_told_before_it_died_is_not_sampled_again():
-    async def main():
-        worker = Recording("a")
-        pool = FakePool([worker])
-        async with InferenceHub(pool) as hub:
-            call = asyncio.ensure_future(hub.generate(request(100)))
-            await asyncio.sleep(40.5)
-            pool.kill(worker)
-            answer = await call
-            assert worker.asked == [(0, 100), (40, 60)]
-            assert len(answer.token_ids) == len(answer.logprobs) == 100
-            assert answer.versions == [0] * 100
-            assert answer.finish_reason == "length"
+@in_virtual_time
+async def test_an_answer_of_which_only_the_end_was_lost_is_whole():
+    worker = Recording("a")
+    pool = FakePool([worker])
+    async with InferenceHub(pool) as hub:
+        call = asyncio.ensure_future(hub.generate(request(5)))
+        generate = worker.generate
 
-    virtual_time.run(main())
+        async def dying(*args):
+            await generate(*args)
+            raise WorkerFailure("the connection broke off")
 
-
-def test_an_answer_of_which_only_the_end_was_lost_is_whole():
-    async def main():
-        worker = Recording("a")
-        pool = FakePool([worker])
-        async with InferenceHub(pool) as hub:
-            call = asyncio.ensure_future(hub.generate(request(5)))
-            generate = worker.generate
-
-            async def dying(*args):
-                await generate(*args)
-                raise WorkerFailure("the connection broke off")
-
-            worker.generate = dying
-            answer = await call
-            assert len(answer.token_ids) == 5
-            assert answer.finish_reason == "length"
-            assert now() == 5
-
-    virtual_time.run(main())
+        worker.generate = dying
+        answer = await call
+        assert len(answer.token_ids) == 5
+        assert answer.finish_reason == "length"
+        assert now() == 5
 
 
-def test_only_tokens_whose_version_is_certain_are_kept_of_a_worker_that_died():
+@in_virtual_time
+async def test_only_tokens_whose_version_is_certain_are_kept_of_a_worker_that_died():
     """A stream tells versions at its end; from a publish on they could be either's."""
-
-    async def main():
-        worker = Recording("a")
-        pool = FakePool([worker])
-        async with InferenceHub(pool) as hub:
-            call = asyncio.ensure_future(hub.generate(request(100)))
-            await asyncio.sleep(20.5)
-            await hub.publish(weights(1), "keep")
-            await asyncio.sleep(30)
-            pool.kill(worker)
-            answer = await call
-            kept, rest = worker.asked[1]
-            assert 19 <= kept <= 21
-            assert rest == 100 - kept
-            assert answer.versions == [0] * kept + [1] * rest
-
-    virtual_time.run(main())
+    worker = Recording("a")
+    pool = FakePool([worker])
+    async with InferenceHub(pool) as hub:
+        call = asyncio.ensure_future(hub.generate(request(100)))
+        await asyncio.sleep(20.5)
+        await hub.publish(weights(1), "keep")
+        await asyncio.sleep(30)
+        pool.kill(worker)
+        answer = await call
+        kept, rest = worker.asked[1]
+        assert 19 <= kept <= 21
+        assert rest == 100 - kept
+        assert answer.versions == [0] * kept + [1] * rest
 
 
-def test_nothing_is_kept_of_a_worker_that_told_nonsense():
-    async def main():
-        worker = Recording("a")
-        pool = FakePool([worker], start_s=1)
-        async with InferenceHub(pool) as hub:
-            worker.lie_next(logprobs=[math.nan] * 10)
-            answer = await hub.generate(request(10))
-            assert worker.asked == [(0, 10), (0, 10)]
-            assert len(answer.token_ids) == 10
-            assert pool.deaths == 1, "only a new start helps"
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_nothing_is_kept_of_a_worker_that_told_nonsense():
+    worker = Recording("a")
+    pool = FakePool([worker], start_s=1)
+    async with InferenceHub(pool) as hub:
+        worker.lie_next(logprobs=[math.nan] * 10)
+        answer = await hub.generate(request(10))
+        assert worker.asked == [(0, 10), (0, 10)]
+        assert len(answer.token_ids) == 10
+        assert pool.deaths == 1, "only a new start helps"
 
 
-def test_a_worker_that_brings_no_token_for_long_is_started_anew():
-    async def main():
-        worker = Recording("a")
-        pool = FakePool([worker], start_s=30)
-        async with InferenceHub(pool, progress_timeout_s=20) as hub:
-            await hub.generate(request(1))  # from which the hub knows that it streams
-            call = asyncio.ensure_future(hub.generate(request(100)))
-            await asyncio.sleep(50.5)
-            worker.hang()
-            answer = await call
-            assert pool.deaths == 1
-            assert worker.asked[1:] == [(0, 100), (50, 50)]
-            assert len(answer.token_ids) == 100
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_a_worker_that_brings_no_token_for_long_is_started_anew():
+    worker = Recording("a")
+    pool = FakePool([worker], start_s=30)
+    async with InferenceHub(pool, progress_timeout_s=20) as hub:
+        await hub.generate(request(1))  # from which the hub knows that it streams
+        call = asyncio.ensure_future(hub.generate(request(100)))
+        await asyncio.sleep(50.5)
+        worker.hang()
+        answer = await call
+        assert pool.deaths == 1
+        assert worker.asked[1:] == [(0, 100), (50, 50)]
+        assert len(answer.token_ids) == 100
 
 
 @pytest.mark.parametrize("tell_s", [None, 1.0])
-def test_a_worker_that_is_slow_or_paused_is_not_taken_for_one_that_hangs(tell_s):
-    async def main():
-        worker = Recording("a", tell_s=tell_s, load_s=(50, 50))
-        pool = FakePool([worker])
-        async with InferenceHub(pool, progress_timeout_s=20) as hub:
-            await hub.generate(request(1))
-            call = asyncio.ensure_future(hub.generate(request(15)))
-            await asyncio.sleep(10)
-            await hub.publish(weights(1), "keep")  # longer than any token may take
-            assert len((await call).token_ids) == 15
-            if tell_s is None:  # it tells of nothing before all is there
-                assert len((await hub.generate(request(100))).token_ids) == 100
-            assert pool.deaths == 0
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_a_worker_that_is_slow_or_paused_is_not_taken_for_one_that_hangs(tell_s):
+    worker = Recording("a", tell_s=tell_s, load_s=(50, 50))
+    pool = FakePool([worker])
+    async with InferenceHub(pool, progress_timeout_s=20) as hub:
+        await hub.generate(request(1))
+        call = asyncio.ensure_future(hub.generate(request(15)))
+        await asyncio.sleep(10)
+        await hub.publish(weights(1), "keep")  # longer than any token may take
+        assert len((await call).token_ids) == 15
+        if tell_s is None:  # it tells of nothing before all is there
+            assert len((await hub.generate(request(100))).token_ids) == 100
+        assert pool.deaths == 0
 
 
-def test_a_worker_that_stays_unwell_is_started_anew():
-    async def main():
-        worker = Recording("a")
-        pool = FakePool([worker], start_s=5)
-        async with InferenceHub(pool) as hub:
-            worker.fail_next(4)  # the request, and three health checks
-            answer = await hub.generate(request(3))
-            assert len(answer.token_ids) == 3
-            assert pool.deaths == 1
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_a_worker_that_stays_unwell_is_started_anew():
+    worker = Recording("a")
+    pool = FakePool([worker], start_s=5)
+    async with InferenceHub(pool) as hub:
+        worker.fail_next(4)  # the request, and three health checks
+        answer = await hub.generate(request(3))
+        assert len(answer.token_ids) == 3
+        assert pool.deaths == 1

@@ -17,6 +17,7 @@ from flash.hub import InferenceHub
 from flash.reward.stage import FunctionScorer, RewardStage
 from flash.rollout import RolloutLoop
 from flash.types import Task, Weights
+from flash.virtual_time import in_virtual_time
 
 
 def decode(token_ids):
@@ -154,33 +155,29 @@ def test_only_so_many_are_scored_at_a_time_and_waiting_is_not_on_the_clock():
     assert took_s > 8 * 20
 
 
-def test_generation_of_others_goes_on_while_a_reward_takes_its_time():
+@in_virtual_time
+async def test_generation_of_others_goes_on_while_a_reward_takes_its_time():
     async def score(played):
         if played.task.seed == 0:
             await asyncio.sleep(1000)
         return 1.0
 
-    async def main():
-        async with rollouts(stage_of(score, timeout_s=1e4)) as loop:
-            for version in range(1, 4):
-                batch = await loop.next_batch()
-                assert 0 not in {sample.group for sample in batch.samples}
-                await loop.publish(Weights(version=version, path=Path("/fake")))
-            assert asyncio.get_running_loop().time() < 100
-
-    virtual_time.run(main())
+    async with rollouts(stage_of(score, timeout_s=1e4)) as loop:
+        for version in range(1, 4):
+            batch = await loop.next_batch()
+            assert 0 not in {sample.group for sample in batch.samples}
+            await loop.publish(Weights(version=version, path=Path("/fake")))
+        assert asyncio.get_running_loop().time() < 100
 
 
-def test_what_no_episode_can_be_blamed_for_ends_the_run():
+@in_virtual_time
+async def test_what_no_episode_can_be_blamed_for_ends_the_run():
     async def score(played):
         raise InferenceFailure("no worker is left to judge")
 
-    async def main():
-        async with rollouts(stage_of(score)) as loop:
-            with pytest.raises(InferenceFailure, match="left to judge"):
-                await loop.next_batch()
-
-    virtual_time.run(main())
+    async with rollouts(stage_of(score)) as loop:
+        with pytest.raises(InferenceFailure, match="left to judge"):
+            await loop.next_batch()
 
 
 def test_an_agent_of_somebody_elses_is_scored_too():

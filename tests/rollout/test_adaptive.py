@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from flash import virtual_time
 from flash.agents.environment_agent import EnvironmentAgent
 from flash.config import parse
 from flash.fakes import FakeEnvs, FakeStyle, FakeWorker
@@ -13,6 +12,7 @@ from flash.hub import InferenceHub
 from flash.rollout import RolloutLoop
 from flash.rollout.adaptive import AdaptiveAlpha
 from flash.types import Task, Weights
+from flash.virtual_time import in_virtual_time
 
 
 def step(*, ess: float = 1.0, kl: float = 0.0, waited: float = 0.0) -> dict[str, float]:
@@ -134,27 +134,23 @@ async def trained(loop: RolloutLoop, versions: range) -> list[float]:
     return oldest
 
 
-def test_with_less_alpha_in_force_samples_get_younger_and_none_is_thrown_away():
-    async def main():
-        async with InferenceHub([FakeWorker("w")]) as hub, rollouts(hub, alpha=4) as loop:
-            assert (await trained(loop, range(1, 10)))[-1] == 4
-            loop.follow(1)
-            assert (await trained(loop, range(10, 20)))[-1] == 1
-            assert loop.ledger.count("dropped") == loop.ledger.count("cancelled") == 0
-            loop.follow(4)
-            assert (await trained(loop, range(20, 30)))[-1] == 4
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_with_less_alpha_in_force_samples_get_younger_and_none_is_thrown_away():
+    async with InferenceHub([FakeWorker("w")]) as hub, rollouts(hub, alpha=4) as loop:
+        assert (await trained(loop, range(1, 10)))[-1] == 4
+        loop.follow(1)
+        assert (await trained(loop, range(10, 20)))[-1] == 1
+        assert loop.ledger.count("dropped") == loop.ledger.count("cancelled") == 0
+        loop.follow(4)
+        assert (await trained(loop, range(20, 30)))[-1] == 4
 
 
-def test_a_loop_may_begin_with_less_than_its_bound_and_can_not_be_given_more():
-    async def main():
-        async with (
-            InferenceHub([FakeWorker("w")]) as hub,
-            rollouts(hub, alpha=4, alpha_in_force=0.5) as loop,
-        ):
-            assert loop.ledger.running == 6
-            with pytest.raises(ValueError, match=r"alpha=5 .* bound of 4"):
-                loop.follow(5)
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_a_loop_may_begin_with_less_than_its_bound_and_can_not_be_given_more():
+    async with (
+        InferenceHub([FakeWorker("w")]) as hub,
+        rollouts(hub, alpha=4, alpha_in_force=0.5) as loop,
+    ):
+        assert loop.ledger.running == 6
+        with pytest.raises(ValueError, match=r"alpha=5 .* bound of 4"):
+            loop.follow(5)

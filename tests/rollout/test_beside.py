@@ -14,6 +14,7 @@ from flash.hub import InferenceHub
 from flash.rollout import RolloutLoop, evaluate
 from flash.rollout.beside import Beside
 from flash.types import Task, Weights
+from flash.virtual_time import in_virtual_time
 
 EXAM = [Task(seed) for seed in range(40)]
 
@@ -41,86 +42,80 @@ def fakes(count=2, **options):
     return [FakeWorker(name, seed=n, **options) for n, name in enumerate("abcdef"[:count])]
 
 
-def test_an_evaluation_beside_belongs_to_one_version_while_others_are_published():
-    async def main():
-        workers = fakes()
-        async with rollouts(workers) as loop, asyncio.TaskGroup() as tasks:
+@in_virtual_time
+async def test_an_evaluation_beside_belongs_to_one_version_while_others_are_published():
+    workers = fakes()
+    async with rollouts(workers) as loop, asyncio.TaskGroup() as tasks:
+        batch = await loop.next_batch()
+        await loop.publish(weights(1))
+        exam = tasks.create_task(loop.evaluate_beside(EXAM))
+        await asyncio.sleep(0.01)  # it begins
+        published = []
+        while not exam.done():
             batch = await loop.next_batch()
-            await loop.publish(weights(1))
-            exam = tasks.create_task(loop.evaluate_beside(EXAM))
-            await asyncio.sleep(0.01)  # it begins
-            published = []
-            while not exam.done():
-                batch = await loop.next_batch()
-                published.append(await loop.publish(weights(batch.version + 1)))
-            assert exam.result().versions == (1,)
-            assert exam.result().episodes == len(EXAM)
-            assert exam.result().metrics()["eval/version"] == 1
-            assert len(published) >= 3, "rollout went on"
-            assert {report.workers for report in published[:-1]} == {1}
-            version = published[-1].version
-            await asyncio.sleep(5)
-            assert [w.version for w in workers] == [version] * 2, "the share caught up"
-            stats = loop.hub.stats()
-            assert all(worker.healthy for worker in stats.workers)
-            batch = await loop.next_batch()
-            report = await loop.publish(weights(batch.version + 1))
-            assert report.workers == 2
-
-    virtual_time.run(main())
+            published.append(await loop.publish(weights(batch.version + 1)))
+        assert exam.result().versions == (1,)
+        assert exam.result().episodes == len(EXAM)
+        assert exam.result().metrics()["eval/version"] == 1
+        assert len(published) >= 3, "rollout went on"
+        assert {report.workers for report in published[:-1]} == {1}
+        version = published[-1].version
+        await asyncio.sleep(5)
+        assert [w.version for w in workers] == [version] * 2, "the share caught up"
+        stats = loop.hub.stats()
+        assert all(worker.healthy for worker in stats.workers)
+        batch = await loop.next_batch()
+        report = await loop.publish(weights(batch.version + 1))
+        assert report.workers == 2
 
 
-def test_the_share_takes_no_request_of_the_rollout_and_gives_none_of_its_own_away():
-    async def main():
-        workers = fakes(3, token_s=(1, 1), tokens=(4, 8))
-        async with rollouts(workers) as loop:
-            async with loop.hub.lend(1) as share:
-                assert len(share.stats().workers) == 1
-                (lent,) = (w for w in workers if w.name == share.stats().workers[0].name)
-                await asyncio.sleep(30)  # what it was at is done
-                before = len(lent.started)
-                for version in range(1, 4):
-                    batch = await loop.next_batch()
-                    await loop.publish(weights(batch.version + 1))
-                    assert lent.version == 0, version
-                assert len(lent.started) == before
-                idle_s = loop.hub.stats().workers[workers.index(lent)].busy_s
-                exam = evaluate(share, make_agent, EXAM, concurrency=8)
-                async with asyncio.TaskGroup() as tasks:
-                    tasks.create_task(exam)
-                    await asyncio.sleep(2)
-                    busy_s = loop.hub.stats().workers[workers.index(lent)].busy_s - idle_s
-                assert 0 < busy_s <= 2, "told while it is busy, not all at once at the end"
-            await asyncio.sleep(5)
-            with pytest.raises(InferenceFailure, match="3 of 3 healthy workers can't be lent"):
-                async with loop.hub.lend(3):
-                    pass
-
-    virtual_time.run(main())
-
-
-def test_a_share_that_dies_costs_the_evaluation_and_not_the_run():
-    async def main():
-        workers = fakes()
-        pool = FakePool(workers, start_s=5.0)
-        told = []
-        async with rollouts(pool) as loop, Beside(told.append) as beside:
-            beside.begin(0, lambda: loop.evaluate_beside(EXAM))
-            await asyncio.sleep(1)
-            (lent,) = (w for w, s in zip(workers, loop.hub.stats().workers, strict=True) if s.lent)
-            pool.kill(lent)
-            await beside.finish()
-            assert told == []
-            for _ in range(4):
+@in_virtual_time
+async def test_the_share_takes_no_request_of_the_rollout_and_gives_none_of_its_own_away():
+    workers = fakes(3, token_s=(1, 1), tokens=(4, 8))
+    async with rollouts(workers) as loop:
+        async with loop.hub.lend(1) as share:
+            assert len(share.stats().workers) == 1
+            (lent,) = (w for w in workers if w.name == share.stats().workers[0].name)
+            await asyncio.sleep(30)  # what it was at is done
+            before = len(lent.started)
+            for version in range(1, 4):
                 batch = await loop.next_batch()
                 await loop.publish(weights(batch.version + 1))
-                await asyncio.sleep(5)
-            assert lent.version == 4, "it is back, with the present weights"
-            beside.begin(4, lambda: loop.evaluate_beside(EXAM))
-            await beside.finish()
-            assert [evaluation.versions for evaluation in told] == [(4,)]
+                assert lent.version == 0, version
+            assert len(lent.started) == before
+            idle_s = loop.hub.stats().workers[workers.index(lent)].busy_s
+            exam = evaluate(share, make_agent, EXAM, concurrency=8)
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(exam)
+                await asyncio.sleep(2)
+                busy_s = loop.hub.stats().workers[workers.index(lent)].busy_s - idle_s
+            assert 0 < busy_s <= 2, "told while it is busy, not all at once at the end"
+        await asyncio.sleep(5)
+        with pytest.raises(InferenceFailure, match="3 of 3 healthy workers can't be lent"):
+            async with loop.hub.lend(3):
+                pass
 
-    virtual_time.run(main())
+
+@in_virtual_time
+async def test_a_share_that_dies_costs_the_evaluation_and_not_the_run():
+    workers = fakes()
+    pool = FakePool(workers, start_s=5.0)
+    told = []
+    async with rollouts(pool) as loop, Beside(told.append) as beside:
+        beside.begin(0, lambda: loop.evaluate_beside(EXAM))
+        await asyncio.sleep(1)
+        (lent,) = (w for w, s in zip(workers, loop.hub.stats().workers, strict=True) if s.lent)
+        pool.kill(lent)
+        await beside.finish()
+        assert told == []
+        for _ in range(4):
+            batch = await loop.next_batch()
+            await loop.publish(weights(batch.version + 1))
+            await asyncio.sleep(5)
+        assert lent.version == 4, "it is back, with the present weights"
+        beside.begin(4, lambda: loop.evaluate_beside(EXAM))
+        await beside.finish()
+        assert [evaluation.versions for evaluation in told] == [(4,)]
 
 
 def test_one_evaluation_runs_beside_at_a_time_and_the_next_is_left_out_with_a_word(caplog):

@@ -22,6 +22,7 @@ from flash.simulate import Scenario, simulate
 from flash.trainer.advantage_settings import TurnReturns
 from flash.trainer.advantages import make_advantages
 from flash.types import GenerateRequest, SamplingParams, Task, Trajectory, Weights
+from flash.virtual_time import in_virtual_time
 
 SAMPLING = SamplingParams(max_tokens=4)
 
@@ -96,19 +97,17 @@ def test_under_a_batch_schedule_the_next_batch_begins_when_the_last_episode_has_
     assert 0 < admitted[1] < 10
 
 
-def test_batches_that_filters_thin_are_filled_up_by_a_batch_of_their_own():
-    async def main():
-        records = []
-        options = {"schedule": "batch", "filters": [equal_rewards], "alpha": 0}
-        rewards = lambda group, number: number * (group not in (0, 3))  # noqa: E731
-        takes = lambda group, number: 10.0 if group == 1 else 1.0  # noqa: E731
-        async with rollouts(takes, records, rewards=rewards, **options) as loop:
-            batch = await loop.next_batch()
-        assert {sample.group for sample in batch.samples} == {1, 2}
-        began = {r.group: r.admitted_s for r in records}
-        assert began[2] >= 10, "not before the first batch's last episode has ended"
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_batches_that_filters_thin_are_filled_up_by_a_batch_of_their_own():
+    records = []
+    options = {"schedule": "batch", "filters": [equal_rewards], "alpha": 0}
+    rewards = lambda group, number: number * (group not in (0, 3))  # noqa: E731
+    takes = lambda group, number: 10.0 if group == 1 else 1.0  # noqa: E731
+    async with rollouts(takes, records, rewards=rewards, **options) as loop:
+        batch = await loop.next_batch()
+    assert {sample.group for sample in batch.samples} == {1, 2}
+    began = {r.group: r.admitted_s for r in records}
+    assert began[2] >= 10, "not before the first batch's last episode has ended"
 
 
 def test_without_replication_a_groups_first_responses_come_from_one_worker():
@@ -122,83 +121,73 @@ def test_without_replication_a_groups_first_responses_come_from_one_worker():
     assert virtual_time.run(main(False)) == [0, 4]
 
 
-def test_who_must_wait_for_one_worker_holds_up_nobody_who_need_not():
-    async def main():
-        workers = [FakeWorker(name, tokens=(4, 4), token_s=(1.0, 1.0)) for name in "ab"]
-        async with InferenceHub(workers, max_running=1) as hub, asyncio.TaskGroup() as tasks:
-            ask = lambda place: tasks.create_task(  # noqa: E731
-                hub.generate(GenerateRequest(token_ids=[1], sampling=SAMPLING, place=place))
-            )
-            together = [ask("here") for _ in range(3)]
-            alone = ask("")
-            assert (await alone).worker != (await together[0]).worker
-            assert now() == pytest.approx(4)
-            assert {(await one).worker for one in together} == {(await together[0]).worker}
-            assert now() == pytest.approx(12)
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_who_must_wait_for_one_worker_holds_up_nobody_who_need_not():
+    workers = [FakeWorker(name, tokens=(4, 4), token_s=(1.0, 1.0)) for name in "ab"]
+    async with InferenceHub(workers, max_running=1) as hub, asyncio.TaskGroup() as tasks:
+        ask = lambda place: tasks.create_task(  # noqa: E731
+            hub.generate(GenerateRequest(token_ids=[1], sampling=SAMPLING, place=place))
+        )
+        together = [ask("here") for _ in range(3)]
+        alone = ask("")
+        assert (await alone).worker != (await together[0]).worker
+        assert now() == pytest.approx(4)
+        assert {(await one).worker for one in together} == {(await together[0]).worker}
+        assert now() == pytest.approx(12)
 
 
-def test_a_place_whose_worker_fails_moves_to_another():
-    async def main():
-        workers = [FakeWorker(name) for name in "ab"]
-        async with InferenceHub(workers) as hub:
-            request = GenerateRequest(token_ids=[1], sampling=SAMPLING, place="here")
-            home = (await hub.generate(request)).worker
-            next(worker for worker in workers if worker.name == home).die()
-            assert (await hub.generate(request)).worker != home
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_a_place_whose_worker_fails_moves_to_another():
+    workers = [FakeWorker(name) for name in "ab"]
+    async with InferenceHub(workers) as hub:
+        request = GenerateRequest(token_ids=[1], sampling=SAMPLING, place="here")
+        home = (await hub.generate(request)).worker
+        next(worker for worker in workers if worker.name == home).die()
+        assert (await hub.generate(request)).worker != home
 
 
 # ── redundancy ───────────────────────────────────────────────────────────────────────────────
 
 
-def test_redundant_episodes_that_are_slowest_are_cancelled_at_once():
-    async def main():
-        records = []
-        takes = lambda group, number: 1.0 if number < 2 else 99.0  # noqa: E731
-        async with rollouts(takes, records, redundant_episodes=1, alpha=0) as loop:
-            assert loop.ledger.running == 6
-            batch = await loop.next_batch()
-            assert Counter(sample.group for sample in batch.samples) == {0: 2, 1: 2}
-            await asyncio.sleep(0.01)
-            assert loop.ledger.running == 0
-            assert now() < 2
-        assert outcomes(records) == {("trained", ""): 4, ("cancelled", "redundant"): 2}
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_redundant_episodes_that_are_slowest_are_cancelled_at_once():
+    records = []
+    takes = lambda group, number: 1.0 if number < 2 else 99.0  # noqa: E731
+    async with rollouts(takes, records, redundant_episodes=1, alpha=0) as loop:
+        assert loop.ledger.running == 6
+        batch = await loop.next_batch()
+        assert Counter(sample.group for sample in batch.samples) == {0: 2, 1: 2}
+        await asyncio.sleep(0.01)
+        assert loop.ledger.running == 0
+        assert now() < 2
+    assert outcomes(records) == {("trained", ""): 4, ("cancelled", "redundant"): 2}
 
 
-def test_redundant_groups_that_are_slowest_are_cancelled_at_once():
-    async def main():
-        records = []
-        takes = lambda group, number: 99.0 if group == 0 else 1.0  # noqa: E731
-        async with rollouts(takes, records, redundant_groups=1, alpha=0) as loop:
-            assert loop.ledger.running == 6
-            batch = await loop.next_batch()
-            assert {sample.group for sample in batch.samples} == {1, 2}
-            await asyncio.sleep(0.01)
-            assert loop.ledger.running == 0
-            assert now() < 2
-            await loop.publish(Weights(version=1, path=Path("/fake")))
-            assert {episode.group for episode in loop.episodes()} == {3, 4, 5}
-        assert outcomes(records) == {("trained", ""): 4, ("cancelled", "redundant"): 2}
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_redundant_groups_that_are_slowest_are_cancelled_at_once():
+    records = []
+    takes = lambda group, number: 99.0 if group == 0 else 1.0  # noqa: E731
+    async with rollouts(takes, records, redundant_groups=1, alpha=0) as loop:
+        assert loop.ledger.running == 6
+        batch = await loop.next_batch()
+        assert {sample.group for sample in batch.samples} == {1, 2}
+        await asyncio.sleep(0.01)
+        assert loop.ledger.running == 0
+        assert now() < 2
+        await loop.publish(Weights(version=1, path=Path("/fake")))
+        assert {episode.group for episode in loop.episodes()} == {3, 4, 5}
+    assert outcomes(records) == {("trained", ""): 4, ("cancelled", "redundant"): 2}
 
 
-def test_redundancy_does_not_make_rollout_run_further_ahead():
-    async def main():
-        async with rollouts(redundant_groups=3, redundant_episodes=2, alpha=1) as loop:
-            assert loop.ledger.running == (4 + 3) * 4
-            await asyncio.sleep(1000)
-            assert (loop.ledger.running, loop.ledger.ready) == (0, 8), "two batches, as α says"
-            await loop.next_batch()
-            await asyncio.sleep(1000)
-            assert (loop.ledger.running, loop.ledger.ready) == (0, 4)
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_redundancy_does_not_make_rollout_run_further_ahead():
+    async with rollouts(redundant_groups=3, redundant_episodes=2, alpha=1) as loop:
+        assert loop.ledger.running == (4 + 3) * 4
+        await asyncio.sleep(1000)
+        assert (loop.ledger.running, loop.ledger.ready) == (0, 8), "two batches, as α says"
+        await loop.next_batch()
+        await asyncio.sleep(1000)
+        assert (loop.ledger.running, loop.ledger.ready) == (0, 4)
 
 
 def test_a_group_outlives_an_episode_that_keeps_failing_if_it_has_a_spare():
@@ -229,35 +218,31 @@ def test_negative_counts_are_refused_by_name(field):
 # ── what can no longer matter ────────────────────────────────────────────────────────────────
 
 
-def test_nothing_is_begun_that_no_batch_can_take_before_training_ends():
-    async def main():
-        records = []
-        async with rollouts(records=records, alpha=3, last_version=2) as loop:
-            assert loop.ledger.running == 8
-            for version in (1, 2):
-                await loop.next_batch()
-                await loop.publish(Weights(version=version, path=Path("/fake")))
-            assert loop.ledger.running == 0
-        assert outcomes(records) == {("trained", ""): 8}
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_nothing_is_begun_that_no_batch_can_take_before_training_ends():
+    records = []
+    async with rollouts(records=records, alpha=3, last_version=2) as loop:
+        assert loop.ledger.running == 8
+        for version in (1, 2):
+            await loop.next_batch()
+            await loop.publish(Weights(version=version, path=Path("/fake")))
+        assert loop.ledger.running == 0
+    assert outcomes(records) == {("trained", ""): 8}
 
 
 # ── filters ──────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_group_that_is_filtered_is_replaced_by_another_task():
-    async def main():
-        records = []
-        rewards = lambda group, number: number * (group % 2)  # noqa: E731
-        async with rollouts(records=records, filters=[equal_rewards], rewards=rewards) as loop:
-            for version in (1, 2, 3):
-                batch = await loop.next_batch()
-                assert all(sample.group % 2 for sample in batch.samples)
-                await loop.publish(Weights(version=version, path=Path("/fake")))
-        assert outcomes(records)["dropped", "filtered:equal_rewards"] >= 12
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_a_group_that_is_filtered_is_replaced_by_another_task():
+    records = []
+    rewards = lambda group, number: number * (group % 2)  # noqa: E731
+    async with rollouts(records=records, filters=[equal_rewards], rewards=rewards) as loop:
+        for version in (1, 2, 3):
+            batch = await loop.next_batch()
+            assert all(sample.group % 2 for sample in batch.samples)
+            await loop.publish(Weights(version=version, path=Path("/fake")))
+    assert outcomes(records)["dropped", "filtered:equal_rewards"] >= 12
 
 
 def test_filters_that_drop_everything_end_the_run_with_numbers_and_remedy():
@@ -296,19 +281,17 @@ def test_a_filter_is_found_by_its_name_or_as_a_function_of_ones_own():
 # ── fairness ─────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_task_too_slow_for_alpha_is_given_up_after_so_many_regenerations():
-    async def main():
-        records = []
-        takes = lambda group, number: 1e4 if group == 0 else 1.0  # noqa: E731
-        async with rollouts(takes, records, max_regenerations=2) as loop:
-            for version in range(1, 12):
-                await loop.next_batch()
-                await asyncio.sleep(1)
-                await loop.publish(Weights(version=version, path=Path("/fake")))
-        of_the_slow = outcomes([record for record in records if record.group == 0])
-        assert of_the_slow == {("cancelled", "stale"): 4, ("cancelled", "too_slow"): 2}
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_a_task_too_slow_for_alpha_is_given_up_after_so_many_regenerations():
+    records = []
+    takes = lambda group, number: 1e4 if group == 0 else 1.0  # noqa: E731
+    async with rollouts(takes, records, max_regenerations=2) as loop:
+        for version in range(1, 12):
+            await loop.next_batch()
+            await asyncio.sleep(1)
+            await loop.publish(Weights(version=version, path=Path("/fake")))
+    of_the_slow = outcomes([record for record in records if record.group == 0])
+    assert of_the_slow == {("cancelled", "stale"): 4, ("cancelled", "too_slow"): 2}
 
 
 def test_the_mean_length_counts_what_was_cut_off_as_longer():
@@ -345,35 +328,31 @@ def test_the_bias_toward_quick_episodes_is_told_and_warned_of(caplog):
 # ── publishing now and then ──────────────────────────────────────────────────────────────────
 
 
-def test_alpha_counts_versions_trained_where_only_some_are_published():
-    async def main():
-        async with rollouts(alpha=2) as loop:
-            ages = []
-            for version in range(1, 10):
-                batch = await loop.next_batch()
-                ages.append(batch.metrics["staleness/max"])
-                assert batch.version == version - 1
-                if version % 3 == 0:
-                    await loop.publish(Weights(version=version, path=Path("/fake")))
-        assert ages == [0, 1, 2] * 3
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_alpha_counts_versions_trained_where_only_some_are_published():
+    async with rollouts(alpha=2) as loop:
+        ages = []
+        for version in range(1, 10):
+            batch = await loop.next_batch()
+            ages.append(batch.metrics["staleness/max"])
+            assert batch.version == version - 1
+            if version % 3 == 0:
+                await loop.publish(Weights(version=version, path=Path("/fake")))
+    assert ages == [0, 1, 2] * 3
 
 
-def test_the_next_batch_is_assembled_while_weights_are_published():
-    async def main():
-        worker = FakeWorker("w", load_s=(50, 50))
-        async with rollouts(workers=[worker], alpha=1) as loop:
-            await loop.next_batch()
-            before = loop.ledger.ready
-            publishing = asyncio.create_task(loop.publish(Weights(version=1, path=Path("/fake"))))
-            await asyncio.sleep(40)
-            assert not publishing.done()
-            assert loop.ledger.ready >= before
-            assert loop.ledger.ready == 4, "a whole batch, ready before the publish is over"
-            await publishing
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_the_next_batch_is_assembled_while_weights_are_published():
+    worker = FakeWorker("w", load_s=(50, 50))
+    async with rollouts(workers=[worker], alpha=1) as loop:
+        await loop.next_batch()
+        before = loop.ledger.ready
+        publishing = asyncio.create_task(loop.publish(Weights(version=1, path=Path("/fake"))))
+        await asyncio.sleep(40)
+        assert not publishing.done()
+        assert loop.ledger.ready >= before
+        assert loop.ledger.ready == 4, "a whole batch, ready before the publish is over"
+        await publishing
 
 
 def test_trinitys_sync_interval_and_offset_are_publish_every_and_alpha():
@@ -395,60 +374,54 @@ def test_trinitys_sync_interval_and_offset_are_publish_every_and_alpha():
 # ── a batch in parts ─────────────────────────────────────────────────────────────────────────
 
 
-def test_a_batch_comes_in_parts_as_groups_finish_and_is_the_whole_one_in_the_end():
-    async def main():
-        records = []
-        takes = lambda group, number: [3.0, 1.0, 2.0, 1.0][group % 4]  # noqa: E731
-        rewards = lambda group, number: float(number)  # noqa: E731
-        async with rollouts(takes, records, rewards=rewards, batch_size=8, alpha=0) as loop:
-            first = await loop.next_part()
-            assert (first.last, first.version) == (False, 0)
-            assert sorted(Counter(s.group for s in first.samples).items()) == [(1, 2), (3, 2)]
-            assert sorted(sample.advantage for sample in first.samples) == [-1, -1, 1, 1]
-            assert loop.ledger.count("trained") == 0, "the batch is not whole"
-            assert {task.seed for task in loop.unfinished_tasks()} == {0, 1, 2, 3}
-            with pytest.raises(ValueError, match="begun with next_part"):
-                await loop.next_batch()
-            second = await loop.next_part()
-            assert not second.last
-            last = await loop.next_part()
-            assert last.last
-            assert (second.samples[0].group, last.samples[0].group) == (2, 0)
-            assert now() == pytest.approx(3, abs=0.5)
-            assert loop.ledger.count("trained") == 8
-            assert last.metrics["reward/mean"] == 0.5
-            await loop.publish(Weights(version=1, path=Path("/fake")))
-            assert (await loop.next_part()).version == 1
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_a_batch_comes_in_parts_as_groups_finish_and_is_the_whole_one_in_the_end():
+    records = []
+    takes = lambda group, number: [3.0, 1.0, 2.0, 1.0][group % 4]  # noqa: E731
+    rewards = lambda group, number: float(number)  # noqa: E731
+    async with rollouts(takes, records, rewards=rewards, batch_size=8, alpha=0) as loop:
+        first = await loop.next_part()
+        assert (first.last, first.version) == (False, 0)
+        assert sorted(Counter(s.group for s in first.samples).items()) == [(1, 2), (3, 2)]
+        assert sorted(sample.advantage for sample in first.samples) == [-1, -1, 1, 1]
+        assert loop.ledger.count("trained") == 0, "the batch is not whole"
+        assert {task.seed for task in loop.unfinished_tasks()} == {0, 1, 2, 3}
+        with pytest.raises(ValueError, match="begun with next_part"):
+            await loop.next_batch()
+        second = await loop.next_part()
+        assert not second.last
+        last = await loop.next_part()
+        assert last.last
+        assert (second.samples[0].group, last.samples[0].group) == (2, 0)
+        assert now() == pytest.approx(3, abs=0.5)
+        assert loop.ledger.count("trained") == 8
+        assert last.metrics["reward/mean"] == 0.5
+        await loop.publish(Weights(version=1, path=Path("/fake")))
+        assert (await loop.next_part()).version == 1
 
 
-def test_a_batch_that_was_begun_in_parts_and_never_completed_was_not_trained():
-    async def main():
-        records = []
-        takes = lambda group, number: 1.0 + 99 * group  # noqa: E731
-        async with rollouts(takes, records) as loop:
-            assert not (await loop.next_part()).last
-        assert {(r.outcome, r.reason) for r in records if r.group == 0} == {("dropped", "shutdown")}
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_a_batch_that_was_begun_in_parts_and_never_completed_was_not_trained():
+    records = []
+    takes = lambda group, number: 1.0 + 99 * group  # noqa: E731
+    async with rollouts(takes, records) as loop:
+        assert not (await loop.next_part()).last
+    assert {(r.outcome, r.reason) for r in records if r.group == 0} == {("dropped", "shutdown")}
 
 
-def test_a_group_that_must_not_wait_longer_has_its_place_in_a_batch_of_parts():
-    async def main():
-        takes = lambda group, number: 30.0 if group == 0 else 1.0  # noqa: E731
-        async with rollouts(takes, on_stale="wait", alpha=1) as loop:
-            seen = []
-            for version in (1, 2, 3):
-                last = False
-                while not last:
-                    part = await loop.next_part()
-                    last = part.last
-                    seen += [(part.version, sample.group) for sample in part.samples]
-                await loop.publish(Weights(version=version, path=Path("/fake")))
-        assert (1, 0) in seen, "the oldest group waited for, in the last batch it is fresh for"
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_a_group_that_must_not_wait_longer_has_its_place_in_a_batch_of_parts():
+    takes = lambda group, number: 30.0 if group == 0 else 1.0  # noqa: E731
+    async with rollouts(takes, on_stale="wait", alpha=1) as loop:
+        seen = []
+        for version in (1, 2, 3):
+            last = False
+            while not last:
+                part = await loop.next_part()
+                last = part.last
+                seen += [(part.version, sample.group) for sample in part.samples]
+            await loop.publish(Weights(version=version, path=Path("/fake")))
+    assert (1, 0) in seen, "the oldest group waited for, in the last batch it is fresh for"
 
 
 def test_streaming_shortens_a_synchronous_step():

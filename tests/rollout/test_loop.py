@@ -15,6 +15,7 @@ from flash.fakes import FakeEnvs, FakeStyle, FakeWorker
 from flash.hub import InferenceHub
 from flash.rollout import RolloutLoop
 from flash.types import Task, Weights
+from flash.virtual_time import in_virtual_time
 
 
 def weights(version: int) -> Weights:
@@ -43,43 +44,38 @@ async def rollouts(*, envs=None, worker=None, agent=None, agent_options=None, hu
         yield loop
 
 
-def test_admission_fills_the_capacity_and_publish_frees_it():
-    async def main():
-        async with rollouts(alpha=1.5) as loop:
-            assert loop.capacity == 10
-            assert loop.ledger.running == 10
-            await loop.next_batch()
-            await asyncio.sleep(1000)
-            assert loop.ledger.running + loop.ledger.ready == 6, "slots stay held until publish"
-            await loop.publish(weights(1))
-            assert loop.ledger.running + loop.ledger.ready == 10
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_admission_fills_the_capacity_and_publish_frees_it():
+    async with rollouts(alpha=1.5) as loop:
+        assert loop.capacity == 10
+        assert loop.ledger.running == 10
+        await loop.next_batch()
+        await asyncio.sleep(1000)
+        assert loop.ledger.running + loop.ledger.ready == 6, "slots stay held until publish"
+        await loop.publish(weights(1))
+        assert loop.ledger.running + loop.ledger.ready == 10
 
 
-def test_alpha_zero_admits_nothing_between_batch_and_publish():
-    async def main():
-        async with rollouts(alpha=0) as loop:
-            await loop.next_batch()
-            await asyncio.sleep(1000)
-            assert (loop.ledger.running, loop.ledger.ready) == (0, 0)
-            await loop.publish(weights(1))
-            assert loop.ledger.running == 4
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_alpha_zero_admits_nothing_between_batch_and_publish():
+    async with rollouts(alpha=0) as loop:
+        await loop.next_batch()
+        await asyncio.sleep(1000)
+        assert (loop.ledger.running, loop.ledger.ready) == (0, 0)
+        await loop.publish(weights(1))
+        assert loop.ledger.running == 4
 
 
-def test_groups_are_handed_over_oldest_first_and_whole():
-    async def main():
-        async with rollouts(alpha=3) as loop:
-            await asyncio.sleep(1000)  # all of them are ready
-            batch = await loop.next_batch()
-            assert Counter(sample.group for sample in batch.samples) == {0: 2, 1: 2}
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_groups_are_handed_over_oldest_first_and_whole():
+    async with rollouts(alpha=3) as loop:
+        await asyncio.sleep(1000)  # all of them are ready
+        batch = await loop.next_batch()
+        assert Counter(sample.group for sample in batch.samples) == {0: 2, 1: 2}
 
 
-def test_a_straggler_holds_up_nobody():
+@in_virtual_time
+async def test_a_straggler_holds_up_nobody():
     class OneHangs(FakeEnvs):
         async def take_time(self):
             if not hasattr(self, "hung"):
@@ -87,14 +83,11 @@ def test_a_straggler_holds_up_nobody():
                 await asyncio.sleep(50)
             await super().take_time()
 
-    async def main():
-        options = {"step_timeout_s": 1e6, "episode_timeout_s": 1e6}
-        async with rollouts(envs=OneHangs(step_s=(1, 1)), agent_options=options) as loop:
-            batch = await loop.next_batch()
-            assert 0 not in {sample.group for sample in batch.samples}
-            assert asyncio.get_running_loop().time() < 50
-
-    virtual_time.run(main())
+    options = {"step_timeout_s": 1e6, "episode_timeout_s": 1e6}
+    async with rollouts(envs=OneHangs(step_s=(1, 1)), agent_options=options) as loop:
+        batch = await loop.next_batch()
+        assert 0 not in {sample.group for sample in batch.samples}
+        assert asyncio.get_running_loop().time() < 50
 
 
 def test_stale_episodes_are_started_again_dropped_or_waited_for():
@@ -161,7 +154,8 @@ def test_an_episode_past_its_deadlines_fails_and_is_started_again():
     assert outcomes[("trained", "")] == 4
 
 
-def test_a_group_that_keeps_failing_is_given_up_and_replaced():
+@in_virtual_time
+async def test_a_group_that_keeps_failing_is_given_up_and_replaced():
     class FirstTaskFails(FakeEnvs):
         async def open(self):
             env = await super().open()
@@ -175,28 +169,24 @@ def test_a_group_that_keeps_failing_is_given_up_and_replaced():
             env.reset = failing
             return env
 
-    async def main():
-        records = []
-        async with rollouts(envs=FirstTaskFails(), on_episode=records.append) as loop:
-            batch = await loop.next_batch()
-            assert 0 not in {sample.group for sample in batch.samples}
-        failed = [r for r in records if r.outcome == "failed"]
-        assert {r.group for r in failed} == {0}
-        assert max(r.attempt for r in failed) == 3
-
-    virtual_time.run(main())
+    records = []
+    async with rollouts(envs=FirstTaskFails(), on_episode=records.append) as loop:
+        batch = await loop.next_batch()
+        assert 0 not in {sample.group for sample in batch.samples}
+    failed = [r for r in records if r.outcome == "failed"]
+    assert {r.group for r in failed} == {0}
+    assert max(r.attempt for r in failed) == 3
 
 
-def test_a_run_in_which_everything_fails_ends_with_the_cause():
-    async def main():
-        async with rollouts(envs=FakeEnvs(fail_rate=1.0)) as loop:
-            with pytest.raises(RolloutFailure, match="none came to its end between.*planned"):
-                await loop.next_batch()
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_a_run_in_which_everything_fails_ends_with_the_cause():
+    async with rollouts(envs=FakeEnvs(fail_rate=1.0)) as loop:
+        with pytest.raises(RolloutFailure, match="none came to its end between.*planned"):
+            await loop.next_batch()
 
 
-def test_an_agent_that_crashes_is_replaced_and_its_task_started_again():
+@in_virtual_time
+async def test_an_agent_that_crashes_is_replaced_and_its_task_started_again():
     crashes = iter([True, True, False])
 
     class Crashing(EnvironmentAgent):
@@ -205,14 +195,11 @@ def test_an_agent_that_crashes_is_replaced_and_its_task_started_again():
                 raise KeyError("a bug")
             return await super().play(episode)
 
-    async def main():
-        records = []
-        async with rollouts(agent=Crashing, on_episode=records.append) as loop:
-            await loop.next_batch()
-            assert loop.crashes == 2
-        assert Counter(r.reason for r in records if r.outcome == "failed") == {"agent": 2}
-
-    virtual_time.run(main())
+    records = []
+    async with rollouts(agent=Crashing, on_episode=records.append) as loop:
+        await loop.next_batch()
+        assert loop.crashes == 2
+    assert Counter(r.reason for r in records if r.outcome == "failed") == {"agent": 2}
 
 
 def test_a_stall_is_named_with_episode_stage_and_time():
@@ -230,26 +217,22 @@ def test_a_stall_is_named_with_episode_stage_and_time():
     assert "episode 0 (seed 0, group 0, attempt 1) in stage 'env' for 50.0 s" in message
 
 
-def test_a_pool_with_no_worker_left_ends_the_run_with_the_cause():
-    async def main():
-        worker = FakeWorker("only")
-        async with rollouts(worker=worker, hub={"recovery_timeout_s": 5.0}) as loop:
-            worker.die()
-            with pytest.raises(InferenceFailure, match="no inference worker is left.*only is dead"):
-                await loop.next_batch()
-
-    virtual_time.run(main())
-
-
-def test_tasks_that_end_are_an_error_that_says_so_not_a_hang():
-    async def main():
-        async with rollouts(tasks=tasks(3), alpha=0) as loop:
+@in_virtual_time
+async def test_a_pool_with_no_worker_left_ends_the_run_with_the_cause():
+    worker = FakeWorker("only")
+    async with rollouts(worker=worker, hub={"recovery_timeout_s": 5.0}) as loop:
+        worker.die()
+        with pytest.raises(InferenceFailure, match="no inference worker is left.*only is dead"):
             await loop.next_batch()
-            await loop.publish(weights(1))
-            with pytest.raises(RolloutFailure, match="the tasks have ended"):
-                await loop.next_batch()
 
-    virtual_time.run(main())
+
+@in_virtual_time
+async def test_tasks_that_end_are_an_error_that_says_so_not_a_hang():
+    async with rollouts(tasks=tasks(3), alpha=0) as loop:
+        await loop.next_batch()
+        await loop.publish(weights(1))
+        with pytest.raises(RolloutFailure, match="the tasks have ended"):
+            await loop.next_batch()
 
 
 def tasks_that_break(after: int):
@@ -296,51 +279,45 @@ def test_what_the_making_of_an_agent_raises_ends_the_run_and_an_evaluation():
     virtual_time.run(main(lambda loop: loop.evaluate([Task(seed) for seed in range(9)])))
 
 
-def test_what_is_told_of_an_episode_and_raises_ends_the_run_and_leaves_the_counts_right():
+@in_virtual_time
+async def test_what_is_told_of_an_episode_and_raises_ends_the_run_and_leaves_the_counts_right():
     def full(record):
         raise OSError("no space left on device")
 
-    async def main():
-        envs = FakeEnvs(fail_rate=0.5)
-        async with rollouts(envs=envs, on_episode=full) as loop:
-            with pytest.raises(OSError, match="no space left"):
-                for version in range(1, 9):
-                    await loop.next_batch()
-                    await loop.publish(weights(version))
-            assert loop.crashes == 0, "no agent is to blame"
-        assert (loop.ledger.running, loop.ledger.ready, envs.open_now) == (0, 0, 0)
-
-    virtual_time.run(main())
+    envs = FakeEnvs(fail_rate=0.5)
+    async with rollouts(envs=envs, on_episode=full) as loop:
+        with pytest.raises(OSError, match="no space left"):
+            for version in range(1, 9):
+                await loop.next_batch()
+                await loop.publish(weights(version))
+        assert loop.crashes == 0, "no agent is to blame"
+    assert (loop.ledger.running, loop.ledger.ready, envs.open_now) == (0, 0, 0)
 
 
-def test_evaluation_pauses_admission_and_stays_out_of_the_ledger():
-    async def main():
-        async with rollouts(alpha=1) as loop:
-            batch = await loop.next_batch()
-            held = loop.ledger.admitted
-            evaluation = await loop.evaluate([Task(seed) for seed in range(20)])
-            assert evaluation.episodes == 20
-            assert 0 <= evaluation.success_rate <= 1
-            assert loop.ledger.admitted == held
-            await loop.publish(weights(batch.version + 1))
-            assert loop.ledger.admitted > held
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_evaluation_pauses_admission_and_stays_out_of_the_ledger():
+    async with rollouts(alpha=1) as loop:
+        batch = await loop.next_batch()
+        held = loop.ledger.admitted
+        evaluation = await loop.evaluate([Task(seed) for seed in range(20)])
+        assert evaluation.episodes == 20
+        assert 0 <= evaluation.success_rate <= 1
+        assert loop.ledger.admitted == held
+        await loop.publish(weights(batch.version + 1))
+        assert loop.ledger.admitted > held
 
 
-def test_an_evaluation_that_is_cancelled_as_the_loop_closes_admits_nothing():
-    async def main():
-        async with rollouts(alpha=1) as loop:
-            await loop.next_batch()
-            evaluation = asyncio.ensure_future(loop.evaluate([Task(seed) for seed in range(20)]))
-            await asyncio.sleep(0)  # it begins
-            admitted = loop.ledger.admitted
-            evaluation.cancel()
-        assert evaluation.cancelled()
-        assert loop.ledger.admitted == admitted
-        assert loop.ledger.running == 0
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_an_evaluation_that_is_cancelled_as_the_loop_closes_admits_nothing():
+    async with rollouts(alpha=1) as loop:
+        await loop.next_batch()
+        evaluation = asyncio.ensure_future(loop.evaluate([Task(seed) for seed in range(20)]))
+        await asyncio.sleep(0)  # it begins
+        admitted = loop.ledger.admitted
+        evaluation.cancel()
+    assert evaluation.cancelled()
+    assert loop.ledger.admitted == admitted
+    assert loop.ledger.running == 0
 
 
 def test_an_evaluation_task_that_fails_is_tried_again_and_counted_if_it_keeps_failing():
@@ -414,23 +391,22 @@ def test_a_run_that_stops_knows_which_tasks_it_leaves_unfinished():
     assert not trained & unfinished
 
 
-def test_an_episode_that_is_cancelled_by_what_it_called_has_failed():
+@in_virtual_time
+async def test_an_episode_that_is_cancelled_by_what_it_called_has_failed():
     """Started again as if the loop had cancelled it, it would be so for ever."""
 
     class Cancelling(FakeEnvs):
         async def take_time(self):
             raise asyncio.CancelledError
 
-    async def main():
-        async with rollouts(envs=Cancelling()) as loop:
-            with pytest.raises(RolloutFailure, match="cancelled by what it called"):
-                await loop.next_batch()
-            assert loop.ledger.ended["failed", "agent"] > 0
-
-    virtual_time.run(main())
+    async with rollouts(envs=Cancelling()) as loop:
+        with pytest.raises(RolloutFailure, match="cancelled by what it called"):
+            await loop.next_batch()
+        assert loop.ledger.ended["failed", "agent"] > 0
 
 
-def test_an_agent_that_crashes_after_its_report_costs_no_more_than_itself():
+@in_virtual_time
+async def test_an_agent_that_crashes_after_its_report_costs_no_more_than_itself():
     class Twice(EnvironmentAgent):
         async def run(self, report):
             def report_twice(episode, end):
@@ -439,32 +415,27 @@ def test_an_agent_that_crashes_after_its_report_costs_no_more_than_itself():
 
             await super().run(report_twice)
 
-    async def main():
-        async with rollouts(agent=Twice, alpha=0) as loop:
-            for version in range(1, 4):
-                await loop.next_batch()
-                await loop.publish(weights(version))
-            assert loop.crashes > 0
-
-    virtual_time.run(main())
+    async with rollouts(agent=Twice, alpha=0) as loop:
+        for version in range(1, 4):
+            await loop.next_batch()
+            await loop.publish(weights(version))
+        assert loop.crashes > 0
 
 
-def test_thousands_of_agents_run_at_once():
-    async def main():
-        worker = FakeWorker("w", token_s=(0.5, 1.0))
-        async with rollouts(
-            worker=worker, batch_size=2000, group_size=4, alpha=1, hub={"max_running": 10_000}
-        ) as loop:
-            for _ in range(200):
-                before = loop.ledger.running
-                await asyncio.sleep(0)
-                assert loop.ledger.running - before <= 64, "a burst holds the event loop"
-            assert loop.ledger.running == 4000
-            batch = await loop.next_batch()
-            assert len(batch.samples) == 2000
-            assert worker.max_running_seen > 2000
-
-    virtual_time.run(main())
+@in_virtual_time
+async def test_thousands_of_agents_run_at_once():
+    worker = FakeWorker("w", token_s=(0.5, 1.0))
+    async with rollouts(
+        worker=worker, batch_size=2000, group_size=4, alpha=1, hub={"max_running": 10_000}
+    ) as loop:
+        for _ in range(200):
+            before = loop.ledger.running
+            await asyncio.sleep(0)
+            assert loop.ledger.running - before <= 64, "a burst holds the event loop"
+        assert loop.ledger.running == 4000
+        batch = await loop.next_batch()
+        assert len(batch.samples) == 2000
+        assert worker.max_running_seen > 2000
 
 
 @pytest.mark.parametrize(
