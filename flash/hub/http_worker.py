@@ -122,7 +122,12 @@ class HttpWorker:
 
     async def load_weights(self, path: Path) -> None:
         body = {"method": "load_flash_weights", "kwargs": {"weights_path": str(path)}}
-        answer = await self._call("POST", "/collective_rpc", body)
+        try:
+            answer = await self._call("POST", "/collective_rpc", body)
+        except WorkerFailure as failure:
+            raise WorkerFailure(
+                f"{failure} (it must serve the model that is trained, and see the files in {path})"
+            ) from failure
         wanted = await asyncio.to_thread(checksum, path)
         with self._readable(answer):
             loaded = set(_decode_loaded(answer).results)
@@ -221,7 +226,8 @@ class HttpWorker:
                     raise WorkerFailure(message)
                 yield response
         except (aiohttp.ClientError, OSError, asyncio.IncompleteReadError) as error:
-            raise WorkerFailure(f"{self.name}{route} can't be reached: {error!r}") from error
+            why = str(error) or repr(error)
+            raise WorkerFailure(f"{self.name}{route} can't be reached: {why}") from error
 
     @contextlib.contextmanager
     def _readable(self, answer: bytes) -> Iterator[None]:

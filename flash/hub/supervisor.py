@@ -91,6 +91,7 @@ class Supervisor:
     async def _recover(self, slot: Slot) -> None:
         """Asks for its health until it is well, then gives it the present weights."""
         unwell = 0
+        told = ""
         while self._queue.failure is None:
             await slot.up.wait()
             if slot.gone:
@@ -106,7 +107,9 @@ class Supervisor:
                     well = slot.up.is_set() and not slot.gone
                     slot.healthy = well and self._queue.failure is None
             except (WorkerFailure, BadRequest) as error:
-                logger.warning("%s is not well yet: %s", slot.worker.name, error)
+                if str(error) != told:  # once for each reason, not for each look
+                    logger.warning("%s is not well yet: %s", slot.worker.name, error)
+                told = str(error)
                 unwell += 1
                 if unwell % _UNWELL_UNTIL_RESTART == 0:
                     self._restart(slot)

@@ -138,7 +138,9 @@ async def test_a_mistake_of_the_request_is_told_from_a_failing_worker(
 
 async def test_a_worker_that_is_not_there_has_failed():
     worker = HttpWorker("http://127.0.0.1:9")
-    with pytest.raises(WorkerFailure, match="can't be reached"):
+    with pytest.raises(
+        WorkerFailure, match=r"can't be reached: Cannot connect to host 127\.0\.0\.1"
+    ):
         await worker.check_health()
     await worker.close()
 
@@ -161,3 +163,11 @@ async def test_tokens_that_no_span_covers_have_no_version(scripted):
     """The hub then refuses the answer: -1 was never published."""
     scripted.answer = changed(weight_versions=[{"version": "4", "start": 0, "end": 2}])
     assert (await scripted.worker.generate("id", [1], SAMPLING)).versions == [4, 4, -1]
+
+
+async def test_weights_that_a_server_can_not_load_say_what_it_must_have(scripted, tmp_path):
+    scripted.status, scripted.answer = 500, {"error": "Worker failed with error ''"}
+    with pytest.raises(
+        WorkerFailure, match=r"500: .* \(it must serve the model that is trained, and"
+    ):
+        await scripted.worker.load_weights(tmp_path)

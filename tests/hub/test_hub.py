@@ -289,6 +289,16 @@ async def test_with_no_worker_left_every_caller_is_told_the_cause_now_and_later(
 
 
 @in_virtual_time
+async def test_a_worker_that_stays_unwell_is_told_of_once_for_each_reason(caplog):
+    worker = steady("only")
+    async with InferenceHub([worker], recovery_timeout_s=1000) as hub:
+        worker.fail_next(20)
+        await hub.generate(request())
+    told = [message for message in caplog.messages if "is not well yet" in message]
+    assert len(told) == 1
+
+
+@in_virtual_time
 async def test_a_pool_without_a_healthy_worker_fails_after_recovery_timeout_even_if_health_hangs():
     class Mute(FakeWorker):
         async def check_health(self):
