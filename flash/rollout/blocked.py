@@ -9,15 +9,13 @@ import contextlib
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from types import FrameType
 
-from flash.rollout.stacks import running_stack
+from flash.rollout.stacks import culprit, running_stack
 
 _ADMISSION = "next_start"  # of `Starts`, which asks the task source
 _WAITS = 4
-_SOURCES = Path(__file__).parents[1]
 
 
 @contextlib.contextmanager
@@ -54,7 +52,7 @@ def watched_event_loop(timeout_s: float, on_blocked: Callable[[str], None]) -> I
 def _report(frame: FrameType, timeout_s: float) -> str:
     stack = traceback.extract_stack(frame)
     lines = running_stack(frame)
-    cause = f"the event loop is blocked, at {lines[_culprit(stack)]} [event_loop_blocked]"
+    cause = f"the event loop is blocked, at {culprit(lines)} [event_loop_blocked]"
     admission = [place for place, call in enumerate(stack) if call.name == _ADMISSION]
     if admission and admission[0] + 1 < len(stack):
         at = lines[admission[0] + 1]
@@ -62,14 +60,3 @@ def _report(frame: FrameType, timeout_s: float) -> str:
     return "\n".join(
         [f"no progress for {timeout_s:.1f} s: {cause}", *(f"      {line}" for line in lines)]
     )
-
-
-def _culprit(stack: Sequence[traceback.FrameSummary]) -> int:
-    """The innermost frame that is not the standard library's or an installed package's."""
-    library = (sys.base_prefix, sys.prefix, "<")
-    ours = [
-        place
-        for place, call in enumerate(stack)
-        if not call.filename.startswith(library) or call.filename.startswith(str(_SOURCES))
-    ]
-    return ours[-1] if ours else len(stack) - 1

@@ -23,7 +23,7 @@ from flash.hub.reports import HubStats, WorkerStats
 from flash.rollout.episode import Episode
 from flash.rollout.ledger import Ledger
 from flash.rollout.pulse import Call, Pulse
-from flash.rollout.stacks import waiting_stack
+from flash.rollout.stacks import culprit, waiting_stack
 from flash.types import TrainerState
 
 _EPISODES_NAMED = 8
@@ -293,7 +293,7 @@ def _agents(episodes: Sequence[Episode]) -> str:
 
 def _where(episode: Episode) -> str:
     stack = _stack(episode)
-    return f", at {stack[-1]}" if stack else ""
+    return f", at {culprit(stack)}" if stack else ""
 
 
 def _stack(episode: Episode) -> list[str]:

@@ -2,10 +2,15 @@
 
 import asyncio
 import inspect
+import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
+
+_LIBRARY = (sys.base_prefix, sys.prefix, "<")
+_SOURCES = str(Path(__file__).parents[1])
 
 
 def waiting_stack(task: asyncio.Task[Any]) -> list[str]:
@@ -20,6 +25,12 @@ def waiting_stack(task: asyncio.Task[Any]) -> list[str]:
 def running_stack(frame: FrameType) -> list[str]:
     """The lines at which a thread stands, outermost first."""
     return _lines(traceback.extract_stack(frame))
+
+
+def culprit(stack: Sequence[str]) -> str:
+    """The innermost line that is not the standard library's or an installed package's."""
+    ours = [line for line in stack if not line.startswith(_LIBRARY) or line.startswith(_SOURCES)]
+    return (ours or stack)[-1]
 
 
 def _frames(awaited: Any) -> Iterator[FrameType]:

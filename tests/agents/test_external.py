@@ -231,6 +231,31 @@ async def test_an_episode_that_is_given_up_cancels_its_agent_and_its_request():
 
 
 @in_virtual_time
+async def test_an_agent_that_hangs_is_named_with_its_own_line_and_replaced():
+    """It has no deadline for a step: only its episode's, which may be far, and the watchdog's."""
+    reports, records = [], []
+
+    async def life(session, task):
+        await session.say()
+        if task.seed == 1 and session.door.closed == 0:
+            await asyncio.Event().wait()  # for an answer of its database
+        return 1.0
+
+    async with rollouts(
+        life, records=records, timeout_s=1e9, alpha=0, on_stall="replace",
+        stall_timeout_s=50.0, on_report=reports.append,
+    ) as loop:  # fmt: skip
+        batch = await loop.next_batch()
+    (report,) = reports
+    assert "(seed 1, group 1, attempt 1) in stage 'agent'" in report
+    assert "await asyncio.Event().wait()  # for an answer of its database [agent_waits]" in report
+    assert Counter((r.outcome, r.reason) for r in records if r.seed == 1) == {
+        ("cancelled", "stall"): 2, ("trained", ""): 2,
+    }  # fmt: skip
+    assert len(batch.samples) == 4
+
+
+@in_virtual_time
 async def test_no_worker_left_ends_the_run_and_blames_no_agent():
     worker = FakeWorker("w")
 

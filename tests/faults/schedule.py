@@ -92,6 +92,7 @@ class Schedule:
             }
         self.publish_every = rng.choice([1, 1, 2, 3])
         self.streams = rng.random() < 0.3
+        self.overlaps = rng.random() < 0.3  # the next batch is asked for during a publish
         groups = rng.choice([1, 2, 4])
         self.workers_wanted = rng.choice([1, 2, 3])
         self.pooled = rng.random() < 0.5
@@ -197,8 +198,17 @@ class Schedule:
             asyncio.TaskGroup() as beside,
         ):  # fmt: skip
             monitor = beside.create_task(self._monitor(), name="monitor")
-            for _ in range(self.steps):
-                await self._step()
+            publishing: asyncio.Task[None] | None = None
+            for step in range(1, self.steps + 1):
+                await self._train()
+                if step % self.publish_every == 0:
+                    if publishing is not None:
+                        await publishing
+                    publishing = beside.create_task(self._publish(step), name="publish")
+                    if not self.overlaps:
+                        await publishing
+            if publishing is not None:
+                await publishing
             monitor.cancel()
 
     @contextlib.asynccontextmanager
@@ -235,7 +245,7 @@ class Schedule:
             if leaving:
                 await asyncio.wait(leaving)
 
-    async def _step(self) -> None:
+    async def _train(self) -> None:
         batch = await self._next_batch()
         self._check_batch(batch)
         self.held[batch.version] = self.settings["batch_size"]
@@ -243,16 +253,16 @@ class Schedule:
             raise TrainerFailure("planned")
         slow = self.chance.draw("trainer_slow") is not None
         await asyncio.sleep(self.rng.random() * (300 if slow else 3))
-        if (batch.version + 1) % self.publish_every:
-            return
+
+    async def _publish(self, version: int) -> None:
         while not await self._cancellable(
-            self.rollouts.publish(Weights(version=batch.version + 1, path=Path("/fake"))),
+            self.rollouts.publish(Weights(version=version, path=Path("/fake"))),
             "publish_cancelled",
         ):
             await asyncio.sleep(self.rng.random())
-        self.held = {v: n for v, n in self.held.items() if v > batch.version}
-        self.say("published", batch.version + 1)
-        behind = [w for w in self.hub.stats().workers if w.healthy and w.version <= batch.version]
+        self.held = {v: n for v, n in self.held.items() if v >= version}
+        self.say("published", version)
+        behind = [w for w in self.hub.stats().workers if w.healthy and w.version < version]
         assert not behind, f"a worker takes requests with old weights: {behind}"
         if self.chance.draw("evaluation"):
             tasks = [Task(-1 - number) for number in range(3)]
