@@ -33,6 +33,17 @@ def expand(word):
     return [match[1] + w + match[3] for w in match[2].split(",")] if match else [word]
 
 
+def test_what_the_watchdog_says_is_kept_in_the_runs_folder(tmp_path):
+    with RunFolder(config(tmp_path)) as folder:
+        folder.stall("the reward hangs [reward_hangs]")
+        folder.stall("and again")
+    kept = (folder.path / "logs" / "stalls.log").read_text()
+    assert re.findall(r"^[\d-]+ [\d:]+ (.*)", kept, re.MULTILINE) == [
+        "the reward hangs [reward_hangs]",
+        "and again",
+    ]
+
+
 def test_the_names_of_the_metrics_are_fixed():
     assert set(METRICS) == {name for word in FIXED.split() for name in expand(word)}
     assert all(METRICS.values())

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _BLUE, _RED, _GREEN, _ORANGE, _GREY = "#3b6ea8", "#c2443f", "#4f9a63", "#e08a4e", "#d9d9d9"
 _LINES = (_BLUE, _RED, _GREEN, _ORANGE, "#a58bc4", "#cdb45f", "#8c8c8c")
-_STAGES = ("start", "env", "generate", "reward", "wait")
+_STAGES = ("env", "generate", "reward", "wait")
 
 
 def draw_sweep(rows: Sequence["Row"]) -> Figure:
@@ -80,16 +80,20 @@ def draw_plan(plan: "Plan") -> Figure:
             [choice.result.samples_per_s for choice in choices],
             **style,
         )
-    for choice in plan.best:
+    frontier = [(c.result.staleness_mean, c.result.samples_per_s) for c in plan.best]
+    axes.plot(*zip(*frontier, strict=True), color=_BLUE, linewidth=1)
+    oldest = max(age for age, _ in frontier)
+    for choice, (age, speed) in zip(plan.best, frontier, strict=True):
+        right = age > oldest / 2
         axes.annotate(
             f"α={choice.alpha:g}, {choice.workers} workers, trainer {choice.trainer_gpus}",
-            (choice.result.staleness_mean, choice.result.samples_per_s),
-            textcoords="offset points", xytext=(6, 6), fontsize=8,
+            (age, speed), textcoords="offset points", fontsize=8,
+            xytext=(-8 if right else 8, 4), ha="right" if right else "left",
         )  # fmt: skip
     axes.set_xlabel("mean age of trained tokens, in versions")
     axes.set_ylabel("samples a second")
     axes.set_ylim(bottom=0)
-    axes.margins(x=0.25, y=0.12)
+    axes.margins(x=0.05, y=0.12)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     return figure

@@ -183,7 +183,9 @@ def run(scenario: Scenario, *, gpus: int, alphas: Sequence[float], folder: Path)
     take = found.recommended
     if scenario.steps:
         total_s = scenario.steps * scenario.batch_size / take.result.samples_per_s
-        took = f"; {scenario.steps} steps would take {total_s / 3600:.1f} h"
+        minutes = total_s / 60
+        took = f"; {scenario.steps} steps would take "
+        took += f"{minutes / 60:.1f} h" if minutes > 60 else f"{minutes:.1f} min"
     else:
         took = ""
     print(

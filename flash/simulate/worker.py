@@ -76,6 +76,8 @@ class SimulatedWorker:
         self._at = 0.0
         self._frozen = False
         self._timer: asyncio.TimerHandle | None = None
+        self._shown = 0  # in the timeline: how many decode, and since when any do
+        self._works_since: float | None = None
         self._drained = asyncio.Event()
 
     # ── the Worker protocol ──────────────────────────────────────────────────────────────────
@@ -160,8 +162,8 @@ class SimulatedWorker:
         pass
 
     async def close(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
+        self._frozen = True
+        self._plan()
 
     # ── time ─────────────────────────────────────────────────────────────────────────────────
 
@@ -198,10 +200,12 @@ class SimulatedWorker:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        may_begin = self._prefilling is None and not self._frozen
+        if may_begin and self._waiting and self._has_room(self._waiting[0]):
+            self._begin(self._waiting.popleft())
+        self._show_load()
         if self._frozen:
             return
-        if self._prefilling is None and self._waiting and self._has_room(self._waiting[0]):
-            self._begin(self._waiting.popleft())
         if self._prefilling is not None:
             left_s = max(0.0, self._prefill_left_s)
             self._timer = self._loop.call_later(left_s, self._end_prefill)
@@ -255,7 +259,6 @@ class SimulatedWorker:
         self._decoding[job] = None
         self._context += job.prompt_tokens + job.sampled
         self._shrink_cache()
-        self._show_load()
         self._plan()
 
     def _end_steps(self, steps: float) -> None:
@@ -280,7 +283,6 @@ class SimulatedWorker:
             self._waiting.appendleft(youngest)
             self.preemptions += 1
         self._shrink_cache()
-        self._show_load()
         self._plan()
 
     def _stop(self, job: _Job) -> None:
@@ -333,9 +335,18 @@ class SimulatedWorker:
         )
 
     def _show_load(self) -> None:
-        if self._timeline is not None:
+        if self._timeline is None:
+            return
+        if len(self._decoding) != self._shown:
+            self._shown = len(self._decoding)
             share = self._context / self._config.kv_tokens
-            self._timeline.running(self.name, len(self._decoding), share)
+            self._timeline.running(self.name, self._shown, share)
+        works = not self._frozen and bool(self._decoding or self._prefilling)
+        if works and self._works_since is None:
+            self._works_since = self._loop.time()
+        elif not works and self._works_since is not None:
+            self._timeline.worker(self.name, "sample", self._works_since)
+            self._works_since = None
 
     # ── the cache of what does not run ───────────────────────────────────────────────────────
 

@@ -314,9 +314,10 @@ class Schedule:
             rollouts.ledger.check()
             under_way = rollouts.ledger.running + rollouts.ledger.ready + sum(self.held.values())
             assert under_way <= self._most_under_way(), "invariant 3: bounded"
-            if self._requests_lost():
-                await asyncio.sleep(0.001)  # within one moment they may be on their way
-                assert not self._requests_lost(), "invariant 5: a request is lost"
+            for is_so in (self._requests_lost, self._workers_idle_in_vain):
+                if is_so():
+                    await asyncio.sleep(0.001)  # within one moment requests may be on their way
+                    assert not is_so(), f"invariant 5: {is_so.__name__}"
             for episode in rollouts.episodes():
                 # A run that has failed says so at the trainer's next call; till then it waits.
                 if episode.trajectory is None and rollouts._failure is None:
@@ -334,6 +335,15 @@ class Schedule:
         hub = self.hub.stats()
         asking = sum(e.stage_name == "generate" for e in self.rollouts.episodes())
         return asking > hub.queued + hub.running
+
+    def _workers_idle_in_vain(self) -> bool:
+        """A request waits beside a worker that has room. Without replication some have to."""
+        hub = self.hub.stats()
+        free = any(
+            w.healthy and not w.updating and not w.lent and w.running < self.max_running
+            for w in hub.workers
+        )
+        return bool(free and hub.queued and self.settings.get("replicate", True))
 
     def _check_batch(self, batch: Batch) -> None:
         self.say("batch", batch.version, [sample.episode for sample in batch.samples])

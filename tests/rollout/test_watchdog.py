@@ -12,6 +12,7 @@ from flash.agents.environment_agent import EnvironmentAgent
 from flash.errors import RolloutStall
 from flash.fakes import FakeEnvs, FakePool, FakeStyle, FakeWorker
 from flash.hub import InferenceHub
+from flash.hub.queue import RequestQueue
 from flash.rollout import RolloutLoop
 from flash.rollout.blocked import watched_event_loop
 from flash.types import Task, TrainerState, Weights
@@ -120,7 +121,8 @@ def test_a_reward_that_is_deadlocked_is_named():
 
     stall = stalls(main)
     assert stall.cause == "reward_hangs"
-    assert "async with second" in str(stall)
+    where = str(stall).splitlines()[0]
+    assert "in deadlocked: async with second: [reward_hangs]" in where, "not asyncio's own line"
 
 
 def test_an_agent_that_waits_for_something_of_its_own_is_named_with_the_line():
@@ -149,6 +151,19 @@ def test_workers_that_are_all_out_are_named_before_the_hub_gives_them_up():
     stall = stalls(main)
     assert stall.cause == "workers_out"
     assert "all 2 workers are out" in str(stall)
+
+
+def test_a_queue_that_gives_nobody_a_place_is_named(monkeypatch):
+    """That would be a bug of ours, so it is planted by a patch."""
+    monkeypatch.setattr(RequestQueue, "dispatch", lambda queue: None)
+
+    async def main():
+        async with rollouts() as loop:
+            await loop.next_batch()
+
+    stall = stalls(main)
+    assert stall.cause == "queue_stuck"
+    assert "the hub's queue is stuck: 4 requests wait beside workers with room" in str(stall)
 
 
 def test_a_publish_that_is_stuck_ends_the_run_in_the_midst_of_it():

@@ -64,7 +64,11 @@ def test_a_timeline_has_a_lane_for_each_worker_each_agent_and_the_trainer(scenar
     lanes = {e["args"]["name"] for e in events if e["name"] == "thread_name"}
     assert lanes >= {"trainer", "worker 000", "worker 002", "agent 0000", "agent 0063"}
     spans = [e for e in events if e["ph"] == "X"]
-    assert {e["name"] for e in spans} >= {"wait", "train", "publish", "generate", "env"}
+    did = {"trainer": {"wait", "train", "publish"}, "agents": {"generate", "env", "reward"}}
+    did["workers"] = {"sample", "load weights"}
+    pids = {e["args"]["name"]: e["pid"] for e in events if e["name"] == "process_name"}
+    for group, names in did.items():
+        assert {e["name"] for e in spans if e["pid"] == pids[group]} == names
     by_lane = {}
     for span in spans:
         by_lane.setdefault((span["pid"], span["tid"]), []).append(span)
