@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from flash.errors import RolloutStall
 from flash.hub.reports import HubStats, WorkerStats
 from flash.rollout.episode import Episode
 from flash.rollout.ledger import Ledger
@@ -131,11 +132,15 @@ def _of_the_publish(stats: HubStats) -> Cause:
 
 
 def _of_the_episodes(loop: Loop) -> Cause:
-    running = sorted(loop.under_way(), key=lambda episode: episode.stage_since)
     if fruitless(loop):
         return _of_what_ended(loop)
-    if not running:
-        return _of_admission(loop)
+    if running := loop.under_way():
+        return _of_running(loop.hub, running)
+    return _of_admission(loop)
+
+
+def _of_running(hub: Hub, episodes: Sequence[Episode]) -> Cause:
+    running = _longest_first(episodes)
     if ignoring := [episode for episode in running if episode.cancel_reason is not None]:
         words = (
             f"{_agents(ignoring)} ignored the cancellation, for '{ignoring[0].cancel_reason}', "
@@ -146,7 +151,7 @@ def _of_the_episodes(loop: Loop) -> Cause:
     stage = max(stages, key=lambda name: stages[name])
     blocking = [episode for episode in running if episode.stage_name == stage]
     if stage == "generate":
-        return _of_generation(loop.hub, blocking)
+        return _of_generation(hub, blocking)
     first = blocking[0]
     name, words = {
         "env": ("env_asleep", f"the environment is asleep in {_episodes(blocking)}"),
@@ -228,19 +233,8 @@ def write_report(
     caller: asyncio.Task[object] | None,
 ) -> str:
     """All that is known of a stall, the cause first."""
-    running = sorted(loop.under_way(), key=lambda episode: episode.stage_since)
-    named = [*cause.episodes, *(e for e in running if e not in cause.episodes)]
-    stats, admission = loop.hub.stats(), loop.admission()
-    lines = [
-        f"no progress for {_now() - since:.1f} s: {cause.words} [{cause.name}]",
-        f"{len(cause.episodes)} episodes block, of {len(running)} that run:",
-    ]
-    for episode in named[:_EPISODES_NAMED]:
-        blocks = "" if episode in cause.episodes else " (blocks nobody)"
-        lines.append(f"  {episode.describe()}{blocks}")
-        lines += [f"      {line}" for line in _stack(episode)]
-    if len(named) > _EPISODES_NAMED:
-        lines.append(f"  … and {len(named) - _EPISODES_NAMED} more")
+    admission = loop.admission()
+    lines = _tell_of_episodes(cause, loop.under_way(), for_s=_now() - since)
     lines.append(
         f"loop: {loop.ledger.running} run, {loop.ledger.ready} are ready, {admission.owed} wait "
         f"for a slot of {loop.capacity}, {admission.unpublished} are handed over and not "
@@ -249,11 +243,7 @@ def write_report(
     if ended := loop.pulse.ended_since_gain:
         told = ", ".join(f"{count} {reason}" for reason, count in ended.most_common())
         lines.append(f"ended since the last gain: {told}")
-    lines.append(
-        f"hub: version {stats.version}, {stats.queued} queued, {stats.running} at workers, "
-        f"{stats.retries} retries"
-    )
-    lines += [f"  {_describe_worker(worker)}" for worker in stats.workers]
+    lines += _tell_of_hub(loop.hub.stats())
     lines.append(f"trainer: {_describe_trainer(trainer)}")
     calls = [f"{call.name} for {_now() - call.since:.1f} s" for call in loop.pulse.calls]
     idle = f"none, for {_now() - loop.pulse.idle_since:.1f} s"
@@ -261,6 +251,40 @@ def write_report(
     if caller is not None and not caller.done():
         lines += [f"      {line}" for line in waiting_stack(caller)]
     return "\n".join(lines)
+
+
+def stall_of(what: str, hub: Hub, episodes: Sequence[Episode], *, for_s: float) -> RolloutStall:
+    """That of episodes which are not the loop's: an evaluation's."""
+    cause = _of_running(hub, episodes)
+    lines = _tell_of_episodes(cause, episodes, for_s=for_s) + _tell_of_hub(hub.stats())
+    return RolloutStall(cause.name, f"{what}: " + "\n".join(lines))
+
+
+def _tell_of_episodes(cause: Cause, running: Sequence[Episode], *, for_s: float) -> list[str]:
+    named = [*cause.episodes, *(e for e in _longest_first(running) if e not in cause.episodes)]
+    lines = [
+        f"no progress for {for_s:.1f} s: {cause.words} [{cause.name}]",
+        f"{len(cause.episodes)} episodes block, of {len(running)} that run:",
+    ]
+    for episode in named[:_EPISODES_NAMED]:
+        blocks = "" if episode in cause.episodes else " (blocks nobody)"
+        lines.append(f"  {episode.describe()}{blocks}")
+        lines += [f"      {line}" for line in _stack(episode)]
+    if len(named) > _EPISODES_NAMED:
+        lines.append(f"  … and {len(named) - _EPISODES_NAMED} more")
+    return lines
+
+
+def _tell_of_hub(stats: HubStats) -> list[str]:
+    return [
+        f"hub: version {stats.version}, {stats.queued} queued, {stats.running} at workers, "
+        f"{stats.retries} retries",
+        *(f"  {_describe_worker(worker)}" for worker in stats.workers),
+    ]
+
+
+def _longest_first(episodes: Sequence[Episode]) -> list[Episode]:
+    return sorted(episodes, key=lambda episode: episode.stage_since)
 
 
 def _describe_worker(worker: WorkerStats) -> str:

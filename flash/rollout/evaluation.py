@@ -3,13 +3,20 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from flash.errors import EpisodeFailure, RolloutFailure
+from flash.rollout import diagnosis
 from flash.rollout.crew import Crew
+from flash.rollout.diagnosis import stall_of
 from flash.rollout.episode import AgentFactory, Episode, EpisodeEnd, Generator
 from flash.types import Task, Trajectory
+
+
+class Hub(Generator, diagnosis.Hub, Protocol):
+    """What an evaluation needs of the InferenceHub."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +45,7 @@ class Evaluation:
 
 
 async def evaluate(
-    hub: Generator,
+    hub: Hub,
     agent: AgentFactory,
     tasks: Sequence[Task],
     *,
@@ -48,8 +55,8 @@ async def evaluate(
 ) -> Evaluation:
     """One episode for each task, `concurrency` at a time; failed ones are tried again.
 
-    Raises RolloutFailure if every task fails or none ends for `stall_timeout_s`, and the hub's
-    error if no worker is left.
+    Raises RolloutFailure if every task fails, RolloutStall if none ends for `stall_timeout_s`, and
+    the hub's error if no worker is left.
     """
     clock = asyncio.get_running_loop().time
     started = clock()
@@ -93,9 +100,8 @@ async def evaluate(
                 async with asyncio.timeout(stall_timeout_s):
                     await progress.wait()
         except TimeoutError:
-            raise RolloutFailure(
-                f"evaluation: none of {running} running episodes ended for {stall_timeout_s:g} s"
-            ) from None
+            episodes = crew.episodes()
+            raise stall_of("evaluation", hub, episodes, for_s=stall_timeout_s) from None
         finally:
             waiting.clear()  # an episode that is cancelled now has no successor
     if fatal:

@@ -21,14 +21,14 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Literal, Protocol
 
-from flash.errors import EpisodeFailure, RolloutFailure
-from flash.hub.reports import HubStats
+from flash.errors import EpisodeFailure, RolloutFailure, RolloutStall
+from flash.rollout import evaluation
 from flash.rollout.assemble import metrics_of, samples_of, trajectories
 from flash.rollout.bias import LengthBias
 from flash.rollout.choice import choose, stale
 from flash.rollout.crew import Crew
 from flash.rollout.diagnosis import Admission
-from flash.rollout.episode import AgentFactory, Cancelled, Episode, EpisodeEnd, Generator
+from flash.rollout.episode import AgentFactory, Cancelled, Episode, EpisodeEnd
 from flash.rollout.evaluation import Evaluation, evaluate
 from flash.rollout.filters import Filters, GroupFilter
 from flash.rollout.groups import Group, Groups
@@ -48,7 +48,7 @@ _STARTS_A_TURN = 32  # each costs 0.1 ms or so until it waits: a batch's must no
 _GRPO = per_group(grpo)
 
 
-class Hub(Generator, Protocol):
+class Hub(evaluation.Hub, Protocol):
     """What the loop needs of the InferenceHub."""
 
     @property
@@ -58,11 +58,7 @@ class Hub(Generator, Protocol):
 
     def forget(self, session: str) -> None: ...
 
-    def stats(self) -> HubStats: ...
-
-    def whereabouts(self, session: str) -> str: ...
-
-    def lend(self, workers: int) -> AbstractAsyncContextManager[Generator]: ...
+    def lend(self, workers: int) -> AbstractAsyncContextManager[evaluation.Hub]: ...
 
     def give_up(self, worker: str, why: str) -> None: ...
 
@@ -168,6 +164,7 @@ class RolloutLoop:
         self._max_regenerations = max_regenerations
         self._stall_timeout_s = stall_timeout_s
         self._on_episode = on_episode
+        self._on_report = on_report
 
         self._open = False
         self._paused = False
@@ -320,16 +317,21 @@ class RolloutLoop:
             return await self._evaluate(share, tasks, agent)
 
     async def _evaluate(
-        self, hub: Generator, tasks: Sequence[Task], agent: AgentFactory | None
+        self, hub: evaluation.Hub, tasks: Sequence[Task], agent: AgentFactory | None
     ) -> Evaluation:
-        return await evaluate(
-            hub,
-            agent or self._agent,
-            tasks,
-            concurrency=self.capacity,
-            max_attempts=self._max_attempts,
-            stall_timeout_s=self._stall_timeout_s,
-        )
+        try:
+            return await evaluate(
+                hub,
+                agent or self._agent,
+                tasks,
+                concurrency=self.capacity,
+                max_attempts=self._max_attempts,
+                stall_timeout_s=self._stall_timeout_s,
+            )
+        except RolloutStall as stall:
+            if self._on_report is not None:
+                self._on_report(str(stall))
+            raise
 
     @property
     def capacity(self) -> int:

@@ -224,6 +224,32 @@ def test_batches_that_nobody_collects_are_named():
     assert "4 episodes are ready for a batch" in str(stall)
 
 
+@pytest.mark.parametrize("beside", [False, True])
+def test_an_evaluation_that_hangs_is_named_as_a_batch_is(beside):
+    reports = []
+
+    async def main():
+        workers = [FakeWorker("a"), FakeWorker("b")]
+        async with rollouts(
+            workers=workers, caller_timeout_s=1e9, on_report=reports.append
+        ) as loop:
+            asleep = FakeEnvs(hang_rate=1.0)
+            agent = lambda: EnvironmentAgent(  # noqa: E731
+                envs=asleep, style=FakeStyle(), max_tokens=4, step_timeout_s=1e9,
+                episode_timeout_s=1e9,
+            )  # fmt: skip
+            evaluate = loop.evaluate_beside if beside else loop.evaluate
+            await evaluate([Task(7)], agent=agent)
+
+    stall = stalls(main)
+    assert stall.cause == "env_asleep"
+    assert str(stall).startswith("evaluation: no progress for 50.0 s: the environment is asleep in")
+    assert "episode -1 (seed 7, group -1, attempt 1) in stage 'env' for 50.0 s" in str(stall)
+    assert "await asyncio.Event().wait()" in str(stall)
+    assert "worker b: healthy" in str(stall) or "worker a: healthy" in str(stall)
+    assert reports == [str(stall)]
+
+
 def test_a_second_batch_without_a_publish_is_named():
     async def main():
         async with rollouts() as loop:
