@@ -1,12 +1,7 @@
-"""Fakes for tests and examples: a worker, environments and a prompt style that only keep time.
-
-They run on the event loop's clock, so under virtual time a test of hours takes milliseconds. Each
-is seeded: the same seed does the same.
-"""
+"""A worker that samples nonsense with true versions, and a pool of such workers."""
 
 import asyncio
 import contextlib
-import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -14,23 +9,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from aiohttp import web
-
-from flash.errors import EnvFailure
 from flash.hub.worker import OnTokens, Worker, WorkerFailure
 from flash.types import (
-    AsyncEnv,
     Completion,
     FinishReason,
-    Observation,
     SamplingParams,
-    Task,
     UpdateMode,
 )
-from flash.worker.checksum import checksum
 
-Range = tuple[float, float]
-Seconds = Range | Callable[[random.Random], float]
+Seconds = tuple[float, float] | Callable[[random.Random], float]
 Script = Callable[[Sequence[int], SamplingParams], Sequence[int]]
 
 
@@ -353,156 +340,3 @@ def _fired(event: asyncio.Event) -> asyncio.Event:
     """Wakes those that wait; returns the event for those that come later."""
     event.set()
     return asyncio.Event()
-
-
-def worker_app(worker: FakeWorker) -> web.Application:
-    """The worker protocol's routes over a fake worker, for tests of the HTTP client."""
-
-    async def generate(request: web.Request) -> web.Response:
-        body = await request.json()
-        asked = body["sampling_params"]
-        sampling = SamplingParams(
-            max_tokens=asked["max_tokens"],
-            temperature=asked["temperature"],
-            stop_token_ids=tuple(asked["stop_token_ids"]),
-        )
-        request_id = "generate-tokens-" + body["request_id"]
-        answer = await worker.generate(request_id, body["token_ids"], sampling)
-        spans, end = [], 0
-        for version, tokens in itertools.groupby(answer.versions):
-            start, end = end, end + len(list(tokens))
-            spans.append({"version": str(version), "start": start, "end": end})
-        choice = {
-            "token_ids": answer.token_ids,
-            "logprobs": {"content": [{"logprob": logprob} for logprob in answer.logprobs]},
-            "finish_reason": answer.finish_reason,
-            "weight_versions": spans,
-        }
-        return web.json_response({"choices": [choice]})
-
-    async def abort_requests(request: web.Request) -> web.Response:
-        for request_id in (await request.json())["request_ids"]:
-            await worker.abort(request_id)
-        return web.json_response({})
-
-    async def pause(request: web.Request) -> web.Response:
-        await worker.pause(request.query["mode"])  # type: ignore[arg-type]  # a test's own words
-        return web.json_response({})
-
-    async def resume(request: web.Request) -> web.Response:
-        await worker.resume()
-        return web.json_response({})
-
-    async def collective_rpc(request: web.Request) -> web.Response:
-        body = await request.json()
-        assert body["method"] == "load_flash_weights"
-        path = Path(body["kwargs"]["weights_path"])
-        await worker.load_weights(path)
-        return web.json_response({"results": [checksum(path)]})
-
-    async def reset_prefix_cache(request: web.Request) -> web.Response:
-        return web.json_response({"success": True})
-
-    async def update_weight_version(request: web.Request) -> web.Response:
-        await worker.set_version(int((await request.json())["new_version"]))
-        return web.json_response({})
-
-    async def weight_info(request: web.Request) -> web.Response:
-        return web.json_response({"weight_version": str(worker.version)})
-
-    async def health(request: web.Request) -> web.Response:
-        await worker.check_health()
-        return web.Response()
-
-    @web.middleware
-    async def failing(request: web.Request, handler: Any) -> web.StreamResponse:
-        try:
-            response: web.StreamResponse = await handler(request)
-        except WorkerFailure as error:
-            return web.json_response({"error": {"message": str(error)}}, status=500)
-        return response
-
-    app = web.Application(middlewares=[failing])
-    app.router.add_post("/inference/v1/generate", generate)
-    app.router.add_post("/inference/v1/abort_requests", abort_requests)
-    app.router.add_post("/pause", pause)
-    app.router.add_post("/resume", resume)
-    app.router.add_post("/collective_rpc", collective_rpc)
-    app.router.add_post("/reset_prefix_cache", reset_prefix_cache)
-    app.router.add_post("/update_weight_version", update_weight_version)
-    app.router.add_get("/weight_info", weight_info)
-    app.router.add_get("/health", health)
-    return app
-
-
-class FakeEnvs:
-    """Environments that take time, and fail and hang at the given rates, call by call.
-
-    Args:
-        turns: how many steps an episode has (min, max).
-        step_s: seconds a reset or a step takes.
-        fail_rate, hang_rate: the chance of a call to raise EnvFailure, or never to return.
-    """
-
-    def __init__(
-        self,
-        *,
-        seed: int = 0,
-        turns: tuple[int, int] = (1, 3),
-        step_s: Range = (0.0, 1.0),
-        fail_rate: float = 0.0,
-        hang_rate: float = 0.0,
-    ) -> None:
-        self.open_now = 0
-        self.turns = turns
-        self.rng = random.Random(seed)
-        self._step_s = step_s
-        self._fail_rate = fail_rate
-        self._hang_rate = hang_rate
-
-    async def open(self) -> AsyncEnv:
-        self.open_now += 1
-        return _FakeEnv(self)
-
-    async def take_time(self) -> None:
-        """One call's latency, or its failure."""
-        luck = self.rng.random()
-        if luck < self._hang_rate:
-            await asyncio.Event().wait()
-        await asyncio.sleep(self.rng.uniform(*self._step_s))
-        if luck < self._hang_rate + self._fail_rate:
-            raise EnvFailure("planned")
-
-
-class _FakeEnv:
-    def __init__(self, envs: FakeEnvs) -> None:
-        self._envs = envs
-        self._left = envs.rng.randint(*envs.turns)
-
-    async def reset(self, task: Task) -> Observation:
-        await self._envs.take_time()
-        return Observation(text=f"task {task.seed}")
-
-    async def step(self, action: str) -> Observation:
-        await self._envs.take_time()
-        self._left -= 1
-        reward = float(self._envs.rng.random() < 0.5) if self._left == 0 else 0.0
-        return Observation(text="next", reward=reward, terminated=self._left == 0)
-
-    def close(self) -> None:
-        self._envs.open_now -= 1
-
-
-class FakeStyle:
-    """A prompt style for fake environments: three tokens first, two between the turns."""
-
-    stop_token_ids: tuple[int, ...] = (1,)
-
-    def first(self, observation: Observation) -> list[int]:
-        return [2, 3, 4]
-
-    def next(self, observation: Observation, sampled: Sequence[int]) -> list[int]:
-        return [5, 6]
-
-    def action(self, sampled: Sequence[int]) -> str:
-        return " ".join(map(str, sampled))

@@ -1,0 +1,92 @@
+"""The worker protocol's routes over a fake worker."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+from flash.fakes.worker import FakeWorker
+from flash.hub.worker import WorkerFailure
+from flash.types import SamplingParams
+from flash.worker.checksum import checksum
+
+
+def worker_app(worker: FakeWorker) -> web.Application:
+    """The worker protocol's routes over a fake worker, for tests of the HTTP client."""
+
+    async def generate(request: web.Request) -> web.Response:
+        body = await request.json()
+        asked = body["sampling_params"]
+        sampling = SamplingParams(
+            max_tokens=asked["max_tokens"],
+            temperature=asked["temperature"],
+            stop_token_ids=tuple(asked["stop_token_ids"]),
+        )
+        request_id = "generate-tokens-" + body["request_id"]
+        answer = await worker.generate(request_id, body["token_ids"], sampling)
+        spans, end = [], 0
+        for version, tokens in itertools.groupby(answer.versions):
+            start, end = end, end + len(list(tokens))
+            spans.append({"version": str(version), "start": start, "end": end})
+        choice = {
+            "token_ids": answer.token_ids,
+            "logprobs": {"content": [{"logprob": logprob} for logprob in answer.logprobs]},
+            "finish_reason": answer.finish_reason,
+            "weight_versions": spans,
+        }
+        return web.json_response({"choices": [choice]})
+
+    async def abort_requests(request: web.Request) -> web.Response:
+        for request_id in (await request.json())["request_ids"]:
+            await worker.abort(request_id)
+        return web.json_response({})
+
+    async def pause(request: web.Request) -> web.Response:
+        await worker.pause(request.query["mode"])  # type: ignore[arg-type]  # a test's own words
+        return web.json_response({})
+
+    async def resume(request: web.Request) -> web.Response:
+        await worker.resume()
+        return web.json_response({})
+
+    async def collective_rpc(request: web.Request) -> web.Response:
+        body = await request.json()
+        assert body["method"] == "load_flash_weights"
+        path = Path(body["kwargs"]["weights_path"])
+        await worker.load_weights(path)
+        return web.json_response({"results": [checksum(path)]})
+
+    async def reset_prefix_cache(request: web.Request) -> web.Response:
+        return web.json_response({"success": True})
+
+    async def update_weight_version(request: web.Request) -> web.Response:
+        await worker.set_version(int((await request.json())["new_version"]))
+        return web.json_response({})
+
+    async def weight_info(request: web.Request) -> web.Response:
+        return web.json_response({"weight_version": str(worker.version)})
+
+    async def health(request: web.Request) -> web.Response:
+        await worker.check_health()
+        return web.Response()
+
+    @web.middleware
+    async def failing(request: web.Request, handler: Any) -> web.StreamResponse:
+        try:
+            response: web.StreamResponse = await handler(request)
+        except WorkerFailure as error:
+            return web.json_response({"error": {"message": str(error)}}, status=500)
+        return response
+
+    app = web.Application(middlewares=[failing])
+    app.router.add_post("/inference/v1/generate", generate)
+    app.router.add_post("/inference/v1/abort_requests", abort_requests)
+    app.router.add_post("/pause", pause)
+    app.router.add_post("/resume", resume)
+    app.router.add_post("/collective_rpc", collective_rpc)
+    app.router.add_post("/reset_prefix_cache", reset_prefix_cache)
+    app.router.add_post("/update_weight_version", update_weight_version)
+    app.router.add_get("/weight_info", weight_info)
+    app.router.add_get("/health", health)
+    return app
