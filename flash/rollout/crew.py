@@ -64,15 +64,16 @@ class Crew:
         seats = [*self._idle, *self._busy.values()]
         for seat in seats:
             seat.agent.mailbox.put_nowait(Stop())
-        if tasks := [seat.task for seat in seats if seat.task is not None]:
-            try:
+        tasks = [seat.task for seat in seats if seat.task is not None]
+        try:
+            if tasks:
                 await asyncio.wait(tasks, timeout=_STOP_GRACE_S)
-            finally:
-                for task in tasks:
-                    task.cancel()
-        await self._tasks.__aexit__(None, None, None)
-        for seat in [*self._busy.values()]:
-            self._release(seat, Cancelled())
+        finally:  # also if that wait is cancelled
+            for task in tasks:
+                task.cancel()
+            await self._tasks.__aexit__(None, None, None)
+            for seat in [*self._busy.values()]:
+                self._release(seat, Cancelled())
 
     def start(self, episode: Episode) -> None:
         """Give the episode to an idle agent, or to a new one; raises what making one raises."""

@@ -423,6 +423,33 @@ async def test_an_agent_that_crashes_after_its_report_costs_no_more_than_itself(
 
 
 @in_virtual_time
+async def test_a_close_that_is_cancelled_leaves_no_agent_and_no_count_behind():
+    class Reluctant(EnvironmentAgent):
+        async def play(self, episode):
+            try:
+                await asyncio.sleep(1000)
+            finally:
+                for _ in range(3):
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await asyncio.sleep(5)
+
+    ledgers = []
+
+    async def run():
+        async with rollouts(agent=Reluctant) as loop:
+            ledgers.append(loop.ledger)
+            await loop.next_batch()
+
+    task = asyncio.create_task(run())
+    for _ in range(2):  # the second comes while the agents take their time to stop
+        await asyncio.sleep(1)
+        task.cancel()
+    await asyncio.wait([task])
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    assert ledgers[0].running == 0
+
+
+@in_virtual_time
 async def test_thousands_of_agents_run_at_once():
     worker = FakeWorker("w", token_s=(0.5, 1.0))
     async with rollouts(
