@@ -139,13 +139,12 @@ class InferenceHub:
     async def __aexit__(self, *exc_info: object) -> None:
         self._queue.close(InferenceFailure("the hub is closed"))
         self._supervisor.stop()
-        try:
-            await self._tasks.__aexit__(None, None, None)
-        finally:
-            for slot in self._slots:
-                await slot.worker.close()
+        async with contextlib.AsyncExitStack() as ends:  # each, whatever befalls another
             if self._pool is not None:
-                await self._pool.stop()
+                ends.push_async_callback(self._pool.stop)
+            for slot in self._slots:
+                ends.push_async_callback(slot.worker.close)
+            await self._tasks.__aexit__(None, None, None)
 
     # ── requests ─────────────────────────────────────────────────────────────────────────────
 

@@ -191,3 +191,22 @@ async def test_a_worker_that_stays_unwell_is_started_anew():
         answer = await hub.generate(request(3))
         assert len(answer.token_ids) == 3
         assert pool.deaths == 1
+
+
+@in_virtual_time
+async def test_the_pool_is_stopped_even_if_a_client_of_its_workers_can_not_be_closed():
+    class Unclosable(FakeWorker):
+        async def close(self):
+            raise OSError("no such socket")
+
+    class Stopped(FakePool):
+        stopped = False
+
+        async def stop(self):
+            self.stopped = True
+
+    pool = Stopped([Unclosable("a"), FakeWorker("b")])
+    with pytest.raises(OSError, match="no such socket"):
+        async with InferenceHub(pool):
+            pass
+    assert pool.stopped
