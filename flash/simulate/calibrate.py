@@ -16,17 +16,18 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 from flash.config import validated
+from flash.config.source import read_mapping
 from flash.rollout.filters import FILTERS
 from flash.simulate.replay import Played, played
 from flash.simulate.run import simulate
 from flash.simulate.scenario import Scenario
 from flash.telemetry import read_lines
 
-_AS_IN_THE_RUN = (
+_AS_IN_THE_RUN = ("alpha", "batch_size", "group_size", "publish_every", "stream")
+_AS_IN_ITS_ROLLOUT = (
     "on_stale", "schedule", "replicate", "redundant_groups", "redundant_episodes",
     "max_filtered", "max_regenerations",
 )  # fmt: skip
@@ -56,45 +57,22 @@ def calibrate(run: Path) -> Calibration:
             f"{run}/metrics.jsonl holds {len(steps)} steps, and the fit needs two: name the folder "
             f"of a run that trained"
         )
-    config = yaml.safe_load((run / "config.yaml").read_text())
+    settings = _configured(run / "config.yaml")
+    workers, max_running = settings["workers"]["count"], settings["workers"]["max_running"]
     episodes = played(run)
     prompt, observation = _prompt_tokens(episodes)
-    workers = max(1, len(config["engine"]["urls"])) * config["engine"]["workers"]
     load_s, export_s = _publish_s(steps, workers)
     batch_s, token_s = _train_s(steps, episodes, prompt=prompt, observation=observation)
-    overhead_s, step_s, request_s = _worker_s(
-        episodes, workers=workers, max_running=config["engine"]["max_running"]
-    )
-    settings = {
-        "name": f"{run.name}_calibrated",
-        "steps": len(steps),
-        "alpha": config["alpha"],
-        "batch_size": config["batch_size"],
-        "group_size": config["group_size"],
-        "publish_every": config["publish_every"],
-        "stream": config["stream"],
-        **{name: config["rollout"][name] for name in _AS_IN_THE_RUN},
-        # One of the user's own would look into tokens, of which a replay has only the number.
-        "filters": [name for name in config["rollout"]["filters"] if name in FILTERS],
-        "update_mode": config["engine"]["update_mode"],
-        "max_tokens": config["agent"]["max_tokens"],
-        "max_sequence_tokens": config["agent"]["max_sequence_tokens"],
-        "workers": {
-            "count": workers,
-            "max_running": config["engine"]["max_running"],
-            "kv_tokens": config["engine"]["cache_tokens"],
-            "overhead_s": overhead_s,
-            "step_s": step_s,
-            "request_s": request_s,
-            "load_s": load_s,
-        },
-        "trainer": {"batch_s": batch_s, "token_gpu_s": token_s, "export_s": export_s},
-        "workload": {
-            "replay": str(run),
-            "prompt_tokens": round(prompt),
-            "observation_tokens": round(observation),
-            "step_timeout_s": config["agent"]["step_timeout_s"],
-        },
+    overhead_s, step_s, request_s = _worker_s(episodes, workers=workers, max_running=max_running)
+    settings |= {"name": f"{run.name}_calibrated", "steps": len(steps)}
+    settings["workers"] |= {
+        "overhead_s": overhead_s, "step_s": step_s, "request_s": request_s, "load_s": load_s,
+    }  # fmt: skip
+    settings["trainer"] = {"batch_s": batch_s, "token_gpu_s": token_s, "export_s": export_s}
+    settings["workload"] |= {
+        "replay": str(run),
+        "prompt_tokens": round(prompt),
+        "observation_tokens": round(observation),
     }
     measured_generate_s = _generate_s(episodes)
     for _ in range(_ROUNDS):
@@ -114,6 +92,32 @@ def calibrate(run: Path) -> Calibration:
         ),
         simulated_s=result.steps[-1].time_s,
     )
+
+
+def _configured(path: Path) -> dict[str, Any]:
+    """What of the scenario the run's configuration decides. ValueError where a field is missing."""
+    config = read_mapping(path, "env: NAME")
+    try:
+        engine, agent, rollout = config["engine"], config["agent"], config["rollout"]
+        settings = {name: config[name] for name in _AS_IN_THE_RUN}
+        settings |= {name: rollout[name] for name in _AS_IN_ITS_ROLLOUT}
+        return settings | {
+            # One of the user's own would look into tokens, of which a replay has only the number.
+            "filters": [name for name in rollout["filters"] if name in FILTERS],
+            "update_mode": engine["update_mode"],
+            "max_tokens": agent["max_tokens"],
+            "max_sequence_tokens": agent["max_sequence_tokens"],
+            "workers": {
+                "count": max(1, len(engine["urls"])) * engine["workers"],
+                "max_running": engine["max_running"],
+                "kv_tokens": engine["cache_tokens"],
+            },
+            "workload": {"step_timeout_s": agent["step_timeout_s"]},
+        }
+    except KeyError as missing:
+        raise ValueError(
+            f"{path} has no {missing}: name a folder that a run of this version made"
+        ) from missing
 
 
 def _generate_s(episodes: Sequence[Played]) -> float:

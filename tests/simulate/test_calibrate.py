@@ -148,9 +148,19 @@ def test_the_command_prints_the_fit_and_keeps_the_scenario(tmp_path, capsys):
     assert load(out / "scenario.yaml").workload.replay == tmp_path / "run"
 
 
-@pytest.mark.parametrize("missing", ["episodes.jsonl", "metrics.jsonl"])
+@pytest.mark.parametrize("missing", ["episodes.jsonl", "metrics.jsonl", "config.yaml"])
 def test_a_folder_without_a_run_is_a_mistake(tmp_path, capsys, missing):
     write_run(tmp_path / "run", truth(steps=2))
     (tmp_path / "run" / missing).unlink()
     assert cli.run(["simulate", "--calibrate", str(tmp_path / "run")]) == 2
     assert missing in capsys.readouterr().err
+
+
+def test_a_configuration_that_lacks_a_field_is_a_mistake(tmp_path, capsys):
+    write_run(tmp_path / "run", truth(steps=2))
+    path = tmp_path / "run" / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    del config["publish_every"]
+    path.write_text(yaml.safe_dump(config))
+    assert cli.run(["simulate", "--calibrate", str(tmp_path / "run")]) == 2
+    assert "'publish_every'" in capsys.readouterr().err
