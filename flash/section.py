@@ -1,8 +1,12 @@
 """What all parts of a configuration share."""
 
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic_core import PydanticCustomError
+
+BOOL_FOR_NUMBER = "bool_for_number"  # the type of an error, which names `field` and `value`
 
 
 class Section(BaseModel):
@@ -10,13 +14,17 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    @field_validator("*", mode="before")
+    # Of the whole, because a field that tells variants from each other may have no validator.
+    @model_validator(mode="before")
     @classmethod
-    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        wanted = cls.model_fields[info.field_name or ""].annotation
-        if isinstance(value, bool) and wanted in (int, float):
-            raise ValueError("must be a number")
-        return value
+    def _true_is_no_number(cls, given: Any) -> Any:
+        for field, value in given.items() if isinstance(given, Mapping) else ():
+            if isinstance(value, bool) and field in cls.model_fields:
+                wanted = cls.model_fields[field].annotation
+                if {int, float} & {wanted, *get_args(wanted)}:
+                    told = {"field": field, "value": value}
+                    raise PydanticCustomError(BOOL_FOR_NUMBER, "must be a number", told)
+        return given
 
 
 def _split(value: Any) -> Any:

@@ -116,6 +116,15 @@ def test_async_generation_ratio_is_another_name_for_alpha():
         ({"name": ".."}, "must be a folder's name"),
         ({"steps": True}, "steps=True: must be a number"),
         ({"trainer": {"ranks": True}}, "trainer.ranks=True: must be a number"),
+        ({"trainer": {"fixed_length": True}}, "trainer.fixed_length=True: must be a number"),
+        (
+            {"trainer": {"objective": {"name": "tis", "cap": True}}},
+            "trainer.objective.cap=True: must be a number",
+        ),
+        (
+            {"trainer": {"objective": {"name": "tis", "cap": float("inf")}}},
+            "trainer.objective.cap=inf: must be a finite number",
+        ),
         ({"trainer": {"kl": {"coefficient": True}}}, "trainer.kl.coefficient=True: must be a num"),
         ({"env": [1]}, "env=[1]: must be a section"),
         ({"reward": {"run": "a:b"}}, "reward.name is missing: there are env, function, judge, pro"),

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 from flash.config.listing import fields, variants
 from flash.config.names import ALIASES
 from flash.config.run import Config
+from flash.section import BOOL_FOR_NUMBER
 
 _M = TypeVar("_M", bound=BaseModel)
 
@@ -43,6 +44,9 @@ def validated(model: type[_M], settings: Mapping[str, Any]) -> _M:
 def _line(error: Any, model: type[BaseModel]) -> str:
     """One mistake in one line."""
     name, variant = _name_and_variant(error["loc"], model)
+    given = error["input"]
+    if error["type"] == BOOL_FOR_NUMBER:
+        name, given = f"{name}.{error['ctx']['field']}".removeprefix("."), error["ctx"]["value"]
     if error["type"] in ("extra_forbidden", "invalid_key"):
         # The location and input of an invalid key say nothing of its place.
         hint = ": fields are texts"
@@ -55,15 +59,15 @@ def _line(error: Any, model: type[BaseModel]) -> str:
         about = next((info.description for known, info in fields(model) if known == name), None)
         return f"{name} is missing: give it a value" + (f" ({about})" if about else "")
     if error["type"] == "model_type":
-        return f"{name}={error['input']!r}: must be a section; write --{name}.field value"
+        return f"{name}={given!r}: must be a section; write --{name}.field value"
     message = _REMEDIES.get(error["type"], str(error["msg"]))
     message = message.removeprefix("Value error, ").replace("Input should", "must")
     message = message.replace("be greater than or equal to", "be at least")
     # Some errors name their fields themselves, as those of a whole section do.
-    section = isinstance(error["input"], dict) and error["type"] == "value_error"
+    section = isinstance(given, dict) and error["type"] == "value_error"
     if message.startswith(name) or (section and name in message):
         return message
-    return f"{name}: {message}" if section else f"{name}={error['input']!r}: {message}"
+    return f"{name}: {message}" if section else f"{name}={given!r}: {message}"
 
 
 def _choice(name: str, given: str | None, model: type[BaseModel]) -> str:

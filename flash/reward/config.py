@@ -6,32 +6,25 @@ reward: {name: process, run: "my_rewards:score", timeout_s: 10}
 import inspect
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from flash import registry
 from flash.reward.judge import PROMPT, check_prompt
+from flash.section import Section
 
 _RUN = "module:name, a function of the episode (flash.types.Played)"
 
 
-class RewardSettings(BaseModel):
-    """What all ways have."""
-
-    # No Section: its check of all fields may not run on `name`, which tells one from another.
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: Any
-
-
-class EnvReward(RewardSettings):
+class EnvReward(Section):
     """What the environment, or an agent of your own, gave."""
 
     name: Literal["env"] = "env"
 
 
-class StageSettings(RewardSettings):
+class StageSettings(Section):
     """What a reward of a stage of its own has."""
 
+    name: Any
     concurrency: int = Field(16, ge=1, description="episodes that are scored at a time")
     timeout_s: float = Field(60.0, gt=0, description="for one attempt to score an episode")
     retries: int = Field(1, ge=0, description="attempts after the first; then the episode fails")

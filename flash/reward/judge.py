@@ -72,7 +72,7 @@ def check_prompt(prompt: str) -> None:
     known["options"] = defaultdict(str)  # each task has others
     try:
         prompt.format(**known)
-    except (KeyError, IndexError, ValueError) as error:
+    except (LookupError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(
             f"{error!r} in the prompt: it may have {', '.join(f'{{{name}}}' for name in known)}; "
             f"any other brace is written twice"

@@ -6,13 +6,13 @@ trainer:
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from flash.section import Section
 
 
-class AdvantageSettings(BaseModel):
+class AdvantageSettings(Section):
     """What the settings of all kinds have."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Any
     whiten: bool = Field(False, description="to mean 0, deviation 1 over the batch's tokens")

@@ -50,8 +50,9 @@ def test_an_answer_without_a_grade_is_a_failure_and_not_0(answer):
 
 
 def test_a_prompt_that_can_not_be_filled_is_refused():
-    with pytest.raises(ValueError, match="'texts'.*may have .text."):
-        Judge(None, prompt="{texts}")
+    for prompt in ("{texts}", "{text[0]}", "{text.words} ", "{seed[0]} {text}", "{} {text}"):
+        with pytest.raises(ValueError, match="in the prompt: it may have .text."):
+            Judge(None, prompt=prompt)
     with pytest.raises(ValueError, match="shows the judge nothing"):
         Judge(None, prompt="How was it?")
 

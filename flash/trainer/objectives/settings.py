@@ -6,7 +6,7 @@ trainer:
 
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from flash.section import Section
 
@@ -18,15 +18,12 @@ _CLIP_HIGH = "the clip begins at a ratio of 1 + this"
 _ALLOW_STALE = "train on stale tokens all the same, to study what that does"
 
 
-class ObjectiveSettings(BaseModel):
+class ObjectiveSettings(Section):
     """What the settings of all objectives have.
 
     Class variables: `cannot_correct` says why the objective is wrong for tokens that other weights
     sampled (empty if it can); `aggregation` is how its losses are added up unless told otherwise.
     """
-
-    # No Section: its check of all fields may not run on `name`, which tells one from another.
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     cannot_correct: ClassVar[str] = ""
     aggregation: ClassVar[Aggregation] = "token_mean"
