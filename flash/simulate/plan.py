@@ -21,7 +21,7 @@ from flash.simulate.run import simulate
 from flash.simulate.scenario import Scenario
 
 _MOST_SPLITS = 16
-_NEARLY = 0.95  # of the best speed, which a smaller α may have
+_NEARLY = 0.95  # of the best speed, which what is younger or wastes less may have
 _WAITS = 0.1
 _REDUNDANT = (1 / 8, 1 / 4, 1 / 2)  # of a group's episodes, and of a batch's groups
 
@@ -97,9 +97,8 @@ def plan(
                 low = middle + 1
         found = _with_redundancy(scenario, choice(low), on_choice)
         tried += found[1:]
-        best.append(max(found, key=_worth))
-    quickest = max(choice.result.samples_per_s for choice in best)
-    quick = [choice for choice in best if choice.result.samples_per_s >= _NEARLY * quickest]
+        best.append(_least_waste(found))
+    quick = _nearly_quickest(best)
     recommended = min(quick, key=lambda c: (c.result.staleness_mean, c.result.wasted_share))
     return Plan(tried=tried, best=best, recommended=recommended)
 
@@ -125,7 +124,7 @@ def _with_redundancy(
     """The choice, and the same with more and more redundancy, as long as more is quicker."""
     found = [plain]
     for share in _REDUNDANT:
-        before = max(map(_worth, found))
+        before = _least_waste(found)
         groups = math.ceil(share * scenario.batch_size / scenario.group_size)
         episodes = math.ceil(share * scenario.group_size)
         for pair in ((groups, 0), (0, episodes), (groups, episodes)):
@@ -133,15 +132,18 @@ def _with_redundancy(
                 continue
             found.append(_choice(scenario, plain.alpha, plain.workers, plain.trainer_gpus, *pair))
             on_choice(found[-1])
-        if max(map(_worth, found)) == before:
+        if _least_waste(found) is before:
             break
     return found
 
 
-def _worth(choice: Choice) -> float:
-    """Its speed; that of a redundant one counts a little less, for what it wastes."""
-    redundant = choice.redundant_groups or choice.redundant_episodes
-    return choice.result.samples_per_s * (_NEARLY if redundant else 1.0)
+def _least_waste(choices: Sequence[Choice]) -> Choice:
+    return min(_nearly_quickest(choices), key=lambda choice: choice.result.wasted_share)
+
+
+def _nearly_quickest(choices: Sequence[Choice]) -> list[Choice]:
+    quickest = max(choice.result.samples_per_s for choice in choices)
+    return [choice for choice in choices if choice.result.samples_per_s >= _NEARLY * quickest]
 
 
 def _choice(

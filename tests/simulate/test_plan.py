@@ -82,6 +82,16 @@ def test_redundancy_is_taken_where_a_long_tail_pays_for_it():
     assert scenario.redundant_episodes == slow.recommended.redundant_episodes
 
 
+def test_of_redundancies_that_are_nearly_as_quick_the_one_that_wastes_least_is_taken():
+    tail = {"workload.env_step_s": {"kind": "pareto", "mean": 20, "shape": 1.2}}
+    slow = plan(workload(**tail), gpus=2, alphas=[1])
+    quickest = max(choice.result.samples_per_s for choice in slow.tried)
+    nearly = [c for c in slow.tried if c.result.samples_per_s >= 0.95 * quickest]
+    least = min(choice.result.wasted_share for choice in nearly)
+    assert max(choice.result.wasted_share for choice in nearly) > least + 0.05
+    assert slow.recommended.result.wasted_share == least
+
+
 def test_redundancy_that_brings_nothing_is_not_taken(found):
     assert any(choice.redundant_episodes for choice in found.tried), "it was tried"
     for choice in found.best[1:]:
