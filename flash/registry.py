@@ -5,6 +5,7 @@ A name is an entry point (groups `flash.envs`, `flash.agents`, `flash.styles`) o
 
 import importlib
 import importlib.util
+import inspect
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -29,13 +30,22 @@ def agent(name: str) -> Any:
     return _find(_AGENTS, name, "agent")
 
 
-def function(name: str, field: str) -> Any:
-    """The attribute of that name, `module:attribute`. ValueError if it can't be imported."""
+def function(name: str, field: str, of: str = "") -> Any:
+    """The attribute of that name, `module:attribute`. ValueError if it can't be imported.
+
+    `of`: what it must take, and nothing else, if that is to be checked.
+    """
     module, _, attribute = name.partition(":")
     try:
-        return getattr(_import(module), attribute)
+        found = getattr(_import(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"{field}={name!r} can't be imported: {error}") from error
+    if of:
+        try:
+            inspect.signature(found).bind(None)
+        except TypeError as error:
+            raise ValueError(f"{field}={name!r} must take {of}: {error}") from None
+    return found
 
 
 def _find(group: str, name: str, field: str) -> Any:

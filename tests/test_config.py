@@ -127,6 +127,18 @@ def test_async_generation_ratio_is_another_name_for_alpha():
         ),
         ({"trainer": {"kl": {"coefficient": True}}}, "trainer.kl.coefficient=True: must be a num"),
         ({"env": [1]}, "env=[1]: must be a section"),
+        (
+            {"trainer": {"objective": "function"}},
+            "trainer.objective.run is missing: give it a value",
+        ),
+        (
+            {"trainer": {"objective": {"name": "function", "run": "nowhere:loss"}}},
+            "trainer.objective.run='nowhere:loss' can't be imported: No module named 'nowhere'",
+        ),
+        (
+            {"trainer": {"objective": {"name": "function", "run": "math:atan2"}}},
+            "trainer.objective.run='math:atan2' must take a TokenBatch: missing a ",
+        ),
         ({"reward": {"run": "a:b"}}, "reward.name is missing: there are env, function, judge, pro"),
         ({"reward": None}, "reward=None: must be a name, or a section with a name"),
         ({"engine": {"devices": "one"}}, "engine.devices.0='one': must be a whole number"),

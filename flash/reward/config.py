@@ -12,6 +12,7 @@ from flash import registry
 from flash.reward.judge import PROMPT, check_prompt
 from flash.section import Section
 
+_OF = "the episode"
 _RUN = "module:name, a function of the episode (flash.types.Played)"
 
 
@@ -38,7 +39,7 @@ class FunctionReward(StageSettings):
 
     @model_validator(mode="after")
     def _is_a_coroutine_function(self) -> Self:
-        if not inspect.iscoroutinefunction(_one_argument(self.run)):
+        if not inspect.iscoroutinefunction(registry.function(self.run, "reward.run", of=_OF)):
             raise ValueError(
                 f"reward.run={self.run!r} is no coroutine function, so it would block all "
                 f"episodes: write async def, or use reward.name=process"
@@ -55,7 +56,7 @@ class ProcessReward(StageSettings):
 
     @model_validator(mode="after")
     def _is_a_plain_function(self) -> Self:
-        if inspect.iscoroutinefunction(_one_argument(self.run)):
+        if inspect.iscoroutinefunction(registry.function(self.run, "reward.run", of=_OF)):
             raise ValueError(
                 f"reward.run={self.run!r} is a coroutine function: use reward.name=function, or "
                 f"write def"
@@ -95,13 +96,3 @@ class JudgeReward(StageSettings):
 AnyReward = Annotated[
     EnvReward | FunctionReward | ProcessReward | JudgeReward, Field(discriminator="name")
 ]
-
-
-def _one_argument(run: str) -> Any:
-    """The function of that name, which must take the episode and nothing else."""
-    function = registry.function(run, "reward.run")
-    try:
-        inspect.signature(function).bind(None)
-    except TypeError as error:
-        raise ValueError(f"reward.run={run!r} must take the episode: {error}") from None
-    return function

@@ -1,8 +1,10 @@
 """Each objective against values worked by hand, and against its definition in plain float64."""
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from flash.trainer.objectives.choose import OBJECTIVES, make_objective
 from flash.trainer.objectives.settings import (
     SETTINGS,
     DecoupledPpo,
+    Function,
     Gspo,
     IcePop,
     Kimi15,
@@ -471,3 +474,21 @@ def test_an_empty_pack_has_an_empty_loss() -> None:
     nothing = Sequence(np.array([]), np.array([]), np.array([]))
     for kind in SETTINGS.values():
         assert make_objective(kind())(batch_of(nothing)).loss_T.shape == (0,)
+
+
+def test_the_objective_of_the_docs_is_one_of_the_users_own_and_is_truncated_importance_sampling(
+    tmp_path, monkeypatch
+):
+    docs = (Path(__file__).parents[2] / "docs" / "objectives.md").read_text()
+    (tmp_path / "my_loss.py").write_text(docs.split("```python\n")[1].split("```")[0])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    sequences = [
+        Sequence([-1.0, -2.0], prox=[0, 0], behaviour=[-1.5, -0.5], advantage=2.0),
+        Sequence([-0.1], prox=[0], behaviour=[-3.0], advantage=-1.0),
+    ]
+    own, own_gradient = evaluate(batch_of(*sequences), Function(run="my_loss:reinforce"))
+    tis, gradient = evaluate(batch_of(*sequences), Tis(cap=2.0))
+    assert own.loss_T.tolist() == pytest.approx(tis.loss_T.tolist())
+    assert own.weight_T.tolist() == pytest.approx(tis.weight_T.tolist())
+    assert own_gradient == pytest.approx(gradient)

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from functools import partial
 
+from flash import registry
 from flash.trainer.objectives import clipped, weighted
-from flash.trainer.objectives.settings import ObjectiveSettings
+from flash.trainer.objectives.settings import Function, ObjectiveSettings
 from flash.trainer.objectives.token_batch import Objective, TokenBatch, TokenLoss
 
 
@@ -30,5 +31,8 @@ OBJECTIVES: dict[str, Callable[..., TokenLoss]] = {
 
 
 def make_objective(settings: ObjectiveSettings) -> Objective:
-    """The objective of that name, with its settings filled in."""
+    """The objective of that name, with its settings filled in; or one of the user's own."""
+    if isinstance(settings, Function):
+        own: Objective = registry.function(settings.run, "trainer.objective.run")
+        return own
     return partial(OBJECTIVES[settings.name], **settings.parameters())

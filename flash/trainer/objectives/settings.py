@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
+from flash import registry
 from flash.section import Section
 
 Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "fixed_length"]
@@ -179,6 +180,25 @@ class Supervised(ObjectiveSettings):
     name: Literal["supervised"] = "supervised"
 
 
+class Function(ObjectiveSettings):
+    """A loss of your own; whether it is right for stale tokens is yours to know."""
+
+    name: Literal["function"] = "function"
+    run: str = Field(description="module:name, a function of a TokenBatch that gives a TokenLoss")
+    proximal: bool = Field(
+        False, description="whether it uses proximal_logprobs_T: one more forward pass"
+    )
+
+    @property
+    def needs_proximal(self) -> bool:
+        return self.proximal
+
+    @model_validator(mode="after")
+    def _is_a_function(self) -> Self:
+        registry.function(self.run, "trainer.objective.run", of="a TokenBatch")
+        return self
+
+
 class KlSettings(Section):
     """Keeps the policy near a reference policy."""
 
@@ -222,13 +242,17 @@ AnyObjective = Annotated[
     | DecoupledPpo
     | IcePop
     | Gspo
-    | Supervised,
+    | Supervised
+    | Function,
     Field(discriminator="name"),
 ]
 
 SETTINGS: dict[str, type[ObjectiveSettings]] = {
-    kind.model_fields["name"].default: kind for kind in get_args(get_args(AnyObjective)[0])
+    kind.model_fields["name"].default: kind
+    for kind in get_args(get_args(AnyObjective)[0])
+    if kind is not Function
 }
+"""Of the objectives that are here."""
 
 
 def _check_bounds(low: float, high: float) -> None:
