@@ -11,12 +11,13 @@ import asyncio
 import heapq
 import itertools
 import math
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from flash.hub.worker import OnTokens
+from flash.simulate.cache import PrefixCache
 from flash.simulate.scenario import WorkersConfig
 from flash.simulate.timeline import Timeline
 from flash.simulate.world import Script, World
@@ -69,8 +70,7 @@ class SimulatedWorker:
         self._ends: list[tuple[float, int, _Job]] = []  # by step; also of those that ended early
         self._jobs: dict[str, _Job] = {}
         self._numbers = itertools.count()
-        self._cache: OrderedDict[tuple[str, int], float] = OrderedDict()
-        self._cache_total = 0.0
+        self._cache = PrefixCache()
         self._context = 0.0  # tokens of those that decode
         self._steps = 0.0  # decode steps since the start, at `_at`
         self._at = 0.0
@@ -142,7 +142,6 @@ class SimulatedWorker:
         if self._config.load_s:
             await asyncio.sleep(self._config.load_s)
         self._cache.clear()  # computed with the weights before
-        self._cache_total = 0.0
         if self._timeline is not None:
             self._timeline.worker(self.name, "load weights", began)
 
@@ -234,8 +233,8 @@ class SimulatedWorker:
         cached = min(
             tokens - 1,
             max(
-                self._cache.get(("task", job.script.task), 0.0),
-                self._take_from_cache(("episode", job.script.number)),
+                self._cache.of(("task", job.script.task)),
+                self._cache.take(("episode", job.script.number)),
             ),
         )
         self.prefilled_tokens += tokens - cached
@@ -252,13 +251,13 @@ class SimulatedWorker:
         if not job.versions:
             job.versions.append((0, self.version))
         if job.script.turn == 0:
-            self._keep_in_cache(("task", job.script.task), job.script.prompt_tokens)
+            self._cache.keep(("task", job.script.task), job.script.prompt_tokens)
         job.since_step = self._steps
         job.end = self._steps + job.wanted - job.sampled
         heapq.heappush(self._ends, (job.end, next(self._numbers), job))
         self._decoding[job] = None
         self._context += job.prompt_tokens + job.sampled
-        self._shrink_cache()
+        self._cache.shrink(self._config.kv_tokens - self._context)
         self._plan()
 
     def _end_steps(self, steps: float) -> None:
@@ -274,7 +273,7 @@ class SimulatedWorker:
                 ended = True
                 self._stop(job)
                 job.sampled = job.wanted
-                self._keep_in_cache(("episode", job.script.number), job.prompt_tokens + job.wanted)
+                self._cache.keep(("episode", job.script.number), job.prompt_tokens + job.wanted)
                 reached = job.wanted == job.max_entries * self._world.grain
                 self._answer(job, "length" if reached else "stop")
         if not ended:
@@ -282,7 +281,7 @@ class SimulatedWorker:
             self._stop(youngest)
             self._waiting.appendleft(youngest)
             self.preemptions += 1
-        self._shrink_cache()
+        self._cache.shrink(self._config.kv_tokens - self._context)
         self._plan()
 
     def _stop(self, job: _Job) -> None:
@@ -347,21 +346,3 @@ class SimulatedWorker:
         elif not works and self._works_since is not None:
             self._timeline.worker(self.name, "sample", self._works_since)
             self._works_since = None
-
-    # ── the cache of what does not run ───────────────────────────────────────────────────────
-
-    def _keep_in_cache(self, key: tuple[str, int], tokens: float) -> None:
-        self._take_from_cache(key)
-        self._cache[key] = tokens
-        self._cache_total += tokens
-
-    def _take_from_cache(self, key: tuple[str, int]) -> float:
-        tokens = self._cache.pop(key, 0.0)
-        self._cache_total -= tokens
-        return tokens
-
-    def _shrink_cache(self) -> None:
-        """What runs needs the room; what was used longest ago goes first."""
-        while self._cache and self._cache_total > self._config.kv_tokens - self._context:
-            _, tokens = self._cache.popitem(last=False)
-            self._cache_total -= tokens
