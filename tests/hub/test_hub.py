@@ -14,30 +14,9 @@ from flash import virtual_time
 from flash.errors import InferenceFailure, PublishFailure
 from flash.fakes import FakeWorker
 from flash.hub import BadRequest, InferenceHub, WorkerFailure
-from flash.types import Completion, GenerateRequest, SamplingParams, Weights
+from flash.types import Completion
 from flash.virtual_time import in_virtual_time
-
-
-def request(max_tokens: int = 10, prompt: int = 5, session: str = "") -> GenerateRequest:
-    return GenerateRequest(
-        token_ids=list(range(prompt)),
-        sampling=SamplingParams(max_tokens=max_tokens),
-        session=session,
-    )
-
-
-def weights(version: int, score=None) -> Weights:
-    return Weights(version=version, path=Path(f"/fake/{version}"), score=score)
-
-
-def steady(name: str = "w", token_s: float = 1.0, **options) -> FakeWorker:
-    """Samples exactly `max_tokens`, one each `token_s`."""
-    whole = (1_000_000, 1_000_000)
-    return FakeWorker(name, token_s=(token_s, token_s), tokens=whole, load_s=(1, 1), **options)
-
-
-def now() -> float:
-    return asyncio.get_running_loop().time()
+from tests.steady import now, request, steady, weights
 
 
 async def all_ended(tasks) -> list:

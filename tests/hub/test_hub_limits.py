@@ -10,29 +10,9 @@ import pytest
 from flash.errors import InferenceFailure, PublishFailure
 from flash.fakes import FakeWorker
 from flash.hub import BadRequest, InferenceHub, WorkerFailure
-from flash.types import Completion, GenerateRequest, SamplingParams, Weights
+from flash.types import Completion
 from flash.virtual_time import in_virtual_time
-
-
-def request(max_tokens: int = 10, prompt: int = 5) -> GenerateRequest:
-    return GenerateRequest(
-        token_ids=list(range(prompt)), sampling=SamplingParams(max_tokens=max_tokens)
-    )
-
-
-def weights(version: int, score=None) -> Weights:
-    return Weights(version=version, path=Path(f"/fake/{version}"), score=score)
-
-
-def steady(name: str = "w", kind: type[FakeWorker] = FakeWorker, **options) -> FakeWorker:
-    """Samples exactly `max_tokens`, one a second; a weight load takes a second too."""
-    fixed = {"token_s": (1, 1), "tokens": (10**6, 10**6), "load_s": (1, 1)}
-    return kind(name, **(fixed | options))
-
-
-def now() -> float:
-    return asyncio.get_running_loop().time()
-
+from tests.steady import now, request, steady, weights
 
 # ── requests ─────────────────────────────────────────────────────────────────────────────────
 

@@ -9,10 +9,10 @@ import pytest
 from flash.errors import InferenceFailure
 from flash.fakes import FakePool, FakeWorker
 from flash.hub import InferenceHub, WorkerFailure
-from flash.types import GenerateRequest, SamplingParams, Weights
 from flash.virtual_time import in_virtual_time
+from tests.steady import now, request, weights
 
-PROMPT = (1, 2, 3)
+PROMPT = 5  # tokens of a request's
 
 
 class Recording(FakeWorker):
@@ -24,20 +24,8 @@ class Recording(FakeWorker):
         self.asked: list[tuple[int, int]] = []
 
     async def generate(self, request_id, token_ids, sampling, on_tokens=None):
-        self.asked.append((len(token_ids) - len(PROMPT), sampling.max_tokens))
+        self.asked.append((len(token_ids) - PROMPT, sampling.max_tokens))
         return await super().generate(request_id, token_ids, sampling, on_tokens)
-
-
-def request(max_tokens: int) -> GenerateRequest:
-    return GenerateRequest(token_ids=PROMPT, sampling=SamplingParams(max_tokens=max_tokens))
-
-
-def weights(version: int) -> Weights:
-    return Weights(version=version, path=Path(f"/fake/{version}"))
-
-
-def now() -> float:
-    return asyncio.get_running_loop().time()
 
 
 @in_virtual_time

@@ -11,8 +11,9 @@ from flash.fakes import FakeEnvs, FakeStyle, FakeWorker
 from flash.hub import InferenceHub
 from flash.rollout import RolloutLoop
 from flash.rollout.adaptive import AdaptiveAlpha
-from flash.types import Task, Weights
+from flash.types import Task
 from flash.virtual_time import in_virtual_time
+from tests.steady import weights
 
 
 def step(*, ess: float = 1.0, kl: float = 0.0, waited: float = 0.0) -> dict[str, float]:
@@ -130,7 +131,7 @@ async def trained(loop: RolloutLoop, versions: range) -> list[float]:
         batch = await loop.next_batch()
         oldest.append(batch.metrics["staleness/max"])
         await asyncio.sleep(1000)
-        await loop.publish(Weights(version=version, path=Path("/fake")))
+        await loop.publish(weights(version))
     return oldest
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-from pathlib import Path
 
 import pytest
 
@@ -13,14 +12,11 @@ from flash.fakes import FakeEnvs, FakePool, FakeStyle, FakeWorker
 from flash.hub import InferenceHub
 from flash.rollout import RolloutLoop, evaluate
 from flash.rollout.beside import Beside
-from flash.types import Task, Weights
+from flash.types import Task
 from flash.virtual_time import in_virtual_time
+from tests.steady import weights
 
 EXAM = [Task(seed) for seed in range(40)]
-
-
-def weights(version: int) -> Weights:
-    return Weights(version=version, path=Path(f"/fake/{version}"))
 
 
 def make_agent():

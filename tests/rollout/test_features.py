@@ -5,7 +5,6 @@ import contextlib
 import math
 import random
 from collections import Counter, defaultdict
-from pathlib import Path
 
 import pytest
 
@@ -21,8 +20,9 @@ from flash.rollout.filters import equal_rewards, find
 from flash.simulate import Scenario, simulate
 from flash.trainer.advantage_settings import TurnReturns
 from flash.trainer.advantages import make_advantages
-from flash.types import GenerateRequest, SamplingParams, Task, Trajectory, Weights
+from flash.types import GenerateRequest, SamplingParams, Task, Trajectory
 from flash.virtual_time import in_virtual_time
+from tests.steady import now, weights
 
 SAMPLING = SamplingParams(max_tokens=4)
 
@@ -72,10 +72,6 @@ def outcomes(records):
     return Counter((r.outcome, r.reason) for r in records if r.reason != "shutdown")
 
 
-def now():
-    return asyncio.get_running_loop().time()
-
-
 # ── scheduling and replication ───────────────────────────────────────────────────────────────
 
 
@@ -86,7 +82,7 @@ def test_under_a_batch_schedule_the_next_batch_begins_when_the_last_episode_has_
         async with rollouts(slow, records, schedule=schedule) as loop:
             for version in (1, 2, 3):
                 await loop.next_batch()
-                await loop.publish(Weights(version=version, path=Path("/fake")))
+                await loop.publish(weights(version))
         return sorted({round(r.admitted_s) for r in records}), records
 
     admitted, records = virtual_time.run(main("batch"))
@@ -174,7 +170,7 @@ async def test_redundant_groups_that_are_slowest_are_cancelled_at_once():
         await asyncio.sleep(0.01)
         assert loop.ledger.running == 0
         assert now() < 2
-        await loop.publish(Weights(version=1, path=Path("/fake")))
+        await loop.publish(weights(1))
         assert {episode.group for episode in loop.episodes()} == {3, 4, 5}
     assert outcomes(records) == {("trained", ""): 4, ("cancelled", "redundant"): 2}
 
@@ -225,7 +221,7 @@ async def test_nothing_is_begun_that_no_batch_can_take_before_training_ends():
         assert loop.ledger.running == 8
         for version in (1, 2):
             await loop.next_batch()
-            await loop.publish(Weights(version=version, path=Path("/fake")))
+            await loop.publish(weights(version))
         assert loop.ledger.running == 0
     assert outcomes(records) == {("trained", ""): 8}
 
@@ -241,7 +237,7 @@ async def test_a_group_that_is_filtered_is_replaced_by_another_task():
         for version in (1, 2, 3):
             batch = await loop.next_batch()
             assert all(sample.group % 2 for sample in batch.samples)
-            await loop.publish(Weights(version=version, path=Path("/fake")))
+            await loop.publish(weights(version))
     assert outcomes(records)["dropped", "filtered:equal_rewards"] >= 12
 
 
@@ -289,7 +285,7 @@ async def test_a_task_too_slow_for_alpha_is_given_up_after_so_many_regenerations
         for version in range(1, 12):
             await loop.next_batch()
             await asyncio.sleep(1)
-            await loop.publish(Weights(version=version, path=Path("/fake")))
+            await loop.publish(weights(version))
     of_the_slow = outcomes([record for record in records if record.group == 0])
     assert of_the_slow == {("cancelled", "stale"): 4, ("cancelled", "too_slow"): 2}
 
@@ -313,7 +309,7 @@ def test_the_bias_toward_quick_episodes_is_told_and_warned_of(caplog):
         async with rollouts(takes, batch_size=16, **options) as loop:
             for version in range(1, 30):
                 batch = await loop.next_batch()
-                await loop.publish(Weights(version=version, path=Path("/fake")))
+                await loop.publish(weights(version))
         return batch.metrics
 
     metrics = virtual_time.run(main(on_stale="wait", alpha=1))
@@ -337,7 +333,7 @@ async def test_alpha_counts_versions_trained_where_only_some_are_published():
             ages.append(batch.metrics["staleness/max"])
             assert batch.version == version - 1
             if version % 3 == 0:
-                await loop.publish(Weights(version=version, path=Path("/fake")))
+                await loop.publish(weights(version))
     assert ages == [0, 1, 2] * 3
 
 
@@ -347,7 +343,7 @@ async def test_the_next_batch_is_assembled_while_weights_are_published():
     async with rollouts(workers=[worker], alpha=1) as loop:
         await loop.next_batch()
         before = loop.ledger.ready
-        publishing = asyncio.create_task(loop.publish(Weights(version=1, path=Path("/fake"))))
+        publishing = asyncio.create_task(loop.publish(weights(1)))
         await asyncio.sleep(40)
         assert not publishing.done()
         assert loop.ledger.ready >= before
@@ -396,7 +392,7 @@ async def test_a_batch_comes_in_parts_as_groups_finish_and_is_the_whole_one_in_t
         assert now() == pytest.approx(3, abs=0.5)
         assert loop.ledger.count("trained") == 8
         assert last.metrics["reward/mean"] == 0.5
-        await loop.publish(Weights(version=1, path=Path("/fake")))
+        await loop.publish(weights(1))
         assert (await loop.next_part()).version == 1
 
 
@@ -420,7 +416,7 @@ async def test_a_group_that_must_not_wait_longer_has_its_place_in_a_batch_of_par
                 part = await loop.next_part()
                 last = part.last
                 seen += [(part.version, sample.group) for sample in part.samples]
-            await loop.publish(Weights(version=version, path=Path("/fake")))
+            await loop.publish(weights(version))
     assert (1, 0) in seen, "the oldest group waited for, in the last batch it is fresh for"
 
 

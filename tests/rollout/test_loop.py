@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,12 +13,9 @@ from flash.errors import EnvFailure, InferenceFailure, RolloutFailure
 from flash.fakes import FakeEnvs, FakeStyle, FakeWorker
 from flash.hub import InferenceHub
 from flash.rollout import RolloutLoop
-from flash.types import Task, Weights
+from flash.types import Task
 from flash.virtual_time import in_virtual_time
-
-
-def weights(version: int) -> Weights:
-    return Weights(version=version, path=Path("/fake"))
+from tests.steady import weights
 
 
 def tasks(count: int = 10**6):

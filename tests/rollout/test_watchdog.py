@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import threading
-from pathlib import Path
 
 import pytest
 
@@ -15,13 +14,10 @@ from flash.hub import InferenceHub
 from flash.hub.queue import RequestQueue
 from flash.rollout import RolloutLoop
 from flash.rollout.blocked import watched_event_loop
-from flash.types import Task, TrainerState, Weights
+from flash.types import Task, TrainerState
+from tests.steady import weights
 
 STALL_S = 50.0
-
-
-def weights(version: int) -> Weights:
-    return Weights(version=version, path=Path("/fake"))
 
 
 @contextlib.asynccontextmanager
