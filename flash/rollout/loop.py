@@ -363,7 +363,7 @@ class RolloutLoop:
     def admission(self) -> Admission:
         return Admission(
             next_version=self._next_version,
-            fresh=self._next_version - self.hub.version <= self.alpha,
+            fresh=self._fresh_enough,
             owed=len(self._starts),
             unpublished=self._slots.held,
         )
@@ -386,8 +386,7 @@ class RolloutLoop:
 
         Those of a burst, a few in each turn of the event loop.
         """
-        fresh_enough = self._next_version - self.hub.version <= self.alpha
-        if not self._open or self._paused or not fresh_enough:
+        if not self._open or self._paused or not self._fresh_enough:
             return
         try:
             while (
@@ -398,6 +397,13 @@ class RolloutLoop:
                 self._start(*start)
         except Exception as error:  # of the tasks or of the agent's making: nobody awaits this
             self.fail(error)
+        if self._starts.exhausted:
+            self._progress.set()
+
+    @property
+    def _fresh_enough(self) -> bool:
+        """Whether what begins now could be trained, if it goes into the next batch."""
+        return self._next_version - self.hub.version <= self.alpha
 
     def _start(self, group: Group, attempt: int) -> None:
         episode = Episode(

@@ -231,6 +231,17 @@ async def test_tasks_that_end_are_an_error_that_says_so_not_a_hang():
             await loop.next_batch()
 
 
+@in_virtual_time
+async def test_a_batch_that_is_awaited_as_the_tasks_end_in_a_publish_is_told_at_once():
+    async with rollouts(tasks=tasks(2), alpha=0) as loop:
+        await loop.next_batch()
+        awaited = asyncio.create_task(loop.next_batch())
+        await asyncio.sleep(1)
+        await loop.publish(weights(1))
+        with pytest.raises(RolloutFailure, match="the tasks have ended"):
+            await asyncio.wait_for(awaited, 1)
+
+
 def tasks_that_break(after: int):
     yield from tasks(after)
     raise OSError("the file of tasks is gone")
