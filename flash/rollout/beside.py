@@ -3,9 +3,8 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from types import TracebackType
 
-from flash.errors import FlashError
+from flash.errors import FlashError, first_error
 from flash.rollout.evaluation import Evaluation
 
 logger = logging.getLogger(__name__)
@@ -15,7 +14,8 @@ class Beside:
     """Holds the evaluation that runs beside the block; leaving the block waits for it.
 
     `told` is called with each evaluation that came to its end. One that fails is logged, and so is
-    one that is due while another still runs, and is left out.
+    one that is due while another still runs, and is left out. An error that is no FlashError
+    cancels the block and comes out of it.
     """
 
     def __init__(self, told: Callable[[Evaluation], None]) -> None:
@@ -27,15 +27,11 @@ class Beside:
         await self._tasks.__aenter__()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is not None:
+    async def __aexit__(self, *exc_info: object) -> None:
+        if exc_info[0] is not None:
             self.cancel()
-        await self._tasks.__aexit__(None, None, None)
+        with first_error():
+            await self._tasks.__aexit__(None, None, None)
 
     def begin(self, version: int, evaluate: Callable[[], Awaitable[Evaluation]]) -> None:
         """Starts the evaluation of that version, unless one runs."""

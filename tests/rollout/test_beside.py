@@ -144,6 +144,17 @@ def test_an_evaluation_that_fails_is_told_and_the_run_goes_on(caplog):
     assert "evaluation of version 7 is lost: all 40 tasks failed" in caplog.text
 
 
+@in_virtual_time
+async def test_a_mistake_of_the_users_that_an_evaluation_finds_ends_the_run_as_it_is():
+    async def mistaken():
+        raise ValueError("env.eval_options: no such split")
+
+    with pytest.raises(ValueError, match="no such split"):
+        async with Beside(lambda _: None) as beside:
+            beside.begin(7, mistaken)
+            await asyncio.Event().wait()  # for the next batch, say
+
+
 def test_a_pausing_evaluation_tells_its_version_too():
     async def main():
         async with rollouts(fakes()) as loop:
