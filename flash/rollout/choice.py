@@ -1,5 +1,6 @@
 """Which groups make a batch, and which episodes are too old for it. Invariant 1."""
 
+import math
 from collections.abc import Sequence
 
 from flash.rollout.episode import Episode
@@ -16,16 +17,36 @@ def stale(group: Group, *, version: int, alpha: float) -> list[Episode]:
 
 
 def choose(
-    groups: Sequence[Group], wanted: int, *, version: int, alpha: float, wait: bool
+    groups: Sequence[Group],
+    wanted: int,
+    *,
+    version: int,
+    alpha: float,
+    wait_for: tuple[int, int] | None = None,
 ) -> list[Group]:
     """The complete ones of `groups` for a batch for this version, oldest first; `wanted` at most.
 
-    With `wait`, groups that would be too old for the batch after this one have their places kept,
-    complete or not. More than a batch of them exists only if α is no integer; those left over are
-    regenerated.
+    With `wait_for`, the groups of a batch and the version that is published now, nobody is
+    overtaken who would find no place later: of those that must be in one of the next h batches,
+    all but so many as h-1 batches can take have a place in this one, complete or not. That is
+    always possible, but for an α that is no integer, and for redundant groups.
     """
-    due: list[Group] = []
-    if wait:
-        due = [group for group in groups if version + 1 - group.oldest_version > alpha][:wanted]
-    others = [group for group in groups if group.complete and group not in due]
-    return [group for group in due if group.complete] + others[: wanted - len(due)]
+    chosen: set[Group] = set()
+    places = 0  # given, or kept for groups that are not complete
+    of_batch, published = wait_for or (0, 0)
+    for later in range(math.floor(alpha) + 1) if wait_for else ():
+        due = [g for g in groups if _last(g, alpha, published) <= version + later]
+        needed = min(len(due) - later * of_batch, wanted) - places
+        if needed > 0:
+            ready = [group for group in due if group.complete and group not in chosen]
+            chosen.update(ready[:needed])
+            places += needed
+    others = [group for group in groups if group.complete and group not in chosen]
+    chosen.update(others[: wanted - places])
+    return [group for group in groups if group in chosen]
+
+
+def _last(group: Group, alpha: float, published: int) -> int:
+    """The last version that it can be trained for. Who has not begun to sample may do so now."""
+    oldest = group.oldest_version
+    return math.floor((published if oldest is None else oldest) + alpha)

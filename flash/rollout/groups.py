@@ -1,6 +1,5 @@
 """The groups on their way into a batch, and what they add up to."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -30,10 +29,10 @@ class Group:
         return max(0, len(self.members) - self.size)
 
     @property
-    def oldest_version(self) -> float:
-        """The version of the oldest token so far; infinite if there is none."""
+    def oldest_version(self) -> int | None:
+        """The version of the oldest token so far; None if there is none."""
         versions = [m.oldest_version for m in self.members.values() if m.oldest_version is not None]
-        return min(versions, default=math.inf)
+        return min(versions, default=None)
 
 
 class Groups:

@@ -573,7 +573,9 @@ class RolloutLoop:
             wanted,
             version=self._next_version,
             alpha=self.alpha,
-            wait=self._on_stale == "wait",
+            wait_for=(
+                (self._groups_per_batch, self.hub.version) if self._on_stale == "wait" else None
+            ),
         )
 
     def _hand_over(self, chosen: list[Group]) -> Batch:

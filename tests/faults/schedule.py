@@ -427,6 +427,10 @@ class Schedule:
         trained = Counter(r.episode for r in self.records if r.outcome == "trained")
         handed_over = ({sample.episode for sample in batch.samples} for batch in self.batches)
         assert trained == Counter(itertools.chain.from_iterable(handed_over))
+        settings = self.settings
+        if settings["on_stale"] == "wait" and settings["alpha"] % 1 == 0:
+            stale = ledger.ended["cancelled", "stale"] + ledger.ended["dropped", "stale"]
+            assert not stale or settings.get("redundant_groups"), "it was not waited for"
         if not self.rates:
             assert self.outcome == "trained"
             assert not ledger.count("failed")
