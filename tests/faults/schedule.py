@@ -28,6 +28,7 @@ from flash.errors import (
     InferenceFailure,
     PublishFailure,
     RolloutFailure,
+    RolloutStall,
     TrainerFailure,
 )
 from flash.fakes import FakePool, FakeStyle
@@ -392,6 +393,8 @@ class Schedule:
 
     def _check_warranted(self, error: FlashError) -> None:
         """A run ends for what was planted, and says so."""
+        if isinstance(error, RolloutStall):
+            assert error.cause not in ("nothing_runs", "queue_stuck"), "that is never planted"
         kinds = " ".join(self.rates)
         causes = {
             InferenceFailure: ("worker", "answer", "control"),
