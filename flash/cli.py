@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from flash import config as configuration
+from flash import machine
 from flash.errors import FlashError
 from flash.simulate.distributions import Distribution
 from flash.simulate.hardware import GPUS, on_hardware
@@ -92,6 +93,7 @@ def run(arguments: Sequence[str]) -> int:
     """The exit code of the command."""
     command, rest = _command(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("huggingface_hub").propagate = False  # it prints by a handler of its own
     try:
         command(rest)
     except ValueError as error:
@@ -147,6 +149,8 @@ def _train(arguments: Sequence[str]) -> None:
     config = configuration.load(_only(sources, "a preset or a YAML file"), overrides)
     if config.uses_environment:
         configuration.try_environment(config.env)
+    if port := config.engine.door_port:
+        machine.check_port("127.0.0.1", port, f"engine.door_port={port}")
     from flash.train import train  # noqa: PLC0415  (help and mistakes must not wait for it)
 
     async def until_stopped() -> dict[str, Any] | None:

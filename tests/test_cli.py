@@ -43,7 +43,7 @@ from flash.errors import InferenceFailure, RolloutStall
         (["worker", "--model", "m", "--max_running", "0"], "--max-running 0: must be at least 1"),
         (["worker", "--model", "./none"], "--model ./none: there is no such directory; a hub"),
         (["worker", "--model", "."], "--model .: the directory holds no config.json"),
-        (["worker", "--model", "m", "--host", "192.0.2.1"], "--host 192.0.2.1 --port 0:"),
+        (["worker", "--model", "m", "--host", "192.0.2.1"], "--port 0 on 192.0.2.1:"),
     ],
 )
 def test_a_mistake_ends_in_one_line_and_exit_code_2(
@@ -65,6 +65,20 @@ def test_a_port_in_use_is_found_before_a_model_is_loaded(capsys):
         assert cli.run(["worker", "--model", "nothing", "--port", str(port)]) == 2
     assert capsys.readouterr().err == (
         f"flash: --port {port} is in use on 127.0.0.1: choose another, or 0 for a free one\n"
+    )
+
+
+def test_a_door_whose_port_is_in_use_is_found_before_anything_starts(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert cli.run(["train", "frozen_lake", "--engine.door_port", str(port)]) == 2
+    assert not list(tmp_path.iterdir())
+    assert capsys.readouterr().err == (
+        f"flash: engine.door_port={port} is in use on 127.0.0.1: choose another, or 0 for a free "
+        f"one\n"
     )
 
 

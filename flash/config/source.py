@@ -42,6 +42,8 @@ def _read(source: str) -> dict[str, Any]:
     if not path.is_file():
         near = difflib.get_close_matches(source, known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
+        if (path / "config.yaml").is_file():
+            hint = f": of a run give {path / 'config.yaml'}"
         raise ValueError(
             f"{source!r} is neither a preset ({', '.join(sorted(known))}) nor a YAML file{hint}"
         )

@@ -308,7 +308,8 @@ class InferenceHub:
             async with asyncio.timeout(_ABORT_TIMEOUT_S):
                 await slot.worker.abort(request_id)
         except (TimeoutError, WorkerFailure, BadRequest) as error:
-            logger.warning("could not abort %s at %s: %s", request_id, slot.worker.name, error)
+            if slot.healthy:  # of one that is out, all of whose requests end, enough was said
+                logger.warning("could not abort %s at %s: %s", request_id, slot.worker.name, error)
 
     # ── new weights ──────────────────────────────────────────────────────────────────────────
 

@@ -1,13 +1,13 @@
 """How an embedded worker runs, and its command line; imports no torch."""
 
 import argparse
-import errno
 import os
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, get_type_hints
+
+from flash import machine
 
 _CHOICES = {"device": ("auto", "cpu", "cuda"), "dtype": ("auto", "float32", "bfloat16")}
 _LEAST = {"max_running": 1, "cache_tokens": 64, "threads": 0, "version": 0, "seed": 0}
@@ -69,7 +69,7 @@ def parse(arguments: Sequence[str], prog: str) -> WorkerConfig:
             option = name.replace("_", "-")
             raise ValueError(f"--{option} {getattr(config, name)}: must be at least {least}")
     _check_model(config.model)
-    _check_free(config.host, config.port)
+    machine.check_port(config.host, config.port, f"--port {config.port}")
     return config
 
 
@@ -82,19 +82,3 @@ def _check_model(model: str) -> None:
         raise ValueError(
             f"--model {model}: there is no such directory; a hub name has the form org/model"
         )
-
-
-def _check_free(host: str, port: int) -> None:
-    """Found out now, not after a model was loaded for minutes."""
-    if not 0 <= port < 1 << 16:
-        raise ValueError(f"--port {port}: must be 0 to 65535; 0 lets the system choose")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise ValueError(f"--host {host} --port {port}: {error.strerror}") from error
-            raise ValueError(
-                f"--port {port} is in use on {host}: choose another, or 0 for a free one"
-            ) from error

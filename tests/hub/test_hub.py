@@ -268,6 +268,23 @@ async def test_with_no_worker_left_every_caller_is_told_the_cause_now_and_later(
 
 
 @in_virtual_time
+async def test_a_worker_that_dies_is_told_of_once_and_not_for_each_of_its_requests(caplog):
+    class Deaf(FakeWorker):
+        async def abort(self, request_id):
+            raise WorkerFailure("nobody listens")
+
+    worker = Deaf("dead", token_s=(1, 1), tokens=(100, 100))
+    async with InferenceHub([worker, steady("well")]) as hub:
+        calls = [asyncio.ensure_future(hub.generate(request())) for _ in range(20)]
+        await asyncio.sleep(1)
+        hub.give_up("dead", "it hangs")
+        await all_ended(calls)
+        await asyncio.sleep(1)
+    assert sum("worker taken out" in message for message in caplog.messages) == 1
+    assert not [message for message in caplog.messages if "could not abort" in message]
+
+
+@in_virtual_time
 async def test_a_worker_that_stays_unwell_is_told_of_once_for_each_reason(caplog):
     worker = steady("only")
     async with InferenceHub([worker], recovery_timeout_s=1000) as hub:
