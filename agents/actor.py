@@ -40,6 +40,8 @@ class Actor:
                     case Start(episode):
                         coroutine = self._live(episode, report)
                         life = episode, tasks.create_task(coroutine, name=episode.session)
+                        # A task that is cancelled before its first turn has none, and no report.
+                        await asyncio.sleep(0)
                     case Abort(episode):
                         if life is not None and life[0] is episode:
                             life[1].cancel()

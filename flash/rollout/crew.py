@@ -111,9 +111,9 @@ class Crew:
         except Exception as crash:  # the boundary between agents and engine
             cause = _root_cause(crash)
         else:
-            if seat.episode is None or self._closing:
+            if self._closing:
                 return
-            cause = AgentFailure("the agent returned before its episode ended")
+            cause = AgentFailure("the agent returned, and nobody had asked it to stop")
         if isinstance(cause, FlashError) and not isinstance(cause, EpisodeFailure):
             # Nobody's fault here (no inference worker is left, say): the run can't go on.
             self._on_fatal(cause)

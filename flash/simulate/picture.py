@@ -88,12 +88,12 @@ def draw_plan(plan: "Plan") -> Figure:
         axes.annotate(
             f"α={choice.alpha:g}, {choice.workers} workers, trainer {choice.trainer_gpus}",
             (age, speed), textcoords="offset points", fontsize=8,
-            xytext=(-8 if right else 8, 4), ha="right" if right else "left",
+            xytext=(-8, 6) if right else (8, -12), ha="right" if right else "left",
         )  # fmt: skip
     axes.set_xlabel("mean age of trained tokens, in versions")
     axes.set_ylabel("samples a second")
-    axes.set_ylim(bottom=0)
-    axes.margins(x=0.05, y=0.12)
+    axes.set_ylim(0, 1.1 * max(choice.result.samples_per_s for choice in plan.tried))
+    axes.margins(x=0.05)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     return figure

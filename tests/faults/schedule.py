@@ -319,7 +319,7 @@ class Schedule:
                 if is_so():
                     await asyncio.sleep(0.001)  # within one moment requests may be on their way
                     assert not is_so(), f"invariant 5: {is_so.__name__}"
-            for episode in rollouts.episodes():
+            for episode in rollouts.under_way():
                 # A run that has failed says so at the trainer's next call; till then it waits.
                 if episode.trajectory is None and rollouts._failure is None:
                     lasts = now - episode.admitted_at

@@ -13,6 +13,7 @@ from flash.errors import EnvFailure, InferenceFailure, RolloutFailure
 from flash.fakes import FakeEnvs, FakeStyle, FakeWorker
 from flash.hub import InferenceHub
 from flash.rollout import RolloutLoop
+from flash.rollout.episode import Abort, Cancelled, Episode, Start, Stop
 from flash.types import Task
 from flash.virtual_time import in_virtual_time
 from tests.steady import weights
@@ -427,6 +428,34 @@ async def test_an_agent_that_crashes_after_its_report_costs_no_more_than_itself(
             await loop.next_batch()
             await loop.publish(weights(version))
         assert loop.crashes > 0
+
+
+@in_virtual_time
+async def test_an_episode_that_is_given_up_in_the_moment_it_begins_is_reported():
+    for given_up in ([Abort], []):
+        ends = []
+        agent = EnvironmentAgent(envs=FakeEnvs(), style=FakeStyle(), max_tokens=4)
+        episode = Episode(0, Task(0), hub=None)
+        for message in (Start(episode), *(kind(episode) for kind in given_up), Stop()):
+            agent.mailbox.put_nowait(message)
+        await agent.run(lambda episode, end: ends.append((episode.id, end)))  # noqa: B023
+        assert ends == [(0, Cancelled())]
+
+
+@in_virtual_time
+async def test_an_agent_that_leaves_between_two_episodes_is_given_no_other():
+    class Leaving(EnvironmentAgent):
+        async def run(self, report):
+            message = await self.mailbox.get()
+            if isinstance(message, Start):
+                await self._live(message.episode, report)
+
+    async with rollouts(agent=Leaving, alpha=0) as loop:
+        for version in range(1, 4):
+            await loop.next_batch()
+            await loop.publish(weights(version))
+        assert loop.crashes == 12
+        assert loop.ledger.reasons() == {"trained": 12}
 
 
 @in_virtual_time
