@@ -178,6 +178,10 @@ def test_async_generation_ratio_is_another_name_for_alpha():
             {"agent": {"run": ["sh"]}, "env": {"name": "frozen_lake", "hosts": 1}},
             "env.hosts is not for an agent of your own (agent.run): leave it out",
         ),
+        (
+            {"agent": {"run": ["sh"]}, "trainer": {"advantages": "gigpo"}},
+            "trainer.advantages.name=gigpo takes the rewards of turns, and an agent of your own",
+        ),
         ({"trainer": {"mini_batches": 99}}, "trainer.mini_batches=99 exceeds batch_size=64"),
         ({"trainer": {"objective": "tiss"}}, "trainer.objective.name='tiss': did you mean tis?"),
         ({"trainer": {"objective": "best"}}, "trainer.objective.name='best': there are cispo, dec"),

@@ -37,6 +37,12 @@ def check_run(config: "Config") -> None:
     ):
         if given:
             raise ValueError(f"{field} is not for an agent of your own (agent.run): leave it out")
+    if config.trainer.advantages.of_turns:
+        raise ValueError(
+            f"trainer.advantages.name={config.trainer.advantages.name} takes the rewards of turns, "
+            f"and an agent of your own (agent.run) has one for its episode: use grpo, rloo or "
+            f"reinforce"
+        )
 
 
 def check_arguments(make: Any, options: Mapping[str, Any], field: str) -> None:

@@ -24,6 +24,11 @@ class AdvantageSettings(Section):
         return True
 
     @property
+    def of_turns(self) -> bool:
+        """Whether they take the rewards of an episode's turns."""
+        return False
+
+    @property
     def whitens(self) -> bool:
         return self.whiten
 
@@ -97,6 +102,10 @@ class TurnReturns(AdvantageSettings):
     gamma: float = Field(0.95, ge=0, le=1, description="discount of a reward, a turn")
     std: bool = Field(True, description="divide by the standard deviation of the group")
 
+    @property
+    def of_turns(self) -> bool:
+        return True
+
 
 class GiGpo(AdvantageSettings):
     """Episodes against the group, and turns against those in the same state."""
@@ -105,6 +114,10 @@ class GiGpo(AdvantageSettings):
     gamma: float = Field(0.95, ge=0, le=1, description="discount of a reward, a turn")
     omega: float = Field(1.0, ge=0, description="weight of the comparison of turns")
     std: bool = Field(True, description="divide by the standard deviation of the group")
+
+    @property
+    def of_turns(self) -> bool:
+        return True
 
 
 class Gae(AdvantageSettings):
