@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from transformers import AutoTokenizer
 
 from flash import config as configuration
 from flash.cli import run as flash
@@ -45,13 +46,29 @@ def tiny(preset: str, runs: Path, **changes):
     return configuration.load(preset, {**TINY, "runs_dir": str(runs), **changes})
 
 
+def questions(folder: Path) -> dict[str, object]:
+    """What the preset gsm8k gets from elsewhere: a model that chats, and a file."""
+    model = create(folder / "model", map(str, range(10)), layers=1, hidden_size=32, heads=2)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    tokenizer.save_pretrained(model)
+    lines = (json.dumps({"question": str(n), "answer": str(n % 10)}) for n in range(60))
+    (folder / "questions.jsonl").write_text("\n".join(lines))
+    return {
+        "model": str(model),
+        "env.options.path": str(folder / "questions.jsonl"),
+        "agent.max_tokens": 8,
+        "rollout.filters": "",
+    }
+
+
 async def run(config, stop=None):
     return await train(config, stop=stop or asyncio.Event())
 
 
 @pytest.mark.parametrize("preset", sorted(configuration.presets()))
 async def test_a_tiny_run_of_each_preset_leaves_a_whole_and_true_folder(preset, tmp_path, capsys):
-    config = tiny(preset, tmp_path)
+    config = tiny(preset, tmp_path, **questions(tmp_path) if preset == "gsm8k" else {})
     summary = await run(config)
     assert "engine: " in capsys.readouterr().out
     folder = Path(summary["folder"])
