@@ -14,6 +14,8 @@ from flash.fakes import FakeEnvs, FakeStyle, FakeWorker
 from flash.hub import InferenceHub
 from flash.rollout import RolloutLoop
 from flash.rollout.episode import Abort, Cancelled, Episode, Start, Stop
+from flash.trainer.advantage_settings import Reinforce
+from flash.trainer.advantages import make_advantages
 from flash.types import Task
 from flash.virtual_time import in_virtual_time
 from tests.steady import weights
@@ -85,6 +87,39 @@ async def test_a_straggler_holds_up_nobody():
         batch = await loop.next_batch()
         assert 0 not in {sample.group for sample in batch.samples}
         assert asyncio.get_running_loop().time() < 50
+
+
+@in_virtual_time
+async def test_an_episode_that_begins_to_sample_too_late_is_in_no_batch():
+    begin = asyncio.Event()
+
+    class TheFifthWaits(FakeEnvs):
+        async def open(self):
+            env = await super().open()
+
+            async def reset(task):
+                if task.seed == 4:
+                    await begin.wait()
+                return await type(env).reset(env, task)
+
+            env.reset = reset
+            return env
+
+    records = []
+    async with rollouts(
+        envs=TheFifthWaits(), batch_size=2, group_size=1, alpha=1.5, on_episode=records.append,
+        advantages=make_advantages(Reinforce(baseline="none")),
+        agent_options={"step_timeout_s": 1e6, "episode_timeout_s": 1e6},
+    ) as loop:  # fmt: skip
+        await loop.next_batch()
+        await loop.next_batch()
+        begin.set()  # it samples from version 0 for a batch at version 2
+        part = asyncio.create_task(loop.next_part())
+        await asyncio.sleep(100)
+        assert not part.done()
+        assert [(r.outcome, r.reason) for r in records if r.group == 4] == [("dropped", "stale")]
+        await loop.publish(weights(2))
+        assert (await part).metrics["staleness/max"] <= 1
 
 
 def test_stale_episodes_are_started_again_dropped_or_waited_for():
