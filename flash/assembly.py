@@ -150,7 +150,8 @@ def _workers(
             start_timeout_s=engine.start_timeout_s,
         )
         why = "as engine.kind says" if engine.kind == "vllm" else "because it is installed"
-        return vllm, f"{_count(engine.workers, 'vLLM server')} on {_where(config, devices)}, {why}"
+        where = _where(devices, engine.workers * engine.tensor_parallel)
+        return vllm, f"{_count(engine.workers, 'vLLM server')} on {where}, {why}"
     embedded = EmbeddedPool(
         model,
         size=engine.workers,
@@ -170,7 +171,7 @@ def _workers(
         why = "because vLLM has no GPU here"
     else:
         why = "because vLLM is not installed (`make setup-vllm`)"
-    where = _where(config, devices)
+    where = _where(devices, engine.workers)
     return embedded, f"{_count(engine.workers, 'embedded worker')} on {where}, {why}"
 
 
@@ -178,11 +179,9 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}{'s' if number > 1 else ''}"
 
 
-def _where(config: Config, devices: Sequence[Gpu]) -> str:
-    """Where the workers of a pool are, and which GPUs nobody uses."""
-    each = config.engine.tensor_parallel if config.engine.kind != "embedded" else 1
-    used = devices[: config.engine.workers * each]
-    rest = [gpu for gpu in devices if gpu not in used]
+def _where(devices: Sequence[Gpu], wanted: int) -> str:
+    """Where the workers of a pool are that take so many GPUs, and which GPUs nobody uses."""
+    used, rest = devices[:wanted], devices[wanted:]
     where = f"GPU {', '.join(map(str, used))}" if used else "the CPU"
     idle = f" (idle: {', '.join(map(str, rest))}; engine.workers may be more)" if rest else ""
     return where + idle

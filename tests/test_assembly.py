@@ -79,6 +79,7 @@ def test_the_probe_allows_what_the_coarser_precision_makes(changes, gpus, limit,
     [
         ({}, [], "engine: 1 embedded worker on the CPU, because vLLM is not installed (`make "),
         ({"engine.workers": 2}, [0, 1, 2, 3], "2 embedded workers on GPU 1, 2 (idle: 3; engine."),
+        ({"engine.tensor_parallel": 2}, [0, 1, 2], "1 embedded worker on GPU 1 (idle: 2; engine."),
         ({"engine.urls": "http://127.0.0.1:1"}, [], "engine: 1 worker that ran before, because e"),
     ],
 )
