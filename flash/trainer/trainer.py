@@ -323,13 +323,20 @@ class Trainer:
         """
         if not isinstance(first, ProcessFailure):
             return first
-        deaths = [asyncio.create_task(child.wait_dead()) for child in self._children]
-        dead, alive = await asyncio.wait(
-            deaths, timeout=_DEATH_NOTICE_S, return_when=asyncio.FIRST_COMPLETED
-        )
-        for task in alive:
-            task.cancel()
-        return dead.pop().result() if dead else first
+
+        async def noticed(child: Child) -> None:
+            raise await child.wait_dead()
+
+        try:
+            with first_error():
+                async with asyncio.timeout(_DEATH_NOTICE_S), asyncio.TaskGroup() as group:
+                    for child in self._children:
+                        group.create_task(noticed(child))
+        except ProcessFailure as death:
+            return death
+        except TimeoutError:
+            pass
+        return first
 
 
 def _trained_tokens(samples: Sequence[Sample]) -> int:

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM
 
-from flash.errors import TrainerFailure
+from flash.errors import ProcessFailure, TrainerFailure
 from flash.trainer import Trainer, TrainerConfig
 from flash.trainer.advantage_settings import ReinforcePp
 from flash.trainer.checkpoint import checkpoint_version, write_state
 from flash.trainer.objectives.settings import Gspo, KlSettings
 from flash.types import Batch, Sample
+from flash.virtual_time import in_virtual_time
 
 SamplesOf = Callable[..., list[Sample]]
 SaveModel = Callable[..., Path]
@@ -249,6 +250,25 @@ async def test_a_killed_rank_ends_the_step_at_once_with_its_name_and_takes_the_o
         with pytest.raises(TrainerFailure):
             await trainer.score(PROBE)
         assert trainer.version == 0
+
+
+@in_virtual_time
+async def test_of_a_death_and_what_its_siblings_say_of_it_the_death_is_the_cause(tmp_path):
+    class Rank:
+        def __init__(self, lives_s):
+            self.lives_s = lives_s
+
+        async def wait_dead(self):
+            await asyncio.sleep(self.lives_s)
+            return ProcessFailure("rank 1 was killed")
+
+    trainer = Trainer(model=tmp_path, config=CONFIG, run_dir=tmp_path)
+    noticed = ProcessFailure("rank 0 raised: the connection broke off")
+    trainer._children = [Rank(1e6), Rank(0.1)]
+    assert str(await trainer._cause(noticed)) == "rank 1 was killed"
+    trainer._children = [Rank(1e6), Rank(1e6)]
+    assert await trainer._cause(noticed) is noticed
+    assert asyncio.get_running_loop().time() < 60
 
 
 @pytest.mark.slow
