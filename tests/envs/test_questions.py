@@ -38,6 +38,7 @@ def ask(tmp_path):
         ("#### 72", "", 0),
         ("#### -1,200", "It lost $-1200.", 1),
         ("Blue  whale", "blue whale", 1),
+        ("blue whale", "Blue Whale", 1),
         ("Blue whale", "a blue whale", 0),
     ],
 )

@@ -15,7 +15,7 @@ from flash.simulate.hardware import (
     trainer_times,
     worker_times,
 )
-from flash.simulate.plan import plan
+from flash.simulate.plan import _least_waste, plan
 
 
 def workload(**changes) -> Scenario:
@@ -90,6 +90,7 @@ def test_of_redundancies_that_are_nearly_as_quick_the_one_that_wastes_least_is_t
     least = min(choice.result.wasted_share for choice in nearly)
     assert max(choice.result.wasted_share for choice in nearly) > least + 0.05
     assert slow.recommended.result.wasted_share == least
+    assert _least_waste(slow.tried[::-1]).result.wasted_share == least, "in whatever order"
 
 
 def test_redundancy_that_brings_nothing_is_not_taken(found):
