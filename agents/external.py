@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
 from flash.errors import AgentFailure, EpisodeFailure, FlashError, first_error
-from flash.outcome import outcome as stated_outcome
+from flash.reward.outcome import outcome as stated_outcome
 from flash.rollout.episode import Episode
 from flash.types import Completion, Sample, SamplingParams, Task, Trajectory
 

@@ -10,8 +10,8 @@ right before each action, where it is copied from.
 from collections.abc import Sequence
 from typing import Any
 
-from flash.small_policy import ACTION_TOKEN
 from flash.types import Observation
+from flash.warm_start.small_policy import ACTION_TOKEN
 
 
 class PlainStyle:

@@ -33,10 +33,13 @@ import aiohttp
 import uvloop
 
 from flash.cli import run_loop
-from flash.hub import EmbeddedPool, HttpWorker, InferenceHub, ProcessPool, VllmPool
+from flash.hub.http_worker import HttpWorker
+from flash.hub.hub import InferenceHub
+from flash.hub.pool import EmbeddedPool, ProcessPool
+from flash.hub.vllm_pool import VllmPool
 from flash.machine import has_vllm
-from flash.small_policy import create
 from flash.types import GenerateRequest, SamplingParams
+from flash.warm_start.small_policy import create
 
 RESULTS = Path(__file__).parent / "results" / "hub.json"
 WORDS = 1000

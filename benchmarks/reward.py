@@ -16,9 +16,9 @@ from pathlib import Path
 from flash import virtual_time
 from flash.agents import EnvironmentAgent
 from flash.fakes import FakeEnvs, FakeStyle, FakeWorker
-from flash.hub import InferenceHub
+from flash.hub.hub import InferenceHub
 from flash.reward.stage import FunctionScorer, RewardStage
-from flash.rollout import RolloutLoop
+from flash.rollout.loop import RolloutLoop
 from flash.types import Played, Task, Weights
 
 RESULTS = Path(__file__).parent / "results" / "reward.json"

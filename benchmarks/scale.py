@@ -31,8 +31,8 @@ from hub import lag, percentile
 from flash.agents import EnvironmentAgent
 from flash.cli import run_loop
 from flash.fakes import FakeEnvs, FakeStyle, FakeWorker
-from flash.hub import InferenceHub
-from flash.rollout import RolloutLoop
+from flash.hub.hub import InferenceHub
+from flash.rollout.loop import RolloutLoop
 from flash.types import Task, Weights
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"

@@ -27,9 +27,9 @@ from study.results import draw, summarise, table
 from study.sorting import SortingEnv
 
 from flash.agents import PlainStyle
-from flash.config import PolicyConfig, WarmStartConfig
 from flash.quiet import no_progress_bars
-from flash.warm_start import small_model
+from flash.warm_start.config import PolicyConfig, WarmStartConfig
+from flash.warm_start.teach import small_model
 
 RESULTS = Path(__file__).parent / "results" / "staleness"
 OBJECTIVES = (

@@ -28,11 +28,12 @@ from flash import InferenceHub, InlineEnvs, RolloutLoop, Task
 from flash.agents import EnvironmentAgent, PlainStyle
 from flash.config import Config, parse
 from flash.envs.frozen_lake import FrozenLakeTextEnv
-from flash.hub import EmbeddedPool
-from flash.small_policy import create
-from flash.telemetry import RunFolder
-from flash.trainer import Trainer, TrainerConfig
+from flash.hub.pool import EmbeddedPool
+from flash.telemetry.folder import RunFolder
+from flash.trainer.config import TrainerConfig
+from flash.trainer.trainer import Trainer
 from flash.types import AsyncEnv, EnvSource, Observation
+from flash.warm_start.small_policy import create
 
 RESULTS = Path(__file__).parent / "results" / "sync_vs_async.json"
 

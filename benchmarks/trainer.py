@@ -33,13 +33,14 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from flash.simulate.hardware import GPUS
-from flash.trainer import Trainer, TrainerConfig
+from flash.trainer.config import TrainerConfig
 from flash.trainer.micro_batch import MicroBatch, pack
 from flash.trainer.objectives.aggregation import scales
 from flash.trainer.objectives.choose import make_objective
 from flash.trainer.packing import plan
 from flash.trainer.scorer import TokenScorer
 from flash.trainer.sharding import load_model, shard
+from flash.trainer.trainer import Trainer
 from flash.types import Batch, Sample
 
 RESULTS = Path(__file__).parent / "results" / "trainer.json"

@@ -20,9 +20,10 @@ from pathlib import Path
 
 import torch
 
-from flash.hub import EmbeddedPool, InferenceHub
-from flash.small_policy import create
+from flash.hub.hub import InferenceHub
+from flash.hub.pool import EmbeddedPool
 from flash.types import GenerateRequest, SamplingParams
+from flash.warm_start.small_policy import create
 from flash.worker import attention
 from flash.worker.engine import EmbeddedEngine, EngineRequest
 

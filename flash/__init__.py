@@ -6,10 +6,10 @@ A whole run, top to bottom: flash/train.py. To embed the rollout in a script: `R
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flash.environments import EnvHosts, InlineEnvs
+    from flash.environments.hosts import EnvHosts, InlineEnvs
     from flash.errors import FlashError
-    from flash.hub import InferenceHub
-    from flash.rollout import RolloutLoop
+    from flash.hub.hub import InferenceHub
+    from flash.rollout.loop import RolloutLoop
     from flash.types import Batch, GenerateRequest, Sample, SamplingParams, Task, Weights
 
 __all__ = [
@@ -28,10 +28,10 @@ __all__ = [
 
 # Where a name is, once it is asked for: every child process imports this package, few need all.
 _PLACES = {
-    "environments": ("EnvHosts", "InlineEnvs"),
+    "environments.hosts": ("EnvHosts", "InlineEnvs"),
     "errors": ("FlashError",),
-    "hub": ("InferenceHub",),
-    "rollout": ("RolloutLoop",),
+    "hub.hub": ("InferenceHub",),
+    "rollout.loop": ("RolloutLoop",),
     "types": ("Batch", "GenerateRequest", "Sample", "SamplingParams", "Task", "Weights"),
 }
 

@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from flash import assembly
 from flash import config as configuration
-from flash.rollout import Evaluation
-from flash.rollout import evaluate as play
-from flash.telemetry import newest_checkpoint
+from flash import parts
+from flash.evaluation.play import Evaluation
+from flash.evaluation.play import evaluate as play
+from flash.telemetry.folder import newest_checkpoint
 from flash.trainer.checkpoint import MODEL_FOLDER, checkpoint_version
 from flash.types import Weights
 
@@ -28,28 +28,28 @@ async def evaluate(
     run = checkpoint.parent.parent
     config = configuration.load(str(run / "config.yaml"), overrides)
     model = str(checkpoint / MODEL_FOLDER)
-    tokenizer = assembly.load_tokenizer(model)
-    style = assembly.make_style(config, tokenizer)
+    tokenizer = parts.load_tokenizer(model)
+    style = parts.make_style(config, tokenizer)
     logs = run / "logs"
 
     async def weights() -> Weights:
         return Weights(version=version, path=(checkpoint / MODEL_FOLDER).resolve())
 
     async with (
-        assembly.open_hub(
+        parts.open_hub(
             config, model=model, version=version, weights=weights, log_dir=logs, say=say
         ) as hub,
-        assembly.open_door(config, hub, tokenizer=tokenizer) as door,
-        assembly.open_envs(config, logs, heldout=True) as envs,
-        assembly.open_reward(config, hub, tokenizer=tokenizer, log_dir=logs) as reward,
+        parts.open_door(config, hub, tokenizer=tokenizer) as door,
+        parts.open_envs(config, logs, heldout=True) as envs,
+        parts.open_reward(config, hub, tokenizer=tokenizer, log_dir=logs) as reward,
     ):
-        agent = assembly.agent_factory(
+        agent = parts.agent_factory(
             config, envs=envs, style=style, door=door, log_dir=logs, heldout=True, reward=reward
         )
         return await play(
             hub,
             agent,
-            assembly.heldout_tasks(config),
+            parts.heldout_tasks(config),
             concurrency=config.engine.max_running,
             max_attempts=config.rollout.max_attempts,
             stall_timeout_s=config.rollout.stall_timeout_s,

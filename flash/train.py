@@ -17,19 +17,21 @@ import sys
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-from flash import assembly
+from flash import parts
 from flash.config import Config
 from flash.errors import RolloutStall, first_error
-from flash.live import open_view
-from flash.progress import Progress
-from flash.rollout import AgentFactory, RolloutLoop, filters
+from flash.evaluation.background import Beside
+from flash.rollout import filters
 from flash.rollout.adaptive import AdaptiveAlpha
-from flash.rollout.beside import Beside
-from flash.rollout.blocked import watched_event_loop
-from flash.telemetry import RunFolder
-from flash.trainer import Trainer
+from flash.rollout.episode import AgentFactory
+from flash.rollout.loop import RolloutLoop
+from flash.rollout.stall.blocked import watched_event_loop
+from flash.telemetry.folder import RunFolder
+from flash.telemetry.live import open_view
+from flash.telemetry.progress import Progress
 from flash.trainer.advantages import make_advantages
 from flash.trainer.checkpoint import checkpoint_version
+from flash.trainer.trainer import Trainer
 from flash.types import Batch
 
 logger = logging.getLogger(__name__)
@@ -49,13 +51,13 @@ async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any] | None
         watched_event_loop(config.rollout.stall_timeout_s, _end_of(folder)),
         open_view() as view,
     ):
-        model = await _unless(stop, assembly.prepared_model(config, view.progress))
+        model = await _unless(stop, parts.prepared_model(config, view.progress))
         if model is None:
             return None
-        tokenizer = assembly.load_tokenizer(model)
-        style = assembly.make_style(config, tokenizer)
-        tasks = assembly.Tasks(config.seed)
-        adaptive = assembly.adaptive_alpha(config)
+        tokenizer = parts.load_tokenizer(model)
+        style = parts.make_style(config, tokenizer)
+        tasks = parts.Tasks(config.seed)
+        adaptive = parts.adaptive_alpha(config)
         if folder.resume_from is not None:
             tasks.restore(folder.resume_from)
             adaptive.restore(folder.resume_from)
@@ -68,7 +70,7 @@ async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any] | None
                 seed=config.seed,
                 resume_from=folder.resume_from,
             ).starting() as trainer,  # side by side with the workers
-            assembly.open_hub(
+            parts.open_hub(
                 config,
                 model=trainer.model,
                 version=trainer.version,
@@ -76,13 +78,13 @@ async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any] | None
                 log_dir=folder.logs,
                 say=view.say,
             ) as hub,
-            assembly.open_door(config, hub, tokenizer=tokenizer, log_dir=folder.logs) as door,
-            assembly.open_envs(config, folder.logs) as envs,
-            assembly.open_envs(config, folder.logs, heldout=True) as heldout_envs,
-            assembly.open_reward(config, hub, tokenizer=tokenizer, log_dir=folder.logs) as reward,
+            parts.open_door(config, hub, tokenizer=tokenizer, log_dir=folder.logs) as door,
+            parts.open_envs(config, folder.logs) as envs,
+            parts.open_envs(config, folder.logs, heldout=True) as heldout_envs,
+            parts.open_reward(config, hub, tokenizer=tokenizer, log_dir=folder.logs) as reward,
             RolloutLoop(
                 hub,
-                agent=assembly.agent_factory(
+                agent=parts.agent_factory(
                     config, envs=envs, style=style, door=door, log_dir=folder.logs, reward=reward
                 ),
                 tasks=tasks,
@@ -113,7 +115,7 @@ async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any] | None
         ):
             await trainer.ready()
             progress = Progress(config, folder, view, hub=hub, rollouts=rollouts, envs=envs)
-            examinee = assembly.agent_factory(
+            examinee = parts.agent_factory(
                 config,
                 envs=heldout_envs,
                 style=style,
@@ -181,7 +183,7 @@ class _Exam:
     ) -> None:
         self.beside = Beside(progress.evaluated_beside)
         self._config = config
-        tasks = assembly.heldout_tasks(config)
+        tasks = parts.heldout_tasks(config)
         self._play = functools.partial(rollouts.evaluate, tasks, agent=agent)
         self._play_beside = functools.partial(
             rollouts.evaluate_beside, tasks, agent=agent, workers=config.eval.workers
@@ -230,7 +232,7 @@ async def _save(
     folder: RunFolder,
     trainer: Trainer,
     rollouts: RolloutLoop,
-    tasks: assembly.Tasks,
+    tasks: parts.Tasks,
     adaptive: AdaptiveAlpha,
 ) -> None:
     checkpoint = folder.checkpoint(trainer.version)

@@ -14,14 +14,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flash.agents import EnvironmentAgent, PlainStyle
-from flash.environments import InlineEnvs
+from flash.environments.hosts import InlineEnvs
 from flash.envs.frozen_lake import FrozenLakeTextEnv
-from flash.hub import EmbeddedPool, InferenceHub
-from flash.rollout import RolloutLoop
-from flash.small_policy import create
-from flash.trainer import Trainer, TrainerConfig
+from flash.hub.hub import InferenceHub
+from flash.hub.pool import EmbeddedPool
+from flash.rollout.loop import RolloutLoop
 from flash.trainer.advantages import per_group
+from flash.trainer.config import TrainerConfig
+from flash.trainer.trainer import Trainer
 from flash.types import Task
+from flash.warm_start.small_policy import create
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

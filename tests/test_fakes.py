@@ -8,7 +8,9 @@ from aiohttp.test_utils import TestServer
 
 from flash import virtual_time
 from flash.fakes import FakeWorker, worker_app
-from flash.hub import HttpWorker, InferenceHub, WorkerFailure
+from flash.hub.http_worker import HttpWorker
+from flash.hub.hub import InferenceHub
+from flash.hub.worker import WorkerFailure
 from flash.types import GenerateRequest, SamplingParams, Weights
 from flash.virtual_time import in_virtual_time
 

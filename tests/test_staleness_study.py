@@ -104,7 +104,7 @@ def test_forced_tokens_are_exactly_so_old_and_a_cell_is_the_same_each_time(tmp_p
     from study.cell import Cell, Job
     from study.sorting import SortingEnv
 
-    from flash.small_policy import create
+    from flash.warm_start.small_policy import create
 
     def results(folder: str) -> list[dict]:
         (tmp_path / folder).mkdir()

@@ -15,12 +15,13 @@ from transformers import AutoTokenizer
 from flash import config as configuration
 from flash.cli import run as flash
 from flash.evaluate import evaluate
-from flash.hub import EmbeddedPool
+from flash.hub.pool import EmbeddedPool
 from flash.machine import has_vllm
-from flash.small_policy import create
-from flash.telemetry import METRICS, read_lines
+from flash.telemetry.folder import METRICS, read_lines
 from flash.train import train
-from flash.trainer import Trainer, TrainerConfig
+from flash.trainer.config import TrainerConfig
+from flash.trainer.trainer import Trainer
+from flash.warm_start.small_policy import create
 from tests.processes import Watch
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]

@@ -28,8 +28,8 @@ from transformers import AutoTokenizer
 from flash import InferenceHub, InlineEnvs, RolloutLoop, Task, virtual_time
 from flash.agents import EnvironmentAgent, PlainStyle
 from flash.rollout.adaptive import AdaptiveAlpha
-from flash.trainer import TrainerConfig
 from flash.trainer.advantages import Advantages, make_advantages
+from flash.trainer.config import TrainerConfig
 from flash.trainer.packing import divide
 from flash.trainer.rank import Rank
 from flash.types import AsyncEnv, Batch, EnvSource, Observation, Weights

@@ -1,4 +1,4 @@
-"""What acts and where: the environment, and the agent in it."""
+"""Settings of the agent. It lives outside the engine, which finds it by name."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -6,19 +6,6 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from flash.section import Names, Section
-
-
-class EnvConfig(Section):
-    """The environment; `--env NAME` sets the name alone."""
-
-    name: str = Field(description="a registered environment, or module:Class")
-    options: dict[str, Any] = Field({}, description="its constructor's arguments")
-    eval_options: dict[str, Any] = Field(
-        {"split": "heldout"}, description="what evaluation changes in them"
-    )
-    hosts: int = Field(
-        0, ge=0, description="processes for environments that block; 0 runs them in the event loop"
-    )
 
 
 class AgentConfig(Section):

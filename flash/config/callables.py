@@ -5,16 +5,14 @@ import inspect
 import shutil
 import traceback
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flash import registry
-from flash.config.agent import EnvConfig
-
-if TYPE_CHECKING:
-    from flash.config.run import Config
+from flash.config.fields import RunFields
+from flash.environments.config import EnvConfig
 
 
-def check_run(config: "Config") -> None:
+def check_run(config: RunFields) -> None:
     """That the user's agent can be started, and that no setting speaks of ours."""
     run = config.agent.run
     if isinstance(run, tuple):

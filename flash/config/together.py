@@ -1,18 +1,15 @@
 """What the sections of a run must agree on; each error names the fields, and what to change."""
 
 import math
-from typing import TYPE_CHECKING
 
 from flash import machine, registry
 from flash.config.callables import check_arguments, check_run
+from flash.config.fields import RunFields
 from flash.config.model import SMALL, check_model
 from flash.trainer.objectives.settings import SETTINGS, Supervised
 
-if TYPE_CHECKING:
-    from flash.config.run import Config
 
-
-def check_together(config: "Config") -> None:
+def check_together(config: RunFields) -> None:
     """ValueError for the first of the sections' disagreements."""
     if config.batch_size % config.group_size:
         below = config.batch_size - config.batch_size % config.group_size
@@ -73,7 +70,7 @@ def check_together(config: "Config") -> None:
     check_arguments(style, config.agent.style_options, "agent.style_options")
 
 
-def _check_rollout(config: "Config") -> None:
+def _check_rollout(config: RunFields) -> None:
     """That episodes can end in batches, and be fresh enough for them."""
     if config.rollout.adaptive_alpha.is_on and not config.alpha:
         raise ValueError(
@@ -106,7 +103,7 @@ def _check_rollout(config: "Config") -> None:
         )
 
 
-def _check_staleness(config: "Config") -> None:
+def _check_staleness(config: RunFields) -> None:
     """An objective that is wrong for stale tokens gets none, unless that is asked for."""
     objective = config.trainer.objective
     name = f"trainer.objective.name={objective.name}"
@@ -135,7 +132,7 @@ def _check_staleness(config: "Config") -> None:
         )
 
 
-def _check_share(config: "Config") -> None:
+def _check_share(config: RunFields) -> None:
     """Of the workers, for evaluation beside rollout."""
     workers = len(config.engine.urls) or config.engine.workers
     if config.eval.mode == "beside" and config.eval.workers >= workers:
@@ -146,7 +143,7 @@ def _check_share(config: "Config") -> None:
         )
 
 
-def _check_gpus_apart(config: "Config") -> None:
+def _check_gpus_apart(config: RunFields) -> None:
     """NCCL takes no group in which two processes use one GPU."""
     trainers, servers = machine.gpus()[: config.trainer.ranks], config.engine.devices
     if shared := sorted({*trainers} & {*servers}):

@@ -7,7 +7,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from flash.hub import HubStats, InferenceHub
+from flash.hub.hub import InferenceHub
+from flash.hub.reports import HubStats
 
 # From a small policy's short answer to a long one on a busy pool.
 _BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)

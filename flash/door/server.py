@@ -26,7 +26,7 @@ from flash.door.metrics import Metrics
 from flash.door.respond import Exchange, Responder, Response
 from flash.door.schema import IGNORABLE, ApiError, parse_chat, parse_text, usage
 from flash.door.session import DoorSession, Generate
-from flash.hub import InferenceHub
+from flash.hub.hub import InferenceHub
 from flash.types import Completion, GenerateRequest, SamplingParams
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from itertools import groupby
 from typing import Any, Protocol
 
 from flash.errors import EpisodeFailure, FlashError, RewardFailure
-from flash.outcome import outcome
+from flash.reward.outcome import outcome
 from flash.rollout.episode import Episode
 from flash.types import Played, Sample, Task, Trajectory
 

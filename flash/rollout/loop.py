@@ -22,21 +22,21 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any, Literal, Protocol
 
 from flash.errors import EpisodeFailure, RolloutFailure, RolloutStall
-from flash.rollout import evaluation
-from flash.rollout.assemble import metrics_of, samples_of, trajectories
+from flash.evaluation import play as evaluation
+from flash.evaluation.play import Evaluation, evaluate
+from flash.rollout.admission import Starts
+from flash.rollout.batching import metrics_of, samples_of, trajectories
 from flash.rollout.bias import LengthBias
-from flash.rollout.choice import choose, stale
 from flash.rollout.crew import Crew
-from flash.rollout.diagnosis import Admission
 from flash.rollout.episode import AgentFactory, Cancelled, Episode, EpisodeEnd
-from flash.rollout.evaluation import Evaluation, evaluate
 from flash.rollout.filters import Filters, GroupFilter
 from flash.rollout.groups import Group, Groups
 from flash.rollout.ledger import EpisodeRecord, Ledger
-from flash.rollout.pulse import Pulse, felt
 from flash.rollout.slots import BatchSchedule, QueueSchedule, Schedule, Slots
-from flash.rollout.starts import Starts
-from flash.rollout.watchdog import OnStall, Watchdog
+from flash.rollout.staleness import choose, stale
+from flash.rollout.stall.activity import Pulse, felt
+from flash.rollout.stall.diagnosis import Admission
+from flash.rollout.stall.watchdog import OnStall, Watchdog
 from flash.trainer.advantages import Advantages, grpo, per_group
 from flash.types import Batch, Task, TrainerState, Trajectory, UpdateMode, Weights
 

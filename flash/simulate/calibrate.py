@@ -24,7 +24,7 @@ from flash.rollout.filters import FILTERS
 from flash.simulate.replay import Played, played
 from flash.simulate.run import simulate
 from flash.simulate.scenario import Scenario
-from flash.telemetry import read_lines
+from flash.telemetry.folder import read_lines
 
 _AS_IN_THE_RUN = ("alpha", "batch_size", "group_size", "publish_every", "stream")
 _AS_IN_ITS_ROLLOUT = (

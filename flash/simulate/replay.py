@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flash.telemetry import read_lines
+from flash.telemetry.folder import read_lines
 
 _SLOW = ("stale", "too_slow", "redundant")
 

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field, fields
 from statistics import fmean
 from typing import Any
 
-from flash.hub import HubStats
-from flash.rollout import EpisodeRecord, Ledger
+from flash.hub.reports import HubStats
+from flash.rollout.ledger import EpisodeRecord, Ledger
 from flash.simulate.scenario import Scenario
 from flash.simulate.worker import SimulatedWorker
 

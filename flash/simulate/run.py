@@ -16,8 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flash import registry, virtual_time
-from flash.hub import InferenceHub
-from flash.rollout import EpisodeRecord, RolloutLoop, filters
+from flash.hub.hub import InferenceHub
+from flash.rollout import filters
+from flash.rollout.ledger import EpisodeRecord
+from flash.rollout.loop import RolloutLoop
 from flash.simulate.results import Result, Step
 from flash.simulate.scenario import Scenario
 from flash.simulate.timeline import Timeline

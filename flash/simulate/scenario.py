@@ -7,8 +7,8 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from flash import config as configuration
-from flash.config.rollout import FilterNames
 from flash.config.source import read_mapping
+from flash.rollout.config import FilterNames
 from flash.section import Section
 from flash.simulate.distributions import Varying, constant
 from flash.simulate.replay import played

@@ -16,18 +16,18 @@ from flash import virtual_time
 from flash.agents.examples.frozen_lake_openai import act as walk
 from flash.agents.external import ExternalAgent, outcome
 from flash.agents.plain import PlainStyle
-from flash.command import CommandAgent
-from flash.demonstrations import to_sample
 from flash.door import Door
+from flash.door.command import CommandAgent
 from flash.envs.frozen_lake import FrozenLakeTextEnv
 from flash.errors import InferenceFailure, RewardFailure
 from flash.fakes import FakeWorker
-from flash.hub import InferenceHub
-from flash.rollout import RolloutLoop
+from flash.hub.hub import InferenceHub
 from flash.rollout.episode import Episode
-from flash.small_policy import SPECIAL_TOKENS, create
+from flash.rollout.loop import RolloutLoop
 from flash.types import Sample, SamplingParams, Task, Weights
 from flash.virtual_time import in_virtual_time
+from flash.warm_start.demonstrations import to_sample
+from flash.warm_start.small_policy import SPECIAL_TOKENS, create
 
 
 class FakeDoor:

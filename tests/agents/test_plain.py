@@ -4,9 +4,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from flash.agents.plain import PlainStyle
-from flash.demonstrations import to_sample
-from flash.small_policy import create
 from flash.types import Observation, Turn
+from flash.warm_start.demonstrations import to_sample
+from flash.warm_start.small_policy import create
 
 VOCABULARY = ["go to", "take", "from", "drawer 1", "mug 2", "you arrive at", "nothing happens",
               "put some", "mug", "on", "desk"]  # fmt: skip

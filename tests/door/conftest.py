@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from flash.door import Door
 from flash.fakes import FakeWorker
-from flash.hub import InferenceHub
+from flash.hub.hub import InferenceHub
 from flash.rollout.episode import Episode
 from flash.types import Task
 

@@ -6,11 +6,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flash.door import Door
-from flash.hub import EmbeddedPool, InferenceHub, VllmPool
+from flash.hub.hub import InferenceHub
+from flash.hub.pool import EmbeddedPool
+from flash.hub.vllm_pool import VllmPool
 from flash.machine import gpus, has_vllm
 from flash.rollout.episode import Episode
-from flash.small_policy import create
 from flash.types import Sample, Task
+from flash.warm_start.small_policy import create
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -11,7 +11,7 @@ import pytest
 from flash.door import Door
 from flash.errors import InferenceFailure
 from flash.fakes import FakeWorker
-from flash.hub import InferenceHub
+from flash.hub.hub import InferenceHub
 
 USER = {"role": "user", "content": "hi"}
 CHAT = {"model": "policy", "messages": [USER]}

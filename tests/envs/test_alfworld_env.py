@@ -113,7 +113,7 @@ def test_a_wandering_teacher_is_imitated_and_still_shows_how_a_game_ends():
 def test_every_word_of_demonstrations_is_in_the_vocabulary(tmp_path):
     from transformers import AutoTokenizer  # noqa: PLC0415
 
-    from flash.small_policy import create  # noqa: PLC0415
+    from flash.warm_start.small_policy import create  # noqa: PLC0415
 
     env = AlfWorldEnv()
     create(tmp_path, env.vocabulary(), layers=1, hidden_size=8, heads=1)

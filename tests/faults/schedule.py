@@ -32,8 +32,9 @@ from flash.errors import (
     TrainerFailure,
 )
 from flash.fakes import FakePool, FakeStyle
-from flash.hub import InferenceHub
-from flash.rollout import EpisodeRecord, RolloutLoop
+from flash.hub.hub import InferenceHub
+from flash.rollout.ledger import EpisodeRecord
+from flash.rollout.loop import RolloutLoop
 from flash.types import Batch, GenerateRequest, Sample, SamplingParams, Task, Trajectory, Weights
 from tests.faults.faulty import Faults, FaultyAgent, FaultyEnvs, FaultyWorker, Truth
 

@@ -4,7 +4,8 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from flash.hub import BadRequest, HttpWorker, WorkerFailure
+from flash.hub.http_worker import HttpWorker
+from flash.hub.worker import BadRequest, WorkerFailure
 from flash.types import SamplingParams
 from flash.worker.checksum import checksum
 

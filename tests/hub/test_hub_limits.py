@@ -9,7 +9,8 @@ import pytest
 
 from flash.errors import InferenceFailure, PublishFailure
 from flash.fakes import FakeWorker
-from flash.hub import BadRequest, InferenceHub, WorkerFailure
+from flash.hub.hub import InferenceHub
+from flash.hub.worker import BadRequest, WorkerFailure
 from flash.types import Completion
 from flash.virtual_time import in_virtual_time
 from tests.steady import now, request, steady, weights

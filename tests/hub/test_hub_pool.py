@@ -8,7 +8,8 @@ import pytest
 
 from flash.errors import InferenceFailure
 from flash.fakes import FakePool, FakeWorker
-from flash.hub import InferenceHub, WorkerFailure
+from flash.hub.hub import InferenceHub
+from flash.hub.worker import WorkerFailure
 from flash.virtual_time import in_virtual_time
 from tests.steady import now, request, weights
 

@@ -10,14 +10,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from flash.hub import InferenceHub
+from flash.hub.hub import InferenceHub
 from flash.hub.nccl_worker import NcclPool, NcclWorker, SenderProcess
 from flash.machine import gpus, has_vllm
 from flash.process import Child
-from flash.small_policy import create
-from flash.trainer import Trainer, TrainerConfig
+from flash.trainer.config import TrainerConfig
 from flash.trainer.sender import chunks_of
+from flash.trainer.trainer import Trainer
 from flash.types import Batch, GenerateRequest, Sample, SamplingParams
+from flash.warm_start.small_policy import create
 
 pytestmark = [
     pytest.mark.slow,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flash.errors import ProcessFailure
 from flash.fakes import FakeWorker, worker_app
-from flash.hub import InferenceHub
+from flash.hub.hub import InferenceHub
 from flash.hub.nccl_worker import NcclWorker
 from flash.hub.worker import WorkerBroken, WorkerFailure
 from flash.trainer.sender import Sender

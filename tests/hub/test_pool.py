@@ -12,9 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from flash.errors import InferenceFailure
-from flash.hub import EmbeddedPool, InferenceHub, ProcessPool
-from flash.small_policy import create
+from flash.hub.hub import InferenceHub
+from flash.hub.pool import EmbeddedPool, ProcessPool
 from flash.types import GenerateRequest, SamplingParams, Weights
+from flash.warm_start.small_policy import create
 from tests.processes import Watch
 
 pytestmark = pytest.mark.slow

@@ -19,10 +19,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from flash.errors import InferenceFailure, PublishFailure
-from flash.hub import InferenceHub, VllmPool
+from flash.hub.hub import InferenceHub
+from flash.hub.vllm_pool import VllmPool
 from flash.machine import gpus, has_vllm
-from flash.small_policy import create
 from flash.types import Completion, GenerateRequest, SamplingParams, Weights
+from flash.warm_start.small_policy import create
 from tests.processes import Watch
 
 pytestmark = [

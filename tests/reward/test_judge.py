@@ -7,7 +7,7 @@ from aiohttp.test_utils import TestServer
 from flash import virtual_time
 from flash.errors import RewardFailure
 from flash.fakes import FakeWorker
-from flash.hub import InferenceHub
+from flash.hub.hub import InferenceHub
 from flash.reward.judge import Judge, ask_hub, ask_url
 from flash.types import Played, Task
 

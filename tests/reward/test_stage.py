@@ -13,9 +13,9 @@ from flash.agents.environment_agent import EnvironmentAgent
 from flash.agents.external import ExternalAgent
 from flash.errors import InferenceFailure
 from flash.fakes import FakeEnvs, FakeStyle, FakeWorker
-from flash.hub import InferenceHub
+from flash.hub.hub import InferenceHub
 from flash.reward.stage import FunctionScorer, RewardStage
-from flash.rollout import RolloutLoop
+from flash.rollout.loop import RolloutLoop
 from flash.types import Task, Weights
 from flash.virtual_time import in_virtual_time
 

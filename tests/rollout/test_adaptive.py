@@ -8,9 +8,9 @@ import pytest
 from flash.agents.environment_agent import EnvironmentAgent
 from flash.config import parse
 from flash.fakes import FakeEnvs, FakeStyle, FakeWorker
-from flash.hub import InferenceHub
-from flash.rollout import RolloutLoop
+from flash.hub.hub import InferenceHub
 from flash.rollout.adaptive import AdaptiveAlpha
+from flash.rollout.loop import RolloutLoop
 from flash.types import Task
 from flash.virtual_time import in_virtual_time
 from tests.steady import weights

@@ -3,7 +3,7 @@
 import asyncio
 
 from flash.fakes import FakeWorker
-from flash.hub import InferenceHub
+from flash.hub.hub import InferenceHub
 from flash.rollout.episode import Episode
 from flash.types import Completion, SamplingParams, Task, Trajectory
 from flash.virtual_time import run

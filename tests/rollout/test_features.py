@@ -13,10 +13,10 @@ from flash.agents import Actor, EnvironmentAgent
 from flash.conversation import TokenSequence
 from flash.errors import EnvFailure, RolloutFailure
 from flash.fakes import FakeEnvs, FakeStyle, FakeWorker
-from flash.hub import InferenceHub
-from flash.rollout import RolloutLoop
+from flash.hub.hub import InferenceHub
 from flash.rollout.bias import mean_with_cut_off
 from flash.rollout.filters import equal_rewards, find
+from flash.rollout.loop import RolloutLoop
 from flash.simulate import Scenario, simulate
 from flash.trainer.advantage_settings import TurnReturns
 from flash.trainer.advantages import make_advantages

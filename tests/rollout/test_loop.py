@@ -11,9 +11,9 @@ from flash import virtual_time
 from flash.agents.environment_agent import EnvironmentAgent
 from flash.errors import EnvFailure, InferenceFailure, RolloutFailure
 from flash.fakes import FakeEnvs, FakeStyle, FakeWorker
-from flash.hub import InferenceHub
-from flash.rollout import RolloutLoop
+from flash.hub.hub import InferenceHub
 from flash.rollout.episode import Abort, Cancelled, Episode, Start, Stop
+from flash.rollout.loop import RolloutLoop
 from flash.trainer.advantage_settings import Reinforce
 from flash.trainer.advantages import make_advantages
 from flash.types import Task

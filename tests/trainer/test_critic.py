@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from flash.trainer import Trainer
 from flash.trainer.advantage_settings import Gae
 from flash.trainer.config import CriticConfig, TrainerConfig
 from flash.trainer.objectives.settings import KlSettings, Ppo, Vanilla
 from flash.trainer.packing import divide
 from flash.trainer.rank import Rank
+from flash.trainer.trainer import Trainer
 from flash.trainer.values import trained, with_values
 from flash.types import Batch, Sample
 

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from flash import virtual_time
 from flash.agents import EnvironmentAgent
 from flash.fakes import FakeEnvs, FakeStyle, FakeWorker
-from flash.hub import InferenceHub
-from flash.rollout import RolloutLoop
+from flash.hub.hub import InferenceHub
+from flash.rollout.loop import RolloutLoop
 from flash.trainer.config import TrainerConfig
 from flash.trainer.objectives.settings import (
     SETTINGS,

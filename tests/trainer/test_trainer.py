@@ -14,10 +14,11 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from flash.errors import ProcessFailure, TrainerFailure
-from flash.trainer import Trainer, TrainerConfig
 from flash.trainer.advantage_settings import ReinforcePp
 from flash.trainer.checkpoint import checkpoint_version, write_state
+from flash.trainer.config import TrainerConfig
 from flash.trainer.objectives.settings import Gspo, KlSettings
+from flash.trainer.trainer import Trainer
 from flash.types import Batch, Sample
 from flash.virtual_time import in_virtual_time
 

@@ -1,0 +1,98 @@
+"""A run's own fields, and its sections."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from flash.config.agent import AgentConfig
+from flash.config.model import SMALL, check_model
+from flash.config.names import BARE, without_aliases
+from flash.environments.config import EnvConfig
+from flash.evaluation.config import EvalConfig
+from flash.hub.config import EngineConfig
+from flash.reward.config import AnyReward, EnvReward
+from flash.rollout.config import RolloutSettings
+from flash.section import Section
+from flash.trainer.config import TrainerConfig
+from flash.warm_start.config import PolicyConfig, WarmStartConfig
+
+
+class CheckpointConfig(Section):
+    """Checkpoints under runs/<name>/checkpoints."""
+
+    every: int = Field(0, ge=0, description="steps between checkpoints; 0: only at the end")
+    resume: bool = Field(False, description="go on from the newest checkpoint of this run")
+
+
+class RunFields(Section):
+    """A run."""
+
+    name: str = Field("run", description="the run's folder under runs/")
+    env: EnvConfig = Field(description="an environment, for example frozen_lake")
+    model: str = Field(SMALL, description=f"{SMALL}, a directory, or a hub name like org/model")
+    engine: EngineConfig = EngineConfig()
+    alpha: float = Field(
+        1.0,
+        ge=0,
+        description="asynchronous ratio: how many versions old a token may be; 0: synchronous "
+        "(also async_generation_ratio)",
+    )
+    batch_size: int = Field(64, ge=1, description="samples in a step")
+    group_size: int = Field(8, ge=1, description="episodes of one task, compared with each other")
+    stream: bool = Field(
+        False,
+        description="compute gradients of groups as they finish; the optimizer step is still the "
+        "whole batch's",
+    )
+    publish_every: int = Field(
+        1,
+        ge=1,
+        description="steps between publishes; alpha still counts versions trained, so it must be "
+        "at least one less",
+    )
+    steps: int = Field(100, ge=1, description="policy versions to train")
+    seed: int = Field(0, ge=0, description="of tasks, sampling and the small policy")
+    eval_every: int = Field(10, ge=0, description="steps between evaluations; 0: only at the ends")
+    runs_dir: Path = Field(Path("runs"), description="where the runs' folders are")
+    agent: AgentConfig = AgentConfig()
+    reward: AnyReward = Field(
+        EnvReward(), description="env: the environment's own; or a stage after the last turn"
+    )
+    rollout: RolloutSettings = RolloutSettings()
+    trainer: TrainerConfig = TrainerConfig()
+    policy: PolicyConfig = PolicyConfig()
+    warm_start: WarmStartConfig = WarmStartConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_name_for_each(cls, given: Any) -> Any:
+        return without_aliases(given) if isinstance(given, Mapping) else given
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_one_folder(cls, value: str) -> str:
+        if not re.fullmatch(r"\w[\w.-]*", value):
+            raise ValueError("must be a folder's name: letters, digits, '.', '_' and '-'")
+        return value
+
+    @field_validator("env", "engine", "reward", mode="before")
+    @classmethod
+    def _section_by_its_bare_value(cls, value: Any, info: ValidationInfo) -> Any:
+        return {BARE[info.field_name or ""]: value} if isinstance(value, str) else value
+
+    @field_validator("model")
+    @classmethod
+    def _model_is_there(cls, value: str) -> str:
+        if value != SMALL:
+            check_model(value)
+        return value
+
+    @property
+    def uses_environment(self) -> bool:
+        """An agent of the user's own has a world of its own; but a small policy has a teacher."""
+        return not self.agent.run or self.model == SMALL

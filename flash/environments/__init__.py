@@ -1,0 +1,1 @@
+"""Environments in the event loop, or in host processes."""

@@ -1,0 +1,1 @@
+"""Evaluation on held-out tasks: played with rollout paused, or in the background."""

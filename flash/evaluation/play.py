@@ -1,0 +1,129 @@
+"""Plays tasks to their ends with the current policy, trains nothing."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from flash.errors import EpisodeFailure, RolloutFailure
+from flash.rollout.crew import Crew
+from flash.rollout.episode import AgentFactory, Episode, EpisodeEnd, Generator
+from flash.rollout.stall import diagnosis
+from flash.rollout.stall.diagnosis import stall_of
+from flash.types import Task, Trajectory
+
+
+class Hub(Generator, diagnosis.Hub, Protocol):
+    """What an evaluation needs of the InferenceHub."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """How the policy did. Means are over the episodes that came to their ends."""
+
+    success_rate: float
+    reward_mean: float
+    turns_mean: float
+    episodes: int
+    failed: int
+    time_s: float
+    versions: tuple[int, ...]  # whose weights sampled it: one, unless some were published meanwhile
+
+    def metrics(self) -> dict[str, float]:
+        """The `eval/*` metrics."""
+        versions = {"eval/version": self.versions[0]} if self.versions else {}
+        return versions | {
+            "eval/success_rate": self.success_rate,
+            "eval/reward_mean": self.reward_mean,
+            "eval/turns_mean": self.turns_mean,
+            "eval/episodes": self.episodes,
+            "eval/failed": self.failed,
+            "eval/time_s": self.time_s,
+        }
+
+
+async def evaluate(
+    hub: Hub,
+    agent: AgentFactory,
+    tasks: Sequence[Task],
+    *,
+    concurrency: int,
+    max_attempts: int = 3,
+    stall_timeout_s: float = 600.0,
+) -> Evaluation:
+    """One episode for each task, `concurrency` at a time; failed ones are tried again.
+
+    Raises RolloutFailure if every task fails, RolloutStall if none ends for `stall_timeout_s`, and
+    the hub's error if no worker is left.
+    """
+    clock = asyncio.get_running_loop().time
+    started = clock()
+    waiting = [(index, task, 1) for index, task in enumerate(tasks)][::-1]
+    trajectories: list[Trajectory] = []
+    failures: list[EpisodeFailure] = []
+    fatal: list[Exception] = []
+    running = 0
+    progress = asyncio.Event()
+
+    def start_more() -> None:
+        nonlocal running
+        while waiting and running < concurrency and not fatal:
+            index, task, attempt = waiting.pop()
+            running += 1
+            # Negative, so that no session of an evaluation is one of a training episode.
+            crew.start(Episode(-1 - index, task, hub=hub, attempt=attempt))
+
+    def on_end(episode: Episode, end: EpisodeEnd) -> None:
+        nonlocal running
+        running -= 1
+        if isinstance(end, Trajectory):
+            trajectories.append(end)
+        elif isinstance(end, EpisodeFailure):
+            if episode.attempt < max_attempts:
+                waiting.append((-1 - episode.id, episode.task, episode.attempt + 1))
+            else:
+                failures.append(end)
+        start_more()
+        progress.set()
+
+    def on_fatal(error: Exception) -> None:
+        fatal.append(error)
+        progress.set()
+
+    async with Crew(agent, on_end=on_end, on_fatal=on_fatal) as crew:
+        try:
+            start_more()
+            while running and not fatal:
+                progress.clear()
+                async with asyncio.timeout(stall_timeout_s):
+                    await progress.wait()
+        except TimeoutError:
+            episodes = crew.episodes()
+            raise stall_of("evaluation", hub, episodes, for_s=stall_timeout_s) from None
+        finally:
+            waiting.clear()  # an episode that is cancelled now has no successor
+    if fatal:
+        raise fatal[0]
+    if not trajectories:
+        cause = failures[-1] if failures else None
+        raise RolloutFailure(f"evaluation: all {len(tasks)} tasks failed: {cause}") from cause
+    return Evaluation(
+        success_rate=float(np.mean([t.success for t in trajectories])),
+        reward_mean=float(np.mean([t.reward for t in trajectories])),
+        turns_mean=float(np.mean([t.turns for t in trajectories])),
+        episodes=len(trajectories),
+        failed=len(failures),
+        time_s=clock() - started,
+        versions=tuple(
+            sorted(
+                {
+                    int(version)
+                    for trajectory in trajectories
+                    for sample in trajectory.samples
+                    for version in sample.sampled_versions()
+                }
+            )
+        ),
+    )

@@ -1,0 +1,1 @@
+"""No wait is silent: deadlines of all waits, and why nothing moves."""

@@ -1,0 +1,317 @@
+"""A run's folder: what it was told, what it measured, what became of every episode.
+
+runs/<name>/
+├── config.yaml       the resolved configuration
+├── metrics.jsonl     a line a step; names and units in METRICS
+├── episodes.jsonl    a line an ended episode: EpisodeRecord
+├── events.out.…      the same metrics for TensorBoard
+├── checkpoints/      step_<version>/; whole once tasks.json is in it
+├── logs/             of the processes; controller.log holds what ended the run, if anything did,
+│                     stalls.log what blocked it
+├── report.png        pictures of the run
+└── summary.json      how it ended
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import math
+import os
+import re
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import yaml
+
+from flash.config import Config
+from flash.rollout.ledger import EpisodeRecord
+from flash.trainer.checkpoint import STATE_FILE
+
+logger = logging.getLogger(__name__)
+
+# Saved last of a checkpoint's files.
+TASKS_FILE = "tasks.json"
+
+METRICS = {
+    "step": "batches trained, including this one",
+    "policy_version": "of the published weights",
+    "time_s": "seconds since the run began, warm start excluded",
+    "reward/mean": "of the trained episodes",
+    "success_rate": "of the trained episodes, 0 to 1",
+    "loss": "what was minimised, mean over mini-batches",
+    "grad_norm": "before clipping, mean over mini-batches",
+    "kl_behaviour": "KL(behaviour ‖ policy) in nats a token, k3 estimate",
+    "ratio/clip_fraction": "share of tokens whose policy gradient a clip or a mask stopped",
+    "logprob_gap/max": "largest |worker - trainer| logprob: of the probe and of tokens of age 0",
+    "staleness/mean": "age of trained tokens, in versions",
+    "staleness/max": "never above alpha",
+    "staleness/histogram": "trained tokens of age 0, 1, 2, …",
+    "episodes/admitted": "since the start; = running + ready + the four outcomes",
+    "episodes/running": "now",
+    "episodes/ready": "ended and waiting for a batch, now",
+    "episodes/trained": "since the start",
+    "episodes/dropped": "since the start",
+    "episodes/failed": "since the start",
+    "episodes/cancelled": "since the start",
+    "waste/tokens": "sampled by episodes that were not trained, since the start",
+    "waste/env_s": "seconds of environments and agents of such episodes, since the start",
+    "tokens/prompt": "sent to workers, since the start",
+    "tokens/generated": "sampled by workers, since the start",
+    "tokens/trained": "sampled tokens in this batch",
+    "tokens_per_s": "sampled by workers, over this step",
+    "idle/trainer": "share of this step in which the trainer waited for a batch",
+    "idle/workers": "share of this step in which a worker had no request, mean over workers",
+    "idle/env_hosts": "share of this step in which a host had no call, mean; null without hosts",
+    "time/generate_s": "of a trained episode, mean",
+    "time/env_s": "of a trained episode, mean",
+    "time/agent_s": "of a trained episode, between the calls of an agent of your own, mean",
+    "time/reward_s": "of a trained episode, mean",
+    "time/wait_batch_s": "the trainer waited for this batch",
+    "time/train_s": "the trainer trained",
+    "time/publish_s": "export, publish and probe",
+    "bias/turns": "of trained over admitted episodes, since the start; below 1: slow ones starve",
+    "bias/tokens": "likewise, sampled tokens; of a response under way those known so far",
+    "bias/seconds": "likewise, seconds from admission to the end",
+    "publish/count": "since the start",
+    "publish/paused_s": "seconds that workers were paused, summed over workers, since the start",
+}
+"""In every line but that of step 0; the names are fixed. A resume counts as a start."""
+
+MORE_METRICS = {
+    "eval/version": "whose weights were evaluated; in an earlier line's, with eval.mode=beside",
+    "eval/success_rate": "on the held-out tasks, 0 to 1",
+    "eval/reward_mean": "of the held-out episodes",
+    "eval/turns_mean": "of the held-out episodes",
+    "eval/episodes": "that came to their ends",
+    "eval/failed": "tasks given up after their last attempt",
+    "eval/time_s": "the evaluation took",
+    "turns/mean": "of the trained episodes",
+    "ratio/mean": "policy / proximal policy, mean over tokens whose proximal logprob is known",
+    "weight/mean": "what the objective multiplied A·∇log π by, mean over trained tokens",
+    "weight/capped_fraction": "share of tokens whose weight was cut to a bound",
+    "weight/ess": "effective sample size of these weights, as a share of the tokens",
+    "weight/p01": "1st percentile of these weights; also p50 and p99",
+    "weight/p50": "their median",
+    "weight/p99": "their 99th percentile",
+    "importance/mean": "policy / behaviour policy, whatever the objective; 1 but for noise",
+    "alpha": "in force when the batch was taken: the configured bound, or less if it is adaptive",
+    "importance/ess": "effective sample size of policy / behaviour policy, as a share of tokens",
+    "mismatch/kl_fresh": "KL(behaviour ‖ proximal) of tokens of age 0: engine against trainer",
+    "mismatch/kl_stale": "KL(behaviour ‖ proximal) of older tokens: staleness as well",
+    "kl_reference": "KL(policy ‖ reference) in nats a token, k3 estimate",
+    "entropy": "of the policy's choice of each trained token, in nats",
+    "learning_rate": "of the last optimizer step",
+    "critic/loss": "of values against returns, mean over mini-batches",
+    "critic/clip_fraction": "share of tokens whose value the clip stopped",
+    "critic/grad_norm": "before clipping, mean over mini-batches",
+    "critic/value_mean": "what the critic expected before the step, mean over trained tokens",
+    "critic/return_mean": "what it is taught, mean over trained tokens",
+    "critic/explained_variance": "of the returns by the critic: 1 knows all, 0 a constant does it",
+}
+"""In lines with an evaluation, and what the objective in use adds."""
+
+
+class RunFolder:
+    """Writes a run's files; each line is flushed, so that a crash loses none.
+
+    A run never writes into another's folder: if there is a run of that name, this one is
+    `<name>-2` and so on. With `checkpoint.resume` it goes on in its own; ValueError if there is
+    nothing to resume. A run that ends before its first line gives its name back.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.path = config.runs_dir / config.name
+        self.resume_from: Path | None = None
+        if config.checkpoint.resume:
+            self.resume_from = newest_checkpoint(self.path)
+            if self.resume_from is None:
+                raise ValueError(
+                    f"checkpoint.resume is on, but {self.path}/checkpoints holds no checkpoint: "
+                    f"leave it out to start anew"
+                )
+        number = 2
+        while self.resume_from is None and (self.path / "metrics.jsonl").exists():
+            self.path = config.runs_dir / f"{config.name}-{number}"
+            number += 1
+        if self.path.name != config.name:
+            logger.warning(
+                "there is a run %s already: this one goes to %s (--resume goes on with a run)",
+                config.runs_dir / config.name,
+                self.path,
+            )
+        # As the file keeps it, it is enough to go on (`flash train runs/x-2/config.yaml --resume`)
+        # and to start anew; that this start is a resume is no property of the run.
+        anew = config.checkpoint.model_copy(update={"resume": False})
+        self.config = config.model_copy(update={"name": self.path.name, "checkpoint": anew})
+        self._files = contextlib.ExitStack()
+
+    def __enter__(self) -> "RunFolder":
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / "config.yaml").write_text(
+                yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
+            )
+            self._metrics = self._open("metrics.jsonl")
+            self._episodes = self._open("episodes.jsonl")
+        except OSError as error:
+            raise ValueError(
+                f"runs_dir={str(self.config.runs_dir)!r}: {error}: give a folder to write to"
+            ) from error
+        self._board = _Board(self.path)
+        self._files.callback(self._board.close)
+        return self
+
+    def __exit__(
+        self, kind: object, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._files.close()
+        if error is not None and not isinstance(error, asyncio.CancelledError | KeyboardInterrupt):
+            self.logs.mkdir(exist_ok=True)
+            path = self.logs / "controller.log"
+            with path.open("a") as log:
+                log.writelines(traceback.format_exception(error))
+            error.add_note(f"more in {path}")
+        files = [self.path / name for name in ("metrics.jsonl", "episodes.jsonl")]
+        if not any(path.stat().st_size for path in files):
+            for path in files:
+                path.unlink()
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    def checkpoint(self, version: int) -> Path:
+        """Where the checkpoint of that policy version belongs."""
+        return self.path / "checkpoints" / f"step_{version:06d}"
+
+    def forget_after(self, step: int) -> None:
+        """On a resume: drop what came after the checkpoint of that step; it is done again.
+
+        Of the episodes, that is all from the first one that a later step trained.
+        """
+        _cut(self.path / "metrics.jsonl", lambda line: line["step"] > step)
+        _cut(
+            self.path / "episodes.jsonl",
+            lambda line: line["outcome"] == "trained" and line["trained_at_version"] >= step,
+        )
+        self._board.forget_after(step)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines so far."""
+        return read_lines(self.path / "metrics.jsonl")
+
+    def step(self, metrics: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl."""
+        _write(self._metrics, metrics)
+        self._board.add(metrics)
+
+    def episode(self, record: EpisodeRecord) -> None:
+        """One line of episodes.jsonl."""
+        _write(self._episodes, asdict(record))
+
+    def stall(self, report: str) -> None:
+        """What the watchdog said, in logs/stalls.log."""
+        self.logs.mkdir(exist_ok=True)
+        with (self.logs / "stalls.log").open("a") as log:
+            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {report}\n\n")
+
+    def summary(self, summary: Mapping[str, Any]) -> None:
+        (self.path / "summary.json").write_text(json.dumps(_plain(summary), indent=2) + "\n")
+
+    def _open(self, name: str) -> IO[str]:
+        path = self.path / name
+        if path.exists():
+            _cut(path, lambda _: False)
+        return self._files.enter_context(path.open("a"))
+
+
+class _Board:
+    """Scalars for TensorBoard, written without torch."""
+
+    def __init__(self, path: Path) -> None:
+        # Slow to import, and only a run needs it.
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # noqa: PLC0415
+        from tensorboard.compat.proto.summary_pb2 import Summary  # noqa: PLC0415
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter  # noqa: PLC0415
+
+        self._event, self._summary, self._session = Event, Summary, SessionLog
+        self._writer = EventFileWriter(str(path))
+
+    def add(self, metrics: Mapping[str, Any]) -> None:
+        values = [
+            self._summary.Value(tag=name, simple_value=float(value))
+            for name, value in metrics.items()
+            if isinstance(value, int | float)
+        ]
+        self._writer.add_event(
+            self._event(
+                step=int(metrics["step"]),
+                wall_time=time.time(),  # a date, for TensorBoard's own axes
+                summary=self._summary(value=values),
+            )
+        )
+
+    def forget_after(self, step: int) -> None:
+        """TensorBoard drops the events of later steps in earlier files."""
+        start = self._session(status=self._session.START)
+        self._writer.add_event(self._event(step=step + 1, wall_time=time.time(), session_log=start))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The newest whole checkpoint of a run's folder, if there is one."""
+    whole = [
+        folder
+        for folder in (run / "checkpoints").glob("step_*")
+        if re.fullmatch(r"step_\d+", folder.name)
+        and all((folder / name).exists() for name in (STATE_FILE, TASKS_FILE))
+    ]
+    return max(whole, key=lambda folder: int(folder.name.removeprefix("step_")), default=None)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file; a last line that a crash cut off is left out."""
+    lines: list[dict[str, Any]] = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                lines.append(json.loads(line))
+    return lines
+
+
+def _cut(path: Path, is_over: Callable[[dict[str, Any]], bool]) -> None:
+    """Shortens the file to the lines before the first that is over, or that a crash cut off.
+
+    One system call shortens it, so that no other crash can lose the lines before.
+    """
+    kept = 0
+    with path.open("rb") as file:
+        for line in file:
+            if not line.endswith(b"\n") or is_over(json.loads(line)):
+                break
+            kept += len(line)
+    os.truncate(path, kept)
+
+
+def _write(file: IO[str], line: Mapping[str, Any]) -> None:
+    file.write(json.dumps(_plain(line)) + "\n")
+    file.flush()
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no nan and no infinity; both become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

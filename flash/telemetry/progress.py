@@ -1,0 +1,220 @@
+"""What a run has to say about itself: puts each step's numbers together, for files and the view."""
+
+import asyncio
+import contextlib
+import math
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from flash.config import Config
+from flash.environments.hosts import EnvHosts
+from flash.errors import first_error
+from flash.evaluation.play import Evaluation
+from flash.hub.hub import InferenceHub
+from flash.hub.reports import PublishReport
+from flash.rollout.loop import RolloutLoop
+from flash.telemetry.folder import RunFolder
+from flash.telemetry.live import Snapshot, View
+from flash.telemetry.report import write_report
+from flash.types import Batch, EnvSource
+
+_TICK_S = 0.5
+
+
+class Progress:
+    """Told of each stage of each step, in order; writes a line a step and keeps the view fresh."""
+
+    def __init__(
+        self,
+        config: Config,
+        folder: RunFolder,
+        view: View,
+        *,
+        hub: InferenceHub,
+        rollouts: RolloutLoop,
+        envs: EnvSource | None,
+    ) -> None:
+        self._config = config
+        self._folder = folder
+        self._view = view
+        self._hub = hub
+        self._rollouts = rollouts
+        self._hosts = envs if isinstance(envs, EnvHosts) else None
+        self._clock = asyncio.get_running_loop().time
+        self._lines = folder.metrics()
+        # A resumed run goes on where its clock stopped.
+        before_s = self._lines[-1]["time_s"] if self._lines else 0.0
+        self._began = self._clock() - before_s
+        self._step_began = self._mark = self._clock()
+        self._metrics: dict[str, Any] = {}
+        self._wait_s = self._train_s = 0.0
+        self._totals = self._busy_and_tokens()
+
+    # ── the stages of a step ─────────────────────────────────────────────────────────────────
+
+    def took(self, batch: Batch) -> None:
+        """A batch, or a part of one."""
+        self._metrics |= batch.metrics
+        self._metrics["alpha"] = self._rollouts.alpha_in_force
+        self._wait_s += self._lap()
+        self._metrics["time/wait_batch_s"] = self._wait_s
+
+    def trained(self, metrics: Mapping[str, float]) -> None:
+        self._metrics |= metrics
+        self._train_s += self._lap()
+        self._metrics["time/train_s"] = self._train_s
+
+    def published(self, report: PublishReport | None) -> None:
+        """None: the step's weights are not published (`publish_every`)."""
+        gaps = [self._metrics.get("logprob_gap/max", math.nan)]
+        if report is not None:
+            gaps.append(report.gap_max)
+        known = [gap for gap in gaps if not math.isnan(gap)]
+        self._metrics["logprob_gap/max"] = max(known, default=math.nan)
+        self._metrics["time/publish_s"] = self._lap()
+        self._metrics["policy_version"] = self._hub.version
+        self._measure_rates()
+
+    def evaluated(self, evaluation: Evaluation) -> None:
+        self._metrics |= evaluation.metrics()
+        if not self._lines and "policy_version" not in self._metrics:
+            # The start: nothing is trained yet, and this is what the end is compared with.
+            self._write({"step": 0, "policy_version": self._hub.version})
+        self._lap()
+
+    def evaluated_beside(self, evaluation: Evaluation) -> None:
+        """Of an earlier version, told in the present step's line; it took none of its time."""
+        told = evaluation.metrics()
+        del told["eval/time_s"]
+        self._metrics |= told
+
+    def step_done(self, step: int) -> None:
+        """Writes the step's line."""
+        stats = self._hub.stats()
+        self._write(
+            {
+                "step": step,
+                **self._rollouts.ledger.metrics(),
+                "tokens/prompt": stats.prompt_tokens,
+                "tokens/generated": stats.generated_tokens,
+                "publish/count": stats.publishes,
+                "publish/paused_s": stats.paused_s,
+            }
+        )
+        self._view.step(self.snapshot())
+        self._step_began = self._mark = self._clock()
+        self._wait_s = self._train_s = 0.0
+        self._totals = self._busy_and_tokens()
+
+    @contextlib.asynccontextmanager
+    async def ticking(self) -> AsyncIterator[None]:
+        """Keeps the live view fresh while the block runs."""
+        with first_error():
+            async with asyncio.TaskGroup() as tasks:
+                ticker = tasks.create_task(self._tick(), name="live view")
+                yield
+                ticker.cancel()
+
+    async def summarise(self, *, stopped: bool) -> dict[str, Any]:
+        """Writes summary.json and report.png; returns the summary."""
+        evaluations = [line for line in self._lines if "eval/success_rate" in line]
+        last = self._lines[-1] if self._lines else {}
+        summary = {
+            "folder": str(self._folder.path),
+            "env": self._config.env.name,
+            "alpha": self._config.alpha,
+            "seed": self._config.seed,
+            "steps": last.get("step", 0),
+            "stopped": stopped,
+            "time_s": self._clock() - self._began,
+            "eval_tasks": self._config.eval.tasks,
+            "eval_success_rate_first": _value(evaluations[:1], "eval/success_rate"),
+            "eval_success_rate_last": _value(evaluations[-1:], "eval/success_rate"),
+            "staleness_max": max((line.get("staleness/max", 0) for line in self._lines), default=0),
+            "outcomes": self._rollouts.ledger.reasons(),
+            "agent_crashes": self._rollouts.crashes,
+            "tokens_generated": self._hub.stats().generated_tokens,
+        }
+        self._folder.summary(summary)
+        # Drawing takes seconds; the loop is still serving its last agents.
+        await asyncio.to_thread(write_report, self._folder.path)
+        return summary
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        """What is known of the step until its line is written."""
+        return self._metrics
+
+    # ── the numbers ──────────────────────────────────────────────────────────────────────────
+
+    def snapshot(self) -> Snapshot:
+        """The run as it is now."""
+        last = self._lines[-1] if self._lines else {}
+        ledger = self._rollouts.ledger
+        stats = self._hub.stats()
+        evaluations = [
+            line["eval/success_rate"] for line in self._lines if "eval/success_rate" in line
+        ]
+        return Snapshot(
+            step=last.get("step", 0),
+            steps=self._config.steps,
+            policy_version=self._hub.version,
+            time_s=self._clock() - self._began,
+            success_rate=last.get("success_rate"),
+            reward_mean=last.get("reward/mean"),
+            eval_success_rates=tuple(evaluations),
+            running=ledger.running,
+            ready=ledger.ready,
+            capacity=self._rollouts.capacity,
+            ages=dict(Counter(self._rollouts.ages())),
+            tokens_per_s=last.get("tokens_per_s"),
+            idle={role: last.get(f"idle/{role}") for role in ("trainer", "workers", "env_hosts")},
+            staleness_mean=last.get("staleness/mean"),
+            staleness_max=last.get("staleness/max"),
+            waste_share=ledger.waste_tokens / max(1, stats.generated_tokens),
+            outcomes=ledger.reasons(),
+            success_rates=tuple(
+                line["success_rate"] for line in self._lines if "success_rate" in line
+            ),
+        )
+
+    async def _tick(self) -> None:
+        while True:
+            self._view.tick(self.snapshot())
+            await asyncio.sleep(_TICK_S)
+
+    def _lap(self) -> float:
+        now = self._clock()
+        elapsed, self._mark = now - self._mark, now
+        return elapsed
+
+    def _measure_rates(self) -> None:
+        """Shares and rates over the step, from the last one's end to the end of its publish."""
+        elapsed = max(1e-9, self._clock() - self._step_began)
+        before, now = self._totals, self._busy_and_tokens()
+        workers, hosts, tokens = (b - a for a, b in zip(before, now, strict=True))
+        self._metrics["idle/trainer"] = self._metrics["time/wait_batch_s"] / elapsed
+        self._metrics["idle/workers"] = 1 - workers / elapsed / len(self._hub.stats().workers)
+        self._metrics["idle/env_hosts"] = (
+            1 - hosts / elapsed / self._config.env.hosts if self._hosts else None
+        )
+        self._metrics["tokens_per_s"] = tokens / elapsed
+
+    def _busy_and_tokens(self) -> tuple[float, float, float]:
+        stats = self._hub.stats()
+        return (
+            sum(worker.busy_s for worker in stats.workers),
+            self._hosts.busy_s if self._hosts else 0.0,
+            stats.generated_tokens,
+        )
+
+    def _write(self, more: Mapping[str, Any]) -> None:
+        line = {**more, "time_s": self._clock() - self._began, **self._metrics}
+        self._folder.step(line)
+        self._lines.append(line)
+        self._metrics = {}
+
+
+def _value(lines: list[dict[str, Any]], name: str) -> float | None:
+    return lines[0][name] if lines else None

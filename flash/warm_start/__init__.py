@@ -1,0 +1,1 @@
+"""The small policy, made from an environment's vocabulary and taught by its expert."""

@@ -1,0 +1,173 @@
+"""The small policy: made from an environment's vocabulary, taught by its expert, then kept.
+
+With a real model there is nothing to do here. With `model=small` the same settings give the same
+directory, so the second run starts at once.
+"""
+
+import asyncio
+import functools
+import hashlib
+import json
+import logging
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from flash.errors import TrainerFailure
+from flash.trainer.config import TrainerConfig
+from flash.trainer.objectives.settings import Supervised
+from flash.trainer.trainer import Trainer
+from flash.types import Batch, PromptStyle, Sample, Task, Teachable
+from flash.warm_start import small_policy
+from flash.warm_start.config import PolicyConfig, WarmStartConfig
+from flash.warm_start.demonstrations import TeachingStyle, to_sample
+
+logger = logging.getLogger(__name__)
+
+# Demonstrations come from seeds that no training task of a run is likely to have.
+_FIRST_SEED = 1 << 40
+
+Progress = Callable[[str, int, int, Mapping[str, float]], None]
+
+
+async def small_model(
+    *,
+    env: object,
+    env_key: Mapping[str, Any],
+    make_style: Callable[[Any], PromptStyle],
+    policy: PolicyConfig,
+    warm_start: WarmStartConfig,
+    threads: int,
+    seed: int,
+    cache_dir: Path,
+    on_progress: Progress,
+) -> Path:
+    """The directory of the small policy for this environment; made and trained unless it is there.
+
+    Args:
+        env: must be Teachable.
+        env_key: its name and options; with the settings and the seed they name the directory.
+        make_style: the prompt style for a tokenizer; must be a TeachingStyle.
+        on_progress: called with what is done, how much of it, of how much, and metrics.
+
+    Raises ValueError if the environment or the style can't teach.
+    """
+    for method in ("vocabulary", "demonstrate"):
+        if not hasattr(env, method):
+            raise ValueError(
+                f"model=small: {type(env).__name__} has no method {method!r} to teach a policy "
+                f"with; set model to a path or a hub name instead"
+            )
+    teacher = cast(Teachable, env)
+    kept = cache_dir / _key(env_key, policy, warm_start, seed)
+    if kept.exists():
+        logger.info("the small policy of these settings is there already: %s", kept)
+        return kept
+    working = kept.with_name(f"{kept.name}.{os.getpid()}")
+    shutil.rmtree(working, ignore_errors=True)
+    try:
+        model = working / "untaught"
+        create = functools.partial(small_policy.create, seed=seed, **policy.model_dump())
+        await _in_thread(create, model, teacher.vocabulary())
+        if warm_start.steps:
+            config = TrainerConfig(
+                objective=Supervised(),
+                learning_rate=warm_start.learning_rate,
+                warmup_steps=max(1, warm_start.steps // 20),
+                decay_steps=warm_start.steps,
+                threads=threads,
+            )
+            model = await _teach(model, teacher, make_style, warm_start, config, seed, on_progress)
+        # Renamed only now, so that a run that is stopped leaves nothing half-taught behind.
+        try:
+            model.rename(kept)
+        except OSError:
+            if not kept.exists():  # if it does, another run was there first, with the same
+                raise
+    except TrainerFailure:
+        raise  # the log that it names is in there
+    except BaseException:
+        shutil.rmtree(working, ignore_errors=True)
+        raise
+    shutil.rmtree(working)
+    return kept
+
+
+async def _in_thread(function: Callable[..., object], *arguments: object) -> None:
+    """Waits for the thread even if it is cancelled: what it writes late, nobody would remove."""
+    thread = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
+    try:
+        await asyncio.shield(thread)
+    except asyncio.CancelledError:
+        await asyncio.wait((thread,))
+        raise
+
+
+async def _teach(
+    model: Path,
+    teacher: Teachable,
+    make_style: Callable[[Any], PromptStyle],
+    settings: WarmStartConfig,
+    config: TrainerConfig,
+    seed: int,
+    on_progress: Progress,
+) -> Path:
+    """Supervised training on expert episodes; returns the directory of the taught model."""
+    from transformers import AutoTokenizer  # noqa: PLC0415  (seconds to import)
+
+    style = make_style(AutoTokenizer.from_pretrained(model))
+    if not hasattr(style, "spell"):
+        raise ValueError(
+            f"model=small: the style {type(style).__name__} has no method 'spell' to write "
+            f"demonstrations with; set agent.style=plain"
+        )
+    samples: list[Sample] = []
+    for index in range(settings.demonstrations):
+        # In a thread, because an expert's episode takes milliseconds to seconds.
+        turns = await asyncio.to_thread(teacher.demonstrate, Task(_FIRST_SEED + index))
+        sample = to_sample(
+            turns, cast(TeachingStyle, style), observation_weight=settings.observation_weight
+        )
+        samples.append(sample)
+        on_progress("demonstrations", index + 1, settings.demonstrations, {})
+    batches = _batches(samples, settings.batch_tokens, random.Random(seed))
+    async with Trainer(model=model, config=config, run_dir=model.parent, seed=seed) as trainer:
+        for done in range(settings.steps):
+            batch = Batch(samples=next(batches), version=trainer.version)
+            metrics = await trainer.step(batch)
+            on_progress("supervised steps", done + 1, settings.steps, metrics)
+        taught = model.parent / "taught"
+        await trainer.save_model(taught)
+    return taught
+
+
+def _batches(
+    samples: Sequence[Sample], batch_tokens: int, rng: random.Random
+) -> Iterator[list[Sample]]:
+    """Endless passes over the samples, each in a new order, cut every `batch_tokens` or so."""
+    batch: list[Sample] = []
+    while True:
+        order = list(samples)
+        rng.shuffle(order)
+        for sample in order:
+            batch.append(sample)
+            if sum(s.num_tokens for s in batch) >= batch_tokens:
+                yield batch
+                batch = []
+
+
+def _key(
+    env_key: Mapping[str, Any], policy: PolicyConfig, warm_start: WarmStartConfig, seed: int
+) -> str:
+    settings = {
+        "env": dict(env_key),
+        "chat_template": small_policy.CHAT_TEMPLATE,  # is saved with the tokenizer
+        "policy": policy.model_dump(mode="json"),
+        "warm_start": warm_start.model_dump(mode="json"),
+        "seed": seed,
+    }
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return f"{env_key['name']}-{digest[:12]}"

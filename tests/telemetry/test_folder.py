@@ -1,0 +1,237 @@
+"""A run's folder: what is written, what survives, what a resume keeps."""
+
+import asyncio
+import json
+import math
+import re
+import time
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from flash.config import load
+from flash.errors import InferenceFailure
+from flash.evaluation.play import Evaluation
+from flash.rollout.ledger import EpisodeRecord
+from flash.telemetry.folder import METRICS, MORE_METRICS, RunFolder, newest_checkpoint, read_lines
+
+FIXED = """
+step policy_version time_s reward/mean success_rate loss grad_norm kl_behaviour
+ratio/clip_fraction logprob_gap/max staleness/{mean,max,histogram}
+episodes/{admitted,running,ready,trained,dropped,failed,cancelled} waste/{tokens,env_s}
+tokens/{prompt,generated,trained} tokens_per_s idle/{trainer,workers,env_hosts}
+time/{generate,env,agent,reward,wait_batch,train,publish}_s publish/{count,paused_s}
+bias/{turns,tokens,seconds}
+"""
+
+
+def config(tmp_path, **changes):
+    return load("frozen_lake", {"runs_dir": str(tmp_path), **changes})
+
+
+def expand(word):
+    match = re.fullmatch(r"(.*)\{(.*)\}(.*)", word)
+    return [match[1] + w + match[3] for w in match[2].split(",")] if match else [word]
+
+
+def test_what_the_watchdog_says_is_kept_in_the_runs_folder(tmp_path):
+    with RunFolder(config(tmp_path)) as folder:
+        folder.stall("the reward hangs [reward_hangs]")
+        folder.stall("and again")
+    kept = (folder.path / "logs" / "stalls.log").read_text()
+    assert re.findall(r"^[\d-]+ [\d:]+ (.*)", kept, re.MULTILINE) == [
+        "the reward hangs [reward_hangs]",
+        "and again",
+    ]
+
+
+def test_the_names_of_the_metrics_are_fixed():
+    assert set(METRICS) == {name for word in FIXED.split() for name in expand(word)}
+    assert all(METRICS.values())
+
+
+def test_what_an_evaluation_measures_is_explained():
+    evaluation = Evaluation(
+        success_rate=0.5,
+        reward_mean=0.5,
+        turns_mean=9,
+        episodes=64,
+        failed=0,
+        time_s=1,
+        versions=(3,),
+    )
+    assert evaluation.metrics().keys() <= MORE_METRICS.keys()
+    assert not METRICS.keys() & MORE_METRICS.keys()
+    assert all(MORE_METRICS.values())
+
+
+def test_steps_are_lines_and_tensorboard_events(tmp_path):
+    with RunFolder(config(tmp_path)) as folder:
+        folder.step({"step": 1, "time_s": 2.0, "loss": 0.5, "logprob_gap/max": math.nan})
+        # Flushed at once: a crash here loses nothing.
+        (line,) = read_lines(folder.path / "metrics.jsonl")
+        assert line == {"step": 1, "time_s": 2.0, "loss": 0.5, "logprob_gap/max": None}
+    events = EventAccumulator(str(folder.path)).Reload()
+    assert events.Scalars("loss")[0].value == 0.5
+    assert abs(events.Scalars("loss")[0].wall_time - time.time()) < 60, "a date, not a duration"
+    assert load(str(folder.path / "config.yaml")) == folder.config
+
+
+def test_the_folder_of_a_run_holds_what_its_description_names(tmp_path):
+    with RunFolder(config(tmp_path)) as folder:
+        folder.step({"step": 1, "time_s": 2.0})
+        folder.episode(episode(0))
+        folder.summary(
+            {"steps": 1, "rate": math.nan, "list": [math.inf, (1.0, math.nan)], "in": {"x": -1}}
+        )
+        save(folder, 1)
+    files = {path.name for path in folder.path.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "episodes.jsonl", "summary.json"} <= files
+    assert len([name for name in files if name.startswith("events.out.")]) == 1
+    assert folder.checkpoint(1) == folder.path / "checkpoints" / "step_000001"
+    summary = json.loads((folder.path / "summary.json").read_text())
+    assert summary == {"steps": 1, "rate": None, "list": [None, [1.0, None]], "in": {"x": -1}}
+
+
+def test_a_run_never_writes_into_anothers_folder(tmp_path):
+    names = []
+    for _ in range(3):
+        with RunFolder(config(tmp_path)) as folder:
+            folder.step({"step": 0, "time_s": 0.0})
+            names.append(folder.path.name)
+    assert names == ["frozen_lake", "frozen_lake-2", "frozen_lake-3"]
+    third = load(str(tmp_path / names[2] / "config.yaml"))
+    assert third.name == names[2], "so that its own config.yaml resumes it, not the first"
+
+
+def test_a_run_that_ends_before_its_first_line_gives_its_name_back(tmp_path):
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no such dataset"), RunFolder(config(tmp_path)):
+            raise ValueError("no such dataset")
+    with RunFolder(config(tmp_path)) as folder:
+        assert folder.path.name == "frozen_lake"
+
+
+def test_what_ended_a_run_is_in_its_log_and_the_error_says_where(tmp_path):
+    with pytest.raises(InferenceFailure) as caught, RunFolder(config(tmp_path)):
+        raise InferenceFailure("no worker is left")
+    path = tmp_path / "frozen_lake" / "logs" / "controller.log"
+    assert caught.value.__notes__ == [f"more in {path}"]
+    assert "test_folder.py" in path.read_text()
+    assert path.read_text().endswith("no worker is left\n")
+
+
+def test_a_run_that_is_cancelled_logs_no_error(tmp_path):
+    with pytest.raises(asyncio.CancelledError), RunFolder(config(tmp_path)):
+        raise asyncio.CancelledError
+    assert not (tmp_path / "frozen_lake" / "logs").exists()
+
+
+def test_a_folder_that_can_not_be_written_is_the_users_to_change(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(ValueError, match=r"runs_dir='.*file': .* give a folder to write to"),
+        RunFolder(config(tmp_path / "file")),
+    ):
+        pass
+
+
+def save(folder, version, *files):
+    folder.checkpoint(version).mkdir(parents=True)
+    for name in files or ("trainer.json", "tasks.json"):
+        (folder.checkpoint(version) / name).write_text("{}")
+
+
+def episode(number, trained_at=None, outcome="trained"):
+    return EpisodeRecord(
+        episode=number, seed=number, group=0, attempt=1, outcome=outcome, reason="", reward=1.0,
+        success=True, turns=3, prompt_tokens=30, generated_tokens=9, version_min=0, version_max=0,
+        trained_at_version=trained_at, admitted_s=0.0, ended_s=1.0, stages_s={"env": 0.1},
+    )  # fmt: skip
+
+
+def test_a_resume_takes_the_newest_checkpoint_and_drops_the_lines_after_it(tmp_path):
+    with RunFolder(config(tmp_path)) as folder:
+        for step in range(5):
+            folder.step({"step": step, "time_s": float(step)})
+        for version in (2, 3):
+            save(folder, version)
+        (folder.path / "checkpoints" / "step_000009.partial").mkdir()
+        save(folder, 4, "trainer.json")  # killed before the tasks were saved
+    assert newest_checkpoint(folder.path) == folder.checkpoint(3)
+    # TensorBoard reads files by name, which begins with the second they were made in.
+    (events,) = folder.path.glob("events.*")
+    events.rename(folder.path / "events.out.tfevents.0000000001.earlier")
+    with RunFolder(config(tmp_path, **{"checkpoint.resume": True})) as folder:
+        assert folder.resume_from == folder.checkpoint(3)
+        assert not load(str(folder.path / "config.yaml")).checkpoint.resume, "it can start anew"
+        folder.forget_after(3)
+        folder.step({"step": 4, "time_s": 9.0})
+    assert [line["step"] for line in folder.metrics()] == [0, 1, 2, 3, 4]
+    assert [line["time_s"] for line in folder.metrics()] == [0.0, 1.0, 2.0, 3.0, 9.0]
+    scalars = EventAccumulator(str(folder.path)).Reload().Scalars("time_s")
+    assert [event.step for event in scalars] == [0, 1, 2, 3, 4], "no step twice in TensorBoard"
+
+
+def test_a_resume_forgets_the_episodes_that_are_trained_again(tmp_path):
+    with RunFolder(config(tmp_path)) as folder:
+        for record in (
+            episode(0, trained_at=0),
+            episode(1, outcome="dropped"),
+            episode(2, trained_at=1),  # by step 2, which is after the checkpoint of step 1
+            episode(3, outcome="cancelled"),
+        ):
+            folder.episode(record)
+        folder.step({"step": 1, "time_s": 1.0})
+        save(folder, 1)
+    with RunFolder(config(tmp_path, **{"checkpoint.resume": True})) as folder:
+        folder.forget_after(1)
+        folder.episode(episode(4, trained_at=1))
+    lines = read_lines(folder.path / "episodes.jsonl")
+    assert [line["episode"] for line in lines] == [0, 1, 4]
+    assert lines[0]["stages_s"] == {"env": 0.1}
+
+
+def test_a_resume_after_a_crash_in_mid_line_writes_no_line_into_another(tmp_path):
+    with RunFolder(config(tmp_path)) as folder:
+        folder.step({"step": 1, "time_s": 1.0})
+        save(folder, 1)
+    with (folder.path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "ti')
+    with RunFolder(config(tmp_path, **{"checkpoint.resume": True})) as folder:
+        folder.step({"step": 2, "time_s": 2.0})
+    text = (folder.path / "metrics.jsonl").read_text()
+    assert [json.loads(line)["step"] for line in text.splitlines()] == [1, 2]
+
+
+def test_a_resume_without_a_checkpoint_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        RunFolder(config(tmp_path, **{"checkpoint.resume": True}))
+
+
+def test_the_newest_checkpoint_is_the_highest_version_not_the_last_name(tmp_path):
+    folder = RunFolder(config(tmp_path))
+    for version in (999_999, 1_000_000, 2):
+        save(folder, version)
+    assert newest_checkpoint(folder.path) == folder.checkpoint(1_000_000)
+    assert newest_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_a_resume_from_the_only_folder_keeps_its_name_and_its_settings_are_the_new_ones(tmp_path):
+    with RunFolder(config(tmp_path, steps=4)) as folder:
+        folder.step({"step": 1, "time_s": 1.0})
+        save(folder, 1)
+    with RunFolder(config(tmp_path, steps=9, **{"checkpoint.resume": True})) as folder:
+        folder.forget_after(1)
+    assert [path.name for path in tmp_path.iterdir()] == ["frozen_lake"]
+    assert load(str(folder.path / "config.yaml")).steps == 9
+
+
+def test_a_file_that_is_not_there_has_no_lines(tmp_path):
+    assert read_lines(tmp_path / "metrics.jsonl") == []
+
+
+def test_a_line_that_a_crash_cut_off_is_left_out(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2, "lo')
+    assert read_lines(path) == [{"step": 1}]

@@ -1,0 +1,168 @@
+"""From a configuration to parts: the model's tokenizer and the tasks of a run."""
+
+import asyncio
+import itertools
+import json
+from types import SimpleNamespace
+
+import aiohttp
+import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from flash.agents import EnvironmentAgent, ExternalAgent
+from flash.config import load
+from flash.fakes import FakeWorker
+from flash.hub.hub import InferenceHub
+from flash.parts import (
+    Tasks,
+    agent_factory,
+    gap_limit,
+    heldout_tasks,
+    load_tokenizer,
+    make_style,
+    open_door,
+    open_hub,
+)
+from flash.types import Task
+
+
+def test_a_model_without_a_tokenizer_is_the_users_to_change(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError) as caught:
+        load_tokenizer(str(tmp_path))
+    assert str(caught.value).startswith(f"model={str(tmp_path)!r} can't be loaded: check its name")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_style_that_can_not_use_the_models_tokenizer_is_named_with_it():
+    config = load("frozen_lake", {"agent.style": "chat"})
+    with pytest.raises(
+        ValueError, match=r"agent\.style='chat' with the tokenizer of model='small'"
+    ):
+        make_style(config, SimpleNamespace(chat_template=None))
+
+
+async def test_a_model_that_can_not_chat_has_no_door_for_an_agent_of_ones_own():
+    config = load("frozen_lake", {"agent.run": ["sh", "agent.sh"]})
+    with pytest.raises(ValueError, match="has no chat template, so an agent can't chat with it"):
+        async with open_door(config, None, tokenizer=SimpleNamespace(chat_template=None)):
+            pass
+
+
+async def test_an_open_door_alone_makes_nobody_elses_agents(tmp_path):
+    config = load("frozen_lake", {"engine.door_port": 0})
+    parts = {"envs": None, "style": None, "door": object(), "log_dir": tmp_path}
+    assert type(agent_factory(config, **parts)()) is EnvironmentAgent
+    config = load("frozen_lake", {"agent.run": ["sh", "agent.sh"]})
+    assert type(agent_factory(config, **parts)()) is ExternalAgent
+
+
+@pytest.mark.parametrize(
+    ("changes", "gpus", "limit"),
+    [
+        ({}, [], 1e-3),
+        ({}, [0], 0.1),
+        ({"engine.dtype": "float32", "trainer.dtype": "float32"}, [0], 1e-3),
+        ({"engine.dtype": "float32"}, [0], 0.1),
+        ({"engine.dtype": "bfloat16"}, [], 0.1),
+        ({"engine.gap_limit": 0.02}, [0], 0.02),
+    ],
+)
+def test_the_probe_allows_what_the_coarser_precision_makes(changes, gpus, limit, monkeypatch):
+    monkeypatch.setattr("flash.parts.gpus", lambda: gpus)
+    assert gap_limit(load("frozen_lake", changes)) == limit
+
+
+@pytest.mark.parametrize(
+    ("changes", "gpus", "line"),
+    [
+        ({}, [], "engine: 1 embedded worker on the CPU, because vLLM is not installed (`make "),
+        ({"engine.workers": 2}, [0, 1, 2, 3], "2 embedded workers on GPU 1, 2 (idle: 3; engine."),
+        ({"engine.tensor_parallel": 2}, [0, 1, 2], "1 embedded worker on GPU 1 (idle: 2; engine."),
+        ({"engine.urls": "http://127.0.0.1:1"}, [], "engine: 1 worker that ran before, because e"),
+    ],
+)
+async def test_a_run_says_which_workers_it_takes_and_which_gpus_are_idle(
+    changes, gpus, line, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("flash.parts.gpus", lambda: gpus)
+    monkeypatch.setattr("flash.parts.has_vllm", lambda: False)
+    said = []
+
+    async def no_weights():
+        raise ValueError("the trainer's")
+
+    config = load("frozen_lake", changes)
+    hub = open_hub(
+        config, model="", version=0, weights=no_weights, log_dir=tmp_path, say=said.append
+    )
+    if "engine.urls" in changes:
+        with pytest.raises(ValueError, match="the trainer's"):
+            await hub.__aenter__()
+    else:
+        monkeypatch.setattr("flash.parts.EmbeddedPool.start", lambda *_: asyncio.sleep(0, []))
+        async with hub:
+            pass
+    assert line in said[0]
+
+
+def seeds(tasks: Tasks, count: int) -> list[int]:
+    return [task.seed for task in itertools.islice(tasks, count)]
+
+
+def test_runs_of_different_seeds_share_no_task():
+    first, second = seeds(Tasks(0), 1000), seeds(Tasks(1), 1000)
+    assert first == list(range(1000))
+    assert not set(first) & set(second)
+    assert seeds(Tasks(1), 1000) == second
+
+
+def test_a_resumed_run_begins_with_the_tasks_that_were_begun_and_not_trained(tmp_path):
+    tasks = Tasks(0)
+    seeds(tasks, 5)
+    tasks.save(tmp_path, [Task(1), Task(3)])
+    resumed = Tasks(0)
+    resumed.restore(tmp_path)
+    assert resumed.given == 5
+    assert seeds(resumed, 4) == [1, 3, 5, 6]
+
+
+def test_tasks_that_a_resumed_run_had_no_time_for_are_kept_for_the_next(tmp_path):
+    tasks = Tasks(0)
+    seeds(tasks, 5)
+    tasks.save(tmp_path, [Task(1), Task(3)])
+    resumed = Tasks(0)
+    resumed.restore(tmp_path)
+    assert seeds(resumed, 1) == [1]
+    resumed.save(tmp_path, [Task(1)])
+    again = Tasks(0)
+    again.restore(tmp_path)
+    assert seeds(again, 3) == [1, 3, 5]
+
+
+def test_held_out_tasks_are_the_same_for_every_run():
+    one = load("frozen_lake", {"seed": 1, "eval.tasks": 4})
+    other = load("frozen_lake", {"seed": 2, "eval.tasks": 4})
+    assert heldout_tasks(one) == heldout_tasks(other) == [Task(n) for n in range(4)]
+
+
+async def test_the_door_opens_in_any_run_that_gives_it_a_port_and_tells_its_token(tmp_path):
+    core = Tokenizer(models.WordLevel({"<stop>": 0}, unk_token="<stop>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<stop>")
+    async with InferenceHub([FakeWorker("worker")]) as hub:
+        config = load("frozen_lake", {})
+        async with open_door(config, hub, tokenizer=tokenizer, log_dir=tmp_path) as door:
+            assert door is None
+        config = load("frozen_lake", {"engine.door_port": 0})
+        async with open_door(config, hub, tokenizer=tokenizer) as door:
+            assert door is None, "an evaluation beside the run leaves its port alone"
+        async with open_door(config, hub, tokenizer=tokenizer, log_dir=tmp_path / "logs"):
+            (told,) = (tmp_path / "logs").iterdir()
+            assert told.stat().st_mode & 0o777 == 0o600
+            door = json.loads(told.read_text())
+            headers = {"Authorization": f"Bearer {door['token']}"}
+            async with aiohttp.ClientSession(headers=headers) as http:
+                answer = await http.get(f"{door['url']}/metrics")
+                assert "flash_hub_version 0.0" in await answer.text()
+        assert not told.exists()

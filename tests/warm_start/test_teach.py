@@ -1,0 +1,162 @@
+"""The small policy's folder: what names it, who can't have one, what a stopped run leaves."""
+
+import itertools
+import random
+import shutil
+
+import numpy as np
+import pytest
+
+from flash.types import Observation, Sample, Turn
+from flash.warm_start.config import PolicyConfig, WarmStartConfig
+from flash.warm_start.teach import _batches, _key, small_model
+
+POLICY = PolicyConfig(layers=1, hidden_size=8, heads=2, max_tokens=16)
+
+
+class TeachingEnv:
+    def vocabulary(self):
+        return ["go", "left", "right"]
+
+    def demonstrate(self, task):
+        return [Turn(Observation(text="left or right"), "go left")]
+
+
+class DumbStyle:
+    """It can't spell."""
+
+    stop_token_ids = (0,)
+
+
+async def make(cache_dir, *, env=None, style=DumbStyle, **warm_start):
+    return await small_model(
+        env=env or TeachingEnv(),
+        env_key={"name": "maze", "options": {}},
+        make_style=lambda tokenizer: style(),
+        policy=POLICY,
+        warm_start=WarmStartConfig(**({"steps": 0} | warm_start)),
+        threads=1,
+        seed=0,
+        cache_dir=cache_dir,
+        on_progress=lambda *what: None,
+    )
+
+
+def key(*, env=None, seed=0, layers=1, **warm_start):
+    options = {"size": 4, "ice": 0.2} if env is None else env
+    return _key(
+        {"name": "maze", "options": options},
+        POLICY.model_copy(update={"layers": layers}),
+        WarmStartConfig(**warm_start),
+        seed,
+    )
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"env": {"size": 5, "ice": 0.2}},
+        {"seed": 1},
+        {"layers": 2},
+        {"steps": 7},
+        {"demonstrations": 7},
+        {"observation_weight": 0.0},
+    ],
+)
+def test_other_settings_have_another_folder(changed):
+    assert key(**changed) != key()
+
+
+def test_the_same_settings_in_another_order_have_the_same_folder():
+    assert key(env={"ice": 0.2, "size": 4}) == key(env={"size": 4, "ice": 0.2})
+    assert key().startswith("maze-")
+
+
+async def test_a_small_policy_is_made_once_and_kept(tmp_path):
+    first = await make(tmp_path)
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+        file.name for file in first.iterdir()
+    }
+    (first / "mark").touch()
+    assert await make(tmp_path) == first
+    assert (first / "mark").exists(), "not made again"
+    assert list(tmp_path.iterdir()) == [first]
+
+
+@pytest.mark.parametrize("method", ["vocabulary", "demonstrate"])
+async def test_an_environment_that_can_not_teach_is_refused_with_the_remedy(tmp_path, method):
+    other = {"vocabulary": "demonstrate", "demonstrate": "vocabulary"}[method]
+    env = type("SilentEnv", (), {other: lambda self: []})()
+    with pytest.raises(ValueError) as caught:
+        await make(tmp_path, env=env)
+    message = str(caught.value)
+    assert f"model=small: SilentEnv has no method {method!r}" in message
+    assert "set model to a path or a hub name instead" in message
+    assert not list(tmp_path.iterdir())
+
+
+async def test_a_style_that_can_not_spell_is_refused_and_nothing_half_made_stays(tmp_path):
+    with pytest.raises(ValueError, match=r"DumbStyle has no method 'spell' .* agent\.style=plain"):
+        await make(tmp_path, steps=1)
+    assert not list(tmp_path.iterdir())
+
+
+async def test_a_run_that_is_stopped_while_teaching_leaves_nothing_half_taught(tmp_path):
+    class Stopped(Exception):
+        pass
+
+    class BrokenEnv(TeachingEnv):
+        def demonstrate(self, task):
+            raise Stopped
+
+    class MuteEnv(TeachingEnv):
+        def vocabulary(self):
+            raise Stopped
+
+    class SpellingStyle(DumbStyle):
+        def spell(self, action):
+            return [0]
+
+    for env in (BrokenEnv(), MuteEnv()):
+        with pytest.raises(Stopped):
+            await make(tmp_path, env=env, style=SpellingStyle, steps=1)
+    assert not list(tmp_path.iterdir())
+
+
+async def test_of_two_runs_that_teach_the_same_policy_at_once_the_later_takes_the_earlier_ones(
+    tmp_path,
+):
+    earlier = await make(tmp_path / "elsewhere")
+
+    class SlowEnv(TeachingEnv):
+        def vocabulary(self):
+            # The other run is done between our look and our end.
+            shutil.copytree(earlier, tmp_path / "here" / earlier.name)
+            (tmp_path / "here" / earlier.name / "mark").touch()
+            return super().vocabulary()
+
+    kept = await make(tmp_path / "here", env=SlowEnv())
+    assert (kept / "mark").exists()
+    assert list((tmp_path / "here").iterdir()) == [kept]
+
+
+def sample(token: int, length: int) -> Sample:
+    ones = np.ones(length)
+    return Sample(
+        token_ids=(token * ones).astype(np.int64), loss_mask=ones.astype(np.float32),
+        logprobs=ones.astype(np.float32), versions=-ones.astype(np.int64),
+    )  # fmt: skip
+
+
+def test_each_pass_has_every_demonstration_once_in_a_new_order():
+    samples = [sample(n, 2) for n in range(6)]
+    batches = list(itertools.islice(_batches(samples, 4, random.Random(0)), 6))
+    assert [len(batch) for batch in batches] == [2] * 6, "cut at four tokens"
+    order = [int(s.token_ids[0]) for batch in batches for s in batch]
+    assert sorted(order[:6]) == sorted(order[6:]) == list(range(6))
+    assert order[:6] != order[6:]
+
+
+def test_a_batch_larger_than_all_demonstrations_goes_on_into_the_next_pass():
+    (batch,) = itertools.islice(_batches([sample(0, 3), sample(1, 3)], 10, random.Random(0)), 1)
+    assert sum(s.num_tokens for s in batch) == 12
