@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from flash import config as configuration
-from flash import parts
-from flash.evaluation.play import Evaluation
-from flash.evaluation.play import evaluate as play
+from flash.evaluation.play import heldout_tasks, play
+from flash.evaluation.result import Evaluation
+from flash.parts.open import open_parts
 from flash.telemetry.folder import newest_checkpoint
 from flash.trainer.checkpoint import MODEL_FOLDER, checkpoint_version
 from flash.types import Weights
@@ -19,7 +19,7 @@ async def evaluate(
     """Plays the held-out tasks with a checkpoint: the newest one if `source` is a run's folder.
 
     The run's own configuration says how; `overrides` change it. Raises ValueError if there is no
-    checkpoint, and what `flash.rollout.evaluate` raises.
+    checkpoint, and what `flash.evaluation.play` raises.
     """
     checkpoint = source if source.parent.name == "checkpoints" else newest_checkpoint(source)
     if checkpoint is None:
@@ -27,29 +27,26 @@ async def evaluate(
     version = checkpoint_version(checkpoint)
     run = checkpoint.parent.parent
     config = configuration.load(str(run / "config.yaml"), overrides)
-    model = str(checkpoint / MODEL_FOLDER)
-    tokenizer = parts.load_tokenizer(model)
-    style = parts.make_style(config, tokenizer)
-    logs = run / "logs"
+    model = (checkpoint / MODEL_FOLDER).resolve()
 
     async def weights() -> Weights:
-        return Weights(version=version, path=(checkpoint / MODEL_FOLDER).resolve())
+        return Weights(version=version, path=model)
 
     async with (
-        parts.open_hub(
-            config, model=model, version=version, weights=weights, log_dir=logs, say=say
-        ) as hub,
-        parts.open_door(config, hub, tokenizer=tokenizer) as door,
-        parts.open_envs(config, logs, heldout=True) as envs,
-        parts.open_reward(config, hub, tokenizer=tokenizer, log_dir=logs) as reward,
+        open_parts(
+            config,
+            model=str(model),
+            version=version,
+            weights=weights,
+            log_dir=run / "logs",
+            say=say,
+        ) as parts,
+        parts.agents(heldout=True) as agents,
     ):
-        agent = parts.agent_factory(
-            config, envs=envs, style=style, door=door, log_dir=logs, heldout=True, reward=reward
-        )
         return await play(
-            hub,
-            agent,
-            parts.heldout_tasks(config),
+            parts.hub,
+            agents.make,
+            heldout_tasks(config.eval),
             concurrency=config.engine.max_running,
             max_attempts=config.rollout.max_attempts,
             stall_timeout_s=config.rollout.stall_timeout_s,

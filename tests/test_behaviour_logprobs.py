@@ -55,7 +55,7 @@ async def run(folder: Path):
                 temperature=TEMPERATURE,
             ),
             tasks=(Task(seed) for seed in itertools.count()),
-            batch_size=8, group_size=2, alpha=ALPHA, update_mode="keep",
+            batch_size=8, group_size=2, alpha=ALPHA,
             # It wins nothing yet, and has to change all the same.
             advantages=per_group(lambda rewards: np.resize([1.0, -1.0], len(rewards))),
         ) as rollouts,

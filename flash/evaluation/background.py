@@ -3,14 +3,15 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from typing import Self
 
 from flash.errors import FlashError, first_error
-from flash.evaluation.play import Evaluation
+from flash.evaluation.result import Evaluation
 
 logger = logging.getLogger(__name__)
 
 
-class Beside:
+class BackgroundEvaluation:
     """Holds the evaluation that runs beside the block; leaving the block waits for it.
 
     `told` is called with each evaluation that came to its end. One that fails is logged, and so is
@@ -23,7 +24,7 @@ class Beside:
         self._tasks = asyncio.TaskGroup()
         self._running: tuple[int, asyncio.Task[None]] | None = None
 
-    async def __aenter__(self) -> "Beside":
+    async def __aenter__(self) -> Self:
         await self._tasks.__aenter__()
         return self
 

@@ -2,50 +2,30 @@
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from flash.errors import EpisodeFailure, RolloutFailure
-from flash.rollout.crew import Crew
-from flash.rollout.episode import AgentFactory, Episode, EpisodeEnd, Generator
-from flash.rollout.stall import diagnosis
-from flash.rollout.stall.diagnosis import stall_of
+from flash.evaluation.config import EvalConfig
+from flash.evaluation.result import Evaluation
+from flash.rollout.crew import AgentCrew, SessionHub
+from flash.rollout.episode import AgentFactory, Episode, EpisodeEnd
+from flash.rollout.stall.diagnosis import InspectedHub, stall_of
 from flash.types import Task, Trajectory
 
 
-class Hub(Generator, diagnosis.Hub, Protocol):
+def heldout_tasks(settings: EvalConfig) -> list[Task]:
+    """The same for every run, so that runs can be compared."""
+    return [Task(seed) for seed in range(settings.tasks)]
+
+
+class EvaluationHub(SessionHub, InspectedHub, Protocol):
     """What an evaluation needs of the InferenceHub."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
-    """How the policy did. Means are over the episodes that came to their ends."""
-
-    success_rate: float
-    reward_mean: float
-    turns_mean: float
-    episodes: int
-    failed: int
-    time_s: float
-    versions: tuple[int, ...]  # whose weights sampled it: one, unless some were published meanwhile
-
-    def metrics(self) -> dict[str, float]:
-        """The `eval/*` metrics."""
-        versions = {"eval/version": self.versions[0]} if self.versions else {}
-        return versions | {
-            "eval/success_rate": self.success_rate,
-            "eval/reward_mean": self.reward_mean,
-            "eval/turns_mean": self.turns_mean,
-            "eval/episodes": self.episodes,
-            "eval/failed": self.failed,
-            "eval/time_s": self.time_s,
-        }
-
-
-async def evaluate(
-    hub: Hub,
+async def play(
+    hub: EvaluationHub,
     agent: AgentFactory,
     tasks: Sequence[Task],
     *,
@@ -54,6 +34,8 @@ async def evaluate(
     stall_timeout_s: float = 600.0,
 ) -> Evaluation:
     """One episode for each task, `concurrency` at a time; failed ones are tried again.
+
+    They train nothing, and are in no ledger.
 
     Raises RolloutFailure if every task fails, RolloutStall if none ends for `stall_timeout_s`, and
     the hub's error if no worker is left.
@@ -73,7 +55,7 @@ async def evaluate(
             index, task, attempt = waiting.pop()
             running += 1
             # Negative, so that no session of an evaluation is one of a training episode.
-            crew.start(Episode(-1 - index, task, hub=hub, attempt=attempt))
+            crew.begin(-1 - index, task, attempt=attempt)
 
     def on_end(episode: Episode, end: EpisodeEnd) -> None:
         nonlocal running
@@ -92,7 +74,9 @@ async def evaluate(
         fatal.append(error)
         progress.set()
 
-    async with Crew(agent, on_end=on_end, on_fatal=on_fatal) as crew:
+    crew = AgentCrew(agent, hub)
+    crew.report_to(on_end=on_end, on_fatal=on_fatal)
+    async with crew:
         try:
             start_more()
             while running and not fatal:

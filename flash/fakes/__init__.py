@@ -1,11 +1,13 @@
-"""Fakes for tests and examples: workers, environments and a prompt style that only keep time.
+"""Fakes for tests and examples: workers, environments and a prompt style that only keep time,
+and an observer that keeps what it hears.
 
 They run on the event loop's clock, so under virtual time a test of hours takes milliseconds. Each
 is seeded: the same seed does the same.
 """
 
 from flash.fakes.environments import FakeEnvs, FakeStyle
+from flash.fakes.observer import KeepingObserver
 from flash.fakes.routes import worker_app
 from flash.fakes.worker import FakePool, FakeWorker
 
-__all__ = ["FakeEnvs", "FakePool", "FakeStyle", "FakeWorker", "worker_app"]
+__all__ = ["FakeEnvs", "FakePool", "FakeStyle", "FakeWorker", "KeepingObserver", "worker_app"]

@@ -54,6 +54,9 @@ class InferenceHub:
         recovery_timeout_s: how long the pool may be without any healthy worker.
         progress_timeout_s: for the next tokens of any of its requests, at a worker that streams
             them; one that takes longer hangs.
+        update_mode: what a publish does to the requests under way at a worker: `keep` freezes them
+            and goes on with the new weights, `abort` ends them and samples the rest anew, `wait`
+            lets them end first.
         gap_limit: by how much a worker's logprobs may differ from the trainer's after a publish.
             1e-3 holds for float32; bfloat16 on both sides needs about 0.1.
 
@@ -71,6 +74,7 @@ class InferenceHub:
         control_timeout_s: float = 300.0,
         recovery_timeout_s: float = 60.0,
         progress_timeout_s: float = 120.0,
+        update_mode: UpdateMode = "keep",
         gap_limit: float = 1e-3,
     ) -> None:
         if isinstance(workers, str):
@@ -87,6 +91,7 @@ class InferenceHub:
         self._max_running = max_running
         self._request_timeout_s = request_timeout_s
         self._control_timeout_s = control_timeout_s
+        self._update_mode = update_mode
         self._gap_limit = gap_limit
         self._tasks = asyncio.TaskGroup()
         self._slots: list[Slot] = []
@@ -313,11 +318,9 @@ class InferenceHub:
 
     # ── new weights ──────────────────────────────────────────────────────────────────────────
 
-    async def publish(self, weights: Weights, mode: UpdateMode = "keep") -> PublishReport:
+    async def publish(self, weights: Weights) -> PublishReport:
         """Make these weights the policy of every worker, one after another.
 
-        mode: what happens to requests under way at a worker: `keep` freezes them and goes on with
-        the new weights, `abort` ends them and samples the rest anew, `wait` lets them end first.
         A worker that fails meanwhile is taken out; it has the weights before it comes back.
         Raises ValueError for a version that is not newer, PublishFailure if a worker's logprobs
         of a probe differ from `weights.score` by more than `gap_limit`, or if the weights don't
@@ -336,7 +339,7 @@ class InferenceHub:
                 # Not those that are out, nor one that came back with these weights just now.
                 if slot.healthy and slot.lent is None and slot.version != weights.version:
                     started = self._clock()
-                    await self._update(slot, weights, mode)
+                    await self._update(slot, weights, self._update_mode)
                     paused_s[slot] = self._clock() - started
             self._queue.raise_failure()
             self.version = weights.version

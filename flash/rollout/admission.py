@@ -5,12 +5,12 @@ from collections.abc import Iterable
 
 from flash.rollout.groups import Group, Groups
 from flash.rollout.ledger import Ledger
-from flash.rollout.slots import BatchSchedule, QueueSchedule, Slots
+from flash.rollout.slots import GroupSchedule, Slots
 from flash.types import Task
 
 
-class Starts:
-    """The starts owed to groups under way, and after them those of new groups.
+class Admission:
+    """Decides what begins next: the episodes that groups under way still lack, then new groups.
 
     Args:
         tasks: where new groups come from, in order; may be endless.
@@ -23,7 +23,7 @@ class Starts:
         groups: Groups,
         *,
         slots: Slots,
-        schedule: QueueSchedule | BatchSchedule,
+        schedule: GroupSchedule,
         ledger: Ledger,
         group_size: int,
         episodes: int,
@@ -36,21 +36,22 @@ class Starts:
         self._ledger = ledger
         self._group_size = group_size
         self._episodes = episodes
-        self._owed: deque[tuple[Group, int]] = deque()  # with the attempt
+        self._due: deque[tuple[Group, int]] = deque()  # each with its attempt
 
     def __len__(self) -> int:
-        return len(self._owed)
+        """Episodes that groups under way still lack."""
+        return len(self._due)
 
-    def owe(self, group: Group, attempt: int) -> None:
+    def start_again(self, group: Group, attempt: int) -> None:
         """One more episode of this group, before all others."""
-        group.owed += 1
-        self._owed.appendleft((group, attempt))
+        group.due += 1
+        self._due.appendleft((group, attempt))
 
     def cancel(self, group: Group) -> None:
         """No more episodes of this group."""
-        if group.owed:
-            self._owed = deque(start for start in self._owed if start[0] is not group)
-            group.owed = 0
+        if group.due:
+            self._due = deque(start for start in self._due if start[0] is not group)
+            group.due = 0
 
     def next_start(self, next_version: int) -> tuple[Group, int] | None:
         """The group and the attempt of an episode to begin now; None if there is no room or task.
@@ -59,15 +60,15 @@ class Starts:
         """
         if self._ledger.running + self._ledger.ready >= self._slots.most_episodes:
             return None
-        while self._owed:
-            group, attempt = self._owed[0]
+        while self._due:
+            group, attempt = self._due[0]
             if group in self._groups:
                 if len(group.members) < group.size and not self._has_slot():
                     return None
-                self._owed.popleft()
-                group.owed -= 1
+                self._due.popleft()
+                group.due -= 1
                 return group, attempt
-            self._owed.popleft()
+            self._due.popleft()
         if not self._has_slot() or not self._may_begin(next_version):
             return None
         task = next(self._tasks, None)
@@ -76,7 +77,7 @@ class Starts:
             return None
         group = self._groups.begin(task, size=self._group_size, episodes=self._episodes)
         self._schedule.began()
-        self._owed.extend([(group, 1)] * self._episodes)
+        self._due.extend([(group, 1)] * self._episodes)
         return self.next_start(next_version)
 
     def _has_slot(self) -> bool:

@@ -10,9 +10,10 @@ Of a response under way, or cut off, those tokens count that its worker has told
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable
 
 from flash.rollout.episode import Episode
+from flash.rollout.observer import Observer
+from flash.rollout.record import EpisodeRecord
 
 logger = logging.getLogger(__name__)
 
@@ -21,29 +22,34 @@ _ENOUGH = 200  # episodes trained before a bias is worth a warning
 _ALARM = 0.8
 
 
-class LengthBias:
+class LengthBias(Observer):
     """Follows every episode of a run from its admission to its end."""
 
     def __init__(self) -> None:
         self._lengths = {name: _Lengths() for name in ("turns", "tokens", "seconds")}
+        self._running: dict[int, Episode] = {}
         self._trained = 0
         self._warned = False
 
+    def admitted(self, episode: Episode) -> None:
+        self._running[episode.id] = episode
+
     def played(self, episode: Episode) -> None:
-        """It came to its end, failed, or was given up."""
+        del self._running[episode.id]
         for name, length in _lengths_of(episode).items():
             lengths = self._lengths[name]
             kind = lengths.whole if episode.trajectory is not None else lengths.cut_off
             kind[_bin(length)] += 1
 
-    def trained(self, episode: Episode) -> None:
-        self._trained += 1
-        for name, length in _lengths_of(episode).items():
-            self._lengths[name].trained[_bin(length)] += 1
+    def ended(self, episode: Episode, record: EpisodeRecord) -> None:
+        if record.outcome == "trained":
+            self._trained += 1
+            for name, length in _lengths_of(episode).items():
+                self._lengths[name].trained[_bin(length)] += 1
 
-    def metrics(self, running: Iterable[Episode]) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """`bias/turns`, `bias/tokens`, `bias/seconds`: trained over admitted, since the start."""
-        so_far = [_lengths_of(episode) for episode in running]
+        so_far = [_lengths_of(episode) for episode in self._running.values()]
         found = {
             f"bias/{name}": lengths.ratio(Counter(_bin(of[name]) for of in so_far))
             for name, lengths in self._lengths.items()

@@ -9,13 +9,16 @@ from flash.section import Names, Section
 
 def _that_are_there(names: tuple[str, ...]) -> tuple[str, ...]:
     if names:
-        from flash.rollout import filters  # noqa: PLC0415  (imports NumPy)
+        from flash.rollout.filters import find_filter  # noqa: PLC0415  (imports NumPy)
 
         for name in names:
-            filters.find(name)
+            find_filter(name)
     return names
 
 
+OnStale = Literal["regenerate", "wait", "drop"]
+OnStall = Literal["stop", "replace", "restart"]
+Schedule = Literal["queue", "batch"]
 FilterNames = Annotated[Names, AfterValidator(_that_are_there)]
 
 
@@ -41,7 +44,7 @@ class AdaptiveAlphaConfig(Section):
 class RolloutSettings(Section):
     """Which episodes begin, and what becomes of those that fail, grow old or teach nothing."""
 
-    schedule: Literal["queue", "batch"] = Field(
+    schedule: Schedule = Field(
         "queue",
         description="queue: an episode begins the moment there is room; batch: a batch's begin "
         "together, the next batch's when the last of them has ended",
@@ -65,7 +68,7 @@ class RolloutSettings(Section):
         10, ge=1, description="batches' worth of groups that filters may drop for one batch"
     )
 
-    on_stale: Literal["regenerate", "wait", "drop"] = Field(
+    on_stale: OnStale = Field(
         "regenerate", description="what becomes of an episode that would pass alpha"
     )
     max_attempts: int = Field(
@@ -79,7 +82,7 @@ class RolloutSettings(Section):
     stall_timeout_s: float = Field(
         600.0, gt=0, description="without any progress, until the watchdog says why and acts"
     )
-    on_stall: Literal["stop", "replace", "restart"] = Field(
+    on_stall: OnStall = Field(
         "stop",
         description="about what blocks: end the run (exit code 3), replace its episodes, or start "
         "its worker anew; what neither can help ends the run",

@@ -1,9 +1,10 @@
-"""A crew of supervised agents: each runs one episode at a time, until it crashes."""
+"""What plays episodes: a crew of supervised agents, each with one episode at a time."""
 
 import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol, Self
 
 from flash.errors import AgentFailure, EpisodeFailure, FlashError
 from flash.rollout.episode import (
@@ -13,13 +14,60 @@ from flash.rollout.episode import (
     Cancelled,
     Episode,
     EpisodeEnd,
+    Generator,
     Start,
     Stop,
 )
+from flash.types import Task
 
 logger = logging.getLogger(__name__)
 
 _STOP_GRACE_S = 10.0
+
+
+class Crew(Protocol):
+    """Plays episodes, wherever that is: this is all that a loop knows of it.
+
+    Between entering and leaving, each episode that began is reported once to `on_end`, from the
+    event loop; leaving gives up those that run. `on_fatal` gets an error that no episode can be
+    blamed for.
+    """
+
+    @property
+    def crashes(self) -> int:
+        """Agents that crashed and were replaced."""
+        ...
+
+    def report_to(
+        self,
+        *,
+        on_end: Callable[[Episode, EpisodeEnd], None],
+        on_fatal: Callable[[Exception], None],
+    ) -> None:
+        """Before it is entered: who is told."""
+        ...
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(self, *exc_info: object) -> None: ...
+
+    def begin(self, episode_id: int, task: Task, *, group: int = -1, attempt: int = 1) -> Episode:
+        """An episode of that task, which is played from now on. Raises if none can begin."""
+        ...
+
+    def give_up(self, episode: Episode, reason: str) -> None:
+        """Ask for it to end; that is reported like any other end."""
+        ...
+
+    def episodes(self) -> list[Episode]:
+        """Those that have not ended."""
+        ...
+
+
+class SessionHub(Generator, Protocol):
+    """What a crew of agents needs of the InferenceHub."""
+
+    def forget(self, session: str) -> None: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -29,32 +77,37 @@ class _Seat:
     task: asyncio.Task[None] | None = field(default=None)
 
 
-class Crew:
-    """Starts episodes on idle agents, or on new ones.
+class AgentCrew:
+    """The crew in this process: agents as coroutines, which ask the hub for tokens.
 
     Agents are made as they are needed, so the caller's bound on running episodes is the bound on
-    agents. `on_end(episode, end)` is called once for each started episode, from the event loop.
-    `on_fatal(error)` is called with an error that no episode can be blamed for: one that reaches
-    an agent, or that `on_end` raises.
+    agents. One that crashes fails its episode and is replaced.
+
+    Args:
+        together: the first responses of a group's episodes all come from one worker.
     """
 
     def __init__(
-        self,
-        make_agent: AgentFactory,
-        *,
-        on_end: Callable[[Episode, EpisodeEnd], None],
-        on_fatal: Callable[[Exception], None],
+        self, make_agent: AgentFactory, hub: SessionHub, *, together: bool = False
     ) -> None:
         self.crashes = 0
         self._make_agent = make_agent
-        self._on_end = on_end
-        self._on_fatal = on_fatal
+        self._hub = hub
+        self._together = together
         self._idle: list[_Seat] = []
         self._busy: dict[int, _Seat] = {}
         self._tasks = asyncio.TaskGroup()
         self._closing = False
 
-    async def __aenter__(self) -> "Crew":
+    def report_to(
+        self,
+        *,
+        on_end: Callable[[Episode, EpisodeEnd], None],
+        on_fatal: Callable[[Exception], None],
+    ) -> None:
+        self._on_end, self._on_fatal = on_end, on_fatal
+
+    async def __aenter__(self) -> Self:
         await self._tasks.__aenter__()
         return self
 
@@ -75,9 +128,17 @@ class Crew:
             for seat in [*self._busy.values()]:
                 self._release(seat, Cancelled())
 
-    def start(self, episode: Episode) -> None:
-        """Give the episode to an idle agent, or to a new one; raises what making one raises."""
+    def begin(self, episode_id: int, task: Task, *, group: int = -1, attempt: int = 1) -> Episode:
+        """Gives the episode to an idle agent, or to a new one; raises what making one raises."""
         assert not self._closing
+        episode = Episode(
+            episode_id,
+            task,
+            hub=self._hub,
+            group=group,
+            attempt=attempt,
+            together=self._together,
+        )
         if self._idle:
             seat = self._idle.pop()
         else:
@@ -86,15 +147,14 @@ class Crew:
         seat.episode = episode
         self._busy[episode.id] = seat
         seat.agent.mailbox.put_nowait(Start(episode))
+        return episode
 
-    def abort(self, episode: Episode, reason: str) -> None:
-        """Ask the episode's agent to give it up; its end is reported like any other."""
+    def give_up(self, episode: Episode, reason: str) -> None:
         if episode.cancel_reason is None:
             episode.cancel_reason = reason
             self._busy[episode.id].agent.mailbox.put_nowait(Abort(episode))
 
     def episodes(self) -> list[Episode]:
-        """Those that have not ended."""
         return [seat.episode for seat in self._busy.values() if seat.episode is not None]
 
     async def _supervise(self, seat: _Seat) -> None:
@@ -134,6 +194,7 @@ class Crew:
         assert episode is not None
         seat.episode = None
         del self._busy[episode.id]
+        self._hub.forget(episode.session)
         try:
             self._on_end(episode, end)
         except Exception as error:  # its caller here is an agent, which has no part in it

@@ -144,6 +144,13 @@ class Episode:
             self.oldest_version, self.newest_version = min(versions), max(versions)
         self._switch(_Stage("ready"), begins=True)
 
+    def end(self) -> float:
+        """Nothing more becomes of it; returns when that was. What it waited ready is `wait`."""
+        self.ended_at = self.clock()
+        if self.trajectory is not None:
+            self.seconds["wait"] = self.ended_at - self.stage_since
+        return self.ended_at
+
     def describe(self) -> str:
         """Who it is, what it does and since when: for logs and for errors about stalls."""
         since = self.clock() - self.stage_since

@@ -18,7 +18,7 @@ def equal_rewards(group: Sequence[Trajectory]) -> bool:
 FILTERS: dict[str, GroupFilter] = {"equal_rewards": equal_rewards}
 
 
-def find(name: str) -> GroupFilter:
+def find_filter(name: str) -> GroupFilter:
     """The filter of that name, or `module:function`. ValueError says what there is."""
     if name in FILTERS:
         return FILTERS[name]

@@ -16,7 +16,7 @@ class Group:
     size: int
     members: dict[int, Episode] = field(default_factory=dict)
     ready: int = 0
-    owed: int = 0  # starts to come
+    due: int = 0  # episodes still to begin
     regenerations: int = 0
 
     @property
@@ -57,8 +57,8 @@ class Groups:
         return self._groups.get(group_id)
 
     def begin(self, task: Task, *, size: int, episodes: int) -> Group:
-        """A new group that is owed so many episodes."""
-        group = Group(self._next_id, task, size, owed=episodes)
+        """A new group, of which so many episodes are to begin."""
+        group = Group(self._next_id, task, size, due=episodes)
         self._next_id += 1
         self._groups[group.id] = group
         return group

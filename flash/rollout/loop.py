@@ -10,57 +10,51 @@ an episode to end) and `publish` (for the hub). What always holds:
 
 1. No token in a batch is older than α versions: `_evict_stale`, and a check at hand-over.
 2. Each admitted episode has one outcome: `Ledger.end`, once, and `Ledger.check`.
-3. running + ready + handed over but unpublished ≤ (1+α)·batch: `Starts` and `Slots`.
+3. running + ready + handed over but unpublished ≤ (1+α)·batch: `Admission` and `Slots`.
 5. No wait is silent: a streak of failures ends the run by name, and `Watchdog` looks to the rest.
 """
 
 import asyncio
+import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractAsyncContextManager
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol, Self
 
-from flash.errors import EpisodeFailure, RolloutFailure, RolloutStall
-from flash.evaluation import play as evaluation
-from flash.evaluation.play import Evaluation, evaluate
-from flash.rollout.admission import Starts
+from flash.errors import EpisodeFailure, RolloutFailure
+from flash.hub.reports import PublishReport
+from flash.rollout.admission import Admission
 from flash.rollout.batching import metrics_of, samples_of, trajectories
 from flash.rollout.bias import LengthBias
-from flash.rollout.crew import Crew
+from flash.rollout.config import RolloutSettings
+from flash.rollout.crew import AgentCrew, Crew, SessionHub
 from flash.rollout.episode import AgentFactory, Cancelled, Episode, EpisodeEnd
-from flash.rollout.filters import Filters, GroupFilter
+from flash.rollout.filters import Filters, GroupFilter, find_filter
 from flash.rollout.groups import Group, Groups
-from flash.rollout.ledger import EpisodeRecord, Ledger
-from flash.rollout.slots import BatchSchedule, QueueSchedule, Schedule, Slots
-from flash.rollout.staleness import choose, stale
-from flash.rollout.stall.activity import Pulse, felt
-from flash.rollout.stall.diagnosis import Admission
-from flash.rollout.stall.watchdog import OnStall, Watchdog
+from flash.rollout.ledger import Ledger
+from flash.rollout.observer import Observer, Observers
+from flash.rollout.record import EpisodeRecord
+from flash.rollout.slots import BatchSchedule, QueueSchedule, Slots
+from flash.rollout.staleness import choose_groups, stale_episodes
+from flash.rollout.stall.activity import Activity
+from flash.rollout.stall.diagnosis import AdmissionState
+from flash.rollout.stall.watchdog import PAUSE, RestartingHub, Watchdog
 from flash.trainer.advantages import Advantages, grpo, per_group
-from flash.types import Batch, Task, TrainerState, Trajectory, UpdateMode, Weights
+from flash.types import Batch, Outcome, Task, TrainerState, Trajectory, Weights
 
 logger = logging.getLogger(__name__)
-
-OnStale = Literal["regenerate", "wait", "drop"]
 
 _STARTS_A_TURN = 32  # each costs 0.1 ms or so until it waits: a batch's must not hold the loop
 _GRPO = per_group(grpo)
 
 
-class Hub(evaluation.Hub, Protocol):
+class RolloutHub(SessionHub, RestartingHub, Protocol):
     """What the loop needs of the InferenceHub."""
 
     @property
     def version(self) -> int: ...
 
-    async def publish(self, weights: Weights, mode: UpdateMode = "keep") -> Any: ...
-
-    def forget(self, session: str) -> None: ...
-
-    def lend(self, workers: int) -> AbstractAsyncContextManager[evaluation.Hub]: ...
-
-    def give_up(self, worker: str, why: str) -> None: ...
+    async def publish(self, weights: Weights) -> PublishReport: ...
 
 
 class RolloutLoop:
@@ -75,123 +69,102 @@ class RolloutLoop:
     Args:
         hub: answers the agents' requests and publishes weights.
         agent: makes an actor; called once for each episode that runs at the same time.
+        crew: plays the episodes, in the place of agents in this process.
         tasks: where groups come from, in order; may be endless.
         batch_size: samples in a batch, a multiple of `group_size`.
         alpha: the asynchronous ratio. A token sampled by version u is trained at version v only
             if v - u ≤ alpha, and (1+alpha)·batch_size samples at most are under way. 0 is
             synchronous. A fraction adds room for work, not for age.
-        alpha_in_force: what `follow` had made of alpha before; None: all of it.
-        on_stale: what becomes of an episode that would pass the bound: start it again
-            (`regenerate`), hold the batch until it ends (`wait`), or drop its group (`drop`).
+        settings: which episodes begin, and what becomes of those that fail, grow old or teach
+            nothing: the `rollout` section of a configuration.
+        filters: more filters than `settings.filters` names. A complete group that one of them
+            drops is replaced by another task's.
         advantages: of the episodes of a batch; `per_group` makes it of a function of the rewards
             of one group.
-        max_attempts: how often an episode fails before its group is given up.
-        max_regenerations: how often a group is set back by staleness before another task takes its
-            place; without it a task that is too slow for alpha could be played for ever.
-        schedule: `queue` begins each episode the moment there is room for it; `batch` begins a
-            batch's episodes together, and the next batch's when the last of them has ended.
-        replicate: the episodes of a group go to whichever workers are best; without it their
-            first responses all come from one worker, like the samples of one request.
-        redundant_groups, redundant_episodes: so many groups more than batches can take, and
-            episodes more than a group needs, are begun; the first to be complete are kept, and
-            the rest is cancelled at once.
-        filters: a complete group that one of them drops is replaced by another task's.
-        max_filtered: batches' worth of groups that may be dropped for one batch.
         last_version: the version at which training ends; what no batch until then can take is
             neither begun nor played to its end.
-        stall_timeout_s, caller_timeout_s, on_stall, trainer, on_report: of the `Watchdog`, which
-            says what blocks when nothing moves for so long, and does something about it.
-        on_episode: called with the record of each ended episode.
+        observers: hear of each event.
+        trainer, caller_timeout_s: what the trainer is at, if anybody knows; how long the caller
+            may do neither of the loop's calls. See `Watchdog`.
 
     Errors: `next_batch` and `publish` raise RolloutFailure when the loop can't go on, the hub's
     own failures (InferenceFailure, PublishFailure) with their causes, and what `tasks`, `agent` or
-    `on_episode` raised.
+    an observer raised.
     """
 
     def __init__(
         self,
-        hub: Hub,
+        hub: RolloutHub,
         *,
-        agent: AgentFactory,
+        agent: AgentFactory | None = None,
+        crew: Crew | None = None,
         tasks: Iterable[Task],
         batch_size: int,
         group_size: int,
         alpha: float = 1.0,
-        alpha_in_force: float | None = None,
-        on_stale: OnStale = "regenerate",
-        update_mode: UpdateMode = "keep",
-        advantages: Advantages = _GRPO,
-        max_attempts: int = 3,
-        max_regenerations: int = 8,
-        schedule: Schedule = "queue",
-        replicate: bool = True,
-        redundant_groups: int = 0,
-        redundant_episodes: int = 0,
+        settings: RolloutSettings = RolloutSettings(),  # noqa: B008  (frozen)
         filters: Sequence[GroupFilter] = (),
-        max_filtered: int = 10,
+        advantages: Advantages = _GRPO,
         last_version: int | None = None,
-        stall_timeout_s: float = 600.0,
-        caller_timeout_s: float = 3600.0,
-        on_stall: OnStall = "stop",
+        observers: Iterable[Observer] = (),
         trainer: Callable[[], TrainerState] | None = None,
-        on_report: Callable[[str], None] | None = None,
-        on_episode: Callable[[EpisodeRecord], None] | None = None,
+        caller_timeout_s: float = 3600.0,
     ) -> None:
         if group_size < 1 or batch_size < 1 or batch_size % group_size:
             raise ValueError(
                 f"batch_size={batch_size} must be a positive multiple of group_size={group_size}"
             )
-        for name, count in (
-            ("redundant_groups", redundant_groups),
-            ("redundant_episodes", redundant_episodes),
-            ("max_regenerations", max_regenerations),
-        ):
-            if count < 0:
-                raise ValueError(f"{name}={count} must be at least 0")
         if not (math.isfinite(alpha) and alpha >= 0):
             raise ValueError(f"alpha={alpha} must be a number of at least 0; 0 is synchronous")
         self.hub = hub
         self.alpha = alpha
+        self.settings = settings
         self.ledger = Ledger()
+        self.activity = Activity()
         self._bias = LengthBias()
-        self._agent = agent
-        self._groups_per_batch = batch_size // group_size
-        self._replicate = replicate
-        self._on_stale = on_stale
-        self._update_mode = update_mode
+        self._observers = Observers(
+            [self.ledger, self._bias, self.activity, Observers(observers, on_error=self.fail)]
+        )
+        self._crew = crew or _agents(agent, hub, together=not settings.replicate)
+        self._crew.report_to(on_end=self._on_end, on_fatal=self.fail)
         self._advantages = advantages
-        self._max_attempts = max_attempts
-        self._max_regenerations = max_regenerations
-        self._stall_timeout_s = stall_timeout_s
-        self._on_episode = on_episode
-        self._on_report = on_report
-
-        self._open = False
-        self._paused = False
+        self._groups_per_batch = batch_size // group_size
+        self._filters = Filters(
+            [*map(find_filter, settings.filters), *filters],
+            at_most=settings.max_filtered * self._groups_per_batch,
+        )
         self._slots = Slots(
             groups_per_batch=self._groups_per_batch,
             group_size=group_size,
             alpha=alpha,
-            redundant_groups=redundant_groups,
-            redundant_episodes=redundant_episodes,
+            redundant_groups=settings.redundant_groups,
+            redundant_episodes=settings.redundant_episodes,
             last_version=last_version,
         )
-        self.follow(alpha if alpha_in_force is None else alpha_in_force)
-        self._filters = Filters(filters, at_most=max_filtered * self._groups_per_batch)
         self._groups = Groups()
-        self._starts = Starts(
+        self._admission = Admission(
             tasks,
             self._groups,
             slots=self._slots,
             schedule=(
                 QueueSchedule()
-                if schedule == "queue"
-                else BatchSchedule(self._groups_per_batch + redundant_groups)
+                if settings.schedule == "queue"
+                else BatchSchedule(self._groups_per_batch + settings.redundant_groups)
             ),
             ledger=self.ledger,
             group_size=group_size,
-            episodes=group_size + redundant_episodes,
+            episodes=group_size + settings.redundant_episodes,
         )
+        self._watchdog = Watchdog(
+            self,
+            stall_timeout_s=settings.stall_timeout_s,
+            caller_timeout_s=caller_timeout_s,
+            on_stall=settings.on_stall,
+            trainer=trainer,
+            on_stalled=self._observers.stalled,
+        )
+        self._open = False
+        self._paused = False
         self._taken: list[Group] = []  # parts of the next batch
         self._next_version = hub.version  # at which the next batch will be trained
         self._next_episode = 0
@@ -199,18 +172,9 @@ class RolloutLoop:
         self._failure: Exception | None = None
         self._failures_in_a_row = 0
         self._progress = asyncio.Event()
-        self._crew = Crew(agent, on_end=self._on_end, on_fatal=self.fail)
-        self.pulse = Pulse()
-        self._watchdog = Watchdog(
-            self,
-            stall_timeout_s=stall_timeout_s,
-            caller_timeout_s=caller_timeout_s,
-            on_stall=on_stall,
-            trainer=trainer,
-            on_report=on_report,
-        )
+        self.use_alpha(alpha)
 
-    async def __aenter__(self) -> "RolloutLoop":
+    async def __aenter__(self) -> Self:
         await self._crew.__aenter__()
         await self._watchdog.__aenter__()
         self._open = True
@@ -229,7 +193,6 @@ class RolloutLoop:
 
     # ── what the trainer's side calls ────────────────────────────────────────────────────────
 
-    @felt
     async def next_batch(self) -> Batch:
         """Waits for enough complete, fresh groups; consumes them, oldest first.
 
@@ -238,16 +201,17 @@ class RolloutLoop:
         """
         if self._taken:
             raise ValueError("a batch was begun with next_part: take its other parts likewise")
-        return await self._next(self._groups_per_batch)
+        with self.activity.call("next_batch"):
+            return await self._next(self._groups_per_batch)
 
-    @felt
     async def next_part(self) -> Batch:
         """As `next_batch`, but waits for one complete group only, and hands over all there are.
 
         With the last part (`Batch.last`) the batch is whole; until then its version is the same,
         its episodes are not counted as trained, and nothing of it is lost if no more are taken.
         """
-        return await self._next(1)
+        with self.activity.call("next_part"):
+            return await self._next(1)
 
     async def _next(self, at_least: int) -> Batch:
         while True:
@@ -256,7 +220,7 @@ class RolloutLoop:
             if len(chosen := self._choose(at_least)) >= at_least:
                 return self._hand_over(chosen)
             left = len(self._groups)
-            if self._starts.exhausted and not self._starts and left < self._groups_per_batch:
+            if self._admission.exhausted and not self._admission and left < self._groups_per_batch:
                 raise RolloutFailure(
                     f"the tasks have ended with {left} groups left, and a batch takes "
                     f"{self._groups_per_batch}: give more tasks, or ask for fewer batches"
@@ -264,74 +228,45 @@ class RolloutLoop:
             self._progress.clear()
             await self._progress.wait()
 
-    @felt
-    async def publish(self, weights: Weights) -> Any:
+    async def publish(self, weights: Weights) -> PublishReport:
         """Make these weights the policy, then free the slots of the batches they were made from.
 
-        Returns the hub's report. Waits for every worker, one after another; sampling goes on.
+        Waits for every worker, one after another; sampling goes on.
         """
         if self._failure is not None:
             raise self._failure
-        self._next_version = max(self._next_version, weights.version)
-        report = await self.hub.publish(weights, self._update_mode)
-        self._slots.release(weights.version)
-        self._evict_stale()
-        self._admit()
-        return report
+        with self.activity.call("publish"):
+            self._next_version = max(self._next_version, weights.version)
+            report = await self.hub.publish(weights)
+            self._slots.release(weights.version)
+            self._observers.published(report)
+            self._evict_stale()
+            self._admit()
+            return report
 
-    def follow(self, alpha: float) -> None:
+    def use_alpha(self, alpha: float) -> None:
         """Let (1+alpha)·batch samples be under way from now on; `self.alpha` stays the bound."""
         if not 0 <= alpha <= self.alpha:
             raise ValueError(f"alpha={alpha} must be from 0 to the loop's bound of {self.alpha:g}")
         self.alpha_in_force = alpha
-        self._slots.follow(alpha)
-        if self._open:
-            self._admit()
+        self._slots.use_alpha(alpha)
+        self._admit()
 
-    @felt
-    async def evaluate(
-        self, tasks: Sequence[Task], *, agent: AgentFactory | None = None
-    ) -> Evaluation:
-        """Plays the tasks once each on the current version, with admission paused meanwhile.
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """No episode begins while the block runs; those that run go on, and batches get ready.
 
-        `agent` makes the agents if evaluation has its own (another split, another temperature).
-        These episodes train nothing and are not in the ledger.
+        What the block waits for needs deadlines of its own: the watchdog leaves it alone.
         """
-        self._paused = True
-        try:
-            return await self._evaluate(self.hub, tasks, agent)
-        finally:
-            self._paused = False
-            self._admit()
+        with self.activity.call(PAUSE):
+            self._paused = True
+            try:
+                yield
+            finally:
+                self._paused = False
+                self._admit()
 
-    async def evaluate_beside(
-        self, tasks: Sequence[Task], *, agent: AgentFactory | None = None, workers: int = 1
-    ) -> Evaluation:
-        """Plays the tasks once each on a share of the workers, while rollout goes on with the rest.
-
-        The share keeps the weights that it has at the start, whatever is published meanwhile; so
-        all of the evaluation is of that version. Raises what `evaluate` does, and InferenceFailure
-        if the share is lost or there is none to spare.
-        """
-        async with self.hub.lend(workers) as share:
-            return await self._evaluate(share, tasks, agent)
-
-    async def _evaluate(
-        self, hub: evaluation.Hub, tasks: Sequence[Task], agent: AgentFactory | None
-    ) -> Evaluation:
-        try:
-            return await evaluate(
-                hub,
-                agent or self._agent,
-                tasks,
-                concurrency=self.capacity,
-                max_attempts=self._max_attempts,
-                stall_timeout_s=self._stall_timeout_s,
-            )
-        except RolloutStall as stall:
-            if self._on_report is not None:
-                self._on_report(str(stall))
-            raise
+    # ── how it stands ────────────────────────────────────────────────────────────────────────
 
     @property
     def capacity(self) -> int:
@@ -346,10 +281,9 @@ class RolloutLoop:
     def ages(self) -> list[int]:
         """For each running or ready episode with tokens: next training version - oldest token."""
         return [
-            self._next_version - member.oldest_version
-            for group in self._groups
-            for member in group.members.values()
-            if member.oldest_version is not None
+            self._next_version - episode.oldest_version
+            for episode in self.episodes()
+            if episode.oldest_version is not None
         ]
 
     def episodes(self) -> list[Episode]:
@@ -360,13 +294,19 @@ class RolloutLoop:
         """The episodes that run, with those that were given up and are not gone yet."""
         return self._crew.episodes()
 
-    def admission(self) -> Admission:
-        return Admission(
+    def admission_state(self) -> AdmissionState:
+        return AdmissionState(
             next_version=self._next_version,
             fresh=self._fresh_enough,
-            owed=len(self._starts),
+            due=len(self._admission),
             unpublished=self._slots.held,
         )
+
+    def unfinished_tasks(self) -> list[Task]:
+        """Tasks of the groups on their way: what a run that stops now has begun and not trained."""
+        return [group.task for group in self._groups]
+
+    # ── what the watchdog does ───────────────────────────────────────────────────────────────
 
     def replace(self, episode: Episode) -> None:
         """Cancels a running episode, and starts its task again."""
@@ -375,9 +315,11 @@ class RolloutLoop:
             self._restart(group, episode)
             self._discard(episode, "stall")
 
-    def unfinished_tasks(self) -> list[Task]:
-        """Tasks of the groups on their way: what a run that stops now has begun and not trained."""
-        return [group.task for group in self._groups]
+    def fail(self, error: Exception) -> None:
+        """The first error that no episode can be blamed for; `next_batch` raises it."""
+        if self._failure is None:
+            self._failure = error
+        self._progress.set()
 
     # ── admission ────────────────────────────────────────────────────────────────────────────
 
@@ -392,12 +334,12 @@ class RolloutLoop:
             while (
                 self._started_this_turn < _STARTS_A_TURN
                 and self._failure is None
-                and (start := self._starts.next_start(self._next_version)) is not None
+                and (start := self._admission.next_start(self._next_version)) is not None
             ):
                 self._start(*start)
         except Exception as error:  # of the tasks or of the agent's making: nobody awaits this
             self.fail(error)
-        if self._starts.exhausted:
+        if self._admission.exhausted:
             self._progress.set()
 
     @property
@@ -406,18 +348,10 @@ class RolloutLoop:
         return self._next_version - self.hub.version <= self.alpha
 
     def _start(self, group: Group, attempt: int) -> None:
-        episode = Episode(
-            self._next_episode,
-            group.task,
-            hub=self.hub,
-            group=group.id,
-            attempt=attempt,
-            together=not self._replicate,
-        )
-        self._crew.start(episode)
+        episode = self._crew.begin(self._next_episode, group.task, group=group.id, attempt=attempt)
         self._next_episode += 1
         self._groups.add(group, episode)
-        self.ledger.admit()
+        self._observers.admitted(episode)
         if self._started_this_turn == 0:
             asyncio.get_running_loop().call_soon(self._next_turn)
         self._started_this_turn += 1
@@ -430,30 +364,27 @@ class RolloutLoop:
 
     def _on_end(self, episode: Episode, end: EpisodeEnd) -> None:
         """Called by the crew, once for each episode it was given."""
-        self.hub.forget(episode.session)
         group = self._groups.get(episode.group)
-        wanted = group is not None and episode.id in group.members
+        if group is not None and episode.id not in group.members:
+            group = None  # it was given up
         if isinstance(end, Trajectory):
             episode.finish(end)
-            self._bias.played(episode)
-            self.ledger.finish()
-            self.pulse.ready(self.ledger.ready)
+        self._observers.played(episode)
+        if isinstance(end, Trajectory):
             self._failures_in_a_row = 0
-            if group is None or not wanted:  # it finished in the moment it was given up
+            if group is None:  # it finished in the moment it was given up
                 self._end(episode, "dropped", episode.cancel_reason or "shutdown")
             else:
                 self._groups.finish(group)
                 if group.complete:
                     self._after_completion(group)
         elif isinstance(end, Cancelled):
-            self._bias.played(episode)
             self._end(episode, "cancelled", episode.cancel_reason or "shutdown")
-            if group is not None and wanted:
+            if group is not None:
                 self._restart(group, episode)
         else:
-            self._bias.played(episode)
             self._end(episode, "failed", end.kind)
-            if group is not None and wanted:
+            if group is not None:
                 self._after_failure(group, episode, end)
         self._admit()
         self._progress.set()
@@ -463,8 +394,8 @@ class RolloutLoop:
         for member in list(group.members.values()):
             if member.trajectory is None:
                 self._groups.remove(group, member)
-                self._crew.abort(member, "redundant")
-        self._starts.cancel(group)
+                self._crew.give_up(member, "redundant")
+        self._admission.cancel(group)
         try:
             reason = self._filters.reason_to_drop(trajectories(group))
         except RolloutFailure as failure:
@@ -487,23 +418,23 @@ class RolloutLoop:
         self._failures_in_a_row += 1
         # Everything under way may fail at once for one cause (a host that died), and that is
         # nothing to stop for; but not again and again with no success between.
-        if self._failures_in_a_row >= self._max_attempts * max(self.capacity, 8):
+        if self._failures_in_a_row >= self.settings.max_attempts * max(self.capacity, 8):
             error = RolloutFailure(
                 f"{self._failures_in_a_row} episodes failed and none came to its end between; "
                 f"the last one: {failure}"
             )
             error.__cause__ = failure
             self.fail(error)
-        elif episode.attempt < self._max_attempts:
-            self._starts.owe(group, episode.attempt + 1)
-        elif len(group.members) + group.owed < group.size:
+        elif episode.attempt < self.settings.max_attempts:
+            self._admission.start_again(group, episode.attempt + 1)
+        elif len(group.members) + group.due < group.size:
             logger.warning("group %d is given up after %d attempts", group.id, episode.attempt)
             self._give_up(group, "group_failed")
 
     def _restart(self, group: Group, episode: Episode) -> None:
         """In the place of an episode that is no failure: it does not count as an attempt."""
         self._groups.remove(group, episode)
-        self._starts.owe(group, episode.attempt)
+        self._admission.start_again(group, episode.attempt)
 
     def _give_up(self, group: Group, reason: str) -> None:
         """Drops the group's ready episodes, cancels the running ones; its slots become free."""
@@ -513,42 +444,27 @@ class RolloutLoop:
 
     def _discard(self, episode: Episode, reason: str) -> None:
         if episode.trajectory is None:
-            self._crew.abort(episode, reason)
+            self._crew.give_up(episode, reason)
         else:
             self._end(episode, "dropped", reason)
 
     def _end(
-        self,
-        episode: Episode,
-        outcome: Literal["trained", "dropped", "failed", "cancelled"],
-        reason: str = "",
-        version: int | None = None,
+        self, episode: Episode, outcome: Outcome, reason: str = "", version: int | None = None
     ) -> None:
-        record = self.ledger.end(episode, outcome, reason, version=version)
-        self.pulse.ended(outcome, reason)
-        if self._on_episode is not None:
-            try:
-                self._on_episode(record)
-            except Exception as error:  # the boundary; counts add up all the same
-                self.fail(error)
-
-    def fail(self, error: Exception) -> None:
-        """The first error that no episode can be blamed for; `next_batch` raises it."""
-        if self._failure is None:
-            self._failure = error
-        self._progress.set()
+        record = EpisodeRecord.of(episode, outcome, reason, version=version)
+        self._observers.ended(episode, record)
 
     # ── staleness ────────────────────────────────────────────────────────────────────────────
 
     def _evict_stale(self) -> None:
         """Gives up every episode that would break the bound in the next batch already."""
         for group in list(self._groups):
-            old = stale(group, version=self._next_version, alpha=self.alpha)
-            if old and self._on_stale == "drop":
+            old = stale_episodes(group, version=self._next_version, alpha=self.alpha)
+            if old and self.settings.on_stale == "drop":
                 self._give_up(group, "stale")
                 continue
             group.regenerations += bool(old)
-            if group.regenerations > self._max_regenerations:
+            if group.regenerations > self.settings.max_regenerations:
                 logger.warning(
                     "group %d (seed %d) was too slow for alpha=%g %d times and is given up "
                     "(rollout.max_regenerations); rollout.on_stale=wait would wait for it",
@@ -568,13 +484,15 @@ class RolloutLoop:
         # An episode that was admitted in time may have sampled late, from old weights.
         self._evict_stale()
         left = [group for group in self._groups if group not in self._taken]
-        return choose(
+        return choose_groups(
             left,
             wanted,
             version=self._next_version,
             alpha=self.alpha,
             wait_for=(
-                (self._groups_per_batch, self.hub.version) if self._on_stale == "wait" else None
+                (self._groups_per_batch, self.hub.version)
+                if self.settings.on_stale == "wait"
+                else None
             ),
         )
 
@@ -584,20 +502,27 @@ class RolloutLoop:
         self._taken += chosen
         if len(self._taken) < self._groups_per_batch:
             metrics = metrics_of(chosen, version=version)
-            return Batch(samples=samples, version=version, last=False, metrics=metrics)
+            batch = Batch(samples=samples, version=version, last=False, metrics=metrics)
+            self._observers.handed_over(batch)
+            return batch
         whole, self._taken = self._taken, []
         for group in whole:
             self._groups.close(group)
             for member in group.members.values():
-                self._bias.trained(member)
                 self._end(member, "trained", version=version)
-        self.pulse.handed_over(self.ledger.ready)
+        metrics = metrics_of(whole, version=version) | self._bias.metrics()
+        batch = Batch(samples=samples, version=version, metrics=metrics)
+        self._observers.handed_over(batch)
         self._slots.hold(version, len(whole))
         self._filters.batch_done()
         self._next_version += 1
         self._cancel_redundant()
         self._evict_stale()  # at once: what is doomed should not sample while the trainer trains
         self._admit()
-        running = (member for member in self.episodes() if member.trajectory is None)
-        metrics = metrics_of(whole, version=version) | self._bias.metrics(running)
-        return Batch(samples=samples, version=version, metrics=metrics)
+        return batch
+
+
+def _agents(agent: AgentFactory | None, hub: SessionHub, *, together: bool) -> Crew:
+    if agent is None:
+        raise ValueError("nobody plays: give agent=, which makes agents, or a crew=")
+    return AgentCrew(agent, hub, together=together)

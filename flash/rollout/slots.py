@@ -7,9 +7,7 @@ soon as enough groups are complete to fill every batch that α allows, no other 
 
 import math
 from collections import deque
-from typing import Literal
-
-Schedule = Literal["queue", "batch"]
+from typing import Protocol
 
 
 class Slots:
@@ -32,7 +30,7 @@ class Slots:
         self._groups_per_batch = groups_per_batch
         self._group_size = group_size
         self._redundant_groups = redundant_groups
-        self.follow(alpha)
+        self.use_alpha(alpha)
         self._last_version = last_version
         self._spares = math.ceil(self.limit / group_size) * redundant_episodes
         self._held: deque[tuple[int, int]] = deque()  # (version, groups): handed over, unpublished
@@ -47,7 +45,7 @@ class Slots:
         """Slots of batches that were handed over and whose weights are not published."""
         return self._group_size * self._held_groups()
 
-    def follow(self, alpha: float) -> None:
+    def use_alpha(self, alpha: float) -> None:
         """From now on no more begins than this α has room for; `capacity` is still the bound's,
         so that what is under way already is not taken for redundant."""
         room = math.floor((1 + alpha) * self._groups_per_batch * self._group_size)
@@ -79,15 +77,26 @@ class Slots:
         return sum(groups for _, groups in self._held)
 
 
+class GroupSchedule(Protocol):
+    """When one of the groups that are wanted may begin."""
+
+    def allows(self, wanted: int, *, running: int) -> bool:
+        """Whether one may begin now."""
+        ...
+
+    def began(self) -> None:
+        """One did."""
+        ...
+
+
 class QueueSchedule:
     """A group begins the moment there is room for it."""
 
     def allows(self, wanted: int, *, running: int) -> bool:
-        """Whether one of the wanted groups may begin now."""
         return True
 
     def began(self) -> None:
-        """One did."""
+        pass
 
 
 class BatchSchedule:

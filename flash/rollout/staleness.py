@@ -7,7 +7,7 @@ from flash.rollout.episode import Episode
 from flash.rollout.groups import Group
 
 
-def stale(group: Group, *, version: int, alpha: float) -> list[Episode]:
+def stale_episodes(group: Group, *, version: int, alpha: float) -> list[Episode]:
     """The members of which a token would be older than α in a batch for this version."""
     return [
         member
@@ -16,7 +16,7 @@ def stale(group: Group, *, version: int, alpha: float) -> list[Episode]:
     ]
 
 
-def choose(
+def choose_groups(
     groups: Sequence[Group],
     wanted: int,
     *,

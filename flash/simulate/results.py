@@ -10,7 +10,8 @@ from statistics import fmean
 from typing import Any
 
 from flash.hub.reports import HubStats
-from flash.rollout.ledger import EpisodeRecord, Ledger
+from flash.rollout.ledger import Ledger
+from flash.rollout.record import EpisodeRecord
 from flash.simulate.scenario import Scenario
 from flash.simulate.worker import SimulatedWorker
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from flash import registry, virtual_time
 from flash.hub.hub import InferenceHub
 from flash.rollout import filters
-from flash.rollout.ledger import EpisodeRecord
 from flash.rollout.loop import RolloutLoop
+from flash.rollout.record import EpisodeRecord
 from flash.simulate.results import Result, Step
 from flash.simulate.scenario import Scenario
 from flash.simulate.timeline import Timeline

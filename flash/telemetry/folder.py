@@ -30,13 +30,13 @@ from typing import IO, Any
 import yaml
 
 from flash.config import Config
-from flash.rollout.ledger import EpisodeRecord
+from flash.rollout.episode import Episode
+from flash.rollout.observer import Observer
+from flash.rollout.record import EpisodeRecord
+from flash.rollout.tasks import TASKS_FILE
 from flash.trainer.checkpoint import STATE_FILE
 
 logger = logging.getLogger(__name__)
-
-# Saved last of a checkpoint's files.
-TASKS_FILE = "tasks.json"
 
 METRICS = {
     "step": "batches trained, including this one",
@@ -117,7 +117,7 @@ MORE_METRICS = {
 """In lines with an evaluation, and what the objective in use adds."""
 
 
-class RunFolder:
+class RunFolder(Observer):
     """Writes a run's files; each line is flushed, so that a crash loses none.
 
     A run never writes into another's folder: if there is a run of that name, this one is
@@ -211,11 +211,11 @@ class RunFolder:
         _write(self._metrics, metrics)
         self._board.add(metrics)
 
-    def episode(self, record: EpisodeRecord) -> None:
+    def ended(self, episode: Episode, record: EpisodeRecord) -> None:
         """One line of episodes.jsonl."""
         _write(self._episodes, asdict(record))
 
-    def stall(self, report: str) -> None:
+    def stalled(self, report: str) -> None:
         """What the watchdog said, in logs/stalls.log."""
         self.logs.mkdir(exist_ok=True)
         with (self.logs / "stalls.log").open("a") as log:

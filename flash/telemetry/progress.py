@@ -10,20 +10,21 @@ from typing import Any
 from flash.config import Config
 from flash.environments.hosts import EnvHosts
 from flash.errors import first_error
-from flash.evaluation.play import Evaluation
+from flash.evaluation.result import Evaluation
 from flash.hub.hub import InferenceHub
 from flash.hub.reports import PublishReport
 from flash.rollout.loop import RolloutLoop
+from flash.rollout.observer import Observer
 from flash.telemetry.folder import RunFolder
 from flash.telemetry.live import Snapshot, View
 from flash.telemetry.report import write_report
-from flash.types import Batch, EnvSource
+from flash.types import Batch
 
 _TICK_S = 0.5
 
 
-class Progress:
-    """Told of each stage of each step, in order; writes a line a step and keeps the view fresh."""
+class Progress(Observer):
+    """Puts together what is told of each step; writes its line and keeps the view fresh."""
 
     def __init__(
         self,
@@ -33,14 +34,14 @@ class Progress:
         *,
         hub: InferenceHub,
         rollouts: RolloutLoop,
-        envs: EnvSource | None,
+        hosts: EnvHosts | None,
     ) -> None:
         self._config = config
         self._folder = folder
         self._view = view
         self._hub = hub
         self._rollouts = rollouts
-        self._hosts = envs if isinstance(envs, EnvHosts) else None
+        self._hosts = hosts
         self._clock = asyncio.get_running_loop().time
         self._lines = folder.metrics()
         # A resumed run goes on where its clock stopped.
@@ -53,44 +54,33 @@ class Progress:
 
     # ── the stages of a step ─────────────────────────────────────────────────────────────────
 
-    def took(self, batch: Batch) -> None:
-        """A batch, or a part of one."""
+    def handed_over(self, batch: Batch) -> None:
         self._metrics |= batch.metrics
         self._metrics["alpha"] = self._rollouts.alpha_in_force
         self._wait_s += self._lap()
         self._metrics["time/wait_batch_s"] = self._wait_s
 
-    def trained(self, metrics: Mapping[str, float]) -> None:
+    def trained(self, metrics: Mapping[str, Any]) -> None:
         self._metrics |= metrics
         self._train_s += self._lap()
         self._metrics["time/train_s"] = self._train_s
 
-    def published(self, report: PublishReport | None) -> None:
-        """None: the step's weights are not published (`publish_every`)."""
-        gaps = [self._metrics.get("logprob_gap/max", math.nan)]
-        if report is not None:
-            gaps.append(report.gap_max)
-        known = [gap for gap in gaps if not math.isnan(gap)]
-        self._metrics["logprob_gap/max"] = max(known, default=math.nan)
-        self._metrics["time/publish_s"] = self._lap()
-        self._metrics["policy_version"] = self._hub.version
-        self._measure_rates()
+    def published(self, report: PublishReport) -> None:
+        self._close_step(report.gap_max)
 
     def evaluated(self, evaluation: Evaluation) -> None:
         self._metrics |= evaluation.metrics()
+        if not evaluation.paused:
+            return  # it took none of the step's time
         if not self._lines and "policy_version" not in self._metrics:
             # The start: nothing is trained yet, and this is what the end is compared with.
             self._write({"step": 0, "policy_version": self._hub.version})
         self._lap()
 
-    def evaluated_beside(self, evaluation: Evaluation) -> None:
-        """Of an earlier version, told in the present step's line; it took none of its time."""
-        told = evaluation.metrics()
-        del told["eval/time_s"]
-        self._metrics |= told
-
     def step_done(self, step: int) -> None:
         """Writes the step's line."""
+        if "policy_version" not in self._metrics:  # its weights were not published
+            self._close_step(math.nan)
         stats = self._hub.stats()
         self._write(
             {
@@ -183,6 +173,16 @@ class Progress:
         while True:
             self._view.tick(self.snapshot())
             await asyncio.sleep(_TICK_S)
+
+    def _close_step(self, probe_gap: float) -> None:
+        """What the step took is measured now; an evaluation may follow, which is no part of it."""
+        gaps = [self._metrics.get("logprob_gap/max", math.nan), probe_gap]
+        self._metrics["logprob_gap/max"] = max(
+            (gap for gap in gaps if not math.isnan(gap)), default=math.nan
+        )
+        self._metrics["time/publish_s"] = self._lap()
+        self._metrics["policy_version"] = self._hub.version
+        self._measure_rates()
 
     def _lap(self) -> float:
         now = self._clock()

@@ -66,6 +66,12 @@ class TrainerConfig(Section):
     critic: CriticConfig = CriticConfig()
 
     @property
+    def between_batches_s(self) -> float:
+        """So long may it take from one batch to asking for the next: each of the trainer's calls
+        has a deadline, and there are two between batches."""
+        return self.start_timeout_s + 2 * self.step_timeout_s
+
+    @property
     def has_critic(self) -> bool:
         return isinstance(self.advantages, Gae)
 

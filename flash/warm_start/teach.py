@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 # Demonstrations come from seeds that no training task of a run is likely to have.
 _FIRST_SEED = 1 << 40
 
-Progress = Callable[[str, int, int, Mapping[str, float]], None]
+OnProgress = Callable[[str, int, int, Mapping[str, float]], None]
 
 
 async def small_model(
@@ -43,7 +43,7 @@ async def small_model(
     threads: int,
     seed: int,
     cache_dir: Path,
-    on_progress: Progress,
+    on_progress: OnProgress,
 ) -> Path:
     """The directory of the small policy for this environment; made and trained unless it is there.
 
@@ -113,7 +113,7 @@ async def _teach(
     settings: WarmStartConfig,
     config: TrainerConfig,
     seed: int,
-    on_progress: Progress,
+    on_progress: OnProgress,
 ) -> Path:
     """Supervised training on expert episodes; returns the directory of the taught model."""
     from transformers import AutoTokenizer  # noqa: PLC0415  (seconds to import)

@@ -20,7 +20,7 @@ from flash.door import Door
 from flash.door.command import CommandAgent
 from flash.envs.frozen_lake import FrozenLakeTextEnv
 from flash.errors import InferenceFailure, RewardFailure
-from flash.fakes import FakeWorker
+from flash.fakes import FakeWorker, KeepingObserver
 from flash.hub.hub import InferenceHub
 from flash.rollout.episode import Episode
 from flash.rollout.loop import RolloutLoop
@@ -28,6 +28,7 @@ from flash.types import Sample, SamplingParams, Task, Weights
 from flash.virtual_time import in_virtual_time
 from flash.warm_start.demonstrations import to_sample
 from flash.warm_start.small_policy import SPECIAL_TOKENS, create
+from tests.loops import loop_options
 
 
 class FakeDoor:
@@ -88,10 +89,10 @@ async def rollouts(life, *, worker=None, records=None, timeout_s=100.0, agent=No
     tasks = (Task(seed, {"own": seed}) for seed in itertools.count())
     options = {"batch_size": 4, "group_size": 2, "alpha": 1, "tasks": tasks, **options}
     if records is not None:
-        options["on_episode"] = records.append
+        options["observers"] = [*options.pop("observers", ()), KeepingObserver(records)]
     async with (
         InferenceHub([worker or FakeWorker("w", token_s=(1.0, 1.0), tokens=(4, 4))]) as hub,
-        RolloutLoop(hub, agent=make_agent, **options) as loop,
+        RolloutLoop(hub, agent=make_agent, **loop_options(**options)) as loop,
     ):
         loop.door = door
         yield loop
@@ -124,7 +125,7 @@ async def test_an_agents_reward_and_tokens_become_samples_under_the_bound():
         assert record.turns == 3
         assert record.stages_s["agent"] == pytest.approx(1.5), "its own time only"
         assert record.stages_s["generate"] >= 12
-    assert loop.ledger.admitted == loop.ledger.ended.total()
+    assert loop.ledger.begun == loop.ledger.outcomes.total()
     assert loop.door.closed == len(loop.door.sessions), "each session is closed"
 
 
@@ -192,7 +193,7 @@ def test_a_failure_is_counted_by_its_kind_and_never_trained(life, kind, says, ca
             assert others.keys() <= {"cancelled(group_failed)"}, "what became of their groups"
             assert loop.ledger.ready == 0
             assert loop.crashes == 0
-            assert loop.door.closed >= loop.ledger.ended.total()
+            assert loop.door.closed >= loop.ledger.outcomes.total()
 
     virtual_time.run(main())
     assert says in caplog.text
@@ -243,7 +244,7 @@ async def test_an_agent_that_hangs_is_named_with_its_own_line_and_replaced():
 
     async with rollouts(
         life, records=records, timeout_s=1e9, alpha=0, on_stall="replace",
-        stall_timeout_s=50.0, on_report=reports.append,
+        stall_timeout_s=50.0, observers=[KeepingObserver(reports=reports)],
     ) as loop:  # fmt: skip
         batch = await loop.next_batch()
     (report,) = reports
@@ -351,7 +352,7 @@ async def batches(tokenizer, says, count, **options):
             batch_size=8,
             group_size=2,
             alpha=1,
-            on_episode=records.append,
+            observers=[KeepingObserver(records)],
         ) as loop,
     ):
         for version in range(count):

@@ -8,13 +8,14 @@ import pytest
 from flash import virtual_time
 from flash.agents.environment_agent import EnvironmentAgent
 from flash.errors import InferenceFailure, RolloutFailure
-from flash.evaluation.background import Beside
-from flash.evaluation.play import evaluate
+from flash.evaluation.background import BackgroundEvaluation
+from flash.evaluation.play import play
 from flash.fakes import FakeEnvs, FakePool, FakeStyle, FakeWorker
 from flash.hub.hub import InferenceHub
 from flash.rollout.loop import RolloutLoop
 from flash.types import Task
 from flash.virtual_time import in_virtual_time
+from tests.loops import evaluate, evaluate_beside
 from tests.steady import weights
 
 EXAM = [Task(seed) for seed in range(40)]
@@ -45,7 +46,7 @@ async def test_an_evaluation_beside_belongs_to_one_version_while_others_are_publ
     async with rollouts(workers) as loop, asyncio.TaskGroup() as tasks:
         batch = await loop.next_batch()
         await loop.publish(weights(1))
-        exam = tasks.create_task(loop.evaluate_beside(EXAM))
+        exam = tasks.create_task(evaluate_beside(loop, make_agent, EXAM))
         await asyncio.sleep(0.01)  # it begins
         published = []
         while not exam.done():
@@ -81,7 +82,7 @@ async def test_the_share_takes_no_request_of_the_rollout_and_gives_none_of_its_o
                 assert lent.version == 0, version
             assert len(lent.started) == before
             idle_s = loop.hub.stats().workers[workers.index(lent)].busy_s
-            exam = evaluate(share, make_agent, EXAM, concurrency=8)
+            exam = play(share, make_agent, EXAM, concurrency=8)
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(exam)
                 await asyncio.sleep(2)
@@ -98,8 +99,8 @@ async def test_a_share_that_dies_costs_the_evaluation_and_not_the_run():
     workers = fakes()
     pool = FakePool(workers, start_s=5.0)
     told = []
-    async with rollouts(pool) as loop, Beside(told.append) as beside:
-        beside.begin(0, lambda: loop.evaluate_beside(EXAM))
+    async with rollouts(pool) as loop, BackgroundEvaluation(told.append) as beside:
+        beside.begin(0, lambda: evaluate_beside(loop, make_agent, EXAM))
         await asyncio.sleep(1)
         (lent,) = (w for w, s in zip(workers, loop.hub.stats().workers, strict=True) if s.lent)
         pool.kill(lent)
@@ -110,7 +111,7 @@ async def test_a_share_that_dies_costs_the_evaluation_and_not_the_run():
             await loop.publish(weights(batch.version + 1))
             await asyncio.sleep(5)
         assert lent.version == 4, "it is back, with the present weights"
-        beside.begin(4, lambda: loop.evaluate_beside(EXAM))
+        beside.begin(4, lambda: evaluate_beside(loop, make_agent, EXAM))
         await beside.finish()
         assert [evaluation.versions for evaluation in told] == [(4,)]
 
@@ -119,13 +120,13 @@ def test_one_evaluation_runs_beside_at_a_time_and_the_next_is_left_out_with_a_wo
     async def main():
         told = []
         async with rollouts(fakes()) as loop:
-            async with Beside(told.append) as beside:
-                beside.begin(0, lambda: loop.evaluate_beside(EXAM))
-                beside.begin(1, lambda: loop.evaluate_beside(EXAM))
+            async with BackgroundEvaluation(told.append) as beside:
+                beside.begin(0, lambda: evaluate_beside(loop, make_agent, EXAM))
+                beside.begin(1, lambda: evaluate_beside(loop, make_agent, EXAM))
             assert len(told) == 1, "leaving waits for it"
             with contextlib.suppress(KeyError):
-                async with Beside(told.append) as beside:
-                    beside.begin(2, lambda: loop.evaluate_beside(EXAM))
+                async with BackgroundEvaluation(told.append) as beside:
+                    beside.begin(2, lambda: evaluate_beside(loop, make_agent, EXAM))
                     raise KeyError
             assert len(told) == 1, "an error does not"
 
@@ -138,7 +139,7 @@ def test_an_evaluation_that_fails_is_told_and_the_run_goes_on(caplog):
         async def failing():
             raise RolloutFailure("all 40 tasks failed")
 
-        async with Beside(lambda _: None) as beside:
+        async with BackgroundEvaluation(lambda _: None) as beside:
             beside.begin(7, failing)
 
     virtual_time.run(main())
@@ -151,7 +152,7 @@ async def test_a_mistake_of_the_users_that_an_evaluation_finds_ends_the_run_as_i
         raise ValueError("env.eval_options: no such split")
 
     with pytest.raises(ValueError, match="no such split"):
-        async with Beside(lambda _: None) as beside:
+        async with BackgroundEvaluation(lambda _: None) as beside:
             beside.begin(7, mistaken)
             await asyncio.Event().wait()  # for the next batch, say
 
@@ -161,6 +162,6 @@ def test_a_pausing_evaluation_tells_its_version_too():
         async with rollouts(fakes()) as loop:
             await loop.next_batch()
             await loop.publish(weights(1))
-            return await loop.evaluate(EXAM)
+            return await evaluate(loop, make_agent, EXAM)
 
     assert virtual_time.run(main()).versions == (1,)

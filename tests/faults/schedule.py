@@ -15,7 +15,7 @@ import logging
 import math
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,22 @@ from flash.errors import (
 )
 from flash.fakes import FakePool, FakeStyle
 from flash.hub.hub import InferenceHub
-from flash.rollout.ledger import EpisodeRecord
+from flash.rollout.episode import Episode
 from flash.rollout.loop import RolloutLoop
-from flash.types import Batch, GenerateRequest, Sample, SamplingParams, Task, Trajectory, Weights
+from flash.rollout.observer import Observer
+from flash.rollout.record import EpisodeRecord
+from flash.types import (
+    Batch,
+    GenerateRequest,
+    Sample,
+    SamplingParams,
+    Task,
+    Trajectory,
+    UpdateMode,
+    Weights,
+)
 from tests.faults.faulty import Faults, FaultyAgent, FaultyEnvs, FaultyWorker, Truth
+from tests.loops import evaluate, loop_options
 
 # The most that a call may go wrong; a seed takes some kinds, and of each a part of this.
 RATES = {
@@ -80,8 +92,8 @@ class Schedule:
             "group_size": rng.choice([2, 3, 4]),
             "alpha": rng.choice([0, 0.5, 1, 1, 2, 2.5, 4]),
             "on_stale": rng.choice(["regenerate", "wait", "drop"]),
-            "update_mode": rng.choice(["keep", "abort", "wait"]),
         }
+        self.update_mode: UpdateMode = rng.choice(["keep", "abort", "wait"])
         if rng.random() < 0.5:
             self.settings |= {
                 "schedule": rng.choice(["queue", "batch"]),
@@ -178,24 +190,22 @@ class Schedule:
             source = FakePool(self.workers, start_s=20.0)
             for worker in self.workers:
                 worker.pool = source
-        agents = iter(range(10**9))
+        self._agents = itertools.count()
         tasks = 2 * self.settings["batch_size"] if self.chance.draw("tasks_end") else 10**9
         async with (
             InferenceHub(
                 source, max_running=self.max_running, request_timeout_s=60.0,
                 control_timeout_s=30.0, recovery_timeout_s=300.0, progress_timeout_s=25.0,
+                update_mode=self.update_mode,
             ) as self.hub,
             self._drained(),
             self._asked_beside(),
             RolloutLoop(
                 self.hub,
-                agent=lambda: FaultyAgent(
-                    faults=self._faults(f"agent {next(agents)}"), envs=self.envs,
-                    style=FakeStyle(), max_tokens=8, samples=self.samples, step_timeout_s=20.0,
-                    episode_timeout_s=EPISODE_TIMEOUT_S, reward_timeout_s=10.0,
-                ),
+                agent=self._make_agent,
                 tasks=(Task(seed) for seed in range(tasks)),
-                stall_timeout_s=STALL_TIMEOUT_S, on_episode=self._on_episode, **self.settings,
+                observers=[_Heard(self._on_episode)],
+                **loop_options(stall_timeout_s=STALL_TIMEOUT_S, **self.settings),
             ) as self.rollouts,
             asyncio.TaskGroup() as beside,
         ):  # fmt: skip
@@ -247,6 +257,18 @@ class Schedule:
             if leaving:
                 await asyncio.wait(leaving)
 
+    def _make_agent(self) -> FaultyAgent:
+        return FaultyAgent(
+            faults=self._faults(f"agent {next(self._agents)}"),
+            envs=self.envs,
+            style=FakeStyle(),
+            max_tokens=8,
+            samples=self.samples,
+            step_timeout_s=20.0,
+            episode_timeout_s=EPISODE_TIMEOUT_S,
+            reward_timeout_s=10.0,
+        )
+
     async def _train(self) -> None:
         batch = await self._next_batch()
         self._check_batch(batch)
@@ -268,7 +290,9 @@ class Schedule:
         assert not behind, f"a worker takes requests with old weights: {behind}"
         if self.chance.draw("evaluation"):
             tasks = [Task(-1 - number) for number in range(3)]
-            await self._cancellable(self.rollouts.evaluate(tasks), "evaluation_cancelled")
+            await self._cancellable(
+                evaluate(self.rollouts, self._make_agent, tasks), "evaluation_cancelled"
+            )
 
     async def _next_batch(self) -> Batch:
         """Gives up waiting at random moments; nothing may be lost by it."""
@@ -423,9 +447,9 @@ class Schedule:
         assert ledger.running == ledger.ready == 0, "invariant 2: an episode has no outcome"
         ledger.check()
         ids = [record.episode for record in self.records]
-        assert len(ids) == len(set(ids)) == ledger.admitted, "invariant 2: one outcome each"
+        assert len(ids) == len(set(ids)) == ledger.begun, "invariant 2: one outcome each"
         counts = Counter((record.outcome, record.reason) for record in self.records)
-        assert counts == ledger.ended
+        assert counts == ledger.outcomes
         wasted = sum(r.generated_tokens for r in self.records if r.outcome != "trained")
         assert ledger.waste_tokens == wasted
         trained = Counter(r.episode for r in self.records if r.outcome == "trained")
@@ -433,11 +457,21 @@ class Schedule:
         assert trained == Counter(itertools.chain.from_iterable(handed_over))
         settings = self.settings
         if settings["on_stale"] == "wait" and settings["alpha"] % 1 == 0:
-            stale = ledger.ended["cancelled", "stale"] + ledger.ended["dropped", "stale"]
+            stale = ledger.outcomes["cancelled", "stale"] + ledger.outcomes["dropped", "stale"]
             assert not stale or settings.get("redundant_groups"), "it was not waited for"
         if not self.rates:
             assert self.outcome == "trained"
             assert not ledger.count("failed")
+
+
+class _Heard(Observer):
+    """Passes on each ended episode's record."""
+
+    def __init__(self, on_record: Callable[[EpisodeRecord], None]) -> None:
+        self._on_record = on_record
+
+    def ended(self, episode: Episode, record: EpisodeRecord) -> None:
+        self._on_record(record)
 
 
 def _every_third(group: Sequence[Trajectory]) -> bool:

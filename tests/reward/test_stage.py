@@ -12,12 +12,13 @@ from flash import virtual_time
 from flash.agents.environment_agent import EnvironmentAgent
 from flash.agents.external import ExternalAgent
 from flash.errors import InferenceFailure
-from flash.fakes import FakeEnvs, FakeStyle, FakeWorker
+from flash.fakes import FakeEnvs, FakeStyle, FakeWorker, KeepingObserver
 from flash.hub.hub import InferenceHub
 from flash.reward.stage import FunctionScorer, RewardStage
 from flash.rollout.loop import RolloutLoop
 from flash.types import Task, Weights
 from flash.virtual_time import in_virtual_time
+from tests.loops import loop_options
 
 
 def decode(token_ids):
@@ -36,7 +37,10 @@ async def rollouts(stage, *, envs=None, hub=None, **options):
     options = {"batch_size": 4, "group_size": 2, "alpha": 1, **options}
     tasks = (Task(seed) for seed in range(10**6))
     hub = hub or InferenceHub([FakeWorker("w", script=lambda *_: [7, 8])])
-    async with hub, RolloutLoop(hub, agent=make_agent, tasks=tasks, **options) as loop:
+    async with (
+        hub,
+        RolloutLoop(hub, agent=make_agent, tasks=tasks, **loop_options(**options)) as loop,
+    ):
         yield loop
 
 
@@ -101,7 +105,9 @@ def test_a_reward_that_fails_is_a_failed_episode_and_never_a_reward_of_0(broken)
 
     async def main():
         records = []
-        async with rollouts(stage_of(score, retries=0), alpha=0, on_episode=records.append) as loop:
+        async with rollouts(
+            stage_of(score, retries=0), alpha=0, observers=[KeepingObserver(records)]
+        ) as loop:
             batch = await loop.next_batch()
         return batch, records
 
@@ -123,7 +129,9 @@ def test_an_attempt_that_fails_or_takes_too_long_is_made_again():
 
         records = []
         stage = stage_of(score, retries=retries, timeout_s=30)
-        async with rollouts(stage, alpha=0, on_episode=records.append, max_attempts=1) as loop:
+        async with rollouts(
+            stage, alpha=0, observers=[KeepingObserver(records)], max_attempts=1
+        ) as loop:
             await loop.next_batch()
         return Counter((r.outcome, r.reason) for r in records)
 
@@ -145,7 +153,9 @@ def test_only_so_many_are_scored_at_a_time_and_waiting_is_not_on_the_clock():
     async def main():
         records = []
         stage = stage_of(score, concurrency=2, timeout_s=25, retries=0)
-        async with rollouts(stage, batch_size=16, alpha=0, on_episode=records.append) as loop:
+        async with rollouts(
+            stage, batch_size=16, alpha=0, observers=[KeepingObserver(records)]
+        ) as loop:
             await loop.next_batch()
         return records, asyncio.get_running_loop().time()
 

@@ -139,19 +139,19 @@ async def trained(loop: RolloutLoop, versions: range) -> list[float]:
 async def test_with_less_alpha_in_force_samples_get_younger_and_none_is_thrown_away():
     async with InferenceHub([FakeWorker("w")]) as hub, rollouts(hub, alpha=4) as loop:
         assert (await trained(loop, range(1, 10)))[-1] == 4
-        loop.follow(1)
+        loop.use_alpha(1)
         assert (await trained(loop, range(10, 20)))[-1] == 1
         assert loop.ledger.count("dropped") == loop.ledger.count("cancelled") == 0
-        loop.follow(4)
+        loop.use_alpha(4)
         assert (await trained(loop, range(20, 30)))[-1] == 4
 
 
 @in_virtual_time
 async def test_a_loop_may_begin_with_less_than_its_bound_and_can_not_be_given_more():
-    async with (
-        InferenceHub([FakeWorker("w")]) as hub,
-        rollouts(hub, alpha=4, alpha_in_force=0.5) as loop,
-    ):
-        assert loop.ledger.running == 6
+    async with InferenceHub([FakeWorker("w")]) as hub:
+        loop = rollouts(hub, alpha=4)
+        loop.use_alpha(0.5)
+        async with loop:
+            assert loop.ledger.running == 6
         with pytest.raises(ValueError, match=r"alpha=5 .* bound of 4"):
-            loop.follow(5)
+            loop.use_alpha(5)

@@ -12,16 +12,17 @@ from flash import virtual_time
 from flash.agents import Actor, EnvironmentAgent
 from flash.conversation import TokenSequence
 from flash.errors import EnvFailure, RolloutFailure
-from flash.fakes import FakeEnvs, FakeStyle, FakeWorker
+from flash.fakes import FakeEnvs, FakeStyle, FakeWorker, KeepingObserver
 from flash.hub.hub import InferenceHub
 from flash.rollout.bias import mean_with_cut_off
-from flash.rollout.filters import equal_rewards, find
+from flash.rollout.filters import equal_rewards, find_filter
 from flash.rollout.loop import RolloutLoop
 from flash.simulate import Scenario, simulate
 from flash.trainer.advantage_settings import TurnReturns
 from flash.trainer.advantages import make_advantages
 from flash.types import GenerateRequest, SamplingParams, Task, Trajectory
 from flash.virtual_time import in_virtual_time
+from tests.loops import loop_options
 from tests.steady import now, weights
 
 SAMPLING = SamplingParams(max_tokens=4)
@@ -62,7 +63,7 @@ async def rollouts(seconds=lambda *_: 1.0, records=None, workers=None, **options
         InferenceHub(workers or [FakeWorker("w")]) as hub,
         RolloutLoop(
             hub, agent=make_agent, tasks=(Task(i) for i in range(10**6)),
-            on_episode=(records if records is not None else []).append, **options,
+            observers=[KeepingObserver(records)], **loop_options(**options),
         ) as loop,
     ):  # fmt: skip
         yield loop
@@ -207,7 +208,7 @@ def test_negative_counts_are_refused_by_name(field):
         async with rollouts(**{field: -1}):
             pass
 
-    with pytest.raises(ValueError, match=f"{field}=-1 must be at least 0"):
+    with pytest.raises(ValueError, match=rf"{field}\s+Input should be greater than or equal to 0"):
         virtual_time.run(main())
 
 
@@ -266,12 +267,12 @@ def test_a_filter_that_raises_ends_the_run_by_its_name():
 
 
 def test_a_filter_is_found_by_its_name_or_as_a_function_of_ones_own():
-    assert find("equal_rewards") is equal_rewards
-    assert find("flash.rollout.filters:equal_rewards") is equal_rewards
+    assert find_filter("equal_rewards") is equal_rewards
+    assert find_filter("flash.rollout.filters:equal_rewards") is equal_rewards
     with pytest.raises(ValueError, match=r"rollout.filters: 'equal' is none of equal_rewards"):
-        find("equal")
+        find_filter("equal")
     with pytest.raises(ValueError, match=r"rollout.filters='json:nothing' can't be imported"):
-        find("json:nothing")
+        find_filter("json:nothing")
 
 
 # ── fairness ─────────────────────────────────────────────────────────────────────────────────

@@ -10,14 +10,16 @@ import pytest
 from flash import virtual_time
 from flash.agents.environment_agent import EnvironmentAgent
 from flash.errors import EnvFailure, InferenceFailure, RolloutFailure
-from flash.fakes import FakeEnvs, FakeStyle, FakeWorker
+from flash.fakes import FakeEnvs, FakeStyle, FakeWorker, KeepingObserver
 from flash.hub.hub import InferenceHub
 from flash.rollout.episode import Abort, Cancelled, Episode, Start, Stop
 from flash.rollout.loop import RolloutLoop
+from flash.rollout.observer import Observer
 from flash.trainer.advantage_settings import Reinforce
 from flash.trainer.advantages import make_advantages
 from flash.types import Task
 from flash.virtual_time import in_virtual_time
+from tests.loops import evaluate, loop_options
 from tests.steady import weights
 
 
@@ -38,8 +40,9 @@ async def rollouts(*, envs=None, worker=None, agent=None, agent_options=None, hu
     options = {"batch_size": 4, "group_size": 2, "alpha": 1, "tasks": tasks(), **options}
     async with (
         InferenceHub([worker or FakeWorker("w")], **(hub or {})) as inference,
-        RolloutLoop(inference, agent=make_agent, **options) as loop,
+        RolloutLoop(inference, agent=make_agent, **loop_options(**options)) as loop,
     ):
+        loop.make_agent = make_agent
         yield loop
 
 
@@ -107,7 +110,8 @@ async def test_an_episode_that_begins_to_sample_too_late_is_in_no_batch():
 
     records = []
     async with rollouts(
-        envs=TheFifthWaits(), batch_size=2, group_size=1, alpha=1.5, on_episode=records.append,
+        envs=TheFifthWaits(), batch_size=2, group_size=1, alpha=1.5,
+        observers=[KeepingObserver(records)],
         advantages=make_advantages(Reinforce(baseline="none")),
         agent_options={"step_timeout_s": 1e6, "episode_timeout_s": 1e6},
     ) as loop:  # fmt: skip
@@ -146,7 +150,7 @@ def test_stale_episodes_are_started_again_dropped_or_waited_for():
         options = {"step_timeout_s": 1e6, "episode_timeout_s": 1e6}
         async with rollouts(
             envs=FirstGroupIsSlow(turns=(2, 2), step_s=(1, 1)), agent_options=options,
-            on_stale=on_stale, on_episode=records.append,
+            on_stale=on_stale, observers=[KeepingObserver(records)],
         ) as loop:  # fmt: skip
             for version in range(1, 4):
                 batch = await loop.next_batch()
@@ -174,7 +178,7 @@ def test_an_episode_past_its_deadlines_fails_and_is_started_again():
         records = []
         async with rollouts(
             envs=FakeEnvs(hang_rate=hang_rate, step_s=(1, 1)), agent_options=agent_options,
-            on_episode=records.append, max_attempts=100, alpha=0,
+            observers=[KeepingObserver(records)], max_attempts=100, alpha=0,
         ) as loop:  # fmt: skip
             await loop.next_batch()
         return Counter((r.outcome, r.reason) for r in records)
@@ -202,7 +206,7 @@ async def test_a_group_that_keeps_failing_is_given_up_and_replaced():
             return env
 
     records = []
-    async with rollouts(envs=FirstTaskFails(), on_episode=records.append) as loop:
+    async with rollouts(envs=FirstTaskFails(), observers=[KeepingObserver(records)]) as loop:
         batch = await loop.next_batch()
         assert 0 not in {sample.group for sample in batch.samples}
     failed = [r for r in records if r.outcome == "failed"]
@@ -228,7 +232,7 @@ async def test_an_agent_that_crashes_is_replaced_and_its_task_started_again():
             return await super().play(episode)
 
     records = []
-    async with rollouts(agent=Crashing, on_episode=records.append) as loop:
+    async with rollouts(agent=Crashing, observers=[KeepingObserver(records)]) as loop:
         await loop.next_batch()
         assert loop.crashes == 2
     assert Counter(r.reason for r in records if r.outcome == "failed") == {"agent": 2}
@@ -319,16 +323,19 @@ def test_what_the_making_of_an_agent_raises_ends_the_run_and_an_evaluation():
                 await use(loop)
 
     virtual_time.run(main(lambda loop: loop.next_batch()))
-    virtual_time.run(main(lambda loop: loop.evaluate([Task(seed) for seed in range(9)])))
+    virtual_time.run(
+        main(lambda loop: evaluate(loop, loop.make_agent, [Task(seed) for seed in range(9)]))
+    )
 
 
 @in_virtual_time
 async def test_what_is_told_of_an_episode_and_raises_ends_the_run_and_leaves_the_counts_right():
-    def full(record):
-        raise OSError("no space left on device")
+    class Full(Observer):
+        def ended(self, episode, record):
+            raise OSError("no space left on device")
 
     envs = FakeEnvs(fail_rate=0.5)
-    async with rollouts(envs=envs, on_episode=full) as loop:
+    async with rollouts(envs=envs, observers=[Full()]) as loop:
         with pytest.raises(OSError, match="no space left"):
             for version in range(1, 9):
                 await loop.next_batch()
@@ -341,32 +348,34 @@ async def test_what_is_told_of_an_episode_and_raises_ends_the_run_and_leaves_the
 async def test_evaluation_pauses_admission_and_stays_out_of_the_ledger():
     async with rollouts(alpha=1) as loop:
         batch = await loop.next_batch()
-        held = loop.ledger.admitted
-        evaluation = await loop.evaluate([Task(seed) for seed in range(20)])
+        held = loop.ledger.begun
+        evaluation = await evaluate(loop, loop.make_agent, [Task(seed) for seed in range(20)])
         assert evaluation.episodes == 20
         assert 0 <= evaluation.success_rate <= 1
-        assert loop.ledger.admitted == held
+        assert loop.ledger.begun == held
         await loop.publish(weights(batch.version + 1))
-        assert loop.ledger.admitted > held
+        assert loop.ledger.begun > held
 
 
 @in_virtual_time
 async def test_an_evaluation_that_is_cancelled_as_the_loop_closes_admits_nothing():
     async with rollouts(alpha=1) as loop:
         await loop.next_batch()
-        evaluation = asyncio.ensure_future(loop.evaluate([Task(seed) for seed in range(20)]))
+        evaluation = asyncio.ensure_future(
+            evaluate(loop, loop.make_agent, [Task(seed) for seed in range(20)])
+        )
         await asyncio.sleep(0)  # it begins
-        admitted = loop.ledger.admitted
+        admitted = loop.ledger.begun
         evaluation.cancel()
     assert evaluation.cancelled()
-    assert loop.ledger.admitted == admitted
+    assert loop.ledger.begun == admitted
     assert loop.ledger.running == 0
 
 
 def test_an_evaluation_task_that_fails_is_tried_again_and_counted_if_it_keeps_failing():
     async def main():
         async with rollouts(envs=FakeEnvs(fail_rate=0.4), max_attempts=2) as loop:
-            return await loop.evaluate([Task(seed) for seed in range(40)])
+            return await evaluate(loop, loop.make_agent, [Task(seed) for seed in range(40)])
 
     evaluation = virtual_time.run(main())
     assert evaluation.failed > 0
@@ -445,7 +454,7 @@ async def test_an_episode_that_is_cancelled_by_what_it_called_has_failed():
     async with rollouts(envs=Cancelling()) as loop:
         with pytest.raises(RolloutFailure, match="cancelled by what it called"):
             await loop.next_batch()
-        assert loop.ledger.ended["failed", "agent"] > 0
+        assert loop.ledger.outcomes["failed", "agent"] > 0
 
 
 @in_virtual_time

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 from flash.rollout.groups import Group
-from flash.rollout.staleness import choose
+from flash.rollout.staleness import choose_groups
 from flash.types import Task
 
 
@@ -14,7 +14,7 @@ def group(number, *, oldest, complete):
 
 
 def chosen(groups, wanted, **options):
-    return [group.id for group in choose(groups, wanted, **options)]
+    return [group.id for group in choose_groups(groups, wanted, **options)]
 
 
 def test_the_oldest_complete_groups_are_chosen_and_nobody_is_waited_for():

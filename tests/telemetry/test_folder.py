@@ -11,8 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from flash.config import load
 from flash.errors import InferenceFailure
-from flash.evaluation.play import Evaluation
-from flash.rollout.ledger import EpisodeRecord
+from flash.evaluation.result import Evaluation
+from flash.rollout.record import EpisodeRecord
 from flash.telemetry.folder import METRICS, MORE_METRICS, RunFolder, newest_checkpoint, read_lines
 
 FIXED = """

@@ -1,15 +1,15 @@
-"""What the loop has done of late, for the watchdog to feel."""
+"""What a loop has done of late, for the watchdog to judge."""
 
 import asyncio
 import contextlib
-import functools
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
+from flash.rollout.episode import Episode
+from flash.rollout.observer import Observer
+from flash.rollout.record import EpisodeRecord
+from flash.types import Batch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -20,7 +20,7 @@ class Call:
     since: float
 
 
-class Pulse:
+class Activity(Observer):
     """When anything moved last, and when it last brought the next batch nearer.
 
     Episodes that end bring it nearer only where more of them are ready than ever since the last
@@ -33,33 +33,13 @@ class Pulse:
         self.moved_at = 0.0
         self.gained_at = 0.0
         self.ended_since_gain: Counter[str] = Counter()
-        self._most_ready = 0
+        self._ready = self._most_ready = 0
 
     def start(self) -> None:
         self.idle_since = self.moved_at = self.gained_at = _now()
 
-    def ended(self, outcome: str, reason: str) -> None:
-        """An episode has its outcome. What was given up on purpose is no sign of anything."""
-        self.moved_at = _now()
-        if reason in ("stall", "redundant"):
-            return
-        self.ended_since_gain[f"{outcome}({reason})" if reason else outcome] += 1
-
-    def ready(self, count: int) -> None:
-        """An episode came to its end: so many wait for a batch now."""
-        self.moved_at = _now()
-        if count > self._most_ready:
-            self._most_ready = count
-            self._gain()
-
-    def handed_over(self, left: int) -> None:
-        """A batch went to the trainer; so many episodes are ready for the next one."""
-        self.moved_at = _now()
-        self._most_ready = left
-        self._gain()
-
     @contextlib.contextmanager
-    def doing(self, name: str) -> Iterator[None]:
+    def call(self, name: str) -> Iterator[None]:
         """While the caller of the loop waits in this call."""
         call = Call(name, _now())
         self.calls.append(call)
@@ -69,30 +49,34 @@ class Pulse:
             self.calls.remove(call)
             self.idle_since = self.moved_at = _now()
 
+    # ── what it hears of ─────────────────────────────────────────────────────────────────────
+
+    def played(self, episode: Episode) -> None:
+        if episode.trajectory is None:
+            return
+        self.moved_at = _now()
+        self._ready += 1
+        if self._ready > self._most_ready:
+            self._most_ready = self._ready
+            self._gain()
+
+    def ended(self, episode: Episode, record: EpisodeRecord) -> None:
+        self.moved_at = _now()
+        self._ready -= episode.trajectory is not None
+        if record.reason in ("stall", "redundant"):
+            return  # what was given up on purpose is no sign of anything
+        outcome, reason = record.outcome, record.reason
+        self.ended_since_gain[f"{outcome}({reason})" if reason else outcome] += 1
+
+    def handed_over(self, batch: Batch) -> None:
+        if batch.last:
+            self.moved_at = _now()
+            self._most_ready = self._ready
+            self._gain()
+
     def _gain(self) -> None:
         self.gained_at = _now()
         self.ended_since_gain.clear()
-
-
-class _HasPulse(Protocol):
-    @property
-    def pulse(self) -> Pulse: ...
-
-
-_L = TypeVar("_L", bound=_HasPulse)
-
-
-def felt(
-    method: Callable[Concatenate[_L, _P], Awaitable[_T]],
-) -> Callable[Concatenate[_L, _P], Coroutine[Any, Any, _T]]:
-    """A method of the loop, known to its pulse while it is under way."""
-
-    @functools.wraps(method)
-    async def call(loop: _L, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        with loop.pulse.doing(method.__name__):
-            return await method(loop, *args, **kwargs)
-
-    return call
 
 
 def _now() -> float:

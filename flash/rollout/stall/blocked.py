@@ -14,7 +14,7 @@ from types import FrameType
 
 from flash.rollout.stall.stacks import culprit, running_stack
 
-_ADMISSION = "next_start"  # of `Starts`, which asks the task source
+_ADMISSION = "next_start"  # of `Admission`, which asks the task source
 _WAITS = 4
 
 

@@ -23,7 +23,7 @@ from flash.errors import RolloutStall
 from flash.hub.reports import HubStats, WorkerStats
 from flash.rollout.episode import Episode
 from flash.rollout.ledger import Ledger
-from flash.rollout.stall.activity import Call, Pulse
+from flash.rollout.stall.activity import Activity, Call
 from flash.rollout.stall.stacks import culprit, waiting_stack
 from flash.types import TrainerState
 
@@ -33,8 +33,8 @@ _FRUITLESS = 2
 _SAME_TIME_S = 1e-3
 
 
-class Hub(Protocol):
-    """What is asked of the hub."""
+class InspectedHub(Protocol):
+    """What a diagnosis asks of the hub."""
 
     def stats(self) -> HubStats: ...
 
@@ -42,22 +42,22 @@ class Hub(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Admission:
+class AdmissionState:
     """Whether the loop may start episodes: not, if what they sampled could not be trained."""
 
     next_version: int
     fresh: bool
-    owed: int
+    due: int
     unpublished: int  # samples handed over
 
 
-class Loop(Protocol):
-    """What is looked at of the RolloutLoop."""
+class InspectedLoop(Protocol):
+    """What a diagnosis looks at of the RolloutLoop."""
 
     @property
-    def pulse(self) -> Pulse: ...
+    def activity(self) -> Activity: ...
     @property
-    def hub(self) -> Hub: ...
+    def hub(self) -> InspectedHub: ...
     @property
     def ledger(self) -> Ledger: ...
     @property
@@ -67,7 +67,7 @@ class Loop(Protocol):
 
     def under_way(self) -> list[Episode]: ...
 
-    def admission(self) -> Admission: ...
+    def admission_state(self) -> AdmissionState: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,19 +80,19 @@ class Cause:
     worker: str = ""
 
 
-def fruitless(loop: Loop) -> bool:
+def fruitless(loop: InspectedLoop) -> bool:
     """Whether episodes grow stale and are begun again, and the next batch comes no nearer.
 
     Of those that fail or are filtered the loop itself bears so many only.
     """
-    return _stale(loop.pulse.ended_since_gain) >= _FRUITLESS * loop.capacity
+    return _stale(loop.activity.ended_since_gain) >= _FRUITLESS * loop.capacity
 
 
 def _stale(ended: Counter[str]) -> int:
     return ended["cancelled(stale)"] + ended["dropped(stale)"]
 
 
-def find_cause(loop: Loop, call: Call | None, trainer: TrainerState | None) -> Cause:
+def find_cause(loop: InspectedLoop, call: Call | None, trainer: TrainerState | None) -> Cause:
     """Why `call` does not return; without one, why the loop's caller makes none."""
     if call is None:
         return _of_the_caller(loop, trainer)
@@ -101,15 +101,15 @@ def find_cause(loop: Loop, call: Call | None, trainer: TrainerState | None) -> C
     return _of_the_episodes(loop)
 
 
-def _of_the_caller(loop: Loop, trainer: TrainerState | None) -> Cause:
+def _of_the_caller(loop: InspectedLoop, trainer: TrainerState | None) -> Cause:
     if trainer is not None and trainer.dead:
         return Cause(name="trainer_dead", words=f"the trainer is dead: {trainer.dead}")
     if trainer is not None and trainer.doing:
         for_s = _now() - trainer.since
         words = f"the trainer hangs: it has been in '{trainer.doing}' for {for_s:.1f} s"
         return Cause(name="trainer_hangs", words=words)
-    for_s = _now() - loop.pulse.idle_since
-    if trainer is None and loop.admission().unpublished:
+    for_s = _now() - loop.activity.idle_since
+    if trainer is None and loop.admission_state().unpublished:
         words = (
             f"the trainer hangs: whoever took the last batch has had it for {for_s:.1f} s and "
             f"published nothing"
@@ -131,7 +131,7 @@ def _of_the_publish(stats: HubStats) -> Cause:
     return Cause(name="publish_stuck", words=words)
 
 
-def _of_the_episodes(loop: Loop) -> Cause:
+def _of_the_episodes(loop: InspectedLoop) -> Cause:
     if fruitless(loop):
         return _of_what_ended(loop)
     if running := loop.under_way():
@@ -139,7 +139,7 @@ def _of_the_episodes(loop: Loop) -> Cause:
     return _of_admission(loop)
 
 
-def _of_running(hub: Hub, episodes: Sequence[Episode]) -> Cause:
+def _of_running(hub: InspectedHub, episodes: Sequence[Episode]) -> Cause:
     running = _longest_first(episodes)
     if ignoring := [episode for episode in running if episode.cancel_reason is not None]:
         words = (
@@ -160,8 +160,8 @@ def _of_running(hub: Hub, episodes: Sequence[Episode]) -> Cause:
     return Cause(name=name, words=words + _where(first), episodes=blocking)
 
 
-def _of_what_ended(loop: Loop) -> Cause:
-    ended = loop.pulse.ended_since_gain
+def _of_what_ended(loop: InspectedLoop) -> Cause:
+    ended = loop.activity.ended_since_gain
     words = (
         f"everything grows stale: {_stale(ended)} of the last {ended.total()} episodes that ended, "
         f"and no batch came nearer. Weights are published faster than groups are whole: publish "
@@ -170,8 +170,8 @@ def _of_what_ended(loop: Loop) -> Cause:
     return Cause(name="all_stale", words=words)
 
 
-def _of_admission(loop: Loop) -> Cause:
-    admission = loop.admission()
+def _of_admission(loop: InspectedLoop) -> Cause:
+    admission = loop.admission_state()
     if not admission.fresh or admission.unpublished:
         words = (
             f"a publish is missing: {admission.unpublished} samples were handed over, and with "
@@ -181,12 +181,12 @@ def _of_admission(loop: Loop) -> Cause:
         return Cause(name="publish_missing", words=words)
     words = (
         f"no episode runs: {loop.ledger.ready} are ready, but make up no batch, and "
-        f"{admission.owed} wait for a slot"
+        f"{admission.due} wait for a slot"
     )
     return Cause(name="nothing_runs", words=words)
 
 
-def _of_generation(hub: Hub, blocking: Sequence[Episode]) -> Cause:
+def _of_generation(hub: InspectedHub, blocking: Sequence[Episode]) -> Cause:
     stats = hub.stats()
     healthy = [worker for worker in stats.workers if worker.healthy]
     if not healthy:
@@ -225,7 +225,7 @@ def _of_worker(worker: WorkerStats, blocking: Sequence[Episode]) -> Cause:
 
 
 def write_report(
-    loop: Loop,
+    loop: InspectedLoop,
     cause: Cause,
     *,
     since: float,
@@ -233,27 +233,29 @@ def write_report(
     caller: asyncio.Task[object] | None,
 ) -> str:
     """All that is known of a stall, the cause first."""
-    admission = loop.admission()
+    admission = loop.admission_state()
     lines = _tell_of_episodes(cause, loop.under_way(), for_s=_now() - since)
     lines.append(
-        f"loop: {loop.ledger.running} run, {loop.ledger.ready} are ready, {admission.owed} wait "
+        f"loop: {loop.ledger.running} run, {loop.ledger.ready} are ready, {admission.due} wait "
         f"for a slot of {loop.capacity}, {admission.unpublished} are handed over and not "
         f"published; the next batch is trained at version {admission.next_version}"
     )
-    if ended := loop.pulse.ended_since_gain:
+    if ended := loop.activity.ended_since_gain:
         told = ", ".join(f"{count} {reason}" for reason, count in ended.most_common())
         lines.append(f"ended since the last gain: {told}")
     lines += _tell_of_hub(loop.hub.stats())
     lines.append(f"trainer: {_describe_trainer(trainer)}")
-    calls = [f"{call.name} for {_now() - call.since:.1f} s" for call in loop.pulse.calls]
-    idle = f"none, for {_now() - loop.pulse.idle_since:.1f} s"
+    calls = [f"{call.name} for {_now() - call.since:.1f} s" for call in loop.activity.calls]
+    idle = f"none, for {_now() - loop.activity.idle_since:.1f} s"
     lines.append(f"calls of the loop: {', '.join(calls) or idle}")
     if caller is not None and not caller.done():
         lines += [f"      {line}" for line in waiting_stack(caller)]
     return "\n".join(lines)
 
 
-def stall_of(what: str, hub: Hub, episodes: Sequence[Episode], *, for_s: float) -> RolloutStall:
+def stall_of(
+    what: str, hub: InspectedHub, episodes: Sequence[Episode], *, for_s: float
+) -> RolloutStall:
     """That of episodes which are not the loop's: an evaluation's."""
     cause = _of_running(hub, episodes)
     lines = _tell_of_episodes(cause, episodes, for_s=for_s) + _tell_of_hub(hub.stats())

@@ -13,32 +13,39 @@ import asyncio
 import logging
 from collections.abc import Callable
 from types import TracebackType
-from typing import Literal, Protocol
+from typing import Protocol
 
 from flash.errors import RolloutStall
+from flash.rollout.config import OnStall
 from flash.rollout.episode import Episode
-from flash.rollout.stall import diagnosis
 from flash.rollout.stall.activity import Call
-from flash.rollout.stall.diagnosis import Cause, find_cause, write_report
+from flash.rollout.stall.diagnosis import (
+    Cause,
+    InspectedHub,
+    InspectedLoop,
+    find_cause,
+    fruitless,
+    write_report,
+)
 from flash.types import TrainerState
 
 logger = logging.getLogger(__name__)
 
-OnStall = Literal["stop", "replace", "restart"]
-
 _REMEDIES = 3  # in a row, without a gain
-_OWN_DEADLINE = ("evaluate",)
+PAUSE = "pause"  # a call with deadlines of its own
 
 
-class Hub(diagnosis.Hub, Protocol):
+class RestartingHub(InspectedHub, Protocol):
+    """What the watchdog does to the hub, beside looking at it."""
+
     def give_up(self, worker: str, why: str) -> None: ...
 
 
-class Loop(diagnosis.Loop, Protocol):
+class WatchedLoop(InspectedLoop, Protocol):
     """What the watchdog does to the RolloutLoop, beside looking at it."""
 
     @property
-    def hub(self) -> Hub: ...
+    def hub(self) -> RestartingHub: ...
 
     def replace(self, episode: Episode) -> None:
         """Cancel it, if it still counts, and start its task again."""
@@ -55,7 +62,7 @@ class Watchdog:
             tasks again; `restart` starts the worker at fault anew, or else replaces; what neither
             can help, and `stop`, ends the run.
         trainer: asked what the trainer is at, if anybody knows.
-        on_report: given each report.
+        on_stalled: given each report.
 
     A run that ends does so with RolloutStall: out of the call that waits for a batch, or else
     in place of whatever the caller waits for.
@@ -63,26 +70,26 @@ class Watchdog:
 
     def __init__(
         self,
-        loop: Loop,
+        loop: WatchedLoop,
         *,
         stall_timeout_s: float,
         caller_timeout_s: float,
         on_stall: OnStall,
         trainer: Callable[[], TrainerState] | None,
-        on_report: Callable[[str], None] | None,
+        on_stalled: Callable[[str], None],
     ) -> None:
         self._loop = loop
         self._stall_timeout_s = stall_timeout_s
         self._caller_timeout_s = caller_timeout_s
         self._on_stall = on_stall
         self._trainer = trainer
-        self._on_report = on_report
+        self._on_stalled = on_stalled
         self._acted_at = 0.0
         self._remedies = 0
         self._gained_at = 0.0
 
     async def __aenter__(self) -> "Watchdog":
-        self._loop.pulse.start()
+        self._loop.activity.start()
         self._acted_at = _now()
         self._caller = asyncio.current_task()
         self._tasks = asyncio.TaskGroup()
@@ -112,30 +119,30 @@ class Watchdog:
                 # What comes due earlier began later, so it is not before the shorter deadline.
                 await asyncio.sleep(min(left_s, self._stall_timeout_s))
                 continue
-            self._bark(call, since)
+            self._act_on_stall(call, since)
 
     def _longest_wait(self) -> tuple[Call | None, float, float]:
         """The wait that comes due first: its call, since when nothing moved in it, its deadline."""
-        calls = [call for call in self._loop.pulse.calls if call.name not in _OWN_DEADLINE]
-        if not self._loop.pulse.calls:
+        calls = [call for call in self._loop.activity.calls if call.name != PAUSE]
+        if not self._loop.activity.calls:
             dead = self._trainer is not None and bool(self._trainer().dead)
             timeout_s = self._stall_timeout_s if dead else self._caller_timeout_s
-            return None, max(self._loop.pulse.idle_since, self._acted_at), timeout_s
+            return None, max(self._loop.activity.idle_since, self._acted_at), timeout_s
         waits = [(call, self._quiet_since(call)) for call in calls]
         call, since = min(waits, key=lambda wait: wait[1], default=(None, _now()))
         return call, since, self._stall_timeout_s
 
     def _quiet_since(self, call: Call) -> float:
-        pulse = self._loop.pulse
+        activity = self._loop.activity
         since = max(call.since, self._acted_at)
         if call.name == "publish":
             return since
-        if diagnosis.fruitless(self._loop):
-            return max(since, pulse.gained_at)
+        if fruitless(self._loop):
+            return max(since, activity.gained_at)
         running = self._loop.under_way()
-        return max(since, pulse.moved_at, *(episode.stage_since for episode in running))
+        return max(since, activity.moved_at, *(episode.stage_since for episode in running))
 
-    def _bark(self, call: Call | None, since: float) -> None:
+    def _act_on_stall(self, call: Call | None, since: float) -> None:
         """Says what is wrong, and does something about it."""
         trainer = self._trainer() if self._trainer is not None else None
         cause = find_cause(self._loop, call, trainer)
@@ -143,8 +150,7 @@ class Watchdog:
         report = write_report(self._loop, cause, since=since, trainer=trainer, caller=self._caller)
         report += f"\non_stall={self._on_stall}: {remedy}"
         logger.error("%s", report)
-        if self._on_report is not None:
-            self._on_report(report)
+        self._on_stalled(report)
         self._acted_at = _now()
         if remedy == "restart":
             self._loop.hub.give_up(cause.worker, cause.words)
@@ -158,7 +164,7 @@ class Watchdog:
                 raise stall
 
     def _remedy(self, cause: Cause) -> OnStall:
-        gained_at = self._loop.pulse.gained_at
+        gained_at = self._loop.activity.gained_at
         if gained_at != self._gained_at:
             self._gained_at, self._remedies = gained_at, 0
         self._remedies += 1

@@ -9,12 +9,15 @@ import pytest
 from flash import virtual_time
 from flash.agents.environment_agent import EnvironmentAgent
 from flash.errors import RolloutStall
-from flash.fakes import FakeEnvs, FakePool, FakeStyle, FakeWorker
+from flash.evaluation.config import EvalConfig
+from flash.evaluation.evaluations import Evaluations
+from flash.fakes import FakeEnvs, FakePool, FakeStyle, FakeWorker, KeepingObserver
 from flash.hub.hub import InferenceHub
 from flash.hub.queue import RequestQueue
 from flash.rollout.loop import RolloutLoop
 from flash.rollout.stall.blocked import watched_event_loop
 from flash.types import Task, TrainerState
+from tests.loops import loop_options
 from tests.steady import weights
 
 STALL_S = 50.0
@@ -40,7 +43,7 @@ async def rollouts(
     def make_agent():
         return agent(envs=envs, style=FakeStyle(), **settings)
 
-    async with hub, RolloutLoop(hub, agent=make_agent, **options) as loop:
+    async with hub, RolloutLoop(hub, agent=make_agent, **loop_options(**options)) as loop:
         yield loop
 
 
@@ -220,30 +223,36 @@ def test_batches_that_nobody_collects_are_named():
     assert "4 episodes are ready for a batch" in str(stall)
 
 
-@pytest.mark.parametrize("beside", [False, True])
-def test_an_evaluation_that_hangs_is_named_as_a_batch_is(beside):
+@pytest.mark.parametrize("mode", ["pause", "beside"])
+def test_an_evaluation_that_hangs_is_named_as_a_batch_is(mode, caplog):
     reports = []
 
     async def main():
         workers = [FakeWorker("a"), FakeWorker("b")]
-        async with rollouts(
-            workers=workers, caller_timeout_s=1e9, on_report=reports.append
-        ) as loop:
+        kept = KeepingObserver(reports=reports)
+        async with rollouts(workers=workers, caller_timeout_s=1e9, observers=[kept]) as loop:
             asleep = FakeEnvs(hang_rate=1.0)
             agent = lambda: EnvironmentAgent(  # noqa: E731
                 envs=asleep, style=FakeStyle(), max_tokens=4, step_timeout_s=1e9,
                 episode_timeout_s=1e9,
             )  # fmt: skip
-            evaluate = loop.evaluate_beside if beside else loop.evaluate
-            await evaluate([Task(7)], agent=agent)
+            evaluations = Evaluations(
+                EvalConfig(tasks=1, mode=mode), loop, hub=loop.hub, agent=agent, every=1, last=9,
+                observer=kept, stop=asyncio.Event(),
+            )  # fmt: skip
+            async with evaluations:
+                await evaluations.after(1)
 
-    stall = stalls(main)
-    assert stall.cause == "env_asleep"
-    assert str(stall).startswith("evaluation: no progress for 50.0 s: the environment is asleep in")
-    assert "episode -1 (seed 7, group -1, attempt 1) in stage 'env' for 50.0 s" in str(stall)
-    assert "await asyncio.Event().wait()" in str(stall)
-    assert "worker b: healthy" in str(stall) or "worker a: healthy" in str(stall)
-    assert reports == [str(stall)]
+    if mode == "pause":
+        assert stalls(main).cause == "env_asleep"
+    else:  # the run goes on without it
+        virtual_time.run(main())
+        assert "the evaluation of version 1 is lost" in caplog.text
+    (report,) = reports
+    assert report.startswith("evaluation: no progress for 50.0 s: the environment is asleep in")
+    assert "episode -1 (seed 0, group -1, attempt 1) in stage 'env' for 50.0 s" in report
+    assert "await asyncio.Event().wait()" in report
+    assert "worker b: healthy" in report or "worker a: healthy" in report
 
 
 def test_a_second_batch_without_a_publish_is_named():
@@ -348,8 +357,8 @@ def test_replace_cancels_what_blocks_and_starts_its_tasks_again():
     async def main():
         records, reports = [], []
         async with rollouts(
-            envs=AsleepOnce(step_s=(1, 1)), on_stall="replace", on_report=reports.append,
-            on_episode=records.append,
+            envs=AsleepOnce(step_s=(1, 1)), on_stall="replace",
+            observers=[KeepingObserver(records, reports)],
         ) as loop:  # fmt: skip
             batch = await loop.next_batch()
         return batch, records, reports
@@ -368,7 +377,7 @@ def test_restart_starts_the_worker_at_fault_anew_and_no_episode_is_lost():
         pool = FakePool([worker], start_s=5.0)
         reports, records = [], []
         async with rollouts(
-            workers=pool, on_stall="restart", on_report=reports.append, on_episode=records.append
+            workers=pool, on_stall="restart", observers=[KeepingObserver(records, reports)]
         ) as loop:
             await asyncio.sleep(0.01)
             worker.hang()
@@ -386,7 +395,9 @@ def test_remedies_that_bring_nothing_are_not_tried_for_ever():
         reports = []
         with pytest.raises(RolloutStall):
             async with rollouts(
-                envs=FakeEnvs(hang_rate=1.0), on_stall="replace", on_report=reports.append
+                envs=FakeEnvs(hang_rate=1.0),
+                on_stall="replace",
+                observers=[KeepingObserver(reports=reports)],
             ) as loop:
                 await loop.next_batch()
         return reports
@@ -399,7 +410,7 @@ def test_a_run_that_gets_on_is_left_alone():
     async def main():
         reports = []
         envs = FakeEnvs(turns=(30, 30), step_s=(40, 45))  # an episode takes 1200 s
-        async with rollouts(envs=envs, on_report=reports.append) as loop:
+        async with rollouts(envs=envs, observers=[KeepingObserver(reports=reports)]) as loop:
             for version in range(1, 4):
                 await loop.next_batch()
                 await asyncio.sleep(STALL_S - 1)

@@ -1,0 +1,112 @@
+"""The evaluations of a run: when they are due, and whether rollout waits for them."""
+
+import asyncio
+from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
+from typing import Protocol, Self
+
+from flash.errors import RolloutStall
+from flash.evaluation.background import BackgroundEvaluation
+from flash.evaluation.config import EvalConfig
+from flash.evaluation.play import EvaluationHub, heldout_tasks, play
+from flash.evaluation.result import Evaluation
+from flash.rollout.episode import AgentFactory
+from flash.rollout.loop import RolloutLoop
+from flash.rollout.observer import Observer
+from flash.stop import unless
+
+
+class LendingHub(EvaluationHub, Protocol):
+    """What evaluations need of the InferenceHub: to play on it, or on workers of their own."""
+
+    def lend(self, workers: int) -> AbstractAsyncContextManager[EvaluationHub]: ...
+
+
+class Evaluations:
+    """Plays held-out tasks with rollout paused, or beside it on lent workers (`eval.mode`).
+
+    Leaving the block ends the one that runs beside rollout; none has an effect on what is trained.
+
+    Args:
+        rollouts: what is paused.
+        every, last: one is due each `every` steps (0: at no step), and after the last.
+        observer: is told of each.
+        stop: when it is set, what is played is given up.
+    """
+
+    def __init__(
+        self,
+        settings: EvalConfig,
+        rollouts: RolloutLoop,
+        *,
+        hub: LendingHub,
+        agent: AgentFactory,
+        every: int,
+        last: int,
+        observer: Observer,
+        stop: asyncio.Event,
+    ) -> None:
+        self._settings = settings
+        self._rollouts = rollouts
+        self._hub = hub
+        self._agent = agent
+        self._every = every
+        self._last = last
+        self._tasks = heldout_tasks(settings)
+        self._observer = observer
+        self._stop = stop
+        self._background = BackgroundEvaluation(observer.evaluated)
+
+    async def __aenter__(self) -> Self:
+        await self._background.__aenter__()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self._background.__aexit__(*exc_info)
+
+    async def now(self) -> bool:
+        """Evaluates the present policy with rollout paused. Whether that came to its end."""
+        with self._rollouts.paused():
+            evaluation = await unless(self._stop, self._play(self._hub))
+        if evaluation is not None:
+            self._observer.evaluated(evaluation)
+        return evaluation is not None
+
+    def due_after(self, step: int) -> bool:
+        return step == self._last or (self._every > 0 and step % self._every == 0)
+
+    async def after(self, step: int) -> None:
+        """Evaluates the policy that this step has made, if that is due."""
+        if self.due_after(step):
+            if step < self._last and self._settings.mode == "beside":
+                self._background.begin(step, self._play_on_lent_workers)
+            else:
+                await self.now()
+        if step == self._last - 1:  # the last step's line has an evaluation of its own
+            await self.finish()
+
+    async def finish(self) -> None:
+        """Waits for the one that runs beside rollout, or gives it up if the run is to stop."""
+        await unless(self._stop, self._background.finish())
+        if self._stop.is_set():
+            self._background.cancel()
+
+    async def _play_on_lent_workers(self) -> Evaluation:
+        """All of it is of one version: lent workers keep the weights that they have."""
+        async with self._hub.lend(self._settings.workers) as share:
+            return replace(await self._play(share), paused=False)
+
+    async def _play(self, hub: EvaluationHub) -> Evaluation:
+        settings = self._rollouts.settings
+        try:
+            return await play(
+                hub,
+                self._agent,
+                self._tasks,
+                concurrency=self._rollouts.capacity,
+                max_attempts=settings.max_attempts,
+                stall_timeout_s=settings.stall_timeout_s,
+            )
+        except RolloutStall as stall:
+            self._observer.stalled(str(stall))
+            raise

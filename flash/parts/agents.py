@@ -1,0 +1,120 @@
+"""The agents of a run and their environments: those that train, or those on held-out tasks."""
+
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flash import registry
+from flash.config import Config
+from flash.door import Door
+from flash.door.command import CommandAgent
+from flash.environments.hosts import EnvHosts, InlineEnvs
+from flash.reward.stage import RewardStage
+from flash.rollout.episode import AgentFactory
+from flash.types import EnvSource, PromptStyle
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agents:
+    """Makes agents, in environments that are open. `hosts`: the processes these run in, if any."""
+
+    make: AgentFactory
+    hosts: EnvHosts | None = None
+
+
+@contextlib.asynccontextmanager
+async def open_agents(
+    config: Config,
+    *,
+    style: PromptStyle,
+    door: Door | None,
+    reward: RewardStage | None,
+    log_dir: Path,
+    heldout: bool = False,
+) -> AsyncIterator[Agents]:
+    """Opens environments of the training or the held-out kind, for agents that act in them."""
+    async with _open_envs(config, log_dir, heldout=heldout) as envs:
+        make = _factory(
+            config,
+            envs=envs,
+            style=style,
+            door=door,
+            reward=reward,
+            log_dir=log_dir,
+            heldout=heldout,
+        )
+        yield Agents(make=make, hosts=envs if isinstance(envs, EnvHosts) else None)
+
+
+def _factory(
+    config: Config,
+    *,
+    envs: EnvSource | None,
+    style: PromptStyle,
+    door: Door | None,
+    reward: RewardStage | None,
+    log_dir: Path,
+    heldout: bool,
+) -> AgentFactory:
+    """Makes agents; found by name, because `flash` does not import `flash.agents`."""
+    settings = config.agent
+    common = {
+        "max_tokens": settings.max_tokens,
+        "max_sequence_tokens": settings.max_sequence_tokens,
+        "temperature": config.eval.temperature if heldout else settings.temperature,
+        "episode_timeout_s": settings.episode_timeout_s,
+        "reward_stage": reward,
+    }
+    if settings.run:
+        assert door is not None, "it is open wherever an agent of the user's own runs"
+        external = registry.agent("external")
+        options = _env_options(config, heldout=heldout)
+        if isinstance(settings.run, str):
+            act = registry.function(settings.run, "agent.run")
+        else:
+            name = "heldout_agent" if heldout else "agent"
+            act = CommandAgent(settings.run, log_dir=log_dir, name=name)
+        return lambda: external(door=door, act=act, options=options, **common)
+    agent = registry.agent("environment")
+    return lambda: agent(
+        envs=envs,
+        style=style,
+        max_turns=settings.max_turns,
+        samples=settings.samples,
+        # A host that hangs is found by its own deadline first, which can tell who was working.
+        step_timeout_s=settings.step_timeout_s * (2 if config.env.hosts else 1),
+        **common,
+    )
+
+
+@contextlib.asynccontextmanager
+async def _open_envs(
+    config: Config, log_dir: Path, *, heldout: bool
+) -> AsyncIterator[EnvSource | None]:
+    """Environments of the training or the held-out kind; in hosts if any are configured.
+
+    None for an agent of the user's own, which brings its world along.
+    """
+    if config.agent.run:
+        yield None
+        return
+    options = _env_options(config, heldout=heldout)
+    make: Callable[..., Any] = registry.environment(config.env.name)
+    if config.env.hosts == 0:
+        yield InlineEnvs(lambda: make(**options))
+        return
+    async with EnvHosts(
+        config.env.name,
+        options,
+        hosts=config.env.hosts,
+        call_timeout_s=config.agent.step_timeout_s,
+        log_dir=log_dir,
+    ) as hosts:
+        yield hosts
+
+
+def _env_options(config: Config, *, heldout: bool) -> dict[str, Any]:
+    """What the environment is made with; an agent of the user's own is told."""
+    return config.env.options | (config.env.eval_options if heldout else {})

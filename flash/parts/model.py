@@ -1,0 +1,56 @@
+"""The model of a run, its tokenizer, and the prompt style for it."""
+
+from pathlib import Path
+from typing import Any
+
+from flash import registry
+from flash.config import SMALL, Config
+from flash.types import PromptStyle
+from flash.warm_start.teach import OnProgress, small_model
+
+
+async def prepared_model(config: Config, on_progress: OnProgress) -> str:
+    """The model to start from: as given, or the small policy, made and taught if need be."""
+    if config.model != SMALL:
+        local = Path(config.model).expanduser()
+        return str(local) if local.is_dir() else config.model
+    env_key = {"name": config.env.name, "options": config.env.options}
+    path = await small_model(
+        env=registry.environment(config.env.name)(**config.env.options),
+        env_key=env_key,
+        make_style=lambda tokenizer: make_style(config, tokenizer),
+        policy=config.policy,
+        warm_start=config.warm_start,
+        threads=config.trainer.threads,
+        seed=config.seed,
+        cache_dir=config.runs_dir / ".small_policies",
+        on_progress=on_progress,
+    )
+    return str(path)
+
+
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer that comes with the model. ValueError if there is none to be had."""
+    from transformers import AutoTokenizer  # noqa: PLC0415  (seconds to import)
+
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise ValueError(
+            f"model={model!r} can't be loaded: check its name and the connection to the hub, or "
+            f"give a directory ({why})"
+        ) from error
+
+
+def make_style(config: Config, tokenizer: Any) -> PromptStyle:
+    """The prompt style of the configuration, for a tokenizer."""
+    try:
+        style: PromptStyle
+        style = registry.style(config.agent.style)(tokenizer, **config.agent.style_options)
+    except Exception as error:  # the boundary to the style's code
+        raise ValueError(
+            f"agent.style={config.agent.style!r} with the tokenizer of model={config.model!r}: "
+            f"{error}"
+        ) from error
+    return style

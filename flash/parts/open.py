@@ -1,0 +1,79 @@
+"""What a run and `flash eval` share: the hub and all that plays episodes with it.
+
+Config ─► workers.py  hub       ─┐
+       ─► model.py    tokenizer, style
+       ─► door.py     door       ├─► agents.py   agents in their environments
+       ─► reward.py   reward    ─┘
+"""
+
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from flash.config import Config
+from flash.door import Door
+from flash.hub.hub import InferenceHub
+from flash.parts.agents import Agents, open_agents
+from flash.parts.door import open_door
+from flash.parts.model import load_tokenizer, make_style
+from flash.parts.reward import open_reward
+from flash.parts.workers import open_hub
+from flash.reward.stage import RewardStage
+from flash.types import PromptStyle, Weights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """They are open; `agents` opens the environments that a kind of episodes needs as well."""
+
+    config: Config
+    hub: InferenceHub
+    style: PromptStyle
+    door: Door | None
+    reward: RewardStage | None
+    log_dir: Path
+
+    def agents(self, *, heldout: bool = False) -> contextlib.AbstractAsyncContextManager[Agents]:
+        """Agents that train, or those of an evaluation."""
+        return open_agents(
+            self.config,
+            style=self.style,
+            door=self.door,
+            reward=self.reward,
+            log_dir=self.log_dir,
+            heldout=heldout,
+        )
+
+
+@contextlib.asynccontextmanager
+async def open_parts(
+    config: Config,
+    *,
+    model: str,
+    version: int,
+    weights: Callable[[], Awaitable[Weights]],
+    log_dir: Path,
+    say: Callable[[str], None],
+    door_file: Path | None = None,
+) -> AsyncIterator[Parts]:
+    """The parts of a configuration, closed in the end.
+
+    Args:
+        model: what workers start with; its tokenizer is everybody's.
+        version, weights: of the policy at the start. Workers that run already are given `weights`.
+        say: is told which workers these are, and why.
+        door_file: where a run tells its door's URL and token.
+
+    Raises ValueError for what the model or the machine can't do.
+    """
+    tokenizer = load_tokenizer(model)
+    style = make_style(config, tokenizer)
+    async with (
+        open_hub(
+            config, model=model, version=version, weights=weights, log_dir=log_dir, say=say
+        ) as hub,
+        open_door(config, hub, tokenizer=tokenizer, told_in=door_file) as door,
+        open_reward(config, hub, tokenizer=tokenizer, log_dir=log_dir) as reward,
+    ):
+        yield Parts(config=config, hub=hub, style=style, door=door, reward=reward, log_dir=log_dir)

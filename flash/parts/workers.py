@@ -1,0 +1,151 @@
+"""The workers that a configuration means, and the hub over them."""
+
+import contextlib
+import functools
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from pathlib import Path
+
+from flash.config import Config
+from flash.hub.http_worker import HttpWorker
+from flash.hub.hub import InferenceHub
+from flash.hub.nccl_worker import NcclPool, NcclWorker, nccl_sender
+from flash.hub.pool import EmbeddedPool, ProcessPool
+from flash.hub.vllm_pool import VllmPool
+from flash.hub.worker import Worker
+from flash.machine import Gpu, gpus, has_vllm
+from flash.types import Weights
+
+
+@contextlib.asynccontextmanager
+async def open_hub(
+    config: Config,
+    *,
+    model: str,
+    version: int,
+    weights: Callable[[], Awaitable[Weights]],
+    log_dir: Path,
+    say: Callable[[str], None],
+) -> AsyncIterator[InferenceHub]:
+    """The hub, over workers that run already or over a pool that it starts; `say` is told which.
+
+    A pool's workers start with `model`. Those that run already may have any weights, of another
+    run too, so they are given `weights` before they are asked anything.
+    """
+    engine = config.engine
+    workers, why = _workers(config, model=model, version=version, log_dir=log_dir)
+    say(f"engine: {why}")
+    async with InferenceHub(
+        workers,
+        max_running=engine.max_running,
+        update_mode=engine.update_mode,
+        version=version,
+        weights=await weights() if engine.urls else None,
+        request_timeout_s=engine.request_timeout_s,
+        progress_timeout_s=engine.progress_timeout_s,
+        # Long enough for all of a pool to be started anew.
+        recovery_timeout_s=60.0 + (0 if isinstance(workers, list) else engine.start_timeout_s),
+        gap_limit=gap_limit(config),
+    ) as hub:
+        yield hub
+
+
+def gap_limit(config: Config) -> float:
+    """As configured, or what the coarser precision of worker and trainer makes of logprobs."""
+    dtypes = {config.engine.dtype, config.trainer.dtype}
+    half = "bfloat16" in dtypes or ("auto" in dtypes and bool(gpus()))
+    return config.engine.gap_limit or (0.1 if half else 1e-3)
+
+
+def _workers(
+    config: Config, *, model: str, version: int, log_dir: Path
+) -> tuple[list[Worker | str] | ProcessPool, str]:
+    """The workers of the configuration, and one line that says which and why."""
+    engine = config.engine
+    if engine.urls:
+        urls: list[Worker | str]
+        urls = [_client(config, number, url, log_dir) for number, url in enumerate(engine.urls)]
+        running = _count(len(urls), "worker")
+        return urls, f"{running} that ran before, because engine.urls names them"
+    devices = engine.devices or worker_gpus(config.trainer.ranks)
+    if engine.kind == "vllm" or (engine.kind == "auto" and has_vllm() and devices):
+        start: Callable[..., VllmPool] = VllmPool
+        if engine.transport == "nccl":
+            start = functools.partial(NcclPool, trainer_gpus=config.trainer.ranks)
+        vllm = start(
+            model,
+            size=engine.workers,
+            max_running=engine.max_running,
+            max_tokens=config.agent.max_sequence_tokens,
+            cache_tokens=engine.cache_tokens,
+            tensor_parallel=engine.tensor_parallel,
+            devices=devices,
+            gpu_memory=engine.gpu_memory,
+            dtype=_dtype(engine.dtype, devices),
+            threads=engine.threads,
+            seed=config.seed,
+            arguments=engine.vllm_args,
+            log_dir=log_dir,
+            start_timeout_s=engine.start_timeout_s,
+        )
+        why = "as engine.kind says" if engine.kind == "vllm" else "because it is installed"
+        where = _where(devices, engine.workers * engine.tensor_parallel)
+        return vllm, f"{_count(engine.workers, 'vLLM server')} on {where}, {why}"
+    embedded = EmbeddedPool(
+        model,
+        size=engine.workers,
+        devices=devices,
+        max_running=engine.max_running,
+        cache_tokens=engine.cache_tokens,
+        threads=engine.threads,
+        dtype=engine.dtype,
+        version=version,
+        seed=config.seed,
+        log_dir=log_dir,
+        start_timeout_s=engine.start_timeout_s,
+    )
+    if engine.kind == "embedded":
+        why = "as engine.kind says"
+    elif has_vllm():
+        why = "because vLLM has no GPU here"
+    else:
+        why = "because vLLM is not installed (`make setup-vllm`)"
+    where = _where(devices, engine.workers)
+    return embedded, f"{_count(engine.workers, 'embedded worker')} on {where}, {why}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number > 1 else ''}"
+
+
+def _where(devices: Sequence[Gpu], wanted: int) -> str:
+    """Where the workers of a pool are that take so many GPUs, and which GPUs nobody uses."""
+    used, rest = devices[:wanted], devices[wanted:]
+    where = f"GPU {', '.join(map(str, used))}" if used else "the CPU"
+    idle = f" (idle: {', '.join(map(str, rest))}; engine.workers may be more)" if rest else ""
+    return where + idle
+
+
+def _client(config: Config, number: int, url: str, log_dir: Path) -> HttpWorker:
+    """Of a worker that runs already."""
+    engine = config.engine
+    if engine.transport == "disk":
+        return HttpWorker(url, api_key=engine.api_key)
+    start_sender = nccl_sender(
+        number % config.trainer.ranks,
+        name=f"sender {number}",
+        log_path=log_dir / f"sender_{number}.log",
+    )
+    return NcclWorker(url, api_key=engine.api_key, start_sender=start_sender)
+
+
+def worker_gpus(ranks: int) -> list[Gpu]:
+    """The GPUs that the trainer's ranks leave to the workers; all of them if they leave none."""
+    present = gpus()
+    return present[ranks:] or present
+
+
+def _dtype(dtype: str, devices: Sequence[Gpu]) -> str:
+    """What the trainer computes in, so that the two agree."""
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if devices else "float32"

@@ -1,0 +1,116 @@
+"""What a run tells while it happens: each event once, to everybody who keeps books of it.
+
+    RolloutLoop ─► Ledger, LengthBias, Activity    what the loop and its watchdog go by
+    train ───────► Progress, RunFolder, your own   numbers, files, a view
+
+A part that wants to know of a run is an Observer; it is called in no other way.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from flash.evaluation.result import Evaluation
+from flash.hub.reports import PublishReport
+from flash.rollout.episode import Episode
+from flash.rollout.record import EpisodeRecord
+from flash.types import Batch
+
+
+class Observer:
+    """Hears of each event of a run once, in order, from the event loop. Override what you need.
+
+    Every method must return at once. What one raises ends the run, and the others hear all the
+    same.
+    """
+
+    def admitted(self, episode: Episode) -> None:
+        """An episode begins."""
+
+    def played(self, episode: Episode) -> None:
+        """It runs no longer. With `episode.trajectory` it came to its end, and waits for a batch;
+        without, it failed or was given up."""
+
+    def ended(self, episode: Episode, record: EpisodeRecord) -> None:
+        """It has its one outcome."""
+
+    def handed_over(self, batch: Batch) -> None:
+        """A batch, or a part of one, goes to the trainer. Its episodes have ended as `trained` by
+        then, if it is the last part."""
+
+    def trained(self, metrics: Mapping[str, Any]) -> None:
+        """The trainer has taken what was handed over; of a part it tells nothing yet."""
+
+    def published(self, report: PublishReport) -> None:
+        """Weights have become the policy."""
+
+    def evaluated(self, evaluation: Evaluation) -> None:
+        """Held-out tasks were played, by the version that `evaluation.versions` names."""
+
+    def step_done(self, step: int) -> None:
+        """All of a step is done, its evaluation too."""
+
+    def saved(self, checkpoint: Path) -> None:
+        """A checkpoint is whole."""
+
+    def stalled(self, report: str) -> None:
+        """Nothing moved for too long; the report says why."""
+
+
+class Observers(Observer):
+    """Several observers as one; each hears in their order.
+
+    `on_error` gets what one of them raises. Without it the error comes out of the event.
+    """
+
+    def __init__(
+        self,
+        observers: Iterable[Observer] = (),
+        *,
+        on_error: Callable[[Exception], None] | None = None,
+    ) -> None:
+        self._observers = list(observers)
+        self._on_error = on_error
+
+    def add(self, observer: Observer) -> None:
+        """It hears of what happens from now on."""
+        self._observers.append(observer)
+
+    def admitted(self, episode: Episode) -> None:
+        self._tell(lambda observer: observer.admitted(episode))
+
+    def played(self, episode: Episode) -> None:
+        self._tell(lambda observer: observer.played(episode))
+
+    def ended(self, episode: Episode, record: EpisodeRecord) -> None:
+        self._tell(lambda observer: observer.ended(episode, record))
+
+    def handed_over(self, batch: Batch) -> None:
+        self._tell(lambda observer: observer.handed_over(batch))
+
+    def trained(self, metrics: Mapping[str, Any]) -> None:
+        self._tell(lambda observer: observer.trained(metrics))
+
+    def published(self, report: PublishReport) -> None:
+        self._tell(lambda observer: observer.published(report))
+
+    def evaluated(self, evaluation: Evaluation) -> None:
+        self._tell(lambda observer: observer.evaluated(evaluation))
+
+    def step_done(self, step: int) -> None:
+        self._tell(lambda observer: observer.step_done(step))
+
+    def saved(self, checkpoint: Path) -> None:
+        self._tell(lambda observer: observer.saved(checkpoint))
+
+    def stalled(self, report: str) -> None:
+        self._tell(lambda observer: observer.stalled(report))
+
+    def _tell(self, event: Callable[[Observer], None]) -> None:
+        for observer in self._observers:
+            try:
+                event(observer)
+            except Exception as error:  # the boundary to the observer's code
+                if self._on_error is None:
+                    raise
+                self._on_error(error)
