@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "vllm", "ray", "transformers"}
 INSIDE_FUNCTIONS = {
     "quiet.py": {"transformers"},
-    "parts.py": {"transformers"},
+    "parts": {"transformers"},
     "door": {"transformers"},
     "warm_start": {"torch", "transformers"},
 }
