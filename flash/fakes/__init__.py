@@ -5,9 +5,18 @@ They run on the event loop's clock, so under virtual time a test of hours takes 
 is seeded: the same seed does the same.
 """
 
+from flash.fakes.crew import FakeCrew
 from flash.fakes.environments import FakeEnvs, FakeStyle
 from flash.fakes.observer import KeepingObserver
 from flash.fakes.routes import worker_app
 from flash.fakes.worker import FakePool, FakeWorker
 
-__all__ = ["FakeEnvs", "FakePool", "FakeStyle", "FakeWorker", "KeepingObserver", "worker_app"]
+__all__ = [
+    "FakeCrew",
+    "FakeEnvs",
+    "FakePool",
+    "FakeStyle",
+    "FakeWorker",
+    "KeepingObserver",
+    "worker_app",
+]
