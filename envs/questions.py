@@ -44,7 +44,7 @@ class QuestionsEnv(gymnasium.Env[str, str]):
             if (zlib.crc32(question.encode()) % _HELDOUT_SHARE == 0) == (split == "heldout")
         ]
         if not self._problems:
-            raise ValueError(f"path={path!r} has no {split} question: give a longer file")
+            raise ValueError(f"path={path!r} has no {split} questions: give a longer file")
         self.observation_space = spaces.Text(max_length=20_000, charset=string.printable)
         self.action_space = spaces.Text(max_length=20_000, min_length=0, charset=string.printable)
         self._answer = ""
@@ -85,7 +85,7 @@ def _read(path: str) -> list[tuple[str, str]]:
             question, answer = str(entry["question"]), str(entry["answer"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f'path={path!r}, line {number} is no {{"question": …, "answer": …}}: {error!r}'
+                f'path={path!r}, line {number} is not {{"question": …, "answer": …}}: {error!r}'
             ) from error
         problems.append((question, answer.rpartition(_BEFORE_ANSWER)[2].strip()))
     return problems

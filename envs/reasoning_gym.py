@@ -45,7 +45,7 @@ class ReasoningGymEnv(gymnasium.Env[str, str]):
             import reasoning_gym  # noqa: PLC0415  (an extra; slow to import)
         if dataset not in reasoning_gym.factory.DATASETS:
             raise ValueError(
-                f"dataset={dataset!r} is none of reasoning_gym's "
+                f"dataset={dataset!r} is not one of reasoning_gym's "
                 f"{len(reasoning_gym.factory.DATASETS)} datasets"
             )
         self._dataset = reasoning_gym.create_dataset(

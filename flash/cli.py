@@ -348,7 +348,7 @@ def _yaml(name: str, value: str) -> Any:
         return yaml.safe_load(value)
     except yaml.YAMLError as error:
         why = getattr(error, "problem", None) or str(error)
-        raise ValueError(f"--{name} {value!r} is no YAML value: {why}") from error
+        raise ValueError(f"--{name} {value!r} is not a YAML value: {why}") from error
 
 
 def _only(words: Sequence[str], what: str) -> str | None:

@@ -17,11 +17,11 @@ def check_run(config: RunFields) -> None:
     run = config.agent.run
     if isinstance(run, tuple):
         if shutil.which(run[0]) is None:
-            raise ValueError(f"agent.run={list(run)!r}: there is no command {run[0]!r}")
+            raise ValueError(f"agent.run={list(run)!r}: the command {run[0]!r} is not installed")
     else:
         act = registry.function(run, "agent.run")
         if not inspect.iscoroutinefunction(act):
-            raise ValueError(f"agent.run={run!r} is no coroutine function: write async def")
+            raise ValueError(f"agent.run={run!r} is not a coroutine function: write async def")
         try:
             inspect.signature(act).bind(base_url="", api_key="", task=None)
         except TypeError as error:
@@ -59,7 +59,7 @@ def check_arguments(make: Any, options: Mapping[str, Any], field: str) -> None:
             hint = f"did you mean {near[0]}?" if near else takes
             if field == "env.eval_options" and not near:
                 hint += "; with --env.eval_options '{}' evaluation is on what it trains on"
-            raise ValueError(f"{field}.{name} is no argument of the {what}: {hint}")
+            raise ValueError(f"{field}.{name} is not an argument of the {what}: {hint}")
 
 
 def try_environment(env: EnvConfig) -> None:
@@ -86,7 +86,7 @@ def try_environment(env: EnvConfig) -> None:
             ) from error
         if lacks := [name for name in ("reset", "step", "close") if not hasattr(made, name)]:
             raise ValueError(
-                f"env.name={env.name!r} is no environment: it has no {', '.join(lacks)}; name a "
+                f"env.name={env.name!r} is not an environment: it lacks {', '.join(lacks)}; name a "
                 f"class with the methods of a gymnasium.Env"
             )
         made.close()

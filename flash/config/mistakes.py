@@ -49,10 +49,10 @@ def _line(error: Any, model: type[BaseModel]) -> str:
         name, given = f"{name}.{error['ctx']['field']}".removeprefix("."), error["ctx"]["value"]
     if error["type"] in ("extra_forbidden", "invalid_key"):
         # The location and input of an invalid key say nothing of its place.
-        hint = ": fields are texts"
+        hint = "; fields are texts"
         if error["type"] == "extra_forbidden":
             hint = _nearest(name, variant, model)
-        return f"{name} is no field{hint}"
+        return f"{name}: unknown field{hint}"
     if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
         return _choice(name, error.get("ctx", {}).get("tag"), model)
     if error["type"] == "missing":
@@ -98,10 +98,12 @@ def _nearest(name: str, variant: str | None, model: type[BaseModel]) -> str:
         own = [field for field in kinds[variant].model_fields if field != "name"]
         near = difflib.get_close_matches(key, own, n=1, cutoff=0.6)
         owners = [kind for kind, other in kinds.items() if key in other.model_fields]
-        of_others = f", but of {', '.join(owners)}" if owners else ""
+        of_others = (
+            f" ({', '.join(owners)} {'has' if len(owners) == 1 else 'have'} it)" if owners else ""
+        )
         has = f"did you mean {near[0]}?" if near else f"{variant} has {', '.join(own) or 'none'}"
-        return f" of {variant}{of_others}: {has}"
-    return f": {_meant(name, model)}"
+        return f" of {variant}{of_others}; {has}"
+    return f"; {_meant(name, model)}"
 
 
 def _meant(name: str, model: type[BaseModel]) -> str:

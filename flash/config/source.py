@@ -75,7 +75,7 @@ def _set(settings: dict[str, Any], path: list[str], value: Any) -> None:
             inner = {BARE[section]: inner}
         if not isinstance(inner, dict | None):
             name = ".".join(sections[: depth + 1])
-            raise ValueError(f"{name}.{last} is no field: {name} is a value, not a section")
+            raise ValueError(f"{name}.{last}: unknown field; {name} is a value, not a section")
         settings[section] = inner = dict(inner or {})
         settings = inner
     settings[last] = value

@@ -61,7 +61,7 @@ class CommandAgent:
             return json.loads(line)
         except ValueError as error:
             raise RewardFailure(
-                f'the last line of {shlex.join(self._command)} is no {{"reward": …}}: {line!r}'
+                f'the last line of {shlex.join(self._command)} is not {{"reward": …}}: {line!r}'
             ) from error
 
     @contextlib.contextmanager

@@ -24,12 +24,12 @@ def find_filter(name: str) -> GroupFilter:
         return FILTERS[name]
     if ":" not in name:
         raise ValueError(
-            f"rollout.filters: {name!r} is none of {', '.join(sorted(FILTERS))}; name one of your "
-            f"own as module:function"
+            f"rollout.filters: {name!r} is not one of {', '.join(sorted(FILTERS))}; name one of "
+            f"your own as module:function"
         )
     found: GroupFilter = registry.function(name, "rollout.filters")
     if not callable(found):
-        raise ValueError(f"rollout.filters: {name!r} is no function of a group's trajectories")
+        raise ValueError(f"rollout.filters: {name!r} is not a function of a group's trajectories")
     return found
 
 

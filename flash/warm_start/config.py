@@ -21,7 +21,7 @@ class PolicyConfig(Section):
         if self.hidden_size % step:
             below = self.hidden_size - self.hidden_size % step
             raise ValueError(
-                f"policy.hidden_size={self.hidden_size} is no multiple of 2 × policy.heads = "
+                f"policy.hidden_size={self.hidden_size} is not a multiple of 2 × policy.heads = "
                 f"{step}: use {below or step} or {below + step}"
             )
         return self

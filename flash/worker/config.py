@@ -77,7 +77,9 @@ def _check_model(model: str) -> None:
     """A directory that is not there would be looked for on the hub, and the error be the hub's."""
     if Path(model).is_dir():
         if not (Path(model) / "config.json").is_file():
-            raise ValueError(f"--model {model}: the directory holds no config.json, so no model")
+            raise ValueError(
+                f"--model {model}: the directory holds no config.json, so it is not a model"
+            )
     elif model.startswith((".", "/")) or model.count("/") > 1:
         raise ValueError(
             f"--model {model}: there is no such directory; a hub name has the form org/model"

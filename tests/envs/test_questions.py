@@ -70,7 +70,7 @@ def test_a_file_that_is_none_of_questions_is_named_with_the_line(tmp_path):
         QuestionsEnv(path=str(tmp_path / "nowhere.jsonl"))
     file = tmp_path / "bad.jsonl"
     file.write_text('{"question": "q", "answer": "1"}\n{"question": "q"}\n')
-    with pytest.raises(ValueError, match=r"bad\.jsonl', line 2 is no .*KeyError\('answer'\)"):
+    with pytest.raises(ValueError, match=r"bad\.jsonl', line 2 is not .*KeyError\('answer'\)"):
         QuestionsEnv(path=str(file))
 
 

@@ -269,7 +269,7 @@ def test_a_filter_that_raises_ends_the_run_by_its_name():
 def test_a_filter_is_found_by_its_name_or_as_a_function_of_ones_own():
     assert find_filter("equal_rewards") is equal_rewards
     assert find_filter("flash.rollout.filters:equal_rewards") is equal_rewards
-    with pytest.raises(ValueError, match=r"rollout.filters: 'equal' is none of equal_rewards"):
+    with pytest.raises(ValueError, match=r"rollout.filters: 'equal' is not one of equal_rewards"):
         find_filter("equal")
     with pytest.raises(ValueError, match=r"rollout.filters='json:nothing' can't be imported"):
         find_filter("json:nothing")
