@@ -6,7 +6,8 @@ A whole run, top to bottom: flash/train.py. To embed the rollout in a script: `R
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flash.environments.hosts import EnvHosts, InlineEnvs
+    from flash.environments.hosts import EnvHosts
+    from flash.environments.inline import InlineEnvs
     from flash.errors import FlashError
     from flash.hub.hub import InferenceHub
     from flash.rollout.loop import RolloutLoop
@@ -28,7 +29,8 @@ __all__ = [
 
 # Where a name is, once it is asked for: every child process imports this package, few need all.
 _PLACES = {
-    "environments.hosts": ("EnvHosts", "InlineEnvs"),
+    "environments.hosts": ("EnvHosts",),
+    "environments.inline": ("InlineEnvs",),
     "errors": ("FlashError",),
     "hub.hub": ("InferenceHub",),
     "rollout.loop": ("RolloutLoop",),

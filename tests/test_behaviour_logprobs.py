@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flash.agents import EnvironmentAgent, PlainStyle
-from flash.environments.hosts import InlineEnvs
+from flash.environments.inline import InlineEnvs
 from flash.envs.frozen_lake import FrozenLakeTextEnv
 from flash.hub.hub import InferenceHub
 from flash.hub.pool import EmbeddedPool

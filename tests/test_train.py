@@ -17,7 +17,8 @@ from flash.cli import run as flash
 from flash.evaluate import evaluate
 from flash.hub.pool import EmbeddedPool
 from flash.machine import has_vllm
-from flash.telemetry.folder import METRICS, read_lines
+from flash.telemetry.folder import read_lines
+from flash.telemetry.metrics import METRICS
 from flash.train import train
 from flash.trainer.config import TrainerConfig
 from flash.trainer.trainer import Trainer

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flash import registry
-from flash.environments import hosts
+from flash.environments import inline
 from flash.process import serve
 from flash.types import Observation, Task
 
@@ -13,7 +13,7 @@ class EnvHost:
     """Answers the calls of `flash.environments.hosts.EnvHosts`."""
 
     def __init__(self) -> None:
-        self._envs: dict[int, hosts.TextEnv] = {}
+        self._envs: dict[int, inline.TextEnv] = {}
 
     def configure(self, name: str, options: Mapping[str, Any]) -> None:
         self._make = registry.environment(name)
@@ -23,10 +23,10 @@ class EnvHost:
         self._envs[env_id] = self._make(**self._options)
 
     def reset(self, env_id: int, task: Task) -> Observation:
-        return hosts.reset(self._envs[env_id], task)
+        return inline.reset(self._envs[env_id], task)
 
     def step(self, env_id: int, action: str) -> Observation:
-        return hosts.step(self._envs[env_id], action)
+        return inline.step(self._envs[env_id], action)
 
     def close(self, env_id: int) -> None:
         self._envs.pop(env_id).close()

@@ -1,19 +1,12 @@
-"""Where agents get environments: in this process, or in environment host processes.
-
-An environment is a `gymnasium.Env` with text spaces, which blocks while it steps. One that takes
-well under a millisecond and shares nothing with others may run in the event loop (`InlineEnvs`);
-every other belongs into a host process (`EnvHosts`), which can be killed when it hangs.
-"""
+"""Environments in host processes, which can be killed when they hang."""
 
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import gymnasium
 
 from flash.errors import EnvFailure, ProcessFailure
 from flash.process import Child
@@ -21,59 +14,7 @@ from flash.types import AsyncEnv, Observation, Task
 
 logger = logging.getLogger(__name__)
 
-TextEnv = gymnasium.Env[str, str]
-
 _START_TIMEOUT_S = 60.0
-
-
-def reset(env: TextEnv, task: Task) -> Observation:
-    """The first observation of the task's episode."""
-    text, info = env.reset(seed=task.seed, options=dict(task.options))
-    return Observation(text=text, info=info)
-
-
-def step(env: TextEnv, action: str) -> Observation:
-    """What the environment answers to the action."""
-    text, reward, terminated, truncated, info = env.step(action)
-    return Observation(
-        text=text, reward=float(reward), terminated=terminated, truncated=truncated, info=info
-    )
-
-
-# ── in this process ──────────────────────────────────────────────────────────────────────────
-
-
-class InlineEnvs:
-    """Environments that run in the event loop: for those that never block."""
-
-    def __init__(self, make: Callable[[], TextEnv]) -> None:
-        self._make = make
-
-    async def open(self) -> AsyncEnv:
-        return _InlineEnv(self._make())
-
-
-class _InlineEnv:
-    def __init__(self, env: TextEnv) -> None:
-        self._env = env
-
-    async def reset(self, task: Task) -> Observation:
-        try:
-            return reset(self._env, task)
-        except Exception as error:  # the boundary to the environment's code
-            raise EnvFailure(f"reset to {task} raised {error!r}") from error
-
-    async def step(self, action: str) -> Observation:
-        try:
-            return step(self._env, action)
-        except Exception as error:  # the boundary to the environment's code
-            raise EnvFailure(f"step({action!r}) raised {error!r}") from error
-
-    def close(self) -> None:
-        self._env.close()
-
-
-# ── in host processes ────────────────────────────────────────────────────────────────────────
 
 
 class EnvHosts:

@@ -10,7 +10,8 @@ from flash import registry
 from flash.config import Config
 from flash.door import Door
 from flash.door.command import CommandAgent
-from flash.environments.hosts import EnvHosts, InlineEnvs
+from flash.environments.hosts import EnvHosts
+from flash.environments.inline import InlineEnvs
 from flash.reward.stage import RewardStage
 from flash.rollout.episode import AgentFactory
 from flash.types import EnvSource, PromptStyle

@@ -2,7 +2,7 @@
 
 runs/<name>/
 ├── config.yaml       the resolved configuration
-├── metrics.jsonl     a line a step; names and units in METRICS
+├── metrics.jsonl     a line a step; names and units in metrics.py
 ├── episodes.jsonl    a line an ended episode: EpisodeRecord
 ├── events.out.…      the same metrics for TensorBoard
 ├── checkpoints/      step_<version>/; whole once tasks.json is in it
@@ -37,84 +37,6 @@ from flash.rollout.tasks import TASKS_FILE
 from flash.trainer.checkpoint import STATE_FILE
 
 logger = logging.getLogger(__name__)
-
-METRICS = {
-    "step": "batches trained, including this one",
-    "policy_version": "of the published weights",
-    "time_s": "seconds since the run began, warm start excluded",
-    "reward/mean": "of the trained episodes",
-    "success_rate": "of the trained episodes, 0 to 1",
-    "loss": "what was minimised, mean over mini-batches",
-    "grad_norm": "before clipping, mean over mini-batches",
-    "kl_behaviour": "KL(behaviour ‖ policy) in nats a token, k3 estimate",
-    "ratio/clip_fraction": "share of tokens whose policy gradient a clip or a mask stopped",
-    "logprob_gap/max": "largest |worker - trainer| logprob: of the probe and of tokens of age 0",
-    "staleness/mean": "age of trained tokens, in versions",
-    "staleness/max": "never above alpha",
-    "staleness/histogram": "trained tokens of age 0, 1, 2, …",
-    "episodes/admitted": "since the start; = running + ready + the four outcomes",
-    "episodes/running": "now",
-    "episodes/ready": "ended and waiting for a batch, now",
-    "episodes/trained": "since the start",
-    "episodes/dropped": "since the start",
-    "episodes/failed": "since the start",
-    "episodes/cancelled": "since the start",
-    "waste/tokens": "sampled by episodes that were not trained, since the start",
-    "waste/env_s": "seconds of environments and agents of such episodes, since the start",
-    "tokens/prompt": "sent to workers, since the start",
-    "tokens/generated": "sampled by workers, since the start",
-    "tokens/trained": "sampled tokens in this batch",
-    "tokens_per_s": "sampled by workers, over this step",
-    "idle/trainer": "share of this step in which the trainer waited for a batch",
-    "idle/workers": "share of this step in which a worker had no request, mean over workers",
-    "idle/env_hosts": "share of this step in which a host had no call, mean; null without hosts",
-    "time/generate_s": "of a trained episode, mean",
-    "time/env_s": "of a trained episode, mean",
-    "time/agent_s": "of a trained episode, between the calls of an agent of your own, mean",
-    "time/reward_s": "of a trained episode, mean",
-    "time/wait_batch_s": "the trainer waited for this batch",
-    "time/train_s": "the trainer trained",
-    "time/publish_s": "export, publish and probe",
-    "bias/turns": "of trained over admitted episodes, since the start; below 1: slow ones starve",
-    "bias/tokens": "likewise, sampled tokens; of a response under way those known so far",
-    "bias/seconds": "likewise, seconds from admission to the end",
-    "publish/count": "since the start",
-    "publish/paused_s": "seconds that workers were paused, summed over workers, since the start",
-}
-"""In every line but that of step 0; the names are fixed. A resume counts as a start."""
-
-MORE_METRICS = {
-    "eval/version": "whose weights were evaluated; in an earlier line's, with eval.mode=beside",
-    "eval/success_rate": "on the held-out tasks, 0 to 1",
-    "eval/reward_mean": "of the held-out episodes",
-    "eval/turns_mean": "of the held-out episodes",
-    "eval/episodes": "that came to their ends",
-    "eval/failed": "tasks given up after their last attempt",
-    "eval/time_s": "the evaluation took",
-    "turns/mean": "of the trained episodes",
-    "ratio/mean": "policy / proximal policy, mean over tokens whose proximal logprob is known",
-    "weight/mean": "what the objective multiplied A·∇log π by, mean over trained tokens",
-    "weight/capped_fraction": "share of tokens whose weight was cut to a bound",
-    "weight/ess": "effective sample size of these weights, as a share of the tokens",
-    "weight/p01": "1st percentile of these weights; also p50 and p99",
-    "weight/p50": "their median",
-    "weight/p99": "their 99th percentile",
-    "importance/mean": "policy / behaviour policy, whatever the objective; 1 but for noise",
-    "alpha": "in force when the batch was taken: the configured bound, or less if it is adaptive",
-    "importance/ess": "effective sample size of policy / behaviour policy, as a share of tokens",
-    "mismatch/kl_fresh": "KL(behaviour ‖ proximal) of tokens of age 0: engine against trainer",
-    "mismatch/kl_stale": "KL(behaviour ‖ proximal) of older tokens: staleness as well",
-    "kl_reference": "KL(policy ‖ reference) in nats a token, k3 estimate",
-    "entropy": "of the policy's choice of each trained token, in nats",
-    "learning_rate": "of the last optimizer step",
-    "critic/loss": "of values against returns, mean over mini-batches",
-    "critic/clip_fraction": "share of tokens whose value the clip stopped",
-    "critic/grad_norm": "before clipping, mean over mini-batches",
-    "critic/value_mean": "what the critic expected before the step, mean over trained tokens",
-    "critic/return_mean": "what it is taught, mean over trained tokens",
-    "critic/explained_variance": "of the returns by the critic: 1 knows all, 0 a constant does it",
-}
-"""In lines with an evaluation, and what the objective in use adds."""
 
 
 class RunFolder(Observer):

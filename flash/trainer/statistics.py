@@ -73,7 +73,7 @@ class StepStatistics:
             self._gap = torch.maximum(self._gap, gap_S[fresh_S].max())
 
     def metrics(self, losses: float) -> dict[str, float]:
-        """Names as in flash.telemetry.folder; without those that no token of the step tells.
+        """Names as in flash.telemetry.metrics; without those that no token of the step tells.
 
         The loss that was added up is divided by `losses`: the mini-batches, or the denominator
         of a batch that came in parts.

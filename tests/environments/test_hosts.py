@@ -7,7 +7,8 @@ import signal
 import gymnasium
 import pytest
 
-from flash.environments.hosts import EnvHosts, InlineEnvs
+from flash.environments.hosts import EnvHosts
+from flash.environments.inline import InlineEnvs
 from flash.errors import EnvFailure
 from flash.types import Task
 

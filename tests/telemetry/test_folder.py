@@ -13,7 +13,8 @@ from flash.config import load
 from flash.errors import InferenceFailure
 from flash.evaluation.result import Evaluation
 from flash.rollout.record import EpisodeRecord
-from flash.telemetry.folder import METRICS, MORE_METRICS, RunFolder, newest_checkpoint, read_lines
+from flash.telemetry.folder import RunFolder, newest_checkpoint, read_lines
+from flash.telemetry.metrics import METRICS, MORE_METRICS
 
 FIXED = """
 step policy_version time_s reward/mean success_rate loss grad_norm kl_behaviour
@@ -36,8 +37,8 @@ def expand(word):
 
 def test_what_the_watchdog_says_is_kept_in_the_runs_folder(tmp_path):
     with RunFolder(config(tmp_path)) as folder:
-        folder.stall("the reward hangs [reward_hangs]")
-        folder.stall("and again")
+        folder.stalled("the reward hangs [reward_hangs]")
+        folder.stalled("and again")
     kept = (folder.path / "logs" / "stalls.log").read_text()
     assert re.findall(r"^[\d-]+ [\d:]+ (.*)", kept, re.MULTILINE) == [
         "the reward hangs [reward_hangs]",
@@ -80,7 +81,7 @@ def test_steps_are_lines_and_tensorboard_events(tmp_path):
 def test_the_folder_of_a_run_holds_what_its_description_names(tmp_path):
     with RunFolder(config(tmp_path)) as folder:
         folder.step({"step": 1, "time_s": 2.0})
-        folder.episode(episode(0))
+        folder.ended(None, episode(0))
         folder.summary(
             {"steps": 1, "rate": math.nan, "list": [math.inf, (1.0, math.nan)], "in": {"x": -1}}
         )
@@ -181,12 +182,12 @@ def test_a_resume_forgets_the_episodes_that_are_trained_again(tmp_path):
             episode(2, trained_at=1),  # by step 2, which is after the checkpoint of step 1
             episode(3, outcome="cancelled"),
         ):
-            folder.episode(record)
+            folder.ended(None, record)
         folder.step({"step": 1, "time_s": 1.0})
         save(folder, 1)
     with RunFolder(config(tmp_path, **{"checkpoint.resume": True})) as folder:
         folder.forget_after(1)
-        folder.episode(episode(4, trained_at=1))
+        folder.ended(None, episode(4, trained_at=1))
     lines = read_lines(folder.path / "episodes.jsonl")
     assert [line["episode"] for line in lines] == [0, 1, 4]
     assert lines[0]["stages_s"] == {"env": 0.1}

@@ -10,8 +10,8 @@ import pytest
 from matplotlib.text import Text
 from rich.console import Console
 
-from flash.telemetry.folder import METRICS
 from flash.telemetry.live import Snapshot, dashboard, open_view, sparkline
+from flash.telemetry.metrics import METRICS
 from flash.telemetry.report import draw, write_report
 
 NAN = math.nan
