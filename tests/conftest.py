@@ -14,3 +14,11 @@ def _default_event_loop() -> Iterator[None]:
     yield
     asyncio.set_event_loop(None)
     loop.close()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        import torch  # noqa: PLC0415 (most tests never need it)
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs an NVIDIA GPU")

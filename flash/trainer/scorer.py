@@ -1,7 +1,7 @@
 """Logprobs of packed sequences under a model, computed only for the tokens that are asked for.
 
 Legend: N tokens of one or more sequences, one after the other, without padding; S of them are
-scored; C in one chunk; H heads; D width; V vocabulary.
+scored; C in one chunk; D width; V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -9,19 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface
 
-PACKED_ATTENTION = (
-    "packed_causal"  # transformers takes any name with "flash" in it for FlashAttention
-)
+from flash.trainer.attention import Packing
 
 # Heads that are more than one matrix; their models compute their own logits.
 _HEAD_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
-# What attention is changed by in some models, and is not done here.
-_UNKNOWN_TO_US = ("softcap", "s_aux", "position_bias")
 
 
 class TokenScorer(nn.Module):
@@ -100,13 +94,12 @@ class TokenScorer(nn.Module):
 
 def packed_inputs(token_ids_N: Tensor, lengths: Sequence[int]) -> dict[str, Any]:
     """The arguments of a forward pass over packed sequences of these lengths."""
+    device = token_ids_N.device
     return {
         "input_ids": token_ids_N[None],
-        "position_ids": torch.cat(
-            [torch.arange(length, device=token_ids_N.device) for length in lengths]
-        )[None],
+        "position_ids": torch.cat([torch.arange(length) for length in lengths]).to(device)[None],
         "use_cache": False,
-        "sequence_lengths": tuple(lengths),
+        "packing": Packing.of(lengths, device),
     }
 
 
@@ -123,52 +116,3 @@ def _pick(
         return logprobs_C
     mean_logit_CV = (logits_CV - total_C[:, None]).exp() * logits_CV
     return torch.stack([logprobs_C, total_C - mean_logit_CV.sum(-1)])
-
-
-def _packed_attention(
-    module: nn.Module,
-    query_1HND: Tensor,
-    key_1HND: Tensor,
-    value_1HND: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    sequence_lengths: tuple[int, ...],
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **settings: Any,
-) -> tuple[Tensor, None]:
-    """Causal attention of each sequence over itself, [1, N, H, D].
-
-    One call of the fused causal kernel a sequence. One call a row, with a mask that keeps the
-    sequences apart, takes 2.5 times as long on a CPU: it computes what the mask throws away.
-    """
-    for name in _UNKNOWN_TO_US:
-        if settings.get(name) is not None:
-            raise ValueError(f"{type(module).__name__} needs {name!r} in attention: not supported")
-    assert attention_mask is None
-    heads_per_key = query_1HND.shape[1] // key_1HND.shape[1]
-    if heads_per_key > 1:
-        key_1HND = key_1HND.repeat_interleave(heads_per_key, dim=1)
-        value_1HND = value_1HND.repeat_interleave(heads_per_key, dim=1)
-    lengths = list(sequence_lengths)
-    attended = []
-    for query, key, value in zip(
-        torch.split(query_1HND, lengths, dim=2),
-        torch.split(key_1HND, lengths, dim=2),
-        torch.split(value_1HND, lengths, dim=2),
-        strict=True,
-    ):
-        window = None
-        if sliding_window is not None and query.shape[2] > sliding_window:
-            ones = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool, device=query.device)
-            window = ones.tril().triu(1 - sliding_window)
-        attended.append(
-            scaled_dot_product_attention(
-                query, key, value, attn_mask=window, is_causal=window is None, scale=scaling
-            )
-        )
-    return torch.cat(attended, dim=2).transpose(1, 2).contiguous(), None
-
-
-# No mask function is registered under this name, so transformers makes no mask either.
-AttentionInterface.register(PACKED_ATTENTION, _packed_attention)

@@ -10,8 +10,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
+from flash.trainer.attention import PACKED_ATTENTION
 from flash.trainer.config import TrainerConfig
-from flash.trainer.scorer import PACKED_ATTENTION
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0
 

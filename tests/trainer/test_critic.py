@@ -19,6 +19,7 @@ from flash.trainer.config import CriticConfig, TrainerConfig
 from flash.trainer.objectives.settings import KlSettings, Ppo, Vanilla
 from flash.trainer.packing import divide
 from flash.trainer.rank import Rank
+from flash.trainer.scorer import packed_inputs
 from flash.trainer.trainer import Trainer
 from flash.trainer.values import trained, with_values
 from flash.types import Batch, Sample
@@ -294,12 +295,8 @@ def plain_logits(rank: Rank, tokens_QT: torch.Tensor) -> torch.Tensor:
     count, length = tokens_QT.shape
     scorer = rank._scorer
     scorer.unshard()  # type: ignore[operator]
-    hidden = scorer.model.base_model(
-        input_ids=tokens_QT.reshape(1, -1),
-        position_ids=torch.arange(length).repeat(count)[None],
-        use_cache=False,
-        sequence_lengths=(length,) * count,
-    ).last_hidden_state[0]
+    inputs = packed_inputs(tokens_QT.flatten(), (length,) * count)
+    hidden = scorer.model.base_model(**inputs).last_hidden_state[0]
     logits: torch.Tensor = scorer.model.get_output_embeddings()(hidden[length - 1 :: length])
     scorer.reshard()  # type: ignore[operator]
     return logits

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3NextConfig
 
-from flash.trainer.scorer import PACKED_ATTENTION, TokenScorer
+from flash.trainer.attention import PACKED_ATTENTION, Packing
+from flash.trainer.scorer import TokenScorer
 
 LENGTHS = (7, 1, 30, 2, 12)
 SaveModel = Callable[..., Path]
@@ -43,6 +44,25 @@ def test_a_packed_sequence_scores_as_it_does_alone(
         for logprob in reference_logprobs(plain, sequence.tolist())
     ]
     np.testing.assert_allclose(logprobs_S.detach().numpy(), alone, atol=2e-5)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_packed_sequences_score_in_bfloat16_as_well_as_alone(
+    directory: Path, reference_logprobs: Reference
+) -> None:
+    token_ids_N, scored_S = packed()
+    exact_S = TokenScorer(load(directory))(token_ids_N, LENGTHS, scored_S).detach()
+    on_gpu = TokenScorer(load(directory).to("cuda", torch.bfloat16))
+    packed_S = on_gpu(token_ids_N.cuda(), LENGTHS, scored_S.cuda()).detach().cpu()
+    plain = Model.from_pretrained(directory, attn_implementation="eager", dtype=torch.bfloat16)
+    alone_S = torch.tensor(
+        [
+            logprob
+            for sequence in token_ids_N.split(list(LENGTHS))
+            for logprob in reference_logprobs(plain, sequence.tolist())
+        ]
+    )
+    assert (packed_S - exact_S).abs().mean() < 2 * (alone_S - exact_S).abs().mean()
 
 
 def test_only_the_tokens_asked_for_are_scored_in_their_order(directory: Path) -> None:
@@ -120,7 +140,7 @@ def test_an_attention_that_is_not_done_here_is_refused(tmp_path: Path) -> None:
         attn_implementation=PACKED_ATTENTION,
     )
     with pytest.raises(ValueError, match="softcap"):
-        model(torch.tensor([[1, 2]]), sequence_lengths=(2,), softcap=30.0)
+        model(torch.tensor([[1, 2]]), packing=Packing.of((2,), "cpu"), softcap=30.0)
 
 
 @pytest.mark.parametrize("kept_logits", [10**9, 5 * 97])
