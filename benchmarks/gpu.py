@@ -1,0 +1,607 @@
+"""What the project does on one GPU, in five minutes; the table comes last.
+
+    python benchmarks/gpu.py [--parts facts,trainer,…] [--limit 300] [--policy DIRECTORY]
+
+Parts, in this order, each in a process of its own; one that no time is left for is left out, and
+the table says so:
+
+    facts       the card, the versions, what copies and matrix products reach
+    trainer     a rank's steps: a model of 0.5 billion random parameters, episodes short and long
+    alfworld    the ALFWorld preset with the embedded worker: learning, and where a step's time goes
+    attention   one layer's, by every way there is
+    embedded    the embedded worker's decoding, with the trainer's model
+    publish     export, load, and how many of the weights a step changes
+
+`--policy` is a small policy that was taught before (`runs/.small_policies/alfworld-…`); without it
+the preset makes one first. Without a GPU the model is small, and no figure means anything.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import gc
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from engines import lines
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.profiler import ProfilerActivity, profile
+from trainer import (
+    CUDA,
+    DEVICE,
+    SIZES,
+    Size,
+    Variant,
+    episodes,
+    flops,
+    gpu_name,
+    now,
+    padded_rows,
+)
+from transformers import AutoModelForCausalLM
+
+from flash.quiet import no_progress_bars
+from flash.simulate.hardware import GPUS
+from flash.trainer.attention import Packing, VarlenKernel, attend_one_by_one, varlen_kernel
+from flash.trainer.config import TrainerConfig
+from flash.trainer.micro_batch import pack
+from flash.trainer.objectives.aggregation import scales
+from flash.trainer.packing import divide
+from flash.trainer.rank import Rank
+from flash.types import Sample
+from flash.worker.engine import EmbeddedEngine, EngineRequest
+
+RESULTS = Path(__file__).parent / "results"
+SIZE = "0.5b" if CUDA else "small"
+DTYPE = torch.bfloat16 if CUDA else torch.float32
+HEADS = (14, 2, 64) if CUDA else (4, 2, 16)  # of queries, of keys, and their width
+# Median tokens of an episode, and how many there are.
+EPISODES = {"short": (220, 256), "long": (2000, 48)} if CUDA else {"short": (40, 16)}
+BUDGETS = (32_768, 16_384, 8_192) if CUDA else (1024, 512)
+REPEATS = 2
+END_S = 10  # for a part to end itself, once it is told to
+
+Figures = dict[str, Any]
+Row = tuple[str, Figures]  # what was measured, and figures by name and unit
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """`run` yields its rows, the most wanted first."""
+
+    run: Callable[[argparse.Namespace], Iterator[Row]]
+    least_s: int  # with less time left it is not begun
+    most_s: int
+
+
+# ── the parts ────────────────────────────────────────────────────────────────────────────────
+
+
+def facts(_: argparse.Namespace) -> Iterator[Row]:
+    packages = ("torch", "transformers", "triton", "numpy")
+    yield (
+        "versions",
+        {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in packages if name != "triton" or CUDA},
+    )
+    if not CUDA:
+        yield "card", {"name": "none", "cores": os.cpu_count()}
+        return
+    card = torch.cuda.get_device_properties(0)
+    yield "card", {"name": card.name, "GB": card.total_memory / 1e9, "cuda": torch.version.cuda}
+    half = {"device": DEVICE, "dtype": torch.bfloat16}
+    source = torch.randn(1 << 31, **half)
+    target = torch.empty_like(source)
+    copied_s = median_s(partial(target.copy_, source), 10)
+    yield "copy", {"GB/s read and written": 2 * source.nbytes / copied_s / 1e9}
+    left, right = torch.randn(8192, 8192, **half), torch.randn(8192, 8192, **half)
+    multiplied_s = median_s(lambda: left @ right, 10)
+    yield "matrix product, bfloat16", {"TFLOP/s": 2 * 8192**3 / multiplied_s / 1e12}
+
+
+def trainer(_: argparse.Namespace) -> Iterator[Row]:
+    samples = {name: of_kind(name) for name in EPISODES}
+    with made_model() as model:
+        with started(model, TrainerConfig()) as rank:
+            for budget, (name, of) in itertools.product(BUDGETS, samples.items()):
+                yield f"{name}, {budget} a pass", steps(rank, of, budget)
+            for name, of in samples.items() if CUDA else ():
+                yield f"{name}, one pass", kernels(rank, of)
+        with started(model, TrainerConfig(gradient_checkpointing=True)) as rank:
+            for name, of in samples.items():
+                yield f"{name}, {BUDGETS[0]} a pass, recomputed", steps(rank, of, BUDGETS[0])
+            for name, of in samples.items():
+                yield f"{name}, {BUDGETS[0]} a pass, padded", padded(model, of, BUDGETS[0])
+
+
+def alfworld(options: argparse.Namespace) -> Iterator[Row]:
+    with tempfile.TemporaryDirectory(dir=in_memory()) as folder:
+        command = [
+            sys.executable, "-c", "from flash.cli import main; main()", "train", "alfworld",
+            "--name=gpu", f"--runs_dir={folder}", "--engine=embedded", "--eval_every=0",
+            "--eval.tasks=64", f"--steps={options.steps}",
+            # Reported here; in a run of its own a larger one than the default ends it.
+            "--engine.gap_limit=10",
+        ]  # fmt: skip
+        if options.policy:
+            command.append(f"--model={options.policy}")
+        process = subprocess.Popen(command, stdout=sys.stderr)
+        try:
+            process.wait(options.limit - 2 * END_S)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(END_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        metrics = Path(folder) / "gpu" / "metrics.jsonl"
+        if not metrics.exists():
+            raise RuntimeError(f"the run ended with {process.returncode} before its first step")
+        rows = lines(metrics)
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "gpu_alfworld.jsonl").write_text(metrics.read_text())
+    yield from of_run(rows)
+
+
+def of_run(rows: list[Figures]) -> Iterator[Row]:
+    done = [row for row in rows if row["step"]]
+    if not done:
+        raise RuntimeError("no step was done in time")
+
+    def middle(name: str) -> float:
+        return statistics.median(row[name] for row in done[1:] or done)
+
+    took_s = [after["time_s"] - before["time_s"] for before, after in itertools.pairwise(done)]
+    yield "a step, median", {
+        "steps": len(done), "s": statistics.median(took_s or [done[0]["time_s"]]),
+        "train s": middle("time/train_s"), "publish s": middle("time/publish_s"),
+        "wait s": middle("time/wait_batch_s"), "first step s": done[0]["time_s"],
+        "sampled tok/s": middle("tokens_per_s"), "trained tok": middle("tokens/trained"),
+    }  # fmt: skip
+    gaps = [row["logprob_gap/max"] for row in rows if row.get("logprob_gap/max") is not None]
+    yield "logprobs, worker against trainer", {
+        "median of steps' largest": statistics.median(gaps), "largest": max(gaps),
+        "kl of fresh tokens": middle("mismatch/kl_fresh"),
+    }  # fmt: skip
+    third = max(1, len(done) // 3)
+    yield (
+        "learning",
+        {
+            "success, first third": statistics.fmean(r["success_rate"] for r in done[:third]),
+            "last third": statistics.fmean(r["success_rate"] for r in done[-third:]),
+        }
+        | {
+            f"held out after {row['step']}": row["eval/success_rate"]
+            for row in rows
+            if row.get("eval/success_rate") is not None
+        },
+    )
+
+
+def attention(_: argparse.Namespace) -> Iterator[Row]:
+    ways = {"padded": in_rows, "one by one": partial(packed, attend_one_by_one)}
+    if CUDA and (kernel := varlen_kernel()) is not None:
+        ways = {"varlen": partial(packed, kernel.attend)} | ways
+        if not kernel.grouped:
+            # That of torch 2.11 does not say that it takes fewer keys, nor that it does not.
+            ways["varlen, keys shared"] = partial(packed, sharing(kernel))
+    for name in EPISODES:
+        # One that warms up, and more of other lengths: cuDNN plans anew for each length.
+        passes = [first_pass([s.num_tokens for s in of_kind(name, seed)]) for seed in range(4)]
+        told = f"{name}, {sum(passes[0])} tokens in {len(passes[0])}"
+        for way, prepare in ways.items():
+            yield f"{told}, {way}", or_failed(partial(first_and_again, prepare, passes))
+
+
+def packed(attend: Callable[..., Tensor], lengths: list[int]) -> Callable[[], None]:
+    """Forward and backward of one layer's attention."""
+    packing = Packing.of(lengths, DEVICE)
+    inputs = heads(1, sum(lengths))
+
+    def run() -> None:
+        attend(*inputs, packing, scaling=None, sliding_window=None).sum().backward()
+
+    return run
+
+
+def in_rows(lengths: list[int]) -> Callable[[], None]:
+    """As `packed`, of rows filled up to the longest."""
+    inputs = heads(len(lengths), max(lengths))
+
+    def run() -> None:
+        scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True).sum().backward()
+
+    return run
+
+
+def heads(rows: int, length: int) -> list[Tensor]:
+    queries, keys, width = HEADS
+    return [
+        torch.randn(rows, count, length, width, device=DEVICE, dtype=DTYPE).requires_grad_()
+        for count in (queries, keys, keys)
+    ]
+
+
+def first_and_again(
+    prepare: Callable[[list[int]], Callable[[], None]], passes: list[list[int]]
+) -> Figures:
+    """What each pass takes when its lengths are new, and when they are not."""
+    first_ms, again_ms = [], []
+    for lengths in passes:
+        attend = prepare(lengths)
+        times = [1e3 * median_s(attend, 1, warm_up=False) for _ in range(3)]
+        first_ms.append(times[0])
+        again_ms += times[1:]
+    return {
+        "new lengths ms": statistics.median(first_ms[1:]),
+        "the same again ms": statistics.median(again_ms[2:]),
+    }
+
+
+def sharing(kernel: VarlenKernel) -> Callable[..., Tensor]:
+    def call(*tensors: Any, enable_gqa: bool, **settings: Any) -> Any:
+        return kernel.call(*tensors, **settings)
+
+    return VarlenKernel(call, grouped=True).attend
+
+
+def embedded(_: argparse.Namespace) -> Iterator[Row]:
+    prompt, new = (128, 96) if CUDA else (16, 8)
+    with made_model() as model:
+        for requests in (1, 64):
+            figures = asyncio.run(decoding(model, requests, prompt, new))
+            yield f"{requests} at a time, {prompt} tokens and {new} more", figures
+
+
+async def decoding(model: Path, requests: int, prompt: int, new: int) -> Figures:
+    engine = opened_engine(model)
+    names = itertools.count()
+
+    async def ask(tokens: int) -> float:
+        prompts = torch.randint(4, SIZES[SIZE]().config.vocab_size, (requests, prompt)).tolist()
+        began = time.perf_counter()
+        async with asyncio.TaskGroup() as group:
+            for ids in prompts:
+                name = str(next(names))
+                request = EngineRequest(request_id=name, token_ids=ids, max_tokens=tokens)
+                group.create_task(engine.generate(request))
+        return time.perf_counter() - began
+
+    try:
+        await ask(4)  # warms up
+        prompt_s, all_s = await ask(1), await ask(new)
+    finally:
+        engine.close()
+    step_s = (all_s - prompt_s) / (new - 1)
+    return {
+        "decode ms a step": 1e3 * step_s, "decode tok/s": requests / step_s,
+        "tok/s in all": requests * new / all_s, "prompts and a token ms": 1e3 * prompt_s,
+    }  # fmt: skip
+
+
+def opened_engine(model: Path) -> EmbeddedEngine:
+    return EmbeddedEngine(
+        str(model), device=DEVICE, dtype=str(DTYPE).removeprefix("torch."),
+        cache_tokens=32_768, max_running=64,
+    )  # fmt: skip
+
+
+def publish(_: argparse.Namespace) -> Iterator[Row]:
+    samples = of_kind("long" if CUDA else "short")[:16]
+    with made_model() as model:
+        for learning_rate in (1e-6, 1e-5):
+            config = TrainerConfig(learning_rate=learning_rate, warmup_steps=0)
+            before, after = (model / f"{when} {learning_rate}" for when in ("before", "after"))
+            with started(model, config) as rank:
+                for _ in range(2):  # the first of Adam's steps are its largest
+                    step(rank, samples, config)
+                rank.export(str(before))
+                step(rank, samples, config)
+                export_s = seconds(partial(rank.export, str(after)))
+            yield f"one step at {learning_rate:g}", changed(before, after)
+        size = sum(file.stat().st_size for file in after.glob("*.safetensors"))
+        load = asyncio.run(loading(model, after))
+        yield "weights on their way", {"GB": size / 1e9, "export s": export_s, **load}
+
+
+async def loading(model: Path, exported: Path) -> Figures:
+    engine = opened_engine(model)
+    try:
+        request = EngineRequest(request_id="0", token_ids=[5] * 16, max_tokens=2)
+        await engine.generate(request)
+        began = now()
+        await engine.pause("keep")
+        pause_s = now() - began
+        load_s = seconds(lambda: engine.load_weights(exported))
+        await engine.resume()
+    finally:
+        engine.close()
+    return {"pause s": pause_s, "load s": load_s}
+
+
+def changed(before: Path, after: Path) -> Figures:
+    """The share of exported values that are not what they were."""
+    from safetensors.torch import load_file  # noqa: PLC0415
+
+    different = total = 0
+    for file in sorted(before.glob("*.safetensors")):
+        old, new = load_file(file), load_file(after / file.name)
+        for name, tensor in old.items():
+            different += int((tensor.to(DEVICE) != new[name].to(DEVICE)).sum())
+            total += tensor.numel()
+    return {"values changed %": 100 * different / total, "of millions": total / 1e6}
+
+
+# ── what they share ──────────────────────────────────────────────────────────────────────────
+
+
+def of_kind(name: str, seed: int = 0) -> list[Sample]:
+    median, count = EPISODES[name]
+    config = SIZES[SIZE]().config
+    return episodes(count, Size(config, median=median, longest=16_384, budget=0), seed)
+
+
+def first_pass(lengths: list[int]) -> list[int]:
+    """As many as one pass of the largest budget has room for."""
+    taken: list[int] = []
+    for length in lengths:
+        if sum(taken) + length <= BUDGETS[0]:
+            taken.append(length)
+    return taken
+
+
+@contextlib.contextmanager
+def made_model() -> Iterator[Path]:
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory(dir=in_memory()) as folder:
+        # In float32: between two values of bfloat16 as trained weights are, for `changed`.
+        with torch.device(DEVICE), no_progress_bars():
+            config = SIZES[SIZE]().config
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model.save_pretrained(folder)
+        del model
+        free()
+        yield Path(folder)
+
+
+@contextlib.contextmanager
+def started(model: Path, config: TrainerConfig) -> Iterator[Rank]:
+    """The trainer's one rank, in this process; nobody may keep it."""
+    with tempfile.TemporaryDirectory() as folder, no_progress_bars():
+        rank = Rank()
+        rank.start(str(model), None, config, 0, 1, f"{folder}/rendezvous", 0)
+        try:
+            yield rank
+        finally:
+            rank.__dict__.clear()
+            dist.destroy_process_group()
+            free()
+
+
+def step(rank: Rank, samples: list[Sample], config: TrainerConfig) -> float:
+    """Seconds of one step."""
+    (mini_batches,) = divide(samples, config)
+    return seconds(lambda: rank.step(mini_batches, 0))
+
+
+def steps(rank: Rank, samples: list[Sample], budget: int) -> Figures:
+    """What steps with so many tokens a pass come to."""
+    config = TrainerConfig(tokens_per_micro_batch=budget)
+
+    def measure() -> Figures:
+        if CUDA:
+            torch.cuda.reset_peak_memory_stats()
+        took = [step(rank, samples, config) for _ in range(REPEATS + 1)]
+        ((mini_batch,),) = divide(samples, config)
+        return {
+            **rates(samples, statistics.median(took[1:])), "first s": took[0],
+            "passes": len(mini_batch.micro_batches),
+            "peak GB": torch.cuda.max_memory_allocated() / 1e9 if CUDA else 0.0,
+        }  # fmt: skip
+
+    return or_failed(measure)
+
+
+def padded(model: Path, samples: list[Sample], budget: int) -> Figures:
+    """As `steps`, with rows filled up to the longest."""
+
+    def measure() -> Figures:
+        rows = padded_rows([s.num_tokens for s in samples], budget)
+        scale = scales(samples, "token_mean")
+        micros = [
+            pack([samples[i] for i in row], [scale[i] for i in row], version=0, device=DEVICE)
+            for row in rows
+        ]
+        variant = Variant(str(model), micros, padded=True)
+        took = [seconds(variant.step) for _ in range(2)]
+        return {**rates(samples, took[1]), "first s": took[0], "passes": len(rows)}
+
+    figures = or_failed(measure)
+    free()
+    return figures
+
+
+def rates(samples: list[Sample], step_s: float) -> Figures:
+    tokens = sum(sample.num_tokens for sample in samples)
+    figures: Figures = {"tok/s": tokens / step_s, "s": step_s}
+    peak = next((g.flops for n, g in GPUS.items() if CUDA and n in gpu_name()), None)
+    if peak is not None:
+        figures["MFU %"] = 100 * flops(samples, SIZES[SIZE]().config) / step_s / peak
+    return figures
+
+
+def kernels(rank: Rank, samples: list[Sample]) -> Figures:
+    """What the GPU does in one pass; the most expensive kernels are told as they are found."""
+    config = TrainerConfig(tokens_per_micro_batch=BUDGETS[0])
+    ((mini_batch,),) = divide(samples, config)
+    one = mini_batch.micro_batches[0]
+    step(rank, one, config)
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        wall_s = step(rank, one, config)
+    events = sorted(seen.key_averages(), key=lambda event: -event.self_device_time_total)
+    busy_us = sum(event.self_device_time_total for event in events)
+    for event in events[:12]:
+        share = event.self_device_time_total / busy_us
+        print(f"    {share:6.1%} {event.count:6} × {event.key[:100]}", file=sys.stderr)
+    of_attention = sum(
+        event.self_device_time_total
+        for event in events
+        if any(word in event.key.lower() for word in ("flash", "fmha", "attention"))
+    )
+    return {
+        "s": wall_s, "GPU busy %": 100 * busy_us / 1e6 / wall_s,
+        "kernels": sum(event.count for event in events),
+        "of them attention's time %": 100 * of_attention / busy_us,
+    }  # fmt: skip
+
+
+def or_failed(measure: Callable[[], Figures]) -> Figures:
+    try:
+        return measure()
+    except (RuntimeError, torch.OutOfMemoryError) as error:  # what torch and CUDA raise
+        free()
+        return {"failed": " ".join(str(error).split())[:120] or type(error).__name__}
+
+
+def median_s(call: Callable[[], Any], repeats: int, *, warm_up: bool = True) -> float:
+    if warm_up:
+        call()
+    return statistics.median(seconds(call) for _ in range(repeats))
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    began = now()
+    call()
+    return now() - began
+
+
+def free() -> None:
+    gc.collect()
+    if CUDA:
+        torch.cuda.empty_cache()
+
+
+def in_memory() -> str | None:
+    return "/dev/shm" if Path("/dev/shm").is_dir() else None
+
+
+# ── one part after the other ─────────────────────────────────────────────────────────────────
+
+PARTS = {
+    "facts": Part(facts, 10, 40),
+    "trainer": Part(trainer, 40, 120),
+    "alfworld": Part(alfworld, 60, 110),
+    "attention": Part(attention, 20, 45),
+    "embedded": Part(embedded, 25, 50),
+    "publish": Part(publish, 25, 60),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--limit", type=float, default=300, help="seconds in all")
+    parser.add_argument("--steps", type=int, default=30, help="of ALFWorld, at most")
+    parser.add_argument("--policy", type=Path)
+    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    names = options.parts.split(",")
+    if unknown := set(names) - PARTS.keys():
+        parser.error(f"--parts: {', '.join(sorted(unknown))}: give some of {', '.join(PARTS)}")
+    if options.rows:
+        run_here(names[0], options)
+        return
+    ends = time.monotonic() + options.limit
+    found: dict[str, list[Row]] = {}
+    for name in (name for name in PARTS if name in names):
+        left_s = ends - time.monotonic()
+        if left_s < PARTS[name].least_s:
+            found[name] = [("", {"left out": f"{left_s:.0f} s were left"})]
+        else:
+            found[name] = run_apart(name, min(PARTS[name].most_s, left_s), options)
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "gpu.json").write_text(json.dumps(found, indent=2) + "\n")
+    print()
+    for name, rows in found.items():
+        for what, figures in rows:
+            print(told(name, what, figures))
+    print(f"written to {os.path.relpath(RESULTS / 'gpu.json')}")
+
+
+def run_apart(name: str, limit_s: float, options: argparse.Namespace) -> list[Row]:
+    """The rows of one part, from a process of its own; as many as there are after `limit_s`."""
+    print(f"── {name}, {limit_s:.0f} s at most", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.jsonl"
+        file.touch()
+        command = [
+            sys.executable, __file__, f"--parts={name}", f"--limit={limit_s}",
+            f"--steps={options.steps}", f"--rows={file}",
+        ]  # fmt: skip
+        if options.policy:
+            command.append(f"--policy={options.policy}")
+        began = time.monotonic()
+        process = subprocess.Popen(command, start_new_session=True)
+        try:
+            process.wait(limit_s)
+            ended = {"took s": time.monotonic() - began}
+            if process.returncode:
+                ended["ended with"] = process.returncode
+        except subprocess.TimeoutExpired:
+            ended = {"stopped after s": limit_s}
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        rows: list[Row] = [(row["what"], row["figures"]) for row in lines(file)]
+    return [*rows, ("", ended)]
+
+
+def run_here(name: str, options: argparse.Namespace) -> None:
+    with options.rows.open("a") as file:
+
+        def write(what: str, figures: Figures) -> None:
+            file.write(json.dumps({"what": what, "figures": figures}) + "\n")
+            file.flush()
+            print(told(name, what, figures), file=sys.stderr, flush=True)
+
+        try:
+            for what, figures in PARTS[name].run(options):
+                write(what, figures)
+        except Exception as error:  # the table says why, and the next part has its turn
+            write("", {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"})
+            raise
+
+
+def told(part: str, what: str, figures: Figures) -> str:
+    cells = ", ".join(f"{name} {_short(value)}" for name, value in figures.items())
+    return f"{part:10} {what:40} {cells}"
+
+
+def _short(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+if __name__ == "__main__":
+    main()
