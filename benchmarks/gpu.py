@@ -6,14 +6,15 @@ Parts, in this order, each in a process of its own; one that no time is left for
 the table says so:
 
     facts       the card, the versions, what copies and matrix products reach
-    trainer     a rank's steps: a model of 0.5 billion random parameters, episodes short and long
     alfworld    the ALFWorld preset with the embedded worker: learning, and where a step's time goes
+    trainer     a rank's steps: a model of 0.5 billion random parameters, episodes short and long
+    embedded    the embedded worker's decoding, with the same model
     attention   one layer's, by every way there is
-    embedded    the embedded worker's decoding, with the trainer's model
     publish     export, load, and how many of the weights a step changes
 
-`--policy` is a small policy that was taught before (`runs/.small_policies/alfworld-…`); without it
-the preset makes one first. Without a GPU the model is small, and no figure means anything.
+`--policy` is a small policy that was taught before: after `make train ENV=alfworld` the folder
+`runs/.small_policies/alfworld-…`; without it that part is left out. Without a GPU the model is
+small, and no figure means anything.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import gc
 import importlib.metadata
 import itertools
 import json
+import math
 import os
 import platform
 import signal
@@ -132,16 +134,17 @@ def trainer(_: argparse.Namespace) -> Iterator[Row]:
 
 
 def alfworld(options: argparse.Namespace) -> Iterator[Row]:
+    if not options.policy:
+        yield "", {"left out": "no --policy"}
+        return
     with tempfile.TemporaryDirectory(dir=in_memory()) as folder:
         command = [
             sys.executable, "-c", "from flash.cli import main; main()", "train", "alfworld",
             "--name=gpu", f"--runs_dir={folder}", "--engine=embedded", "--eval_every=0",
             "--eval.tasks=64", f"--steps={options.steps}",
             # Reported here; in a run of its own a larger one than the default ends it.
-            "--engine.gap_limit=10",
+            "--engine.gap_limit=10", f"--model={options.policy}",
         ]  # fmt: skip
-        if options.policy:
-            command.append(f"--model={options.policy}")
         process = subprocess.Popen(command, stdout=sys.stderr)
         try:
             process.wait(options.limit - 2 * END_S)
@@ -157,6 +160,8 @@ def alfworld(options: argparse.Namespace) -> Iterator[Row]:
         rows = lines(metrics)
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / "gpu_alfworld.jsonl").write_text(metrics.read_text())
+    if process.returncode:
+        yield "the run", {"ended with": process.returncode}
     yield from of_run(rows)
 
 
@@ -165,8 +170,12 @@ def of_run(rows: list[Figures]) -> Iterator[Row]:
     if not done:
         raise RuntimeError("no step was done in time")
 
+    def known(name: str, of: list[Figures]) -> list[float]:
+        # Not every step has every number: without tokens of age 0 there is no fresh one.
+        return [row[name] for row in of if not math.isnan(row.get(name, math.nan))] or [math.nan]
+
     def middle(name: str) -> float:
-        return statistics.median(row[name] for row in done[1:] or done)
+        return statistics.median(known(name, done[1:] or done))
 
     took_s = [after["time_s"] - before["time_s"] for before, after in itertools.pairwise(done)]
     yield "a step, median", {
@@ -175,39 +184,36 @@ def of_run(rows: list[Figures]) -> Iterator[Row]:
         "wait s": middle("time/wait_batch_s"), "first step s": done[0]["time_s"],
         "sampled tok/s": middle("tokens_per_s"), "trained tok": middle("tokens/trained"),
     }  # fmt: skip
-    gaps = [row["logprob_gap/max"] for row in rows if row.get("logprob_gap/max") is not None]
     yield "logprobs, worker against trainer", {
-        "median of steps' largest": statistics.median(gaps), "largest": max(gaps),
+        "median of steps' largest": middle("logprob_gap/max"),
+        "largest": max(known("logprob_gap/max", done)),
         "kl of fresh tokens": middle("mismatch/kl_fresh"),
     }  # fmt: skip
     third = max(1, len(done) // 3)
-    yield (
-        "learning",
-        {
-            "success, first third": statistics.fmean(r["success_rate"] for r in done[:third]),
-            "last third": statistics.fmean(r["success_rate"] for r in done[-third:]),
-        }
-        | {
-            f"held out after {row['step']}": row["eval/success_rate"]
-            for row in rows
-            if row.get("eval/success_rate") is not None
-        },
-    )
+    success = {
+        "success, first third": statistics.fmean(known("success_rate", done[:third])),
+        "last third": statistics.fmean(known("success_rate", done[-third:])),
+    }
+    held_out = {
+        f"held out after {row['step']}": row["eval/success_rate"]
+        for row in rows
+        if "eval/success_rate" in row
+    }
+    yield "learning", success | held_out
 
 
 def attention(_: argparse.Namespace) -> Iterator[Row]:
     ways = {"padded": in_rows, "one by one": partial(packed, attend_one_by_one)}
     if CUDA and (kernel := varlen_kernel()) is not None:
-        ways = {"varlen": partial(packed, kernel.attend)} | ways
         if not kernel.grouped:
             # That of torch 2.11 does not say that it takes fewer keys, nor that it does not.
-            ways["varlen, keys shared"] = partial(packed, sharing(kernel))
-    for name in EPISODES:
-        # One that warms up, and more of other lengths: cuDNN plans anew for each length.
-        passes = [first_pass([s.num_tokens for s in of_kind(name, seed)]) for seed in range(4)]
-        told = f"{name}, {sum(passes[0])} tokens in {len(passes[0])}"
-        for way, prepare in ways.items():
-            yield f"{told}, {way}", or_failed(partial(first_and_again, prepare, passes))
+            ways = {"varlen, keys shared": partial(packed, sharing(kernel))} | ways
+        ways = {"varlen": partial(packed, kernel.attend)} | ways
+    for (way, prepare), name in itertools.product(ways.items(), EPISODES):
+        # One that warms up, and two of other lengths: cuDNN plans anew for each length.
+        passes = [first_pass([s.num_tokens for s in of_kind(name, seed)]) for seed in range(3)]
+        what = f"{name}, {sum(passes[0])} tokens in {len(passes[0])}, {way}"
+        yield what, or_failed(partial(first_and_again, prepare, passes))
 
 
 def packed(attend: Callable[..., Tensor], lengths: list[int]) -> Callable[[], None]:
@@ -246,12 +252,11 @@ def first_and_again(
     first_ms, again_ms = [], []
     for lengths in passes:
         attend = prepare(lengths)
-        times = [1e3 * median_s(attend, 1, warm_up=False) for _ in range(3)]
-        first_ms.append(times[0])
-        again_ms += times[1:]
+        first_ms.append(1e3 * seconds(attend))
+        again_ms.append(1e3 * median_s(attend, 3))
     return {
         "new lengths ms": statistics.median(first_ms[1:]),
-        "the same again ms": statistics.median(again_ms[2:]),
+        "the same again ms": statistics.median(again_ms[1:]),
     }
 
 
@@ -475,14 +480,13 @@ def kernels(rank: Rank, samples: list[Sample]) -> Figures:
 def or_failed(measure: Callable[[], Figures]) -> Figures:
     try:
         return measure()
-    except (RuntimeError, torch.OutOfMemoryError) as error:  # what torch and CUDA raise
+    except RuntimeError as error:  # torch's, out of memory among them
         free()
         return {"failed": " ".join(str(error).split())[:120] or type(error).__name__}
 
 
-def median_s(call: Callable[[], Any], repeats: int, *, warm_up: bool = True) -> float:
-    if warm_up:
-        call()
+def median_s(call: Callable[[], Any], repeats: int) -> float:
+    call()  # warms up
     return statistics.median(seconds(call) for _ in range(repeats))
 
 
@@ -506,10 +510,10 @@ def in_memory() -> str | None:
 
 PARTS = {
     "facts": Part(facts, 10, 40),
-    "trainer": Part(trainer, 40, 120),
     "alfworld": Part(alfworld, 60, 110),
-    "attention": Part(attention, 20, 45),
+    "trainer": Part(trainer, 40, 140),
     "embedded": Part(embedded, 25, 50),
+    "attention": Part(attention, 20, 45),
     "publish": Part(publish, 25, 60),
 }
 
@@ -520,7 +524,7 @@ def main() -> None:
     )
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--limit", type=float, default=300, help="seconds in all")
-    parser.add_argument("--steps", type=int, default=30, help="of ALFWorld, at most")
+    parser.add_argument("--steps", type=int, default=20, help="of ALFWorld, at most")
     parser.add_argument("--policy", type=Path)
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -528,12 +532,12 @@ def main() -> None:
     if unknown := set(names) - PARTS.keys():
         parser.error(f"--parts: {', '.join(sorted(unknown))}: give some of {', '.join(PARTS)}")
     if options.rows:
-        run_here(names[0], options)
+        run_here(names[0], PARTS[names[0]], options)
         return
     ends = time.monotonic() + options.limit
     found: dict[str, list[Row]] = {}
     for name in (name for name in PARTS if name in names):
-        left_s = ends - time.monotonic()
+        left_s = max(0.0, ends - time.monotonic())
         if left_s < PARTS[name].least_s:
             found[name] = [("", {"left out": f"{left_s:.0f} s were left"})]
         else:
@@ -576,7 +580,7 @@ def run_apart(name: str, limit_s: float, options: argparse.Namespace) -> list[Ro
     return [*rows, ("", ended)]
 
 
-def run_here(name: str, options: argparse.Namespace) -> None:
+def run_here(name: str, part: Part, options: argparse.Namespace) -> None:
     with options.rows.open("a") as file:
 
         def write(what: str, figures: Figures) -> None:
@@ -585,7 +589,7 @@ def run_here(name: str, options: argparse.Namespace) -> None:
             print(told(name, what, figures), file=sys.stderr, flush=True)
 
         try:
-            for what, figures in PARTS[name].run(options):
+            for what, figures in part.run(options):
                 write(what, figures)
         except Exception as error:  # the table says why, and the next part has its turn
             write("", {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"})
