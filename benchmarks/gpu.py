@@ -150,10 +150,11 @@ def alfworld(options: argparse.Namespace) -> Iterator[Row]:
             process.wait(options.limit - 2 * END_S)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGINT)
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(END_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
+        finally:
+            process.kill()
+            process.wait()
         metrics = Path(folder) / "gpu" / "metrics.jsonl"
         if not metrics.exists():
             raise RuntimeError(f"the run ended with {process.returncode} before its first step")
@@ -572,6 +573,9 @@ def run_apart(name: str, limit_s: float, options: argparse.Namespace) -> list[Ro
                 ended["ended with"] = process.returncode
         except subprocess.TimeoutExpired:
             ended = {"stopped after s": limit_s}
+            process.send_signal(signal.SIGINT)  # so that it clears up
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(END_S)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
