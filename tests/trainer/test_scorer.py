@@ -52,7 +52,8 @@ def test_on_a_gpu_packed_sequences_score_in_bfloat16_as_well_as_alone(
 ) -> None:
     token_ids_N, scored_S = packed()
     exact_S = TokenScorer(load(directory))(token_ids_N, LENGTHS, scored_S).detach()
-    on_gpu = TokenScorer(load(directory).to("cuda", torch.bfloat16))
+    settings = {"dtype": torch.bfloat16, "attn_implementation": PACKED_ATTENTION}
+    on_gpu = TokenScorer(Model.from_pretrained(directory, **settings).cuda())
     packed_S = on_gpu(token_ids_N.cuda(), LENGTHS, scored_S.cuda()).detach().cpu()
     plain = Model.from_pretrained(directory, attn_implementation="eager", dtype=torch.bfloat16)
     alone_S = torch.tensor(
