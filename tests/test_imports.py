@@ -85,6 +85,15 @@ def test_every_entry_point_loads():
             assert hasattr(importlib.import_module(module), attribute)
 
 
+def test_every_package_is_in_what_is_installed():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    listed = set(setup["options"]["packages"].split())
+    folders = {path.parent for folder in ("flash", "agents", "envs") for path in sources(folder)}
+    names = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    assert {name if name.split(".")[0] == "flash" else f"flash.{name}" for name in names} == listed
+
+
 def test_importing_the_package_costs_a_child_process_nothing():
     heavy = "{'aiohttp', 'gymnasium', 'numpy', 'pydantic'}"
     code = f"import sys, flash; print(sorted({heavy} & set(sys.modules)))"
