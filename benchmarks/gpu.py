@@ -53,14 +53,13 @@ from trainer import (
     Variant,
     episodes,
     flops,
-    gpu_name,
     now,
     padded_rows,
+    peak_flops,
 )
 from transformers import AutoModelForCausalLM
 
 from flash.quiet import no_progress_bars
-from flash.simulate.hardware import GPUS
 from flash.trainer.attention import Packing, VarlenKernel, attend_one_by_one, varlen_kernel
 from flash.trainer.config import TrainerConfig
 from flash.trainer.micro_batch import pack
@@ -450,8 +449,7 @@ def padded(model: Path, samples: list[Sample], budget: int) -> Figures:
 def rates(samples: list[Sample], step_s: float) -> Figures:
     tokens = sum(sample.num_tokens for sample in samples)
     figures: Figures = {"tok/s": tokens / step_s, "s": step_s}
-    peak = next((g.flops for n, g in GPUS.items() if CUDA and n in gpu_name()), None)
-    if peak is not None:
+    if (peak := peak_flops()) is not None:
         figures["MFU %"] = 100 * flops(samples, SIZES[SIZE]().config) / step_s / peak
     return figures
 

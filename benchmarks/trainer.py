@@ -233,15 +233,20 @@ def packing(model_dir: str, samples: list[Sample], size: Size, repeats: int) -> 
             variants["packed"].step()
         found[f"packed, {budget} tokens a pass"] = variants["packed"].row()
     ratio = found["packed"]["tokens_per_s"] / found["padded in each pass"]["tokens_per_s"]
-    peak = next((g.flops for n, g in GPUS.items() if CUDA and n in gpu_name()), None)
-    if peak:
+    if (peak := peak_flops()) is not None:
         mfu = flops(samples, size.config) / found["packed"]["step_s"] / peak
         found["packed"]["mfu"] = mfu
     return {"packed_over_padded": ratio, "rows": found}
 
 
-def gpu_name() -> str:
-    return torch.cuda.get_device_name().lower()
+def peak_flops() -> float | None:
+    """Of the card, dense bfloat16, a second; None without a card, or for one that is not known."""
+    return of_card(torch.cuda.get_device_name()) if CUDA else None
+
+
+def of_card(name: str) -> float | None:
+    known = [kind for kind in GPUS if kind in name.lower()]
+    return GPUS[max(known, key=len)].flops if known else None  # h20 is in the name of an h200
 
 
 def flops(samples: Sequence[Sample], config: Any) -> float:
@@ -363,7 +368,7 @@ def measure(options: argparse.Namespace) -> None:
     spread = {f"p{p}": float(np.percentile(lengths, p)) for p in (0, 50, 90, 100)}
     print(f"{len(samples)} episodes, {sum(lengths)} tokens; lengths {spread}; {size.budget} a pass")
     results: dict[str, Any] = {
-        "device": gpu_name() if CUDA else "one CPU thread", "size": options.size,
+        "device": torch.cuda.get_device_name() if CUDA else "one CPU thread", "size": options.size,
         "episodes": len(samples), "tokens": sum(lengths), "lengths": spread, "sigma": SIGMA,
     }  # fmt: skip
     if not CUDA:

@@ -77,3 +77,11 @@ def test_a_run_is_told_by_its_steps_whichever_numbers_they_lack() -> None:
         "success, first third": 0.1, "last third": 0.4, "held out after 0": 0.2,
         "held out after 4": 0.6,
     }  # fmt: skip
+
+
+def test_the_peak_of_a_card_is_its_own_and_not_that_of_one_whose_name_its_begins_with() -> None:
+    import trainer
+
+    assert trainer.of_card("NVIDIA H200") == trainer.of_card("NVIDIA H100 80GB HBM3") == 989e12
+    assert trainer.of_card("NVIDIA H20") == 148e12
+    assert trainer.of_card("Tesla T4") is None

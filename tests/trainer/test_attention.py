@@ -191,7 +191,11 @@ def test_on_a_gpu_one_call_for_all_sequences_is_as_one_call_each(
     inputs = [tensor.detach().bfloat16().requires_grad_() for tensor in exact]
     exact = [tensor.detach().float().requires_grad_() for tensor in inputs]
     found = attended_and_gradients(kernel.attend, inputs, lengths, window)
+    one_by_one = attended_and_gradients(attend_one_by_one, inputs, lengths, window)
     expected = attended_and_gradients(attend_one_by_one, exact, lengths, window)
-    for name, one, other in zip(("out", "query", "key", "value"), found, expected, strict=True):
-        difference = (one.float() - other).norm() / other.norm()
-        assert difference < 0.02, f"{name}: {difference:.4f}"
+    names = ("out", "query", "key", "value")
+    for name, one, other, true in zip(names, found, one_by_one, expected, strict=True):
+        error, usual = ((of.float() - true).norm() / true.norm() for of in (one, other))
+        # Of few tokens a gradient is a small difference of large numbers: what bfloat16 makes of
+        # it in any kernel is no fault of this one's.
+        assert error < max(0.02, 2 * usual), f"{name}: {error:.4f}, one by one {usual:.4f}"
