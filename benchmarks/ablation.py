@@ -21,24 +21,24 @@ SEEDS = (0,)
 
 ALL = {
     "time_s": None, "steps": 8, "batch_size": 256, "workers.count": 12, "trainer.gpus": 16,
-    "alpha": 2, "redundant_groups": 4, "redundant_episodes": 1,
-    "filters": ["equal_rewards"], "workload.success_rate": 0.7,
+    "alpha": 2, "rollout.redundant_groups": 4, "rollout.redundant_episodes": 1,
+    "rollout.filters": ["equal_rewards"], "workload.success_rate": 0.7,
     "workload.response_scale": {"kind": "lognormal", "mean": 1, "sigma": 0.5},
 }  # fmt: skip
 OFF = {
     "all features": {},
     "no asynchrony (α = 0)": {"alpha": 0},
     "one step off (α = 1)": {"alpha": 1},
-    "no redundant groups": {"redundant_groups": 0},
-    "no redundant episodes": {"redundant_episodes": 0},
-    "no redundancy at all": {"redundant_groups": 0, "redundant_episodes": 0},
-    "batches, not a queue": {"schedule": "batch"},
-    "no prompt replication": {"replicate": False},
-    "publish drains (wait)": {"update_mode": "wait"},
-    "stale groups dropped": {"on_stale": "drop"},
+    "no redundant groups": {"rollout.redundant_groups": 0},
+    "no redundant episodes": {"rollout.redundant_episodes": 0},
+    "no redundancy at all": {"rollout.redundant_groups": 0, "rollout.redundant_episodes": 0},
+    "batches, not a queue": {"rollout.schedule": "batch"},
+    "no prompt replication": {"rollout.replicate": False},
+    "publish drains (wait)": {"workers.update_mode": "wait"},
+    "stale groups dropped": {"rollout.on_stale": "drop"},
     "none of them": {
-        "alpha": 0, "redundant_groups": 0, "redundant_episodes": 0, "schedule": "batch",
-        "replicate": False, "update_mode": "wait",
+        "alpha": 0, "rollout.redundant_groups": 0, "rollout.redundant_episodes": 0,
+        "rollout.schedule": "batch", "rollout.replicate": False, "workers.update_mode": "wait",
     },
 }  # fmt: skip
 

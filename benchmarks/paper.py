@@ -14,7 +14,7 @@ near tells that its setting is plausible. Where sources conflict, both readings 
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -112,15 +112,20 @@ def queue_scheduling() -> Iterator[Claim]:
     """Seconds to fill a batch when groups with equal rewards are dropped and replaced."""
     success = 0.8
     base = math_job(64, 8, mean=2500, between=0.6, within=0.8, workers=8).changed(
-        {"filters": ["equal_rewards"], "max_filtered": 1000, "workload.success_rate": success}
+        {
+            "rollout.filters": ["equal_rewards"],
+            "rollout.max_filtered": 1000,
+            "workload.success_rate": success,
+        }
     )
     dropped = success**8 + (1 - success) ** 8
     rounds = rounds_to_fill(8, dropped)
-    batch_s = rounds * waited_s(base, schedule="batch", filters=[])
+    whole_batches = {"rollout.schedule": "batch", "rollout.filters": []}
+    batch_s = rounds * waited_s(base, whole_batches)
     missing_only = batch_s / waited_s(base)
     # Ours has 8 + r groups under way at first and 1 + r at last, ROLL's queue a fixed number.
     for what, published_s, redundant in (("no redundancy", 58, 4), ("16 extra prompts", 37, 20)):
-        queue_s = waited_s(base, redundant_groups=redundant)
+        queue_s = waited_s(base, {"rollout.redundant_groups": redundant})
         yield Claim(
             f"queue scheduling against whole batches of 8×8, {what}", 125 / published_s,
             batch_s / queue_s,
@@ -156,7 +161,9 @@ def prompt_replication() -> Iterator[Claim]:
         base = math_job(
             prompts * group_size, group_size, mean=2200, between=1.0, within=0.4, workers=16
         ).changed({"steps": 3, "workers.kv_tokens": 70_000})
-        one, any_of_them = (waited_s(base, seeds=2, replicate=on) for on in (False, True))
+        one, any_of_them = (
+            waited_s(base, {"rollout.replicate": on}, seeds=2) for on in (False, True)
+        )
         yield Claim(
             f"prompt replication, {prompts}×{group_size}", one_s / any_s, one / any_of_them,
             f"8e9 parameters, 16 H100 with room for 70k tokens each, so that long ones on one "
@@ -183,9 +190,11 @@ def math_job(
     return on_hardware(scenario, "8e9", "h100", keep=["workers.max_running"])
 
 
-def waited_s(base: Scenario, *, seeds: int = 6, **changes: object) -> float:
+def waited_s(
+    base: Scenario, changes: Mapping[str, object] | None = None, *, seeds: int = 6
+) -> float:
     """What a batch takes to be rolled out, on average."""
-    runs = [simulate(base.changed({**changes, "seed": seed})) for seed in range(seeds)]
+    runs = [simulate(base.changed({**(changes or {}), "seed": seed})) for seed in range(seeds)]
     return fmean(step.wait_s for run in runs for step in run.steps)
 
 
@@ -218,7 +227,10 @@ def agentic() -> Iterator[Claim]:
         split = base.changed(
             {"alpha": 1, "workers.count": 8, "trainer.gpus": 8, "trainer.token_gpu_s": token_gpu_s}
         )
-        redundant = {"redundant_groups": 4 if batch_size == 128 else 2, "redundant_episodes": 1}
+        redundant = {
+            "rollout.redundant_groups": 4 if batch_size == 128 else 2,
+            "rollout.redundant_episodes": 1,
+        }
         seconds = (
             rollout_s + train_s,
             batch_size / simulate(split).samples_per_s,

@@ -32,6 +32,7 @@ from flash.agents import EnvironmentAgent
 from flash.cli import run_loop
 from flash.fakes import FakeEnvs, FakeStyle, FakeWorker
 from flash.hub.hub import InferenceHub
+from flash.rollout.config import RolloutSettings
 from flash.rollout.loop import RolloutLoop
 from flash.types import Task, Weights
 
@@ -61,7 +62,7 @@ async def measure(agents: int, *, instant: bool, seconds: float) -> Row:
             hub,
             agent=lambda: EnvironmentAgent(envs=envs, style=style, max_tokens=TOKENS),
             tasks=map(Task, itertools.count()), batch_size=batch_size, group_size=GROUP, alpha=3,
-            on_stale="drop" if instant else "wait",
+            settings=RolloutSettings(on_stale="drop" if instant else "wait"),
         ) as rollouts,
     ):  # fmt: skip
 

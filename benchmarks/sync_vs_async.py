@@ -148,11 +148,8 @@ async def one_run(
             batch_size=config.batch_size,
             group_size=config.group_size,
             alpha=config.alpha,
-            on_stale=config.rollout.on_stale,
-            schedule=config.rollout.schedule,
-            redundant_groups=config.rollout.redundant_groups,
-            redundant_episodes=config.rollout.redundant_episodes,
-            on_episode=run.episode,
+            settings=config.rollout,
+            observers=[run],
         ) as rollouts,
     ):
         started = clock()

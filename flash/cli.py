@@ -21,7 +21,7 @@ from flash import machine
 from flash.errors import FlashError
 from flash.simulate.distributions import Distribution
 from flash.simulate.hardware import GPUS, on_hardware
-from flash.simulate.scenario import Scenario
+from flash.simulate.scenario import NOT_SIMULATED, Scenario
 from flash.simulate.scenario import load as load_scenario
 from flash.worker.config import parse as parse_worker
 
@@ -59,7 +59,7 @@ Simulate a run on a cluster: the engine's own hub, loop and agents in virtual ti
 
   --calibrate RUN         in place of a file: fit the scenario to a run, and keep it as a file
   --sweep FIELD=V1,V2,…   simulate each value (of several: each combination); a list is written as
-                          in YAML: filters=[],[equal_rewards]
+                          in YAML: rollout.filters=[],[equal_rewards]
   --seeds N               simulate each N times, with the seeds that follow `seed`
   --timeline              write a trace of the first one for https://ui.perfetto.dev
   --out DIR               where the files go [runs/simulations/NAME]
@@ -231,7 +231,8 @@ def _plan(arguments: Sequence[str]) -> None:
         raise ValueError("--gpu and --model go together: the times follow from both")
     if not (alphas := _listed("alphas", options.alphas)):
         raise ValueError("--alphas is empty: write --alphas A,B,…")
-    from flash.simulate import command  # noqa: PLC0415  (help and mistakes must not wait for it)
+    # Help and mistakes must not wait for them.
+    from flash.simulate import command, plan_command  # noqa: PLC0415
 
     if source is not None:
         scenario = load_scenario(Path(source), changes)
@@ -239,7 +240,7 @@ def _plan(arguments: Sequence[str]) -> None:
         scenario = command.calibrated(options.calibrate, options.out).changed(changes)
     if options.gpu is not None:
         scenario = on_hardware(scenario, options.model, options.gpu, keep=changes)
-    command.plan(scenario, gpus=options.gpus, alphas=alphas, out=options.out)
+    plan_command.run(scenario, gpus=options.gpus, alphas=alphas, out=options.out)
 
 
 def _swept(text: str) -> tuple[str, list[Any]]:
@@ -367,9 +368,10 @@ def _config_help(model: type[BaseModel]) -> str:
     """Every field with its type, what it is for, and its default; from the models."""
     lines = ["fields (nested in a YAML file, dotted here; defaults in brackets):"]
     inside: tuple[str, ...] = ()  # of fields that are shown as one
+    refused = tuple(f"rollout.{name}" for name in NOT_SIMULATED) if model is Scenario else ()
     for name, info in configuration.fields(model):
         kind = info.annotation
-        if name.startswith(inside):
+        if name.startswith(inside + refused):
             continue
         if kind is Distribution:
             inside += (f"{name}.",)

@@ -27,7 +27,9 @@ from transformers import AutoTokenizer
 
 from flash import InferenceHub, InlineEnvs, RolloutLoop, Task, virtual_time
 from flash.agents import EnvironmentAgent, PlainStyle
+from flash.evaluation.play import play
 from flash.rollout.adaptive import AdaptiveAlpha
+from flash.rollout.config import RolloutSettings
 from flash.trainer.advantages import Advantages, make_advantages
 from flash.trainer.config import TrainerConfig
 from flash.trainer.packing import divide
@@ -123,7 +125,7 @@ async def _run(cell: Cell, job: Job, model: Path) -> dict[str, Any]:
                 group_size=job.group_size,
                 alpha=cell.alpha - lag,
                 advantages=_advantages(cell, config),
-                stall_timeout_s=_FOREVER_S,
+                settings=RolloutSettings(stall_timeout_s=_FOREVER_S),
             ) as rollouts,
         ):
             for step in range(job.steps):
@@ -136,14 +138,19 @@ async def _run(cell: Cell, job: Job, model: Path) -> dict[str, Any]:
                 await rollouts.publish(Weights(version=step + 1, path=late.popleft()))
                 metrics["idle/trainer"] = waited / (clock() - began)
                 rows.append(_row(step, clock(), batch, metrics, rollouts))
-                rollouts.follow(adaptive.after_step(metrics))
+                rollouts.use_alpha(adaptive.after_step(metrics))
                 for unused in trainer.exports[: -lag - 2]:
                     shutil.rmtree(unused, ignore_errors=True)
             # The newest weights, however late they were published.
             await hub.publish(Weights(version=job.steps + 1, path=trainer.exports[-1]))
-            exam = await rollouts.evaluate(
-                [Task(seed) for seed in range(job.eval_tasks)], agent=_agents(heldout, style)
-            )
+            with rollouts.paused():
+                exam = await play(
+                    hub,
+                    _agents(heldout, style),
+                    [Task(seed) for seed in range(job.eval_tasks)],
+                    concurrency=rollouts.capacity,
+                    stall_timeout_s=_FOREVER_S,
+                )
             waste = rollouts.ledger.waste_tokens
     return {
         "cell": asdict(cell),

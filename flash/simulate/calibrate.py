@@ -21,16 +21,12 @@ from numpy.typing import NDArray
 from flash.config import validated
 from flash.config.source import read_mapping
 from flash.rollout.filters import FILTERS
-from flash.simulate.replay import Played, played
+from flash.simulate.replay import RecordedEpisode, played
 from flash.simulate.run import simulate
-from flash.simulate.scenario import Scenario
+from flash.simulate.scenario import NOT_SIMULATED, Scenario
 from flash.telemetry.folder import read_lines
 
 _AS_IN_THE_RUN = ("alpha", "batch_size", "group_size", "publish_every", "stream")
-_AS_IN_ITS_ROLLOUT = (
-    "on_stale", "schedule", "replicate", "redundant_groups", "redundant_episodes",
-    "max_filtered", "max_regenerations",
-)  # fmt: skip
 _ROUNDS = 5
 _CLOSE = 0.01
 
@@ -99,18 +95,18 @@ def _configured(path: Path) -> dict[str, Any]:
     config = read_mapping(path, "env: NAME")
     try:
         engine, agent, rollout = config["engine"], config["agent"], config["rollout"]
-        settings = {name: config[name] for name in _AS_IN_THE_RUN}
-        settings |= {name: rollout[name] for name in _AS_IN_ITS_ROLLOUT}
-        return settings | {
-            # One of the user's own would look into tokens, of which a replay has only the number.
-            "filters": [name for name in rollout["filters"] if name in FILTERS],
-            "update_mode": engine["update_mode"],
+        # One of the user's own would look into tokens, of which a replay has only the number.
+        filters = [name for name in rollout["filters"] if name in FILTERS]
+        rollout = {name: value for name, value in rollout.items() if name not in NOT_SIMULATED}
+        return {name: config[name] for name in _AS_IN_THE_RUN} | {
+            "rollout": rollout | {"filters": filters},
             "max_tokens": agent["max_tokens"],
             "max_sequence_tokens": agent["max_sequence_tokens"],
             "workers": {
-                "count": max(1, len(engine["urls"])) * engine["workers"],
+                "count": len(engine["urls"]) or engine["workers"],
                 "max_running": engine["max_running"],
                 "kv_tokens": engine["cache_tokens"],
+                "update_mode": engine["update_mode"],
             },
             "workload": {"step_timeout_s": agent["step_timeout_s"]},
         }
@@ -120,11 +116,11 @@ def _configured(path: Path) -> dict[str, Any]:
         ) from missing
 
 
-def _generate_s(episodes: Sequence[Played]) -> float:
+def _generate_s(episodes: Sequence[RecordedEpisode]) -> float:
     return fmean(episode.generate_s for episode in episodes)
 
 
-def _prompt_tokens(episodes: Sequence[Played]) -> tuple[float, float]:
+def _prompt_tokens(episodes: Sequence[RecordedEpisode]) -> tuple[float, float]:
     """Tokens of the first prompt, and between two responses.
 
     A turn's prompt holds all before it. So of T turns the prompts sum up to T first prompts, and
@@ -150,7 +146,7 @@ def _publish_s(steps: Sequence[dict[str, Any]], workers: int) -> tuple[float, fl
 
 def _train_s(
     steps: Sequence[dict[str, Any]],
-    episodes: Sequence[Played],
+    episodes: Sequence[RecordedEpisode],
     *,
     prompt: float,
     observation: float,
@@ -173,7 +169,7 @@ def _train_s(
 
 
 def _worker_s(
-    episodes: Sequence[Played], *, workers: int, max_running: int
+    episodes: Sequence[RecordedEpisode], *, workers: int, max_running: int
 ) -> tuple[float, float, float]:
     """A first guess of overhead_s, step_s, request_s, from how episodes' seconds in `generate`
     go with their turns, their tokens, and how many others there were."""
@@ -190,7 +186,7 @@ def _worker_s(
     return overhead_s, step_s, request_s
 
 
-def _alongside(episodes: Sequence[Played]) -> NDArray[np.float64]:
+def _alongside(episodes: Sequence[RecordedEpisode]) -> NDArray[np.float64]:
     """For each episode, how many were in `generate` at a time while it lived, on average.
 
     When an episode was in which stage is not recorded: each counts as spread over its life.

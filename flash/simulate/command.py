@@ -4,39 +4,17 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import yaml
 
-from flash.simulate import plan as planning
 from flash.simulate.calibrate import calibrate
-from flash.simulate.results import Result
+from flash.simulate.results import Row
 from flash.simulate.run import simulate
 from flash.simulate.scenario import Scenario
 
-_FOLDER, _PLANS = Path("runs/simulations"), Path("runs/plans")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One combination of a sweep: what was changed, and a result for each seed."""
-
-    changes: Mapping[str, Any]
-    results: Sequence[Result]
-
-    def mean(self, name: str) -> float:
-        """Of a number of the results, over the seeds."""
-        return fmean(getattr(result, name) for result in self.results)
-
-    def spread(self, name: str) -> float:
-        """Its standard deviation over the seeds; nan for one."""
-        values = [getattr(result, name) for result in self.results]
-        return stdev(values) if len(values) > 1 else math.nan
-
-
+_FOLDER = Path("runs/simulations")
 _COLUMNS = {
     "samples_per_s": ("samples/s", "{:9.3g}"),
     "tokens_per_s": ("tokens/s", "{:9.3g}"),
@@ -64,7 +42,7 @@ def sweep(
     ]
     # All are checked before the first one takes its time.
     scenarios = [scenario.changed(changes) for changes in combinations]
-    folder = _made(out or _FOLDER / scenario.name)
+    folder = make_folder(out or _FOLDER / scenario.name)
     trace = folder / "timeline.json.gz" if timeline else None
     _print_title(scenario)
     widths = [max(len(name), *(len(_text(c[name])) for c in combinations)) for name in values]
@@ -87,19 +65,11 @@ def sweep(
     return rows
 
 
-def plan(
-    scenario: Scenario, *, gpus: int, alphas: Sequence[float], out: Path | None = None
-) -> planning.Plan:
-    """Searches, prints and keeps a plan."""
-    folder = _made(out or _PLANS / scenario.name)
-    return planning.run(scenario, gpus=gpus, alphas=alphas, folder=folder)
-
-
 def calibrated(run: Path, out: Path | None = None) -> Scenario:
     """The scenario fitted to a run; prints how well it fits, and keeps it as `scenario.yaml`."""
     calibration = calibrate(run)
     scenario = calibration.scenario
-    path = _made(out or _FOLDER / scenario.name) / "scenario.yaml"
+    path = make_folder(out or _FOLDER / scenario.name) / "scenario.yaml"
     settings = scenario.model_dump(mode="json", exclude_unset=True)
     path.write_text(yaml.safe_dump(settings, sort_keys=False))
     print(
@@ -109,7 +79,8 @@ def calibrated(run: Path, out: Path | None = None) -> Scenario:
     return scenario
 
 
-def _made(folder: Path) -> Path:
+def make_folder(folder: Path) -> Path:
+    """The folder, which is there from now on. ValueError if it can't be, by the option's name."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from flash.section import Section
-from flash.simulate.replay import Played, played
+from flash.simulate.replay import RecordedEpisode, played
 
 _PARAMETERS: dict[str, tuple[str, ...]] = {
     "constant": ("mean",),
@@ -169,7 +169,7 @@ _MIDPOINTS = tuple((i + 0.5) / 4000 for i in range(4000))
 
 def observed(run: Path, of: str) -> tuple[float, ...]:
     """That quantity of each episode of the run that came to its end; per turn where it is so."""
-    take: dict[str, Callable[[Played], float]] = {
+    take: dict[str, Callable[[RecordedEpisode], float]] = {
         "response_tokens": lambda episode: episode.generated_tokens / episode.turns,
         "turns": lambda episode: float(episode.turns),
         "env_step_s": lambda episode: episode.env_s / episode.turns,

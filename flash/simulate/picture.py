@@ -2,23 +2,20 @@
 
 from collections.abc import Sequence
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from flash.simulate.results import Result
-
-if TYPE_CHECKING:
-    from flash.simulate.command import Row
-    from flash.simulate.plan import Plan
+from flash.simulate.plan import Plan
+from flash.simulate.results import Result, Row
 
 _BLUE, _RED, _GREEN, _ORANGE, _GREY = "#3b6ea8", "#c2443f", "#4f9a63", "#e08a4e", "#d9d9d9"
 _LINES = (_BLUE, _RED, _GREEN, _ORANGE, "#a58bc4", "#cdb45f", "#8c8c8c")
 _STAGES = ("env", "generate", "reward", "wait")
 
 
-def draw_sweep(rows: Sequence["Row"]) -> Figure:
+def draw_sweep(rows: Sequence[Row]) -> Figure:
     """The first field of the sweep along the axis, a line for each value of the others."""
     figure = Figure(figsize=(13, 7), layout="constrained")
     FigureCanvasAgg(figure)
@@ -65,7 +62,7 @@ def draw_sweep(rows: Sequence["Row"]) -> Figure:
     return figure
 
 
-def draw_plan(plan: "Plan") -> Figure:
+def draw_plan(plan: Plan) -> Figure:
     """Speed against age: what was tried, the best of each α, and the one to take."""
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     FigureCanvasAgg(figure)

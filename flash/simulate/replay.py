@@ -13,7 +13,7 @@ _SLOW = ("stale", "too_slow", "redundant")
 
 
 @dataclass(frozen=True, slots=True)
-class Played:
+class RecordedEpisode:
     """What an episode of a run did. Tokens and seconds are totals over its turns.
 
     `ended_s` is when it got its reward, or was cut off: then `reward` is None.
@@ -33,7 +33,7 @@ class Played:
     trained_at: int | None
 
     @classmethod
-    def of(cls, line: Mapping[str, Any]) -> "Played":
+    def of(cls, line: Mapping[str, Any]) -> "RecordedEpisode":
         stages = line["stages_s"]
         return cls(
             number=line["episode"],
@@ -51,10 +51,12 @@ class Played:
         )
 
 
-def played(run: Path) -> list[Played]:
+def played(run: Path) -> list[RecordedEpisode]:
     """The run's episodes that came to their ends. ValueError if there is none."""
     lines = read_lines(run / "episodes.jsonl")
-    episodes = [Played.of(line) for line in lines if line["reward"] is not None and line["turns"]]
+    episodes = [
+        RecordedEpisode.of(line) for line in lines if line["reward"] is not None and line["turns"]
+    ]
     if not episodes:
         raise ValueError(
             f"{run}/episodes.jsonl holds no episode that came to its end: name the folder of a "
@@ -63,12 +65,12 @@ def played(run: Path) -> list[Played]:
     return episodes
 
 
-def cut_off(run: Path) -> list[Played]:
+def cut_off(run: Path) -> list[RecordedEpisode]:
     """The run's episodes that were given up for being slow, as far as they got: without them a
     replay would be too quick."""
     lines = read_lines(run / "episodes.jsonl")
     return [
-        Played.of(line)
+        RecordedEpisode.of(line)
         for line in lines
         if line["outcome"] == "cancelled" and line["reason"] in _SLOW
     ]
@@ -81,15 +83,17 @@ class Replay:
     until then.
     """
 
-    def __init__(self, episodes: Sequence[Played], cut_off: Iterable[Played] = ()) -> None:
+    def __init__(
+        self, episodes: Sequence[RecordedEpisode], cut_off: Iterable[RecordedEpisode] = ()
+    ) -> None:
         self._whole = list(episodes)
         self._by_life = sorted(episodes, key=_life_s)
-        self._of_task: dict[int, list[Played]] = {}
+        self._of_task: dict[int, list[RecordedEpisode]] = {}
         self._cut_off = set(cut_off)
         for episode in sorted([*episodes, *self._cut_off], key=lambda e: e.number):
             self._of_task.setdefault(episode.task, []).append(episode)
 
-    def episode(self, task: int, attempt: int, rng: random.Random) -> Played:
+    def episode(self, task: int, attempt: int, rng: random.Random) -> RecordedEpisode:
         """The task's n-th one, from 0."""
         own = self._of_task.get(task, ())
         if attempt >= len(own):
@@ -101,5 +105,5 @@ class Replay:
         return rng.choice(self._by_life[longer:] or self._by_life[-1:])
 
 
-def _life_s(episode: Played) -> float:
+def _life_s(episode: RecordedEpisode) -> float:
     return episode.ended_s - episode.admitted_s

@@ -1,12 +1,12 @@
-"""What a simulation yields: numbers, a table, a picture."""
+"""What simulations yield: the numbers of one run, and of one combination of a sweep."""
 
 import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from flash.hub.reports import HubStats
@@ -114,6 +114,23 @@ class Result:
         long = ("scenario", "steps", "episodes")
         summary = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in long}
         return {"scenario": self.scenario.model_dump(mode="json"), **summary}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One combination of a sweep: what was changed, and a result for each seed."""
+
+    changes: Mapping[str, Any]
+    results: Sequence[Result]
+
+    def mean(self, name: str) -> float:
+        """Of a number of the results, over the seeds."""
+        return fmean(getattr(result, name) for result in self.results)
+
+    def spread(self, name: str) -> float:
+        """Its standard deviation over the seeds; nan for one."""
+        values = [getattr(result, name) for result in self.results]
+        return stdev(values) if len(values) > 1 else math.nan
 
 
 def _digest(steps: list[Step], episodes: list[EpisodeRecord]) -> str:

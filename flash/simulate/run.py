@@ -17,8 +17,9 @@ from pathlib import Path
 
 from flash import registry, virtual_time
 from flash.hub.hub import InferenceHub
-from flash.rollout import filters
+from flash.rollout.episode import Episode
 from flash.rollout.loop import RolloutLoop
+from flash.rollout.observer import Observer
 from flash.rollout.record import EpisodeRecord
 from flash.simulate.results import Result, Step
 from flash.simulate.scenario import Scenario
@@ -64,7 +65,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-class _Simulation:
+class _Simulation(Observer):
     def __init__(self, scenario: Scenario) -> None:
         self._scenario = scenario
         self._episodes: list[EpisodeRecord] = []
@@ -88,6 +89,7 @@ class _Simulation:
             request_timeout_s=_FOREVER_S,
             control_timeout_s=_FOREVER_S,
             progress_timeout_s=_FOREVER_S,
+            update_mode=scenario.workers.update_mode,
         )
         rollouts = RolloutLoop(
             hub,
@@ -105,20 +107,11 @@ class _Simulation:
             batch_size=scenario.batch_size,
             group_size=scenario.group_size,
             alpha=scenario.alpha,
-            on_stale=scenario.on_stale,
-            schedule=scenario.schedule,
-            max_regenerations=scenario.max_regenerations,
-            replicate=scenario.replicate,
-            redundant_groups=scenario.redundant_groups,
-            redundant_episodes=scenario.redundant_episodes,
-            filters=[filters.find(name) for name in scenario.filters],
-            max_filtered=scenario.max_filtered,
+            settings=scenario.rollout.model_copy(update={"stall_timeout_s": _FOREVER_S}),
             last_version=scenario.steps,
-            update_mode=scenario.update_mode,
             advantages=per_group(lambda rewards: rewards - rewards.mean()),
-            stall_timeout_s=_FOREVER_S,
             caller_timeout_s=_FOREVER_S,
-            on_episode=self._episodes.append,
+            observers=[self],
         )
         self._clock = asyncio.get_running_loop().time
         async with hub, rollouts:
@@ -139,6 +132,9 @@ class _Simulation:
         if timeline is not None and timeline_path is not None:
             timeline.write(timeline_path)
         return result
+
+    def ended(self, episode: Episode, record: EpisodeRecord) -> None:
+        self._episodes.append(record)
 
     async def _train(self, rollouts: RolloutLoop) -> None:
         """The trainer's life: wait for a batch, train, publish."""

@@ -2,16 +2,26 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from flash import config as configuration
 from flash.config.source import read_mapping
-from flash.rollout.config import FilterNames
+from flash.rollout.config import RolloutSettings
 from flash.section import Section
 from flash.simulate.distributions import Varying, constant
 from flash.simulate.replay import played
+from flash.types import UpdateMode
+
+NOT_SIMULATED = {
+    "adaptive_alpha": "it goes by what training says of old samples, and nothing is trained here: "
+    "leave it out, and compare values of alpha",
+    "stall_timeout_s": "what hangs here are environments (workload.env_hang_rate), until "
+    "workload.step_timeout_s: leave it out",
+    "on_stall": "a simulation has no stalls: leave it out",
+}
+"""Settings of a run's `rollout` that a scenario refuses: why, and what to do instead."""
 
 
 class WorkersConfig(Section):
@@ -27,6 +37,7 @@ class WorkersConfig(Section):
     prefill_s: float = Field(0.0, ge=0, description="a prompt's token that is not in the cache")
     overhead_s: float = Field(0.0, ge=0, description="between worker and agent, a request")
     load_s: float = Field(0.0, ge=0, description="to load published weights")
+    update_mode: UpdateMode = Field("keep", description="what a publish does to requests under way")
 
     @model_validator(mode="after")
     def _takes_time(self) -> Self:
@@ -97,25 +108,8 @@ class Scenario(Section):
     alpha: float = Field(1.0, ge=0, description="asynchronous ratio; 0: synchronous")
     batch_size: int = Field(256, ge=1, description="samples in a batch")
     group_size: int = Field(8, ge=1, description="episodes of one task")
-    on_stale: Literal["regenerate", "wait", "drop"] = Field(
-        "regenerate", description="what becomes of an episode that would pass alpha"
-    )
-    schedule: Literal["queue", "batch"] = Field(
-        "queue", description="batch: a batch's episodes begin together, as in rollout.schedule"
-    )
-    replicate: bool = Field(
-        True, description="a group's first responses may come from different workers"
-    )
-    redundant_groups: int = Field(0, ge=0, description="groups begun beyond what batches can take")
-    redundant_episodes: int = Field(0, ge=0, description="episodes begun beyond group_size")
-    filters: FilterNames = Field((), description="what drops a group, as in rollout.filters")
-    max_regenerations: int = Field(8, ge=0, description="as in rollout.max_regenerations")
     stream: bool = Field(False, description="the trainer takes groups as they finish")
     publish_every: int = Field(1, ge=1, description="steps between publishes")
-    max_filtered: int = Field(100, ge=1, description="as in rollout.max_filtered")
-    update_mode: Literal["keep", "abort", "wait"] = Field(
-        "keep", description="what a publish does to requests under way"
-    )
     max_tokens: int = Field(32_768, ge=1, description="of one response")
     max_sequence_tokens: int = Field(131_072, ge=2, description="of a whole episode")
     grain: int | None = Field(
@@ -124,9 +118,19 @@ class Scenario(Section):
         description="how many tokens pass through hub and agents as one; null: so many that a "
         "mean response is 32",
     )
+    rollout: RolloutSettings = RolloutSettings()
     workers: WorkersConfig = WorkersConfig()
     trainer: TrainerConfig = TrainerConfig()
     workload: WorkloadConfig = WorkloadConfig()
+
+    @field_validator("rollout")
+    @classmethod
+    def _can_be_simulated(cls, rollout: RolloutSettings) -> RolloutSettings:
+        given = [name for name in NOT_SIMULATED if name in rollout.model_fields_set]
+        if given:
+            lines = [f"rollout.{name} is not simulated: {NOT_SIMULATED[name]}" for name in given]
+            raise ValueError("\n".join(lines))
+        return rollout
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from flash.errors import EnvFailure
-from flash.simulate.replay import Played, Replay, cut_off, played
+from flash.simulate.replay import RecordedEpisode, Replay, cut_off, played
 from flash.simulate.scenario import Scenario
 from flash.simulate.timeline import Timeline
 from flash.types import AsyncEnv, Observation, Task
@@ -106,7 +106,7 @@ class World:
         ]
         script.step_s = [scale * self._step_s.draw(rng) for _ in turns]
 
-    def _replay_turns(self, script: Script, episode: Played) -> None:
+    def _replay_turns(self, script: Script, episode: RecordedEpisode) -> None:
         """Of an episode only totals are known: its turns are made equal."""
         turns = episode.turns
         each, more = divmod(episode.generated_tokens, turns)

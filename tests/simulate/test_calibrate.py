@@ -11,7 +11,7 @@ from flash import cli
 from flash.config import parse
 from flash.simulate import Scenario, load, simulate
 from flash.simulate.calibrate import calibrate
-from flash.simulate.replay import Played, Replay, played
+from flash.simulate.replay import RecordedEpisode, Replay, played
 
 
 def truth(**changes) -> Scenario:
@@ -121,7 +121,7 @@ def test_queueing_at_the_hub_is_not_taken_for_slow_workers(tmp_path):
 
 def test_what_was_given_up_goes_on_like_one_that_lasted_longer():
     def episode(number, life_s):
-        return Played(number, number, 1, 1, 1, life_s, 0.0, 0.0, 1.0, 0.0, life_s, None)
+        return RecordedEpisode(number, number, 1, 1, 1, life_s, 0.0, 0.0, 1.0, 0.0, life_s, None)
 
     whole = [episode(n, float(n)) for n in range(1, 6)]
     replay = Replay(whole, [episode(7, 3.5), episode(8, 99.0)])
