@@ -475,7 +475,8 @@ def test_an_episode_can_be_trained_as_a_sample_for_each_turn():
 @pytest.fixture(scope="module")
 def long_tailed():
     scenario = Scenario(
-        steps=2, alpha=0, grain=200, batch_size=64, group_size=8, filters=("equal_rewards",),
+        steps=2, alpha=0, grain=200, batch_size=64, group_size=8,
+        rollout={"filters": ["equal_rewards"]},
         workers={"count": 8, "max_running": 8, "step_s": 0.02},
         workload={
             "success_rate": 0.1,
@@ -484,21 +485,23 @@ def long_tailed():
             },
         },
     )  # fmt: skip
-    return lambda **changes: simulate(scenario.changed(changes))
+    return lambda changes: simulate(scenario.changed(changes))
 
 
 def test_each_feature_shows_in_the_simulator(long_tailed):
-    queue = long_tailed()
-    assert long_tailed(schedule="batch").time_s > 1.1 * queue.time_s
-    assert long_tailed(redundant_groups=8).time_s < 0.6 * queue.time_s
-    spares = long_tailed(redundant_episodes=2)
+    queue = long_tailed({})
+    assert long_tailed({"rollout.schedule": "batch"}).time_s > 1.1 * queue.time_s
+    assert long_tailed({"rollout.redundant_groups": 8}).time_s < 0.6 * queue.time_s
+    spares = long_tailed({"rollout.redundant_episodes": 2})
     assert spares.time_s < 0.8 * queue.time_s
     assert spares.outcomes["cancelled(redundant)"] > 0
     assert queue.outcomes["dropped(filtered:equal_rewards)"] > 0
 
 
 def test_prompts_that_are_not_replicated_pile_up_at_one_worker(long_tailed):
-    crowded = {"workers.max_running": 4, "filters": (), "batch_size": 128}
-    apart, together = long_tailed(**crowded), long_tailed(replicate=False, **crowded)
+    crowded = {"workers.max_running": 4, "rollout.filters": (), "batch_size": 128}
+    apart, together = (
+        long_tailed({**crowded, "rollout.replicate": replicate}) for replicate in (True, False)
+    )
     assert together.time_s > apart.time_s
     assert together.idle_workers > apart.idle_workers

@@ -9,6 +9,7 @@ import yaml
 
 from flash import cli
 from flash.config import parse
+from flash.rollout.config import RolloutSettings
 from flash.simulate import Scenario, load, simulate
 from flash.simulate.calibrate import calibrate
 from flash.simulate.replay import RecordedEpisode, Replay, played
@@ -39,11 +40,11 @@ def write_run(folder, scenario):
         {
             "env": "frozen_lake", "alpha": scenario.alpha, "batch_size": 32, "group_size": 4,
             "publish_every": scenario.publish_every, "stream": scenario.stream,
-            "rollout": {
-                "schedule": scenario.schedule, "redundant_groups": scenario.redundant_groups,
-                "redundant_episodes": scenario.redundant_episodes, "filters": scenario.filters,
+            "rollout": scenario.rollout.model_dump(exclude_unset=True),
+            "engine": {
+                "workers": 2, "max_running": 12, "cache_tokens": 32_000,
+                "update_mode": scenario.workers.update_mode,
             },
-            "engine": {"workers": 2, "max_running": 12, "cache_tokens": 32_000},
             "agent": {"max_tokens": 64, "max_sequence_tokens": 2000},
         }
     )  # fmt: skip
@@ -64,6 +65,14 @@ def write_run(folder, scenario):
             }
             file.write(json.dumps(line) + "\n")
     return result
+
+
+def change_config(run, **sections):
+    path = run / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    for name, changes in sections.items():
+        config[name] |= changes
+    path.write_text(yaml.safe_dump(config))
 
 
 def test_a_calibrated_simulation_takes_as_long_as_its_run(tmp_path):
@@ -93,25 +102,52 @@ def test_from_one_run_it_predicts_the_speed_up_of_another_alpha(tmp_path, alpha)
 @pytest.mark.parametrize(
     "changes",
     [
-        {"publish_every": 2, "alpha": 2, "stream": True, "filters": ["equal_rewards"]},
-        {"redundant_groups": 4, "redundant_episodes": 2},
+        {"publish_every": 2, "alpha": 2, "stream": True, "rollout.filters": ["equal_rewards"]},
+        {"rollout.redundant_groups": 4, "rollout.redundant_episodes": 2},
+        {
+            "rollout.on_stale": "wait", "rollout.replicate": False, "rollout.max_attempts": 5,
+            "rollout.max_regenerations": 3, "rollout.max_filtered": 7,
+            "workers.update_mode": "wait",
+        },
     ],
-)
+)  # fmt: skip
 def test_what_was_on_in_the_run_is_on_in_its_simulation(tmp_path, changes):
-    write_run(tmp_path / "run", truth(**changes))
+    told = truth(**changes)
+    write_run(tmp_path / "run", told)
     calibration = calibrate(tmp_path / "run")
-    again = calibration.scenario.model_dump(mode="json")
-    assert {name: again[name] for name in changes} == changes
+    again = calibration.scenario
+    assert again.rollout == told.rollout
+    assert again.workers.update_mode == told.workers.update_mode
+    for name in ("alpha", "batch_size", "group_size", "publish_every", "stream"):
+        assert getattr(again, name) == getattr(told, name)
     assert abs(calibration.error) < 0.1
-    assert calibration.scenario.trainer.export_s == pytest.approx(0.7)
+    assert again.trainer.export_s == pytest.approx(0.7)
+
+
+def test_what_a_simulation_has_no_use_for_is_left_out_of_the_runs_settings(tmp_path):
+    """A filter of the user's own looks into tokens, of which a replay has only the number."""
+    write_run(tmp_path / "run", truth(steps=3))
+    change_config(
+        tmp_path / "run",
+        rollout={
+            "filters": ["equal_rewards", "mine:too_long"],
+            "on_stall": "replace", "stall_timeout_s": 60, "adaptive_alpha": {"min_ess": 0.9},
+        },
+    )  # fmt: skip
+    assert calibrate(tmp_path / "run").scenario.rollout == RolloutSettings(filters="equal_rewards")
+
+
+def test_workers_at_urls_are_counted_once(tmp_path):
+    write_run(tmp_path / "run", truth(steps=3))
+    urls = ["http://a:8000", "http://b:8000"]
+    change_config(tmp_path / "run", engine={"urls": urls, "workers": 4})
+    assert calibrate(tmp_path / "run").scenario.workers.count == 2
 
 
 def test_queueing_at_the_hub_is_not_taken_for_slow_workers(tmp_path):
     slow = {"workers.max_running": 4, "workers.count": 1, "workers.load_s": 0.6}
     result = write_run(tmp_path / "run", truth(**slow))
-    config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
-    config["engine"] |= {"workers": 1, "max_running": 4}
-    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(config))
+    change_config(tmp_path / "run", engine={"workers": 1, "max_running": 4})
     assert result.idle_workers < 0.1
     workers = calibrate(tmp_path / "run").scenario.workers
     # A response of 20 tokens, four in a step. What part of it goes with the tokens is not seen.

@@ -43,10 +43,10 @@ def test_a_sweep_prints_a_row_for_each_combination_and_averages_seeds(scenario, 
 
 
 def test_a_swept_value_may_be_a_list(scenario, tmp_path, capsys):
-    arguments = ["--sweep", "filters=[],[equal_rewards]", "--out", str(tmp_path)]
+    arguments = ["--sweep", "rollout.filters=[],[equal_rewards]", "--out", str(tmp_path)]
     assert cli.run(["simulate", str(scenario), *arguments]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
-    assert [r["scenario"]["filters"] for r in results] == [[], ["equal_rewards"]]
+    assert [r["scenario"]["rollout"]["filters"] for r in results] == [[], ["equal_rewards"]]
     assert "['equal_rewards']" in capsys.readouterr().out
 
 
@@ -104,5 +104,8 @@ def test_help_lists_the_fields_and_what_can_vary(capsys):
         cli.run(["simulate", "--help"])
     text = capsys.readouterr().out
     assert "--workers.kv_tokens int" in text
+    assert "--rollout.max_attempts int" in text
     assert "--workload.turns number|{kind: …}" in text
     assert "workload.turns.sigma" not in text
+    assert "rollout.on_stall " not in text, "it is refused"
+    assert "rollout.adaptive_alpha" not in text

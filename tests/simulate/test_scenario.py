@@ -4,10 +4,13 @@ import json
 import math
 import random
 from statistics import fmean
+from typing import get_type_hints
 
 import pytest
 
-from flash.config import validated
+from flash.config import Config, validated
+from flash.rollout.config import RolloutSettings
+from flash.rollout.loop import RolloutLoop
 from flash.simulate import Scenario, load
 from flash.simulate.distributions import Distribution
 
@@ -31,7 +34,8 @@ def test_a_file_is_named_after_itself_and_fields_change_it(tmp_path):
         ({"steps": 1, "alpha": -1}, "alpha=-1: must be at least 0"),
         ({"steps": 1, "alpha": math.inf}, "alpha=inf: must be a finite number"),
         ({"steps": 1, "trainer": {"batch_s": math.inf}}, "trainer.batch_s=inf: must be a finite"),
-        ({"steps": 1, "filters": ["even"]}, "filters=['even']: rollout.filters: 'even' is none of"),
+        ({"steps": 1, "rollout": {"filters": ["even"]}}, "rollout.filters: 'even' is none of"),
+        ({"steps": 1, "redundant_groups": 1}, "did you mean rollout.redundant_groups?"),
         ({"steps": 1, "workload": {"replay": "no/run"}}, "workload.replay='no/run': no/run/episod"),
         (
             {"steps": 1, "workload": {"env_fail_rate": 0.5, "env_hang_rate": 0.6}},
@@ -66,6 +70,32 @@ def test_a_mistake_is_one_line_with_its_field_and_a_remedy(settings, message):
     with pytest.raises(ValueError) as error:
         validated(Scenario, settings)
     assert message in str(error.value)
+
+
+def test_a_scenario_a_run_and_a_loop_take_one_set_of_rollout_settings():
+    of_loop = get_type_hints(RolloutLoop.__init__)["settings"]
+    of_run, of_scenario = (model.model_fields["rollout"] for model in (Config, Scenario))
+    assert of_loop is of_run.annotation is of_scenario.annotation is RolloutSettings
+    assert not Scenario.model_fields.keys() & RolloutSettings.model_fields.keys(), "no copies"
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("adaptive_alpha", {"min_ess": 0.9}), ("stall_timeout_s", 600.0), ("on_stall", "stop")],
+)
+def test_a_setting_that_means_nothing_in_a_simulation_is_refused(setting, value):
+    """Even its default: whoever writes it down expects something of it."""
+    with pytest.raises(ValueError, match=rf"^rollout.{setting} is not simulated: .*leave it out"):
+        validated(Scenario, {"steps": 1, "rollout": {setting: value}})
+
+
+def test_all_settings_that_are_refused_are_told_at_once():
+    given = {"on_stall": "stop", "stall_timeout_s": 600.0, "replicate": False}
+    with pytest.raises(ValueError) as error:
+        validated(Scenario, {"steps": 1, "rollout": given})
+    assert [line.split()[0] for line in str(error.value).splitlines()] == [
+        "rollout.stall_timeout_s", "rollout.on_stall",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def test_alpha_zero_trains_what_its_own_weights_sampled():
 @pytest.mark.parametrize("alpha", [0.5, 1, 2])
 @pytest.mark.parametrize("on_stale", ["regenerate", "wait", "drop"])
 def test_no_trained_token_is_older_than_alpha(alpha, on_stale):
-    result = simulate(small(alpha=alpha, on_stale=on_stale))
+    result = simulate(small(**{"alpha": alpha, "rollout.on_stale": on_stale}))
     assert result.staleness_max <= alpha
     assert result.trained == 6 * 32
 
@@ -145,10 +145,28 @@ def test_a_run_that_can_not_go_on_says_so_as_the_real_one_would():
         simulate(small(**{"workload.env_fail_rate": 0.99}))
 
 
+def test_a_group_is_given_up_after_as_many_failures_as_the_scenario_says():
+    rates = {"workload.env_fail_rate": 0.03}
+    assert "cancelled(group_failed)" not in simulate(small(**rates)).outcomes
+    result = simulate(small(**rates, **{"rollout.max_attempts": 1}))
+    assert result.outcomes["cancelled(group_failed)"] > 0
+
+
+def test_filters_that_drop_more_than_the_scenario_allows_end_it():
+    filtered = {"rollout.filters": ["equal_rewards"], "workload.success_rate": 1.0}
+    with pytest.raises(FlashError, match="rollout.max_filtered allows 16 a batch"):
+        simulate(small(**filtered, **{"rollout.max_filtered": 2}))
+
+
+def test_a_publish_that_lets_requests_end_first_takes_longer():
+    kept, waited = (simulate(small(**{"workers.update_mode": m})) for m in ("keep", "wait"))
+    assert kept.steps[0].publish_s == pytest.approx(1 + 3 * 0.5)
+    assert waited.steps[0].publish_s > 1.1 * kept.steps[0].publish_s
+
+
 def test_the_tokens_of_a_response_that_was_cut_off_are_counted_as_wasted():
-    result = simulate(
-        small(alpha=0, redundant_episodes=2, grain=10, **{"workload.turns": 1, "steps": 3})
-    )
+    spares = {"rollout.redundant_episodes": 2, "workload.turns": 1}
+    result = simulate(small(alpha=0, grain=10, steps=3, **spares))
     assert result.outcomes.keys() == {"trained", "cancelled(redundant)"}
     trained = 10 * sum(e.generated_tokens for e in result.episodes if e.outcome == "trained")
     decoded = result.tokens_per_s * result.time_s
