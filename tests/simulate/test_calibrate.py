@@ -107,7 +107,7 @@ def test_from_one_run_it_predicts_the_speed_up_of_another_alpha(tmp_path, alpha)
         {
             "rollout.on_stale": "wait", "rollout.replicate": False, "rollout.max_attempts": 5,
             "rollout.max_regenerations": 3, "rollout.max_filtered": 7,
-            "workers.update_mode": "wait",
+            "workers.update_mode": "abort",
         },
     ],
 )  # fmt: skip

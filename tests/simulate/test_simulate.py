@@ -158,6 +158,11 @@ def test_filters_that_drop_more_than_the_scenario_allows_end_it():
         simulate(small(**filtered, **{"rollout.max_filtered": 2}))
 
 
+def test_steps_that_take_hours_are_no_stall():
+    slow = {"workload.env_step_s": 7200, "workload.step_timeout_s": 1e4}
+    assert simulate(small(steps=1, **slow)).time_s > 7200
+
+
 def test_a_publish_that_lets_requests_end_first_takes_longer():
     kept, waited = (simulate(small(**{"workers.update_mode": m})) for m in ("keep", "wait"))
     assert kept.steps[0].publish_s == pytest.approx(1 + 3 * 0.5)
