@@ -15,11 +15,11 @@ from flash.simulate.replay import played
 from flash.types import UpdateMode
 
 NOT_SIMULATED = {
-    "adaptive_alpha": "it goes by what training says of old samples, and nothing is trained here: "
-    "leave it out, and compare values of alpha",
-    "stall_timeout_s": "what hangs here are environments (workload.env_hang_rate), until "
-    "workload.step_timeout_s: leave it out",
-    "on_stall": "a simulation has no stalls: leave it out",
+    "adaptive_alpha": "nothing is trained here that it could follow; leave it out, and compare "
+    "values of alpha",
+    "stall_timeout_s": "only environments can hang here, and workload.step_timeout_s ends that; "
+    "leave it out",
+    "on_stall": "nothing stalls here; leave it out",
 }
 """Settings of a run's `rollout` that a scenario refuses: why, and what to do instead."""
 

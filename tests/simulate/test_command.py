@@ -85,7 +85,7 @@ def test_a_timeline_has_a_lane_for_each_worker_each_agent_and_the_trainer(scenar
     [
         ([], "Give a scenario's YAML file"),
         (["nowhere.yaml"], "nowhere.yaml can't be read"),
-        (["FILE", "--alfa", "1"], "alfa is no field: did you mean alpha?"),
+        (["FILE", "--alfa", "1"], "alfa: unknown field; did you mean alpha?"),
         (["FILE", "--sweep", "alpha"], "write --sweep FIELD=V1,V2,…"),
         (["FILE", "--sweep", "alpha=-1,1"], "alpha=-1: must be at least 0"),
         (["FILE", "--seeds", "0"], "--seeds 0: must be at least 1"),

@@ -29,12 +29,12 @@ def test_a_file_is_named_after_itself_and_fields_change_it(tmp_path):
     ("settings", "message"),
     [
         ({}, "give steps or time_s"),
-        ({"steps": 1, "alfa": 1}, "alfa is no field: did you mean alpha?"),
+        ({"steps": 1, "alfa": 1}, "alfa: unknown field; did you mean alpha?"),
         ({"steps": 1, "batch_size": 30}, "batch_size=30 is not divisible by group_size=8: use 24"),
         ({"steps": 1, "alpha": -1}, "alpha=-1: must be at least 0"),
         ({"steps": 1, "alpha": math.inf}, "alpha=inf: must be a finite number"),
         ({"steps": 1, "trainer": {"batch_s": math.inf}}, "trainer.batch_s=inf: must be a finite"),
-        ({"steps": 1, "rollout": {"filters": ["even"]}}, "rollout.filters: 'even' is none of"),
+        ({"steps": 1, "rollout": {"filters": ["even"]}}, "rollout.filters: 'even' is not one of"),
         ({"steps": 1, "redundant_groups": 1}, "did you mean rollout.redundant_groups?"),
         ({"steps": 1, "workload": {"replay": "no/run"}}, "workload.replay='no/run': no/run/episod"),
         (
