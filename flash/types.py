@@ -218,7 +218,7 @@ class Trajectory:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Played:
+class Transcript:
     """An episode that came to its end, as a scorer sees it.
 
     `text` is all that the policy read and said, `responses` what it said, turn by turn; `reward`

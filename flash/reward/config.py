@@ -13,7 +13,7 @@ from flash.reward.judge import PROMPT, check_prompt
 from flash.section import Section
 
 _OF = "the episode"
-_RUN = "module:name, a function of the episode (flash.types.Played)"
+_RUN = "module:name, a function of the episode (flash.types.Transcript)"
 
 
 class EnvReward(Section):

@@ -11,7 +11,7 @@ import aiohttp
 from flash.conversation import ChatTemplate
 from flash.errors import RewardFailure
 from flash.rollout.episode import Generator
-from flash.types import GenerateRequest, Played, SamplingParams
+from flash.types import GenerateRequest, SamplingParams, Transcript
 
 Ask = Callable[[str], Awaitable[str]]
 
@@ -44,13 +44,13 @@ class Judge:
         self._max_score = max_score
         check_prompt(prompt)
 
-    async def __call__(self, played: Played, *, timeout_s: float) -> float:
+    async def __call__(self, transcript: Transcript, *, timeout_s: float) -> float:
         prompt = self._prompt.format(
-            text=played.text,
-            response=played.responses[-1] if played.responses else "",
-            seed=played.task.seed,
-            options=dict(played.task.options),
-            reward=played.reward,
+            text=transcript.text,
+            response=transcript.responses[-1] if transcript.responses else "",
+            seed=transcript.task.seed,
+            options=dict(transcript.task.options),
+            reward=transcript.reward,
             max_score=self._max_score,
         )
         async with asyncio.timeout(timeout_s):
