@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
+from flash.fakes import fake_sample
 from flash.simulate.hardware import GPUS
 from flash.trainer.config import TrainerConfig
 from flash.trainer.micro_batch import MicroBatch, pack
@@ -88,11 +89,10 @@ def episodes(count: int, size: Size, seed: int = 0) -> list[Sample]:
     for episode, length in enumerate(drawn.clip(32, size.longest)):
         mask = (np.arange(length) % 16 >= 12).astype(np.float32)
         samples.append(
-            Sample(
-                token_ids=rng.integers(4, size.config.vocab_size, length),
-                loss_mask=mask,
+            fake_sample(
+                rng.integers(4, size.config.vocab_size, length),
+                mask,
                 logprobs=(-np.log(size.config.vocab_size) * mask).astype(np.float32),
-                versions=np.where(mask > 0, 0, -1),
                 advantage=float(rng.normal()),
                 episode=episode,
             )

@@ -29,8 +29,8 @@ _ERROR_CHARACTERS = 300
 class Judge:
     """A scorer that asks a model for a grade, and takes the last number in its answer.
 
-    The reward is the grade divided by `max_score`. An answer without a number, or with one that is
-    no grade, is no reward.
+    The reward is the grade divided by `max_score`. An answer without a number, or with one below 0
+    or above `max_score`, gives no reward.
 
     Args:
         ask: from a prompt to an answer: `ask_hub`, `ask_url`, or your own.
@@ -57,11 +57,11 @@ class Judge:
             answer = await self._ask(prompt)
         numbers = _NUMBER.findall(answer)
         if not numbers:
-            raise RewardFailure(f"is no number: the judge said {answer!r}")
+            raise RewardFailure(f"is not a number: the judge said {answer!r}")
         grade = float(numbers[-1])
         if not 0 <= grade <= self._max_score:
             raise RewardFailure(
-                f"is no grade from 0 to {self._max_score:g}: the judge said {answer!r}"
+                f"is not a grade from 0 to {self._max_score:g}: the judge said {answer!r}"
             )
         return grade / self._max_score
 

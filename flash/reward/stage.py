@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from flash.errors import EpisodeFailure, FlashError, RewardFailure
 from flash.reward.outcome import outcome
 from flash.rollout.episode import Episode
-from flash.types import Sample, Task, Trajectory, Transcript
+from flash.types import SampledSequence, Task, Trajectory, Transcript
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,8 @@ class RewardStage:
             if attempt:
                 await asyncio.sleep(_FIRST_BACKOFF_S * 2 ** (attempt - 1))
             try:
-                return outcome(await self._scorer(transcript, timeout_s=self._timeout_s), "the reward")
+                answer = await self._scorer(transcript, timeout_s=self._timeout_s)
+                return outcome(answer, "the reward")
             except TimeoutError as error:
                 why = f"took longer than timeout_s={self._timeout_s:g}"
                 cause: Exception = error
@@ -117,18 +118,17 @@ class RewardStage:
         ) from cause
 
     def _transcript(self, task: Task, trajectory: Trajectory) -> Transcript:
+        sequences = trajectory.sequences
         return Transcript(
             task=task,
-            text="\n\n".join(self._decode(s.token_ids.tolist()) for s in trajectory.samples),
-            responses=tuple(
-                self._decode(ids) for sample in trajectory.samples for ids in _responses(sample)
-            ),
+            text="\n\n".join(self._decode(s.token_ids.tolist()) for s in sequences),
+            responses=tuple(self._decode(ids) for s in sequences for ids in _responses(s)),
             reward=trajectory.reward,
             success=trajectory.success,
         )
 
 
-def _responses(sample: Sample) -> list[list[int]]:
+def _responses(sequence: SampledSequence) -> list[list[int]]:
     """The token ids of each run of sampled tokens."""
-    pairs = zip(sample.token_ids.tolist(), (sample.loss_mask > 0).tolist(), strict=True)
+    pairs = zip(sequence.token_ids.tolist(), (sequence.loss_mask > 0).tolist(), strict=True)
     return [[i for i, _ in run] for sampled, run in groupby(pairs, lambda p: p[1]) if sampled]

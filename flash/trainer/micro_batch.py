@@ -1,6 +1,6 @@
-"""Samples as the tensors of one forward pass.
+"""Samples as the tensors of one forward pass: one after the other, without padding.
 
-Legend: N tokens of Q sequences, one after the other, without padding; T of them trained on.
+Legend: N tokens of the pass, T of them trained; Q sequences.
 """
 
 from collections.abc import Sequence
@@ -22,6 +22,13 @@ _NOTHING = Sample(
     loss_mask=np.zeros(2, np.float32),
     logprobs=np.zeros(2, np.float32),
     versions=np.full(2, -1, np.int64),
+    temperatures=np.ones(2, np.float32),
+    turns=np.full(2, -1, np.int64),
+    advantage=0.0,
+    reward=0.0,
+    turn_rewards=(),
+    group=-1,
+    episode=-1,
 )
 
 
@@ -29,8 +36,8 @@ _NOTHING = Sample(
 class MicroBatch:
     """One micro-batch. `trained_T` are indices into N; `loss_weights_T` is mask times scale.
 
-    `temperatures_T` is None if all of it was sampled at 1. `values_T` and `returns_T` are 0 where
-    there is no critic.
+    `temperatures_T` is None if all of them were sampled at 1. `values_T` and `returns_T` are 0
+    without a critic.
     """
 
     token_ids_N: Tensor
@@ -97,7 +104,7 @@ def pack(
         return torch.from_numpy(array).to(device)
 
     advantages_N = [np.broadcast_to(s.advantage, n) for s, n in zip(samples, lengths, strict=True)]
-    temperatures = [sample.temperature for sample in samples]
+    temperatures_T = of_tokens("temperatures").astype(np.float32)
     mask_T = mask_N[trained_T].astype(np.float32)
     loss_weights_T = mask_T * np.asarray(scales, np.float64)[sequences_T]
     return MicroBatch(
@@ -106,9 +113,7 @@ def pack(
         trained_T=on_device(trained_T),
         mask_T=on_device(mask_T),
         loss_weights_T=on_device(loss_weights_T.astype(np.float32)),
-        temperatures_T=(
-            None if set(temperatures) == {1.0} else on_device(of_samples(temperatures))
-        ),
+        temperatures_T=None if (temperatures_T == 1).all() else on_device(temperatures_T),
         behaviour_logprobs_T=on_device(of_tokens("logprobs").astype(np.float32)),
         advantages_T=on_device(np.concatenate(advantages_N)[trained_T].astype(np.float32)),
         rewards_T=on_device(of_samples([sample.reward for sample in samples])),

@@ -33,7 +33,7 @@ from flash.trainer.export import write_weights
 from flash.trainer.micro_batch import MicroBatch, pack
 from flash.trainer.objectives.choose import make_objective
 from flash.trainer.objectives.regularisers import kl_estimate, kl_loss, kl_penalty
-from flash.trainer.packing import MiniBatch
+from flash.trainer.packing import MiniBatchShare
 from flash.trainer.scorer import TokenScorer
 from flash.trainer.sharding import WHOLE, clip_gradient, load_model, make_optimizer, shard
 from flash.trainer.statistics import StepStatistics
@@ -117,7 +117,7 @@ class Rank:
             values.append(np.split(values_T, ends[:-1]) if samples else [])
         return values
 
-    def step(self, mini_batches: list[MiniBatch], version: int) -> dict[str, float]:
+    def step(self, mini_batches: list[MiniBatchShare], version: int) -> dict[str, float]:
         """One optimizer step a mini-batch; the metrics are over all tokens of the batch."""
         packed = [
             [
@@ -156,7 +156,7 @@ class Rank:
             "learning_rate": learning_rate,  # of the last of them
         }
 
-    def add(self, part: MiniBatch, version: int, first: bool) -> None:
+    def add(self, part: MiniBatchShare, version: int, first: bool) -> None:
         """Adds a part of a batch to the gradient that `finish` uses; `first` forgets others."""
         if first:
             self._optimizer.zero_grad(set_to_none=True)
@@ -318,5 +318,5 @@ def _tokenizer(source: str) -> Any:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     transformers_logging: Any = untyped_logging
-    transformers_logging.disable_progress_bar()  # a log is no terminal
+    transformers_logging.disable_progress_bar()  # stderr is a log here
     serve(Rank())

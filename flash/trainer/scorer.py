@@ -1,7 +1,6 @@
 """Logprobs of packed sequences under a model, computed only for the tokens that are asked for.
 
-Legend: N tokens of one or more sequences, one after the other, without padding; T of them are
-scored; C in one chunk; D width; V vocabulary.
+The sequences lie one after the other, without padding: N tokens, of which T are scored.
 """
 
 from collections.abc import Sequence

@@ -4,7 +4,7 @@ Legend: S tokens of a sample; T trained tokens of a sample, an episode or a batc
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,13 +69,13 @@ def token_rewards(samples: Sequence[Sample]) -> Floats:
     its last token.
     """
     rewards_T = np.zeros(sum(int(trained(sample).sum()) for sample in samples))
-    turns = [sample.turns[trained(sample)] for sample in samples if sample.turns is not None]
     turn_rewards = samples[0].turn_rewards
-    if not turn_rewards or len(turns) < len(samples):
+    if not turn_rewards:
         rewards_T[-1] = samples[0].reward
         return rewards_T
+    turns_T = np.concatenate([sample.turns[trained(sample)] for sample in samples])
     # A turn without a trained token adds to the one before it.
-    ends = np.searchsorted(np.concatenate(turns), np.arange(len(turn_rewards)), side="right") - 1
+    ends = np.searchsorted(turns_T, np.arange(len(turn_rewards)), side="right") - 1
     np.add.at(rewards_T, np.maximum(ends, 0), turn_rewards)
     return rewards_T
 
@@ -83,14 +83,14 @@ def token_rewards(samples: Sequence[Sample]) -> Floats:
 def _valued(
     sample: Sample, advantages_T: Floats, values_T: Floats, returns_T: Floats
 ) -> ValuedSample:
-    def of_tokens(of_trained: Floats) -> NDArray[np.float32]:
-        of_S = np.zeros(sample.num_tokens, np.float32)
-        of_S[trained(sample)] = of_trained
-        return of_S
+    def of_tokens(numbers_T: Floats) -> NDArray[np.float32]:
+        numbers_S = np.zeros(sample.num_tokens, np.float32)
+        numbers_S[trained(sample)] = numbers_T
+        return numbers_S
 
-    kept = {field.name: getattr(sample, field.name) for field in fields(Sample)}
-    return ValuedSample(
-        **{**kept, "advantage": of_tokens(advantages_T)},
+    return ValuedSample.extending(
+        sample,
+        advantage=of_tokens(advantages_T),
         values=of_tokens(values_T),
         returns=of_tokens(returns_T),
     )

@@ -84,7 +84,7 @@ class TokenLoss:
 
 
 def exp(logs_T: Tensor) -> Tensor:
-    """exp, but never infinite in float32, because 0 times that would be no number."""
+    """exp, but never infinite in float32, because 0 times infinity is not a number."""
     return logs_T.clamp(max=_LARGEST_LOG).exp()
 
 
