@@ -174,11 +174,12 @@ class PromptStyle(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampledSequence:
-    """Tokens that a policy read and sampled; every array is [S].
+    """Tokens that a policy read and sampled, in their order; every array is [S].
 
     `loss_mask` is 1 on sampled tokens, 0 elsewhere. Of the sampled ones `logprobs`, `versions` and
     `temperatures` are the engine's own (`Completion`), and `turns` says to which response of the
     episode a token belongs, counted from 0. Elsewhere they are 0, -1, 1 and -1.
+    `flash.conversation.TokenSequence` keeps count of all that.
 
     Example, a prompt of two tokens and a response of two, sampled by version 3:
 
@@ -201,7 +202,10 @@ class SampledSequence:
 
     @classmethod
     def extending(cls, sequence: "SampledSequence", **more: Any) -> Self:
-        """A record of this kind: the fields of `sequence`, but those in `more` as given there."""
+        """A record of this kind with the fields of `sequence`; those in `more` come first.
+
+        Raises TypeError for a field that neither has.
+        """
         shared = {f.name for f in fields(cls)} & {f.name for f in fields(sequence)}
         return cls(**{name: getattr(sequence, name) for name in shared} | more)
 
@@ -259,7 +263,7 @@ class Sample(SampledSequence):
 
     `advantage` is one number, or one for each token, [S]. `reward` is the episode's;
     `turn_rewards` are those that followed its turns, empty if they are not known. In supervised
-    samples `loss_mask` may hold any weight of at least 0, and nothing is sampled.
+    samples nothing is sampled, and `loss_mask` may hold any weight of at least 0.
     """
 
     advantage: float | NDArray[np.float32]
@@ -284,7 +288,11 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerState:
-    """What the trainer is at. `doing`: the call, empty if none; `dead`: why, empty if it lives."""
+    """What the trainer is at.
+
+    `doing` is the call, empty if there is none, `since` when it began, in seconds of the event
+    loop's clock, and `dead` why the trainer is, empty if it lives.
+    """
 
     doing: str = ""
     since: float = 0.0

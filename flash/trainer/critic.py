@@ -2,8 +2,6 @@
 
 It starts as the policy's own layers with a head of zeros, so that its first values are 0 and its
 first advantages plain returns. One on each rank, sharded like the policy.
-
-Legend: N tokens of packed sequences, T of them trained; D hidden size.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,4 @@
-"""Samples as the tensors of one forward pass: one after the other, without padding.
-
-Legend: N tokens of the pass, T of them trained; Q sequences.
-"""
+"""Samples as the tensors of one forward pass: one after the other, without padding."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

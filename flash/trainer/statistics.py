@@ -1,6 +1,6 @@
 """What a step has to say about its tokens: the same however they were divided over ranks.
 
-T trained tokens of a micro-batch. Means are over all trained tokens of the step, mask as weights.
+Means are over all trained tokens of the step, mask as weights.
 """
 
 from collections.abc import Mapping

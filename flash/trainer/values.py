@@ -1,6 +1,6 @@
 """From a critic's values to advantages and returns: in the controller, which has whole episodes.
 
-Legend: S tokens of a sample; T trained tokens of a sample, an episode or a batch.
+[T] is over the trained tokens of a sample, an episode or a batch.
 """
 
 from collections.abc import Sequence

@@ -32,7 +32,7 @@ def to_sample(
 ) -> Sample:
     """One demonstration as one sample; `loss_mask` holds the weights, versions are all -1.
 
-    `episode` is what errors about the sample name it by.
+    `episode` is the number that errors name the sample by.
 
     Raises ValueError for a demonstration without turns.
     """

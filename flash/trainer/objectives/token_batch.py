@@ -1,6 +1,6 @@
 """What an objective is given and what it answers, and the sums over packed sequences.
 
-Legend: T trained tokens of one or more packed sequences; Q sequences; natural logs.
+All logs are natural.
 """
 
 from collections.abc import Callable
