@@ -439,7 +439,7 @@ def test_each_token_is_compared_at_the_temperature_it_was_sampled_at(
         temperatures = np.where(sample.loss_mask > 0, warm, np.float32(1))
         with torch.no_grad():
             logits = plain(torch.tensor(sample.token_ids)[None]).logits[0, :-1].double()
-        chosen = (logits / temperatures[1:, None]).log_softmax(-1)[
+        chosen = (logits / torch.tensor(temperatures[1:, None])).log_softmax(-1)[
             range(len(logits)), sample.token_ids[1:].tolist()
         ]
         logprobs = np.concatenate([[0], chosen.numpy()]).astype(np.float32) * sample.loss_mask
