@@ -204,10 +204,9 @@ class SampledSequence:
     def extending(cls, sequence: "SampledSequence", **more: Any) -> Self:
         """A record of this kind with the fields of `sequence`; those in `more` come first.
 
-        Raises TypeError for a field that neither has.
+        Raises TypeError for a field that is in neither.
         """
-        shared = {f.name for f in fields(cls)} & {f.name for f in fields(sequence)}
-        return cls(**{name: getattr(sequence, name) for name in shared} | more)
+        return cls(**{f.name: getattr(sequence, f.name) for f in fields(sequence)} | more)
 
     @property
     def num_tokens(self) -> int:

@@ -473,11 +473,11 @@ async def test_abort_samples_the_rest_anew_and_the_caller_notices_nothing():
 @in_virtual_time
 async def test_a_completion_has_the_temperature_of_its_request_however_many_parts_it_came_in():
     sampling = SamplingParams(max_tokens=10, temperature=0.5)
-    async with InferenceHub([steady()]) as hub:
+    async with InferenceHub([steady()], update_mode="abort") as hub:
         wanted = GenerateRequest(token_ids=[1, 2], sampling=sampling)
         calls = [asyncio.ensure_future(hub.generate(wanted)) for _ in range(2)]
         await asyncio.sleep(3.5)
-        await hub.publish(weights(1), "abort")
+        await hub.publish(weights(1))
         assert [completion.temperature for completion in await asyncio.gather(*calls)] == [0.5, 0.5]
 
 
