@@ -32,8 +32,8 @@ class EnvironmentAgent(Actor):
         max_turns: responses in an episode; None leaves the end to the environment.
         max_sequence_tokens: an episode whose conversation would grow past it ends there, with the
             reward it has.
-        samples: what the trajectory holds: the conversation as one sample, or a sample for each
-            turn, in which only that turn's response is trained on.
+        samples: what an episode is trained as: the conversation as one sample, or a sample for
+            each turn, in which only that turn's response is trained on.
         step_timeout_s, episode_timeout_s: past them the episode fails (env, deadline).
         reward: computes the episode's reward from all its observations; by default the sum of
             what the environment gave.
@@ -111,7 +111,7 @@ class EnvironmentAgent(Actor):
         with episode.stage("reward"):
             reward = await self._reward_of(seen)
         return Trajectory(
-            samples=[part.sample(self._temperature) for part in turns or [conversation]],
+            sequences=[part.snapshot() for part in turns or [conversation]],
             reward=reward,
             turns=episode.turns,
             success=bool(seen[-1].info.get("success", reward > 0)),

@@ -2,7 +2,7 @@
 
     ExternalAgent ──(base URL, key, task)──→ your agent ──→ reward
           │                                      ⇅ any OpenAI client
-          └── samples ←── DoorSession ←── Door: /v1/chat/completions, …
+          └── sequences ←── DoorSession ←── Door: /v1/chat/completions, …
 
 What it sampled is what the door recorded, under the same α, deadlines and ledger as any other.
 """
@@ -15,7 +15,7 @@ from typing import Any, NoReturn, Protocol
 from flash.errors import AgentFailure, EpisodeFailure, FlashError, first_error
 from flash.reward.outcome import outcome as stated_outcome
 from flash.rollout.episode import Episode
-from flash.types import Completion, Sample, SamplingParams, Task, Trajectory
+from flash.types import Completion, SampledSequence, SamplingParams, Task, Trajectory
 
 from .actor import Actor, RewardStage
 
@@ -38,7 +38,7 @@ class Session(Protocol):
     base_url: str
     api_key: str
 
-    def samples(self) -> list[Sample]: ...
+    def sequences(self) -> list[SampledSequence]: ...
 
     def close(self) -> None: ...
 
@@ -105,16 +105,16 @@ class ExternalAgent(Actor):
         try:
             with episode.stage("agent"):
                 answer = await self._answer(session, episode.task, causes)
-            samples = session.samples()
+            sequences = session.sequences()
         finally:
             session.close()
-        if not samples:
+        if not sequences:
             raise AgentFailure(
                 "the agent never called the model: it must send its requests to the base URL that "
                 "it is given"
             )
         reward, success = outcome(answer)
-        return Trajectory(samples=samples, reward=reward, turns=episode.turns, success=success)
+        return Trajectory(sequences=sequences, reward=reward, turns=episode.turns, success=success)
 
     async def _answer(
         self, session: Session, task: Task, causes: "asyncio.Queue[FlashError]"

@@ -19,7 +19,7 @@ from flash.fakes import FakeEnvs, FakeStyle, FakeWorker
 from flash.hub.hub import InferenceHub
 from flash.reward.stage import FunctionScorer, RewardStage
 from flash.rollout.loop import RolloutLoop
-from flash.types import Played, Task, Weights
+from flash.types import Task, Transcript, Weights
 
 RESULTS = Path(__file__).parent / "results" / "reward.json"
 BATCH, GROUP, CONCURRENCY = 64, 8, 16
@@ -32,7 +32,7 @@ async def seconds_a_step(*, alpha: float, beside: bool, steps: int, seed: int) -
     envs = FakeEnvs(seed=seed, turns=(3, 3), step_s=(0.5, 1.5))
     clock = asyncio.get_running_loop().time
 
-    async def score(played: Played | None) -> float:
+    async def score(transcript: Transcript | None) -> float:
         await asyncio.sleep(rng.expovariate(1 / REWARD_S))
         return rng.random()
 

@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
+from flash.fakes import fake_sample
 from flash.simulate.hardware import GPUS
 from flash.trainer.config import TrainerConfig
 from flash.trainer.micro_batch import MicroBatch, pack
@@ -88,11 +89,10 @@ def episodes(count: int, size: Size, seed: int = 0) -> list[Sample]:
     for episode, length in enumerate(drawn.clip(32, size.longest)):
         mask = (np.arange(length) % 16 >= 12).astype(np.float32)
         samples.append(
-            Sample(
-                token_ids=rng.integers(4, size.config.vocab_size, length),
-                loss_mask=mask,
+            fake_sample(
+                rng.integers(4, size.config.vocab_size, length),
+                mask,
                 logprobs=(-np.log(size.config.vocab_size) * mask).astype(np.float32),
-                versions=np.where(mask > 0, 0, -1),
                 advantage=float(rng.normal()),
                 episode=episode,
             )
@@ -106,15 +106,15 @@ def episodes(count: int, size: Size, seed: int = 0) -> list[Sample]:
 class PaddedScorer(TokenScorer):
     """As TokenScorer, by rows that are filled up to the longest."""
 
-    def forward(self, token_ids_N: Tensor, lengths: Any, scored_S: Tensor, **_: Any) -> Tensor:
+    def forward(self, token_ids_N: Tensor, lengths: Any, scored_T: Tensor, **_: Any) -> Tensor:
         rows_BL = pad_sequence(list(token_ids_N.split(list(lengths))), batch_first=True)
         longest = rows_BL.shape[1]
-        starts = torch.tensor([0, *lengths[:-1]], device=scored_S.device).cumsum(0)
-        row_S = torch.searchsorted(starts, scored_S, right=True) - 1
+        starts = torch.tensor([0, *lengths[:-1]], device=scored_T.device).cumsum(0)
+        row_T = torch.searchsorted(starts, scored_T, right=True) - 1
         hidden_BLD = self.model.base_model(input_ids=rows_BL, use_cache=False).last_hidden_state
-        places_S = row_S * longest + scored_S - starts[row_S] - 1
+        places_T = row_T * longest + scored_T - starts[row_T] - 1
         return self._in_chunks(
-            hidden_BLD.flatten(0, 1)[places_S], token_ids_N[scored_S], None, False
+            hidden_BLD.flatten(0, 1)[places_T], token_ids_N[scored_T], None, False
         )
 
 
@@ -141,10 +141,10 @@ class Variant:
         total = 0.0
         for micro in self.micros:
             marks = [now()]
-            logprobs_S = self.scorer(micro.token_ids_N, micro.lengths, micro.trained_S)
+            logprobs_T = self.scorer(micro.token_ids_N, micro.lengths, micro.trained_T)
             marks.append(now())
-            batch = micro.with_logprobs(logprobs_S, None, 0.0)
-            loss: Any = (self.objective(batch).loss_T * micro.loss_weights_S).sum()
+            batch = micro.with_logprobs(logprobs_T, None, 0.0)
+            loss: Any = (self.objective(batch).loss_T * micro.loss_weights_T).sum()
             marks.append(now())
             loss.backward()
             marks.append(now())

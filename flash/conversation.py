@@ -1,8 +1,8 @@
 """Conversations token by token: what was sampled stays as it was sampled.
 
-`TokenSequence` grows into a sample. `ChatTemplate` makes prompts of messages in the model's own
-chat template; of each later turn it tokenises only what the template puts after the assistant's
-words.
+`TokenSequence` grows into what a trajectory holds. `ChatTemplate` makes prompts of messages in the
+model's own chat template; of each later turn it tokenises only what the template puts after the
+assistant's words.
 """
 
 import secrets
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from flash.types import Completion, Sample
+from flash.types import Completion, SampledSequence
 
 Message = Mapping[str, Any]
 
@@ -24,6 +24,7 @@ class TokenSequence:
         self._mask: list[float] = []
         self._logprobs: list[float] = []
         self._versions: list[int] = []
+        self._temperatures: list[float] = []
         self._turns: list[int] = []
         self._turn = 0
         self.add_prompt(prompt)
@@ -33,6 +34,7 @@ class TokenSequence:
         self._mask += [0.0] * len(token_ids)
         self._logprobs += [0.0] * len(token_ids)
         self._versions += [-1] * len(token_ids)
+        self._temperatures += [1.0] * len(token_ids)
         self._turns += [-1] * len(token_ids)
 
     def add_sampled(self, completion: Completion, *, turn: int | None = None) -> None:
@@ -42,17 +44,18 @@ class TokenSequence:
         self._mask += [1.0] * len(completion.token_ids)
         self._logprobs += completion.logprobs
         self._versions += completion.versions
+        self._temperatures += [completion.temperature] * len(completion.token_ids)
         self._turns += [self._turn] * len(completion.token_ids)
         self._turn += 1
 
-    def sample(self, temperature: float) -> Sample:
-        """All of it, for training; `temperature` is what it was sampled at."""
-        return Sample(
+    def snapshot(self) -> SampledSequence:
+        """All of it so far, as arrays."""
+        return SampledSequence(
             token_ids=np.array(self.token_ids, dtype=np.int64),
             loss_mask=np.array(self._mask, dtype=np.float32),
             logprobs=np.array(self._logprobs, dtype=np.float32),
             versions=np.array(self._versions, dtype=np.int64),
-            temperature=temperature,
+            temperatures=np.array(self._temperatures, dtype=np.float32),
             turns=np.array(self._turns, dtype=np.int64),
         )
 

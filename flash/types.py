@@ -1,12 +1,12 @@
 """The records that pass between the parts, and the seams they pass through.
 
-Arrays are NumPy, one-dimensional over the tokens of one sample: [T].
+Arrays are NumPy, one-dimensional over the S tokens of one sequence: [S].
 """
 
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,11 +44,16 @@ class GenerateRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """What the engine sampled: tokens, their logprobs and policy versions, all of one length."""
+    """What the engine sampled at `temperature`.
+
+    Of each token its logprob, natural log, of the distribution that it was sampled from, and the
+    version of the policy that sampled it; the three lists have one length.
+    """
 
     token_ids: list[int]
     logprobs: list[float]
     versions: list[int]
+    temperature: float
     finish_reason: FinishReason
     worker: str = ""
 
@@ -142,96 +147,6 @@ class Teachable(Protocol):
     def demonstrate(self, task: Task) -> list[Turn]: ...
 
 
-# ── samples ──────────────────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """One token sequence to train on; every array is [T].
-
-    `logprobs` and `versions` are the engine's own, and mean something only where `loss_mask` is
-    above 0 (elsewhere 0 and -1). The mask is 1 on sampled tokens; in supervised samples it may be
-    any weight. `temperature` is what all of them were sampled at: `logprobs` are those of the
-    distribution that was sampled from. `turns` counts the responses of the episode: which one a
-    token belongs to, -1 elsewhere; only advantages of turns need it. `advantage` is one number, or
-    one for each token. `reward` is the episode's; `turn_rewards` are those that followed its turns,
-    as far as they are known.
-    """
-
-    token_ids: NDArray[np.int64]
-    loss_mask: NDArray[np.float32]
-    logprobs: NDArray[np.float32]
-    versions: NDArray[np.int64]
-    temperature: float = 1.0
-    turns: NDArray[np.int64] | None = None
-    advantage: float | NDArray[np.float32] = 0.0
-    reward: float = 0.0
-    turn_rewards: Sequence[float] = ()
-    group: int = 0
-    episode: int = 0
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.token_ids)
-
-    def sampled_versions(self) -> NDArray[np.int64]:
-        """Versions of the sampled tokens only, [sampled]."""
-        return self.versions[self.loss_mask > 0]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """Whole groups, to be trained at policy version `version`.
-
-    A batch may come in parts; then the last of them has the numbers of all.
-    """
-
-    samples: list[Sample]
-    version: int
-    last: bool = True
-    metrics: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainerState:
-    """What the trainer is at. `doing`: the call, empty if none; `dead`: why, empty if it lives."""
-
-    doing: str = ""
-    since: float = 0.0
-    dead: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trajectory:
-    """An episode that came to its end: its samples and what it was worth.
-
-    Of each turn, where the agent knows it: the reward that followed it, and the state that it began
-    in (any two that are equal are taken for the same).
-    """
-
-    samples: list[Sample]
-    reward: float
-    turns: int
-    success: bool = False
-    turn_rewards: Sequence[float] = ()
-    turn_states: Sequence[Hashable] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Played:
-    """An episode that came to its end, as a scorer sees it.
-
-    `text` is all that the policy read and said, `responses` what it said, turn by turn; `reward`
-    and `success` are what the environment, or the agent, thinks of it.
-    """
-
-    task: Task
-    text: str
-    responses: tuple[str, ...]
-    reward: float
-    success: bool
-
-
 class PromptStyle(Protocol):
     """Turns observations into prompt tokens and sampled tokens into actions.
 
@@ -252,3 +167,132 @@ class PromptStyle(Protocol):
     def action(self, sampled: Sequence[int]) -> str:
         """The command that the sampled tokens spell."""
         ...
+
+
+# ── episodes ─────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledSequence:
+    """Tokens that a policy read and sampled, in their order; every array is [S].
+
+    `loss_mask` is 1 on sampled tokens, 0 elsewhere. Of the sampled ones `logprobs`, `versions` and
+    `temperatures` are the engine's own (`Completion`), and `turns` says to which response of the
+    episode a token belongs, counted from 0. Elsewhere they are 0, -1, 1 and -1.
+    `flash.conversation.TokenSequence` keeps count of all that.
+
+    Example, a prompt of two tokens and a response of two, sampled by version 3:
+
+        SampledSequence(
+            token_ids=np.array([5, 6, 7, 8]),
+            loss_mask=np.array([0, 0, 1, 1], np.float32),
+            logprobs=np.array([0, 0, -0.7, -0.1], np.float32),
+            versions=np.array([-1, -1, 3, 3]),
+            temperatures=np.ones(4, np.float32),
+            turns=np.array([-1, -1, 0, 0]),
+        )
+    """
+
+    token_ids: NDArray[np.int64]
+    loss_mask: NDArray[np.float32]
+    logprobs: NDArray[np.float32]
+    versions: NDArray[np.int64]
+    temperatures: NDArray[np.float32]
+    turns: NDArray[np.int64]
+
+    @classmethod
+    def extending(cls, sequence: "SampledSequence", **more: Any) -> Self:
+        """A record of this kind with the fields of `sequence`; those in `more` come first.
+
+        Raises TypeError for a field that is in neither.
+        """
+        return cls(**{f.name: getattr(sequence, f.name) for f in fields(sequence)} | more)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    def sampled_versions(self) -> NDArray[np.int64]:
+        """Versions of the sampled tokens only, [sampled]."""
+        return self.versions[self.loss_mask > 0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trajectory:
+    """An episode that came to its end: what was sampled in it and what it was worth.
+
+    Of each turn, where the agent knows it: the reward that followed it, and the state that it began
+    in (any two that are equal are taken for the same).
+    """
+
+    sequences: list[SampledSequence]
+    reward: float
+    turns: int
+    success: bool = False
+    turn_rewards: Sequence[float] = ()
+    turn_states: Sequence[Hashable] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transcript:
+    """An episode that came to its end, as a scorer sees it.
+
+    `text` is all that the policy read and said, `responses` what it said, turn by turn; `reward`
+    and `success` are what the environment, or the agent, thinks of it.
+
+    Example of a reward function:
+
+        def brief(transcript: Transcript) -> float:
+            return transcript.reward - 0.01 * len(transcript.responses)
+    """
+
+    task: Task
+    text: str
+    responses: tuple[str, ...]
+    reward: float
+    success: bool
+
+
+# ── training ─────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample(SampledSequence):
+    """A sequence to train on, with what it was worth.
+
+    `advantage` is one number, or one for each token, [S]. `reward` is the episode's;
+    `turn_rewards` are those that followed its turns, empty if they are not known. In supervised
+    samples nothing is sampled, and `loss_mask` may hold any weight of at least 0.
+    """
+
+    advantage: float | NDArray[np.float32]
+    reward: float
+    turn_rewards: Sequence[float]
+    group: int
+    episode: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Whole groups, to be trained at policy version `version`.
+
+    A batch may come in parts; then the last of them has the numbers of all.
+    """
+
+    samples: list[Sample]
+    version: int
+    last: bool = True
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerState:
+    """What the trainer is at.
+
+    `doing` is the call, empty if there is none, `since` when it began, in seconds of the event
+    loop's clock, and `dead` why the trainer is, empty if it lives.
+    """
+
+    doing: str = ""
+    since: float = 0.0
+    dead: str = ""

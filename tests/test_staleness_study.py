@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flash.types import Batch, Sample
+from flash.fakes import fake_sample
+from flash.types import Batch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -74,12 +75,7 @@ def test_a_finished_study_runs_nothing_and_reports(tmp_path: Path):
 def test_weights_that_were_published_late_make_tokens_older_and_prompts_no_version():
     from study.cell import aged
 
-    sample = Sample(
-        token_ids=np.array([5, 6, 7]),
-        loss_mask=np.array([0, 1, 1], np.float32),
-        logprobs=np.zeros(3, np.float32),
-        versions=np.array([-1, 9, 9]),
-    )
+    sample = fake_sample([5, 6, 7], versions=np.array([-1, 9, 9]))
     (late,) = aged(Batch(samples=[sample], version=9), 4).samples
     assert late.versions.tolist() == [-1, 5, 5]
 

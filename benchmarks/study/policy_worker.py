@@ -136,6 +136,7 @@ class PolicyWorker:
                     token_ids=request.token_ids[request.prompt :],
                     logprobs=request.logprobs,
                     versions=request.versions,
+                    temperature=request.sampling.temperature,
                     finish_reason="stop" if stopped else "length",
                     worker=self.name,
                 )

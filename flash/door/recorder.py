@@ -1,4 +1,4 @@
-"""Joins the calls of an episode into samples, and remembers the conversations behind them."""
+"""Joins the calls of an episode into sequences, and remembers the conversations behind them."""
 
 import hashlib
 import json
@@ -6,19 +6,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from flash.conversation import ChatTemplate, Message, TokenSequence
-from flash.types import Completion, Sample
+from flash.types import Completion, SampledSequence
 
 
 class Recorder:
-    """What was really sampled in an episode, as samples.
+    """What was really sampled in an episode, as sequences.
 
-    A call whose prompt starts with the whole of a sample, token by token, extends that sample;
-    any other opens a new one. So each sampled token has loss mask 1 in exactly one sample: where
-    two calls go on from the same one, the second sample has the common part as its prompt.
+    A call whose prompt starts with the whole of a sequence, token by token, extends that sequence;
+    any other opens a new one. So each sampled token has loss mask 1 in exactly one sequence: where
+    two calls go on from the same one, the second sequence has the common part as its prompt.
     """
 
-    def __init__(self, temperature: float) -> None:
-        self._temperature = temperature
+    def __init__(self) -> None:
         self._sequences: list[TokenSequence] = []
         self._calls = 0
 
@@ -38,9 +37,9 @@ class Recorder:
         self._calls += 1
         return Known(sequence, len(sequence.token_ids))
 
-    def samples(self) -> list[Sample]:
+    def sequences(self) -> list[SampledSequence]:
         """In the order in which they were opened."""
-        return [sequence.sample(self._temperature) for sequence in self._sequences]
+        return [sequence.snapshot() for sequence in self._sequences]
 
 
 class Known:

@@ -7,7 +7,7 @@ from flash.door.limits import Allowance
 from flash.door.recorder import Memory, Recorder
 from flash.door.schema import LEAVE_OUT, ApiError, Ask, refused
 from flash.errors import FlashError
-from flash.types import Completion, Sample, SamplingParams
+from flash.types import Completion, SampledSequence, SamplingParams
 
 Generate = Callable[[Sequence[int], SamplingParams], Awaitable[Completion]]
 
@@ -31,7 +31,7 @@ class DoorSession:
         self.base_url = f"{door_url}/episodes/{api_key}/v1"
         self.allowance = allowance
         # Without a temperature of its own it serves clients that train nothing: nothing is kept.
-        self.recorder = None if temperature is None else Recorder(temperature)
+        self.recorder = None if temperature is None else Recorder()
         self.memory = Memory()
         self._generate = generate
         self._max_tokens = max_tokens
@@ -41,9 +41,9 @@ class DoorSession:
         self._closed = False
         self._calls: set[asyncio.Timeout] = set()
 
-    def samples(self) -> list[Sample]:
-        """What was sampled so far, joined; reward and advantage are left to the caller."""
-        return self.recorder.samples() if self.recorder is not None else []
+    def sequences(self) -> list[SampledSequence]:
+        """What was sampled so far, joined."""
+        return self.recorder.sequences() if self.recorder is not None else []
 
     def close(self) -> None:
         """Ends it: calls under way are cancelled, later ones answered 401."""

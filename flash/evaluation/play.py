@@ -105,8 +105,8 @@ async def play(
                 {
                     int(version)
                     for trajectory in trajectories
-                    for sample in trajectory.samples
-                    for version in sample.sampled_versions()
+                    for sequence in trajectory.sequences
+                    for version in sequence.sampled_versions()
                 }
             )
         ),

@@ -2,13 +2,14 @@
 and an observer that keeps what it hears.
 
 They run on the event loop's clock, so under virtual time a test of hours takes milliseconds. Each
-is seeded: the same seed does the same.
+is seeded: the same seed does the same. `fake_sample` makes what a trainer trains on.
 """
 
 from flash.fakes.crew import FakeCrew
 from flash.fakes.environments import FakeEnvs, FakeStyle
 from flash.fakes.observer import KeepingObserver
 from flash.fakes.routes import worker_app
+from flash.fakes.samples import fake_sample
 from flash.fakes.worker import FakePool, FakeWorker
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "FakeStyle",
     "FakeWorker",
     "KeepingObserver",
+    "fake_sample",
     "worker_app",
 ]

@@ -263,6 +263,7 @@ class FakeWorker:
             token_ids=token_ids,
             logprobs=logprobs,
             versions=run.versions,
+            temperature=sampling.temperature,
             finish_reason=ended if len(token_ids) == wanted else "abort",
             worker=self.name,
         )

@@ -107,11 +107,11 @@ class HttpWorker:
         if on_tokens is not None and sampling.max_tokens >= _STREAMED_FROM_TOKENS:
             params["stream_interval"] = _STREAM_INTERVAL
             body["stream"] = True
-            return await self._stream(body, on_tokens)
+            return await self._stream(body, sampling, on_tokens)
         answer = await self._call("POST", _GENERATE, body)
         with self._readable(answer):
             choice = _decode_answer(answer).choices[0]
-            return self._completion(choice, choice.token_ids, choice.numbers())
+            return self._completion(choice, choice.token_ids, choice.numbers(), sampling)
 
     async def abort(self, request_id: str) -> None:
         body = {"request_ids": [_REQUEST_PREFIX + request_id]}
@@ -160,7 +160,9 @@ class HttpWorker:
         async with self._request(method, route, body) as response:
             return await response.read()
 
-    async def _stream(self, body: Mapping[str, Any], on_tokens: OnTokens) -> Completion:
+    async def _stream(
+        self, body: Mapping[str, Any], sampling: SamplingParams, on_tokens: OnTokens
+    ) -> Completion:
         """An answer in pieces; a worker that does not stream sends it whole."""
         token_ids: list[int] = []
         logprobs: list[float] = []
@@ -177,10 +179,16 @@ class HttpWorker:
                     on_tokens(choice.token_ids, numbers)
                 if choice.finish_reason is not None:
                     with self._readable(line):
-                        return self._completion(choice, token_ids, logprobs)
+                        return self._completion(choice, token_ids, logprobs, sampling)
         raise WorkerFailure(f"{self.name}{_GENERATE} ended its answer half-way")
 
-    def _completion(self, last: _Choice, token_ids: list[int], logprobs: list[float]) -> Completion:
+    def _completion(
+        self,
+        last: _Choice,
+        token_ids: list[int],
+        logprobs: list[float],
+        sampling: SamplingParams,
+    ) -> Completion:
         """From all tokens and the piece that came last; ValueError if they can't be."""
         if last.finish_reason is None:
             raise ValueError("an answer without finish_reason")
@@ -194,6 +202,7 @@ class HttpWorker:
             token_ids=token_ids,
             logprobs=logprobs,
             versions=versions,
+            temperature=sampling.temperature,
             finish_reason=last.finish_reason,
             worker=self.name,
         )

@@ -205,7 +205,7 @@ class InferenceHub:
                     ) from failure
                 if isinstance(failure, WorkerBroken):
                     continue  # what it said before can't be believed either
-                piece = received.as_aborted(slot.worker.name)
+                piece = received.as_aborted(slot.worker.name, sampling.temperature)
             except BadRequest as error:
                 raise ValueError(str(error)) from error
             finally:
@@ -223,6 +223,7 @@ class InferenceHub:
                 token_ids=token_ids,
                 logprobs=logprobs,
                 versions=versions,
+                temperature=request.sampling.temperature,
                 finish_reason=reason,
                 worker=slot.worker.name,
             )

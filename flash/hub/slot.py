@@ -121,13 +121,14 @@ class Received:
         if self.on_sampled is not None:
             self.on_sampled(self.sampled)
 
-    def as_aborted(self, worker: str) -> Completion:
+    def as_aborted(self, worker: str, temperature: float) -> Completion:
         """What is worth keeping of it when its worker has failed."""
         known = all(map(math.isfinite, self.logprobs))
         return Completion(
             token_ids=self.token_ids if known else [],
             logprobs=self.logprobs if known else [],
             versions=[self.version] * len(self.token_ids) if known else [],
+            temperature=temperature,
             finish_reason="abort",
             worker=worker,
         )

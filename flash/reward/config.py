@@ -13,7 +13,7 @@ from flash.reward.judge import PROMPT, check_prompt
 from flash.section import Section
 
 _OF = "the episode"
-_RUN = "module:name, a function of the episode (flash.types.Played)"
+_RUN = "module:name, a function of the episode (flash.types.Transcript)"
 
 
 class EnvReward(Section):
@@ -41,7 +41,7 @@ class FunctionReward(StageSettings):
     def _is_a_coroutine_function(self) -> Self:
         if not inspect.iscoroutinefunction(registry.function(self.run, "reward.run", of=_OF)):
             raise ValueError(
-                f"reward.run={self.run!r} is no coroutine function, so it would block all "
+                f"reward.run={self.run!r} is not a coroutine function, so it would block all "
                 f"episodes: write async def, or use reward.name=process"
             )
         return self
@@ -80,7 +80,7 @@ class JudgeReward(StageSettings):
     @model_validator(mode="after")
     def _can_be_asked(self) -> Self:
         if self.url and not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"reward.url={self.url!r} is no URL: write https://host/v1")
+            raise ValueError(f"reward.url={self.url!r} is not a URL: write https://host/v1")
         if bool(self.url) != bool(self.model):
             raise ValueError(
                 f"reward.url={self.url!r} with reward.model={self.model!r}: give both, or neither "

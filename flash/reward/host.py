@@ -4,7 +4,7 @@ from typing import Any
 
 from flash import registry
 from flash.process import serve
-from flash.types import Played
+from flash.types import Transcript
 
 
 class RewardHost:
@@ -13,8 +13,8 @@ class RewardHost:
     def configure(self, function: str) -> None:
         self._score = registry.function(function, "reward.run")
 
-    def score(self, played: Played) -> Any:
-        return self._score(played)
+    def score(self, transcript: Transcript) -> Any:
+        return self._score(transcript)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import aiohttp
 from flash.conversation import ChatTemplate
 from flash.errors import RewardFailure
 from flash.rollout.episode import Generator
-from flash.types import GenerateRequest, Played, SamplingParams
+from flash.types import GenerateRequest, SamplingParams, Transcript
 
 Ask = Callable[[str], Awaitable[str]]
 
@@ -29,8 +29,8 @@ _ERROR_CHARACTERS = 300
 class Judge:
     """A scorer that asks a model for a grade, and takes the last number in its answer.
 
-    The reward is the grade divided by `max_score`. An answer without a number, or with one that is
-    no grade, is no reward.
+    The reward is the grade divided by `max_score`. An answer without a number, or with one below 0
+    or above `max_score`, gives no reward.
 
     Args:
         ask: from a prompt to an answer: `ask_hub`, `ask_url`, or your own.
@@ -44,24 +44,24 @@ class Judge:
         self._max_score = max_score
         check_prompt(prompt)
 
-    async def __call__(self, played: Played, *, timeout_s: float) -> float:
+    async def __call__(self, transcript: Transcript, *, timeout_s: float) -> float:
         prompt = self._prompt.format(
-            text=played.text,
-            response=played.responses[-1] if played.responses else "",
-            seed=played.task.seed,
-            options=dict(played.task.options),
-            reward=played.reward,
+            text=transcript.text,
+            response=transcript.responses[-1] if transcript.responses else "",
+            seed=transcript.task.seed,
+            options=dict(transcript.task.options),
+            reward=transcript.reward,
             max_score=self._max_score,
         )
         async with asyncio.timeout(timeout_s):
             answer = await self._ask(prompt)
         numbers = _NUMBER.findall(answer)
         if not numbers:
-            raise RewardFailure(f"is no number: the judge said {answer!r}")
+            raise RewardFailure(f"is not a number: the judge said {answer!r}")
         grade = float(numbers[-1])
         if not 0 <= grade <= self._max_score:
             raise RewardFailure(
-                f"is no grade from 0 to {self._max_score:g}: the judge said {answer!r}"
+                f"is not a grade from 0 to {self._max_score:g}: the judge said {answer!r}"
             )
         return grade / self._max_score
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from flash.errors import ProcessFailure, RewardFailure, first_error
 from flash.process import Child
-from flash.types import Played
+from flash.types import Transcript
 
 _STARTS = 3  # in place of a killed one
 _START_TIMEOUT_S = 120.0  # for the interpreter, and what the function's module imports
@@ -15,7 +15,7 @@ _START_TIMEOUT_S = 120.0  # for the interpreter, and what the function's module 
 class RewardProcesses:
     """A scorer that calls `module:function` in one of its processes.
 
-    The function takes a Played and may block, leak, or hang: past the deadline, or when the
+    The function takes a Transcript and may block, leak, or hang: past the deadline, or when the
     episode is given up, its process is killed with all that it started, and another one takes its
     place. What it prints is in `log_dir/reward_<n>.log`.
 
@@ -56,10 +56,10 @@ class RewardProcesses:
         with first_error():
             await self._tasks.__aexit__(None, None, None)
 
-    async def __call__(self, played: Played, *, timeout_s: float) -> Any:
+    async def __call__(self, transcript: Transcript, *, timeout_s: float) -> Any:
         child = await self._free.get()
         try:
-            answer = await child.call("score", played, timeout_s=timeout_s)
+            answer = await child.call("score", transcript, timeout_s=timeout_s)
         except ProcessFailure as failure:
             if not child.alive:
                 self._replace(child)

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from flash.errors import EpisodeFailure, FlashError, RewardFailure
 from flash.reward.outcome import outcome
 from flash.rollout.episode import Episode
-from flash.types import Played, Sample, Task, Trajectory
+from flash.types import SampledSequence, Task, Trajectory, Transcript
 
 logger = logging.getLogger(__name__)
 
@@ -35,18 +35,18 @@ class Scorer(Protocol):
     anything else.
     """
 
-    async def __call__(self, played: Played, *, timeout_s: float) -> Any: ...
+    async def __call__(self, transcript: Transcript, *, timeout_s: float) -> Any: ...
 
 
 class FunctionScorer:
     """A coroutine function of the episode, in this process: it must not block."""
 
-    def __init__(self, function: Callable[[Played], Awaitable[Any]]) -> None:
+    def __init__(self, function: Callable[[Transcript], Awaitable[Any]]) -> None:
         self._function = function
 
-    async def __call__(self, played: Played, *, timeout_s: float) -> Any:
+    async def __call__(self, transcript: Transcript, *, timeout_s: float) -> Any:
         async with asyncio.timeout(timeout_s):
-            return await self._function(played)
+            return await self._function(transcript)
 
 
 class RewardStage:
@@ -85,9 +85,9 @@ class RewardStage:
     async def __call__(self, episode: Episode, trajectory: Trajectory) -> Trajectory:
         """The trajectory with its reward. RewardFailure once every attempt has failed."""
         with episode.stage("reward"):
-            played = self._played(episode.task, trajectory)
+            transcript = self._transcript(episode.task, trajectory)
             async with self._room:
-                reward, success = await self._score(episode, played)
+                reward, success = await self._score(episode, transcript)
         return replace(
             trajectory,
             reward=reward,
@@ -96,12 +96,13 @@ class RewardStage:
             turn_rewards=[0.0] * (trajectory.turns - 1) + [reward] if trajectory.turns else (),
         )
 
-    async def _score(self, episode: Episode, played: Played) -> tuple[float, bool | None]:
+    async def _score(self, episode: Episode, transcript: Transcript) -> tuple[float, bool | None]:
         for attempt in range(self._retries + 1):
             if attempt:
                 await asyncio.sleep(_FIRST_BACKOFF_S * 2 ** (attempt - 1))
             try:
-                return outcome(await self._scorer(played, timeout_s=self._timeout_s), "the reward")
+                answer = await self._scorer(transcript, timeout_s=self._timeout_s)
+                return outcome(answer, "the reward")
             except TimeoutError as error:
                 why = f"took longer than timeout_s={self._timeout_s:g}"
                 cause: Exception = error
@@ -116,19 +117,18 @@ class RewardStage:
             f"the reward failed {self._retries + 1} times; the last time it {why}"
         ) from cause
 
-    def _played(self, task: Task, trajectory: Trajectory) -> Played:
-        return Played(
+    def _transcript(self, task: Task, trajectory: Trajectory) -> Transcript:
+        sequences = trajectory.sequences
+        return Transcript(
             task=task,
-            text="\n\n".join(self._decode(s.token_ids.tolist()) for s in trajectory.samples),
-            responses=tuple(
-                self._decode(ids) for sample in trajectory.samples for ids in _responses(sample)
-            ),
+            text="\n\n".join(self._decode(s.token_ids.tolist()) for s in sequences),
+            responses=tuple(self._decode(ids) for s in sequences for ids in _responses(s)),
             reward=trajectory.reward,
             success=trajectory.success,
         )
 
 
-def _responses(sample: Sample) -> list[list[int]]:
+def _responses(sequence: SampledSequence) -> list[list[int]]:
     """The token ids of each run of sampled tokens."""
-    pairs = zip(sample.token_ids.tolist(), (sample.loss_mask > 0).tolist(), strict=True)
+    pairs = zip(sequence.token_ids.tolist(), (sequence.loss_mask > 0).tolist(), strict=True)
     return [[i for i, _ in run] for sampled, run in groupby(pairs, lambda p: p[1]) if sampled]

@@ -1,7 +1,6 @@
 """From complete groups to the batch that the trainer gets: samples, advantages, numbers."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ from numpy.typing import NDArray
 from flash.rollout.episode import Episode
 from flash.rollout.groups import Group
 from flash.trainer.advantages import Advantages
-from flash.types import Sample, Trajectory
+from flash.types import Sample, SampledSequence, Trajectory
 
 
 def samples_of(
@@ -23,15 +22,15 @@ def samples_of(
         for member, of_episode in zip(group.members.values(), of_group, strict=True):
             trajectory = _trajectory(member)
             samples += [
-                replace(
-                    sample,
-                    advantage=_of_tokens(of_episode, sample),
+                Sample.extending(
+                    sequence,
+                    advantage=_of_tokens(of_episode, sequence),
                     reward=trajectory.reward,
                     turn_rewards=trajectory.turn_rewards,
                     group=group.id,
                     episode=member.id,
                 )
-                for sample in trajectory.samples
+                for sequence in trajectory.sequences
             ]
     ages = _ages(samples, version)
     oldest = ages.max() if ages.size else 0
@@ -43,7 +42,7 @@ def metrics_of(groups: Sequence[Group], *, version: int) -> dict[str, Any]:
     """What is known of a batch at hand-over; ages are per token, in versions."""
     episodes = [member for group in groups for member in group.members.values()]
     ended = [_trajectory(episode) for episode in episodes]
-    ages = _ages([sample for trajectory in ended for sample in trajectory.samples], version)
+    ages = _ages([sequence for t in ended for sequence in t.sequences], version)
 
     def mean_seconds(stage: str) -> float:
         return float(np.mean([episode.seconds.get(stage, 0.0) for episode in episodes]))
@@ -73,17 +72,16 @@ def _trajectory(episode: Episode) -> Trajectory:
 
 
 def _of_tokens(
-    advantage: NDArray[np.float64] | float, sample: Sample
+    advantage: NDArray[np.float64] | float, sequence: SampledSequence
 ) -> float | NDArray[np.float32]:
-    """One number for the sample; or, of one for each turn, that of each token's turn, [T]."""
+    """One number for the sequence; or, of one for each turn, that of each token's turn, [S]."""
     if np.ndim(advantage) == 0:
         return float(advantage)
-    assert sample.turns is not None
     of_turns = np.append(advantage, 0.0).astype(np.float32)  # -1, the last, is for other tokens
-    return np.asarray(of_turns[sample.turns])
+    return np.asarray(of_turns[sequence.turns])
 
 
-def _ages(samples: Sequence[Sample], version: int) -> NDArray[np.int64]:
+def _ages(sequences: Sequence[SampledSequence], version: int) -> NDArray[np.int64]:
     """Of the sampled tokens."""
-    versions = [sample.sampled_versions() for sample in samples]
+    versions = [sequence.sampled_versions() for sequence in sequences]
     return version - np.concatenate(versions) if versions else np.zeros(0, np.int64)

@@ -139,7 +139,7 @@ class Episode:
     def finish(self, trajectory: Trajectory) -> None:
         """The episode came to its end; its true token versions replace what was estimated."""
         self.trajectory = trajectory
-        versions = [int(v) for sample in trajectory.samples for v in sample.sampled_versions()]
+        versions = [int(v) for s in trajectory.sequences for v in s.sampled_versions()]
         if versions:
             self.oldest_version, self.newest_version = min(versions), max(versions)
         self._switch(_Stage("ready"), begins=True)

@@ -33,7 +33,7 @@ class _Job:
     script: Script
     prompt_tokens: int
     wanted: int
-    max_entries: int
+    sampling: SamplingParams
     answer: asyncio.Future[Completion]
     began_s: float
     sampled: float = 0.0
@@ -97,7 +97,7 @@ class SimulatedWorker:
             script=script,
             prompt_tokens=len(token_ids) * grain,
             wanted=min(left, sampling.max_tokens * grain),
-            max_entries=sampling.max_tokens,
+            sampling=sampling,
             answer=self._loop.create_future(),
             began_s=self._loop.time(),
         )
@@ -274,7 +274,7 @@ class SimulatedWorker:
                 self._stop(job)
                 job.sampled = job.wanted
                 self._cache.keep(("episode", job.script.number), job.prompt_tokens + job.wanted)
-                reached = job.wanted == job.max_entries * self._world.grain
+                reached = job.wanted == job.sampling.max_tokens * self._world.grain
                 self._answer(job, "length" if reached else "stop")
         if not ended:
             youngest = next(reversed(self._decoding))
@@ -328,6 +328,7 @@ class SimulatedWorker:
                 token_ids=[job.script.number] * entries,
                 logprobs=[-1.0] * entries,
                 versions=versions,
+                temperature=job.sampling.temperature,
                 finish_reason=reason,
                 worker=self.name,
             )

@@ -231,11 +231,10 @@ def _turn_rewards(trajectory: Trajectory) -> Floats:
 def _tokens(trajectory: Trajectory, of_turns: bool) -> NDArray[np.int64]:
     """Trained tokens of the episode, [1], or of each of its turns, [U]."""
     if not of_turns:
-        return np.array([sum(int((s.loss_mask > 0).sum()) for s in trajectory.samples)])
+        return np.array([sum(int((s.loss_mask > 0).sum()) for s in trajectory.sequences)])
     counts = np.zeros(len(trajectory.turn_rewards), np.int64)
-    for sample in trajectory.samples:
-        assert sample.turns is not None
-        np.add.at(counts, sample.turns[sample.loss_mask > 0], 1)
+    for sequence in trajectory.sequences:
+        np.add.at(counts, sequence.turns[sequence.loss_mask > 0], 1)
     return counts
 
 

@@ -31,7 +31,7 @@ def checkpoint_version(directory: Path) -> int:
         version, sizes = int(state["policy_version"]), dict(state["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{directory} is no checkpoint, or not a whole one ({STATE_FILE}: {error}): {remedy}"
+            f"{directory} is not a checkpoint, or not a whole one ({STATE_FILE}: {error}): {remedy}"
         ) from error
     for name, size in sizes.items():
         path = directory / name

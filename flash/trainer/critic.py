@@ -2,8 +2,6 @@
 
 It starts as the policy's own layers with a head of zeros, so that its first values are 0 and its
 first advantages plain returns. One on each rank, sharded like the policy.
-
-Legend: N tokens of packed sequences; S of them trained; T trained tokens; D width.
 """
 
 from collections.abc import Sequence
@@ -52,13 +50,13 @@ class TokenValuer(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, token_ids_N: Tensor, lengths: Sequence[int], valued_S: Tensor) -> Tensor:
-        """Values of the states before the tokens at the indices `valued_S`, [S], in float32."""
+    def forward(self, token_ids_N: Tensor, lengths: Sequence[int], valued_T: Tensor) -> Tensor:
+        """Values of the states before the tokens at the indices `valued_T`, [T], in float32."""
         hidden_ND = self.body(**packed_inputs(token_ids_N, lengths)).last_hidden_state[0]
         # Not in bfloat16, whose steps near 1 are as large as what there is to learn.
         weight_D, bias_1 = self.head.weight[0].float(), self.head.bias.float()
-        values_S: Tensor = hidden_ND[valued_S - 1].float() @ weight_D + bias_1
-        return values_S
+        values_T: Tensor = hidden_ND[valued_T - 1].float() @ weight_D + bias_1
+        return values_T
 
 
 class Critic:
@@ -81,25 +79,25 @@ class Critic:
 
     @torch.no_grad()
     def values(self, micro: MicroBatch) -> Tensor:
-        """Of the states before the trained tokens, [S]."""
-        values_S: Tensor = self._valuer(micro.token_ids_N, micro.lengths, micro.trained_S)
-        return values_S
+        """Of the states before the trained tokens, [T]."""
+        values_T: Tensor = self._valuer(micro.token_ids_N, micro.lengths, micro.trained_T)
+        return values_T
 
     def step(self, micros: Sequence[MicroBatch]) -> dict[str, float]:
         """One optimizer step on a mini-batch: the mean loss over its tokens, on all ranks."""
-        tokens = torch.stack([micro.mask_S.sum() for micro in micros]).sum()
+        tokens = torch.stack([micro.mask_T.sum() for micro in micros]).sum()
         dist.all_reduce(tokens)
         told = torch.zeros(2, dtype=torch.float64, device=self._device)
         for micro in micros:
-            values_S = self._valuer(micro.token_ids_N, micro.lengths, micro.trained_S)
-            loss_S, stopped_S = value_loss(
-                values_S, micro.values_S, micro.returns_S, clip=self._config.critic.clip
+            values_T = self._valuer(micro.token_ids_N, micro.lengths, micro.trained_T)
+            loss_T, stopped_T = value_loss(
+                values_T, micro.values_T, micro.returns_T, clip=self._config.critic.clip
             )
-            weights_S = micro.mask_S / tokens
-            loss: Any = (loss_S * weights_S).sum()
+            weights_T = micro.mask_T / tokens
+            loss: Any = (loss_T * weights_T).sum()
             # FSDP averages gradients over ranks; ours is a sum over all tokens.
             (loss * self._ranks).backward()
-            told += torch.stack([loss.detach(), (stopped_S * weights_S).sum()])
+            told += torch.stack([loss.detach(), (stopped_T * weights_T).sum()])
         norm = clip_gradient(self._valuer, self._config)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)

@@ -1,7 +1,4 @@
-"""Samples as the tensors of one forward pass.
-
-Legend: N tokens of Q sequences, one after the other, without padding; S of them trained on.
-"""
+"""Samples as the tensors of one forward pass: one after the other, without padding."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,45 +19,52 @@ _NOTHING = Sample(
     loss_mask=np.zeros(2, np.float32),
     logprobs=np.zeros(2, np.float32),
     versions=np.full(2, -1, np.int64),
+    temperatures=np.ones(2, np.float32),
+    turns=np.full(2, -1, np.int64),
+    advantage=0.0,
+    reward=0.0,
+    turn_rewards=(),
+    group=-1,
+    episode=-1,
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """One micro-batch. `trained_S` are indices into N; `loss_weights_S` is mask times scale.
+    """One micro-batch. `trained_T` are indices into N; `loss_weights_T` is mask times scale.
 
-    `temperatures_S` is None if all of it was sampled at 1. `values_S` and `returns_S` are 0 where
-    there is no critic.
+    `temperatures_T` is None if all of them were sampled at 1. `values_T` and `returns_T` are 0
+    without a critic.
     """
 
     token_ids_N: Tensor
     lengths: tuple[int, ...]
-    trained_S: Tensor
-    mask_S: Tensor
-    loss_weights_S: Tensor
-    temperatures_S: Tensor | None
-    behaviour_logprobs_S: Tensor
-    advantages_S: Tensor
-    rewards_S: Tensor
-    ages_S: Tensor
-    sequences_S: Tensor
-    values_S: Tensor
-    returns_S: Tensor
+    trained_T: Tensor
+    mask_T: Tensor
+    loss_weights_T: Tensor
+    temperatures_T: Tensor | None
+    behaviour_logprobs_T: Tensor
+    advantages_T: Tensor
+    rewards_T: Tensor
+    ages_T: Tensor
+    sequences_T: Tensor
+    values_T: Tensor
+    returns_T: Tensor
 
     def with_logprobs(
-        self, logprobs_S: Tensor, proximal_logprobs_S: Tensor | None, progress: float
+        self, logprobs_T: Tensor, proximal_logprobs_T: Tensor | None, progress: float
     ) -> TokenBatch:
         """What an objective is given, once the logprobs are known."""
-        if proximal_logprobs_S is None:
-            proximal_logprobs_S = logprobs_S.detach()
+        if proximal_logprobs_T is None:
+            proximal_logprobs_T = logprobs_T.detach()
         return TokenBatch(
-            logprobs_T=logprobs_S,
-            behaviour_logprobs_T=self.behaviour_logprobs_S,
-            proximal_logprobs_T=proximal_logprobs_S,
-            advantages_T=self.advantages_S,
-            rewards_T=self.rewards_S,
-            ages_T=self.ages_S,
-            sequences_T=self.sequences_S,
+            logprobs_T=logprobs_T,
+            behaviour_logprobs_T=self.behaviour_logprobs_T,
+            proximal_logprobs_T=proximal_logprobs_T,
+            advantages_T=self.advantages_T,
+            rewards_T=self.rewards_T,
+            ages_T=self.ages_T,
+            sequences_T=self.sequences_T,
             num_sequences=len(self.lengths),
             progress=progress,
         )
@@ -78,42 +82,40 @@ def pack(
     lengths = [sample.num_tokens for sample in samples]
     mask_N = np.concatenate([sample.loss_mask for sample in samples])
     mask_N[np.cumsum([0, *lengths[:-1]])] = 0.0  # nothing predicts a first token
-    (trained_S,) = np.nonzero(mask_N > 0)
-    sequences_S = np.repeat(np.arange(len(samples)), lengths)[trained_S]
+    (trained_T,) = np.nonzero(mask_N > 0)
+    sequences_T = np.repeat(np.arange(len(samples)), lengths)[trained_T]
 
     def of_tokens(name: str) -> NDArray[Any]:
         values_N: NDArray[Any] = np.concatenate([getattr(sample, name) for sample in samples])
-        return values_N[trained_S]
+        return values_N[trained_T]
 
     def of_samples(values: Sequence[float]) -> NDArray[np.float32]:
-        return np.asarray(values)[sequences_S].astype(np.float32)
+        return np.asarray(values)[sequences_T].astype(np.float32)
 
     def of_critic(name: str) -> NDArray[np.float32]:
         # Of a rank without samples no token is trained.
         valued = isinstance(samples[0], ValuedSample)
-        return of_tokens(name) if valued else np.zeros(len(trained_S), np.float32)
+        return of_tokens(name) if valued else np.zeros(len(trained_T), np.float32)
 
     def on_device(array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(device)
 
     advantages_N = [np.broadcast_to(s.advantage, n) for s, n in zip(samples, lengths, strict=True)]
-    temperatures = [sample.temperature for sample in samples]
-    mask_S = mask_N[trained_S].astype(np.float32)
-    loss_weights_S = mask_S * np.asarray(scales, np.float64)[sequences_S]
+    temperatures_T = of_tokens("temperatures").astype(np.float32)
+    mask_T = mask_N[trained_T].astype(np.float32)
+    loss_weights_T = mask_T * np.asarray(scales, np.float64)[sequences_T]
     return MicroBatch(
         token_ids_N=on_device(np.concatenate([sample.token_ids for sample in samples])),
         lengths=tuple(lengths),
-        trained_S=on_device(trained_S),
-        mask_S=on_device(mask_S),
-        loss_weights_S=on_device(loss_weights_S.astype(np.float32)),
-        temperatures_S=(
-            None if set(temperatures) == {1.0} else on_device(of_samples(temperatures))
-        ),
-        behaviour_logprobs_S=on_device(of_tokens("logprobs").astype(np.float32)),
-        advantages_S=on_device(np.concatenate(advantages_N)[trained_S].astype(np.float32)),
-        rewards_S=on_device(of_samples([sample.reward for sample in samples])),
-        ages_S=on_device(version - of_tokens("versions")),
-        sequences_S=on_device(sequences_S),
-        values_S=on_device(of_critic("values")),
-        returns_S=on_device(of_critic("returns")),
+        trained_T=on_device(trained_T),
+        mask_T=on_device(mask_T),
+        loss_weights_T=on_device(loss_weights_T.astype(np.float32)),
+        temperatures_T=None if (temperatures_T == 1).all() else on_device(temperatures_T),
+        behaviour_logprobs_T=on_device(of_tokens("logprobs").astype(np.float32)),
+        advantages_T=on_device(np.concatenate(advantages_N)[trained_T].astype(np.float32)),
+        rewards_T=on_device(of_samples([sample.reward for sample in samples])),
+        ages_T=on_device(version - of_tokens("versions")),
+        sequences_T=on_device(sequences_T),
+        values_T=on_device(of_critic("values")),
+        returns_T=on_device(of_critic("returns")),
     )

@@ -12,12 +12,12 @@ from flash.trainer.config import TrainerConfig
 from flash.trainer.objectives.aggregation import denominator, scales, scales_of_part
 from flash.types import Sample
 
-MicroBatch = list[int]  # sample indices
+Indices = list[int]  # of the samples of one micro-batch
 
 
 @dataclass(frozen=True, slots=True)
-class MiniBatch:
-    """A rank's part of what one optimizer step trains on.
+class MiniBatchShare:
+    """A rank's share of a mini-batch, which is what one optimizer step trains on.
 
     `scales[micro][sample]` is what a trained token's loss is multiplied by, besides its mask,
     before all are added up: over the micro-batches and ranks the sum is the mini-batch's loss.
@@ -29,8 +29,8 @@ class MiniBatch:
 
 def divide(
     samples: Sequence[Sample], config: TrainerConfig, *, part: bool = False
-) -> list[list[MiniBatch]]:
-    """`divide[rank]` is what that rank trains on, one MiniBatch an optimizer step.
+) -> list[list[MiniBatchShare]]:
+    """`divide[rank]` is what that rank trains on, a share of each optimizer step.
 
     The scales of a `part` are still to be divided by the `denominator` of all parts.
     """
@@ -42,14 +42,14 @@ def divide(
         tokens_per_micro_batch=config.tokens_per_micro_batch,
     )
     aggregation = config.aggregation or config.objective.aggregation
-    shares: list[list[MiniBatch]] = [[] for _ in range(config.ranks)]
+    shares: list[list[MiniBatchShare]] = [[] for _ in range(config.ranks)]
     for of_ranks in planned:
         members = [i for micros in of_ranks for micro in micros for i in micro]
         of_members = scales_of([samples[i] for i in members], aggregation, config.fixed_length)
         scale = dict(zip(members, of_members, strict=True))
         for share, micros in zip(shares, of_ranks, strict=True):
             share.append(
-                MiniBatch(
+                MiniBatchShare(
                     [[samples[i] for i in micro] for micro in micros],
                     [[scale[i] for i in micro] for micro in micros],
                 )
@@ -64,8 +64,8 @@ def denominator_of(samples: Sequence[Sample], config: TrainerConfig) -> float:
 
 def plan(
     lengths: Sequence[int], *, mini_batches: int, ranks: int, tokens_per_micro_batch: int
-) -> list[list[list[MicroBatch]]]:
-    """`plan[mini_batch][rank]` is a list of micro-batches of sample indices.
+) -> list[list[list[Indices]]]:
+    """`plan[mini_batch][rank]` is a list of micro-batches, as indices of samples.
 
     Every sample is in exactly one micro-batch. All ranks have equally many of them in a
     mini-batch, because every pass is a collective; some may be empty. A micro-batch is longer
@@ -82,7 +82,7 @@ def plan(
 
 def _over_ranks(
     indices: Sequence[int], lengths: Sequence[int], ranks: int, tokens_per_micro_batch: int
-) -> list[list[MicroBatch]]:
+) -> list[list[Indices]]:
     """The longest sample first, each to the rank with the fewest tokens."""
     shares: list[list[int]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
@@ -97,9 +97,9 @@ def _over_ranks(
 
 def _pack(
     indices: Sequence[int], lengths: Sequence[int], tokens_per_micro_batch: int
-) -> list[MicroBatch]:
+) -> list[Indices]:
     """First fit, longest first."""
-    micro_batches: list[MicroBatch] = []
+    micro_batches: list[Indices] = []
     room: list[int] = []
     for index in indices:
         length = lengths[index]

@@ -33,7 +33,7 @@ from flash.trainer.export import write_weights
 from flash.trainer.micro_batch import MicroBatch, pack
 from flash.trainer.objectives.choose import make_objective
 from flash.trainer.objectives.regularisers import kl_estimate, kl_loss, kl_penalty
-from flash.trainer.packing import MiniBatch
+from flash.trainer.packing import MiniBatchShare
 from flash.trainer.scorer import TokenScorer
 from flash.trainer.sharding import WHOLE, clip_gradient, load_model, make_optimizer, shard
 from flash.trainer.statistics import StepStatistics
@@ -112,12 +112,12 @@ class Rank:
         values = []
         for samples in micro_batches:
             micro = pack(samples, [0.0] * len(samples), version=0, device=self._device)
-            values_S = self._critic.values(micro).cpu().numpy().astype(np.float64)
+            values_T = self._critic.values(micro).cpu().numpy().astype(np.float64)
             ends = np.cumsum([int(trained(sample).sum()) for sample in samples])
-            values.append(np.split(values_S, ends[:-1]) if samples else [])
+            values.append(np.split(values_T, ends[:-1]) if samples else [])
         return values
 
-    def step(self, mini_batches: list[MiniBatch], version: int) -> dict[str, float]:
+    def step(self, mini_batches: list[MiniBatchShare], version: int) -> dict[str, float]:
         """One optimizer step a mini-batch; the metrics are over all tokens of the batch."""
         packed = [
             [
@@ -140,8 +140,8 @@ class Rank:
         learning_rate = 0.0
         critic_alone = self._critic is not None and version < self._config.critic.warmup_batches
         for number, (micros, proximal_of_mini) in enumerate(zip(packed, proximal, strict=True)):
-            for micro, proximal_S in zip(micros, proximal_of_mini, strict=True):
-                loss = self._loss(micro, proximal_S, number, len(packed), statistics)
+            for micro, proximal_T in zip(micros, proximal_of_mini, strict=True):
+                loss = self._loss(micro, proximal_T, number, len(packed), statistics)
                 # FSDP averages gradients over ranks; ours is a sum over all tokens.
                 (loss * self._ranks).backward()
             told.append({"grad_norm": clip_gradient(self._scorer, self._config)})
@@ -156,7 +156,7 @@ class Rank:
             "learning_rate": learning_rate,  # of the last of them
         }
 
-    def add(self, part: MiniBatch, version: int, first: bool) -> None:
+    def add(self, part: MiniBatchShare, version: int, first: bool) -> None:
         """Adds a part of a batch to the gradient that `finish` uses; `first` forgets others."""
         if first:
             self._optimizer.zero_grad(set_to_none=True)
@@ -186,7 +186,7 @@ class Rank:
     def _loss(
         self,
         micro: MicroBatch,
-        proximal_S: Tensor | None,
+        proximal_T: Tensor | None,
         number: int,
         mini_batches: int,
         statistics: StepStatistics,
@@ -196,56 +196,56 @@ class Rank:
         scored = self._scorer(
             micro.token_ids_N,
             micro.lengths,
-            micro.trained_S,
-            temperatures_S=micro.temperatures_S,
+            micro.trained_T,
+            temperatures_T=micro.temperatures_T,
             with_entropy=bonus > 0,
         )
-        logprobs_S = scored[0] if bonus else scored
-        batch = micro.with_logprobs(logprobs_S, proximal_S, number / mini_batches)
+        logprobs_T = scored[0] if bonus else scored
+        batch = micro.with_logprobs(logprobs_T, proximal_T, number / mini_batches)
         more: dict[str, Tensor] = {}
-        reference_S = None
+        reference_T = None
         if self._reference is not None:
-            reference_S = self._score(micro, self._reference)
-            more["kl_reference"] = kl_estimate(logprobs_S.detach(), reference_S, "k3")
+            reference_T = self._score(micro, self._reference)
+            more["kl_reference"] = kl_estimate(logprobs_T.detach(), reference_T, "k3")
             if kl.place == "reward":
-                penalty_S = kl_penalty(batch, reference_S, estimator=kl.estimator)
-                advantages_S = batch.advantages_T - kl.coefficient * penalty_S
-                batch = replace(batch, advantages_T=advantages_S)
+                penalty_T = kl_penalty(batch, reference_T, estimator=kl.estimator)
+                advantages_T = batch.advantages_T - kl.coefficient * penalty_T
+                batch = replace(batch, advantages_T=advantages_T)
         loss = self._objective(batch)
-        loss_S = loss.loss_T
-        if reference_S is not None and kl.place == "loss":
-            kl_S = kl_loss(batch, reference_S, estimator=kl.estimator, corrected=kl.corrected)
-            loss_S = loss_S + kl.coefficient * kl_S
+        loss_T = loss.loss_T
+        if reference_T is not None and kl.place == "loss":
+            kl_T = kl_loss(batch, reference_T, estimator=kl.estimator, corrected=kl.corrected)
+            loss_T = loss_T + kl.coefficient * kl_T
         if bonus:
-            loss_S = loss_S - bonus * scored[1]
+            loss_T = loss_T - bonus * scored[1]
             more["entropy"] = scored[1].detach()
         statistics.add(
             micro,
             batch,
             loss,
-            loss_S,
-            proximal_known=proximal_S is not None or number == 0,
+            loss_T,
+            proximal_known=proximal_T is not None or number == 0,
             more=more,
         )
-        return (loss_S * micro.loss_weights_S).sum()
+        return (loss_T * micro.loss_weights_T).sum()
 
     def score(self, token_ids: Sequence[int]) -> list[float]:
         """Logprobs of `token_ids[1:]` under the present weights."""
         with torch.no_grad():
             token_ids_N = torch.tensor(token_ids, device=self._device)
-            scored_S = torch.arange(1, len(token_ids), device=self._device)
-            logprobs: list[float] = self._scorer(token_ids_N, (len(token_ids),), scored_S).tolist()
+            scored_T = torch.arange(1, len(token_ids), device=self._device)
+            logprobs: list[float] = self._scorer(token_ids_N, (len(token_ids),), scored_T).tolist()
         return logprobs
 
     @torch.no_grad()
     def _score(self, micro: MicroBatch, scorer: TokenScorer | None = None) -> Tensor:
-        logprobs_S: Tensor = (scorer or self._scorer)(
+        logprobs_T: Tensor = (scorer or self._scorer)(
             micro.token_ids_N,
             micro.lengths,
-            micro.trained_S,
-            temperatures_S=micro.temperatures_S,
+            micro.trained_T,
+            temperatures_T=micro.temperatures_T,
         )
-        return logprobs_S
+        return logprobs_T
 
     # ── weights and checkpoints ──────────────────────────────────────────────────────────────
 
@@ -318,5 +318,5 @@ def _tokenizer(source: str) -> Any:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     transformers_logging: Any = untyped_logging
-    transformers_logging.disable_progress_bar()  # a log is no terminal
+    transformers_logging.disable_progress_bar()  # stderr is a log here
     serve(Rank())

@@ -1,7 +1,6 @@
 """Logprobs of packed sequences under a model, computed only for the tokens that are asked for.
 
-Legend: N tokens of one or more sequences, one after the other, without padding; S of them are
-scored; C in one chunk; D width; V vocabulary.
+The sequences lie one after the other, without padding: N tokens, of which T are scored.
 """
 
 from collections.abc import Sequence
@@ -46,47 +45,47 @@ class TokenScorer(nn.Module):
         self,
         token_ids_N: Tensor,
         lengths: Sequence[int],
-        scored_S: Tensor,
+        scored_T: Tensor,
         *,
-        temperatures_S: Tensor | None = None,
+        temperatures_T: Tensor | None = None,
         with_entropy: bool = False,
     ) -> Tensor:
-        """Logprobs of the tokens at the indices `scored_S`, [S], float32, natural log.
+        """Logprobs of the tokens at the indices `scored_T`, [T], float32, natural log.
 
         Each is given those before it in its own sequence; `lengths` says where the sequences
         end. The first token of a sequence has no logprob and must not be asked for. With
-        `temperatures_S` they are those of a sampler at these temperatures. With `with_entropy` the
-        answer is [2, S]: logprobs, and the entropy of what each token was chosen from.
+        `temperatures_T` they are those of a sampler at these temperatures. With `with_entropy` the
+        answer is [2, T]: logprobs, and the entropy of what each token was chosen from.
         """
         inputs = packed_inputs(token_ids_N, lengths)
-        targets_S = token_ids_N[scored_S]
+        targets_T = token_ids_N[scored_T]
         if not self._plain_head:
             logits_NV = self.model(**inputs).logits[0]
-            return _pick(logits_NV[scored_S - 1], targets_S, temperatures_S, with_entropy)
+            return _pick(logits_NV[scored_T - 1], targets_T, temperatures_T, with_entropy)
         hidden_ND = self.model.base_model(**inputs).last_hidden_state[0]
-        return self._in_chunks(hidden_ND[scored_S - 1], targets_S, temperatures_S, with_entropy)
+        return self._in_chunks(hidden_ND[scored_T - 1], targets_T, temperatures_T, with_entropy)
 
     def _in_chunks(
         self,
-        hidden_SD: Tensor,
-        targets_S: Tensor,
-        temperatures_S: Tensor | None,
+        hidden_TD: Tensor,
+        targets_T: Tensor,
+        temperatures_T: Tensor | None,
         with_entropy: bool,
     ) -> Tensor:
         head = self.model.get_output_embeddings()
-        if len(targets_S) <= self._chunk:
-            return _pick(head(hidden_SD), targets_S, temperatures_S, with_entropy)
+        if len(targets_T) <= self._chunk:
+            return _pick(head(hidden_TD), targets_T, temperatures_T, with_entropy)
 
         def score(hidden_CD: Tensor, targets_C: Tensor, temperatures_C: Tensor | None) -> Tensor:
             return _pick(head(hidden_CD), targets_C, temperatures_C, with_entropy)
 
         scored = []
-        for start in range(0, len(targets_S), self._chunk):
+        for start in range(0, len(targets_T), self._chunk):
             part = slice(start, start + self._chunk)
-            temperatures_C = None if temperatures_S is None else temperatures_S[part]
+            temperatures_C = None if temperatures_T is None else temperatures_T[part]
             scored.append(
                 checkpoint(
-                    score, hidden_SD[part], targets_S[part], temperatures_C, use_reentrant=False
+                    score, hidden_TD[part], targets_T[part], temperatures_C, use_reentrant=False
                 )
             )
         return torch.cat(scored, dim=-1)

@@ -1,6 +1,6 @@
 """What a step has to say about its tokens: the same however they were divided over ranks.
 
-S trained tokens of a micro-batch. Means are over all trained tokens of the step, mask as weights.
+Means are over all trained tokens of the step, mask as weights.
 """
 
 from collections.abc import Mapping
@@ -32,45 +32,45 @@ class StepStatistics:
         micro: MicroBatch,
         batch: TokenBatch,
         loss: TokenLoss,
-        total_loss_S: Tensor,
+        total_loss_T: Tensor,
         *,
         proximal_known: bool,
         more: Mapping[str, Tensor],
     ) -> None:
         """One micro-batch: what went into the objective and what came out.
 
-        `total_loss_S` is the objective's with what was added; `more` has other values by token.
+        `total_loss_T` is the objective's with what was added; `more` has other values by token.
         """
-        self._loss += (total_loss_S.detach().double() * micro.loss_weights_S).sum()
-        mask_S = micro.mask_S.double()
-        for name, value_S in more.items():
-            self._add(name, value_S, mask_S)
+        self._loss += (total_loss_T.detach().double() * micro.loss_weights_T).sum()
+        mask_T = micro.mask_T.double()
+        for name, value_T in more.items():
+            self._add(name, value_T, mask_T)
         if loss.weight_T is None:
             return
-        nothing_S = torch.zeros_like(mask_S)
-        logprobs_S, behaviour_S = batch.logprobs_T.detach(), batch.behaviour_logprobs_T
-        ratio_S = exp(logprobs_S - behaviour_S)
-        self._add("kl_behaviour", kl_estimate(behaviour_S, logprobs_S, "k3"), mask_S)
-        self._add("importance", ratio_S, mask_S)
-        self._add("importance squared", ratio_S.double() ** 2, mask_S)
-        self._add("weight", loss.weight_T, mask_S)
-        self._add("weight squared", loss.weight_T.double() ** 2, mask_S)
+        nothing_T = torch.zeros_like(mask_T)
+        logprobs_T, behaviour_T = batch.logprobs_T.detach(), batch.behaviour_logprobs_T
+        ratio_T = exp(logprobs_T - behaviour_T)
+        self._add("kl_behaviour", kl_estimate(behaviour_T, logprobs_T, "k3"), mask_T)
+        self._add("importance", ratio_T, mask_T)
+        self._add("importance squared", ratio_T.double() ** 2, mask_T)
+        self._add("weight", loss.weight_T, mask_T)
+        self._add("weight squared", loss.weight_T.double() ** 2, mask_T)
         self._weights.append(loss.weight_T)
-        for name, part_S in (
+        for name, part_T in (
             ("ratio/clip_fraction", loss.stopped_T),
             ("weight/capped_fraction", loss.capped_T),
         ):
-            self._add(name, nothing_S if part_S is None else part_S, mask_S)
-        proximal_S = batch.proximal_logprobs_T
-        known_S = mask_S if proximal_known else nothing_S
-        fresh_S = batch.ages_T == 0
-        mismatch_S = kl_estimate(behaviour_S, proximal_S, "k3")
-        self._add("ratio/mean", exp(logprobs_S - proximal_S), known_S)
-        self._add("mismatch/kl_fresh", mismatch_S, known_S * fresh_S)
-        self._add("mismatch/kl_stale", mismatch_S, known_S * ~fresh_S)
-        if proximal_known and bool(fresh_S.any()):
-            gap_S = (proximal_S - behaviour_S).abs()
-            self._gap = torch.maximum(self._gap, gap_S[fresh_S].max())
+            self._add(name, nothing_T if part_T is None else part_T, mask_T)
+        proximal_T = batch.proximal_logprobs_T
+        known_T = mask_T if proximal_known else nothing_T
+        fresh_T = batch.ages_T == 0
+        mismatch_T = kl_estimate(behaviour_T, proximal_T, "k3")
+        self._add("ratio/mean", exp(logprobs_T - proximal_T), known_T)
+        self._add("mismatch/kl_fresh", mismatch_T, known_T * fresh_T)
+        self._add("mismatch/kl_stale", mismatch_T, known_T * ~fresh_T)
+        if proximal_known and bool(fresh_T.any()):
+            gap_T = (proximal_T - behaviour_T).abs()
+            self._gap = torch.maximum(self._gap, gap_T[fresh_T].max())
 
     def metrics(self, losses: float) -> dict[str, float]:
         """Names as in flash.telemetry.metrics; without those that no token of the step tells.
@@ -99,8 +99,8 @@ class StepStatistics:
             found |= self._percentiles()
         return found
 
-    def _add(self, name: str, values_S: Tensor, weights_S: Tensor) -> None:
-        sums = torch.stack([(values_S * weights_S).sum(), weights_S.sum()]).double()
+    def _add(self, name: str, values_T: Tensor, weights_T: Tensor) -> None:
+        sums = torch.stack([(values_T * weights_T).sum(), weights_T.sum()]).double()
         self._sums[name] = self._sums[name] + sums if name in self._sums else sums
 
     def _percentiles(self) -> dict[str, float]:

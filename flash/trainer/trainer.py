@@ -6,6 +6,7 @@ import itertools
 import logging
 import shutil
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from flash.trainer.config import TrainerConfig
 from flash.trainer.packing import denominator_of, divide, plan
 from flash.trainer.scratch import Scratch
 from flash.trainer.values import with_values
-from flash.types import Batch, Sample, TrainerState, Weights
+from flash.types import Batch, Sample, SampledSequence, TrainerState, Weights
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +171,7 @@ class Trainer:
         if (mismatch := metrics.get("mismatch/kl_fresh", 0.0)) > _MISMATCH_ALARM:
             logger.warning(
                 "engine and trainer disagree on tokens of the same weights by %.2g nats a token "
-                "(mismatch/kl_fresh), which is no staleness: one of them has other weights, a low "
+                "(mismatch/kl_fresh), which staleness can't explain: one has other weights, a low "
                 "precision, or samples from a changed distribution (vLLM must run with "
                 "--logprobs-mode processed_logprobs)",
                 mismatch,
@@ -344,12 +345,12 @@ def _trained_tokens(samples: Sequence[Sample]) -> int:
 
 
 def _check(sample: Sample) -> None:
-    arrays = (sample.token_ids, sample.loss_mask, sample.logprobs, sample.versions)
-    lengths = [len(array) for array in arrays]
-    if len(set(lengths)) != 1 or 0 in lengths:
+    lengths = {field.name: len(getattr(sample, field.name)) for field in fields(SampledSequence)}
+    if set(lengths.values()) != {sample.num_tokens} or not sample.num_tokens:
+        told = ", ".join(f"{name} {length}" for name, length in lengths.items())
         raise ValueError(
-            f"episode {sample.episode}: token_ids, loss_mask, logprobs and versions have lengths "
-            f"{lengths}; they must be equal, and above 0"
+            f"episode {sample.episode}: the arrays have the lengths {told}; they must be equal, "
+            f"and above 0"
         )
     if not np.isfinite(sample.logprobs).all() or not np.isfinite(sample.advantage).all():
         raise ValueError(f"episode {sample.episode}: a logprob or the advantage is not finite")
@@ -358,12 +359,13 @@ def _check(sample: Sample) -> None:
     if np.shape(sample.advantage) not in ((), sample.token_ids.shape):
         raise ValueError(
             f"episode {sample.episode}: the advantage has the shape {np.shape(sample.advantage)}; "
-            f"it must be one number, or one for each of the {lengths[0]} tokens"
+            f"it must be one number, or one for each of the {sample.num_tokens} tokens"
         )
-    if not 0 < sample.temperature < np.inf:
+    unfit = ~((sample.temperatures > 0) & (sample.temperatures < np.inf))
+    if unfit.any():
         raise ValueError(
-            f"episode {sample.episode}: sampled at temperature {sample.temperature:g}; only what "
-            f"was sampled at a temperature above 0 has logprobs to train on"
+            f"episode {sample.episode}: sampled at temperature {sample.temperatures[unfit][0]:g}; "
+            f"only what was sampled at a temperature above 0 has logprobs to train on"
         )
     if not np.isfinite(sample.loss_mask).all() or (sample.loss_mask < 0).any():
         raise ValueError(f"episode {sample.episode}: the loss mask must be finite and at least 0")

@@ -1,10 +1,10 @@
 """From a critic's values to advantages and returns: in the controller, which has whole episodes.
 
-Legend: T tokens of a sample; R trained tokens of an episode or of a batch.
+[T] is over the trained tokens of a sample, an episode or a batch.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,17 +16,17 @@ from flash.types import Sample
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValuedSample(Sample):
-    """A sample with its critic's values before the step, and the returns to learn, both [T]."""
+    """A sample with its critic's values before the step, and the returns to learn, both [S]."""
 
     values: NDArray[np.float32]
     returns: NDArray[np.float32]
 
 
 def trained(sample: Sample) -> NDArray[np.bool_]:
-    """Which of its tokens are trained, [T]: never the first, which nothing predicts."""
-    trained_T: NDArray[np.bool_] = sample.loss_mask > 0
-    trained_T[0] = False
-    return trained_T
+    """Which of its tokens are trained, [S]: never the first, which nothing predicts."""
+    trained_S: NDArray[np.bool_] = sample.loss_mask > 0
+    trained_S[0] = False
+    return trained_S
 
 
 def with_values(
@@ -42,11 +42,11 @@ def with_values(
         episodes.setdefault(sample.episode, []).append(index)
     advantages: list[Floats] = [np.zeros(0)] * len(samples)
     for members in episodes.values():
-        values_R = np.concatenate([values[i] for i in members])
-        rewards_R = token_rewards([samples[i] for i in members])
-        advantages_R = gae(rewards_R, values_R, gamma=settings.gamma, lam=settings.lam)
+        values_T = np.concatenate([values[i] for i in members])
+        rewards_T = token_rewards([samples[i] for i in members])
+        advantages_T = gae(rewards_T, values_T, gamma=settings.gamma, lam=settings.lam)
         ends = np.cumsum([len(values[i]) for i in members])[:-1]
-        for index, part in zip(members, np.split(advantages_R, ends), strict=True):
+        for index, part in zip(members, np.split(advantages_T, ends), strict=True):
             advantages[index] = part
     # Whitening must not touch them: they are what the rewards say.
     returns = [a + v for a, v in zip(advantages, values, strict=True)]
@@ -63,44 +63,44 @@ def with_values(
 
 
 def token_rewards(samples: Sequence[Sample]) -> Floats:
-    """The rewards of one episode at its trained tokens, [R].
+    """The rewards of one episode at its trained tokens, [T].
 
     That of a turn follows the turn's last token; without rewards of turns, the episode's follows
     its last token.
     """
-    rewards_R = np.zeros(sum(int(trained(sample).sum()) for sample in samples))
-    turns = [sample.turns[trained(sample)] for sample in samples if sample.turns is not None]
+    rewards_T = np.zeros(sum(int(trained(sample).sum()) for sample in samples))
     turn_rewards = samples[0].turn_rewards
-    if not turn_rewards or len(turns) < len(samples):
-        rewards_R[-1] = samples[0].reward
-        return rewards_R
+    if not turn_rewards:
+        rewards_T[-1] = samples[0].reward
+        return rewards_T
+    turns_T = np.concatenate([sample.turns[trained(sample)] for sample in samples])
     # A turn without a trained token adds to the one before it.
-    ends = np.searchsorted(np.concatenate(turns), np.arange(len(turn_rewards)), side="right") - 1
-    np.add.at(rewards_R, np.maximum(ends, 0), turn_rewards)
-    return rewards_R
+    ends = np.searchsorted(turns_T, np.arange(len(turn_rewards)), side="right") - 1
+    np.add.at(rewards_T, np.maximum(ends, 0), turn_rewards)
+    return rewards_T
 
 
 def _valued(
-    sample: Sample, advantages_R: Floats, values_R: Floats, returns_R: Floats
+    sample: Sample, advantages_T: Floats, values_T: Floats, returns_T: Floats
 ) -> ValuedSample:
-    def of_tokens(of_trained: Floats) -> NDArray[np.float32]:
-        of_T = np.zeros(sample.num_tokens, np.float32)
-        of_T[trained(sample)] = of_trained
-        return of_T
+    def of_tokens(numbers_T: Floats) -> NDArray[np.float32]:
+        numbers_S = np.zeros(sample.num_tokens, np.float32)
+        numbers_S[trained(sample)] = numbers_T
+        return numbers_S
 
-    kept = {field.name: getattr(sample, field.name) for field in fields(Sample)}
-    return ValuedSample(
-        **{**kept, "advantage": of_tokens(advantages_R)},
-        values=of_tokens(values_R),
-        returns=of_tokens(returns_R),
+    return ValuedSample.extending(
+        sample,
+        advantage=of_tokens(advantages_T),
+        values=of_tokens(values_T),
+        returns=of_tokens(returns_T),
     )
 
 
-def _metrics(values_R: Floats, returns_R: Floats) -> dict[str, float]:
+def _metrics(values_T: Floats, returns_T: Floats) -> dict[str, float]:
     found = {
-        "critic/value_mean": float(values_R.mean()),
-        "critic/return_mean": float(returns_R.mean()),
+        "critic/value_mean": float(values_T.mean()),
+        "critic/return_mean": float(returns_T.mean()),
     }
-    if spread := float(returns_R.var()):
-        found["critic/explained_variance"] = 1 - float((returns_R - values_R).var()) / spread
+    if spread := float(returns_T.var()):
+        found["critic/explained_variance"] = 1 - float((returns_T - values_T).var()) / spread
     return found

@@ -28,8 +28,11 @@ def to_sample(
     *,
     action_weight: float = 1.0,
     observation_weight: float = 0.5,
+    episode: int = 0,
 ) -> Sample:
     """One demonstration as one sample; `loss_mask` holds the weights, versions are all -1.
+
+    `episode` is the number that errors name the sample by.
 
     Raises ValueError for a demonstration without turns.
     """
@@ -37,16 +40,25 @@ def to_sample(
         raise ValueError("turns is empty: a demonstration needs at least one turn")
     token_ids: list[int] = []
     weights: list[float] = []
+    of_turns: list[int] = []
     action: list[int] = []
-    for turn in turns:
+    for number, turn in enumerate(turns):
         prompt = style.next(turn.observation, action) if action else style.first(turn.observation)
         action = style.spell(turn.action)
         token_ids += prompt + action
         weights += [observation_weight] * len(prompt)
         weights += [action_weight if turn.imitate else 0.0] * len(action)
+        of_turns += [-1] * len(prompt) + [number] * len(action)
     return Sample(
         token_ids=np.array(token_ids, dtype=np.int64),
         loss_mask=np.array(weights, dtype=np.float32),
         logprobs=np.zeros(len(token_ids), dtype=np.float32),
         versions=np.full(len(token_ids), -1, dtype=np.int64),
+        temperatures=np.ones(len(token_ids), dtype=np.float32),
+        turns=np.array(of_turns, dtype=np.int64),
+        advantage=0.0,
+        reward=0.0,
+        turn_rewards=(),
+        group=episode,
+        episode=episode,
     )

@@ -129,7 +129,10 @@ async def _teach(
         # In a thread, because an expert's episode takes milliseconds to seconds.
         turns = await asyncio.to_thread(teacher.demonstrate, Task(_FIRST_SEED + index))
         sample = to_sample(
-            turns, cast(TeachingStyle, style), observation_weight=settings.observation_weight
+            turns,
+            cast(TeachingStyle, style),
+            observation_weight=settings.observation_weight,
+            episode=index,
         )
         samples.append(sample)
         on_progress("demonstrations", index + 1, settings.demonstrations, {})

@@ -16,6 +16,7 @@ from flash import virtual_time
 from flash.agents.examples.frozen_lake_openai import act as walk
 from flash.agents.external import ExternalAgent, outcome
 from flash.agents.plain import PlainStyle
+from flash.conversation import TokenSequence
 from flash.door import Door
 from flash.door.command import CommandAgent
 from flash.envs.frozen_lake import FrozenLakeTextEnv
@@ -24,7 +25,7 @@ from flash.fakes import FakeWorker, KeepingObserver
 from flash.hub.hub import InferenceHub
 from flash.rollout.episode import Episode
 from flash.rollout.loop import RolloutLoop
-from flash.types import Sample, SamplingParams, Task, Weights
+from flash.types import SamplingParams, Task, Weights
 from flash.virtual_time import in_virtual_time
 from flash.warm_start.demonstrations import to_sample
 from flash.warm_start.small_policy import SPECIAL_TOKENS, create
@@ -53,21 +54,16 @@ class FakeSession:
         self.door = door
         self.generate = generate
         self.sampling = sampling
-        self.tokens = {"token_ids": [], "loss_mask": [], "logprobs": [], "versions": []}
+        self.sequence = TokenSequence([])
 
     async def say(self, prompt=(1, 2)):
-        known = self.tokens
-        completion = await self.generate([*known["token_ids"], *prompt], self.sampling)
-        given = len(completion.token_ids)
-        known["token_ids"] += [*prompt, *completion.token_ids]
-        known["loss_mask"] += [0.0] * len(prompt) + [1.0] * given
-        known["logprobs"] += [0.0] * len(prompt) + completion.logprobs
-        known["versions"] += [-1] * len(prompt) + completion.versions
+        said = [*self.sequence.token_ids, *prompt]
+        completion = await self.generate(said, self.sampling)
+        self.sequence.add_prompt(prompt)
+        self.sequence.add_sampled(completion)
 
-    def samples(self):
-        if not self.tokens["token_ids"]:
-            return []
-        return [Sample(**{name: np.array(values) for name, values in self.tokens.items()})]
+    def sequences(self):
+        return [self.sequence.snapshot()] if self.sequence.token_ids else []
 
     def close(self):
         self.door.closed += 1
@@ -398,7 +394,7 @@ async def test_the_example_runs_as_a_command_too(tokenizer, tmp_path):
         agent = ExternalAgent(door=door, act=command, max_tokens=4, options={"max_turns": 3})
         trajectory = await agent.play(Episode(0, Task(0), hub=hub))
     assert 1 <= trajectory.turns <= 3
-    assert [sample.loss_mask.sum() for sample in trajectory.samples] == [2 * trajectory.turns]
+    assert [sample.loss_mask.sum() for sample in trajectory.sequences] == [2 * trajectory.turns]
 
 
 async def test_whatever_the_policy_says_an_episode_stays_one_sample(tokenizer):

@@ -11,7 +11,7 @@ from flash.hub.pool import EmbeddedPool
 from flash.hub.vllm_pool import VllmPool
 from flash.machine import gpus, has_vllm
 from flash.rollout.episode import Episode
-from flash.types import Sample, Task
+from flash.types import SampledSequence, Task
 from flash.warm_start.small_policy import create
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -39,15 +39,15 @@ VLLM = pytest.param(
 )
 
 
-def gap(model, sample: Sample) -> float:
-    """Between the recorded logprobs and those of a plain forward pass at its temperature."""
-    tokens = torch.tensor(sample.token_ids)[None]
+def gap(model, sequence: SampledSequence) -> float:
+    """Between the recorded logprobs and those of a plain forward pass at their temperatures."""
+    tokens = torch.tensor(sequence.token_ids)[None]
     with torch.no_grad():
-        logits = model(tokens).logits[0, :-1] / sample.temperature
+        logits = model(tokens).logits[0, :-1] / torch.tensor(sequence.temperatures[1:, None])
     expected = logits.log_softmax(-1).gather(-1, tokens[0, 1:, None])[:, 0]
-    sampled = torch.tensor(sample.loss_mask[1:] > 0)
+    sampled = torch.tensor(sequence.loss_mask[1:] > 0)
     assert sampled.any()
-    return float((expected - torch.tensor(sample.logprobs[1:]))[sampled].abs().max())
+    return float((expected - torch.tensor(sequence.logprobs[1:]))[sampled].abs().max())
 
 
 @pytest.mark.parametrize(("engine", "temperature"), [(embedded, 1.0), (embedded, 0.6), VLLM])
@@ -70,10 +70,10 @@ async def test_recorded_logprobs_are_the_models_own(tmp_path, engine, temperatur
                 )
                 messages += [answer.choices[0].message, {"role": "user", "content": f"w{turn}"}]
             text = await client.completions.create(model="policy", prompt="w7 w8", n=2)
-    grown, *texts = session.samples()
+    grown, *texts = session.sequences()
     assert (len(text.choices), len(texts)) == (2, 2)
     last = [entry.logprob for entry in answer.choices[0].logprobs.content]
     assert last == pytest.approx(grown.logprobs[-len(last) :].tolist())
     assert set(grown.sampled_versions()) == {0}
     model = AutoModelForCausalLM.from_pretrained(path)
-    assert max(gap(model, sample) for sample in (grown, *texts)) < 1e-3
+    assert max(gap(model, sequence) for sequence in (grown, *texts)) < 1e-3

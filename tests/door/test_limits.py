@@ -93,7 +93,7 @@ async def test_what_the_runs_token_samples_is_in_no_episode(enter):
         async with client:
             answer = await chat(client, temperature=0.3, max_tokens=5)
         assert answer.choices[0].message.content == "ok"
-        assert session.samples() == []
+        assert session.sequences() == []
 
 
 async def test_the_door_listens_on_loopback_unless_it_is_told_otherwise(enter):
@@ -157,7 +157,7 @@ async def test_requests_that_come_too_fast_are_told_when_to_come_again(enter):
         refused = [o for o in outcomes if isinstance(o, openai.RateLimitError)]
         assert 6 <= len(refused) <= 7
         assert {error.response.headers["Retry-After"] for error in refused} == {"1"}
-        assert len(session.samples()) == 10 - len(refused)
+        assert len(session.sequences()) == 10 - len(refused)
 
 
 async def test_a_prompt_that_leaves_no_room_is_refused(enter):
@@ -185,7 +185,7 @@ async def test_a_client_that_goes_away_takes_its_request_with_it(enter, stream):
             call.cancel()
         await until(lambda: len(house.worker.aborted) == 2)
         await until(lambda: house.hub.stats().running == 0)
-        assert session.samples() == []
+        assert session.sequences() == []
 
 
 async def test_the_end_of_an_episode_ends_its_calls_and_its_token(enter):

@@ -39,14 +39,14 @@ async def test_a_chat_is_answered_and_recorded(enter):
             answer = await chat(client)
         (choice,) = answer.choices
         assert (choice.message.content, choice.finish_reason) == ("hello", "stop")
-        (sample,) = session.samples()
+        (sequence,) = session.sequences()
         prompt = house.tokens("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
         said = house.tokens("hello<|im_end|>")
-        assert sample.token_ids.tolist() == prompt + said
-        assert sample.loss_mask.tolist() == [0] * len(prompt) + [1] * len(said)
-        assert sample.versions.tolist() == [-1] * len(prompt) + [0] * len(said)
-        assert all(sample.logprobs[len(prompt) :] < 0)
-        assert not sample.logprobs[: len(prompt)].any()
+        assert sequence.token_ids.tolist() == prompt + said
+        assert sequence.loss_mask.tolist() == [0] * len(prompt) + [1] * len(said)
+        assert sequence.versions.tolist() == [-1] * len(prompt) + [0] * len(said)
+        assert all(sequence.logprobs[len(prompt) :] < 0)
+        assert not sequence.logprobs[: len(prompt)].any()
         assert answer.usage.prompt_tokens == len(prompt)
         assert answer.usage.completion_tokens == len(said)
 
@@ -59,7 +59,7 @@ async def test_both_ways_to_show_the_token_reach_the_same_episode(enter):
         async with client, bearer, path:
             await chat(bearer)
             await chat(path)
-        assert len(session.samples()) == 2
+        assert len(session.sequences()) == 2
 
 
 async def test_a_text_is_completed_from_a_string_or_from_token_ids(enter):
@@ -72,7 +72,7 @@ async def test_a_text_is_completed_from_a_string_or_from_token_ids(enter):
             second = await client.completions.create(model="policy", prompt=prompt)
         assert (first.choices[0].text, second.choices[0].text) == (" there", "!")
         assert house.prompts == [house.tokens("hello"), prompt]
-        assert [house.text(s.token_ids) for s in session.samples()] == [
+        assert [house.text(s.token_ids) for s in session.sequences()] == [
             "hello there<|im_end|>",
             "bye!<|im_end|>",
         ]
@@ -100,8 +100,8 @@ async def test_a_tool_is_called_and_its_result_is_read(enter):
             result = {"role": "tool", "tool_call_id": call.id, "content": "you are there"}
             last = await chat(client, USER, first.message, result, tools=[MOVE])
         assert last.choices[0].message.content == "Done."
-        (sample,) = session.samples()
-        assert house.text(sample.token_ids).endswith(
+        (sequence,) = session.sequences()
+        assert house.text(sequence.token_ids).endswith(
             f"<think>far</think>Well.{CALL}<|im_end|>\n<|im_start|>tool\nyou are there<|im_end|>\n"
             "<|im_start|>assistant\nDone.<|im_end|>"
         )
@@ -122,8 +122,8 @@ async def test_a_call_may_be_ended_by_another_special_token_than_a_turn(enter):
             assert message.content is None
             result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "ok"}
             await chat(client, USER, message, result, tools=[MOVE])
-        (sample,) = session.samples()
-        assert f"{spaced}<|call|>\n<|im_start|>tool" in house.text(sample.token_ids)
+        (sequence,) = session.sequences()
+        assert f"{spaced}<|call|>\n<|im_start|>tool" in house.text(sequence.token_ids)
 
 
 async def test_with_tool_choice_none_what_looks_like_a_call_is_text(enter):
@@ -150,7 +150,7 @@ async def test_a_call_that_is_not_one_is_given_as_the_text_that_it_is(enter, bro
         assert "".join(piece.delta.content or "" for piece in streamed) == text
 
 
-async def test_several_responses_to_a_prompt_are_samples_of_their_own(enter):
+async def test_several_responses_to_a_prompt_are_sequences_of_their_own(enter):
     async with enter() as house:
         session, client = house.open()
         async with client:
@@ -158,7 +158,7 @@ async def test_several_responses_to_a_prompt_are_samples_of_their_own(enter):
             answer = await chat(client, n=3)
         assert [choice.message.content for choice in answer.choices] == ["a", "b", "c"]
         assert [choice.index for choice in answer.choices] == [0, 1, 2]
-        assert [house.text(s.token_ids)[-11:] for s in session.samples()] == [
+        assert [house.text(s.token_ids)[-11:] for s in session.sequences()] == [
             f"{letter}<|im_end|>" for letter in "abc"
         ]
         assert answer.usage.completion_tokens == 6
@@ -176,7 +176,7 @@ async def test_the_length_ends_a_response_and_says_so(enter):
             )
             capped = await chat(client, max_tokens=100)
             assert capped.choices[0].message.content == "hello "
-        assert [int(sample.loss_mask.sum()) for sample in session.samples()] == [3, 6]
+        assert [int(sequence.loss_mask.sum()) for sequence in session.sequences()] == [3, 6]
 
 
 async def test_a_stop_string_ends_the_text_and_the_tokens_after_it_do_not_count(enter):
@@ -191,8 +191,8 @@ async def test_a_stop_string_ends_the_text_and_the_tokens_after_it_do_not_count(
             assert (choice.message.content, choice.finish_reason) == ("Action: go\n", "stop")
             assert answer.usage.completion_tokens == len(house.tokens("Action: go\nObservation:"))
             await chat(client, USER, choice.message, USER)
-        (sample,) = session.samples()
-        assert house.text(sample.token_ids).endswith(
+        (sequence,) = session.sequences()
+        assert house.text(sequence.token_ids).endswith(
             "assistant\nAction: go\nObservation:<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
             "<|im_start|>assistant\nok<|im_end|>"
         )
@@ -205,7 +205,7 @@ async def test_logprobs_are_the_engines_one_for_each_sampled_token(enter):
             house.says = ["né<|im_end|>", "abc<|im_end|>"]
             chatted = (await chat(client, logprobs=True)).choices[0].logprobs.content
             texted = await client.completions.create(model="policy", prompt="x", logprobs=0)
-        first, second = session.samples()
+        first, second = session.sequences()
         sampled = first.loss_mask > 0
         assert [entry.logprob for entry in chatted] == pytest.approx(first.logprobs[sampled])
         assert [entry.token for entry in chatted] == ["n", "�", "�", "<|im_end|>"]
@@ -250,7 +250,7 @@ async def test_a_stream_says_what_the_whole_answer_says(enter):
         assert chunks[-1].usage == whole.usage
         assert [chunk.usage for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
         assert len({chunk.id for chunk in chunks}) == 1
-        assert len(session.samples()) == 2
+        assert len(session.sequences()) == 2
 
 
 async def test_a_text_streams_too(enter):
@@ -283,4 +283,4 @@ async def test_a_streamed_message_that_comes_back_is_known(enter):
             said = {"role": "assistant", "content": message.content, "tool_calls": [call]}
             result = {"role": "tool", "tool_call_id": call["id"], "content": "there"}
             await chat(client, USER, said, result, tools=[MOVE])
-        assert len(session.samples()) == 1
+        assert len(session.sequences()) == 1

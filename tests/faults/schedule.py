@@ -476,7 +476,7 @@ class _Heard(Observer):
 
 def _every_third(group: Sequence[Trajectory]) -> bool:
     """A filter that drops every third group or so."""
-    return sum(len(sample.token_ids) for t in group for sample in t.samples) % 3 == 0
+    return sum(len(sequence.token_ids) for t in group for sequence in t.sequences) % 3 == 0
 
 
 @contextlib.contextmanager

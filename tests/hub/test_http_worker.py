@@ -81,6 +81,7 @@ async def test_a_request_and_its_answer_in_the_protocols_words(scripted):
     assert completion.logprobs == [-1.0, -2.0, -3.0]
     assert completion.versions == [4, 4, 5]
     assert completion.finish_reason == "stop"
+    assert completion.temperature == 0.5
     assert scripted.authorization == "Bearer key"
 
 

@@ -15,7 +15,7 @@ from flash.errors import InferenceFailure, PublishFailure
 from flash.fakes import FakeWorker
 from flash.hub.hub import InferenceHub
 from flash.hub.worker import BadRequest, WorkerFailure
-from flash.types import Completion
+from flash.types import Completion, GenerateRequest, SamplingParams
 from flash.virtual_time import in_virtual_time
 from tests.steady import now, request, steady, weights
 
@@ -406,7 +406,7 @@ class Answering(FakeWorker):
 def answer(**changes) -> Completion:
     fields = {
         "token_ids": [1, 2], "logprobs": [-1.0, -2.0], "versions": [0, 0],
-        "finish_reason": "stop", "worker": "odd",
+        "temperature": 1.0, "finish_reason": "stop", "worker": "odd",
     }  # fmt: skip
     return Completion(**(fields | changes))
 
@@ -468,6 +468,17 @@ async def test_abort_samples_the_rest_anew_and_the_caller_notices_nothing():
         assert len(answered.token_ids) == len(answered.logprobs) == 10
         assert answered.finish_reason == "length"
         assert starts == [0, 1]
+
+
+@in_virtual_time
+async def test_a_completion_has_the_temperature_of_its_request_however_many_parts_it_came_in():
+    sampling = SamplingParams(max_tokens=10, temperature=0.5)
+    async with InferenceHub([steady()], update_mode="abort") as hub:
+        wanted = GenerateRequest(token_ids=[1, 2], sampling=sampling)
+        calls = [asyncio.ensure_future(hub.generate(wanted)) for _ in range(2)]
+        await asyncio.sleep(3.5)
+        await hub.publish(weights(1))
+        assert [completion.temperature for completion in await asyncio.gather(*calls)] == [0.5, 0.5]
 
 
 @in_virtual_time

@@ -77,7 +77,9 @@ async def test_a_place_at_a_worker_that_is_taken_out_in_the_same_moment_is_not_u
             self.asked = [*getattr(self, "asked", []), asyncio.get_running_loop().create_future()]
             return await self.asked[-1]
 
-    good = Completion(token_ids=[1], logprobs=[-1.0], versions=[0], finish_reason="stop")
+    good = Completion(
+        token_ids=[1], logprobs=[-1.0], versions=[0], temperature=1.0, finish_reason="stop"
+    )
 
     worker = Manual("manual")
     async with InferenceHub([worker], max_running=2) as hub:

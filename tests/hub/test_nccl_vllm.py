@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from flash.fakes import fake_sample
 from flash.hub.hub import InferenceHub
 from flash.hub.nccl_worker import NcclPool, NcclWorker, SenderProcess
 from flash.machine import gpus, has_vllm
@@ -17,7 +18,7 @@ from flash.process import Child
 from flash.trainer.config import TrainerConfig
 from flash.trainer.sender import chunks_of
 from flash.trainer.trainer import Trainer
-from flash.types import Batch, GenerateRequest, Sample, SamplingParams
+from flash.types import Batch, GenerateRequest, SamplingParams
 from flash.warm_start.small_policy import create
 
 pytestmark = [
@@ -74,9 +75,9 @@ def untie(directory: Path) -> None:
 def batch(version: int) -> Batch:
     rng = np.random.default_rng(version)
     samples = [
-        Sample(
-            token_ids=rng.integers(0, 50, 20),
-            loss_mask=np.ones(20, np.float32),
+        fake_sample(
+            rng.integers(0, 50, 20),
+            np.ones(20, np.float32),
             logprobs=np.full(20, -4.0, np.float32),
             versions=np.full(20, version),
             advantage=float(advantage),

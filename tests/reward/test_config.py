@@ -6,8 +6,8 @@ from flash import config as configuration
 from flash.reward.config import EnvReward, JudgeReward, ProcessReward
 
 SCORING = """
-def score(played): return 1.0
-async def judge(played): return 1.0
+def score(transcript): return 1.0
+async def judge(transcript): return 1.0
 async def empty(): return 1.0
 """
 

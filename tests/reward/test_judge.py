@@ -9,9 +9,9 @@ from flash.errors import RewardFailure
 from flash.fakes import FakeWorker
 from flash.hub.hub import InferenceHub
 from flash.reward.judge import Judge, ask_hub, ask_url
-from flash.types import Played, Task
+from flash.types import Task, Transcript
 
-PLAYED = Played(
+TRANSCRIPT = Transcript(
     task=Task(7, {"goal": "soap"}), text="all of it", responses=("one", "two"), reward=0.5,
     success=False,
 )  # fmt: skip
@@ -26,7 +26,7 @@ def grade(answer, **options):
         return answer
 
     async def main():
-        return await Judge(ask, **options)(PLAYED, timeout_s=1.0)
+        return await Judge(ask, **options)(TRANSCRIPT, timeout_s=1.0)
 
     return virtual_time.run(main()), prompts[0]
 
@@ -84,7 +84,7 @@ def test_the_policy_itself_judges_through_the_hub():
     async def main():
         async with InferenceHub([FakeWorker("w", script=script)]) as hub:
             ask = ask_hub(hub, Letters(), max_tokens=5)
-            return await Judge(ask, prompt="Grade: {text}")(PLAYED, timeout_s=10.0)
+            return await Judge(ask, prompt="Grade: {text}")(TRANSCRIPT, timeout_s=10.0)
 
     assert virtual_time.run(main()) == 0.9
     assert asked == [("Grade: all of it:", 5)]
@@ -104,15 +104,15 @@ async def test_a_model_at_a_url_judges_and_its_failures_are_told():
         url = str(server.make_url("/v1"))
         judge = Judge(ask_url(session, url, model="big", api_key="key", max_tokens=9))
         answers.append((200, {"choices": [{"message": {"content": "It gets a 6."}}]}))
-        assert await judge(PLAYED, timeout_s=60.0) == 0.6
+        assert await judge(TRANSCRIPT, timeout_s=60.0) == 0.6
         asked, key = requests[0]
         assert (asked["model"], asked["max_tokens"], key) == ("big", 9, "Bearer key")
         answers += [(429, {"error": "too many"}), (200, {"error": "none"})]
         with pytest.raises(RewardFailure, match="status 429 from .*too many"):
-            await judge(PLAYED, timeout_s=60.0)
+            await judge(TRANSCRIPT, timeout_s=60.0)
         with pytest.raises(RewardFailure, match="no chat completion"):
-            await judge(PLAYED, timeout_s=60.0)
+            await judge(TRANSCRIPT, timeout_s=60.0)
     async with ClientSession() as session:
         judge = Judge(ask_url(session, url, model="big", max_tokens=9))
         with pytest.raises(RewardFailure, match="no answer from"):
-            await judge(PLAYED, timeout_s=60.0)
+            await judge(TRANSCRIPT, timeout_s=60.0)

@@ -7,23 +7,23 @@ import pytest
 
 from flash.errors import RewardFailure
 from flash.reward.processes import RewardProcesses
-from flash.types import Played, Task
+from flash.types import Task, Transcript
 
 pytestmark = pytest.mark.slow
 
 SCORING = """
 import os, time
 
-def score(played):
-    if played.text == "hang":
+def score(transcript):
+    if transcript.text == "hang":
         time.sleep(1e6)
-    if played.text == "die":
+    if transcript.text == "die":
         os._exit(3)
-    if played.text == "raise":
+    if transcript.text == "raise":
         raise KeyError("no such answer")
-    if played.text == "pid":
+    if transcript.text == "pid":
         return os.getpid()
-    return {"reward": len(played.responses), "success": True}
+    return {"reward": len(transcript.responses), "success": True}
 """
 
 # The second process finds the first one's mark, tells of both, and never gets further.
@@ -36,13 +36,13 @@ except FileExistsError:
     pathlib.Path("pids").write_text(f"{os.readlink('first')} {os.getpid()}")
     time.sleep(1e6)
 
-def score(played):
+def score(transcript):
     return 0
 """
 
 
-def played(text):
-    return Played(task=Task(0), text=text, responses=("a", "b"), reward=0.0, success=False)
+def transcript(text):
+    return Transcript(task=Task(0), text=text, responses=("a", "b"), reward=0.0, success=False)
 
 
 async def test_a_function_that_hangs_dies_or_raises_costs_its_own_episode_only(
@@ -51,25 +51,25 @@ async def test_a_function_that_hangs_dies_or_raises_costs_its_own_episode_only(
     (tmp_path / "my_scoring.py").write_text(SCORING)
     monkeypatch.chdir(tmp_path)
     async with RewardProcesses("my_scoring:score", processes=1, log_dir=tmp_path) as score:
-        assert await score(played(""), timeout_s=60) == {"reward": 2, "success": True}
-        first = await score(played("pid"), timeout_s=60)
+        assert await score(transcript(""), timeout_s=60) == {"reward": 2, "success": True}
+        first = await score(transcript("pid"), timeout_s=60)
         with pytest.raises(RewardFailure, match="raised KeyError: 'no such answer'"):
-            await score(played("raise"), timeout_s=60)
-        assert await score(played("pid"), timeout_s=60) == first, "an exception kills nobody"
+            await score(transcript("raise"), timeout_s=60)
+        assert await score(transcript("pid"), timeout_s=60) == first, "an exception kills nobody"
 
         with pytest.raises(TimeoutError):
-            await score(played("hang"), timeout_s=0.5)
-        second = await score(played("pid"), timeout_s=60)
+            await score(transcript("hang"), timeout_s=0.5)
+        second = await score(transcript("pid"), timeout_s=60)
         assert second != first
         with pytest.raises(ProcessLookupError):
             os.kill(first, 0)
 
-        given_up = asyncio.create_task(score(played("hang"), timeout_s=1e6))
+        given_up = asyncio.create_task(score(transcript("hang"), timeout_s=1e6))
         await asyncio.sleep(0)
         given_up.cancel()
         with pytest.raises(RewardFailure, match="exit code 3"):
-            await score(played("die"), timeout_s=60)
-        third = await score(played("pid"), timeout_s=60)
+            await score(transcript("die"), timeout_s=60)
+        third = await score(transcript("pid"), timeout_s=60)
         assert len({first, second, third}) == 3
     with pytest.raises(ProcessLookupError):
         os.kill(third, 0)

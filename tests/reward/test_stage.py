@@ -51,9 +51,9 @@ def stage_of(function, **options):
 def test_the_stage_replaces_the_reward_and_sees_what_was_read_and_said():
     seen = []
 
-    async def score(played):
-        seen.append(played)
-        return {"reward": 0.25, "success": played.task.seed == 1}
+    async def score(transcript):
+        seen.append(transcript)
+        return {"reward": 0.25, "success": transcript.task.seed == 1}
 
     trajectories = []
 
@@ -75,8 +75,8 @@ def test_the_stage_replaces_the_reward_and_sees_what_was_read_and_said():
 
 
 def test_what_the_function_says_nothing_of_is_as_the_environment_said():
-    async def score(played):
-        return played.reward + 10 + played.success
+    async def score(transcript):
+        return transcript.reward + 10 + transcript.success
 
     async def main():
         async with rollouts(stage_of(score)) as loop:
@@ -99,9 +99,9 @@ def share_of(batch, reward):
 def test_a_reward_that_fails_is_a_failed_episode_and_never_a_reward_of_0(broken):
     calls = Counter()
 
-    async def score(played):
-        calls[played.task.seed] += 1
-        return broken() if calls[played.task.seed] <= 2 else 1.0
+    async def score(transcript):
+        calls[transcript.task.seed] += 1
+        return broken() if calls[transcript.task.seed] <= 2 else 1.0
 
     async def main():
         records = []
@@ -122,7 +122,7 @@ def test_an_attempt_that_fails_or_takes_too_long_is_made_again():
     async def main(retries):
         attempts = itertools.count()
 
-        async def score(played):
+        async def score(transcript):
             if next(attempts) < 8:  # the first two of each of four episodes
                 await asyncio.Event().wait()
             return 1.0
@@ -142,7 +142,7 @@ def test_an_attempt_that_fails_or_takes_too_long_is_made_again():
 def test_only_so_many_are_scored_at_a_time_and_waiting_is_not_on_the_clock():
     now = most = 0
 
-    async def score(played):
+    async def score(transcript):
         nonlocal now, most
         now += 1
         most = max(most, now)
@@ -167,8 +167,8 @@ def test_only_so_many_are_scored_at_a_time_and_waiting_is_not_on_the_clock():
 
 @in_virtual_time
 async def test_generation_of_others_goes_on_while_a_reward_takes_its_time():
-    async def score(played):
-        if played.task.seed == 0:
+    async def score(transcript):
+        if transcript.task.seed == 0:
             await asyncio.sleep(1000)
         return 1.0
 
@@ -182,7 +182,7 @@ async def test_generation_of_others_goes_on_while_a_reward_takes_its_time():
 
 @in_virtual_time
 async def test_what_no_episode_can_be_blamed_for_ends_the_run():
-    async def score(played):
+    async def score(transcript):
         raise InferenceFailure("no worker is left to judge")
 
     async with rollouts(stage_of(score)) as loop:
@@ -191,8 +191,8 @@ async def test_what_no_episode_can_be_blamed_for_ends_the_run():
 
 
 def test_an_agent_of_somebody_elses_is_scored_too():
-    async def score(played):
-        return len(played.responses) + played.reward
+    async def score(transcript):
+        return len(transcript.responses) + transcript.reward
 
     stage = stage_of(score)
 

@@ -26,10 +26,11 @@ def played(version: int, reward: float = 1.0) -> Trajectory:
             token_ids=[3, 4],
             logprobs=[-1.0, -1.0],
             versions=[version, version],
+            temperature=1.0,
             finish_reason="stop",
         )
     )
-    return Trajectory(samples=[tokens.sample(1.0)], reward=reward, turns=1)
+    return Trajectory(sequences=[tokens.snapshot()], reward=reward, turns=1)
 
 
 @in_virtual_time

@@ -14,7 +14,9 @@ class SlowHub:
 
     async def generate(self, request, on_start=None, on_sampled=None):
         await asyncio.sleep(len(request.token_ids))
-        return Completion(token_ids=[1], logprobs=[-1.0], versions=[0], finish_reason="stop")
+        return Completion(
+            token_ids=[1], logprobs=[-1.0], versions=[0], temperature=1.0, finish_reason="stop"
+        )
 
 
 def episode() -> Episode:
@@ -50,7 +52,7 @@ def test_a_call_that_outlives_its_episode_changes_nothing():
         one = episode()
         call = asyncio.ensure_future(one.generate([0] * 9, SamplingParams(max_tokens=1)))
         await asyncio.sleep(1)
-        one.finish(Trajectory(samples=[], reward=0.0, turns=1))
+        one.finish(Trajectory(sequences=[], reward=0.0, turns=1))
         before = one.stage_name, one.stage_since, dict(one.seconds)
         await call
         assert (one.stage_name, one.stage_since, one.seconds) == before

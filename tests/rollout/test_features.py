@@ -44,8 +44,8 @@ class Player(Actor):
         await asyncio.sleep(seconds(episode.group, number))
         if failing(episode.group, number):
             raise EnvFailure("planned")
-        sample = tokens.sample(1.0)
-        return Trajectory(samples=[sample], reward=rewards(episode.group, number), turns=1)
+        reward = rewards(episode.group, number)
+        return Trajectory(sequences=[tokens.snapshot()], reward=reward, turns=1)
 
 
 @contextlib.asynccontextmanager

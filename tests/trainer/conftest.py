@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 
+from flash.fakes import fake_sample
 from flash.types import Sample
 
 VOCABULARY = 97
@@ -48,9 +49,9 @@ def _samples_of(count: int, *, seed: int = 0, version: int = 0) -> list[Sample]:
         length = int(rng.integers(5, 41))
         mask = (np.arange(length) >= length // 2).astype(np.float32)
         samples.append(
-            Sample(
-                token_ids=rng.integers(0, VOCABULARY, length),
-                loss_mask=mask,
+            fake_sample(
+                rng.integers(0, VOCABULARY, length),
+                mask,
                 logprobs=(mask * rng.uniform(-6, -3, length)).astype(np.float32),
                 versions=np.where(mask > 0, version - rng.integers(0, 2, length), -1),
                 advantage=float(rng.normal()),

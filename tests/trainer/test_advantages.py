@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
+from flash.fakes import fake_sample
 from flash.trainer.advantage_settings import AnyAdvantages
 from flash.trainer.advantages import (
     discounted_returns,
@@ -22,7 +23,7 @@ from flash.trainer.advantages import (
     rloo,
     turn_returns,
 )
-from flash.types import Sample, Trajectory
+from flash.types import Trajectory
 
 Floats = NDArray[np.float64]
 rewards_of_groups = st.lists(st.floats(-3, 3), min_size=2, max_size=9).map(np.array)
@@ -31,15 +32,9 @@ rewards_of_groups = st.lists(st.floats(-3, 3), min_size=2, max_size=9).map(np.ar
 def episode(reward: float, turns: Sequence[int] = (2,), states: Sequence[str] = ()) -> Trajectory:
     """Of turns with so many tokens each, the last of which is rewarded."""
     marks = [mark for turn, tokens in enumerate(turns) for mark in [-1] + [turn] * tokens]
-    sample = Sample(
-        token_ids=np.zeros(len(marks), np.int64),
-        loss_mask=(np.array(marks) >= 0).astype(np.float32),
-        logprobs=np.zeros(len(marks), np.float32),
-        versions=np.zeros(len(marks), np.int64),
-        turns=np.array(marks),
-    )
+    mask = [float(mark >= 0) for mark in marks]
     return Trajectory(
-        samples=[sample],
+        sequences=[fake_sample(marks, mask, turns=np.array(marks))],
         reward=reward,
         turns=len(turns),
         turn_rewards=[0.0] * (len(turns) - 1) + [reward],
@@ -180,7 +175,7 @@ def test_advantages_of_turns_are_those_of_their_definitions(
 
 
 def test_advantages_of_turns_need_turns() -> None:
-    bare = Trajectory(samples=[], reward=1.0, turns=2)
+    bare = Trajectory(sequences=[], reward=1.0, turns=2)
     for name in ("gigpo", "turn_returns"):
         with pytest.raises(ValueError, match=r"turn_rewards and turn_states, or set trainer\.adv"):
             advantages([[bare, bare]], name)
@@ -218,8 +213,7 @@ def test_whitened_advantages_have_mean_zero_and_deviation_one_over_tokens() -> N
         tokens = []
         for of_group, group in zip(computed, groups, strict=True):
             for of_episode, trajectory in zip(of_group, group, strict=True):
-                turns = trajectory.samples[0].turns
-                assert turns is not None
+                turns = trajectory.sequences[0].turns
                 of_turns = np.broadcast_to(of_episode, 3)
                 tokens += [of_turns[turn] for turn in turns if turn >= 0]
         assert np.mean(tokens) == pytest.approx(0, abs=1e-9)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
+from flash.fakes import fake_sample
 from flash.trainer.advantage_settings import Gae
 from flash.trainer.config import CriticConfig, TrainerConfig
 from flash.trainer.objectives.settings import KlSettings, Ppo, Vanilla
@@ -273,9 +274,9 @@ def test_a_policy_learns_from_groups_of_one_whose_rewards_only_a_critic_can_comp
                     tokens = torch.cat([tokens, token], 1)
             good = (tokens[:, 2:] < 48).float().mean(1)
             samples = [
-                Sample(
-                    token_ids=tokens[i].numpy(),
-                    loss_mask=np.array([0, 0, 1, 1], np.float32),
+                fake_sample(
+                    tokens[i].numpy(),
+                    [0, 0, 1, 1],
                     logprobs=np.array([0, 0, *(float(c[i]) for c in chosen)], np.float32),
                     versions=np.array([-1, -1, version, version]),
                     reward=float(good[i]) + 3.0 * (i % 4),

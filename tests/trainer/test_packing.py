@@ -1,10 +1,10 @@
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flash.fakes import fake_sample
 from flash.trainer.config import TrainerConfig
 from flash.trainer.objectives.aggregation import scales
 from flash.trainer.objectives.settings import Gspo
@@ -52,14 +52,7 @@ def test_mini_batches_take_some_of_every_group() -> None:
 
 def samples_with_masks(*masks: list[float]) -> list[Sample]:
     return [
-        Sample(
-            token_ids=np.zeros(len(mask), np.int64),
-            loss_mask=np.array(mask, np.float32),
-            logprobs=np.zeros(len(mask), np.float32),
-            versions=np.zeros(len(mask), np.int64),
-            episode=episode,
-        )
-        for episode, mask in enumerate(masks)
+        fake_sample([0] * len(mask), mask, episode=episode) for episode, mask in enumerate(masks)
     ]
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from flash import virtual_time
 from flash.agents import EnvironmentAgent
-from flash.fakes import FakeEnvs, FakeStyle, FakeWorker
+from flash.fakes import FakeEnvs, FakeStyle, FakeWorker, fake_sample
 from flash.hub.hub import InferenceHub
 from flash.rollout.loop import RolloutLoop
 from flash.trainer.config import TrainerConfig
@@ -28,7 +28,7 @@ from flash.trainer.objectives.settings import (
     Tis,
     Vanilla,
 )
-from flash.trainer.packing import MiniBatch, denominator_of, divide
+from flash.trainer.packing import MiniBatchShare, denominator_of, divide
 from flash.trainer.rank import Rank
 from flash.types import Batch, Sample, Task
 
@@ -114,7 +114,7 @@ def test_loss_metrics_and_gradient_do_not_depend_on_micro_batches_order_or_ranks
         )  # fmt: skip
         shares = divide([samples[i] for i in order], config)
         # One rank does what all would: their losses and gradients are added up.
-        of_all = MiniBatch(
+        of_all = MiniBatchShare(
             [micro for (mini,) in shares for micro in mini.micro_batches],
             [scales for (mini,) in shares for scales in mini.scales],
         )
@@ -189,12 +189,7 @@ def test_without_a_token_of_the_present_version_there_is_no_gap(
 def test_a_supervised_step_weighs_tokens_by_the_mask_and_leaves_the_first_out(
     model: Path, tmp_path: Path, reference_logprobs: Reference
 ) -> None:
-    sample = Sample(
-        token_ids=np.array([5, 6, 7, 8]),
-        loss_mask=np.array([9.0, 0.5, 0.0, 1.0], np.float32),
-        logprobs=np.zeros(4, np.float32),
-        versions=np.full(4, -1),
-    )
+    sample = fake_sample([5, 6, 7, 8], [9.0, 0.5, 0.0, 1.0])
     config = TrainerConfig(objective=Supervised())
     with started(model, tmp_path, config) as rank:
         metrics = step(rank, [sample], config)
@@ -433,20 +428,22 @@ def test_an_entropy_bonus_is_taken_from_the_loss_and_raises_entropy(
     assert second["entropy"] > first["entropy"] + 0.01
 
 
-def test_each_sample_is_compared_at_the_temperature_it_was_sampled_at(
+def test_each_token_is_compared_at_the_temperature_it_was_sampled_at(
     model: Path, tmp_path: Path, samples_of: SamplesOf
 ) -> None:
     plain = Model.from_pretrained(model)
+    rng = np.random.default_rng(3)
     samples = []
-    for number, sample in enumerate(samples_of(4)):
-        temperature = 0.5 + 0.5 * number  # one of them is 1
+    for sample in samples_of(4):
+        warm = rng.choice([0.5, 1.0, 2.0], sample.num_tokens).astype(np.float32)
+        temperatures = np.where(sample.loss_mask > 0, warm, np.float32(1))
         with torch.no_grad():
             logits = plain(torch.tensor(sample.token_ids)[None]).logits[0, :-1].double()
-        chosen = (logits / temperature).log_softmax(-1)[
+        chosen = (logits / torch.tensor(temperatures[1:, None])).log_softmax(-1)[
             range(len(logits)), sample.token_ids[1:].tolist()
         ]
         logprobs = np.concatenate([[0], chosen.numpy()]).astype(np.float32) * sample.loss_mask
-        samples.append(replace(sample, temperature=temperature, logprobs=logprobs))
+        samples.append(replace(sample, temperatures=temperatures, logprobs=logprobs))
     config = TrainerConfig(objective=Tis())
     with started(model, tmp_path, config) as rank:
         metrics = step(rank, samples, config)

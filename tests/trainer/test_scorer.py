@@ -35,15 +35,15 @@ def load(directory: Path) -> Any:
 def test_a_packed_sequence_scores_as_it_does_alone(
     directory: Path, reference_logprobs: Reference
 ) -> None:
-    token_ids_N, scored_S = packed()
-    logprobs_S = TokenScorer(load(directory))(token_ids_N, LENGTHS, scored_S)
+    token_ids_N, scored_T = packed()
+    logprobs_T = TokenScorer(load(directory))(token_ids_N, LENGTHS, scored_T)
     plain = Model.from_pretrained(directory, attn_implementation="eager")
     alone = [
         logprob
         for sequence in token_ids_N.split(list(LENGTHS))
         for logprob in reference_logprobs(plain, sequence.tolist())
     ]
-    np.testing.assert_allclose(logprobs_S.detach().numpy(), alone, atol=2e-5)
+    np.testing.assert_allclose(logprobs_T.detach().numpy(), alone, atol=2e-5)
 
 
 @pytest.mark.gpu
@@ -67,12 +67,12 @@ def test_on_a_gpu_packed_sequences_score_in_bfloat16_as_well_as_alone(
 
 
 def test_only_the_tokens_asked_for_are_scored_in_their_order(directory: Path) -> None:
-    token_ids_N, scored_S = packed()
+    token_ids_N, scored_T = packed()
     scorer = TokenScorer(load(directory))
-    all_S = scorer(token_ids_N, LENGTHS, scored_S)
+    all_T = scorer(token_ids_N, LENGTHS, scored_T)
     chosen = torch.tensor([40, 3, 17])
-    some_S = scorer(token_ids_N, LENGTHS, scored_S[chosen])
-    torch.testing.assert_close(some_S, all_S[chosen])
+    some_T = scorer(token_ids_N, LENGTHS, scored_T[chosen])
+    torch.testing.assert_close(some_T, all_T[chosen])
 
 
 def test_no_tokens_asked_for_still_reach_every_weight(directory: Path) -> None:
@@ -87,13 +87,13 @@ def test_no_tokens_asked_for_still_reach_every_weight(directory: Path) -> None:
 def test_logits_computed_again_in_chunks_give_the_same_logprobs_and_gradients(
     directory: Path,
 ) -> None:
-    token_ids_N, scored_S = packed()
+    token_ids_N, scored_T = packed()
     results = []
     for kept_logits in (1_000_000, 5 * 97):
         scorer = TokenScorer(load(directory), kept_logits=kept_logits)
-        logprobs_S = scorer(token_ids_N, LENGTHS, scored_S)
-        logprobs_S.sum().backward()
-        results.append((logprobs_S, [p.grad for p in scorer.parameters()]))
+        logprobs_T = scorer(token_ids_N, LENGTHS, scored_T)
+        logprobs_T.sum().backward()
+        results.append((logprobs_T, [p.grad for p in scorer.parameters()]))
     torch.testing.assert_close(results[0], results[1])
 
 
@@ -109,11 +109,11 @@ def test_a_window_of_attention_is_kept(tmp_path: Path, reference_logprobs: Refer
         initializer_range=0.3,
     )
     Model.from_config(config).save_pretrained(tmp_path)
-    token_ids_N, scored_S = packed()
-    logprobs_S = TokenScorer(load(tmp_path))(token_ids_N, LENGTHS, scored_S)
+    token_ids_N, scored_T = packed()
+    logprobs_T = TokenScorer(load(tmp_path))(token_ids_N, LENGTHS, scored_T)
     plain = Model.from_pretrained(tmp_path, attn_implementation="eager")
     alone = reference_logprobs(plain, token_ids_N[8:38].tolist())
-    np.testing.assert_allclose(logprobs_S[6:35].detach().numpy(), alone, atol=2e-5)
+    np.testing.assert_allclose(logprobs_T[6:35].detach().numpy(), alone, atol=2e-5)
     without = Model.from_pretrained(tmp_path, sliding_window=None, attn_implementation="eager")
     unlimited = reference_logprobs(without, token_ids_N[8:38].tolist())
     assert np.abs(np.subtract(unlimited, alone)).max() > 0.01
@@ -149,17 +149,17 @@ def test_temperature_and_entropy_are_those_of_the_distribution_that_is_sampled(
     kept_logits: int, directory: Path
 ) -> None:
     scored_by, plain = load(directory), Model.from_pretrained(directory)
-    token_ids, scored_S = torch.arange(20), torch.arange(3, 20)
-    temperatures_S = torch.linspace(0.5, 2.0, 17)
-    logprobs_S, entropy_S = TokenScorer(scored_by, kept_logits=kept_logits)(
-        token_ids, (20,), scored_S, temperatures_S=temperatures_S, with_entropy=True
+    token_ids, scored_T = torch.arange(20), torch.arange(3, 20)
+    temperatures_T = torch.linspace(0.5, 2.0, 17)
+    logprobs_T, entropy_T = TokenScorer(scored_by, kept_logits=kept_logits)(
+        token_ids, (20,), scored_T, temperatures_T=temperatures_T, with_entropy=True
     )
-    logits_SV = plain(token_ids[None]).logits[0, scored_S - 1].double()
-    expected_SV = (logits_SV / temperatures_S[:, None]).log_softmax(-1)
-    chosen_S = expected_SV.gather(-1, token_ids[scored_S, None])[:, 0]
-    torch.testing.assert_close(logprobs_S.double(), chosen_S, atol=2e-5, rtol=0)
-    expected_S = -(expected_SV.exp() * expected_SV).sum(-1)
-    torch.testing.assert_close(entropy_S.double(), expected_S, atol=2e-5, rtol=0)
-    (found,) = torch.autograd.grad(entropy_S.sum(), scored_by.get_output_embeddings().weight)
-    (expected,) = torch.autograd.grad(expected_S.sum(), plain.get_output_embeddings().weight)
+    logits_TV = plain(token_ids[None]).logits[0, scored_T - 1].double()
+    expected_TV = (logits_TV / temperatures_T[:, None]).log_softmax(-1)
+    chosen_T = expected_TV.gather(-1, token_ids[scored_T, None])[:, 0]
+    torch.testing.assert_close(logprobs_T.double(), chosen_T, atol=2e-5, rtol=0)
+    expected_T = -(expected_TV.exp() * expected_TV).sum(-1)
+    torch.testing.assert_close(entropy_T.double(), expected_T, atol=2e-5, rtol=0)
+    (found,) = torch.autograd.grad(entropy_T.sum(), scored_by.get_output_embeddings().weight)
+    (expected,) = torch.autograd.grad(expected_T.sum(), plain.get_output_embeddings().weight)
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)

@@ -14,6 +14,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from flash.errors import ProcessFailure, TrainerFailure
+from flash.fakes import fake_sample
 from flash.trainer.advantage_settings import ReinforcePp
 from flash.trainer.checkpoint import checkpoint_version, write_state
 from flash.trainer.config import TrainerConfig
@@ -46,24 +47,26 @@ def not_started(tmp_path: Path) -> Trainer:
     [
         ({"logprobs": np.full(4, np.nan, np.float32)}, "episode 17.*not finite"),
         ({"advantage": float("inf")}, "episode 17.*not finite"),
-        ({"logprobs": np.zeros(3, np.float32)}, r"episode 17.*\[4, 4, 3, 4\]"),
+        ({"logprobs": np.zeros(3, np.float32)}, "episode 17.* logprobs 3, versions 4, .* equal"),
+        ({"turns": np.zeros(5, np.int64)}, "episode 17.* temperatures 4, turns 5; .* equal"),
         ({"loss_mask": np.array([0, 1, -1, 1], np.float32)}, "episode 17.*mask"),
         ({"loss_mask": np.array([0, 1, np.nan, 1], np.float32)}, "episode 17.*mask"),
         ({"advantage": np.array([0, np.nan, 0, 0], np.float32)}, "episode 17.*not finite"),
         ({"advantage": np.zeros(3, np.float32)}, r"episode 17.*shape \(3,\).*each of the 4 tokens"),
-        ({"temperature": 0.0}, "episode 17.*temperature 0; only what.*above 0"),
+        (
+            {"temperatures": np.array([1, 1, 0, 0.5], np.float32)},
+            "episode 17.*temperature 0; only what.*above 0",
+        ),
+        (
+            {"temperatures": np.array([1, 1, 1, np.nan], np.float32)},
+            "episode 17.*temperature nan; only what.*above 0",
+        ),
     ],
 )
 async def test_a_sample_that_cannot_be_trained_on_is_named(
     change: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
-    good = Sample(
-        token_ids=np.arange(4),
-        loss_mask=np.array([0, 1, 1, 1], np.float32),
-        logprobs=np.zeros(4, np.float32),
-        versions=np.zeros(4, np.int64),
-        episode=17,
-    )
+    good = fake_sample(range(4), episode=17)
     with pytest.raises(ValueError, match=said):
         await not_started(tmp_path).step(batch_of([good, replace(good, **change)]))
 
@@ -117,7 +120,7 @@ def test_a_damaged_checkpoint_is_named_with_the_remedy(
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "trainer.json").write_text(json.dumps({"something": "else"}))
     for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(ValueError, match="is no checkpoint"):
+        with pytest.raises(ValueError, match="is not a checkpoint"):
             checkpoint_version(folder)
 
 

@@ -1,7 +1,6 @@
 """From a critic's values to advantages and returns: by hand, and against the definitions."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from flash.fakes import fake_sample
 from flash.trainer.advantage_settings import Gae
 from flash.trainer.advantages import gae, make_advantages
 from flash.trainer.critic import value_loss
@@ -24,14 +24,10 @@ def sample_of(
     turns: Sequence[int], *, reward: float = 0.0, rewards: Sequence[float] = (), episode: int = 0
 ) -> Sample:
     """`turns` says of each token whose turn it is, -1 for none."""
-    turns_T = np.array(turns)
-    mask_T = (turns_T >= 0).astype(np.float32)
-    return Sample(
-        token_ids=np.arange(len(turns)),
-        loss_mask=mask_T,
-        logprobs=-mask_T,
-        versions=np.where(mask_T > 0, 0, -1),
-        turns=turns_T,
+    return fake_sample(
+        range(len(turns)),
+        [float(turn >= 0) for turn in turns],
+        turns=np.array(turns),
         reward=reward,
         turn_rewards=rewards,
         episode=episode,
@@ -91,8 +87,6 @@ def test_rewards_of_turns_are_found_across_the_samples_of_an_episode() -> None:
 def test_without_rewards_of_turns_the_episodes_reward_follows_its_last_token() -> None:
     samples = [sample_of([-1, 0, 0], reward=3.0), sample_of([-1, 1, -1], reward=3.0)]
     assert token_rewards(samples).tolist() == [0, 0, 3]
-    bare = [replace(sample, turns=None, turn_rewards=[1.0, 2.0]) for sample in samples]
-    assert token_rewards(bare).tolist() == [0, 0, 3]
 
 
 def test_the_first_token_of_a_sample_is_never_trained() -> None:
@@ -146,7 +140,7 @@ def test_equal_returns_have_no_variance_to_explain() -> None:
 
 
 def test_at_hand_over_there_is_no_critic_yet_and_a_group_may_be_of_one() -> None:
-    episode = Trajectory(samples=[sample_of([-1, 0])], reward=1.0, turns=1)
+    episode = Trajectory(sequences=[sample_of([-1, 0])], reward=1.0, turns=1)
     assert make_advantages(Gae())([[episode], [episode]]) == [[0.0], [0.0]]
 
 

@@ -46,8 +46,14 @@ def test_nothing_of_a_demonstration_was_sampled_by_a_policy():
     assert sample.loss_mask.tolist() == [0.5, 0.5, 1.0, 1.0]
     assert set(sample.versions.tolist()) == {-1}
     assert not sample.logprobs.any()
+    assert set(sample.temperatures.tolist()) == {1.0}
     kinds = [a.dtype for a in (sample.token_ids, sample.loss_mask, sample.logprobs)]
     assert kinds == [np.int64, np.float32, np.float32]
+
+
+def test_each_word_of_an_action_is_of_its_turn():
+    sample = to_sample([turn("a", "bc"), turn("d", "e")], LettersStyle())
+    assert sample.turns.tolist() == [-1, -1, 0, 0, 0, -1, -1, 1, 1]
 
 
 def test_a_demonstration_without_turns_is_refused():

@@ -4,9 +4,9 @@ import itertools
 import random
 import shutil
 
-import numpy as np
 import pytest
 
+from flash.fakes import fake_sample
 from flash.types import Observation, Sample, Turn
 from flash.warm_start.config import PolicyConfig, WarmStartConfig
 from flash.warm_start.teach import _batches, _key, small_model
@@ -141,11 +141,7 @@ async def test_of_two_runs_that_teach_the_same_policy_at_once_the_later_takes_th
 
 
 def sample(token: int, length: int) -> Sample:
-    ones = np.ones(length)
-    return Sample(
-        token_ids=(token * ones).astype(np.int64), loss_mask=ones.astype(np.float32),
-        logprobs=ones.astype(np.float32), versions=-ones.astype(np.int64),
-    )  # fmt: skip
+    return fake_sample([token] * length)
 
 
 def test_each_pass_has_every_demonstration_once_in_a_new_order():

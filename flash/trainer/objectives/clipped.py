@@ -1,6 +1,6 @@
 """PPO and its kin: a clip stops tokens that have moved far enough the way they were pushed.
 
-T tokens; sg: without gradient.
+sg: without gradient.
 """
 
 from dataclasses import replace

@@ -1,6 +1,6 @@
 """What is added to any objective: a divergence from a reference policy, and entropy.
 
-T tokens; x = log π/π_ref.
+x = log π/π_ref.
 """
 
 import torch

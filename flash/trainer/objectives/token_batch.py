@@ -1,6 +1,6 @@
 """What an objective is given and what it answers, and the sums over packed sequences.
 
-Legend: T trained tokens of one or more packed sequences; Q sequences; natural logs.
+All logs are natural.
 """
 
 from collections.abc import Callable
@@ -84,7 +84,7 @@ class TokenLoss:
 
 
 def exp(logs_T: Tensor) -> Tensor:
-    """exp, but never infinite in float32, because 0 times that would be no number."""
+    """exp, but never infinite in float32, because 0 times infinity is not a number."""
     return logs_T.clamp(max=_LARGEST_LOG).exp()
 
 

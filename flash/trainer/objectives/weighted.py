@@ -1,6 +1,6 @@
 """Policy gradients, -w·A·log π, that differ in the weight w; and two with a regulariser instead.
 
-T tokens; r = π/π_behaviour of a token, ρ of a whole sequence; sg: without gradient.
+r = π/π_behaviour of a token, ρ of a whole sequence; sg: without gradient.
 """
 
 from typing import Literal
