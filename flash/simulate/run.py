@@ -85,6 +85,7 @@ class _Simulation:
         hub = InferenceHub(
             workers,
             max_running=scenario.workers.max_running,
+            update_mode=scenario.update_mode,
             request_timeout_s=_FOREVER_S,
             control_timeout_s=_FOREVER_S,
             progress_timeout_s=_FOREVER_S,
@@ -114,7 +115,6 @@ class _Simulation:
             filters=[filters.find(name) for name in scenario.filters],
             max_filtered=scenario.max_filtered,
             last_version=scenario.steps,
-            update_mode=scenario.update_mode,
             advantages=per_group(lambda rewards: rewards - rewards.mean()),
             stall_timeout_s=_FOREVER_S,
             caller_timeout_s=_FOREVER_S,

@@ -281,7 +281,7 @@ async def test_a_worker_that_dies_is_told_of_once_and_not_for_each_of_its_reques
         hub.give_up("dead", "it hangs")
         await all_ended(calls)
         await asyncio.sleep(1)
-    assert sum("worker taken out" in message for message in caplog.messages) == 1
+    assert sum("worker excluded" in message for message in caplog.messages) == 1
     assert not [message for message in caplog.messages if "could not abort" in message]
 
 
@@ -291,7 +291,7 @@ async def test_a_worker_that_stays_unwell_is_told_of_once_for_each_reason(caplog
     async with InferenceHub([worker], recovery_timeout_s=1000) as hub:
         worker.fail_next(20)
         await hub.generate(request())
-    told = [message for message in caplog.messages if "is not well yet" in message]
+    told = [message for message in caplog.messages if "is not healthy yet" in message]
     assert len(told) == 1
 
 
@@ -445,10 +445,10 @@ async def test_an_answer_that_cannot_be_true_is_never_passed_on(lie):
 
 @in_virtual_time
 async def test_keep_freezes_requests_and_their_later_tokens_carry_the_new_version():
-    async with InferenceHub([steady()]) as hub:
+    async with InferenceHub([steady()], update_mode="keep") as hub:
         call = asyncio.ensure_future(hub.generate(request(max_tokens=10)))
         await asyncio.sleep(3.5)
-        report = await hub.publish(weights(1), "keep")
+        report = await hub.publish(weights(1))
         answered = await call
         assert answered.versions == [0, 0, 0] + [1] * 7
         assert report.paused_s == 1
@@ -458,11 +458,11 @@ async def test_keep_freezes_requests_and_their_later_tokens_carry_the_new_versio
 
 @in_virtual_time
 async def test_abort_samples_the_rest_anew_and_the_caller_notices_nothing():
-    async with InferenceHub([steady()]) as hub:
+    async with InferenceHub([steady()], update_mode="abort") as hub:
         starts = []
         call = asyncio.ensure_future(hub.generate(request(max_tokens=10), starts.append))
         await asyncio.sleep(3.5)
-        await hub.publish(weights(1), "abort")
+        await hub.publish(weights(1))
         answered = await call
         assert answered.versions == [0, 0, 0] + [1] * 7
         assert len(answered.token_ids) == len(answered.logprobs) == 10
@@ -480,20 +480,20 @@ async def test_the_rest_of_an_aborted_response_is_sampled_after_what_there_is():
             return await super().generate(request_id, token_ids, sampling)
 
     worker = Recording("w", token_s=(1, 1), tokens=(100, 100))
-    async with InferenceHub([worker]) as hub:
+    async with InferenceHub([worker], update_mode="abort") as hub:
         call = asyncio.ensure_future(hub.generate(request(max_tokens=10)))
         await asyncio.sleep(3.5)
-        await hub.publish(weights(1), "abort")
+        await hub.publish(weights(1))
         sampled = (await call).token_ids
     assert prompts == [([0, 1, 2, 3, 4], 10), ([0, 1, 2, 3, 4, *sampled[:3]], 7)]
 
 
 @in_virtual_time
 async def test_wait_lets_requests_end_with_the_version_they_began_with():
-    async with InferenceHub([steady()]) as hub:
+    async with InferenceHub([steady()], update_mode="wait") as hub:
         call = asyncio.ensure_future(hub.generate(request(max_tokens=10)))
         await asyncio.sleep(3.5)
-        late = asyncio.ensure_future(hub.publish(weights(1), "wait"))
+        late = asyncio.ensure_future(hub.publish(weights(1)))
         await asyncio.sleep(1)
         new = asyncio.ensure_future(hub.generate(request(max_tokens=2)))
         assert (await call).versions == [0] * 10
@@ -513,10 +513,10 @@ async def test_a_publish_under_requests_at_two_workers(mode):
     }
 
     workers = [steady("a"), steady("b")]
-    async with InferenceHub(workers) as hub:
+    async with InferenceHub(workers, update_mode=mode) as hub:
         calls = [asyncio.ensure_future(hub.generate(request())) for _ in range(2)]
         await asyncio.sleep(3.5)
-        report = await hub.publish(weights(1), mode)
+        report = await hub.publish(weights(1))
         answers = await asyncio.gather(*calls)
         assert [answered.versions for answered in answers] == expected[mode]
         for answered in answers:
@@ -699,7 +699,7 @@ async def test_every_request_ends_exactly_once_whatever_happens(seed, mode):
         FakeWorker(f"w{n}", seed=rng.randrange(10**6), token_s=(0.01, 1.0)) for n in range(3)
     ]
     ends = {"answered": 0, "cancelled": 0}
-    async with InferenceHub(workers, max_running=4, request_timeout_s=40) as hub:
+    async with InferenceHub(workers, max_running=4, request_timeout_s=40, update_mode=mode) as hub:
 
         async def one(number):
             await asyncio.sleep(rng.uniform(0, 30))
@@ -731,7 +731,7 @@ async def test_every_request_ends_exactly_once_whatever_happens(seed, mode):
         async def publishing():
             for version in range(1, 6):
                 await asyncio.sleep(rng.uniform(0, 8))
-                await hub.publish(weights(version), mode)
+                await hub.publish(weights(version))
 
         async with asyncio.TaskGroup() as tasks:
             for number in range(60):

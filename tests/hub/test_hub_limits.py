@@ -183,10 +183,12 @@ async def test_versions_that_go_back_are_never_passed_on():
 @in_virtual_time
 async def test_wait_gives_requests_the_time_that_requests_have():
     worker = steady()
-    async with InferenceHub([worker], control_timeout_s=10, request_timeout_s=100) as hub:
+    async with InferenceHub(
+        [worker], control_timeout_s=10, request_timeout_s=100, update_mode="wait"
+    ) as hub:
         call = asyncio.ensure_future(hub.generate(request(max_tokens=80)))
         await asyncio.sleep(0.5)
-        report = await hub.publish(weights(1), "wait")
+        report = await hub.publish(weights(1))
         assert report.workers == 1
         assert (await call).versions == [0] * 80
         assert hub.stats().retries == 0
@@ -265,11 +267,13 @@ async def test_a_worker_that_has_the_new_weights_already_is_left_alone():
 @in_virtual_time
 async def test_a_worker_that_is_taken_out_in_its_turn_ends_its_turn():
     workers = [steady("a"), steady("b")]
-    async with InferenceHub(workers, request_timeout_s=20, control_timeout_s=1000) as hub:
+    async with InferenceHub(
+        workers, request_timeout_s=20, control_timeout_s=1000, update_mode="wait"
+    ) as hub:
         call = asyncio.ensure_future(hub.generate(request()))
         await asyncio.sleep(0.5)
         workers[0].hang()
-        report = await hub.publish(weights(1), "wait")  # waits for the request that hangs
+        report = await hub.publish(weights(1))  # waits for the request that hangs
         assert now() == 20 + 10 + 1, "its deadline, then all of it at b, then b's load"
         assert report.per_worker[0].paused_s == 19.5
         assert report.workers == 2, "a came back meanwhile, with the new weights"
