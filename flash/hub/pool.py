@@ -99,7 +99,7 @@ class ProcessPool(abc.ABC):
         return [seat.worker for seat in self._seats]
 
     def restart(self, worker: Worker) -> None:
-        """Kills a worker that is no use any more; a new process takes its place."""
+        """Kills a worker that is of no use any more; a new process takes its place."""
         for seat in self._seats:
             if seat.worker is worker:
                 _kill(seat)
