@@ -79,8 +79,7 @@ class InferenceHub:
             raise ValueError(f"max_running={max_running} must be at least 1")
         if weights is not None and weights.version != version:
             raise ValueError(
-                f"weights of version {weights.version} with version={version}: give both the same "
-                f"version"
+                f"weights of version {weights.version} with version={version}: make them the same"
             )
         self._given = workers
         self._pool = None if isinstance(workers, Sequence) else workers
@@ -116,8 +115,7 @@ class InferenceHub:
         )
         self._arrivals = itertools.count()
         self._prompt_tokens = self._generated_tokens = self._requests = self._retries = 0
-        self._publishes = 0
-        self._paused_s = 0.0
+        self._publishes, self._paused_s = 0, 0.0
 
     async def __aenter__(self) -> "InferenceHub":
         """Starts a pool's workers, and tells every worker its version.
@@ -130,8 +128,6 @@ class InferenceHub:
         else:
             workers = await self._given.start(self._supervisor.on_exit, self._supervisor.on_ready)
         self._slots += [Slot(worker, self.version) for worker in workers]
-        for slot in self._slots:
-            slot.started.set()
         await self._tasks.__aenter__()
         try:
             async with asyncio.TaskGroup() as introductions:

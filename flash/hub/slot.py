@@ -36,6 +36,9 @@ class Slot:
     busy_s: float = 0.0
     busy_since: float = 0.0
 
+    def __post_init__(self) -> None:
+        self.started.set()
+
     @property
     def accepting(self) -> bool:
         return self.healthy and not self.updating and self.lent is None

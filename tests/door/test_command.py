@@ -125,7 +125,7 @@ async def test_a_cancelled_command_ends_with_all_that_it_started(tmp_path):
 PARENT = """
 import asyncio, sys
 from pathlib import Path
-from flash.command import CommandAgent
+from flash.door.command import CommandAgent
 from flash.types import Task
 
 agent = CommandAgent(["sh", "-c", sys.argv[1]], log_dir=Path(sys.argv[2]))
