@@ -33,9 +33,10 @@ import aiohttp
 import uvloop
 
 from flash.cli import run_loop
+from flash.hub.embedded_pool import EmbeddedPool
 from flash.hub.http_worker import HttpWorker
 from flash.hub.hub import InferenceHub
-from flash.hub.pool import EmbeddedPool, ProcessPool
+from flash.hub.pool import ProcessPool
 from flash.hub.vllm_pool import VllmPool
 from flash.machine import has_vllm
 from flash.types import GenerateRequest, SamplingParams

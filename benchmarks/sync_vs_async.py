@@ -28,7 +28,7 @@ from flash import InferenceHub, InlineEnvs, RolloutLoop, Task
 from flash.agents import EnvironmentAgent, PlainStyle
 from flash.config import Config, parse
 from flash.envs.frozen_lake import FrozenLakeTextEnv
-from flash.hub.pool import EmbeddedPool
+from flash.hub.embedded_pool import EmbeddedPool
 from flash.telemetry.folder import RunFolder
 from flash.trainer.config import TrainerConfig
 from flash.trainer.trainer import Trainer

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
+from flash.hub.embedded_pool import EmbeddedPool
 from flash.hub.hub import InferenceHub
-from flash.hub.pool import EmbeddedPool
 from flash.types import GenerateRequest, SamplingParams
 from flash.warm_start.small_policy import create
 from flash.worker import attention

@@ -32,14 +32,16 @@ class SamplingParams:
 class GenerateRequest:
     """One response to sample after `token_ids`.
 
-    Requests that share a `session` share prefixes; the hub sends them to one worker if it can.
-    Those that share a `place` go to one worker even if they must wait for it.
+    session: names requests that share prefixes; the hub sends them to one worker if it can.
+    pin: names requests that must all go to one worker, even if they have to wait for it. The first
+        of them goes to whichever is best; while that worker takes no requests at all (it failed,
+        or gets new weights) the next one chooses anew.
     """
 
     token_ids: Sequence[int]
     sampling: SamplingParams
     session: str = ""
-    place: str = ""
+    pin: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

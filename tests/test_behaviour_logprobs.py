@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from flash.agents import EnvironmentAgent, PlainStyle
 from flash.environments.inline import InlineEnvs
 from flash.envs.frozen_lake import FrozenLakeTextEnv
+from flash.hub.embedded_pool import EmbeddedPool
 from flash.hub.hub import InferenceHub
-from flash.hub.pool import EmbeddedPool
 from flash.rollout.loop import RolloutLoop
 from flash.trainer.advantages import per_group
 from flash.trainer.config import TrainerConfig
@@ -47,7 +47,7 @@ async def run(folder: Path):
     batches, metrics = [], []
     async with (
         Trainer(model=model, config=config, run_dir=folder) as trainer,
-        InferenceHub(pool) as hub,
+        InferenceHub(pool, update_mode="keep") as hub,
         RolloutLoop(
             hub,
             agent=lambda: EnvironmentAgent(

@@ -110,7 +110,7 @@ def test_async_generation_ratio_is_another_name_for_alpha():
         ({"engine": "warp"}, "engine.kind='warp': must be 'auto'"),
         ({"engine": {"cache_tokens": 100}}, "engine.cache_tokens=100 can't hold one episode"),
         ({"engine": {"kind": "vllm", "urls": ["http://a"]}}, "engine.kind=vllm starts workers"),
-        ({"engine": {"urls": ["host:8000"]}}, "host:8000 is no URL: write http://host:8000"),
+        ({"engine": {"urls": ["host:8000"]}}, "host:8000 is not a URL: write http://host:8000"),
         ({"engine": {"kind": "embedded", "urls": ["http://a"]}}, "leave one of them out"),
         ({"model": "flash/nowhere/model"}, "there is no such directory"),
         ({"name": "../x"}, "name='../x': must be a folder's name"),
@@ -241,7 +241,7 @@ def test_async_generation_ratio_is_another_name_for_alpha():
         ),
         (
             {"engine": {"vllm_args": ["--logprobs_mode=raw_logprobs"]}},
-            "--logprobs_mode=raw_logprobs would change what is sampled or whose logprobs are told",
+            "--logprobs_mode=raw_logprobs changes what is sampled or which logprobs are returned",
         ),
         (
             {"agent": {"top_p": 0.9}},

@@ -79,11 +79,11 @@ async def test_a_script_says_what_is_sampled_and_goes_on_after_an_abort():
         return range(prompt[-1] + 1, 8)
 
     worker = steady(script=count_on, load_s=(1, 1))
-    async with InferenceHub([worker]) as hub:
+    async with InferenceHub([worker], update_mode="abort") as hub:
         request = GenerateRequest(token_ids=[0], sampling=SamplingParams(max_tokens=100))
         call = asyncio.ensure_future(hub.generate(request))
         await asyncio.sleep(2.5)
-        await hub.publish(Weights(version=1, path=Path("/1")), "abort")
+        await hub.publish(Weights(version=1, path=Path("/1")))
         answer = await call
         assert answer.token_ids == [1, 2, 3, 4, 5, 6, 7], "nothing lost, nothing twice"
         assert answer.versions == [0, 0, 1, 1, 1, 1, 1]

@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import graphlib
 import importlib
 import subprocess
 import sys
@@ -74,6 +75,21 @@ def test_environments_and_agents_know_the_seams_only(path):
         if name.split(".")[0] == "flash":
             assert any(name == one or name.startswith(f"{one}.") for one in allowed), name
         assert name.split(".")[0] not in ("envs", "agents"), "siblings are imported relatively"
+
+
+def test_no_module_of_the_hub_is_in_a_circle_of_imports():
+    """Neither for a type checker alone."""
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sources("flash")
+    }
+    graph: dict[str, set[str]] = {}
+    wanted = [name for name in modules if name.startswith("flash.hub.")]
+    while wanted:
+        name = wanted.pop()
+        if name not in graph:
+            graph[name] = set(imports(modules[name])) & modules.keys()
+            wanted += graph[name]
+    graphlib.TopologicalSorter(graph).prepare()  # CycleError names them
 
 
 def test_every_entry_point_loads():

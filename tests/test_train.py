@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from flash import config as configuration
 from flash.cli import run as flash
 from flash.evaluate import evaluate
-from flash.hub.pool import EmbeddedPool
+from flash.hub.embedded_pool import EmbeddedPool
 from flash.machine import has_vllm
 from flash.telemetry.folder import read_lines
 from flash.telemetry.metrics import METRICS

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from flash.hub.worker import OnTokens, Worker, WorkerFailure
+from flash.hub.worker import OnExit, OnReady, OnTokens, Worker, WorkerFailure
 from flash.types import (
     Completion,
     FinishReason,
@@ -304,11 +304,7 @@ class FakePool:
         self._lives = {worker.name: lives for worker in workers}
         self._timers: list[asyncio.TimerHandle] = []
 
-    async def start(
-        self,
-        on_exit: Callable[[Worker, str, bool], None],
-        on_ready: Callable[[Worker], None],
-    ) -> list[Worker]:
+    async def start(self, on_exit: OnExit, on_ready: OnReady) -> list[Worker]:
         self._on_exit, self._on_ready = on_exit, on_ready
         return list(self._workers)
 

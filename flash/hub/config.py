@@ -1,4 +1,4 @@
-"""Who answers requests: the inference workers."""
+"""Settings of the inference workers, and of how the hub deals with them."""
 
 import shlex
 from typing import Any, Literal, Self
@@ -7,8 +7,9 @@ from pydantic import Field, field_validator, model_validator
 
 from flash import machine
 from flash.section import Numbers, Section
+from flash.types import UpdateMode
 
-# Of vLLM's arguments: what changes the distribution, or whose logprobs are told.
+# Of vLLM's arguments: what changes the distribution, or which logprobs are returned.
 _SAMPLING_ARGS = ("logprobs-mode", "generation-config", "override-generation-config")
 
 
@@ -29,12 +30,14 @@ class EngineConfig(Section):
     cache_tokens: int = Field(
         65_536,
         ge=64,
-        description="for keys and values; vLLM on a GPU goes by gpu_memory",
+        description="tokens that the KV cache of a worker holds; vLLM on a GPU goes by gpu_memory",
     )
     threads: int = Field(0, ge=0, description="CPU threads of a worker; 0 leaves it to torch")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the weights")
-    update_mode: Literal["keep", "abort", "wait"] = Field(
-        "keep", description="what a publish does to requests under way"
+    update_mode: UpdateMode = Field(
+        "keep",
+        description="what a publish does to requests under way: keep goes on with the new weights, "
+        "abort samples the rest anew, wait lets them end first",
     )
     transport: Literal["disk", "nccl"] = Field(
         "disk",
@@ -84,7 +87,7 @@ class EngineConfig(Section):
             name = word.partition("=")[0].removeprefix("--").replace("_", "-")
             if word.startswith("--") and name in _SAMPLING_ARGS:
                 raise ValueError(
-                    f"{word} would change what is sampled or whose logprobs are told, and every "
+                    f"{word} changes what is sampled or which logprobs are returned, so that every "
                     f"correction for staleness would be wrong: leave it out, and use "
                     f"agent.temperature"
                 )
@@ -96,7 +99,7 @@ class EngineConfig(Section):
         given = value.split(",") if isinstance(value, str) else value
         for url in given if isinstance(given, list | tuple) else [given]:
             if not str(url).startswith(("http://", "https://")):
-                raise ValueError(f"{url} is no URL: write http://host:8000, with commas between")
+                raise ValueError(f"{url} is not a URL: write http://host:8000, with commas between")
         return given
 
     @model_validator(mode="after")

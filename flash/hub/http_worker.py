@@ -17,7 +17,7 @@ from flash.worker.checksum import checksum
 _REQUEST_PREFIX = "generate-tokens-"
 _GENERATE = "/inference/v1/generate"
 # A stream costs this process twice the CPU of a whole answer, and vLLM 8% of its speed, with 64
-# tokens in pieces of 16. So it is for answers that are worth keeping when their worker dies.
+# tokens in chunks of 16. So it is for answers that are worth keeping when their worker dies.
 _STREAMED_FROM_TOKENS, _STREAM_INTERVAL = 128, 32
 _LONGEST_LINE_BYTES = 1 << 20
 _DATA, _DONE = b"data: ", b"data: [DONE]"
@@ -44,7 +44,7 @@ class _Span(msgspec.Struct, gc=False):
 
 
 class _Choice(msgspec.Struct, gc=False):
-    """A whole answer, or a piece of a stream; the last piece has reason and versions."""
+    """A whole answer, or a chunk of a stream; the last chunk has reason and versions."""
 
     token_ids: list[int]
     logprobs: _Logprobs | None
@@ -163,7 +163,7 @@ class HttpWorker:
     async def _stream(
         self, body: Mapping[str, Any], sampling: SamplingParams, on_tokens: OnTokens
     ) -> Completion:
-        """An answer in pieces; a worker that does not stream sends it whole."""
+        """An answer in chunks; a worker that does not stream sends it whole."""
         token_ids: list[int] = []
         logprobs: list[float] = []
         async with self._request("POST", _GENERATE, body) as response:
@@ -180,7 +180,7 @@ class HttpWorker:
                 if choice.finish_reason is not None:
                     with self._readable(line):
                         return self._completion(choice, token_ids, logprobs, sampling)
-        raise WorkerFailure(f"{self.name}{_GENERATE} ended its answer half-way")
+        raise WorkerFailure(f"{self.name}{_GENERATE} ended its answer before it was complete")
 
     def _completion(
         self,
@@ -189,7 +189,7 @@ class HttpWorker:
         logprobs: list[float],
         sampling: SamplingParams,
     ) -> Completion:
-        """From all tokens and the piece that came last; ValueError if they can't be."""
+        """From all tokens and the chunk that came last; ValueError if they can't be."""
         if last.finish_reason is None:
             raise ValueError("an answer without finish_reason")
         count = len(token_ids)
@@ -245,7 +245,7 @@ class HttpWorker:
             yield
         except (IndexError, ValueError) as error:  # msgspec's errors are ValueErrors
             raise WorkerFailure(
-                f"{self.name} answered what this protocol does not know ({error!r}): "
+                f"{self.name} sent an answer that is not of this protocol ({error!r}): "
                 f"{_text(answer)[:300]}"
             ) from error
 
@@ -257,7 +257,7 @@ async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
             if line.startswith(_DATA) and not line.startswith(_DONE):
                 yield line[len(_DATA) :]
     except ValueError as error:
-        raise aiohttp.ClientPayloadError("a line without end") from error
+        raise aiohttp.ClientPayloadError("a line of the stream is too long") from error
 
 
 async def _whole(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:

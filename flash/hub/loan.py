@@ -1,14 +1,14 @@
 """Workers lent by one hub to another: for an evaluation beside the rollout, on pinned weights."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from flash.hub.worker import OnTokens, Worker, WorkerFailure
+from flash.hub.worker import OnExit, OnReady, OnTokens, Worker, WorkerFailure
 from flash.types import Completion, SamplingParams, UpdateMode
 
 
-class Lent:
+class LentWorker:
     """A worker in the borrower's hands: answers, and takes no weights.
 
     Its first failure ends the loan: whatever comes back may have other weights, and what they
@@ -22,7 +22,7 @@ class Lent:
         self._worker = worker
         self._running = 0
         self._since = 0.0
-        self._on_failure: Callable[[Worker, str, bool], None] | None = None
+        self._on_exit: OnExit | None = None
 
     @property
     def busy_s(self) -> float:
@@ -30,15 +30,15 @@ class Lent:
         now = asyncio.get_running_loop().time()
         return self._busy_s + (now - self._since) * (self._running > 0)
 
-    def start(self, on_failure: Callable[[Worker, str, bool], None]) -> None:
-        self._on_failure = on_failure
+    def start(self, on_exit: OnExit) -> None:
+        self._on_exit = on_exit
 
     def end(self, why: str) -> None:
         """The lender has lost it, or the borrower finds it useless."""
         if not self.failed:
             self.failed = why
-            if self._on_failure is not None:
-                self._on_failure(self, why, True)
+            if self._on_exit is not None:
+                self._on_exit(self, why, True)
 
     async def generate(
         self,
@@ -47,7 +47,7 @@ class Lent:
         sampling: SamplingParams,
         on_tokens: OnTokens | None = None,
     ) -> Completion:
-        self._check()
+        self._raise_failure()
         clock = asyncio.get_running_loop().time
         if self._running == 0:
             self._since = clock()
@@ -66,15 +66,15 @@ class Lent:
         await self._worker.abort(request_id)
 
     async def check_health(self) -> None:
-        self._check()
+        self._raise_failure()
         await self._worker.check_health()
 
     async def set_version(self, version: int) -> None:
         """The lender has told it that version."""
-        self._check()
+        self._raise_failure()
 
     async def resume(self) -> None:
-        self._check()
+        self._raise_failure()
 
     async def pause(self, mode: UpdateMode) -> None:
         raise AssertionError("a lent worker takes no weights")
@@ -85,22 +85,19 @@ class Lent:
     async def close(self) -> None:
         """It is the lender's."""
 
-    def _check(self) -> None:
+    def _raise_failure(self) -> None:
         if self.failed:
             raise WorkerFailure(f"{self.name}: {self.failed}")
 
 
 class Loan:
-    """Lent workers as a pool that starts none anew."""
+    """Lent workers, all with the weights of `version`, as a pool that starts none anew."""
 
-    def __init__(self, workers: Sequence[Lent]) -> None:
+    def __init__(self, workers: Sequence[LentWorker], version: int) -> None:
+        self.version = version
         self._workers = workers
 
-    async def start(
-        self,
-        on_exit: Callable[[Worker, str, bool], None],
-        on_ready: Callable[[Worker], None],
-    ) -> list[Worker]:
+    async def start(self, on_exit: OnExit, on_ready: OnReady) -> list[Worker]:
         for worker in self._workers:
             worker.start(on_exit)
         return list(self._workers)

@@ -7,14 +7,13 @@ import os
 import secrets
 import signal
 import socket
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from flash.errors import InferenceFailure, first_error
 from flash.hub.http_worker import HttpWorker
-from flash.hub.worker import Worker, WorkerFailure
+from flash.hub.worker import OnExit, OnReady, Worker, WorkerFailure
 from flash.machine import Gpu
 from flash.process import PARENT_PID_VARIABLE, log_report
 
@@ -24,9 +23,6 @@ _READY_CHECK_S = 0.2
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.5, 30.0
 # One that dies so often, without having lived as long between, will not live.
 _DEATHS_IN_A_ROW, _SETTLED_S = 5, 60.0
-
-OnExit = Callable[[Worker, str, bool], None]
-OnReady = Callable[[Worker], None]
 
 
 @dataclass(slots=True, eq=False)
@@ -103,7 +99,7 @@ class ProcessPool(abc.ABC):
         return [seat.worker for seat in self._seats]
 
     def restart(self, worker: Worker) -> None:
-        """Kills a worker that is no use any more; a new process takes its place."""
+        """Kills a worker that is of no use any more; a new process takes its place."""
         for seat in self._seats:
             if seat.worker is worker:
                 _kill(seat)
@@ -211,51 +207,6 @@ class ProcessPool(abc.ABC):
             if final:
                 return
             await asyncio.sleep(min(_FIRST_BACKOFF_S * 2**deaths, _LONGEST_BACKOFF_S))
-
-
-class EmbeddedPool(ProcessPool):
-    """`python -m flash.worker` processes.
-
-    Args:
-        model: directory or hub name.
-        version: the policy version of that model.
-        devices: the GPUs to use, which the workers take in turn; [] leaves it to torch.
-    """
-
-    def __init__(
-        self,
-        model: str,
-        *,
-        size: int,
-        max_running: int,
-        cache_tokens: int,
-        threads: int,
-        dtype: str,
-        version: int,
-        seed: int,
-        log_dir: Path,
-        start_timeout_s: float,
-        devices: Sequence[Gpu] = (),
-    ) -> None:
-        super().__init__(size=size, log_dir=log_dir, start_timeout_s=start_timeout_s)
-        self._devices = devices
-        self._options = {
-            "model": model,
-            "max-running": max_running,
-            "cache-tokens": cache_tokens,
-            "threads": threads,
-            "dtype": dtype,
-            "version": version,
-        }
-        self._seed = seed
-
-    def _command(self, number: int, host: str, port: int) -> Sequence[str]:
-        options = {**self._options, "seed": self._seed + number, "host": host, "port": port}
-        given = [f"--{name}={value}" for name, value in options.items()]
-        return [sys.executable, "-m", "flash.worker", *given]
-
-    def _environment(self, number: int) -> Mapping[str, str]:
-        return {"FLASH_WORKER_API_KEY": self._api_key, **visible_gpus(self._devices, number)}
 
 
 def visible_gpus(devices: Sequence[Gpu], number: int, each: int = 1) -> dict[str, str]:

@@ -1,20 +1,29 @@
-"""Requests that wait for a place at a worker, and which worker each of them gets."""
+"""Requests that wait for room at a worker, and which worker each of them gets."""
 
 import asyncio
 import bisect
 from collections import OrderedDict, deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from flash.errors import InferenceFailure
-from flash.hub.slot import Slot, Waiter
+from flash.hub.slot import Slot
 from flash.types import GenerateRequest
 
 _SESSIONS_KEPT = 100_000  # routing hints only: losing one costs a prefill
 # How much busier the worker with the prefix may be. A request more slows a batch by a little, a
 # prefix costs its whole prefill; with these, agents of 20 turns find nine tenths of theirs.
-_HOME_SHARE, _HOME_MORE = 1.25, 4
+_BUSIER_FACTOR, _BUSIER_REQUESTS = 1.25, 4
 # Each costs about 0.2 ms until its answer is read: a burst of thousands must not hold the loop.
-_PLACES_A_TURN = 16
+_STARTS_A_TURN = 16
+
+
+@dataclass(slots=True, eq=False)
+class _Waiter:
+    arrival: int
+    request: GenerateRequest
+    cost: int
+    slot: asyncio.Future[Slot]
 
 
 class RequestQueue:
@@ -29,17 +38,17 @@ class RequestQueue:
         self._slots = slots
         self._max_running = max_running
         # By arrival. Bound: one entry for each caller; the agents are bounded by their loop.
-        self._waiting: deque[Waiter] = deque()
-        self._given_this_turn = 0
-        self._sessions: OrderedDict[str, Slot] = OrderedDict()
+        self._waiting: deque[_Waiter] = deque()
+        self._started_this_turn = 0
+        self._last_slot: OrderedDict[str, Slot] = OrderedDict()  # of a session, of a pin
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     async def acquire(self, request: GenerateRequest, *, cost: int, arrival: int) -> Slot:
-        """Waits for a place at a worker; `release` gives it back."""
+        """Waits for room at a worker; `release` gives it back."""
         self.raise_failure()
-        waiter = Waiter(arrival, request, cost, asyncio.get_running_loop().create_future())
+        waiter = _Waiter(arrival, request, cost, asyncio.get_running_loop().create_future())
         if self._waiting and self._waiting[-1].arrival > arrival:  # it lost its worker
             bisect.insort(self._waiting, waiter, key=lambda other: other.arrival)
         else:
@@ -59,66 +68,67 @@ class RequestQueue:
         self.dispatch()
 
     def dispatch(self) -> None:
-        """Gives places to those that wait, first come first served, a few in a turn of the loop."""
-        passed = 0  # they wait for a worker of their own
-        while passed < len(self._waiting) and self._given_this_turn < _PLACES_A_TURN:
+        """Gives room to those that wait, first come first served, a few in a turn of the loop."""
+        passed = 0  # they wait for the one worker that their pin allows
+        while passed < len(self._waiting) and self._started_this_turn < _STARTS_A_TURN:
             waiter = self._waiting[passed]
             if waiter.slot.done():  # its caller was cancelled
                 del self._waiting[passed]
                 continue
             slot = self._best(waiter.request)
             if slot is None:
-                if self._place_of(waiter.request) is None:
+                if self._pinned_to(waiter.request) is None:
                     return
                 passed += 1
                 continue
-            if self._given_this_turn == 0:
+            if self._started_this_turn == 0:
                 asyncio.get_running_loop().call_soon(self._next_turn)
-            self._given_this_turn += 1
+            self._started_this_turn += 1
             del self._waiting[passed]
             slot.begin(waiter.cost)
-            for session in (waiter.request.session, waiter.request.place):
-                if session:
-                    self._sessions[session] = slot
-                    self._sessions.move_to_end(session)
-                    if len(self._sessions) > _SESSIONS_KEPT:
-                        self._sessions.popitem(last=False)
+            for key in (waiter.request.session, waiter.request.pin):
+                if key:
+                    self._last_slot[key] = slot
+                    self._last_slot.move_to_end(key)
+                    if len(self._last_slot) > _SESSIONS_KEPT:
+                        self._last_slot.popitem(last=False)
             waiter.slot.set_result(slot)
 
     def _next_turn(self) -> None:
-        self._given_this_turn = 0
+        self._started_this_turn = 0
         self.dispatch()
 
     def _best(self, request: GenerateRequest) -> Slot | None:
         """The worker that has the prefix, unless it is much busier; else the least loaded."""
-        if (place := self._place_of(request)) is not None:
-            return place if place.running < self._max_running else None
+        if (pinned := self._pinned_to(request)) is not None:
+            return pinned if pinned.running < self._max_running else None
         least: Slot | None = None
         for slot in self._slots:  # a plain loop: hundreds of workers are asked for each request
             if slot.running == self._max_running or not slot.accepting:
                 continue
             if least is None or slot.outstanding_tokens < least.outstanding_tokens:
                 least = slot
-        home = self._sessions.get(request.session)
-        if least is None or home is None or home is least:
+        last = self._last_slot.get(request.session)
+        if least is None or last is None or last is least:
             return least
-        if home.running == self._max_running or not home.accepting:
+        if last.running == self._max_running or not last.accepting:
             return least
-        return home if home.running <= _HOME_SHARE * least.running + _HOME_MORE else least
+        much_busier = last.running > _BUSIER_FACTOR * least.running + _BUSIER_REQUESTS
+        return least if much_busier else last
 
-    def _place_of(self, request: GenerateRequest) -> Slot | None:
+    def _pinned_to(self, request: GenerateRequest) -> Slot | None:
         """The worker that the request must go to, as long as that takes any."""
-        place = self._sessions.get(request.place) if request.place else None
-        return place if place is not None and place.accepting else None
+        slot = self._last_slot.get(request.pin) if request.pin else None
+        return slot if slot is not None and slot.accepting else None
 
     def forget(self, session: str) -> None:
-        self._sessions.pop(session, None)
+        self._last_slot.pop(session, None)
 
     def whereabouts(self, session: str) -> str:
         """Where the session's request is, or was last: `queue`, a worker's name, or nothing."""
         if any(waiter.request.session == session for waiter in self._waiting):
             return "queue"
-        slot = self._sessions.get(session)
+        slot = self._last_slot.get(session)
         return slot.worker.name if slot is not None else ""
 
     def close(self, failure: InferenceFailure) -> None:

@@ -1,15 +1,13 @@
-"""What the hub remembers of a worker, of a request that waits, and of an answer on its way."""
+"""What the hub knows of a worker and has given to it."""
 
 import asyncio
 import contextlib
-import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
-from flash.hub.loan import Lent
+from flash.hub.loan import LentWorker
 from flash.hub.reports import WorkerStats
 from flash.hub.worker import Worker, WorkerFailure
-from flash.types import Completion, GenerateRequest
 
 _CONTROL = "control"  # where a request has its id; a worker has one such call at a time
 
@@ -24,10 +22,10 @@ class Slot:
     worker: Worker
     version: int
     healthy: bool = True
-    gone: bool = False
+    lost: bool = False  # its process died, and nobody starts it again
     updating: bool = False
-    lent: Lent | None = None
-    up: asyncio.Event = field(default_factory=asyncio.Event)  # its process lives, if it is ours
+    lent: LentWorker | None = None
+    started: asyncio.Event = field(default_factory=asyncio.Event)  # clear while a pool restarts it
     failures: int = 0  # since its last good answer
     streams: bool = False  # it has told of tokens before an answer was whole
     progress_at: float = 0.0  # of the last tokens or answer
@@ -37,6 +35,9 @@ class Slot:
     running: int = 0
     busy_s: float = 0.0
     busy_since: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.started.set()
 
     @property
     def accepting(self) -> bool:
@@ -56,15 +57,15 @@ class Slot:
         if self.running == 0:
             self.busy_s += _now() - self.busy_since
 
-    def send_away(self) -> None:
-        """The requests that this worker has end now, as if they had taken too long."""
+    def expire_calls(self) -> None:
+        """Ends every call to this worker now, as if it had taken too long."""
         for deadline in self.deadlines.values():
             if not deadline.expired():
                 deadline.reschedule(_now())
 
     @contextlib.asynccontextmanager
     async def control(self, timeout_s: float) -> AsyncIterator[None]:
-        """Ends what is done to a worker with WorkerFailure: in time, or when it is taken out."""
+        """Ends a control call with WorkerFailure: in time, or when the worker is excluded."""
         try:
             async with asyncio.timeout(timeout_s) as deadline:
                 self.deadlines[_CONTROL] = deadline
@@ -74,7 +75,7 @@ class Slot:
                     del self.deadlines[_CONTROL]
         except TimeoutError as error:
             raise WorkerFailure(
-                f"{self.worker.name} was taken out, or took longer than {timeout_s:g} s for a "
+                f"{self.worker.name} was excluded, or took longer than {timeout_s:g} s for a "
                 f"pause, a weight load or a health check"
             ) from error
 
@@ -95,42 +96,6 @@ class Slot:
             quiet_s=(now - self.progress_at) * (self.running > 0),
             oldest_s=max(ages_s, default=0.0),
             newest_s=min(ages_s, default=0.0),
-        )
-
-
-@dataclass(slots=True, eq=False)
-class Waiter:
-    arrival: int
-    request: GenerateRequest
-    cost: int
-    slot: asyncio.Future[Slot]
-
-
-@dataclass(slots=True, eq=False)
-class Received:
-    """The tokens of an answer that is not whole yet, as far as their version is certain."""
-
-    version: int
-    sampled: int = 0  # of the response, whatever their version and with those before
-    on_sampled: Callable[[int], None] | None = None
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-
-    def count(self, tokens: int) -> None:
-        self.sampled += tokens
-        if self.on_sampled is not None:
-            self.on_sampled(self.sampled)
-
-    def as_aborted(self, worker: str, temperature: float) -> Completion:
-        """What is worth keeping of it when its worker has failed."""
-        known = all(map(math.isfinite, self.logprobs))
-        return Completion(
-            token_ids=self.token_ids if known else [],
-            logprobs=self.logprobs if known else [],
-            versions=[self.version] * len(self.token_ids) if known else [],
-            temperature=temperature,
-            finish_reason="abort",
-            worker=worker,
         )
 
 

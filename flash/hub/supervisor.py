@@ -1,4 +1,4 @@
-"""Workers that fail, hang or die are taken out of the pool, and brought back once they are well."""
+"""Workers that fail, hang or die are excluded, and brought back once they are healthy."""
 
 import asyncio
 import logging
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.5, 8.0
 _HEALTH_TIMEOUT_S = 10.0
-_UNWELL_UNTIL_RESTART = 3  # health checks that fail in a row
+_FAILED_CHECKS_UNTIL_RESTART = 3
 
 
 class Supervisor:
@@ -48,37 +48,38 @@ class Supervisor:
         self._catch_up = catch_up
         self._control_timeout_s = control_timeout_s
         self._recoveries: set[asyncio.Task[None]] = set()
-        self._last_hope: asyncio.TimerHandle | None = None  # runs while no worker is healthy
+        # Runs while no worker is healthy.
+        self._recovery_deadline: asyncio.TimerHandle | None = None
 
-    async def greet(self, slot: Slot) -> None:
-        """Tells a worker its version at the start of the hub."""
+    async def introduce(self, slot: Slot) -> None:
+        """Gives a worker its version at the start of the hub."""
         try:
             async with slot.control(self._control_timeout_s):
                 await self._catch_up(slot)
         except WorkerFailure as failure:
-            self.take_out(slot, failure)
+            self.exclude(slot, failure)
         except BadRequest as error:
-            self.take_out(slot, WorkerFailure(str(error)))
+            self.exclude(slot, WorkerFailure(str(error)))
 
-    def take_out(self, slot: Slot, cause: WorkerFailure) -> None:
+    def exclude(self, slot: Slot, cause: WorkerFailure) -> None:
         """No more requests for this worker, and those it has go elsewhere, until it is healthy."""
-        if not slot.healthy and not slot.gone:
+        if not slot.healthy and not slot.lost:
             return  # it is known, and being looked after
         was_healthy, slot.healthy = slot.healthy, False
         if slot.lent is not None:  # what comes back has other weights
             slot.lent.end(str(cause))
-        slot.send_away()
+        slot.expire_calls()
         if self._queue.failure is not None:
             return
         if isinstance(cause, WorkerBroken):
             self._restart(slot)
         if was_healthy:
-            logger.warning("worker taken out: %s", cause)
-        if all(other.gone for other in self._slots):
+            logger.warning("worker excluded: %s", cause)
+        if all(other.lost for other in self._slots):
             self._fail(cause)
             return
-        if self._last_hope is None and not any(other.healthy for other in self._slots):
-            self._last_hope = asyncio.get_running_loop().call_later(
+        if self._recovery_deadline is None and not any(other.healthy for other in self._slots):
+            self._recovery_deadline = asyncio.get_running_loop().call_later(
                 self.recovery_timeout_s, self._fail, cause
             )
         if was_healthy:
@@ -89,12 +90,12 @@ class Supervisor:
             recovery.add_done_callback(self._recoveries.discard)
 
     async def _recover(self, slot: Slot) -> None:
-        """Asks for its health until it is well, then gives it the present weights."""
-        unwell = 0
-        told = ""
+        """Asks for its health until that is good, then gives it the present weights."""
+        failed_checks = 0
+        reason = ""
         while self._queue.failure is None:
-            await slot.up.wait()
-            if slot.gone:
+            await slot.started.wait()
+            if slot.lost:
                 return
             # A worker that fails again before it has answered anything waits longer.
             await asyncio.sleep(min(_FIRST_BACKOFF_S * 2**slot.failures, _LONGEST_BACKOFF_S))
@@ -104,52 +105,54 @@ class Supervisor:
                     await slot.worker.check_health()
                 async with slot.control(self._control_timeout_s):
                     await self._catch_up(slot)
-                    well = slot.up.is_set() and not slot.gone
-                    slot.healthy = well and self._queue.failure is None
+                    running = slot.started.is_set() and not slot.lost
+                    slot.healthy = running and self._queue.failure is None
             except (WorkerFailure, BadRequest) as error:
-                if str(error) != told:  # once for each reason, not for each look
-                    logger.warning("%s is not well yet: %s", slot.worker.name, error)
-                told = str(error)
-                unwell += 1
-                if unwell % _UNWELL_UNTIL_RESTART == 0:
+                if str(error) != reason:  # once for each reason, not for each check
+                    logger.warning("%s is not healthy yet: %s", slot.worker.name, error)
+                reason = str(error)
+                failed_checks += 1
+                if failed_checks % _FAILED_CHECKS_UNTIL_RESTART == 0:
                     self._restart(slot)
             if slot.healthy:
                 logger.warning("worker %s is back", slot.worker.name)
-                self._cancel_last_hope()
+                self._cancel_recovery_deadline()
                 self._queue.dispatch()
                 return
 
     def _restart(self, slot: Slot) -> None:
         """If it is ours to do."""
-        if self._pool is not None and slot.up.is_set() and not slot.gone:
+        if self._pool is not None and slot.started.is_set() and not slot.lost:
             logger.warning("worker %s is started anew", slot.worker.name)
-            slot.up.clear()
+            slot.started.clear()
             self._pool.restart(slot.worker)
 
     def on_exit(self, worker: Worker, why: str, final: bool) -> None:
         """A worker's process died; unless that was final, the pool starts it anew."""
         for slot in self._slots:
             if slot.worker is worker:
-                slot.gone = final
+                slot.lost = final
                 if final:
-                    slot.up.set()  # nobody need wait for it any more
+                    slot.started.set()  # nobody need wait for it any more
                 else:
-                    slot.up.clear()
-                self.take_out(slot, WorkerFailure(why))
+                    slot.started.clear()
+                self.exclude(slot, WorkerFailure(why))
 
     def on_ready(self, worker: Worker) -> None:
         """A worker's process lives again, with its first weights."""
         for slot in self._slots:
             if slot.worker is worker:
-                slot.up.set()
+                slot.started.set()
 
-    def watch(self, slot: Slot) -> None:
+    def watch_progress(self, slot: Slot) -> None:
         """Sees to it that a worker with requests which streams tokens goes on bringing some."""
         if slot.progress_timer is None:
             due = slot.progress_at + self.progress_timeout_s
-            slot.progress_timer = asyncio.get_running_loop().call_at(due, self._look, slot)
+            slot.progress_timer = asyncio.get_running_loop().call_at(
+                due, self._check_progress, slot
+            )
 
-    def _look(self, slot: Slot) -> None:
+    def _check_progress(self, slot: Slot) -> None:
         slot.progress_timer = None
         if slot.running == 0 or not slot.healthy:
             return  # the next request looks again
@@ -157,31 +160,31 @@ class Supervisor:
         if slot.updating or not slot.streams:
             slot.progress_at = now  # a freeze has a deadline of its own
         if now < slot.progress_at + self.progress_timeout_s:
-            self.watch(slot)
+            self.watch_progress(slot)
             return
         hangs = WorkerBroken(
             f"{slot.worker.name} hangs: {slot.running} requests and no token for "
             f"progress_timeout_s={self.progress_timeout_s:g}"
         )
-        self.take_out(slot, hangs)
+        self.exclude(slot, hangs)
 
     def _fail(self, cause: WorkerFailure) -> None:
         """The pool has nobody left."""
         failure = InferenceFailure(f"no inference worker is left; the last one: {cause}")
         failure.__cause__ = cause
-        self._cancel_last_hope()
+        self._cancel_recovery_deadline()
         self._queue.close(failure)
 
-    def _cancel_last_hope(self) -> None:
-        if self._last_hope is not None:
-            self._last_hope.cancel()
-            self._last_hope = None
+    def _cancel_recovery_deadline(self) -> None:
+        if self._recovery_deadline is not None:
+            self._recovery_deadline.cancel()
+            self._recovery_deadline = None
 
     def stop(self) -> None:
         """Nobody is looked after any more; the requests under way end."""
-        self._cancel_last_hope()
+        self._cancel_recovery_deadline()
         for slot in self._slots:
-            slot.send_away()
+            slot.expire_calls()
             if slot.progress_timer is not None:
                 slot.progress_timer.cancel()
         for recovery in self._recoveries:

@@ -57,21 +57,19 @@ class Worker(Protocol):
     async def close(self) -> None: ...
 
 
+# worker, why, final: it died; after a final death it is not started again.
+OnExit = Callable[[Worker, str, bool], None]
+# It lives again, with its first weights.
+OnReady = Callable[[Worker], None]
+
+
 class Pool(Protocol):
-    """Workers that the hub starts and ends, and the pool starts anew when they die.
+    """Workers that the hub starts and ends, and the pool starts anew when they die."""
 
-    `on_exit(worker, why, final)` tells of a death, `on_ready(worker)` that the worker lives again,
-    with its first weights; after a final death it does not.
-    """
-
-    async def start(
-        self,
-        on_exit: Callable[[Worker, str, bool], None],
-        on_ready: Callable[[Worker], None],
-    ) -> list[Worker]: ...
+    async def start(self, on_exit: OnExit, on_ready: OnReady) -> list[Worker]: ...
 
     def restart(self, worker: Worker) -> None:
-        """Ends a worker that is no use any more; its death and its return are told as any."""
+        """Ends a worker that is of no use any more; `on_exit` and `on_ready` tell of it as ever."""
         ...
 
     async def stop(self) -> None: ...

@@ -6,10 +6,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 
 from flash.config import Config
+from flash.hub.embedded_pool import EmbeddedPool
 from flash.hub.http_worker import HttpWorker
 from flash.hub.hub import InferenceHub
 from flash.hub.nccl_worker import NcclPool, NcclWorker, nccl_sender
-from flash.hub.pool import EmbeddedPool, ProcessPool
+from flash.hub.pool import ProcessPool
 from flash.hub.vllm_pool import VllmPool
 from flash.hub.worker import Worker
 from flash.machine import Gpu, gpus, has_vllm

@@ -66,7 +66,7 @@ class Episode:
         self.trajectory: Trajectory | None = None
         self.cancel_reason: str | None = None
         self._hub = hub
-        self._place = f"group-{group}" if together else ""
+        self._pin = f"group-{group}" if together else ""
 
     @property
     def session(self) -> str:
@@ -79,7 +79,7 @@ class Episode:
             token_ids=token_ids,
             sampling=sampling,
             session=self.session,
-            place="" if self.turns else self._place,
+            pin="" if self.turns else self._pin,
         )
         known = 0
 

@@ -6,8 +6,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flash.door import Door
+from flash.hub.embedded_pool import EmbeddedPool
 from flash.hub.hub import InferenceHub
-from flash.hub.pool import EmbeddedPool
 from flash.hub.vllm_pool import VllmPool
 from flash.machine import gpus, has_vllm
 from flash.rollout.episode import Episode

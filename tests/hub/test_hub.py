@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flash import virtual_time
-from flash.errors import InferenceFailure, PublishFailure
+from flash.errors import InferenceFailure
 from flash.fakes import FakeWorker
 from flash.hub.hub import InferenceHub
 from flash.hub.worker import BadRequest, WorkerFailure
@@ -281,7 +281,7 @@ async def test_a_worker_that_dies_is_told_of_once_and_not_for_each_of_its_reques
         hub.give_up("dead", "it hangs")
         await all_ended(calls)
         await asyncio.sleep(1)
-    assert sum("worker taken out" in message for message in caplog.messages) == 1
+    assert sum("worker excluded" in message for message in caplog.messages) == 1
     assert not [message for message in caplog.messages if "could not abort" in message]
 
 
@@ -291,7 +291,7 @@ async def test_a_worker_that_stays_unwell_is_told_of_once_for_each_reason(caplog
     async with InferenceHub([worker], recovery_timeout_s=1000) as hub:
         worker.fail_next(20)
         await hub.generate(request())
-    told = [message for message in caplog.messages if "is not well yet" in message]
+    told = [message for message in caplog.messages if "is not healthy yet" in message]
     assert len(told) == 1
 
 
@@ -440,36 +440,6 @@ async def test_an_answer_that_cannot_be_true_is_never_passed_on(lie):
         assert (await hub.generate(request())).worker == "honest"
 
 
-# ── publish ──────────────────────────────────────────────────────────────────────────────────
-
-
-@in_virtual_time
-async def test_keep_freezes_requests_and_their_later_tokens_carry_the_new_version():
-    async with InferenceHub([steady()]) as hub:
-        call = asyncio.ensure_future(hub.generate(request(max_tokens=10)))
-        await asyncio.sleep(3.5)
-        report = await hub.publish(weights(1), "keep")
-        answered = await call
-        assert answered.versions == [0, 0, 0] + [1] * 7
-        assert report.paused_s == 1
-        assert hub.version == 1
-        assert math.isnan(report.gap_max)
-
-
-@in_virtual_time
-async def test_abort_samples_the_rest_anew_and_the_caller_notices_nothing():
-    async with InferenceHub([steady()]) as hub:
-        starts = []
-        call = asyncio.ensure_future(hub.generate(request(max_tokens=10), starts.append))
-        await asyncio.sleep(3.5)
-        await hub.publish(weights(1), "abort")
-        answered = await call
-        assert answered.versions == [0, 0, 0] + [1] * 7
-        assert len(answered.token_ids) == len(answered.logprobs) == 10
-        assert answered.finish_reason == "length"
-        assert starts == [0, 1]
-
-
 @in_virtual_time
 async def test_a_completion_has_the_temperature_of_its_request_however_many_parts_it_came_in():
     sampling = SamplingParams(max_tokens=10, temperature=0.5)
@@ -481,189 +451,7 @@ async def test_a_completion_has_the_temperature_of_its_request_however_many_part
         assert [completion.temperature for completion in await asyncio.gather(*calls)] == [0.5, 0.5]
 
 
-@in_virtual_time
-async def test_the_rest_of_an_aborted_response_is_sampled_after_what_there_is():
-    prompts = []
-
-    class Recording(FakeWorker):
-        async def generate(self, request_id, token_ids, sampling, on_tokens=None):
-            prompts.append((list(token_ids), sampling.max_tokens))
-            return await super().generate(request_id, token_ids, sampling)
-
-    worker = Recording("w", token_s=(1, 1), tokens=(100, 100))
-    async with InferenceHub([worker]) as hub:
-        call = asyncio.ensure_future(hub.generate(request(max_tokens=10)))
-        await asyncio.sleep(3.5)
-        await hub.publish(weights(1), "abort")
-        sampled = (await call).token_ids
-    assert prompts == [([0, 1, 2, 3, 4], 10), ([0, 1, 2, 3, 4, *sampled[:3]], 7)]
-
-
-@in_virtual_time
-async def test_wait_lets_requests_end_with_the_version_they_began_with():
-    async with InferenceHub([steady()]) as hub:
-        call = asyncio.ensure_future(hub.generate(request(max_tokens=10)))
-        await asyncio.sleep(3.5)
-        late = asyncio.ensure_future(hub.publish(weights(1), "wait"))
-        await asyncio.sleep(1)
-        new = asyncio.ensure_future(hub.generate(request(max_tokens=2)))
-        assert (await call).versions == [0] * 10
-        await late
-        assert now() == 11
-        assert (await new).versions == [1, 1]
-
-
-@pytest.mark.parametrize("mode", ["keep", "abort", "wait"])
-@in_virtual_time
-async def test_a_publish_under_requests_at_two_workers(mode):
-    """Each worker takes a second to load; b is frozen one second after a."""
-    expected = {
-        "keep": [[0] * 3 + [1] * 7, [0] * 4 + [1] * 6],
-        "abort": [[0] * 3 + [1] * 7, [0] * 4 + [1] * 6],
-        "wait": [[0] * 10, [0] * 10],
-    }
-
-    workers = [steady("a"), steady("b")]
-    async with InferenceHub(workers) as hub:
-        calls = [asyncio.ensure_future(hub.generate(request())) for _ in range(2)]
-        await asyncio.sleep(3.5)
-        report = await hub.publish(weights(1), mode)
-        answers = await asyncio.gather(*calls)
-        assert [answered.versions for answered in answers] == expected[mode]
-        for answered in answers:
-            assert len(answered.token_ids) == len(answered.logprobs) == 10
-            assert answered.finish_reason == "length"
-        assert report.workers == 2
-        assert [worker.loaded for worker in workers] == [[Path("/fake/1")]] * 2
-        assert {worker.version for worker in hub.stats().workers} == {1}
-
-
-@in_virtual_time
-async def test_a_worker_that_fails_in_a_publish_is_left_out_and_its_requests_move():
-    workers = [steady("a"), steady("b")]
-    async with InferenceHub(workers) as hub:
-        call = asyncio.ensure_future(hub.generate(request()))
-        await asyncio.sleep(3.5)
-        workers[0].fail_next(1)
-        report = await hub.publish(weights(1))
-        assert report.workers == 1
-        assert (await call).worker == "b"
-        await asyncio.sleep(10)
-        assert workers[0].version == 1, "it got them when it came back"
-
-
-@in_virtual_time
-async def test_a_publish_to_nobody_has_no_gap_to_tell():
-    async def score(token_ids):
-        raise AssertionError("there is nothing to compare with")
-
-    worker = steady()
-    async with InferenceHub([worker]) as hub:
-        worker.fail_next(1)
-        report = await hub.publish(weights(1, score))
-        assert math.isnan(report.gap_max)
-        assert report.workers == 0
-
-
-@in_virtual_time
-async def test_workers_are_updated_one_after_another_while_the_others_serve():
-    workers = [steady("a"), steady("b")]
-    async with InferenceHub(workers) as hub:
-        publishing = asyncio.ensure_future(hub.publish(weights(1)))
-        await asyncio.sleep(0.5)
-        assert (await hub.generate(request(max_tokens=1))).worker == "b"
-        await publishing
-        assert [worker.version for worker in workers] == [1, 1]
-        assert now() == 2, "one second each; the request at b was frozen for a while"
-
-
-@in_virtual_time
-async def test_versions_only_grow():
-    async with InferenceHub([steady()], version=4) as hub:
-        for version in (4, 3):
-            with pytest.raises(ValueError, match="not newer than the published 4"):
-                await hub.publish(weights(version))
-
-
-def probed(worker: FakeWorker, by: float):
-    """A score that differs from what the worker says by `by`."""
-    said: list[float] = []
-    generate = worker.generate
-
-    async def listening(request_id, token_ids, sampling, on_tokens=None):
-        completion = await generate(request_id, token_ids, sampling)
-        said[:] = completion.logprobs
-        return completion
-
-    worker.generate = listening
-
-    async def score(token_ids):
-        return [0.0] * (len(token_ids) - 1 - len(said)) + [logprob + by for logprob in said]
-
-    return score
-
-
-@in_virtual_time
-async def test_the_probe_accepts_equal_logprobs_and_tells_the_gap():
-    worker = steady()
-    async with InferenceHub([worker]) as hub:
-        report = await hub.publish(weights(1, probed(worker, 1e-4)))
-        assert report.gap_max == pytest.approx(1e-4)
-
-
-@in_virtual_time
-async def test_a_worker_with_other_weights_than_the_trainer_fails_the_publish():
-    worker = steady("tied")
-    async with InferenceHub([worker]) as hub:
-        with pytest.raises(PublishFailure, match="tied should sample with version 1.*0.01"):
-            await hub.publish(weights(1, probed(worker, 0.01)))
-
-
-@in_virtual_time
-async def test_a_nan_anywhere_in_the_probe_fails_the_publish():
-    worker = steady()
-    exact = probed(worker, 0.0)
-
-    async def score(token_ids):
-        logprobs = await exact(token_ids)
-        return [*logprobs[:-1], math.nan]
-
-    async with InferenceHub([worker]) as hub:
-        with pytest.raises(PublishFailure, match="differ from the trainer's by nan"):
-            await hub.publish(weights(1, score))
-
-
-@in_virtual_time
-async def test_a_worker_that_still_samples_with_the_old_version_fails_the_publish():
-    class Forgetful(FakeWorker):
-        async def set_version(self, version):
-            pass
-
-    worker = Forgetful("forgetful")
-    async with InferenceHub([worker]) as hub:
-        with pytest.raises(PublishFailure, match=r"version 1: it says \[0\]"):
-            await hub.publish(weights(1, probed(worker, 0.0)))
-
-
-@in_virtual_time
-async def test_a_probe_can_be_made_without_a_publish():
-    worker = steady(version=3)
-    async with InferenceHub([worker], version=3) as hub:
-        assert await hub.probe(weights(3, probed(worker, 0.0))) == 0
-        assert math.isnan(await hub.probe(weights(3)))
-        with pytest.raises(PublishFailure, match="0.5"):
-            await hub.probe(weights(3, probed(worker, 0.5)))
-
-
-@in_virtual_time
-async def test_a_refused_probe_fails_the_publish():
-    async def score(token_ids):
-        return []
-
-    worker = Answering(BadRequest("token_ids must lie in 0 … 2"))
-    async with InferenceHub([worker]) as hub:
-        with pytest.raises(PublishFailure, match="refused the probe: token_ids must lie"):
-            await hub.publish(weights(1, score))
+# ── everything at once ───────────────────────────────────────────────────────────────────────
 
 
 @in_virtual_time
@@ -686,20 +474,6 @@ async def test_the_totals_add_up():
         assert sorted(worker.busy_s for worker in stats.workers) == [3, 4]
 
 
-@in_virtual_time
-async def test_weights_that_do_not_fit_fail_the_publish():
-    class Refusing(FakeWorker):
-        async def load_weights(self, path):
-            raise BadRequest("lacks weights of this model")
-
-    async with InferenceHub([Refusing("r")]) as hub:
-        with pytest.raises(PublishFailure, match="version 1: lacks weights"):
-            await hub.publish(weights(1))
-
-
-# ── everything at once ───────────────────────────────────────────────────────────────────────
-
-
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10**6), mode=st.sampled_from(["keep", "abort", "wait"]))
 @in_virtual_time
@@ -710,7 +484,7 @@ async def test_every_request_ends_exactly_once_whatever_happens(seed, mode):
         FakeWorker(f"w{n}", seed=rng.randrange(10**6), token_s=(0.01, 1.0)) for n in range(3)
     ]
     ends = {"answered": 0, "cancelled": 0}
-    async with InferenceHub(workers, max_running=4, request_timeout_s=40) as hub:
+    async with InferenceHub(workers, max_running=4, request_timeout_s=40, update_mode=mode) as hub:
 
         async def one(number):
             await asyncio.sleep(rng.uniform(0, 30))
@@ -742,7 +516,7 @@ async def test_every_request_ends_exactly_once_whatever_happens(seed, mode):
         async def publishing():
             for version in range(1, 6):
                 await asyncio.sleep(rng.uniform(0, 8))
-                await hub.publish(weights(version), mode)
+                await hub.publish(weights(version))
 
         async with asyncio.TaskGroup() as tasks:
             for number in range(60):

@@ -115,10 +115,10 @@ async def test_only_tokens_whose_version_is_certain_are_kept_of_a_worker_that_di
     """A stream tells versions at its end; from a publish on they could be either's."""
     worker = Recording("a")
     pool = FakePool([worker])
-    async with InferenceHub(pool) as hub:
+    async with InferenceHub(pool, update_mode="keep") as hub:
         call = asyncio.ensure_future(hub.generate(request(100)))
         await asyncio.sleep(20.5)
-        await hub.publish(weights(1), "keep")
+        await hub.publish(weights(1))
         await asyncio.sleep(30)
         pool.kill(worker)
         answer = await call
@@ -160,11 +160,11 @@ async def test_a_worker_that_brings_no_token_for_long_is_started_anew():
 async def test_a_worker_that_is_slow_or_paused_is_not_taken_for_one_that_hangs(tell_s):
     worker = Recording("a", tell_s=tell_s, load_s=(50, 50))
     pool = FakePool([worker])
-    async with InferenceHub(pool, progress_timeout_s=20) as hub:
+    async with InferenceHub(pool, update_mode="keep", progress_timeout_s=20) as hub:
         await hub.generate(request(1))
         call = asyncio.ensure_future(hub.generate(request(15)))
         await asyncio.sleep(10)
-        await hub.publish(weights(1), "keep")  # longer than any token may take
+        await hub.publish(weights(1))  # longer than any token may take
         assert len((await call).token_ids) == 15
         if tell_s is None:  # it tells of nothing before all is there
             assert len((await hub.generate(request(100))).token_ids) == 100

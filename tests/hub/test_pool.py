@@ -12,8 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from flash.errors import InferenceFailure
+from flash.hub.embedded_pool import EmbeddedPool
 from flash.hub.hub import InferenceHub
-from flash.hub.pool import EmbeddedPool, ProcessPool
+from flash.hub.pool import ProcessPool
 from flash.types import GenerateRequest, SamplingParams, Weights
 from flash.warm_start.small_policy import create
 from tests.processes import Watch
@@ -118,7 +119,7 @@ def test_a_worker_whose_parent_is_killed_dies(models, tmp_path):
     parent = f"""
 import asyncio
 from pathlib import Path
-from flash.hub import EmbeddedPool
+from flash.hub.embedded_pool import EmbeddedPool
 
 async def main():
     pool = EmbeddedPool({str(models[0])!r}, size=1, max_running=8, cache_tokens=4096, threads=1,

@@ -71,7 +71,8 @@ class Servers:
         version = self.hub.version + 1
         model = self.models[version % len(self.models)]
         self.model_of[version] = model
-        return await self.hub.publish(weights(version, model), mode)
+        self.hub._publisher.update_mode = mode
+        return await self.hub.publish(weights(version, model))
 
     def assert_exact(self, prompt: list[int], answer: Completion, temperature: float = 1.0) -> None:
         """Each token's logprob is that of the model of its version, by a plain forward pass."""

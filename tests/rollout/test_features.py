@@ -122,8 +122,8 @@ def test_without_replication_a_groups_first_responses_come_from_one_worker():
 async def test_who_must_wait_for_one_worker_holds_up_nobody_who_need_not():
     workers = [FakeWorker(name, tokens=(4, 4), token_s=(1.0, 1.0)) for name in "ab"]
     async with InferenceHub(workers, max_running=1) as hub, asyncio.TaskGroup() as tasks:
-        ask = lambda place: tasks.create_task(  # noqa: E731
-            hub.generate(GenerateRequest(token_ids=[1], sampling=SAMPLING, place=place))
+        ask = lambda pin: tasks.create_task(  # noqa: E731
+            hub.generate(GenerateRequest(token_ids=[1], sampling=SAMPLING, pin=pin))
         )
         together = [ask("here") for _ in range(3)]
         alone = ask("")
@@ -134,10 +134,10 @@ async def test_who_must_wait_for_one_worker_holds_up_nobody_who_need_not():
 
 
 @in_virtual_time
-async def test_a_place_whose_worker_fails_moves_to_another():
+async def test_a_pin_whose_worker_fails_moves_to_another():
     workers = [FakeWorker(name) for name in "ab"]
     async with InferenceHub(workers) as hub:
-        request = GenerateRequest(token_ids=[1], sampling=SAMPLING, place="here")
+        request = GenerateRequest(token_ids=[1], sampling=SAMPLING, pin="here")
         home = (await hub.generate(request)).worker
         next(worker for worker in workers if worker.name == home).die()
         assert (await hub.generate(request)).worker != home

@@ -1,0 +1,53 @@
+"""A pool of embedded workers."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from flash.hub.pool import ProcessPool, visible_gpus
+from flash.machine import Gpu
+
+
+class EmbeddedPool(ProcessPool):
+    """`python -m flash.worker` processes.
+
+    Args:
+        model: directory or hub name.
+        version: the policy version of that model.
+        devices: the GPUs to use, which the workers take in turn; [] leaves it to torch.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        size: int,
+        max_running: int,
+        cache_tokens: int,
+        threads: int,
+        dtype: str,
+        version: int,
+        seed: int,
+        log_dir: Path,
+        start_timeout_s: float,
+        devices: Sequence[Gpu] = (),
+    ) -> None:
+        super().__init__(size=size, log_dir=log_dir, start_timeout_s=start_timeout_s)
+        self._devices = devices
+        self._options = {
+            "model": model,
+            "max-running": max_running,
+            "cache-tokens": cache_tokens,
+            "threads": threads,
+            "dtype": dtype,
+            "version": version,
+        }
+        self._seed = seed
+
+    def _command(self, number: int, host: str, port: int) -> Sequence[str]:
+        options = {**self._options, "seed": self._seed + number, "host": host, "port": port}
+        given = [f"--{name}={value}" for name, value in options.items()]
+        return [sys.executable, "-m", "flash.worker", *given]
+
+    def _environment(self, number: int) -> Mapping[str, str]:
+        return {"FLASH_WORKER_API_KEY": self._api_key, **visible_gpus(self._devices, number)}

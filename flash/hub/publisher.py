@@ -1,0 +1,207 @@
+"""New weights become the policy of the workers, one after another, and are probed there.
+
+publish ──► each worker: pause, load, version, resume ──► probe against the trainer's logprobs
+              │ excluded? it catches up before it is back
+              │ lent?     it keeps its version, and gets the present one when it is back
+"""
+
+import asyncio
+import contextlib
+import logging
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+
+from flash.errors import InferenceFailure, PublishFailure
+from flash.hub.checks import check_completion, check_gap
+from flash.hub.loan import LentWorker, Loan
+from flash.hub.policy import Policy
+from flash.hub.queue import RequestQueue
+from flash.hub.reports import PublishReport, WorkerPublish
+from flash.hub.response import PartialCompletion
+from flash.hub.slot import Slot
+from flash.hub.worker import BadRequest, WorkerFailure
+from flash.types import Completion, SamplingParams, UpdateMode, Weights
+
+logger = logging.getLogger(__name__)
+
+_PROBE_PROMPT = (1, 2, 3, 1, 2, 3)  # any token ids that every vocabulary has
+_PROBE_SAMPLING = SamplingParams(max_tokens=12)
+
+Ask = Callable[[Slot, Sequence[int], SamplingParams, PartialCompletion], Awaitable[Completion]]
+
+
+class Publisher:
+    """Decides which worker has which version.
+
+    Args:
+        slots: the hub's own list, which it fills at its start.
+        queue: it is told when a worker takes requests again.
+        policy: what is published last.
+        tasks: where lent workers get the present weights.
+        ask: gets one completion from one worker.
+        exclude: takes a worker that failed out of the pool.
+        update_mode, control_timeout_s, request_timeout_s, gap_limit: as for the hub.
+    """
+
+    def __init__(
+        self,
+        slots: Sequence[Slot],
+        queue: RequestQueue,
+        policy: Policy,
+        tasks: asyncio.TaskGroup,
+        *,
+        ask: Ask,
+        exclude: Callable[[Slot, WorkerFailure], None],
+        update_mode: UpdateMode,
+        control_timeout_s: float,
+        request_timeout_s: float,
+        gap_limit: float,
+    ) -> None:
+        self._slots = slots
+        self._queue = queue
+        self._policy = policy
+        self._tasks = tasks
+        self._ask = ask
+        self._exclude = exclude
+        self.update_mode = update_mode
+        self._control_timeout_s = control_timeout_s
+        self._request_timeout_s = request_timeout_s
+        self._gap_limit = gap_limit
+        self._one_at_a_time = asyncio.Lock()  # who changes which worker has which version
+
+    async def publish(self, weights: Weights) -> PublishReport:
+        """Makes these weights the policy of every worker that is healthy and not lent."""
+        clock = asyncio.get_running_loop().time
+        async with self._one_at_a_time:
+            self._queue.raise_failure()
+            if weights.version <= self._policy.version:
+                raise ValueError(
+                    f"version {weights.version} is not newer than the published "
+                    f"{self._policy.version}"
+                )
+            self._policy.announce(weights)
+            paused_s: dict[Slot, float] = {}
+            for slot in self._slots:
+                # Not those that are out, nor one that came back with these weights just now.
+                if slot.healthy and slot.lent is None and slot.version != weights.version:
+                    started = clock()
+                    await self._update(slot, weights, self.update_mode)
+                    paused_s[slot] = clock() - started
+            self._queue.raise_failure()
+            self._policy.version = weights.version
+            gaps = await self._probe(weights)
+            return self._report(weights, paused_s, gaps)
+
+    def _report(
+        self, weights: Weights, paused_s: dict[Slot, float], gaps: dict[Slot, float]
+    ) -> PublishReport:
+        per_worker = tuple(
+            WorkerPublish(
+                name=slot.worker.name,
+                updated=slot.healthy and slot.version == weights.version,
+                paused_s=paused_s.get(slot, 0.0),
+                gap=gaps.get(slot, math.nan),
+            )
+            for slot in self._slots
+        )
+        return PublishReport(
+            version=weights.version,
+            gap_max=max(gaps.values(), default=math.nan),
+            paused_s=sum(paused_s.values()),
+            workers=sum(worker.updated for worker in per_worker),
+            per_worker=per_worker,
+        )
+
+    async def probe(self, weights: Weights) -> float:
+        """The largest gap of any worker; nan if none could be asked."""
+        async with self._one_at_a_time:
+            return max((await self._probe(weights)).values(), default=math.nan)
+
+    @contextlib.asynccontextmanager
+    async def lend(self, workers: int) -> AsyncIterator[Loan]:
+        """So many workers, the least busy ones, with the present version while the block runs.
+
+        Afterwards they get what was published meanwhile and come back. Raises InferenceFailure if
+        there are not enough healthy workers to keep one.
+        """
+        async with self._one_at_a_time:  # not between two versions
+            version = self._policy.version
+            able = [slot for slot in self._slots if slot.accepting and slot.version == version]
+            if len(able) <= workers:
+                raise InferenceFailure(
+                    f"{workers} of {len(able)} healthy workers can't be lent: one must stay"
+                )
+            slots = sorted(able, key=lambda slot: slot.outstanding_tokens)[:workers]
+            lent = [LentWorker(slot.worker) for slot in slots]
+            for slot, worker in zip(slots, lent, strict=True):
+                slot.lent = worker
+        try:
+            yield Loan(lent, version)
+        finally:
+            for slot in slots:
+                self._tasks.create_task(self._rejoin(slot), name=f"rejoin {slot.worker.name}")
+
+    async def _rejoin(self, slot: Slot) -> None:
+        """A lent worker comes back, with the present weights."""
+        async with self._one_at_a_time:
+            lent, slot.lent = slot.lent, None
+            assert lent is not None
+            slot.busy_s += lent.busy_s
+            if lent.failed and slot.healthy:
+                self._exclude(slot, WorkerFailure(f"{slot.worker.name}: {lent.failed}"))
+            weights = self._policy.weights
+            if slot.healthy and weights is not None and slot.version != self._policy.version:
+                try:
+                    await self._update(slot, weights, "keep")
+                except PublishFailure as failure:
+                    logger.warning("%s came back from an evaluation: %s", slot.worker.name, failure)
+        self._queue.dispatch()
+
+    async def _update(self, slot: Slot, weights: Weights, mode: UpdateMode) -> None:
+        """Replaces one worker's weights. Afterwards it has them, or is excluded."""
+        timeout_s = self._control_timeout_s
+        if mode == "wait":  # for the requests that it has, as long as each may take
+            timeout_s += self._request_timeout_s
+        slot.updating = True
+        try:
+            async with slot.control(timeout_s):
+                await self._policy.replace_weights(slot, weights, mode)
+        except WorkerFailure as failure:
+            self._exclude(slot, failure)
+        except BadRequest as error:
+            self._exclude(slot, WorkerFailure(str(error)))
+            raise PublishFailure(f"version {weights.version}: {error}") from error
+        except asyncio.CancelledError:
+            # It may be paused, or between two weights.
+            self._exclude(slot, WorkerFailure(f"{slot.worker.name}: its publish was cancelled"))
+            raise
+        finally:
+            slot.updating = False
+            self._queue.dispatch()
+
+    async def _probe(self, weights: Weights) -> dict[Slot, float]:
+        """The gap of each worker that could be asked; of none without a `score`."""
+        gaps: dict[Slot, float] = {}
+        for slot in self._slots if weights.score is not None else ():
+            if not slot.healthy or slot.version != weights.version:
+                continue
+            try:
+                partial = PartialCompletion(weights.version, _PROBE_SAMPLING.temperature)
+                answer = await self._ask(slot, _PROBE_PROMPT, _PROBE_SAMPLING, partial)
+                check_completion(answer, _PROBE_SAMPLING, self._policy.published)
+                if not answer.token_ids:
+                    raise WorkerFailure(f"{slot.worker.name} aborted the probe")
+            except WorkerFailure as failure:
+                self._exclude(slot, failure)
+                continue
+            except BadRequest as error:
+                raise PublishFailure(f"{slot.worker.name} refused the probe: {error}") from error
+            assert weights.score is not None
+            expected = await weights.score([*_PROBE_PROMPT, *answer.token_ids])
+            gaps[slot] = check_gap(
+                answer,
+                expected[len(_PROBE_PROMPT) - 1 :],
+                version=weights.version,
+                limit=self._gap_limit,
+            )
+        return gaps

@@ -1,0 +1,98 @@
+"""A response on its way: what workers have sampled of it, part by part."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from flash.types import Completion, FinishReason, GenerateRequest, SamplingParams
+
+
+@dataclass(slots=True, eq=False)
+class PartialCompletion:
+    """What a worker that streams has told of a completion, as far as its version is certain."""
+
+    version: int
+    temperature: float
+    sampled: int = 0  # of the response, whatever their version and with those before
+    on_sampled: Callable[[int], None] | None = None
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+    def count(self, tokens: int) -> None:
+        """So many more were sampled."""
+        self.sampled += tokens
+        if self.on_sampled is not None:
+            self.on_sampled(self.sampled)
+
+    def as_aborted(self, worker: str) -> Completion:
+        """What is worth keeping of it when its worker has failed."""
+        known = all(map(math.isfinite, self.logprobs))
+        return Completion(
+            token_ids=self.token_ids if known else [],
+            logprobs=self.logprobs if known else [],
+            versions=[self.version] * len(self.token_ids) if known else [],
+            temperature=self.temperature,
+            finish_reason="abort",
+            worker=worker,
+        )
+
+
+class Response:
+    """What one request has been answered so far, by however many workers.
+
+    Args:
+        on_new: called with how many tokens it has more than ever before.
+        on_sampled: called with how many it has: fewer than before if a worker failed.
+    """
+
+    def __init__(
+        self,
+        request: GenerateRequest,
+        *,
+        on_new: Callable[[int], None],
+        on_sampled: Callable[[int], None] | None,
+    ) -> None:
+        self._request = request
+        self._on_new = on_new
+        self._on_sampled = on_sampled
+        self._most = 0
+        self._token_ids: list[int] = []
+        self._logprobs: list[float] = []
+        self._versions: list[int] = []
+
+    def rest(self) -> tuple[list[int], SamplingParams]:
+        """What to ask for next: the prompt with all that there is, and how to go on from it."""
+        left = self._request.sampling.max_tokens - len(self._token_ids)
+        sampling = replace(self._request.sampling, max_tokens=left)
+        return [*self._request.token_ids, *self._token_ids], sampling
+
+    def begin(self, version: int) -> PartialCompletion:
+        """A worker with that version goes on with it."""
+        temperature = self._request.sampling.temperature
+        return PartialCompletion(version, temperature, len(self._token_ids), self._count)
+
+    def add(self, part: Completion, *, worker: str) -> Completion | None:
+        """Joins what a worker sampled to the rest; the whole completion once that was all."""
+        self._token_ids += part.token_ids
+        self._logprobs += part.logprobs
+        self._versions += part.versions
+        self._count(len(self._token_ids))
+        reason: FinishReason = part.finish_reason
+        if reason == "abort":
+            if len(self._token_ids) < self._request.sampling.max_tokens:
+                return None
+            reason = "length"  # only the end of the answer was lost
+        return Completion(
+            token_ids=self._token_ids,
+            logprobs=self._logprobs,
+            versions=self._versions,
+            temperature=self._request.sampling.temperature,
+            finish_reason=reason,
+            worker=worker,
+        )
+
+    def _count(self, sampled: int) -> None:
+        self._on_new(max(0, sampled - self._most))
+        self._most = max(self._most, sampled)
+        if self._on_sampled is not None:
+            self._on_sampled(sampled)

@@ -1,0 +1,27 @@
+"""A response that several workers sample, part by part."""
+
+from flash.hub.response import Response
+from tests.steady import request
+
+
+def test_tokens_that_are_sampled_again_are_counted_once():
+    new, told = [], []
+    response = Response(request(max_tokens=10), on_new=new.append, on_sampled=told.append)
+    first = response.begin(version=0)
+    first.count(5)  # and its worker fails
+    second = response.begin(version=0)
+    second.count(3)
+    second.count(4)
+    assert told == [5, 3, 7]
+    assert sum(new) == 7
+    assert min(new) >= 0
+
+
+def test_the_rest_of_a_response_is_asked_for_after_what_there_is():
+    response = Response(request(max_tokens=10, prompt=3), on_new=lambda _: None, on_sampled=None)
+    partial = response.begin(version=4)
+    partial.token_ids += [7, 8]
+    partial.logprobs += [-1.0, -2.0]
+    assert response.add(partial.as_aborted("a"), worker="a") is None
+    prompt, sampling = response.rest()
+    assert (prompt, sampling.max_tokens) == ([0, 1, 2, 7, 8], 8)
