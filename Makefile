@@ -68,7 +68,7 @@ soak: $(READY)  ## N=1000 schedules in which anything may fail; FIRST=0 is the f
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy flash envs agents
+	$(BIN)/mypy flash envs agents examples
 
 bench: $(READY)  ## every script in benchmarks/, with its tables
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done

@@ -1,4 +1,4 @@
-"""What README.md and docs/ name is there: files, links, fields, make targets, objectives."""
+"""What the pages name is there: files, links, fields, make targets, objectives, decisions."""
 
 import re
 from pathlib import Path, PurePosixPath
@@ -11,10 +11,13 @@ from flash.trainer.advantage_settings import AnyAdvantages
 from flash.trainer.objectives.settings import SETTINGS, Aggregation
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-MAPPED = ("flash", "envs", "agents", "benchmarks")
+PAGES = sorted(
+    page for start in ("*.md", "docs/**/*.md", "examples/**/*.md") for page in ROOT.glob(start)
+)
+MAPPED = ("flash", "envs", "agents", "examples", "benchmarks")
+DECISIONS = ROOT / "docs/decisions"
 
-each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 def files_of_the_map() -> list[str]:
@@ -81,6 +84,23 @@ def test_make_targets_are_the_makefiles(page):
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for target in re.findall(r"(?:`|^)make ([a-z-]+)", page.read_text(), re.MULTILINE):
         assert target in targets, target
+
+
+def test_every_decision_is_in_the_index_and_says_why_what_and_what_follows():
+    index = (DECISIONS / "README.md").read_text()
+    told = re.findall(r"^\| \[(\d+)\]\((\S+\.md)\) \| (.+) \|$", index, re.MULTILINE)
+    assert [file for _, file, _ in told] == sorted(f.name for f in DECISIONS.glob("0*.md"))
+    for number, file, title in told:
+        text = (DECISIONS / file).read_text()
+        assert text.startswith(f"# {number}: {title}\n")
+        headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
+        assert headings == ["Context", "Decision", "Consequences"], file
+
+
+def test_every_example_is_in_their_index():
+    index = (ROOT / "examples/README.md").read_text()
+    for path in (ROOT / "examples").glob("[!_R]*"):
+        assert f"| `{path.name}{'/' if path.is_dir() else ''}` |" in index
 
 
 def test_every_objective_aggregation_and_kind_of_advantages_is_explained_with_its_defaults():

@@ -18,6 +18,7 @@ import pytest_asyncio
 import torch
 from transformers import AutoModelForCausalLM
 
+from examples import attach_to_vllm
 from flash.errors import InferenceFailure, PublishFailure
 from flash.hub.hub import InferenceHub
 from flash.hub.vllm_pool import VllmPool
@@ -234,6 +235,17 @@ async def test_a_server_whose_engine_stands_still_is_started_anew(servers):
     servers.assert_all_exact(answers)
     await all_healthy(hub)
     assert not await asyncio.to_thread(watch.left)
+
+
+async def test_another_hub_attaches_to_servers_that_run(servers):
+    urls = [worker.name for worker in servers.hub.stats().workers]
+    model = servers.models[0]
+    answers = await attach_to_vllm.main(model, urls, api_key=servers.pool._api_key)
+    assert {answer.worker for answer in answers} == set(urls)
+    assert any(set(answer.versions) == {0, 1} for answer in answers)
+    for answer in answers:  # both versions are of one model
+        expected = logprobs(model, [5, 6, 7, *answer.token_ids])[2:]
+        assert answer.logprobs == pytest.approx(expected, abs=1e-3)
 
 
 async def test_a_head_that_keeps_its_old_weights_ends_the_run(servers, tmp_path):
