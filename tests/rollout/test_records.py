@@ -17,7 +17,7 @@ SAMPLING = SamplingParams(max_tokens=4)
 
 
 def rollouts(hub, agent, **options):
-    """A loop of batches of one group of two, whose episodes that go well take 3 s of environment."""
+    """A loop of batches of one group of two; what goes well takes 3 s of environment an episode."""
     return RolloutLoop(
         hub,
         agent=lambda: agent(
@@ -61,9 +61,9 @@ async def test_an_episode_that_does_not_end_well_tells_its_oldest_and_newest_ver
             await episode.generate([2, 3], SAMPLING)
             await published.wait()
             await episode.generate([2, 3], SAMPLING)
-            if fate == "failed":
-                raise EnvFailure("planned")
-            await asyncio.Event().wait()
+            if fate == "cancelled":
+                await asyncio.Event().wait()
+            raise EnvFailure("planned")
 
     records = []
     async with (
