@@ -96,7 +96,7 @@ class Episode:
         self.prompt_tokens += len(token_ids)
         count(len(completion.token_ids))
         if completion.versions:
-            self.newest_version = max(completion.versions)
+            self.newest_version = max(self.newest_version or 0, *completion.versions)
         return completion
 
     def _note_version(self, version: int) -> None:

@@ -1,6 +1,7 @@
 """Where an episode's time goes."""
 
 import asyncio
+from dataclasses import replace
 
 from flash.fakes import FakeWorker
 from flash.hub.hub import InferenceHub
@@ -61,23 +62,24 @@ def test_a_call_that_outlives_its_episode_changes_nothing():
     assert run(main()) == "ready"
 
 
-def test_an_episode_is_as_old_as_the_oldest_worker_that_it_had():
+def test_an_episode_knows_the_oldest_and_the_newest_worker_that_it_had():
     """In a publish workers are updated one after another, so a later turn may meet an older one."""
 
-    versions = iter([5, 4, 6])
+    versions = iter([5, 4, 6, 5])
 
     class Versions(SlowHub):
         async def generate(self, request, on_start=None, on_sampled=None):
-            on_start(next(versions))
-            return await super().generate(request)
+            version = next(versions)
+            on_start(version)
+            return replace(await super().generate(request), versions=[version])
 
     async def main():
         one = Episode(1, Task(1), hub=Versions())
-        for _ in range(3):
+        for _ in range(4):
             await one.generate([0], SamplingParams(max_tokens=1))
-        return one.oldest_version
+        return one.oldest_version, one.newest_version
 
-    assert run(main()) == 4
+    assert run(main()) == (4, 6)
 
 
 def test_the_tokens_of_a_response_that_is_cut_off_are_known_as_far_as_they_were_told():
