@@ -1,7 +1,6 @@
 """From a configuration to parts: the model's tokenizer and the tasks of a run."""
 
 import asyncio
-import itertools
 import json
 from types import SimpleNamespace
 
@@ -12,18 +11,13 @@ from transformers import PreTrainedTokenizerFast
 
 from flash.agents import EnvironmentAgent, ExternalAgent
 from flash.config import load
+from flash.evaluation.play import heldout_tasks
 from flash.fakes import FakeWorker
 from flash.hub.hub import InferenceHub
-from flash.parts import (
-    Tasks,
-    agent_factory,
-    gap_limit,
-    heldout_tasks,
-    load_tokenizer,
-    make_style,
-    open_door,
-    open_hub,
-)
+from flash.parts.agents import open_agents
+from flash.parts.door import open_door
+from flash.parts.model import load_tokenizer, make_style
+from flash.parts.workers import gap_limit, open_hub
 from flash.types import Task
 
 
@@ -52,10 +46,12 @@ async def test_a_model_that_can_not_chat_has_no_door_for_an_agent_of_ones_own():
 
 async def test_an_open_door_alone_makes_nobody_elses_agents(tmp_path):
     config = load("frozen_lake", {"engine.door_port": 0})
-    parts = {"envs": None, "style": None, "door": object(), "log_dir": tmp_path}
-    assert type(agent_factory(config, **parts)()) is EnvironmentAgent
+    parts = {"style": None, "door": object(), "reward": None, "log_dir": tmp_path}
+    async with open_agents(config, **parts) as agents:
+        assert type(agents.make()) is EnvironmentAgent
     config = load("frozen_lake", {"agent.run": ["sh", "agent.sh"]})
-    assert type(agent_factory(config, **parts)()) is ExternalAgent
+    async with open_agents(config, **parts) as agents:
+        assert type(agents.make()) is ExternalAgent
 
 
 @pytest.mark.parametrize(
@@ -70,7 +66,7 @@ async def test_an_open_door_alone_makes_nobody_elses_agents(tmp_path):
     ],
 )
 def test_the_probe_allows_what_the_coarser_precision_makes(changes, gpus, limit, monkeypatch):
-    monkeypatch.setattr("flash.parts.gpus", lambda: gpus)
+    monkeypatch.setattr("flash.parts.workers.gpus", lambda: gpus)
     assert gap_limit(load("frozen_lake", changes)) == limit
 
 
@@ -86,8 +82,8 @@ def test_the_probe_allows_what_the_coarser_precision_makes(changes, gpus, limit,
 async def test_a_run_says_which_workers_it_takes_and_which_gpus_are_idle(
     changes, gpus, line, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("flash.parts.gpus", lambda: gpus)
-    monkeypatch.setattr("flash.parts.has_vllm", lambda: False)
+    monkeypatch.setattr("flash.parts.workers.gpus", lambda: gpus)
+    monkeypatch.setattr("flash.parts.workers.has_vllm", lambda: False)
     said = []
 
     async def no_weights():
@@ -101,50 +97,18 @@ async def test_a_run_says_which_workers_it_takes_and_which_gpus_are_idle(
         with pytest.raises(ValueError, match="the trainer's"):
             await hub.__aenter__()
     else:
-        monkeypatch.setattr("flash.parts.EmbeddedPool.start", lambda *_: asyncio.sleep(0, []))
+        monkeypatch.setattr(
+            "flash.parts.workers.EmbeddedPool.start", lambda *_: asyncio.sleep(0, [])
+        )
         async with hub:
             pass
     assert line in said[0]
 
 
-def seeds(tasks: Tasks, count: int) -> list[int]:
-    return [task.seed for task in itertools.islice(tasks, count)]
-
-
-def test_runs_of_different_seeds_share_no_task():
-    first, second = seeds(Tasks(0), 1000), seeds(Tasks(1), 1000)
-    assert first == list(range(1000))
-    assert not set(first) & set(second)
-    assert seeds(Tasks(1), 1000) == second
-
-
-def test_a_resumed_run_begins_with_the_tasks_that_were_begun_and_not_trained(tmp_path):
-    tasks = Tasks(0)
-    seeds(tasks, 5)
-    tasks.save(tmp_path, [Task(1), Task(3)])
-    resumed = Tasks(0)
-    resumed.restore(tmp_path)
-    assert resumed.given == 5
-    assert seeds(resumed, 4) == [1, 3, 5, 6]
-
-
-def test_tasks_that_a_resumed_run_had_no_time_for_are_kept_for_the_next(tmp_path):
-    tasks = Tasks(0)
-    seeds(tasks, 5)
-    tasks.save(tmp_path, [Task(1), Task(3)])
-    resumed = Tasks(0)
-    resumed.restore(tmp_path)
-    assert seeds(resumed, 1) == [1]
-    resumed.save(tmp_path, [Task(1)])
-    again = Tasks(0)
-    again.restore(tmp_path)
-    assert seeds(again, 3) == [1, 3, 5]
-
-
 def test_held_out_tasks_are_the_same_for_every_run():
     one = load("frozen_lake", {"seed": 1, "eval.tasks": 4})
     other = load("frozen_lake", {"seed": 2, "eval.tasks": 4})
-    assert heldout_tasks(one) == heldout_tasks(other) == [Task(n) for n in range(4)]
+    assert heldout_tasks(one.eval) == heldout_tasks(other.eval) == [Task(n) for n in range(4)]
 
 
 async def test_the_door_opens_in_any_run_that_gives_it_a_port_and_tells_its_token(tmp_path):
@@ -152,13 +116,15 @@ async def test_the_door_opens_in_any_run_that_gives_it_a_port_and_tells_its_toke
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<stop>")
     async with InferenceHub([FakeWorker("worker")]) as hub:
         config = load("frozen_lake", {})
-        async with open_door(config, hub, tokenizer=tokenizer, log_dir=tmp_path) as door:
+        async with open_door(
+            config, hub, tokenizer=tokenizer, told_in=tmp_path / "no.json"
+        ) as door:
             assert door is None
         config = load("frozen_lake", {"engine.door_port": 0})
         async with open_door(config, hub, tokenizer=tokenizer) as door:
             assert door is None, "an evaluation beside the run leaves its port alone"
-        async with open_door(config, hub, tokenizer=tokenizer, log_dir=tmp_path / "logs"):
-            (told,) = (tmp_path / "logs").iterdir()
+        told = tmp_path / "logs" / "door.json"
+        async with open_door(config, hub, tokenizer=tokenizer, told_in=told):
             assert told.stat().st_mode & 0o777 == 0o600
             door = json.loads(told.read_text())
             headers = {"Authorization": f"Bearer {door['token']}"}

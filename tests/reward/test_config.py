@@ -40,7 +40,7 @@ def test_the_environments_own_reward_is_the_default_and_a_name_is_enough():
         ({"name": "process", "run": "some_rewards:nothing"}, "can't be imported"),
         ({"name": "function", "run": "some_rewards:empty"}, "must take the episode"),
         ({"name": "judge", "timeout": 3}, "did you mean timeout_s?"),
-        ({"name": "judge", "run": "a:b"}, "but of function, process"),
+        ({"name": "judge", "run": "a:b"}, "unknown field of judge (function, process have it)"),
         ({"name": "judge", "timeout_s": 0}, "reward.timeout_s=0: must be greater than 0"),
         ({"name": "judge", "url": "api.org", "model": "m"}, "write https://host/v1"),
         ({"name": "judge", "url": "http://api.org"}, "reward.model='': give both"),

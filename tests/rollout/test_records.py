@@ -6,7 +6,7 @@ import pytest
 
 from flash.agents.environment_agent import EnvironmentAgent
 from flash.errors import EnvFailure
-from flash.fakes import FakeEnvs, FakeStyle, FakeWorker
+from flash.fakes import FakeEnvs, FakeStyle, FakeWorker, KeepingObserver
 from flash.hub.hub import InferenceHub
 from flash.rollout.loop import RolloutLoop
 from flash.types import SamplingParams, Task
@@ -68,7 +68,7 @@ async def test_an_episode_that_does_not_end_well_tells_its_oldest_and_newest_ver
     records = []
     async with (
         InferenceHub([FakeWorker("w")]) as hub,
-        rollouts(hub, SampleTwice, alpha=2, on_episode=records.append) as loop,
+        rollouts(hub, SampleTwice, alpha=2, observers=[KeepingObserver(records)]) as loop,
     ):
         await loop.next_batch()
         await loop.publish(weights(1))
