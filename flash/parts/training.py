@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
@@ -20,8 +19,6 @@ from flash.telemetry.progress import Progress
 from flash.trainer.advantages import make_advantages
 from flash.trainer.checkpoint import checkpoint_version
 from flash.trainer.trainer import Trainer
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +54,7 @@ class Training:
         await self.trainer.save_checkpoint(checkpoint)
         self.tasks.save(checkpoint, unfinished)
         self.adaptive_alpha.save(checkpoint)
-        logger.info("saved %s", checkpoint)
+        self.observers.saved(checkpoint)
 
 
 @contextlib.asynccontextmanager
