@@ -41,10 +41,12 @@ from .types import GenerateRequest as GenerateRequest
 from .types import Observation as Observation
 from .types import PromptStyle as PromptStyle
 from .types import Sample as Sample
+from .types import SampledSequence as SampledSequence
 from .types import SamplingParams as SamplingParams
 from .types import Task as Task
 from .types import Teachable as Teachable
 from .types import TrainerState as TrainerState
 from .types import Trajectory as Trajectory
+from .types import Transcript as Transcript
 from .types import Turn as Turn
 from .types import Weights as Weights
