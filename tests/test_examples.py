@@ -17,7 +17,7 @@ from examples.own_loss import discounted_by_age
 from flash import Door, HttpWorker, InferenceHub, RolloutLoop, Task, TokenBatch
 from flash.agents import ExternalAgent
 from flash.envs.frozen_lake import FrozenLakeTextEnv
-from flash.hub.pool import EmbeddedPool
+from flash.hub.embedded_pool import EmbeddedPool
 from flash.telemetry.folder import read_lines
 from flash.warm_start.small_policy import create
 from tests.wheels import build_wheel
