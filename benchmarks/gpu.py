@@ -141,7 +141,7 @@ def alfworld(options: argparse.Namespace) -> Iterator[Row]:
         return
     with tempfile.TemporaryDirectory(dir=in_memory()) as folder:
         command = [
-            sys.executable, "-c", "from flash.cli import main; main()", "train", "alfworld",
+            sys.executable, "-c", "from flash.cli.main import main; main()", "train", "alfworld",
             "--name=gpu", f"--runs_dir={folder}", "--engine=embedded", "--eval_every=0",
             "--eval.tasks=64", f"--steps={options.steps}",
             # Reported here; in a run of its own a larger one than the default ends it.

@@ -32,7 +32,7 @@ from typing import cast
 import aiohttp
 import uvloop
 
-from flash.cli import run_loop
+from flash.cli.event_loop import run_loop
 from flash.hub.embedded_pool import EmbeddedPool
 from flash.hub.http_worker import HttpWorker
 from flash.hub.hub import InferenceHub

@@ -29,7 +29,7 @@ import psutil
 from hub import lag, percentile
 
 from flash.agents import EnvironmentAgent
-from flash.cli import run_loop
+from flash.cli.event_loop import run_loop
 from flash.fakes import FakeEnvs, FakeStyle, FakeWorker
 from flash.hub.hub import InferenceHub
 from flash.rollout.config import RolloutSettings

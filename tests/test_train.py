@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from flash import config as configuration
-from flash.cli import run as flash
+from flash.cli.main import run as flash
 from flash.evaluate import evaluate
 from flash.hub.embedded_pool import EmbeddedPool
 from flash.machine import has_vllm

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 import yaml
 
-from flash import cli
+from flash.cli import main as cli
 from flash.config import parse
 from flash.rollout.config import RolloutSettings
 from flash.simulate import Scenario, load, simulate

@@ -7,7 +7,7 @@ import json
 import pytest
 import yaml
 
-from flash import cli
+from flash.cli import main as cli
 from tests.simulate.test_simulate import SMALL
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from flash import cli
+from flash.cli import main as cli
 from flash.simulate import Scenario, load, simulate
 from flash.simulate.hardware import (
     GPUS,

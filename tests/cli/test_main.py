@@ -11,7 +11,10 @@ import weakref
 
 import pytest
 
-from flash import cli, config, virtual_time
+from flash import config, virtual_time
+from flash.cli import event_loop
+from flash.cli import main as cli
+from flash.cli.words import split_words
 from flash.errors import InferenceFailure, RolloutStall
 
 
@@ -132,22 +135,22 @@ def test_the_help_names_every_field_and_preset(capsys):
 
 def test_values_are_yaml_with_or_without_an_equals_sign():
     given = ["--a.b", "1", "--c-d=true", "--e", "[1, x]", "--f", "1e-3"]
-    assert cli._words(given) == ([], {"a.b": 1, "c_d": True, "e": [1, "x"], "f": "1e-3"})
+    assert split_words(given) == ([], {"a.b": 1, "c_d": True, "e": [1, "x"], "f": "1e-3"})
 
 
 def test_a_text_stays_as_it_was_typed():
     given = ["--name", "007", "--model=1e3", "--agent.style", "on"]
-    assert cli._words(given)[1] == {"name": "007", "model": "1e3", "agent.style": "on"}
+    assert split_words(given)[1] == {"name": "007", "model": "1e3", "agent.style": "on"}
 
 
 def test_a_switch_needs_no_value_and_resume_is_one():
-    assert cli._words(["--resume", "alfworld"]) == (["alfworld"], {"checkpoint.resume": True})
-    assert cli._words(["--checkpoint.resume", "false"]) == ([], {"checkpoint.resume": False})
-    assert cli._words(["--resume", "--steps", "3"])[1] == {"checkpoint.resume": True, "steps": 3}
+    assert split_words(["--resume", "alfworld"]) == (["alfworld"], {"checkpoint.resume": True})
+    assert split_words(["--checkpoint.resume", "false"]) == ([], {"checkpoint.resume": False})
+    assert split_words(["--resume", "--steps", "3"])[1] == {"checkpoint.resume": True, "steps": 3}
 
 
 def test_the_source_may_stand_anywhere():
-    assert cli._words(["--steps", "4", "alfworld"]) == (["alfworld"], {"steps": 4})
+    assert split_words(["--steps", "4", "alfworld"]) == (["alfworld"], {"steps": 4})
 
 
 def test_a_failure_of_the_run_ends_with_exit_code_1_its_cause_and_its_log(monkeypatch, capsys):
@@ -172,7 +175,9 @@ def test_a_stall_has_an_exit_code_of_its_own(monkeypatch):
     assert cli.run(["train"]) == 3
 
 
-@pytest.mark.parametrize("statement", ["import flash", "import flash.cli", "import flash.agents"])
+@pytest.mark.parametrize(
+    "statement", ["import flash", "import flash.cli.main", "import flash.agents"]
+)
 def test_light_imports_load_no_heavy_package(statement):
     code = f"{statement}; import sys; print([m for m in ('torch', 'transformers', 'vllm', 'ray') if m in sys.modules])"  # noqa: E501
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -181,7 +186,7 @@ def test_light_imports_load_no_heavy_package(statement):
 
 def test_help_comes_without_a_heavy_package():
     code = (
-        "import sys; from flash import cli\n"
+        "import sys; from flash.cli import main as cli\n"
         "try: cli.run(['--help'])\n"
         "except SystemExit as end: assert end.code == 0\n"
         "heavy = {'torch', 'transformers', 'vllm', 'ray', 'tensorboard', 'matplotlib'}\n"
@@ -198,10 +203,10 @@ def test_commands_collect_garbage_by_the_clock_alone():
 
     async def main():
         assert not gc.isenabled()
-        cli._collect_by_the_clock(asyncio.get_running_loop())
+        event_loop._collect_by_the_clock(asyncio.get_running_loop())
         for _ in range(2):
             garbage = weakref.ref(Loop())
-            await asyncio.sleep(cli._GARBAGE_EVERY_S - 2)
+            await asyncio.sleep(event_loop._GARBAGE_EVERY_S - 2)
             assert garbage() is not None
             await asyncio.sleep(3)
             assert garbage() is None
@@ -209,7 +214,7 @@ def test_commands_collect_garbage_by_the_clock_alone():
     async def is_off():
         return not gc.isenabled()
 
-    assert cli.run_loop(is_off())
+    assert event_loop.run_loop(is_off())
     assert gc.isenabled()
     gc.disable()
     try:
@@ -220,7 +225,7 @@ def test_commands_collect_garbage_by_the_clock_alone():
 
 async def test_the_first_signal_asks_and_the_second_is_the_usual_one(capsys):
     usual = signal.getsignal(signal.SIGTERM)
-    stop = cli._stop_on_signals()
+    stop = event_loop.stop_on_signals()
     os.kill(os.getpid(), signal.SIGTERM)
     await asyncio.wait_for(stop.wait(), 10)
     assert signal.getsignal(signal.SIGTERM) in (usual, signal.SIG_DFL)
@@ -231,10 +236,10 @@ async def test_the_first_signal_asks_and_the_second_is_the_usual_one(capsys):
 def test_the_second_signal_ends_the_process(number, exit_code):
     code = f"""
 import asyncio, os, signal, sys
-from flash import cli
+from flash.cli import event_loop
 
 async def main():
-    stop = cli._stop_on_signals()
+    stop = event_loop.stop_on_signals()
     os.kill(os.getpid(), signal.{number})
     await stop.wait()
     print("asked", flush=True)
@@ -242,7 +247,7 @@ async def main():
     await asyncio.Event().wait()
 
 try:
-    cli.run_loop(main())
+    event_loop.run_loop(main())
 except KeyboardInterrupt:
     sys.exit(130)
 """

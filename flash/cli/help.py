@@ -1,0 +1,130 @@
+"""What the commands say of themselves: their texts, and every field from the models."""
+
+import textwrap
+import types
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from flash import config as configuration
+from flash.simulate.distributions import Distribution
+from flash.simulate.hardware import GPUS
+from flash.simulate.scenario import NOT_SIMULATED, Scenario
+
+_WIDTH = 100
+_INDENT = 38
+
+TRAIN = """\
+Train a policy by asynchronous reinforcement learning.
+
+  flash train alfworld                         the preset as it is
+  flash train frozen_lake --steps 4 --alpha 1 --name try
+  flash train frozen_lake --steps 60 --name try --resume
+  flash train alfworld --model Qwen/Qwen2.5-0.5B-Instruct --agent.style chat
+  flash train my_run.yaml --env.options.max_turns 12
+  flash train --env my_package.my_env:MyEnv --env.eval_options '{}'
+  flash train --agent.run my_agent:act --model Qwen/Qwen2.5-0.5B-Instruct --env my_world
+
+Results are in runs/<name>/. Ctrl-C ends the run after its step, with a checkpoint.
+"""
+EVAL = """\
+Measure a run, or one checkpoint of it, on held-out tasks.
+
+  flash eval runs/alfworld
+  flash eval runs/alfworld/checkpoints/step_000010 --eval.tasks 256
+
+The run's own configuration says how; fields given here change it.
+"""
+SIMULATE = """\
+Simulate a run on a cluster: the engine's own hub, loop and agents in virtual time.
+
+  flash simulate scenario.yaml
+  flash simulate scenario.yaml --alpha 2 --workers.count 24 --timeline
+  flash simulate scenario.yaml --sweep alpha=0,0.5,1,2,4 --sweep trainer.gpus=16,32 --seeds 3
+  flash simulate --calibrate runs/alfworld --sweep alpha=0,1,2,4
+
+  --calibrate RUN         in place of a file: fit the scenario to a run, and keep it as a file
+  --sweep FIELD=V1,V2,…   simulate each value (of several: each combination); a list is written as
+                          in YAML: rollout.filters=[],[equal_rewards]
+  --seeds N               simulate each N times, with the seeds that follow `seed`
+  --timeline              write a trace of the first one for https://ui.perfetto.dev
+  --out DIR               where the files go [runs/simulations/NAME]
+"""
+PLAN = """\
+Search how to split GPUs between workers and trainer, and the alpha to allow, by simulating.
+
+  flash plan scenario.yaml --gpus 128
+  flash plan scenario.yaml --gpus 64 --gpu h100 --model 8e9
+  flash plan --calibrate runs/alfworld --gpus 8
+
+  --gpus N                the whole cluster's
+  --gpu NAME, --model M   compute the times of workers and trainer from a GPU (GPU_NAMES) and a
+                          model: its number of parameters, or a directory with its config.json
+  --alphas A,B,…          to choose from [0,1,2,4]
+  --calibrate RUN         in place of a file: fit the scenario to a run
+  --out DIR               where the files go [runs/plans/NAME]
+""".replace("GPU_NAMES", ", ".join(GPUS))
+WORKER = "Serve one embedded inference worker."
+
+
+def fields_help(model: type[BaseModel]) -> str:
+    """Every field with its type, what it is for, and its default; from the models."""
+    lines = ["fields (nested in a YAML file, dotted here; defaults in brackets):"]
+    inside: tuple[str, ...] = ()  # of fields that are shown as one
+    refused = tuple(f"rollout.{name}" for name in NOT_SIMULATED) if model is Scenario else ()
+    for name, info in configuration.fields(model):
+        kind = info.annotation
+        if name.startswith(inside + refused):
+            continue
+        if kind is Distribution:
+            inside += (f"{name}.",)
+        elif isinstance(kind, type) and issubclass(kind, BaseModel):
+            lines += ["", f"  {name}: {(kind.__doc__ or '').splitlines()[0]}"]
+            continue
+        if info.discriminator is not None:
+            lines += ["", f"  {name}: {info.description}"]
+            continue
+        head = f"  --{name} {_kind(kind)}"
+        about = f"{info.description or ''}{_default(info.default)}"
+        wrapped = textwrap.wrap(about, _WIDTH - _INDENT, break_on_hyphens=False)
+        if len(head) >= _INDENT:
+            lines.append(head)
+        else:
+            first = wrapped.pop(0) if wrapped else ""
+            lines.append(f"{head:{_INDENT}}{first}")
+        lines += [" " * _INDENT + line for line in wrapped]
+    if inside:
+        lines += ["", "  what varies is a number, or a mapping of:"]
+        lines += [f"    {n:10}{i.description}" for n, i in Distribution.model_fields.items()]
+    else:
+        lines += ["", "presets: " + ", ".join(sorted(configuration.presets()))]
+    return "\n".join(lines)
+
+
+def _kind(kind: Any) -> str:
+    """A field's type as it is written on a command line."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return "|".join(str(choice) for choice in inner)
+    if origin in (types.UnionType, Union):
+        return "|".join(_kind(one) for one in inner)
+    if origin is tuple:
+        return f"[{_kind(inner[0])}, …]"
+    if origin is dict:
+        return "{key: value}"
+    if kind is Distribution:
+        return "number|{kind: …}"
+    names: dict[Any, str] = {str: "text", bool: "true|false", type(None): "null", Path: "path"}
+    return names.get(kind) or str(kind.__name__)
+
+
+def _default(default: Any) -> str:
+    if default is PydanticUndefined or default in ("", None, (), {}):
+        return ""
+    if isinstance(default, tuple):
+        default = list(default)
+    if isinstance(default, Distribution):
+        default = f"{default.mean:g}"
+    return f" [{str(default).lower() if isinstance(default, bool) else default}]"

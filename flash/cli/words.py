@@ -1,0 +1,73 @@
+"""Words of the command line: plain ones, fields with their values, lists of values."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from flash import config as configuration
+
+
+def split_words(
+    arguments: Sequence[str], model: type[BaseModel] = configuration.Config
+) -> tuple[list[str], dict[str, Any]]:
+    """The plain words, and the fields: `--field.sub value`, `--field.sub=value`, `--switch`.
+
+    Values are YAML, except where the field is a text.
+    """
+    kinds = {name: info.annotation for name, info in configuration.fields(model)}
+    plain: list[str] = []
+    fields: dict[str, Any] = {}
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            plain.append(word)
+            continue
+        name, given, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        name = "checkpoint.resume" if name == "resume" else name
+        if not given:
+            if kinds.get(name) is bool and (not words or words[0].lower() not in _SWITCH):
+                value = "true"
+            elif not words or words[0].startswith("--"):
+                dashes = f", or --{name}='{words[0]}' if that is the value" if words else ""
+                raise ValueError(f"--{name} has no value: write --{name} VALUE{dashes}")
+            else:
+                value = words.pop(0)
+        fields[name] = value if kinds.get(name) is str else _yaml(name, value)
+    return plain, fields
+
+
+_SWITCH = ("true", "false", "yes", "no", "on", "off")
+
+
+def _yaml(name: str, value: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        why = getattr(error, "problem", None) or str(error)
+        raise ValueError(f"--{name} {value!r} is not a YAML value: {why}") from error
+
+
+def only(words: Sequence[str], what: str) -> str | None:
+    if len(words) > 1:
+        meant = next((f"; did you mean -{w}?" for w in words if w.startswith("-")), "")
+        raise ValueError(
+            f"{words[1]!r} is one word too many: give {what}, then --field value pairs{meant}"
+        )
+    return words[0] if words else None
+
+
+def swept(text: str) -> tuple[str, list[Any]]:
+    """The field of `FIELD=V1,V2,…`, and its values."""
+    name, _, values = text.partition("=")
+    if not name or not values:
+        raise ValueError(f"--sweep {text}: write --sweep FIELD=V1,V2,…")
+    return name.replace("-", "_"), listed("sweep", values)
+
+
+def listed(option: str, values: str) -> list[Any]:
+    found: list[Any] = _yaml(option, f"[{values}]")
+    return found
