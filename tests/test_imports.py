@@ -143,6 +143,7 @@ for name in flash.__all__:
 """
 
 
+@pytest.mark.slow
 def test_any_exported_name_can_be_the_first_that_is_asked_for():
     seen = subprocess.run(
         [sys.executable, "-c", EACH_FIRST], capture_output=True, text=True, check=True, cwd=ROOT

@@ -356,6 +356,7 @@ async def batches(tokenizer, says, count, **options):
             await loop.publish(Weights(version=version + 1, path=Path("/fake")))
 
 
+@pytest.mark.slow
 async def test_a_client_that_knows_nothing_of_us_is_trained_on_what_the_plain_style_says(tokenizer):
     style = PlainStyle(tokenizer)
     shown = {}  # the conversation up to each action → the action, as the expert plays

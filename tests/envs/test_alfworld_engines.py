@@ -29,6 +29,10 @@ NONSENSE = (
     "open fridge 1; look", "inventory inventory", "{r}", "#look.feedback#",
 )  # fmt: skip
 PADDED = ("  look  ", "\tinventory", "help\n", "look \n")
+ONE_FAST = [
+    pytest.param(task_type, marks=[pytest.mark.slow] if number else [])
+    for number, task_type in enumerate(TASK_TYPES)
+]
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +126,7 @@ def generated_games(task_type):
     return whole + small
 
 
-@pytest.mark.parametrize("task_type", TASK_TYPES)
+@pytest.mark.parametrize("task_type", ONE_FAST)
 def test_the_engines_agree_on_released_games(textworld, task_type):
     for number, game in enumerate(released_games(task_type)):
         native = NativeEngine()
@@ -131,7 +135,7 @@ def test_the_engines_agree_on_released_games(textworld, task_type):
         play_side_by_side(native, textworld, game, walk(number, 120))
 
 
-@pytest.mark.parametrize("task_type", TASK_TYPES)
+@pytest.mark.parametrize("task_type", ONE_FAST)
 def test_the_engines_agree_on_generated_games(textworld, task_type):
     verbs = set()
     for number, game in enumerate(generated_games(task_type)):

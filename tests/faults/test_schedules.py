@@ -19,7 +19,10 @@ from tests.faults.schedule import RATES, Schedule, Violation
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("first", range(0, 200, 20))
+@pytest.mark.parametrize(
+    "first",
+    [pytest.param(n, marks=[pytest.mark.slow] if n >= 40 else []) for n in range(0, 200, 20)],
+)
 def test_the_invariants_hold_whatever_fails(first):
     """`make soak` tries as many as asked; these are the first ones."""
     for seed in range(first, first + 20):

@@ -529,6 +529,7 @@ async def test_a_close_that_is_cancelled_leaves_no_agent_and_no_count_behind():
     assert ledgers[0].running == 0
 
 
+@pytest.mark.slow
 @in_virtual_time
 async def test_thousands_of_agents_run_at_once():
     worker = FakeWorker("w", token_s=(0.5, 1.0))

@@ -75,6 +75,7 @@ def change_config(run, **sections):
     path.write_text(yaml.safe_dump(config))
 
 
+@pytest.mark.slow
 def test_a_calibrated_simulation_takes_as_long_as_its_run(tmp_path):
     run = tmp_path / "run"
     write_run(run, truth())
@@ -89,6 +90,7 @@ def test_a_calibrated_simulation_takes_as_long_as_its_run(tmp_path):
     assert calibration.scenario.workload.observation_tokens.mean == pytest.approx(15, abs=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [0, 2])
 def test_from_one_run_it_predicts_the_speed_up_of_another_alpha(tmp_path, alpha):
     """Fitted to a run at α=1, it says what α=0 and α=2 would have taken."""
@@ -99,6 +101,7 @@ def test_from_one_run_it_predicts_the_speed_up_of_another_alpha(tmp_path, alpha)
     assert predicted == pytest.approx(other.time_s / mine.time_s, rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -144,6 +147,7 @@ def test_workers_at_urls_are_counted_once(tmp_path):
     assert calibrate(tmp_path / "run").scenario.workers.count == 2
 
 
+@pytest.mark.slow
 def test_queueing_at_the_hub_is_not_taken_for_slow_workers(tmp_path):
     slow = {"workers.max_running": 4, "workers.count": 1, "workers.load_s": 0.6}
     result = write_run(tmp_path / "run", truth(**slow))

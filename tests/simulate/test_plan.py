@@ -43,6 +43,7 @@ def test_the_split_follows_the_work(found):
         assert 5 <= choice.workers <= 8
 
 
+@pytest.mark.slow
 def test_the_search_finds_what_trying_everything_finds(found):
     (everything,) = plan(workload(), gpus=12, alphas=[1]).best
     speeds = {}
@@ -61,6 +62,7 @@ def test_the_least_age_is_taken_among_the_quick_ones(found):
     assert found.recommended.alpha > 0, "synchronous is slow"
 
 
+@pytest.mark.slow
 def test_each_choice_says_what_limits_it():
     def why(**changes):
         (choice,) = plan(workload(**changes), gpus=2, alphas=[2]).best
@@ -71,6 +73,7 @@ def test_each_choice_says_what_limits_it():
     assert "slowest episodes" in why(**{"workload.env_step_s": 100})
 
 
+@pytest.mark.slow
 def test_redundancy_is_taken_where_a_long_tail_pays_for_it():
     tail = {"workload.env_step_s": {"kind": "pareto", "mean": 20, "shape": 1.2}}
     slow = plan(workload(**tail), gpus=4, alphas=[1])
@@ -84,6 +87,7 @@ def test_redundancy_is_taken_where_a_long_tail_pays_for_it():
         assert rollout.redundant_episodes == choice.redundant_episodes
 
 
+@pytest.mark.slow
 def test_of_redundancies_that_are_nearly_as_quick_the_one_that_wastes_least_is_taken():
     tail = {"workload.env_step_s": {"kind": "pareto", "mean": 20, "shape": 1.2}}
     slow = plan(workload(**tail), gpus=2, alphas=[1])
