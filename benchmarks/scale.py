@@ -125,6 +125,7 @@ def in_its_own_process(agents: int, *, instant: bool, seconds: float) -> Row:
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=apart, args=(theirs, agents, instant, seconds))
     process.start()
+    theirs.close()  # so that a process that fails ends the wait
     row: Row = ours.recv()
     process.join()
     return row
