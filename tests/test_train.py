@@ -44,7 +44,13 @@ TINY = {
 OUTCOMES = ("admitted", "running", "ready", "trained", "dropped", "failed", "cancelled")
 
 
-def tiny(preset: str, runs: Path, **changes):
+def tiny(preset: str, runs: Path, *, untaught: bool = False, **changes):
+    """A run of a few small steps. Its small policy is that of earlier tests, unless `untaught`."""
+    policies = runs / ".small_policies"
+    if not untaught and not policies.exists():
+        shared = runs.parent / "small_policies"
+        shared.mkdir(exist_ok=True)
+        policies.symlink_to(shared)
     return configuration.load(preset, {**TINY, "runs_dir": str(runs), **changes})
 
 
@@ -144,7 +150,8 @@ class SetAtWait(asyncio.Event):
 async def test_a_run_that_is_stopped_before_its_first_step_has_nothing_to_go_on_with(
     wait, tmp_path
 ):
-    assert await run(tiny("frozen_lake", tmp_path, name="r"), SetAtWait(wait)) is None
+    config = tiny("frozen_lake", tmp_path, untaught=True, name="r")
+    assert await run(config, SetAtWait(wait)) is None
     assert not list(tmp_path.glob("r/checkpoints/*"))
     policies = list(tmp_path.glob(".small_policies/*"))
     assert len(policies) == wait - 1, "nothing half-taught is left"
