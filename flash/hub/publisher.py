@@ -63,7 +63,7 @@ class Publisher:
         self._tasks = tasks
         self._ask = ask
         self._exclude = exclude
-        self.update_mode = update_mode
+        self._update_mode = update_mode
         self._control_timeout_s = control_timeout_s
         self._request_timeout_s = request_timeout_s
         self._gap_limit = gap_limit
@@ -85,7 +85,7 @@ class Publisher:
                 # Not those that are out, nor one that came back with these weights just now.
                 if slot.healthy and slot.lent is None and slot.version != weights.version:
                     started = clock()
-                    await self._update(slot, weights, self.update_mode)
+                    await self._update(slot, weights, self._update_mode)
                     paused_s[slot] = clock() - started
             self._queue.raise_failure()
             self._policy.version = weights.version
