@@ -72,7 +72,7 @@ class Servers:
         version = self.hub.version + 1
         model = self.models[version % len(self.models)]
         self.model_of[version] = model
-        self.hub._publisher.update_mode = mode
+        self.hub._publisher._update_mode = mode
         return await self.hub.publish(weights(version, model))
 
     def assert_exact(self, prompt: list[int], answer: Completion, temperature: float = 1.0) -> None:
