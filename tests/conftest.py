@@ -1,10 +1,20 @@
 """Shared by all tests."""
 
 import asyncio
+import gc
 from collections import Counter
 from collections.abc import Iterator
 
 import pytest
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session: pytest.Session) -> Iterator[None]:
+    """What is imported lives as long as the tests, and is not searched for garbage again and again."""
+    gc.disable()
+    yield
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
