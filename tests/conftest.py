@@ -3,18 +3,20 @@
 import asyncio
 import gc
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_collection(session: pytest.Session) -> Iterator[None]:
-    """What is imported lives as long as the tests, and is not searched for garbage again and again."""
+def pytest_collection(session: pytest.Session) -> Generator[None, object, object]:
+    """What is imported lives as long as the tests: it need not be searched for garbage."""
     gc.disable()
-    yield
-    gc.freeze()
-    gc.enable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
