@@ -19,6 +19,10 @@ def pytest_collection(session: pytest.Session) -> Generator[None, object, object
         gc.enable()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or libraries that count what they leave at the end complain
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _default_event_loop() -> Iterator[None]:
     """pytest-asyncio asks for the default loop, which would be made then and never closed."""

@@ -1,8 +1,7 @@
-"""Whole runs, small: every preset, a stop and a resume, the README's snippet; all parts real."""
+"""Whole runs, small: a stop and a resume, killed servers, the README's snippet; all parts real."""
 
 import asyncio
 import itertools
-import json
 import re
 import sys
 from collections import Counter
@@ -10,100 +9,19 @@ from pathlib import Path
 
 import psutil
 import pytest
-from transformers import AutoTokenizer
 
-from flash import config as configuration
 from flash.cli.main import run as flash
 from flash.evaluate import evaluate
 from flash.hub.embedded_pool import EmbeddedPool
 from flash.machine import has_vllm
 from flash.telemetry.folder import read_lines
-from flash.telemetry.metrics import METRICS
-from flash.train import train
 from flash.trainer.config import TrainerConfig
 from flash.trainer.trainer import Trainer
 from flash.warm_start.small_policy import create
 from tests.processes import Watch
+from tests.tiny_runs import OUTCOMES, run, tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
-
-TINY = {
-    "steps": 3,
-    "batch_size": 16,
-    "group_size": 4,
-    "eval_every": 2,
-    "eval.tasks": 8,
-    "policy.layers": 1,
-    "policy.hidden_size": 32,
-    "policy.heads": 2,
-    "warm_start.steps": 3,
-    "warm_start.demonstrations": 12,
-}
-
-
-OUTCOMES = ("admitted", "running", "ready", "trained", "dropped", "failed", "cancelled")
-
-
-def tiny(preset: str, runs: Path, *, untaught: bool = False, **changes):
-    """A run of a few small steps. Its small policy is that of earlier tests, unless `untaught`."""
-    policies = runs / ".small_policies"
-    if not untaught and not policies.exists():
-        shared = runs.parent / "small_policies"
-        shared.mkdir(exist_ok=True)
-        policies.symlink_to(shared)
-    return configuration.load(preset, {**TINY, "runs_dir": str(runs), **changes})
-
-
-def questions(folder: Path) -> dict[str, object]:
-    """What the preset gsm8k gets from elsewhere: a model that chats, and a file."""
-    model = create(folder / "model", map(str, range(10)), layers=1, hidden_size=32, heads=2)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
-    tokenizer.save_pretrained(model)
-    lines = (json.dumps({"question": str(n), "answer": str(n % 10)}) for n in range(60))
-    (folder / "questions.jsonl").write_text("\n".join(lines))
-    return {
-        "model": str(model),
-        "env.options.path": str(folder / "questions.jsonl"),
-        "agent.max_tokens": 8,
-        "rollout.filters": "",
-    }
-
-
-async def run(config, stop=None):
-    return await train(config, stop=stop or asyncio.Event())
-
-
-@pytest.mark.parametrize("preset", sorted(configuration.presets()))
-async def test_a_tiny_run_of_each_preset_leaves_a_whole_and_true_folder(preset, tmp_path, capsys):
-    config = tiny(preset, tmp_path, **questions(tmp_path) if preset == "gsm8k" else {})
-    summary = await run(config)
-    assert "engine: " in capsys.readouterr().out
-    folder = Path(summary["folder"])
-    start, *steps = read_lines(folder / "metrics.jsonl")
-    assert start["step"] == 0
-    assert "eval/success_rate" in start
-    assert [line["step"] for line in steps] == [1, 2, 3]
-    published = [0 if preset == "trinity" else 1, 2, 3]
-    assert [line["policy_version"] for line in steps] == published
-    for line in steps:
-        assert METRICS.keys() <= line.keys()
-        assert line["staleness/max"] <= config.alpha, "invariant 1"
-        assert line["logprob_gap/max"] < 1e-3, "invariant 7"
-        counts = {name: line[f"episodes/{name}"] for name in OUTCOMES}
-        assert counts.pop("admitted") == sum(counts.values()), "invariant 2"
-    episodes = read_lines(folder / "episodes.jsonl")
-    assert Counter(e["outcome"] for e in episodes)["trained"] == 48
-    assert all(
-        e["trained_at_version"] - e["version_min"] <= config.alpha
-        for e in episodes
-        if e["outcome"] == "trained"
-    )
-    assert (folder / "report.png").stat().st_size > 10_000
-    assert (folder / "checkpoints" / "step_000003" / "model" / "model.safetensors").exists()
-    assert list(folder.glob("events.out.tfevents.*"))
-    assert configuration.load(str(folder / "config.yaml")).batch_size == 16
-    assert json.loads((folder / "summary.json").read_text())["steps"] == 3
 
 
 @pytest.mark.timeout(900)

@@ -1,0 +1,46 @@
+"""Every preset, as a whole run of a few small steps."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from flash import config as configuration
+from flash.telemetry.folder import read_lines
+from flash.telemetry.metrics import METRICS
+from tests.tiny_runs import OUTCOMES, questions, run, tiny
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+@pytest.mark.parametrize("preset", sorted(configuration.presets()))
+async def test_a_tiny_run_of_each_preset_leaves_a_whole_and_true_folder(preset, tmp_path, capsys):
+    config = tiny(preset, tmp_path, **questions(tmp_path) if preset == "gsm8k" else {})
+    summary = await run(config)
+    assert "engine: " in capsys.readouterr().out
+    folder = Path(summary["folder"])
+    start, *steps = read_lines(folder / "metrics.jsonl")
+    assert start["step"] == 0
+    assert "eval/success_rate" in start
+    assert [line["step"] for line in steps] == [1, 2, 3]
+    published = [0 if preset == "trinity" else 1, 2, 3]
+    assert [line["policy_version"] for line in steps] == published
+    for line in steps:
+        assert METRICS.keys() <= line.keys()
+        assert line["staleness/max"] <= config.alpha, "invariant 1"
+        assert line["logprob_gap/max"] < 1e-3, "invariant 7"
+        counts = {name: line[f"episodes/{name}"] for name in OUTCOMES}
+        assert counts.pop("admitted") == sum(counts.values()), "invariant 2"
+    episodes = read_lines(folder / "episodes.jsonl")
+    assert Counter(e["outcome"] for e in episodes)["trained"] == 48
+    assert all(
+        e["trained_at_version"] - e["version_min"] <= config.alpha
+        for e in episodes
+        if e["outcome"] == "trained"
+    )
+    assert (folder / "report.png").stat().st_size > 10_000
+    assert (folder / "checkpoints" / "step_000003" / "model" / "model.safetensors").exists()
+    assert list(folder.glob("events.out.tfevents.*"))
+    assert configuration.load(str(folder / "config.yaml")).batch_size == 16
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 3
