@@ -5,7 +5,12 @@ import gc
 from collections import Counter
 from collections.abc import Generator, Iterator
 
+import hypothesis
 import pytest
+
+# An example's time says how busy the machine is, and nothing of the code.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.hookimpl(wrapper=True)
