@@ -61,7 +61,7 @@ train: $(READY) $(if $(filter vllm,$(ENGINE)),$(VLLM_READY))  ## train: ENV=alfw
 test: $(READY)  ## all tests, but for those that need a GPU
 	$(PYTEST) -n $(shell expr $(CORES) + 1) --maxprocesses 4 -m "not gpu"
 
-test-fast: $(READY)  ## the tests that start no processes and train nothing, in under two minutes
+test-fast: $(READY)  ## the quick tests, in under a minute: no processes, no training
 	$(PYTEST) -n $(CORES) --maxprocesses 4 -m "not slow and not gpu"
 
 soak: $(READY)  ## N=1000 schedules in which anything may fail; FIRST=0 is the first one's seed
