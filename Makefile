@@ -14,9 +14,7 @@ UV := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --
 	$(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)")
 # One thread each: the models of the tests are small, and several run side by side.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder \
-	--durations 15
-# One more than there are cores, because much of a slow test is waiting for servers to start.
-CORES = $(shell $(BIN)/python -c 'import os; print(os.cpu_count())')
+	--durations 15 -n logical --maxprocesses 4
 EXTRAS := alfworld,reasoning,dev
 READY := .venv/.ready
 VLLM_READY := .venv/.vllm_ready
@@ -59,10 +57,10 @@ train: $(READY) $(if $(filter vllm,$(ENGINE)),$(VLLM_READY))  ## train: ENV=alfw
 	$(BIN)/flash train $(ENV) $(if $(ENGINE),--engine $(ENGINE)) $(ARGS)
 
 test: $(READY)  ## all tests, but for those that need a GPU
-	$(PYTEST) -n $(shell expr $(CORES) + 1) --maxprocesses 4 -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 test-fast: $(READY)  ## the quick tests, in under a minute: no processes, no training
-	$(PYTEST) -n $(CORES) --maxprocesses 4 -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 soak: $(READY)  ## N=1000 schedules in which anything may fail; FIRST=0 is the first one's seed
 	$(BIN)/python -m tests.faults.soak -n $(N) --first $(or $(FIRST),0)
