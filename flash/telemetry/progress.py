@@ -197,7 +197,8 @@ class Progress(Observer):
         self._metrics["idle/trainer"] = self._metrics["time/wait_batch_s"] / elapsed
         self._metrics["idle/workers"] = 1 - workers / elapsed / len(self._hub.stats().workers)
         self._metrics["idle/env_hosts"] = (
-            1 - hosts / elapsed / self._config.env.hosts if self._hosts else None
+            # A call counts when it ends, so one of before the step may be longer than the step.
+            max(0.0, 1 - hosts / elapsed / self._config.env.hosts) if self._hosts else None
         )
         self._metrics["tokens_per_s"] = tokens / elapsed
 
