@@ -1,12 +1,13 @@
 """Shared by all tests."""
 
 import asyncio
-import gc
 from collections import Counter
 from collections.abc import Generator, Iterator
 
 import hypothesis
 import pytest
+
+from flash.process import lasting
 
 # An example's time says how busy the machine is, and nothing of the code.
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -16,16 +17,8 @@ hypothesis.settings.load_profile("untimed")
 @pytest.hookimpl(wrapper=True)
 def pytest_collection(session: pytest.Session) -> Generator[None, object, object]:
     """What is imported lives as long as the tests: it need not be searched for garbage."""
-    gc.disable()
-    try:
+    with lasting():
         return (yield)
-    finally:
-        gc.freeze()
-        gc.enable()
-
-
-def pytest_unconfigure() -> None:
-    gc.unfreeze()  # or libraries that count what they leave at the end complain
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -202,3 +202,23 @@ def test_a_long_log_is_told_by_its_first_error_and_its_end(tmp_path):
     log.write_bytes(b"ValueError: at the end\n")
     assert log_report(log) == "ValueError: at the end"
     assert log_report(tmp_path / "none") == "(no log)"
+
+
+def test_what_is_made_to_last_is_not_searched_for_garbage_and_what_comes_after_is():
+    code = """
+import gc
+from flash.process import lasting
+
+try:
+    with lasting():
+        assert not gc.isenabled()
+        kept = [[]]
+        raise ImportError
+except ImportError:
+    later = [[]]
+assert gc.isenabled()
+searched = {id(thing) for thing in gc.get_objects()}
+assert id(kept) not in searched
+assert id(later) in searched
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

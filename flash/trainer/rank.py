@@ -315,7 +315,8 @@ def _tokenizer(source: str) -> Any:
     return AutoTokenizer.from_pretrained(source)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Serves the controller's calls until it closes the connection."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     transformers_logging: Any = untyped_logging
     transformers_logging.disable_progress_bar()  # stderr is a log here

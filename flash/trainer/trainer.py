@@ -90,7 +90,7 @@ class Trainer:
         try:
             for rank in range(ranks):
                 child = await Child.start(
-                    "flash.trainer.rank",
+                    "flash.trainer",
                     name=f"trainer rank {rank}",
                     log_path=self._run_dir / "logs" / f"trainer_rank_{rank}.log",
                 )

@@ -2,12 +2,13 @@
 
 import sys
 
-from flash.process import die_with_parent
+from flash.process import die_with_parent, lasting
 from flash.worker.config import parse
 
 if __name__ == "__main__":
     die_with_parent()  # before the import of torch, which takes seconds
     config = parse(sys.argv[1:], prog="python -m flash.worker")
-    from flash.worker.server import main
+    with lasting():
+        from flash.worker.server import main
 
     main(config)
