@@ -134,7 +134,7 @@ async def traffic(hub: InferenceHub) -> AsyncIterator[list[Answer]]:
 
     async def ask(number: int, answered: asyncio.Event) -> None:
         prompt = [*PROMPT, 20 + number]
-        max_tokens = 300 + 40 * number
+        max_tokens = 150 + 20 * number
         while not over:
             answer = await hub.generate(request(max_tokens, prompt))
             assert len(answer.token_ids) == max_tokens
@@ -225,17 +225,21 @@ async def test_a_server_that_is_killed_loses_no_token_and_returns_with_the_prese
 
 async def test_a_server_whose_engine_stands_still_is_started_anew(servers):
     hub = servers.hub
-    hub._supervisor.progress_timeout_s = 10.0
-    for slot in hub._slots:  # a look that earlier requests are due comes after their 120 s
-        if slot.progress_timer is not None:
-            slot.progress_timer.cancel()
-            slot.progress_timer = None
+    standing = hub._slots[1]
     async with traffic(hub) as answers:
         engines = psutil.Process(servers.pool.pids[1]).children(recursive=True)
         watch = Watch(process.pid for process in engines)
         for process in engines[1:]:  # all but the API server, which goes on to say that it is well
             process.suspend()
-    hub._supervisor.progress_timeout_s = 120.0
+        hub._supervisor.progress_timeout_s = 5.0
+        if standing.progress_timer is not None:  # it would look after 120 s
+            standing.progress_timer.cancel()
+            standing.progress_timer = None
+        hub._supervisor.watch_progress(standing)
+        async with asyncio.timeout(60):
+            while standing.healthy:
+                await asyncio.sleep(0.2)
+        hub._supervisor.progress_timeout_s = 120.0
     servers.assert_all_exact(answers)
     await all_healthy(hub)
     assert not await asyncio.to_thread(watch.left)
