@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
 from pydantic import BaseModel
 
 from flash import config as configuration
+from flash.config.yaml_text import plain_values
 
 
 def split_words(
@@ -36,19 +36,14 @@ def split_words(
                 raise ValueError(f"--{name} has no value: write --{name} VALUE{dashes}")
             else:
                 value = words.pop(0)
-        fields[name] = value if kinds.get(name) is str else _yaml(name, value)
+        if name in fields:
+            raise ValueError(f"--{name} is given twice: give it once")
+        is_text = kinds.get(name) is str
+        fields[name] = value if is_text else plain_values(value, f"--{name} {value!r}")
     return plain, fields
 
 
 _SWITCH = ("true", "false", "yes", "no", "on", "off")
-
-
-def _yaml(name: str, value: str) -> Any:
-    try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        why = getattr(error, "problem", None) or str(error)
-        raise ValueError(f"--{name} {value!r} is not a YAML value: {why}") from error
 
 
 def only(words: Sequence[str], what: str) -> str | None:
@@ -69,5 +64,5 @@ def swept(text: str) -> tuple[str, list[Any]]:
 
 
 def listed(option: str, values: str) -> list[Any]:
-    found: list[Any] = _yaml(option, f"[{values}]")
+    found: list[Any] = plain_values(f"[{values}]", f"--{option} {values!r}")
     return found

@@ -34,7 +34,7 @@ from flash.errors import InferenceFailure, RolloutStall
         (["train", "frozen_lake", "--steps", "--alpha", "1"], "--steps has no value"),
         (["train", "--steps", "3"], "env is missing"),
         (["train", "frozen_lake", "--alpha", "-2"], "alpha=-2: must be"),
-        (["train", "frozen_lake", "--env.options", "{"], "is not a YAML value"),
+        (["train", "frozen_lake", "--env.options", "{"], "is not YAML"),
         (["train", "frozen_lake", "--alpha", "1", "--async_generation_ratio", "2"], "two names"),
         (["train", "frozen_lake", "--env.options.size", "33"], "size=33 must be 2 to 9"),
         (["train", "frozen_lake", "--name", "nothing", "--resume"], "holds no checkpoint"),
