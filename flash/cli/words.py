@@ -1,6 +1,7 @@
 """Words of the command line: plain ones, fields with their values, lists of values."""
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from pydantic import BaseModel
@@ -10,11 +11,14 @@ from flash.config.yaml_text import plain_values
 
 
 def split_words(
-    arguments: Sequence[str], model: type[BaseModel] = configuration.Config
+    arguments: Sequence[str],
+    model: type[BaseModel] = configuration.Config,
+    options: Sequence[str] = (),
 ) -> tuple[list[str], dict[str, Any]]:
     """The plain words, and the fields: `--field.sub value`, `--field.sub=value`, `--switch`.
 
-    Values are YAML, except where the field is a text.
+    Values are YAML, except where the field is a text. `options` are the command's own, which are
+    known already: what is like one of them, and like no field, was meant as one.
     """
     kinds = {name: info.annotation for name, info in configuration.fields(model)}
     plain: list[str] = []
@@ -28,6 +32,8 @@ def split_words(
         name, given, value = word[2:].partition("=")
         name = name.replace("-", "_")
         name = "checkpoint.resume" if name == "resume" else name
+        if near := "." not in name and name not in kinds and get_close_matches(word, options, n=1):
+            raise ValueError(f"{word} is unknown: did you mean {near[0]}?")
         if not given:
             if kinds.get(name) is bool and (not words or words[0].lower() not in _SWITCH):
                 value = "true"
