@@ -11,8 +11,9 @@ from typing import Any, Literal, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from flash.choices import UpdateMode as UpdateMode  # noqa: PLC0414  (it is a name of this module)
+
 Outcome = Literal["trained", "dropped", "failed", "cancelled"]
-UpdateMode = Literal["keep", "abort", "wait"]
 FinishReason = Literal["stop", "length", "abort"]
 
 
