@@ -2,8 +2,8 @@
 
 The parent starts `python -m module` with one end of a socket pair and awaits `call(method, …)`;
 the child runs `serve(handler)`, which answers calls one at a time, in order. Messages are pickles
-with a length in front: both ends are ours, and nobody else holds the socket. A child ends when
-its parent does, because the socket closes, and on Linux at once, by the kernel's signal.
+with a length in front: both ends are ours, and nobody else holds the socket. A child runs under a
+guard (`flash/guard.py`), which ends it with all that it started when its parent ends or kills it.
 """
 
 import asyncio
@@ -20,9 +20,9 @@ import socket
 import struct
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from flash.errors import ProcessFailure
 
@@ -30,7 +30,44 @@ _LENGTH = struct.Struct("!Q")
 _FD_VARIABLE = "FLASH_CHILD_FD"
 PARENT_PID_VARIABLE = "FLASH_PARENT_PID"  # for die_with_parent
 _LOG_TAIL_BYTES = 4000
+_GUARD = Path(__file__).with_name("guard.py")
 _ERROR = re.compile(r"\b[A-Z]\w*(Error|Exception): .+")
+
+
+async def start_guarded(
+    *command: str,
+    stdout: IO[bytes],
+    stderr: IO[bytes],
+    env: Mapping[str, str],
+    pass_fds: Sequence[int] = (),
+) -> tuple[asyncio.subprocess.Process, int]:
+    """Starts a command under a guard: the guard's process, and the lifeline.
+
+    When the lifeline is closed, or its holder dies, the command ends with everything that it
+    started; when the command ends, so does what it left behind. Then the guard ends, with the
+    command's exit code as a shell tells it.
+    """
+    reading, lifeline = os.pipe()
+    try:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-IS",
+            str(_GUARD),
+            str(reading),
+            *command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            pass_fds=[reading, *pass_fds],
+            env=env,
+            start_new_session=True,
+        )
+    except BaseException:
+        os.close(lifeline)
+        raise
+    finally:
+        os.close(reading)
+    return process, lifeline
 
 
 class Child:
@@ -40,6 +77,7 @@ class Child:
         self,
         name: str,
         process: asyncio.subprocess.Process,
+        lifeline: int,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         log_path: Path,
@@ -47,6 +85,7 @@ class Child:
         self.name = name
         self.log_path = log_path
         self._process = process
+        self._lifeline: int | None = lifeline
         self._reader = reader
         self._writer = writer
         self._ids = itertools.count()
@@ -67,28 +106,22 @@ class Child:
         ours, theirs = socket.socketpair()
         log_path.parent.mkdir(parents=True, exist_ok=True)
         with theirs, log_path.open("ab") as log:
-            process = await asyncio.create_subprocess_exec(
+            process, lifeline = await start_guarded(
                 sys.executable,
                 "-m",
                 module,
                 *args,
-                stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 pass_fds=[theirs.fileno()],
-                env={
-                    **os.environ,
-                    **(env or {}),
-                    _FD_VARIABLE: str(theirs.fileno()),
-                    PARENT_PID_VARIABLE: str(os.getpid()),
-                },
-                start_new_session=True,
+                env={**os.environ, **(env or {}), _FD_VARIABLE: str(theirs.fileno())},
             )
         reader, writer = await asyncio.open_unix_connection(sock=ours)
-        return cls(name, process, reader, writer, log_path)
+        return cls(name, process, lifeline, reader, writer, log_path)
 
     @property
     def pid(self) -> int:
+        """Of its guard."""
         return self._process.pid
 
     @property
@@ -132,8 +165,9 @@ class Child:
 
     def kill(self) -> None:
         """SIGKILL to the child and all that it started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        if self._lifeline is not None:
+            os.close(self._lifeline)
+            self._lifeline = None
 
     async def _receive(self) -> None:
         unreadable = ""
@@ -163,6 +197,7 @@ class Child:
         except TimeoutError:
             self.kill()
             code = await self._process.wait()
+        self.kill()  # closes the lifeline
         self._writer.close()
         self._dead = ProcessFailure(
             f"{self.name} (pid {self.pid}) ended with exit code {code}. "
@@ -228,7 +263,6 @@ def lasting() -> Iterator[None]:
 
 def serve(handler: object) -> None:
     """In the child: answer the parent's calls on `handler` until the parent closes the socket."""
-    die_with_parent()
     # Ctrl-C goes to the parent, which ends its children in order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with socket.socket(fileno=int(os.environ[_FD_VARIABLE])) as connection:
