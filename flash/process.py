@@ -4,8 +4,8 @@ The parent starts `python -m module` with one end of a socket pair and awaits `c
 the child runs `serve(handler)`, which answers calls one at a time, in order. Messages have their
 length in front. Calls are pickles: what we send is ours. So are the answers of children that run
 our code alone (`Pickles`); of those that run a user's, answers are msgpack of declared types
-(`Declared`), because to read a pickle is to run what it says. A child ends when its parent does,
-because the socket closes, and on Linux at once, by the kernel's signal.
+(`Declared`), because to read a pickle is to run what it says. A child runs under a guard
+(`flash/guard.py`), which ends it with all that it started when its parent ends or kills it.
 """
 
 import asyncio
@@ -22,9 +22,9 @@ import socket
 import struct
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, get_type_hints
+from typing import IO, Any, Protocol, get_type_hints
 
 import msgspec
 
@@ -34,6 +34,7 @@ _LENGTH = struct.Struct("!Q")
 _FD_VARIABLE = "FLASH_CHILD_FD"
 PARENT_PID_VARIABLE = "FLASH_PARENT_PID"  # for die_with_parent
 _LOG_TAIL_BYTES = 4000
+_GUARD = Path(__file__).with_name("guard.py")
 _ERROR_CHARS = 100_000
 _ERROR = re.compile(r"\b[A-Z]\w*(Error|Exception): .+")
 
@@ -79,6 +80,42 @@ class Declared:
         return call_id, ok, msgspec.msgpack.decode(value, type=hints["return"] if ok else str)
 
 
+async def start_guarded(
+    *command: str,
+    stdout: IO[bytes],
+    stderr: IO[bytes],
+    env: Mapping[str, str],
+    pass_fds: Sequence[int] = (),
+) -> tuple[asyncio.subprocess.Process, int]:
+    """Starts a command under a guard: the guard's process, and the lifeline.
+
+    When the lifeline is closed, or its holder dies, the command ends with everything that it
+    started; when the command ends, so does what it left behind. Then the guard ends, with the
+    command's exit code as a shell tells it.
+    """
+    reading, lifeline = os.pipe()
+    try:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-IS",
+            str(_GUARD),
+            str(reading),
+            *command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            pass_fds=[reading, *pass_fds],
+            env=env,
+            start_new_session=True,
+        )
+    except BaseException:
+        os.close(lifeline)
+        raise
+    finally:
+        os.close(reading)
+    return process, lifeline
+
+
 class Child:
     """One child process; make it with `await Child.start(…)`."""
 
@@ -86,6 +123,7 @@ class Child:
         self,
         name: str,
         process: asyncio.subprocess.Process,
+        lifeline: int,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         log_path: Path,
@@ -94,6 +132,7 @@ class Child:
         self.name = name
         self.log_path = log_path
         self._process = process
+        self._lifeline: int | None = lifeline
         self._reader = reader
         self._writer = writer
         self._answers = answers
@@ -120,28 +159,22 @@ class Child:
         ours, theirs = socket.socketpair()
         log_path.parent.mkdir(parents=True, exist_ok=True)
         with theirs, log_path.open("ab") as log:
-            process = await asyncio.create_subprocess_exec(
+            process, lifeline = await start_guarded(
                 sys.executable,
                 "-m",
                 module,
                 *args,
-                stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 pass_fds=[theirs.fileno()],
-                env={
-                    **os.environ,
-                    **(env or {}),
-                    _FD_VARIABLE: str(theirs.fileno()),
-                    PARENT_PID_VARIABLE: str(os.getpid()),
-                },
-                start_new_session=True,
+                env={**os.environ, **(env or {}), _FD_VARIABLE: str(theirs.fileno())},
             )
         reader, writer = await asyncio.open_unix_connection(sock=ours)
-        return cls(name, process, reader, writer, log_path, answers or Pickles())
+        return cls(name, process, lifeline, reader, writer, log_path, answers or Pickles())
 
     @property
     def pid(self) -> int:
+        """Of its guard."""
         return self._process.pid
 
     @property
@@ -186,8 +219,9 @@ class Child:
 
     def kill(self) -> None:
         """SIGKILL to the child and all that it started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        if self._lifeline is not None:
+            os.close(self._lifeline)
+            self._lifeline = None
 
     async def _read(self, length: int) -> tuple[int, bool, Any]:
         if length > self._answers.max_bytes:
@@ -224,6 +258,7 @@ class Child:
         except TimeoutError:
             self.kill()
             code = await self._process.wait()
+        self.kill()  # closes the lifeline
         self._writer.close()
         self._dead = ProcessFailure(
             f"{self.name} (pid {self.pid}) ended with exit code {code}. "
@@ -303,7 +338,6 @@ def serve(handler: object, write: Callable[[object], bytes] = pickled) -> None:
     What a method raises, `sys.exit` too, is its answer. Of what ends an episode the message alone
     is told; of others the traceback.
     """
-    die_with_parent()
     # Ctrl-C goes to the parent, which ends its children in order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with socket.socket(fileno=int(os.environ[_FD_VARIABLE])) as connection:
