@@ -1,7 +1,10 @@
 """What `model` may name: a model that exists, or a small one made and taught on the spot."""
 
+import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 SMALL = "small"
 
@@ -18,6 +21,20 @@ def check_model(model: str) -> None:
             "the directory holds no config.json, so it is not a model; that of a checkpoint is in "
             "its model/ folder"
         )
+
+
+def read_config(model: str) -> Mapping[str, Any] | None:
+    """The model's config.json, if it is a directory; ValueError for a file that is none."""
+    path = Path(model).expanduser() / "config.json"
+    if _is_hub_name(model) and not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model={model!r}: its config.json can't be read: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"model={model!r}: its config.json holds no object")
+    return config
 
 
 def _is_hub_name(model: str) -> bool:
