@@ -16,6 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from flash import machine
+
 _ENVS, _AGENTS, _STYLES = "flash.envs", "flash.agents", "flash.styles"
 
 
@@ -143,7 +145,8 @@ def said_and_where(error: BaseException) -> str:
 
 def missing_package(field: str, name: str, error: ImportError) -> ValueError:
     """The error of a part whose own dependencies are not installed."""
+    how = machine.how_to_install("alfworld,reasoning")
     return ValueError(
-        f"{field}={name!r} needs a package that is not installed ({error}): run make setup, or "
-        f"pip install 'flash-rl[alfworld,reasoning]'"
+        f"{field}={name!r} needs a package that is not installed ({error}): run {how}, or install "
+        f"that package"
     )
