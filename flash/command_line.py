@@ -25,10 +25,10 @@ def ended(command: Callable[[], None]) -> int:
         with _first_of_a_group():
             command()
     except FlashError as error:
-        _complain(f"{type(error).__name__}: {error}", error)
+        _complain(_with_remedy(f"{type(error).__name__}: {error}"), error)
         return error.exit_code
     except (OSError, MemoryError) as error:
-        _complain(" ".join(f"{type(error).__name__}: {error}".split()), error)
+        _complain(_with_remedy(" ".join(f"{type(error).__name__}: {error}".split())), error)
         return 1
     except ValueError as error:
         _complain(str(error), error)
@@ -51,14 +51,16 @@ def _first_of_a_group() -> Iterator[None]:
 
 
 def _complain(message: str, error: BaseException) -> None:
-    """Says it, and what can be done about the machine, if that is at fault."""
-    # The frames of a child's traceback are for its log.
-    said = _TRACEBACK.sub(" ", message)
-    if remedy := machine.remedy(f"{said}\n{error!r}"):
-        said += f": {remedy}"
-    for line in (*said.splitlines(), *getattr(error, "__notes__", ())):
+    for line in (*message.splitlines(), *getattr(error, "__notes__", ())):
         if line.strip():
             print(f"flash: {line}", file=sys.stderr)
+
+
+def _with_remedy(message: str) -> str:
+    """Without the frames of a child's traceback, which are for its log, and with what can be done
+    about the machine, if that is at fault."""
+    remedy = machine.remedy(message)
+    return _TRACEBACK.sub(" ", message).rstrip() + (f": {remedy}" if remedy else "")
 
 
 def nearest(word: str, known: Iterable[str], otherwise: str) -> str:
@@ -76,9 +78,7 @@ class Options(argparse.ArgumentParser):
         self.register("action", None, _Once)
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(
-            f"{self.prog}: {message.removeprefix('argument ')}; see {self.prog} --help"
-        )
+        raise ValueError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
 
     def names(self) -> list[str]:
         return [name for name in self._option_string_actions if name.startswith("--")]

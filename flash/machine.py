@@ -119,7 +119,10 @@ def check_port(host: str, port: int, given: str) -> None:
             probe.bind((host, port))
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
-                raise ValueError(f"{given} on {host}: {error.strerror}") from error
+                raise ValueError(
+                    f"{given} on {host}: {error.strerror}: choose an address of this machine, and "
+                    f"a port that you may use"
+                ) from error
             raise ValueError(
                 f"{given} is in use on {host}: choose another, or 0 for a free one"
             ) from error

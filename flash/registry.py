@@ -134,9 +134,9 @@ def _users_code(given: str) -> Iterator[None]:
 def said_and_where(error: BaseException) -> str:
     """An error of a user's code in one line: its type, what it says, and its file and line."""
     if isinstance(error, SyntaxError):
-        where = f"{error.filename}, line {error.lineno}"
-        return f"{type(error).__name__}: {error.msg} in {where}"
-    said = " ".join(f"{type(error).__name__}: {error}".split())
+        where = f" in {error.filename}, line {error.lineno}" if error.filename else ""
+        return f"{type(error).__name__}: {error.msg}{where}"
+    said = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
     frames = traceback.extract_tb(error.__traceback__)
     # Of the import itself nobody wants to know.
     last = next((f for f in reversed(frames) if not f.filename.startswith("<frozen")), frames[-1])

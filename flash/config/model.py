@@ -1,5 +1,6 @@
 """What `model` may name: a model that exists, or a small one made and taught on the spot."""
 
+import json
 import re
 from pathlib import Path
 
@@ -18,6 +19,12 @@ def check_model(model: str) -> None:
             "the directory holds no config.json, so it is not a model; that of a checkpoint is in "
             "its model/ folder"
         )
+    try:
+        settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"its config.json can't be read ({error}): load a model again") from error
+    if not isinstance(settings, dict):
+        raise ValueError("its config.json holds no settings of a model: load a model again")
 
 
 def _is_hub_name(model: str) -> bool:
