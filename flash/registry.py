@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from flash import machine
+from flash.errors import one_line
 
 _ENVS, _AGENTS, _STYLES = "flash.envs", "flash.agents", "flash.styles"
 
@@ -136,11 +137,10 @@ def said_and_where(error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         where = f" in {error.filename}, line {error.lineno}" if error.filename else ""
         return f"{type(error).__name__}: {error.msg}{where}"
-    said = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
     frames = traceback.extract_tb(error.__traceback__)
     # Of the import itself nobody wants to know.
     last = next((f for f in reversed(frames) if not f.filename.startswith("<frozen")), frames[-1])
-    return f"{said} in {last.filename}, line {last.lineno}"
+    return f"{one_line(error)} in {last.filename}, line {last.lineno}"
 
 
 def missing_package(field: str, name: str, error: ImportError) -> ValueError:

@@ -23,6 +23,7 @@ _TRAINED_PARAMETER = 16  # the weight, its gradient and AdamW's two moments, in 
 
 _PER_CORE = {"engine.workers": 8, "trainer.ranks": 8, "env.hosts": 100, "reward.concurrency": 100}
 _THREADS_PER_CORE = 8
+_OPEN_FILES = 64  # of a run: its files, its logs, its children's sockets
 
 
 def check_capacity(config: Config, has: Capacity, *, trains: bool = True) -> None:
@@ -45,7 +46,7 @@ def check_capacity(config: Config, has: Capacity, *, trains: bool = True) -> Non
                 f"lower one of them"
             )
     requests = min(config.engine.max_running * _workers(config), _episodes(config))
-    if requests > has.open_files:
+    if requests + _OPEN_FILES > has.open_files:
         raise ValueError(
             f"engine.max_running={config.engine.max_running} with batch_size={config.batch_size} "
             f"is {requests} connections at a time, and this machine allows a process "
