@@ -16,7 +16,10 @@ def check_run(config: RunFields) -> None:
     run = config.agent.run
     if isinstance(run, tuple):
         if shutil.which(run[0]) is None:
-            raise ValueError(f"agent.run={list(run)!r}: the command {run[0]!r} is not installed")
+            raise ValueError(
+                f"agent.run={list(run)!r}: the command {run[0]!r} is not installed: "
+                f"install it, or give its path"
+            )
     else:
         act = registry.function(run, "agent.run")
         if not inspect.iscoroutinefunction(act):
@@ -78,12 +81,14 @@ def try_environment(env: EnvConfig) -> None:
             made = make(**options)
         except ImportError as error:
             raise registry.missing_package("env.name", env.name, error) from error
-        except (TypeError, ValueError) as error:
+        except ValueError as error:
             raise ValueError(f"{field}: {' '.join(str(error).split())}") from error
+        except TypeError as error:  # it need not name the value
+            raise ValueError(f"{field}={options}: {' '.join(str(error).split())}") from error
         except (Exception, SystemExit) as error:  # the boundary to the environment's code
             raise ValueError(
                 f"env.name={env.name!r} can't be made with {field}={options}: "
-                f"{registry.said_and_where(error)}"
+                f"{registry.said_and_where(error)}: mend it, or change them"
             ) from error
         if lacks := [name for name in ("reset", "step", "close") if not hasattr(made, name)]:
             raise ValueError(
@@ -94,5 +99,5 @@ def try_environment(env: EnvConfig) -> None:
             made.close()
         except (Exception, SystemExit) as error:  # likewise
             raise ValueError(
-                f"env.name={env.name!r} can't be closed: {registry.said_and_where(error)}"
+                f"env.name={env.name!r} can't be closed: {registry.said_and_where(error)}: mend it"
             ) from error

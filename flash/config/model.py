@@ -21,6 +21,12 @@ def check_model(model: str) -> None:
             "the directory holds no config.json, so it is not a model; that of a checkpoint is in "
             "its model/ folder"
         )
+    try:
+        settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"its config.json can't be read ({error}): load a model again") from error
+    if not isinstance(settings, dict):
+        raise ValueError("its config.json holds no settings of a model: load a model again")
 
 
 def read_config(model: str) -> Mapping[str, Any] | None:
