@@ -27,13 +27,14 @@ from flash.door.respond import Exchange, Responder, Response
 from flash.door.schema import IGNORABLE, ApiError, parse_chat, parse_text, usage
 from flash.door.session import DoorSession, Generate
 from flash.hub.hub import InferenceHub
+from flash.listener import BODY_TIMEOUT_S, Listener, local_address, page_refusal
 from flash.types import Completion, GenerateRequest, SamplingParams
 
 logger = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-_CLIENT_TIMEOUT_S = 60.0  # to send its body, or to read a piece of the answer
+_READ_TIMEOUT_S = 60.0  # for a client to read its answer
 
 
 class Door:
@@ -78,6 +79,7 @@ class Door:
         self._tokenizer = tokenizer
         self._model = model
         self._address = (host, port)
+        self._listener = Listener(host, port)
         self._ignore = frozenset(ignore)
         self._max_body_bytes = max_body_bytes
         self._max_concurrent = max_concurrent
@@ -98,24 +100,15 @@ class Door:
             app.router.add_post(f"{prefix}/v1/completions", self._text)
             app.router.add_get(f"{prefix}/v1/models", self._models)
         app.router.add_get("/metrics", self._metrics_route)
-        # A client that goes away takes its request with it. No log of paths: they hold tokens.
-        self._runner = web.AppRunner(
-            app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0,
-            logger=_WithoutTexts(logger),
-        )  # fmt: skip
-        await self._runner.setup()
         host, port = self._address
         try:
-            site = web.TCPSite(self._runner, host, port)
-            await site.start()
+            self.url = await self._listener.start(app, logger=_WithoutTexts(logger))
         except OSError as error:
-            await self._runner.cleanup()
+            await self._listener.close()
             raise ValueError(
                 f"the door can't listen on {host}:{port} ({error.strerror}): choose another port, "
                 f"or 0 for a free one"
             ) from error
-        port = self._runner.addresses[0][1]
-        self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         self._own = self._new_session(
             self._generate, self.token, temperature=None,
             max_tokens=self._max_tokens, max_sequence_tokens=self._max_sequence_tokens,
@@ -125,7 +118,7 @@ class Door:
     async def __aexit__(self, *exc_info: object) -> None:
         for session in list(self._sessions.values()):
             session.close()
-        await self._runner.cleanup()
+        await self._listener.close()
 
     def open(
         self, generate: Generate, *, max_tokens: int, temperature: float, max_sequence_tokens: int
@@ -186,6 +179,8 @@ class Door:
 
     def _session(self, request: web.Request) -> DoorSession:
         """Whose request it is; it counts against that token's rate."""
+        if why := page_refusal(request.headers, local_address=local_address(request)):
+            raise ApiError(403, why)
         token = request.match_info.get("token")
         if token is None:
             kind, _, token = request.headers.get("Authorization", "").partition(" ")
@@ -198,6 +193,7 @@ class Door:
             raise ApiError(
                 401, "the token is unknown, or its episode has ended", code="invalid_api_key"
             )
+        self._listener.vouch(request)
         session.allowance.take_request()
         return session
 
@@ -266,10 +262,10 @@ async def _or_error(response: Awaitable[Response]) -> Response | ApiError:
 
 async def _json(request: web.Request) -> Any:
     try:
-        async with asyncio.timeout(_CLIENT_TIMEOUT_S):
+        async with asyncio.timeout(BODY_TIMEOUT_S):
             raw = await request.read()
     except TimeoutError as error:
-        raise ApiError(408, f"the body took longer than {_CLIENT_TIMEOUT_S:g} s") from error
+        raise ApiError(408, f"the body took longer than {BODY_TIMEOUT_S:g} s") from error
     try:
         body = json.loads(raw)
         if b"\\ud" in raw.lower():
@@ -283,7 +279,7 @@ async def _stream(request: web.Request, chunks: Sequence[Mapping[str, Any]]) -> 
     headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
     response = web.StreamResponse(headers=headers)
     try:
-        async with asyncio.timeout(_CLIENT_TIMEOUT_S):
+        async with asyncio.timeout(_READ_TIMEOUT_S):
             await response.prepare(request)
             for chunk in chunks:
                 await response.write(f"data: {_dumps(chunk)}\n\n".encode())
