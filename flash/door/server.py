@@ -24,7 +24,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from flash.door.limits import Allowance
 from flash.door.metrics import Metrics
 from flash.door.respond import Exchange, Responder, Response
-from flash.door.schema import IGNORABLE, ApiError, parse_chat, parse_text, usage
+from flash.door.schema import ApiError, Ignore, parse_chat, parse_text, usage
 from flash.door.session import DoorSession, Generate
 from flash.hub.hub import InferenceHub
 from flash.listener import BODY_TIMEOUT_S, Listener, local_address, page_refusal
@@ -48,7 +48,7 @@ class Door:
         model: the name that clients must ask for.
         host: where to listen; another than loopback lets others on the network try tokens.
         ignore: fields that clients may send without being heeded, such as `temperature`, `top_p`
-            or `model`; without it they are refused, lest an agent think it had its way.
+            or `model`, or "*"; without it they are refused, lest an agent think it had its way.
         max_body_bytes: of one request.
         max_concurrent, requests_per_s: for each token; more is answered 429.
         max_tokens, max_sequence_tokens: of requests with the run's token.
@@ -69,10 +69,6 @@ class Door:
         max_tokens: int = 1024,
         max_sequence_tokens: int = 32_768,
     ) -> None:
-        if unknown := set(ignore) - IGNORABLE:
-            raise ValueError(
-                f"ignore={sorted(unknown)}: only these fields can be ignored: {sorted(IGNORABLE)}"
-            )
         self.token = secrets.token_urlsafe(32)
         self.url = ""
         self._hub = hub
@@ -80,7 +76,7 @@ class Door:
         self._model = model
         self._address = (host, port)
         self._listener = Listener(host, port)
-        self._ignore = frozenset(ignore)
+        self._ignore = Ignore(ignore)
         self._max_body_bytes = max_body_bytes
         self._max_concurrent = max_concurrent
         self._requests_per_s = requests_per_s
@@ -153,9 +149,12 @@ class Door:
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         session = self._session(request)
-        ask = parse_chat(await _json(request), model=self._model, ignore=self._ignore)
+        body = await _json(request)
+        if isinstance(body, dict) and isinstance(body.get("messages"), list):
+            session.check_room(len(body["messages"]))  # each is a token at least
+        # In a thread: to check, render and tokenise a long conversation takes its time.
+        ask = await asyncio.to_thread(parse_chat, body, model=self._model, ignore=self._ignore)
         with session.allowance.responses(ask.n):
-            # In a thread: to render and tokenise a long conversation takes its time.
             exchange = await asyncio.to_thread(self._responder.chat, session, ask)
             return await self._answer(request, exchange)
 

@@ -56,14 +56,7 @@ class DoorSession:
         self, ask: Ask, prompt: Sequence[int], stop_token_ids: Sequence[int]
     ) -> SamplingParams:
         """How these responses are sampled; ApiError if they can't be as the client wants it."""
-        room = self._max_sequence_tokens - len(prompt)
-        if room < 1:
-            raise ApiError(
-                400,
-                f"the prompt has {len(prompt)} tokens, which leaves no room to answer in "
-                f"max_sequence_tokens={self._max_sequence_tokens}: send a shorter one",
-                code="context_length_exceeded",
-            )
+        room = self.check_room(len(prompt))
         temperature = 1.0 if self._temperature is None else self._temperature
         if ask.temperature is not None:
             if self._temperature is not None and ask.temperature != self._temperature:
@@ -78,6 +71,18 @@ class DoorSession:
             temperature=temperature,
             stop_token_ids=tuple(stop_token_ids),
         )
+
+    def check_room(self, prompt_tokens: int) -> int:
+        """How many tokens an answer may have; ApiError if there are none."""
+        room = self._max_sequence_tokens - prompt_tokens
+        if room < 1:
+            raise ApiError(
+                400,
+                f"the prompt has at least {prompt_tokens} tokens, which leaves no room to answer "
+                f"in max_sequence_tokens={self._max_sequence_tokens}: send a shorter one",
+                code="context_length_exceeded",
+            )
+        return room
 
     async def generate(self, prompt: Sequence[int], sampling: SamplingParams) -> Completion:
         """One response; ApiError if there is none."""
