@@ -29,6 +29,7 @@ from typing import IO, Any, Protocol, get_type_hints
 import msgspec
 
 from flash.errors import EpisodeFailure, ProcessFailure
+from flash.machine import when_there_is_room
 
 _LENGTH = struct.Struct("!Q")
 _FD_VARIABLE = "FLASH_CHILD_FD"
@@ -93,27 +94,31 @@ async def start_guarded(
     started; when the command ends, so does what it left behind. Then the guard ends, with the
     command's exit code as a shell tells it.
     """
-    reading, lifeline = os.pipe()
-    try:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-IS",
-            str(_GUARD),
-            str(reading),
-            *command,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=stderr,
-            pass_fds=[reading, *pass_fds],
-            env=env,
-            start_new_session=True,
-        )
-    except BaseException:
-        os.close(lifeline)
-        raise
-    finally:
-        os.close(reading)
-    return process, lifeline
+
+    async def start() -> tuple[asyncio.subprocess.Process, int]:
+        reading, lifeline = os.pipe()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-IS",
+                str(_GUARD),
+                str(reading),
+                *command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                pass_fds=[reading, *pass_fds],
+                env=env,
+                start_new_session=True,
+            )
+        except BaseException:
+            os.close(lifeline)
+            raise
+        finally:
+            os.close(reading)
+        return process, lifeline
+
+    return await when_there_is_room(start)
 
 
 class Child:

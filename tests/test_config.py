@@ -167,8 +167,8 @@ def test_async_generation_ratio_is_another_name_for_alpha():
         ({"agent": {"run": "python agent.py"}}, "agent.run='python agent.py': must be a coroutine"),
         ({"agent": {"run": ["python", 3]}}, "agent.run=['python', 3]: must be a coroutine functi"),
         (
-            {"agent": {"ignore": "top_q"}},
-            "agent.ignore='top_q': ['top_q'] can't be ignored",
+            {"agent": {"ignore": "stop"}},
+            "agent.ignore='stop': ['stop'] can't be ignored",
         ),
         ({"agent": {"run": []}}, "agent.run=[]: must be a coroutine function"),
         (

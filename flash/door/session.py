@@ -62,9 +62,7 @@ class DoorSession:
         self, ask: Ask, prompt: Sequence[int], stop_token_ids: Sequence[int]
     ) -> SamplingParams:
         """How these responses are sampled; ApiError if they can't be as the client wants it."""
-        room = self._max_sequence_tokens - len(prompt)
-        if room < 1:
-            raise self._no_room(f"{len(prompt)} tokens")
+        room = self.check_room(len(prompt))
         temperature = 1.0 if self._temperature is None else self._temperature
         if ask.temperature is not None:
             if self._temperature is not None and ask.temperature != self._temperature:
@@ -79,6 +77,13 @@ class DoorSession:
             temperature=temperature,
             stop_token_ids=tuple(stop_token_ids),
         )
+
+    def check_room(self, prompt_tokens: int) -> int:
+        """How many tokens an answer may have; ApiError if there are none."""
+        room = self._max_sequence_tokens - prompt_tokens
+        if room < 1:
+            raise self._no_room(f"at least {prompt_tokens} tokens")
+        return room
 
     async def generate(self, prompt: Sequence[int], sampling: SamplingParams) -> Completion:
         """One response; ApiError if there is none."""

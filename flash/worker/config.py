@@ -16,7 +16,7 @@ _LEAST = {"max_running": 1, "cache_tokens": 64, "threads": 0, "version": 0, "see
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerConfig:
-    """An embedded worker. The API key comes from `$FLASH_WORKER_API_KEY`."""
+    """An embedded worker. The API key comes from `$FLASH_WORKER_API_KEY`; "": one is made."""
 
     model: Annotated[str, "a directory or a hub name"]
     host: Annotated[str, "address to listen on"] = "127.0.0.1"

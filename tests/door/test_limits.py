@@ -66,6 +66,18 @@ async def test_no_other_route_exists_whoever_asks(enter, path):
         assert house.worker.started == house.worker.loaded == []
 
 
+@pytest.mark.parametrize("name", ["Origin", "Host"])
+async def test_a_web_page_gets_no_answer_even_with_a_token(enter, name):
+    async with enter() as house:
+        headers = {name: "http://evil.example" if name == "Origin" else "evil.example"}
+        for path in ("/v1/chat/completions", f"/episodes/{house.door.token}/v1/completions"):
+            status, _, answer = await post(
+                house, house.door.token, path=path, json=CHAT, headers=headers
+            )
+            assert status == 403
+            assert "evil.example" in answer["error"]["message"]
+
+
 async def test_tokens_are_long_and_no_two_are_the_same(enter):
     async with enter() as house, enter() as other:
         options = {"max_tokens": 1, "temperature": 1.0, "max_sequence_tokens": 9}
