@@ -73,7 +73,7 @@ def test_they_are_refused_when_the_configuration_is_loaded(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "says"), [("{", "config.json can't be read"), ("[]", "config.json holds no object")]
+    ("text", "says"), [("{", "config.json can't be read"), ("[]", "config.json holds no settings")]
 )
 def test_a_model_whose_config_is_none_is_refused_by_name(tmp_path, text, says):
     (tmp_path / "config.json").write_text(text)

@@ -21,26 +21,25 @@ def check_model(model: str) -> None:
             "the directory holds no config.json, so it is not a model; that of a checkpoint is in "
             "its model/ folder"
         )
+    _settings(path)
+
+
+def read_config(model: str) -> Mapping[str, Any] | None:
+    """What config.json says of a model, if it is here; ValueError for a file that says nothing."""
+    path = Path(model).expanduser()
+    if _is_hub_name(model) and not path.is_dir():
+        return None
+    return _settings(path)
+
+
+def _settings(path: Path) -> Mapping[str, Any]:
     try:
         settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"its config.json can't be read ({error}): load a model again") from error
     if not isinstance(settings, dict):
         raise ValueError("its config.json holds no settings of a model: load a model again")
-
-
-def read_config(model: str) -> Mapping[str, Any] | None:
-    """The model's config.json, if it is a directory; ValueError for a file that is none."""
-    path = Path(model).expanduser() / "config.json"
-    if _is_hub_name(model) and not path.is_file():
-        return None
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model={model!r}: its config.json can't be read: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"model={model!r}: its config.json holds no object")
-    return config
+    return settings
 
 
 def _is_hub_name(model: str) -> bool:
