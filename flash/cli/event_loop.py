@@ -7,12 +7,15 @@ import sys
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from flash.machine import raise_open_file_limit
+
 _T = TypeVar("_T")
 _GARBAGE_EVERY_S = 300.0
 
 
 def run_loop(main: Coroutine[Any, Any, _T]) -> _T:
-    """Runs a coroutine as the commands do: on uvloop, with garbage collected by the clock.
+    """Runs a coroutine as the commands do: on uvloop, with garbage collected by the clock, and with
+    as many files as may be.
 
     Python counts what is made less what is dropped, so while old episodes go, new ones gather in
     its youngest generation, and a look at them holds the loop for 0.1 s. Next to nothing of a run
@@ -24,6 +27,7 @@ def run_loop(main: Coroutine[Any, Any, _T]) -> _T:
         _collect_by_the_clock(asyncio.get_running_loop())
         return await main
 
+    raise_open_file_limit()
     gc.disable()
     try:
         return uvloop.run(collecting())

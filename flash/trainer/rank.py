@@ -6,7 +6,7 @@ save. Between calls a rank does nothing.
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,13 +122,31 @@ class Rank:
     def values(self, micro_batches: list[list[Sample]]) -> list[list[NDArray[np.float64]]]:
         """The critic's values, of each sample's trained tokens."""
         assert self._critic is not None
-        values = []
+        return self._of_samples(micro_batches, self._critic.values)
+
+    def penalties(self, micro_batches: list[list[Sample]]) -> list[list[NDArray[np.float64]]]:
+        """What the divergence from the reference takes from the returns, before the step."""
+
+        def penalty(micro: MicroBatch) -> Tensor:
+            assert self._reference is not None
+            batch = micro.with_logprobs(self._score(micro), None, 0.0)
+            return kl_penalty(
+                batch, self._score(micro, self._reference), estimator=self._config.kl.estimator
+            )
+
+        return self._of_samples(micro_batches, penalty)
+
+    def _of_samples(
+        self, micro_batches: list[list[Sample]], of_tokens: Callable[[MicroBatch], Tensor]
+    ) -> list[list[NDArray[np.float64]]]:
+        """What a function tells of each sample's trained tokens."""
+        found = []
         for samples in micro_batches:
             micro = pack(samples, [0.0] * len(samples), version=0, device=self._device)
-            values_T = self._critic.values(micro).cpu().numpy().astype(np.float64)
+            found_T = of_tokens(micro).cpu().numpy().astype(np.float64)
             ends = np.cumsum([int(trained(sample).sum()) for sample in samples])
-            values.append(np.split(values_T, ends[:-1]) if samples else [])
-        return values
+            found.append(np.split(found_T, ends[:-1]) if samples else [])
+        return found
 
     def step(self, mini_batches: list[MiniBatchShare], version: int) -> dict[str, float]:
         """One optimizer step a mini-batch; the metrics are over all tokens of the batch."""
@@ -220,7 +238,7 @@ class Rank:
         if self._reference is not None:
             reference_T = self._score(micro, self._reference)
             more["kl_reference"] = kl_estimate(logprobs_T.detach(), reference_T, "k3")
-            if kl.place == "reward":
+            if kl.place == "reward" and not self._config.finishes_advantages:
                 penalty_T = kl_penalty(batch, reference_T, estimator=kl.estimator)
                 advantages_T = batch.advantages_T - kl.coefficient * penalty_T
                 batch = replace(batch, advantages_T=advantages_T)

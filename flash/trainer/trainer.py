@@ -15,11 +15,12 @@ import numpy as np
 from flash.errors import ProcessFailure, TrainerFailure, first_error
 from flash.process import Child
 from flash.trainer.advantage_settings import Gae
+from flash.trainer.advantages import Floats
 from flash.trainer.checkpoint import CRITIC_FILE, MODEL_FOLDER, checkpoint_version
 from flash.trainer.config import TrainerConfig
 from flash.trainer.packing import denominator_of, divide, plan
 from flash.trainer.scratch import Scratch
-from flash.trainer.values import with_values
+from flash.trainer.values import less_penalties, with_values
 from flash.types import Batch, Sample, SampledSequence, TrainerState, Weights
 
 logger = logging.getLogger(__name__)
@@ -226,6 +227,9 @@ class Trainer:
         of_critic: dict[str, float] = {}
         if isinstance(self.config.advantages, Gae):
             samples, of_critic = await self._valued(samples, self.config.advantages)
+        elif self.config.finishes_advantages:
+            penalties = await self._of_samples("penalties", samples)
+            samples = less_penalties(samples, penalties, self.config)
         shares = divide(samples, self.config)
         metrics, *_ = await self._call_each("step", [(share, self.version) for share in shares])
         return {**metrics, **of_critic}, _trained_tokens(samples)
@@ -234,6 +238,10 @@ class Trainer:
         self, samples: Sequence[Sample], settings: Gae
     ) -> tuple[Sequence[Sample], dict[str, float]]:
         """The samples with advantages by the critic as it is before the step."""
+        return with_values(samples, await self._of_samples("values", samples), settings)
+
+    async def _of_samples(self, method: str, samples: Sequence[Sample]) -> list[Floats]:
+        """What that method of the ranks finds of each sample's trained tokens."""
         (of_ranks,) = plan(
             [sample.num_tokens for sample in samples],
             mini_batches=1,
@@ -241,16 +249,16 @@ class Trainer:
             tokens_per_micro_batch=self.config.tokens_per_micro_batch,
         )
         answers = await self._call_each(
-            "values",
+            method,
             [([[samples[i] for i in micro] for micro in micros],) for micros in of_ranks],
         )
-        values = {
+        found = {
             index: of_sample
             for micros, answer in zip(of_ranks, answers, strict=True)
             for micro, of_micro in zip(micros, answer, strict=True)
             for index, of_sample in zip(micro, of_micro, strict=True)
         }
-        return with_values(samples, [values[i] for i in range(len(samples))], settings)
+        return [found[i] for i in range(len(samples))]
 
     def state(self) -> TrainerState:
         """For the watchdog."""
