@@ -14,6 +14,11 @@ def check_model(model: str) -> None:
     path = Path(model).expanduser()
     if _is_hub_name(model):
         return
+    if path.suffix == ".gguf" or (path.is_dir() and _holds_gguf_alone(path)):
+        raise ValueError(
+            "GGUF files can't be trained: give the safetensors that they were made from, in a "
+            "directory with their config.json"
+        )
     if not model or not path.is_dir():
         raise ValueError("there is no such directory; a hub name has the form org/model")
     if not (path / "config.json").is_file():
@@ -22,6 +27,10 @@ def check_model(model: str) -> None:
             "its model/ folder"
         )
     _settings(path)
+
+
+def _holds_gguf_alone(path: Path) -> bool:
+    return any(path.glob("*.gguf")) and not any(path.glob("*.safetensors"))
 
 
 def read_config(model: str) -> Mapping[str, Any] | None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from flash.config import Config
 from flash.evaluation.evaluations import Evaluations
 from flash.hub.hub import InferenceHub
+from flash.hub.publisher import PROBE_TOKENS
+from flash.parts.model import self_test_text
 from flash.parts.open import open_parts
 from flash.rollout.adaptive import AdaptiveAlpha
 from flash.rollout.loop import RolloutLoop
@@ -44,6 +46,12 @@ class Training:
     def saves_after(self, step: int) -> bool:
         every = self.config.checkpoint.every
         return every > 0 and step % every == 0
+
+    async def self_test(self) -> None:
+        """PublishFailure if workers and trainer differ on a text longer than any window."""
+        longest = min(self.config.agent.max_sequence_tokens, self.config.engine.cache_tokens)
+        text = self_test_text(self.trainer.model, at_most=longest - PROBE_TOKENS)
+        await self.hub.probe(await self.trainer.export_weights(), text)
 
     async def save(self) -> None:
         """A checkpoint of the present version, unless there is one."""
