@@ -12,13 +12,13 @@ SMALL = "small"
 def check_model(model: str) -> None:
     """ValueError if it is neither a hub name nor a directory that holds a model."""
     path = Path(model).expanduser()
-    if _is_hub_name(model):
-        return
     if path.suffix == ".gguf" or (path.is_dir() and _holds_gguf_alone(path)):
         raise ValueError(
             "GGUF files can't be trained: give the safetensors that they were made from, in a "
             "directory with their config.json"
         )
+    if _is_hub_name(model):
+        return
     if not model or not path.is_dir():
         raise ValueError("there is no such directory; a hub name has the form org/model")
     if not (path / "config.json").is_file():
