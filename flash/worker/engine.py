@@ -339,15 +339,22 @@ def _is_tied(name: str, own: dict[str, Any], given: dict[str, torch.Tensor]) -> 
 
 
 def _load(model: str, dtype: str) -> Any:
-    """The model. ValueError if there is none to be had."""
+    """The model. ValueError if there is none to be had, or its files lack weights."""
+    model_class: Any = AutoModelForCausalLM  # its types are not published
     try:
         with no_progress_bars():
-            return AutoModelForCausalLM.from_pretrained(
-                model, dtype=dtype, attn_implementation="sdpa"
+            loaded, found = model_class.from_pretrained(
+                model, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
             )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         why = " ".join(str(error).split())
         raise ValueError(
             f"model {model!r} can't be loaded: check its name and the connection to the hub, or "
             f"give a directory ({why})"
         ) from error
+    if lacking := sorted(found["missing_keys"]):  # transformers has drawn them at random
+        raise ValueError(
+            f"model {model!r}: its files lack {len(lacking)} weights, {lacking[0]} first: give the "
+            f"weights and the config.json of one model"
+        )
+    return loaded

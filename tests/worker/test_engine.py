@@ -1,6 +1,7 @@
 """The embedded engine: logprobs, versions, and weights that change under running requests."""
 
 import asyncio
+import json
 from pathlib import Path
 
 import pytest
@@ -373,3 +374,19 @@ def test_a_model_that_can_not_be_had_is_one_line_that_says_what_to_do(config, tm
     with pytest.raises(ValueError, match="can't be loaded: check its name") as caught:
         EmbeddedEngine(str(tmp_path), device="cpu", dtype="float32", cache_tokens=64, max_running=1)
     assert "\n" not in str(caught.value)
+
+
+async def test_a_model_that_lacks_layers_is_not_served(tmp_path):
+    model = make_model(tmp_path, 0)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    with pytest.raises(ValueError, match=r"its files lack 9 weights, model\.layers\.2\.input_la"):
+        EmbeddedEngine(str(model), device="cpu", dtype="float32", cache_tokens=64, max_running=1)
+
+
+async def test_a_model_whose_files_are_cut_is_not_served(tmp_path):
+    model = make_model(tmp_path, 0)
+    whole = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match=r"can't be loaded: .*not fully covered"):
+        EmbeddedEngine(str(model), device="cpu", dtype="float32", cache_tokens=64, max_running=1)
