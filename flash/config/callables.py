@@ -1,5 +1,6 @@
 """Whether what a run names can be called as it will be: an agent, an environment, a style."""
 
+import contextlib
 import difflib
 import inspect
 import shutil
@@ -10,6 +11,7 @@ from typing import Any
 from flash import registry
 from flash.config.fields import RunFields
 from flash.environments.config import EnvConfig
+from flash.errors import EnvFailure
 
 
 def check_run(config: RunFields) -> None:
@@ -67,6 +69,8 @@ def try_environment(env: EnvConfig) -> None:
 
     Takes seconds where it imports much. ValueError says what its constructor objects to.
     """
+    from flash.environments import boundary  # noqa: PLC0415  (imports gymnasium)
+
     make = registry.environment(env.name)
     for field, options in (
         ("env.options", env.options),
@@ -78,7 +82,7 @@ def try_environment(env: EnvConfig) -> None:
             raise registry.missing_package("env.name", env.name, error) from error
         except (TypeError, ValueError) as error:
             raise ValueError(f"{field}: {error}") from error
-        except Exception as error:  # the boundary to the environment's code
+        except (Exception, SystemExit) as error:  # the boundary to the environment's code
             last = traceback.extract_tb(error.__traceback__)[-1]
             raise ValueError(
                 f"env.name={env.name!r} can't be made with {field}={options}: {error!r} in "
@@ -89,4 +93,5 @@ def try_environment(env: EnvConfig) -> None:
                 f"env.name={env.name!r} is not an environment: it lacks {', '.join(lacks)}; name a "
                 f"class with the methods of a gymnasium.Env"
             )
-        made.close()
+        with contextlib.suppress(EnvFailure):  # harms no episode, and is told in the run
+            boundary.close(made)
