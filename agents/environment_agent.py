@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
 
 from flash.answers import failing_as, shown
@@ -22,6 +23,8 @@ from flash.types import (
 from .actor import Actor, RewardStage
 
 _CHARS_AT_ONCE = 10_000  # tokenised in the event loop: about 8 ms
+# One thread: several would take the interpreter from the event loop in turns.
+_LONG_TEXTS = ThreadPoolExecutor(1, "long texts")
 
 _T = TypeVar("_T")
 Reward = Callable[[Sequence[Observation]], Awaitable[float]]
@@ -148,7 +151,8 @@ class EnvironmentAgent(Actor):
         if chars > CHARS_A_TOKEN * self._max_sequence_tokens:
             return None
         if chars > _CHARS_AT_ONCE:
-            return await asyncio.to_thread(tokenise, *args)
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(_LONG_TEXTS, tokenise, *args)
         return tokenise(*args)
 
     async def _generate(self, episode: Episode, token_ids: Sequence[int]) -> Completion:
