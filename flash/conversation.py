@@ -52,14 +52,15 @@ class TokenSequence:
         self._turn += 1
 
     def snapshot(self) -> SampledSequence:
-        """All of it so far, as arrays."""
+        """As arrays, up to the last sampled token: what was read after it trains nothing."""
+        end = max((at + 1 for at, sampled in enumerate(self._mask) if sampled), default=0)
         return SampledSequence(
-            token_ids=np.array(self.token_ids, dtype=np.int64),
-            loss_mask=np.array(self._mask, dtype=np.float32),
-            logprobs=np.array(self._logprobs, dtype=np.float32),
-            versions=np.array(self._versions, dtype=np.int64),
-            temperatures=np.array(self._temperatures, dtype=np.float32),
-            turns=np.array(self._turns, dtype=np.int64),
+            token_ids=np.array(self.token_ids[:end], dtype=np.int64),
+            loss_mask=np.array(self._mask[:end], dtype=np.float32),
+            logprobs=np.array(self._logprobs[:end], dtype=np.float32),
+            versions=np.array(self._versions[:end], dtype=np.int64),
+            temperatures=np.array(self._temperatures[:end], dtype=np.float32),
+            turns=np.array(self._turns[:end], dtype=np.int64),
         )
 
 

@@ -81,6 +81,36 @@ def gpus(dev: Path = Path("/dev")) -> list[Gpu]:
     ]
 
 
+_REMEDIES = {
+    errno.ENOSPC: "make room on that disk, or write elsewhere (runs_dir, --out, $TMPDIR)",
+    errno.EDQUOT: "make room in your quota, or write elsewhere (runs_dir, --out, $TMPDIR)",
+    errno.EROFS: "name a place that can be written to (runs_dir, --out, $TMPDIR)",
+    errno.EACCES: "give yourself the right to it, or name another place (runs_dir, --out)",
+    errno.EPERM: "give yourself the right to it, or name another place (runs_dir, --out)",
+    errno.EMFILE: "allow more open files (ulimit -n 65536), or take fewer engine.workers, "
+    "env.hosts and engine.max_running",
+    errno.ENFILE: "end what else runs on this machine: all of its open files are used",
+    errno.ENOMEM: "take fewer engine.workers, trainer.ranks and env.hosts, or a smaller batch_size",
+    errno.EAGAIN: "allow more processes (ulimit -u), or take fewer engine.workers and env.hosts",
+    errno.ENOENT: "see that it is there, and that nobody removes it under a run",
+    errno.ENOTDIR: "name a folder",
+    errno.EISDIR: "name a file",
+    errno.ENAMETOOLONG: "give it a shorter name",
+    errno.EIO: "see whether the disk is whole",
+}
+
+
+def remedy(message: str) -> str:
+    """What can be done about the machine's error that a message tells of; empty if it does not.
+
+    By its words, which Python's errors, those of libraries and of child processes all repeat.
+    """
+    if "MemoryError" in message:
+        return _REMEDIES[errno.ENOMEM]
+    known = (what for number, what in _REMEDIES.items() if os.strerror(number) in message)
+    return next(known, "")
+
+
 def check_port(host: str, port: int, given: str) -> None:
     """ValueError if nobody can listen there now: found out before models are loaded for minutes.
 

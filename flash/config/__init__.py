@@ -1,6 +1,7 @@
 """The configuration of a run: small frozen models, validated once, before any process starts.
 
 source.py     a preset or YAML file, with the command line's changes
+  yaml_text.py    YAML in which no key comes twice
   mistakes.py     validated; each mistake a line with its remedy
     run.py            Config: RunFields, and what they must agree on
       fields.py           a run's own fields and its sections; each section is beside its part

@@ -12,6 +12,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+import msgspec
+
+from flash.answers import shown
 from flash.errors import AgentFailure, RewardFailure
 from flash.process import log_tail, start_guarded
 from flash.types import Task
@@ -57,10 +60,11 @@ class CommandAgent:
                 )
             line = _last_line(output)
         try:
-            return json.loads(line)
-        except ValueError as error:
+            return msgspec.json.decode(line)
+        except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
             raise RewardFailure(
-                f'the last line of {shlex.join(self._command)} is not {{"reward": …}}: {line!r}'
+                f'the last line of {shlex.join(self._command)} is not {{"reward": …}}: '
+                f"{shown(line)}"
             ) from error
 
     @contextlib.contextmanager

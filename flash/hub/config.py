@@ -6,8 +6,8 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from flash import machine
+from flash.choices import UpdateMode
 from flash.section import Numbers, Section
-from flash.types import UpdateMode
 
 # Of vLLM's arguments: what changes the distribution, or which logprobs are returned.
 _SAMPLING_ARGS = ("logprobs-mode", "generation-config", "override-generation-config")

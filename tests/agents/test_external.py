@@ -315,7 +315,7 @@ def test_an_answer_is_a_number_or_a_mapping_with_one(answer, means):
 @pytest.mark.parametrize(
     "answer",
     [
-        None, True, "1.0", float("nan"), float("inf"), {}, {"reward": None}, {"reward": "1"},
+        None, "1.0", float("nan"), float("inf"), {}, {"reward": None}, {"reward": "1"},
         {"reward": float("nan")}, {"reward": 1.0, "success": 1}, [1.0],
     ],
 )  # fmt: skip

@@ -53,7 +53,10 @@ async def test_a_function_that_hangs_dies_or_raises_costs_its_own_episode_only(
     async with RewardProcesses("my_scoring:score", processes=1, log_dir=tmp_path) as score:
         assert await score(transcript(""), timeout_s=60) == {"reward": 2, "success": True}
         first = await score(transcript("pid"), timeout_s=60)
-        with pytest.raises(RewardFailure, match="raised KeyError: 'no such answer'"):
+        with pytest.raises(
+            RewardFailure,
+            match=r"the reward raised KeyError\('no such answer'\) in .*my_scoring.py",
+        ):
             await score(transcript("raise"), timeout_s=60)
         assert await score(transcript("pid"), timeout_s=60) == first, "an exception kills nobody"
 

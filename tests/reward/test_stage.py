@@ -93,8 +93,8 @@ def share_of(batch, reward):
 
 @pytest.mark.parametrize(
     "broken",
-    [lambda: None, lambda: float("nan"), lambda: True, lambda: {"score": 1}, lambda: 1 / 0],
-    ids=["nothing", "nan", "bool", "no reward", "raises"],
+    [lambda: None, lambda: float("nan"), lambda: "1.0", lambda: {"score": 1}, lambda: 1 / 0],
+    ids=["nothing", "nan", "text", "no reward", "raises"],
 )
 def test_a_reward_that_fails_is_a_failed_episode_and_never_a_reward_of_0(broken):
     calls = Counter()
