@@ -256,6 +256,10 @@ def test_async_generation_ratio_is_another_name_for_alpha():
             "trainer.objective.name=supervised: it imitates every sample, whatever its reward",
         ),
         (
+            {"engine": {"vllm_args": "--api-key sesame"}},
+            "--api-key: command lines and the run's config.yaml are for others to read: leave it",
+        ),
+        (
             {"engine": {"vllm_args": ["--logprobs_mode=raw_logprobs"]}},
             "--logprobs_mode=raw_logprobs changes what is sampled or which logprobs are returned",
         ),

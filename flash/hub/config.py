@@ -11,6 +11,7 @@ from flash.section import Numbers, Secret, Section
 
 # Of vLLM's arguments: what changes the distribution, or which logprobs are returned.
 _SAMPLING_ARGS = ("logprobs-mode", "generation-config", "override-generation-config")
+_KEY_ARGS = ("api-key", "hf-token")
 
 
 class EngineConfig(Section):
@@ -92,6 +93,11 @@ class EngineConfig(Section):
                     f"{word} changes what is sampled or which logprobs are returned, so that every "
                     f"correction for staleness would be wrong: leave it out, and use "
                     f"agent.temperature"
+                )
+            if word.startswith("--") and name in _KEY_ARGS:
+                raise ValueError(
+                    f"--{name}: command lines and the run's config.yaml are for others to read: "
+                    f"leave it out; servers have a key of their own, and find $HF_TOKEN"
                 )
         return value
 
