@@ -15,7 +15,7 @@ from aiohttp import web
 
 from flash.machine import open_file_limit
 
-BODY_TIMEOUT_S = 60.0  # for a client to send the body of its request
+_BODY_TIMEOUT_S = 60.0  # for a client to send the body of its request
 # To send a request's header, and between two requests. OpenAI's clients keep a connection for 5 s.
 _IDLE_TIMEOUT_S = 30.0
 # Many times what comes in one turn of the event loop, of which a connection needs two or three to
@@ -77,7 +77,9 @@ class Listener:
             return
         self._strangers[connection] = None
         if len(self._strangers) > min(_STRANGERS, self._most // 2):
-            next(iter(self._strangers)).force_close()
+            oldest = next(iter(self._strangers))
+            self.left(oldest)  # now, because it is told later, when more may have come
+            oldest.force_close()
 
     def left(self, connection: web.RequestHandler) -> None:
         self._strangers.pop(connection, None)
@@ -98,6 +100,17 @@ class _Connection(web.RequestHandler):
     def connection_lost(self, exc: BaseException | None) -> None:
         self._listener.left(self)
         super().connection_lost(exc)
+
+
+async def read_body(request: web.Request) -> bytes:
+    """HTTPRequestTimeout for a client that takes its time."""
+    try:
+        async with asyncio.timeout(_BODY_TIMEOUT_S):
+            return await request.read()
+    except TimeoutError as error:
+        raise web.HTTPRequestTimeout(
+            reason=f"the body took longer than {_BODY_TIMEOUT_S:g} s"
+        ) from error
 
 
 def local_address(request: web.Request) -> str:

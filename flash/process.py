@@ -29,7 +29,7 @@ from typing import IO, Any, Protocol, get_type_hints
 import msgspec
 
 from flash.errors import EpisodeFailure, ProcessFailure
-from flash.machine import when_there_is_room
+from flash.shortage import when_there_is_room
 
 _LENGTH = struct.Struct("!Q")
 _FD_VARIABLE = "FLASH_CHILD_FD"

@@ -27,7 +27,7 @@ from flash.door.respond import Exchange, Responder, Response
 from flash.door.schema import ApiError, Ignore, parse_chat, parse_text, usage
 from flash.door.session import DoorSession, Generate
 from flash.hub.hub import InferenceHub
-from flash.listener import BODY_TIMEOUT_S, Listener, local_address, page_refusal
+from flash.listener import Listener, local_address, page_refusal, read_body
 from flash.types import Completion, GenerateRequest, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -260,11 +260,7 @@ async def _or_error(response: Awaitable[Response]) -> Response | ApiError:
 
 
 async def _json(request: web.Request) -> Any:
-    try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
-            raw = await request.read()
-    except TimeoutError as error:
-        raise ApiError(408, f"the body took longer than {BODY_TIMEOUT_S:g} s") from error
+    raw = await read_body(request)
     try:
         body = json.loads(raw)
         if b"\\ud" in raw.lower():

@@ -76,7 +76,7 @@ def _factory(
             act = registry.function(settings.run, "agent.run")
         else:
             name = "heldout_agent" if heldout else "agent"
-            act = CommandAgent(settings.run, log_dir=log_dir, name=name)
+            act = CommandAgent(settings.run, log_dir=log_dir, name=name, env=settings.env)
         return lambda: external(door=door, act=act, options=options, **common)
     agent = registry.agent("environment")
     return lambda: agent(

@@ -14,6 +14,7 @@ from flash.hub.pool import ProcessPool
 from flash.hub.vllm_pool import VllmPool
 from flash.hub.worker import Worker
 from flash.machine import Gpu, gpus, has_vllm, how_to_install
+from flash.section import revealed
 from flash.types import Weights
 
 
@@ -130,13 +131,13 @@ def _client(config: Config, number: int, url: str, log_dir: Path) -> HttpWorker:
     """Of a worker that runs already."""
     engine = config.engine
     if engine.transport == "disk":
-        return HttpWorker(url, api_key=engine.api_key)
+        return HttpWorker(url, api_key=revealed(engine.api_key))
     start_sender = nccl_sender(
         number % config.trainer.ranks,
         name=f"sender {number}",
         log_path=log_dir / f"sender_{number}.log",
     )
-    return NcclWorker(url, api_key=engine.api_key, start_sender=start_sender)
+    return NcclWorker(url, api_key=revealed(engine.api_key), start_sender=start_sender)
 
 
 def worker_gpus(ranks: int) -> list[Gpu]:

@@ -6,6 +6,8 @@ save. Between calls a rank does nothing.
 
 import logging
 import shutil
+import os
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -75,6 +77,8 @@ class Rank:
         if cuda:
             torch.cuda.set_device(rank % torch.cuda.device_count())
         self._device = torch.device("cuda", torch.cuda.current_device()) if cuda else "cpu"
+        # All ranks are here: by itself gloo listens where this machine's name leads others, too.
+        os.environ["GLOO_SOCKET_IFNAME"] = _loopback()
         dist.init_process_group(
             "nccl" if cuda else "gloo",
             init_method=f"file://{rendezvous}",
@@ -325,6 +329,11 @@ class Rank:
         torch.set_rng_state(kept["rng"])
         if self._critic is not None:
             self._critic.load(directory / CRITIC_FILE)
+
+
+def _loopback() -> str:
+    """The name of the interface that leads to this machine alone."""
+    return next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
 
 
 def _learning_rate_factor(done: int, config: TrainerConfig) -> float:

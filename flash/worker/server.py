@@ -11,6 +11,7 @@ GET  /health                       200, or 503 when the engine has died
 
 import asyncio
 import hmac
+import json
 import logging
 import os
 import secrets
@@ -24,7 +25,7 @@ from typing import Any
 
 from aiohttp import web
 
-from flash.listener import BODY_TIMEOUT_S, Listener, local_address, page_refusal
+from flash.listener import Listener, local_address, page_refusal, read_body
 from flash.machine import raise_open_file_limit
 from flash.worker.checksum import checksum
 from flash.worker.config import WorkerConfig
@@ -219,12 +220,7 @@ def _generated(request_id: str, result: EngineResult) -> dict[str, Any]:
 
 async def _body(request: web.Request) -> dict[str, Any]:
     try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
-            body = await request.json()
-    except TimeoutError as error:
-        raise web.HTTPRequestTimeout(
-            text=f"the body took longer than {BODY_TIMEOUT_S:g} s"
-        ) from error
+        body = json.loads(await read_body(request))
     except ValueError as error:  # no JSON, or no UTF-8
         raise web.HTTPBadRequest(text=f"the body is not JSON: {error}") from error
     if not isinstance(body, dict):
