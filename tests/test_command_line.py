@@ -57,6 +57,8 @@ def os_error(number: int) -> OSError:
         (TrainerFailure(CHILD.format(said="IoError: No space left on device (os error 28)")), 1,
          "TrainerFailure: trainer rank 0 raised: IoError: No space left on device (os error 28): "
          f"{ROOM}"),
+        (RuntimeError("write failed: No space left on device (os error 28)"), 1,
+         f"RuntimeError: write failed: No space left on device (os error 28): {ROOM}"),
         (RolloutStall("asleep", "nothing moves"), 3, "RolloutStall: nothing moves"),
         (ExceptionGroup("tasks", [ExceptionGroup("of one", [os_error(errno.ENOSPC)])]), 1,
          f"OSError: [Errno 28] No space left on device: 'runs/x/metrics.jsonl': {ROOM}"),
