@@ -60,6 +60,8 @@ def _first_of_a_group() -> Iterator[None]:
     except BaseExceptionGroup as group:
         first: BaseException = group
         while isinstance(first, BaseExceptionGroup):
+            for note in getattr(first, "__notes__", ()):
+                first.exceptions[0].add_note(note)
             first = first.exceptions[0]
         raise first from group
 

@@ -69,6 +69,15 @@ def test_a_failure_ends_in_a_line_with_its_remedy_and_an_exit_code(error, code, 
     assert capsys.readouterr().err == f"flash: {line}\n"
 
 
+def test_what_was_noted_about_a_group_is_told_of_its_cause(capsys):
+    group = ExceptionGroup("tasks", [TrainerFailure("it died")])
+    group.add_note("more in controller.log")
+    assert ended(fails(group)) == 1
+    assert (
+        capsys.readouterr().err == "flash: TrainerFailure: it died\nflash: more in controller.log\n"
+    )
+
+
 def test_ctrl_c_is_quiet(capsys):
     assert ended(fails(KeyboardInterrupt())) == 130
     assert capsys.readouterr().err == ""
