@@ -5,8 +5,8 @@ save. Between calls a rank does nothing.
 """
 
 import logging
-import shutil
 import os
+import shutil
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import replace
