@@ -1,7 +1,7 @@
 """What a checkpoint is made of, and whether one is whole; imports no torch.
 
 model/         a Hugging Face model, with its tokenizer if it has one
-optimizer.pt   optimizer, learning-rate schedule, random numbers
+optimizer.pt   what the optimizer has gathered, its steps so far, random numbers
 critic.pt      of advantages=gae: the critic and its optimizer
 trainer.json   the policy version, and the size of every file; written last
 """

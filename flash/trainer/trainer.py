@@ -282,7 +282,10 @@ class Trainer:
         return Weights(version=self.version, path=path, score=self.score)
 
     async def save_checkpoint(self, directory: Path) -> None:
-        """All it takes to go on: model (Hugging Face format), optimizer, schedule, version."""
+        """All it takes to go on: model (Hugging Face format), optimizer, version.
+
+        A trainer that goes on from it has the settings of its own configuration.
+        """
         await self._save(directory, optimizer=True)
 
     async def save_model(self, directory: Path) -> None:
