@@ -62,8 +62,7 @@ async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any] | None
                 rollouts.use_alpha(run.adaptive_alpha.after_step(run.progress.metrics))
                 await run.evaluations.after(step)
                 tell.step_done(step)
-                if run.saves_after(step):
-                    await run.save()
+                await run.save_after(step)
             await run.evaluations.finish()
             await run.save()
             return await run.progress.summarise(stopped=stop.is_set())
