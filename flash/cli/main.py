@@ -1,7 +1,9 @@
 """The `flash` command: train, eval, simulate, plan, worker."""
 
 import argparse
+import asyncio
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -11,7 +13,7 @@ from typing import Any
 from flash import config as configuration
 from flash import machine
 from flash.cli import help
-from flash.cli.event_loop import run_loop, stop_on_signals
+from flash.cli.event_loop import run_loop
 from flash.cli.words import listed, only, split_words, swept
 from flash.errors import FlashError
 from flash.simulate.hardware import GPUS, on_hardware
@@ -22,6 +24,8 @@ from flash.worker.config import parse as parse_worker
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Exit code 2 for what the user got wrong, 3 for a stall, 1 for other failures."""
+    # Outside of a loop, which has its own answer, there is nothing to close: imports, the end.
+    signal.signal(signal.SIGINT, lambda number, _: os._exit(128 + number))
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
@@ -89,10 +93,8 @@ def _train(arguments: Sequence[str]) -> None:
         machine.check_port("127.0.0.1", port, f"engine.door_port={port}")
     from flash.train import train  # noqa: PLC0415  (help and mistakes must not wait for it)
 
-    async def until_stopped() -> dict[str, Any] | None:
-        return await train(config, stop=stop_on_signals())
-
-    summary = run_loop(until_stopped())
+    stop = asyncio.Event()
+    summary = run_loop(train(config, stop=stop), stop=stop)
     if summary is None:
         print("stopped before the first step: nothing was trained")
         return
