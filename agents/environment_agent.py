@@ -2,13 +2,16 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-from flash.conversation import TokenSequence
+from flash.answers import failing_as, shown
+from flash.conversation import CHARS_A_TOKEN, TokenSequence
 from flash.errors import AgentFailure, EnvFailure, RewardFailure
+from flash.reward.outcome import outcome
 from flash.rollout.episode import Episode
 from flash.types import (
     AsyncEnv,
+    Completion,
     EnvSource,
     Observation,
     PromptStyle,
@@ -17,6 +20,8 @@ from flash.types import (
 )
 
 from .actor import Actor, RewardStage
+
+_CHARS_AT_ONCE = 10_000  # tokenised in the event loop: about 8 ms
 
 _T = TypeVar("_T")
 Reward = Callable[[Sequence[Observation]], Awaitable[float]]
@@ -30,8 +35,9 @@ class EnvironmentAgent(Actor):
         style: turns observations into prompt tokens and sampled tokens into actions.
         max_tokens: of one response.
         max_turns: responses in an episode; None leaves the end to the environment.
-        max_sequence_tokens: an episode whose conversation would grow past it ends there, with the
-            reward it has.
+        max_sequence_tokens: of a conversation. An observation after which no token could be
+            sampled within it is not read: the episode ends before it, with the reward it has. So
+            does one of more than 32 characters for each of these tokens, which is not tokenised.
         samples: what an episode is trained as: the conversation as one sample, or a sample for
             each turn, in which only that turn's response is trained on.
         step_timeout_s, episode_timeout_s: past them the episode fails (env, deadline).
@@ -81,23 +87,12 @@ class EnvironmentAgent(Actor):
     async def _play_in(self, env: AsyncEnv, episode: Episode) -> Trajectory:
         with episode.stage("env"):
             seen = [await self._within_step("reset", env.reset(episode.task))]
-        conversation = TokenSequence(self._style.first(seen[0]))
+        conversation = TokenSequence([])
         turns: list[TokenSequence] = []
-        if len(conversation.token_ids) >= self._max_sequence_tokens:
-            raise AgentFailure(
-                f"the first prompt has {len(conversation.token_ids)} tokens, which leaves no room "
-                f"to answer in max_sequence_tokens={self._max_sequence_tokens}"
-            )
-        while not seen[-1].done and (self._max_turns is None or episode.turns < self._max_turns):
-            room = self._max_sequence_tokens - len(conversation.token_ids)
-            if room <= 0:
-                break
-            sampling = SamplingParams(
-                max_tokens=min(self._max_tokens, room),
-                temperature=self._temperature,
-                stop_token_ids=self._style.stop_token_ids,
-            )
-            completion = await episode.generate(conversation.token_ids, sampling)
+        prompt: Sequence[int] | None = await self._first_prompt(seen[0])
+        while prompt is not None:
+            conversation.add_prompt(prompt)
+            completion = await self._generate(episode, conversation.token_ids)
             if self._a_sample_a_turn:
                 turn = TokenSequence(conversation.token_ids)
                 turn.add_sampled(completion, turn=episode.turns - 1)
@@ -106,8 +101,10 @@ class EnvironmentAgent(Actor):
             with episode.stage("env"):
                 action = self._style.action(completion.token_ids)
                 seen.append(await self._within_step("step", env.step(action)))
-            if not seen[-1].done:
-                conversation.add_prompt(self._style.next(seen[-1], completion.token_ids))
+            prompt = None
+            if not seen[-1].done and episode.turns != self._max_turns:
+                room = self._max_sequence_tokens - len(conversation.token_ids)
+                prompt = await self._next_prompt(seen[-1], completion.token_ids, room)
         with episode.stage("reward"):
             reward = await self._reward_of(seen)
         return Trajectory(
@@ -118,6 +115,53 @@ class EnvironmentAgent(Actor):
             turn_rewards=self._turn_rewards(seen, reward),
             turn_states=[observation.text for observation in seen[: episode.turns]],
         )
+
+    async def _first_prompt(self, observation: Observation) -> list[int]:
+        limit = self._max_sequence_tokens
+        prompt = await self._tokens(observation, self._style.first, observation)
+        if prompt is None:
+            raise EnvFailure(
+                f"reset answered {_chars(observation)} characters, more than {CHARS_A_TOKEN} for "
+                f"each token of max_sequence_tokens={limit}: {shown(observation.text)}"
+            )
+        if len(prompt) >= limit:
+            raise AgentFailure(
+                f"the first prompt has {len(prompt)} tokens, which leaves no room to answer in "
+                f"max_sequence_tokens={limit}"
+            )
+        return prompt
+
+    async def _next_prompt(
+        self, observation: Observation, sampled: Sequence[int], room: int
+    ) -> list[int] | None:
+        """None if it leaves no room to answer: then the episode ends before it."""
+        if room <= 1:
+            return None
+        prompt = await self._tokens(observation, self._style.next, observation, sampled)
+        return prompt if prompt is not None and len(prompt) < room else None
+
+    async def _tokens(
+        self, observation: Observation, tokenise: Callable[..., list[int]], *args: Any
+    ) -> list[int] | None:
+        """None for what is so long that it is not tokenised; what takes long goes to a thread."""
+        chars = _chars(observation)
+        if chars > CHARS_A_TOKEN * self._max_sequence_tokens:
+            return None
+        if chars > _CHARS_AT_ONCE:
+            return await asyncio.to_thread(tokenise, *args)
+        return tokenise(*args)
+
+    async def _generate(self, episode: Episode, token_ids: Sequence[int]) -> Completion:
+        room = self._max_sequence_tokens - len(token_ids)
+        sampling = SamplingParams(
+            max_tokens=min(self._max_tokens, room),
+            temperature=self._temperature,
+            stop_token_ids=self._style.stop_token_ids,
+        )
+        try:
+            return await episode.generate(token_ids, sampling)
+        except ValueError as error:
+            raise AgentFailure(f"no worker takes a request of the episode: {error}") from error
 
     async def _within_step(self, what: str, awaitable: Awaitable[_T]) -> _T:
         try:
@@ -136,13 +180,20 @@ class EnvironmentAgent(Actor):
 
     async def _reward_of(self, seen: Sequence[Observation]) -> float:
         if self._reward is None:
-            return float(sum(observation.reward for observation in seen))
+            return outcome(sum(observation.reward for observation in seen), "the environment")[0]
         try:
             async with asyncio.timeout(self._reward_timeout_s):
-                return float(await self._reward(seen))
+                with failing_as(RewardFailure, "the reward"):
+                    answer = await self._reward(seen)
         except TimeoutError as error:
             raise RewardFailure(
                 f"the reward took longer than reward_timeout_s={self._reward_timeout_s:g}"
             ) from error
-        except Exception as error:  # the boundary to the user's function
-            raise RewardFailure(f"the reward function raised {error!r}") from error
+        return outcome(answer, "the reward")[0]
+
+
+def _chars(observation: Observation) -> int:
+    """Of what prompt styles show."""
+    info = observation.info
+    shown_too = [info.get("goal", ""), *info.get("admissible_commands", ())]
+    return len(observation.text) + sum(map(len, shown_too))

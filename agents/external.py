@@ -8,11 +8,11 @@ What it sampled is what the door recorded, under the same α, deadlines and ledg
 """
 
 import asyncio
-import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
-from flash.errors import AgentFailure, EpisodeFailure, FlashError, first_error
+from flash.answers import failing_as
+from flash.errors import AgentFailure, FlashError, first_error
 from flash.reward.outcome import outcome as stated_outcome
 from flash.rollout.episode import Episode
 from flash.types import Completion, SampledSequence, SamplingParams, Task, Trajectory
@@ -129,24 +129,8 @@ class ExternalAgent(Actor):
 
     async def _run(self, session: Session, task: Task) -> Any:
         task = Task(task.seed, {**self._options, **task.options})
-        try:
+        with failing_as(AgentFailure, "the agent"):
             return await self._act(base_url=session.base_url, api_key=session.api_key, task=task)
-        except EpisodeFailure:
-            raise
-        except (Exception, SystemExit) as error:  # the boundary to the agent's code
-            raise AgentFailure(f"the agent raised {error!r} {_where(error)}") from error
-        except asyncio.CancelledError as error:
-            life = asyncio.current_task()
-            if life is None or life.cancelling():
-                raise
-            raise AgentFailure("the agent cancelled itself") from error
-
-
-def _where(error: BaseException) -> str:
-    """The last line of the agent's own file that the error passed."""
-    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first one is ours
-    own = [frame for frame in frames if frame.filename == frames[0].filename]
-    return f"in {own[-1].filename}, line {own[-1].lineno}" if own else "before it began"
 
 
 async def _raise_first(causes: "asyncio.Queue[FlashError]") -> NoReturn:

@@ -40,8 +40,7 @@ class PlainStyle:
             action_start = ACTION_TOKEN if known else "\n> "
         self._action_start = self._encode(action_start)
         self._repeat_goal = repeat_goal
-        self._goal = ""
-        self._goal_tokens: list[int] = []
+        self._goal: tuple[str, list[int]] = ("", [])  # replaced whole: threads may come here
 
     def first(self, observation: Observation) -> list[int]:
         return self._prompt(observation)
@@ -68,9 +67,11 @@ class PlainStyle:
         return self._encode(text) + self._encode_goal(goal) + self._action_start
 
     def _encode_goal(self, goal: str) -> list[int]:
-        if goal != self._goal:
-            self._goal, self._goal_tokens = goal, self._encode(goal)
-        return self._goal_tokens
+        known, tokens = self._goal
+        if goal != known:
+            tokens = self._encode(goal)
+            self._goal = goal, tokens
+        return tokens
 
     def _encode(self, text: str) -> list[int]:
         tokens: list[int] = self._tokenizer.encode(text, add_special_tokens=False)

@@ -5,8 +5,10 @@ model's own chat template; of each later turn it tokenises only what the templat
 assistant's words.
 """
 
+import inspect
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,11 @@ import numpy as np
 from flash.types import Completion, SampledSequence
 
 Message = Mapping[str, Any]
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+# What has more for each token of its room is not tokenised, which takes 1 s for a million: of
+# texts that are worth reading a token has fewer than 10.
+CHARS_A_TOKEN = 32
 
 
 class TokenSequence:
@@ -49,14 +56,15 @@ class TokenSequence:
         self._turn += 1
 
     def snapshot(self) -> SampledSequence:
-        """All of it so far, as arrays."""
+        """As arrays, up to the last sampled token: what was read after it trains nothing."""
+        end = max((at + 1 for at, sampled in enumerate(self._mask) if sampled), default=0)
         return SampledSequence(
-            token_ids=np.array(self.token_ids, dtype=np.int64),
-            loss_mask=np.array(self._mask, dtype=np.float32),
-            logprobs=np.array(self._logprobs, dtype=np.float32),
-            versions=np.array(self._versions, dtype=np.int64),
-            temperatures=np.array(self._temperatures, dtype=np.float32),
-            turns=np.array(self._turns, dtype=np.int64),
+            token_ids=np.array(self.token_ids[:end], dtype=np.int64),
+            loss_mask=np.array(self._mask[:end], dtype=np.float32),
+            logprobs=np.array(self._logprobs[:end], dtype=np.float32),
+            versions=np.array(self._versions[:end], dtype=np.int64),
+            temperatures=np.array(self._temperatures[:end], dtype=np.float32),
+            turns=np.array(self._turns[:end], dtype=np.int64),
         )
 
 
@@ -84,9 +92,17 @@ class ChatTemplate:
         stops = [*end_of_turn, tokenizer.eos_token_id]
         self.stop_token_ids = tuple(dict.fromkeys(t for t in stops if t in self._special))
 
-    def prompt(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:
-        """Tokens of the whole conversation, up to the start of the assistant's next words."""
-        return self._encode(self.render(messages, tools))
+    @property
+    def arguments(self) -> Set[str]:
+        """What a template is rendered with otherwise than as its variables."""
+        return inspect.signature(self._tokenizer.apply_chat_template).parameters.keys()
+
+    def prompt(self, messages: Sequence[Message], shown: Mapping[str, Any] = _NOTHING) -> list[int]:
+        """Tokens of the whole conversation, up to the start of the assistant's next words.
+
+        `shown` are `tools`, and more variables of the template.
+        """
+        return self._encode(self.render(messages, shown))
 
     def between(
         self,
@@ -95,7 +111,7 @@ class ChatTemplate:
         after: Sequence[Message],
         *,
         sampled: Sequence[int],
-        tools: Sequence[Any] = (),
+        shown: Mapping[str, Any] = _NOTHING,
     ) -> list[int] | None:
         """Tokens from the end of `sampled`, which said `said`, to the start of the next words.
 
@@ -107,26 +123,25 @@ class ChatTemplate:
             marked["tool_calls"] = [*calls[:-1], {**calls[-1], "function": function}]
         else:
             marked["content"] = self._sentinel
-        _, shown, rest = self.render([*before, marked, *after], tools).rpartition(self._sentinel)
-        if calls and shown:
+        _, found, rest = self.render([*before, marked, *after], shown).rpartition(self._sentinel)
+        if calls and found:
             # What follows is the syntax of the call, which was sampled, up to the stop token.
             ended = bool(sampled) and sampled[-1] in self._special
             end = self._tokenizer.decode([sampled[-1]]) if ended else self._sentinel
-            _, shown, rest = rest.partition(end)
-        if not shown:
+            _, found, rest = rest.partition(end)
+        if not found:
             return None
         token_ids = self._encode(rest)
         if sampled and token_ids and not calls and sampled[-1] == token_ids[0]:
             return token_ids[1:]  # the model has ended its turn itself
         return token_ids
 
-    def render(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> str:
+    def render(self, messages: Sequence[Message], shown: Mapping[str, Any] = _NOTHING) -> str:
         """The conversation as the template writes it, up to the start of the next words."""
         try:
             rendered: str = self._tokenizer.apply_chat_template(
-                list(messages), tools=list(tools) or None, tokenize=False,
-                add_generation_prompt=True,
-            )  # fmt: skip
+                list(messages), tokenize=False, add_generation_prompt=True, **shown
+            )
         except Exception as error:  # the boundary to the template, which is the model's own code
             raise ValueError(f"the model's chat template refuses the messages: {error}") from error
         return rendered

@@ -1,15 +1,67 @@
 """What this machine has, found out without importing torch."""
 
+import asyncio
 import errno
 import importlib.util
+import logging
 import os
+import resource
 import socket
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
+
+logger = logging.getLogger(__name__)
 
 
 def has_vllm() -> bool:
     """Whether some build of vLLM is installed."""
     return importlib.util.find_spec("vllm") is not None
+
+
+_OPEN_FILES = 65_536  # no more is of use; some programs walk through all numbers of files
+
+
+def raise_open_file_limit() -> None:
+    """As many files as this process may allow itself: each connection is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def open_file_limit() -> int:
+    """How many files this process may have open."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _OPEN_FILES if soft == resource.RLIM_INFINITY else soft
+
+
+# All of this machine are taken: sockets, files, processes, memory.
+_SCARCE = {
+    errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.EADDRNOTAVAIL, errno.EAGAIN, errno.ENOMEM,
+}  # fmt: skip
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.05, 2.0
+T = TypeVar("T")
+
+
+async def when_there_is_room(attempt: Callable[[], Awaitable[T]]) -> T:
+    """What `attempt` gives, which is tried again as long as this machine lacks what it needs.
+
+    It is nobody's failure but the machine's, and passes when something else ends. How long is
+    waited is the caller's to bound.
+    """
+    wait_s = _FIRST_WAIT_S
+    while True:
+        try:
+            return await attempt()
+        except OSError as error:
+            if error.errno not in _SCARCE:
+                raise
+            logger.warning("this machine is short of something, which is waited for: %s", error)
+        await asyncio.sleep(wait_s)
+        wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
 
 
 Gpu = int | str
@@ -31,6 +83,77 @@ def gpus(dev: Path = Path("/dev")) -> list[Gpu]:
     ]
 
 
+_REMEDIES = {
+    errno.ENOSPC: "make room on that disk, or write elsewhere (runs_dir, --out, $TMPDIR)",
+    errno.EDQUOT: "make room in your quota, or write elsewhere (runs_dir, --out, $TMPDIR)",
+    errno.EROFS: "name a place that can be written to (runs_dir, --out, $TMPDIR)",
+    errno.EACCES: "give yourself the right to it, or name another place (runs_dir, --out)",
+    errno.EPERM: "give yourself the right to it, or name another place (runs_dir, --out)",
+    errno.EMFILE: "allow more open files (ulimit -n 65536), or take fewer engine.workers, "
+    "env.hosts and engine.max_running",
+    errno.ENFILE: "end what else runs on this machine: all of its open files are used",
+    errno.ENOMEM: "take fewer engine.workers, trainer.ranks and env.hosts, or a smaller batch_size",
+    errno.EAGAIN: "allow more processes (ulimit -u), or take fewer engine.workers and env.hosts",
+    errno.ENOENT: "see that it is there, and that nobody removes it under a run",
+    errno.ENOTDIR: "name a folder",
+    errno.EISDIR: "name a file",
+    errno.ENAMETOOLONG: "give it a shorter name",
+    errno.EIO: "see whether the disk is whole",
+}
+
+
+def remedy(message: str) -> str:
+    """What can be done about the machine's error that a message tells of; empty if it does not.
+
+    By its words, which Python's errors, those of libraries and of child processes all repeat.
+    """
+    if "MemoryError" in message:
+        return _REMEDIES[errno.ENOMEM]
+    known = (what for number, what in _REMEDIES.items() if os.strerror(number) in message)
+    return next(known, "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capacity:
+    """How much a process may have of a machine."""
+
+    cores: int
+    memory_bytes: int
+    gpus: Sequence[Gpu]
+    open_files: int
+
+    def __str__(self) -> str:
+        gpus = f"{len(self.gpus) or 'no'} GPU{'' if len(self.gpus) == 1 else 's'}"
+        return (
+            f"this machine ({self.cores} cores, {self.memory_bytes / 1e9:.1f} GB of memory, {gpus})"
+        )
+
+
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+def capacity(limit: Path = _CGROUP_LIMIT) -> Capacity:
+    """Of this machine, or of its container, whose memory the file `limit` tells."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if limit.is_file() and (allowed := limit.read_text().strip()).isdigit():
+        memory = min(memory, int(allowed))
+    on_linux = hasattr(os, "sched_getaffinity")
+    _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return Capacity(
+        cores=len(os.sched_getaffinity(0)) if on_linux else os.cpu_count() or 1,
+        memory_bytes=memory,
+        gpus=gpus(),
+        open_files=sys.maxsize if files == resource.RLIM_INFINITY else files,
+    )
+
+
+def how_to_install(what: str, clone: Path = Path(__file__).parents[1]) -> str:
+    """The command that adds `vllm`, or else an extra of ours: a clone has a Makefile for it."""
+    if (clone / "Makefile").is_file():
+        return "`make setup-vllm`" if what == "vllm" else "`make setup`"
+    return "`pip install vllm`" if what == "vllm" else f"`pip install 'flash-rl[{what}]'`"
+
+
 def check_port(host: str, port: int, given: str) -> None:
     """ValueError if nobody can listen there now: found out before models are loaded for minutes.
 
@@ -44,7 +167,10 @@ def check_port(host: str, port: int, given: str) -> None:
             probe.bind((host, port))
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
-                raise ValueError(f"{given} on {host}: {error.strerror}") from error
+                raise ValueError(
+                    f"{given} on {host}: {error.strerror}: choose an address of this machine, and "
+                    f"a port that you may use"
+                ) from error
             raise ValueError(
                 f"{given} is in use on {host}: choose another, or 0 for a free one"
             ) from error

@@ -1,9 +1,11 @@
 """Child processes of ours that answer calls: environment hosts and trainer ranks.
 
 The parent starts `python -m module` with one end of a socket pair and awaits `call(method, …)`;
-the child runs `serve(handler)`, which answers calls one at a time, in order. Messages are pickles
-with a length in front: both ends are ours, and nobody else holds the socket. A child ends when
-its parent does, because the socket closes, and on Linux at once, by the kernel's signal.
+the child runs `serve(handler)`, which answers calls one at a time, in order. Messages have their
+length in front. Calls are pickles: what we send is ours. So are the answers of children that run
+our code alone (`Pickles`); of those that run a user's, answers are msgpack of declared types
+(`Declared`), because to read a pickle is to run what it says. A child runs under a guard
+(`flash/guard.py`), which ends it with all that it started when its parent ends or kills it.
 """
 
 import asyncio
@@ -20,17 +22,103 @@ import socket
 import struct
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Protocol, get_type_hints
 
-from flash.errors import ProcessFailure
+import msgspec
+
+from flash.errors import EpisodeFailure, ProcessFailure
+from flash.machine import when_there_is_room
 
 _LENGTH = struct.Struct("!Q")
 _FD_VARIABLE = "FLASH_CHILD_FD"
 PARENT_PID_VARIABLE = "FLASH_PARENT_PID"  # for die_with_parent
 _LOG_TAIL_BYTES = 4000
+_GUARD = Path(__file__).with_name("guard.py")
+_ERROR_CHARS = 100_000
 _ERROR = re.compile(r"\b[A-Z]\w*(Error|Exception): .+")
+
+
+class Answers(Protocol):
+    """How a child's answers are read. None is longer than `max_bytes`."""
+
+    max_bytes: int
+
+    def read(self, answer: bytes, methods: Mapping[int, str]) -> tuple[int, bool, Any]:
+        """Which call it answers, whether that went well, and its result or its error's text.
+
+        `methods` are those of the calls without an answer. Raises for what is none.
+        """
+        ...
+
+
+class Pickles:
+    """Answers of children that run our code alone."""
+
+    max_bytes = 1 << 62
+
+    def read(self, answer: bytes, methods: Mapping[int, str]) -> tuple[int, bool, Any]:
+        call_id, ok, value = pickle.loads(answer)
+        return call_id, ok, value
+
+
+class Declared:
+    """Answers of children that run a user's code: plain data, as the methods declare it.
+
+    Args:
+        handler: the class that answers there, with `serve(…, write=written)`.
+    """
+
+    max_bytes = 32 << 20
+
+    def __init__(self, handler: type) -> None:
+        self._handler = handler
+
+    def read(self, answer: bytes, methods: Mapping[int, str]) -> tuple[int, bool, Any]:
+        call_id, ok, value = msgspec.msgpack.decode(answer, type=tuple[int, bool, msgspec.Raw])
+        hints = get_type_hints(getattr(self._handler, methods[call_id]))
+        return call_id, ok, msgspec.msgpack.decode(value, type=hints["return"] if ok else str)
+
+
+async def start_guarded(
+    *command: str,
+    stdout: IO[bytes],
+    stderr: IO[bytes],
+    env: Mapping[str, str],
+    pass_fds: Sequence[int] = (),
+) -> tuple[asyncio.subprocess.Process, int]:
+    """Starts a command under a guard: the guard's process, and the lifeline.
+
+    When the lifeline is closed, or its holder dies, the command ends with everything that it
+    started; when the command ends, so does what it left behind. Then the guard ends, with the
+    command's exit code as a shell tells it.
+    """
+
+    async def start() -> tuple[asyncio.subprocess.Process, int]:
+        reading, lifeline = os.pipe()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-IS",
+                str(_GUARD),
+                str(reading),
+                *command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                pass_fds=[reading, *pass_fds],
+                env=env,
+                start_new_session=True,
+            )
+        except BaseException:
+            os.close(lifeline)
+            raise
+        finally:
+            os.close(reading)
+        return process, lifeline
+
+    return await when_there_is_room(start)
 
 
 class Child:
@@ -40,16 +128,21 @@ class Child:
         self,
         name: str,
         process: asyncio.subprocess.Process,
+        lifeline: int,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         log_path: Path,
+        answers: Answers,
     ) -> None:
         self.name = name
         self.log_path = log_path
         self._process = process
+        self._lifeline: int | None = lifeline
         self._reader = reader
         self._writer = writer
+        self._answers = answers
         self._ids = itertools.count()
+        self._unanswered: dict[int, str] = {}
         self._waiting: dict[int, asyncio.Future[Any]] = {}
         self._dead: ProcessFailure | None = None
         self._receiver = asyncio.create_task(self._receive(), name=f"receive from {name}")
@@ -62,33 +155,31 @@ class Child:
         name: str,
         log_path: Path,
         env: Mapping[str, str] | None = None,
+        answers: Answers | None = None,
     ) -> "Child":
-        """Start `python -m module *args`; its output goes to `log_path`."""
+        """Start `python -m module *args`; its output goes to `log_path`.
+
+        `answers` says how they are read; by default they are pickles.
+        """
         ours, theirs = socket.socketpair()
         log_path.parent.mkdir(parents=True, exist_ok=True)
         with theirs, log_path.open("ab") as log:
-            process = await asyncio.create_subprocess_exec(
+            process, lifeline = await start_guarded(
                 sys.executable,
                 "-m",
                 module,
                 *args,
-                stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 pass_fds=[theirs.fileno()],
-                env={
-                    **os.environ,
-                    **(env or {}),
-                    _FD_VARIABLE: str(theirs.fileno()),
-                    PARENT_PID_VARIABLE: str(os.getpid()),
-                },
-                start_new_session=True,
+                env={**os.environ, **(env or {}), _FD_VARIABLE: str(theirs.fileno())},
             )
         reader, writer = await asyncio.open_unix_connection(sock=ours)
-        return cls(name, process, reader, writer, log_path)
+        return cls(name, process, lifeline, reader, writer, log_path, answers or Pickles())
 
     @property
     def pid(self) -> int:
+        """Of its guard."""
         return self._process.pid
 
     @property
@@ -107,7 +198,8 @@ class Child:
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._waiting[call_id] = answer
         try:
-            payload = _pickled((call_id, method, args))
+            payload = pickled((call_id, method, args))
+            self._unanswered[call_id] = method
             self._writer.write(_LENGTH.pack(len(payload)) + payload)
             async with asyncio.timeout(timeout_s):
                 return await answer
@@ -132,8 +224,14 @@ class Child:
 
     def kill(self) -> None:
         """SIGKILL to the child and all that it started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        if self._lifeline is not None:
+            os.close(self._lifeline)
+            self._lifeline = None
+
+    async def _read(self, length: int) -> tuple[int, bool, Any]:
+        if length > self._answers.max_bytes:
+            raise ValueError(f"an answer of {length} bytes, more than {self._answers.max_bytes}")
+        return self._answers.read(await self._reader.readexactly(length), self._unanswered)
 
     async def _receive(self) -> None:
         unreadable = ""
@@ -141,10 +239,12 @@ class Child:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             while True:
                 (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
-                payload = await self._reader.readexactly(length)
                 try:
-                    call_id, ok, value = pickle.loads(payload)
-                except Exception:  # the boundary: unpickling can raise anything
+                    call_id, ok, value = await self._read(length)
+                    del self._unanswered[call_id]
+                except (asyncio.IncompleteReadError, ConnectionError):
+                    raise
+                except Exception:  # the boundary: reading a pickle can raise anything
                     # Whose answer it was is not known, so nobody may go on waiting for one.
                     unreadable = f"\nIts last answer can't be read here:\n{traceback.format_exc()}"
                     self.kill()
@@ -163,6 +263,7 @@ class Child:
         except TimeoutError:
             self.kill()
             code = await self._process.wait()
+        self.kill()  # closes the lifeline
         self._writer.close()
         self._dead = ProcessFailure(
             f"{self.name} (pid {self.pid}) ended with exit code {code}. "
@@ -226,9 +327,22 @@ def lasting() -> Iterator[None]:
         gc.enable()
 
 
-def serve(handler: object) -> None:
-    """In the child: answer the parent's calls on `handler` until the parent closes the socket."""
-    die_with_parent()
+def pickled(message: object) -> bytes:
+    """As `Pickles` reads it."""
+    return pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+
+
+def written(message: object) -> bytes:
+    """As `Declared` reads it."""
+    return msgspec.msgpack.encode(message)
+
+
+def serve(handler: object, write: Callable[[object], bytes] = pickled) -> None:
+    """In the child: answer the parent's calls on `handler` until the parent closes the socket.
+
+    What a method raises, `sys.exit` too, is its answer. Of what ends an episode the message alone
+    is told; of others the traceback.
+    """
     # Ctrl-C goes to the parent, which ends its children in order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with socket.socket(fileno=int(os.environ[_FD_VARIABLE])) as connection:
@@ -237,11 +351,14 @@ def serve(handler: object) -> None:
             (length,) = _LENGTH.unpack(header)
             call_id, method, args = pickle.loads(stream.read(length))
             try:
-                payload = _pickled((call_id, True, getattr(handler, method)(*args)))
-            except Exception:  # the boundary: the parent gets the traceback
-                payload = _pickled((call_id, False, traceback.format_exc()))
+                payload = write((call_id, True, getattr(handler, method)(*args)))
+            except EpisodeFailure as error:
+                payload = write((call_id, False, _readable(str(error))))
+            except BaseException:  # the boundary: the parent gets the traceback
+                payload = write((call_id, False, _readable(traceback.format_exc())))
             connection.sendall(_LENGTH.pack(len(payload)) + payload)
 
 
-def _pickled(message: object) -> bytes:
-    return pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+def _readable(error: str) -> str:
+    """What can be sent whatever was raised; of a text that is too long the end tells most."""
+    return error[-_ERROR_CHARS:].encode(errors="replace").decode()

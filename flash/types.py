@@ -11,8 +11,9 @@ from typing import Any, Literal, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from flash.choices import UpdateMode as UpdateMode  # noqa: PLC0414  (it is a name of this module)
+
 Outcome = Literal["trained", "dropped", "failed", "cancelled"]
-UpdateMode = Literal["keep", "abort", "wait"]
 FinishReason = Literal["stop", "length", "abort"]
 
 
@@ -92,7 +93,8 @@ class Observation:
     """What the agent sees after a reset or a step.
 
     `info` is the environment's: `goal` (str), `admissible_commands` (list of str) and `success`
-    (bool, at the end) are understood by the prompt styles and the metrics.
+    (bool, at the end) are understood by the prompt styles and the metrics. Of an environment's
+    other entries those that are plain data are kept.
     """
 
     text: str
@@ -153,7 +155,7 @@ class PromptStyle(Protocol):
     """Turns observations into prompt tokens and sampled tokens into actions.
 
     The conversation only grows: each call returns the tokens to append, so sampled tokens are
-    never tokenised again.
+    never tokenised again. Of a long observation `first` and `next` are called in a thread.
     """
 
     stop_token_ids: tuple[int, ...]

@@ -13,7 +13,7 @@ from flash.process import PARENT_PID_VARIABLE, Child, log_report
 from tests.processes import Watch
 
 HANDLER = """
-import os, sys, time
+import os, subprocess, sys, time
 from flash.process import serve
 
 class Only:  # exists in the child's __main__ alone
@@ -29,12 +29,18 @@ class Handler:
     def sleep(self, seconds):
         time.sleep(seconds)
 
+    def leave(self):
+        sys.exit("by the back door")
+
     def exit(self):
         print("last words", flush=True)
         os._exit(7)
 
     def pid(self):
         return os.getpid()
+
+    def detach(self):
+        return subprocess.Popen(["sleep", "1000"], start_new_session=True).pid
 
     def order(self, number):
         self.seen = getattr(self, "seen", []) + [number]
@@ -103,7 +109,7 @@ async def test_a_killed_child_fails_its_calls(start):
     call = asyncio.ensure_future(child.call("sleep", 3600))
     await asyncio.sleep(0)
     child.kill()
-    with pytest.raises(ProcessFailure, match="exit code -9"):
+    with pytest.raises(ProcessFailure, match=f"exit code {128 + signal.SIGKILL}"):
         await call
     await child.stop()
     child.kill()  # again, and it is gone: nothing happens
@@ -113,6 +119,14 @@ async def test_an_error_in_the_child_comes_with_its_traceback_and_the_child_live
     child = await start()
     with pytest.raises(ProcessFailure, match="the child raised:(?s:.)*a bug in the child"):
         await child.call("fail")
+    assert await child.call("add", 1, 1) == 2
+    await child.stop()
+
+
+async def test_a_child_whose_code_calls_sys_exit_says_so_and_lives_on(start):
+    child = await start()
+    with pytest.raises(ProcessFailure, match="raised:(?s:.)*SystemExit: by the back door"):
+        await child.call("leave")
     assert await child.call("add", 1, 1) == 2
     await child.stop()
 
@@ -150,7 +164,21 @@ async def test_stop_kills_a_child_that_does_not_end(start):
         os.kill(pid, 0)
 
 
-def test_a_child_dies_with_its_parent(tmp_path):
+@pytest.mark.parametrize("how", ["kill", "stop", "exit"])
+async def test_what_a_child_started_in_a_session_of_its_own_ends_with_it(start, how):
+    child = await start()
+    detached = Watch([await child.call("detach")])
+    if how == "kill":
+        child.kill()
+    elif how == "exit":
+        with pytest.raises(ProcessFailure):
+            await child.call("exit")
+    await child.stop()
+    assert not detached.left()
+
+
+def killed_parent(tmp_path, then: str) -> None:
+    """A process that starts a child and does something with it, until it is killed."""
     (tmp_path / "handler_of_test.py").write_text(HANDLER)
     parent = f"""
 import asyncio
@@ -159,8 +187,7 @@ from flash.process import Child
 
 async def main():
     child = await Child.start("handler_of_test", name="c", log_path=Path({str(tmp_path)!r}) / "l")
-    print(await child.call("pid"), flush=True)
-    await child.call("sleep", 3600)
+    {then}
 
 asyncio.run(main())
 """
@@ -170,11 +197,29 @@ asyncio.run(main())
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )
     assert process.stdout is not None
-    child = Watch([int(process.stdout.readline())])
+    children = Watch(map(int, process.stdout.readline().split()))
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    assert not child.left()
+    assert not children.left()
+
+
+def test_a_child_dies_with_its_parent_and_all_that_it_started_does(tmp_path):
+    say = 'print(await child.call("pid"), await child.call("detach"), flush=True)'
+    killed_parent(tmp_path, f'{say}; await child.call("sleep", 3600)')
+
+
+def test_a_child_that_is_still_importing_dies_with_its_parent(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "flash_imports_of_test.py").write_text(
+        f"import os\nopen({str(tmp_path / 'fifo')!r}, 'w').write(str(os.getpid()))\n"
+        "while True: pass  # an import that takes for ever, and heeds nobody\n"
+    )
+    start = (
+        'child = await Child.start("flash_imports_of_test", name="i", log_path=Path("/dev/null"))'
+    )
+    say = f"print(open({str(tmp_path / 'fifo')!r}).read(), flush=True)"
+    killed_parent(tmp_path, f"{start}; {say}; await child.wait_dead()")
 
 
 def test_a_child_whose_parent_died_before_it_looked_ends_itself():

@@ -9,12 +9,15 @@ import sys
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
+from flash.machine import raise_open_file_limit
+
 _T = TypeVar("_T")
 _GARBAGE_EVERY_S = 300.0
 
 
 def run_loop(main: Coroutine[Any, Any, _T], *, stop: asyncio.Event | None = None) -> _T:
-    """Runs a coroutine as the commands do: on uvloop, with garbage collected by the clock.
+    """Runs a coroutine as the commands do: on uvloop, with garbage collected by the clock, and with
+    as many files as may be.
 
     The first SIGINT or SIGTERM sets `stop`, if there is one; the next one cancels the coroutine,
     which raises SystemExit with the usual code; one more ends the process at once.
@@ -32,6 +35,7 @@ def run_loop(main: Coroutine[Any, Any, _T], *, stop: asyncio.Event | None = None
         with signals.answered(*([_asking(stop)] if stop else []), _cancelling()):
             return await main
 
+    raise_open_file_limit()
     gc.disable()
     try:
         return uvloop.run(collecting())

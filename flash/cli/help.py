@@ -2,6 +2,7 @@
 
 import textwrap
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -9,6 +10,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from flash import config as configuration
+from flash.command_line import nearest
 from flash.simulate.distributions import Distribution
 from flash.simulate.hardware import GPUS
 from flash.simulate.scenario import NOT_SIMULATED, Scenario
@@ -16,9 +18,7 @@ from flash.simulate.scenario import NOT_SIMULATED, Scenario
 _WIDTH = 100
 _INDENT = 38
 
-TRAIN = """\
-Train a policy by asynchronous reinforcement learning.
-
+_TRAIN = """\
   flash train alfworld                         the preset as it is
   flash train frozen_lake --steps 4 --alpha 1 --name try
   flash train frozen_lake --steps 60 --name try --resume
@@ -29,17 +29,13 @@ Train a policy by asynchronous reinforcement learning.
 
 Results are in runs/<name>/. Ctrl-C ends the run after its step, with a checkpoint.
 """
-EVAL = """\
-Measure a run, or one checkpoint of it, on held-out tasks.
-
+_EVAL = """\
   flash eval runs/alfworld
   flash eval runs/alfworld/checkpoints/step_000010 --eval.tasks 256
 
 The run's own configuration says how; fields given here change it.
 """
-SIMULATE = """\
-Simulate a run on a cluster: the engine's own hub, loop and agents in virtual time.
-
+_SIMULATE = """\
   flash simulate scenario.yaml
   flash simulate scenario.yaml --alpha 2 --workers.count 24 --timeline
   flash simulate scenario.yaml --sweep alpha=0,0.5,1,2,4 --sweep trainer.gpus=16,32 --seeds 3
@@ -52,9 +48,7 @@ Simulate a run on a cluster: the engine's own hub, loop and agents in virtual ti
   --timeline              write a trace of the first one for https://ui.perfetto.dev
   --out DIR               where the files go [runs/simulations/NAME]
 """
-PLAN = """\
-Search how to split GPUs between workers and trainer, and the alpha to allow, by simulating.
-
+_PLAN = """\
   flash plan scenario.yaml --gpus 128
   flash plan scenario.yaml --gpus 64 --gpu h100 --model 8e9
   flash plan --calibrate runs/alfworld --gpus 8
@@ -65,16 +59,46 @@ Search how to split GPUs between workers and trainer, and the alpha to allow, by
   --alphas A,B,…          to choose from [0,1,2,4]
   --calibrate RUN         in place of a file: fit the scenario to a run
   --out DIR               where the files go [runs/plans/NAME]
-""".replace("GPU_NAMES", ", ".join(GPUS))
-WORKER = "Serve one embedded inference worker."
+"""
+_USAGE = {
+    "train": ("[PRESET|FILE.yaml] [--field.sub value …]", _TRAIN),
+    "eval": ("RUN|CHECKPOINT [--field.sub value …]", _EVAL),
+    "simulate": ("FILE.yaml [--field.sub value …]", _SIMULATE),
+    "plan": ("FILE.yaml --gpus N [--field.sub value …]", _PLAN),
+}
 
 
-def fields_help(model: type[BaseModel]) -> str:
-    """Every field with its type, what it is for, and its default; from the models."""
+def of(command: str, about: str, words: Sequence[str]) -> str:
+    """What a command takes; with a section's name, the fields of that section alone."""
+    model = configuration.Config if command in ("train", "eval") else Scenario
+    if words:
+        return _section_help(model, words[0].removeprefix("--"))
+    usage, text = _USAGE[command]
+    text = text.replace("GPU_NAMES", ", ".join(GPUS))
+    return f"usage: flash {command} {usage}\n\n{about}\n\n{text}\n{fields_help(model)}"
+
+
+def _section_help(model: type[BaseModel], section: str) -> str:
+    """ValueError for a section that there is not."""
+    known = [name for name, _ in configuration.fields(model)]
+    if section not in known:
+        sections = dict.fromkeys(name.partition(".")[0] for name in known if "." in name)
+        hint = nearest(section, known, f"there are {', '.join(sections)}")
+        raise ValueError(f"--help {section!r} is no section: {hint}")
+    return fields_help(model, section)
+
+
+def fields_help(model: type[BaseModel], section: str = "") -> str:
+    """Every field with its type, what it is for, and its default; those of one section, if named.
+
+    All of it comes from the models.
+    """
     lines = ["fields (nested in a YAML file, dotted here; defaults in brackets):"]
     inside: tuple[str, ...] = ()  # of fields that are shown as one
     refused = tuple(f"rollout.{name}" for name in NOT_SIMULATED) if model is Scenario else ()
     for name, info in configuration.fields(model):
+        if section and not f"{name}.".startswith(f"{section}."):
+            continue
         kind = info.annotation
         if name.startswith(inside + refused):
             continue
@@ -98,7 +122,7 @@ def fields_help(model: type[BaseModel]) -> str:
     if inside:
         lines += ["", "  what varies is a number, or a mapping of:"]
         lines += [f"    {n:10}{i.description}" for n, i in Distribution.model_fields.items()]
-    else:
+    elif not section:
         lines += ["", "presets: " + ", ".join(sorted(configuration.presets()))]
     return "\n".join(lines)
 

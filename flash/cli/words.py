@@ -1,20 +1,24 @@
 """Words of the command line: plain ones, fields with their values, lists of values."""
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any
 
-import yaml
 from pydantic import BaseModel
 
 from flash import config as configuration
+from flash.config.yaml_text import plain_values
 
 
 def split_words(
-    arguments: Sequence[str], model: type[BaseModel] = configuration.Config
+    arguments: Sequence[str],
+    model: type[BaseModel] = configuration.Config,
+    options: Sequence[str] = (),
 ) -> tuple[list[str], dict[str, Any]]:
     """The plain words, and the fields: `--field.sub value`, `--field.sub=value`, `--switch`.
 
-    Values are YAML, except where the field is a text.
+    Values are YAML, except where the field is a text. `options` are the command's own, which are
+    known already: what is like one of them, and like no field, was meant as one.
     """
     kinds = {name: info.annotation for name, info in configuration.fields(model)}
     plain: list[str] = []
@@ -28,6 +32,8 @@ def split_words(
         name, given, value = word[2:].partition("=")
         name = name.replace("-", "_")
         name = "checkpoint.resume" if name == "resume" else name
+        if near := "." not in name and name not in kinds and get_close_matches(word, options, n=1):
+            raise ValueError(f"{word} is unknown: did you mean {near[0]}?")
         if not given:
             if kinds.get(name) is bool and (not words or words[0].lower() not in _SWITCH):
                 value = "true"
@@ -36,19 +42,14 @@ def split_words(
                 raise ValueError(f"--{name} has no value: write --{name} VALUE{dashes}")
             else:
                 value = words.pop(0)
-        fields[name] = value if kinds.get(name) is str else _yaml(name, value)
+        if name in fields:
+            raise ValueError(f"--{name} is given twice: give it once")
+        is_text = kinds.get(name) is str
+        fields[name] = value if is_text else plain_values(value, f"--{name} {value!r}")
     return plain, fields
 
 
 _SWITCH = ("true", "false", "yes", "no", "on", "off")
-
-
-def _yaml(name: str, value: str) -> Any:
-    try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        why = getattr(error, "problem", None) or str(error)
-        raise ValueError(f"--{name} {value!r} is not a YAML value: {why}") from error
 
 
 def only(words: Sequence[str], what: str) -> str | None:
@@ -69,5 +70,5 @@ def swept(text: str) -> tuple[str, list[Any]]:
 
 
 def listed(option: str, values: str) -> list[Any]:
-    found: list[Any] = _yaml(option, f"[{values}]")
+    found: list[Any] = plain_values(f"[{values}]", f"--{option} {values!r}")
     return found

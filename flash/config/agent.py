@@ -18,8 +18,8 @@ class AgentConfig(Section):
     )
     ignore: Names = Field(
         (),
-        description="what its requests may ask for in vain (temperature, top_p, …); anything "
-        "else that training can't allow is refused",
+        description="what its requests may ask for in vain (temperature, tool_choice, image_url, "
+        "…; * is all that is not honoured); anything else that training can't allow is refused",
     )
     samples: Literal["whole", "turns"] = Field(
         "whole", description="what an episode is trained as: one sample, or one for each turn"
@@ -67,8 +67,7 @@ class AgentConfig(Section):
     @classmethod
     def _ignore_can_be_ignored(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if value:
-            from flash.door.schema import IGNORABLE  # noqa: PLC0415  (imports a server)
+            from flash.door.schema import Ignore  # noqa: PLC0415  (imports a server)
 
-            if unknown := set(value) - IGNORABLE:
-                raise ValueError(f"{sorted(unknown)} can't be ignored, only {sorted(IGNORABLE)}")
+            Ignore(value)
         return value

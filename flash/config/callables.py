@@ -3,7 +3,6 @@
 import difflib
 import inspect
 import shutil
-import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +16,10 @@ def check_run(config: RunFields) -> None:
     run = config.agent.run
     if isinstance(run, tuple):
         if shutil.which(run[0]) is None:
-            raise ValueError(f"agent.run={list(run)!r}: the command {run[0]!r} is not installed")
+            raise ValueError(
+                f"agent.run={list(run)!r}: the command {run[0]!r} is not installed: "
+                f"install it, or give its path"
+            )
     else:
         act = registry.function(run, "agent.run")
         if not inspect.iscoroutinefunction(act):
@@ -45,7 +47,10 @@ def check_run(config: RunFields) -> None:
 
 def check_arguments(make: Any, options: Mapping[str, Any], field: str) -> None:
     """ValueError for an option that `make` does not take."""
-    parameters = dict(inspect.signature(make).parameters)
+    try:
+        parameters = dict(inspect.signature(make).parameters)
+    except ValueError:
+        return  # some built-in types don't tell
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return
     what = "environment"
@@ -76,17 +81,23 @@ def try_environment(env: EnvConfig) -> None:
             made = make(**options)
         except ImportError as error:
             raise registry.missing_package("env.name", env.name, error) from error
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{field}: {error}") from error
-        except Exception as error:  # the boundary to the environment's code
-            last = traceback.extract_tb(error.__traceback__)[-1]
+        except ValueError as error:
+            raise ValueError(f"{field}: {' '.join(str(error).split())}") from error
+        except TypeError as error:  # it need not name the value
+            raise ValueError(f"{field}={options}: {' '.join(str(error).split())}") from error
+        except (Exception, SystemExit) as error:  # the boundary to the environment's code
             raise ValueError(
-                f"env.name={env.name!r} can't be made with {field}={options}: {error!r} in "
-                f"{last.filename}, line {last.lineno}"
+                f"env.name={env.name!r} can't be made with {field}={options}: "
+                f"{registry.said_and_where(error)}: mend it, or change them"
             ) from error
         if lacks := [name for name in ("reset", "step", "close") if not hasattr(made, name)]:
             raise ValueError(
                 f"env.name={env.name!r} is not an environment: it lacks {', '.join(lacks)}; name a "
                 f"class with the methods of a gymnasium.Env"
             )
-        made.close()
+        try:
+            made.close()
+        except (Exception, SystemExit) as error:  # likewise
+            raise ValueError(
+                f"env.name={env.name!r} can't be closed: {registry.said_and_where(error)}: mend it"
+            ) from error

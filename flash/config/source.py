@@ -1,16 +1,18 @@
 """Where a configuration comes from: presets, YAML files, and what the command line changes."""
 
 import difflib
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from flash.config.mistakes import validated
 from flash.config.names import BARE, without_aliases
 from flash.config.run import Config
+from flash.config.yaml_text import plain_values
+
+_MOST_BYTES = 1 << 20  # what is larger is no file of settings, and YAML is read slowly
 
 
 def presets() -> dict[str, Path]:
@@ -26,7 +28,7 @@ def load(source: str | None, overrides: Mapping[str, Any] | None = None) -> Conf
     Raises ValueError with a line for each mistake: the field, the value and the remedy.
     """
     settings = without_aliases(_read(source)) if source is not None else {}
-    for name, value in without_aliases(overrides or {}).items():
+    for name, value in each_once(without_aliases(overrides or {})):
         _set(settings, name.split("."), value)
     return parse(settings)
 
@@ -39,10 +41,10 @@ def parse(settings: Mapping[str, Any]) -> Config:
 def _read(source: str) -> dict[str, Any]:
     known = presets()
     path = known.get(source, Path(source))
-    if not path.is_file():
+    if not os.path.exists(path) or path.is_dir():
         near = difflib.get_close_matches(source, known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        if (path / "config.yaml").is_file():
+        if os.path.isfile(path / "config.yaml"):
             hint = f": of a run give {path / 'config.yaml'}"
         raise ValueError(
             f"{source!r} is neither a preset ({', '.join(sorted(known))}) nor a YAML file{hint}"
@@ -53,15 +55,56 @@ def _read(source: str) -> dict[str, Any]:
 
 def read_mapping(path: Path, example: str) -> dict[str, Any]:
     """What a YAML file holds. ValueError if that is no mapping, with an example of one."""
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} can't be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    settings = plain_values(_text_of(path), str(path))
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold a mapping of fields to values, at least {example}")
     return settings
+
+
+def _text_of(path: Path) -> str:
+    """What a file of settings says. ValueError if it is none, or can't be read."""
+    try:
+        if path.exists() and not path.is_file():
+            kind = "a folder" if path.is_dir() else "no regular file"
+            raise ValueError(f"{path} is {kind}: name a YAML file")
+        if (size := path.stat().st_size) > _MOST_BYTES:
+            raise ValueError(
+                f"{path} has {size:,} bytes, and settings have {_MOST_BYTES:,} at most: name the "
+                f"YAML file of the settings"
+            )
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(
+            f"{path} can't be read: {error.strerror}: name a YAML file that you may read"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is no text in UTF-8 (byte {error.start}): name a YAML file, saved as UTF-8"
+        ) from error
+
+
+def each_once(changes: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Changes by dotted name, sections before what they hold, whatever their order was.
+
+    ValueError for a field that is given by itself and by its section.
+    """
+    ordered = sorted(changes.items(), key=lambda change: change[0].count("."))
+    given: dict[str, str] = {}
+    for name, value in ordered:
+        for field in _fields_in(name, value):
+            if (before := given.setdefault(field, name)) != name:
+                raise ValueError(f"{field} is given twice, by {before} and {name}: give it once")
+    return ordered
+
+
+def _fields_in(name: str, value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _fields_in(f"{name}.{key}", inner)
+    elif isinstance(value, str) and (bare := BARE.get(name.rpartition(".")[2])):
+        yield f"{name}.{bare}"
+    else:
+        yield name
 
 
 def _set(settings: dict[str, Any], path: list[str], value: Any) -> None:

@@ -7,17 +7,18 @@ import itertools
 import json
 import os
 import shlex
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+import msgspec
+
+from flash.answers import shown
 from flash.errors import AgentFailure, RewardFailure
-from flash.process import log_tail
+from flash.process import log_tail, start_guarded
 from flash.types import Task
 
-_GUARD = Path(__file__).with_name("guard.py")
 _ANSWER_BYTES = 65_536
 _END_GRACE_S = 5.0
 
@@ -29,7 +30,8 @@ class CommandAgent:
     as `{"seed": …, "options": {…}}`. The last line of its output is its answer, in JSON; what it
     writes to stderr goes to `<name>_<n>.log`, n below the number of those that run together.
 
-    A cancelled call, and the end of this process whatever its cause, end the command's group.
+    A cancelled call, and the end of this process whatever its cause, end the command with
+    everything that it started, in sessions of their own too.
     """
 
     def __init__(self, command: Sequence[str], *, log_dir: Path, name: str = "agent") -> None:
@@ -58,10 +60,11 @@ class CommandAgent:
                 )
             line = _last_line(output)
         try:
-            return json.loads(line)
-        except ValueError as error:
+            return msgspec.json.decode(line)
+        except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
             raise RewardFailure(
-                f'the last line of {shlex.join(self._command)} is not {{"reward": …}}: {line!r}'
+                f'the last line of {shlex.join(self._command)} is not {{"reward": …}}: '
+                f"{shown(line)}"
             ) from error
 
     @contextlib.contextmanager
@@ -77,34 +80,18 @@ class CommandAgent:
             heapq.heappush(free, number)
 
     async def _run(self, variables: dict[str, str], output: IO[bytes], log: IO[bytes]) -> int:
-        reading, lifeline = os.pipe()
-        process: asyncio.subprocess.Process | None = None
+        process, lifeline = await start_guarded(
+            *self._command, stdout=output, stderr=log, env={**os.environ, **variables}
+        )
         try:
-            try:
-                process = await asyncio.create_subprocess_exec(
-                    sys.executable,
-                    "-IS",
-                    str(_GUARD),
-                    str(reading),
-                    *self._command,
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=log,
-                    pass_fds=[reading],
-                    env={**os.environ, **variables},
-                    start_new_session=True,
-                )
-            finally:
-                os.close(reading)
             return await process.wait()
         finally:
             os.close(lifeline)
-            if process is not None:
-                try:
-                    async with asyncio.timeout(_END_GRACE_S):
-                        await process.wait()
-                except TimeoutError:
-                    process.kill()
+            try:
+                async with asyncio.timeout(_END_GRACE_S):
+                    await process.wait()
+            except TimeoutError:
+                process.kill()
 
 
 def _last_line(output: IO[bytes]) -> str:

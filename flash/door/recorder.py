@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flash.conversation import ChatTemplate, Message, TokenSequence
@@ -76,27 +76,30 @@ class Memory:
         self._texts: list[tuple[str, Known]] = []
 
     def chat_prompt(
-        self, template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Any]
+        self, template: ChatTemplate, messages: Sequence[Message], shown: Mapping[str, Any]
     ) -> list[int]:
-        """Tokens of the conversation up to the start of the next words."""
-        digests = _digests(messages, tools)
+        """Tokens of the conversation up to the start of the next words.
+
+        `shown` is what the template is given beside the messages, such as tools.
+        """
+        digests = _digests(messages, shown)
         for at in reversed(range(len(messages))):
             known = self._chats.get(digests[at])
             if known is None:
                 continue
             sampled = known.token_ids()
             between = template.between(
-                messages[:at], messages[at], messages[at + 1 :], sampled=sampled, tools=tools
+                messages[:at], messages[at], messages[at + 1 :], sampled=sampled, shown=shown
             )
             if between is not None:
                 return sampled + between
-        return template.prompt(messages, tools)
+        return template.prompt(messages, shown)
 
     def note_chat(
-        self, messages: Sequence[Message], said: Message, tools: Sequence[Any], known: Known
+        self, messages: Sequence[Message], said: Message, shown: Mapping[str, Any], known: Known
     ) -> None:
         """The client was given `said` in answer to the messages."""
-        self._chats[_digests([*messages, said], tools)[-1]] = known
+        self._chats[_digests([*messages, said], shown)[-1]] = known
 
     def text_prompt(self, tokenizer: Any, text: str) -> list[int]:
         """Tokens of a text that may go on from an earlier one and its completion."""
@@ -117,9 +120,9 @@ class Memory:
         self._texts.append((text, known))
 
 
-def _digests(messages: Sequence[Message], tools: Sequence[Any]) -> list[bytes]:
+def _digests(messages: Sequence[Message], shown: Mapping[str, Any]) -> list[bytes]:
     """One for each message: of the conversation up to it."""
-    running = hashlib.blake2b(json.dumps(tools, sort_keys=True).encode(), digest_size=16)
+    running = hashlib.blake2b(json.dumps(shown, sort_keys=True).encode(), digest_size=16)
     digests = []
     for message in messages:
         compared = {name: value for name, value in message.items() if name != "reasoning_content"}

@@ -77,8 +77,15 @@ class Responder:
                 'response_template, or send tool_choice="none"',
                 code="unsupported_value", param="tools",
             )  # fmt: skip
+        session.check_chars(sum(len(message["content"]) for message in ask.messages))
+        taken = ask.template_variables.keys() & self.template.arguments
+        if taken:
+            raise ApiError(
+                400, f"chat_template_kwargs={sorted(taken)}: these are for the door to say: leave "
+                "them out", code="unsupported_value", param="chat_template_kwargs",
+            )  # fmt: skip
         try:
-            prompt = session.memory.chat_prompt(self.template, ask.messages, ask.tools)
+            prompt = session.memory.chat_prompt(self.template, ask.messages, ask.shown)
         except ValueError as error:
             raise ApiError(400, str(error), param="messages") from error
         return _Chat(self, session, ask, prompt)
@@ -87,6 +94,7 @@ class Responder:
         """Raises ApiError for a prompt that is none."""
         prompt = ask.prompt
         if isinstance(prompt, str):
+            session.check_chars(len(prompt))
             prompt = session.memory.text_prompt(self.tokenizer, prompt)
         elif prompt and max(prompt) >= len(self.tokenizer):
             raise refused("prompt", max(prompt), f"there are {len(self.tokenizer)} tokens only")
@@ -242,7 +250,7 @@ class _Chat(Exchange):
 
     def _note(self, reply: Reply, known: Known) -> None:
         said = as_template(reply.message())
-        self._session.memory.note_chat(self.ask.messages, said, self.ask.tools, known)
+        self._session.memory.note_chat(self.ask.messages, said, self.ask.shown, known)
 
     def _whole(self, reply: Reply) -> dict[str, Any]:
         return {"message": reply.message()}
@@ -290,4 +298,4 @@ class _Text(Exchange):
 
 def _shows_tools(template: ChatTemplate) -> bool:
     messages = [{"role": "user", "content": "?"}]
-    return template.render(messages) != template.render(messages, [_A_TOOL])
+    return template.render(messages) != template.render(messages, {"tools": [_A_TOOL]})

@@ -1,11 +1,12 @@
 """What a client may ask for in OpenAI's words, and how an error is told to it.
 
-A field is honoured, means nothing here (`user`), or is refused by name: none is dropped in
-silence, because a sampling field that is not honoured would train on what nobody asked for.
+A field is honoured, means nothing here (`user`), or is refused by name, unless the door was told to
+ignore it: none is dropped in silence, because a sampling field that is not honoured would train on
+what nobody asked for.
 """
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -16,6 +17,9 @@ _SAMPLER = "the workers sample from the whole distribution, as training needs it
 _NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
     # field: the values that change nothing, why there are no others
     "top_p": ((1,), _SAMPLER),
+    "top_k": ((-1, 0), _SAMPLER),
+    "min_p": ((0,), _SAMPLER),
+    "repetition_penalty": ((1,), _SAMPLER),
     "frequency_penalty": ((0,), _SAMPLER),
     "presence_penalty": ((0,), _SAMPLER),
     "logit_bias": (({},), _SAMPLER),
@@ -29,15 +33,21 @@ _NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "modalities": ((["text"],), "the model writes text"),
     "service_tier": (("auto", "default"), "there is one tier"),
     "store": ((False,), "nothing is kept for later calls"),
+    "reasoning": ((), "how long the policy thinks is its own choice"),
     "reasoning_effort": ((), "how long the policy thinks is its own choice"),
     "verbosity": ((), "how much the policy writes is its own choice"),
 }
 # They tell who asks, or what a cache may do, and change no answer.
 _LABELS = {
     "user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "prompt_cache_options",
+    "prompt_cache_options", "cache_control",
 }  # fmt: skip
-IGNORABLE = frozenset({*_NEUTRAL, "model", "temperature", "strict"})
+_EVERYTHING = "*"
+# Without these a request asks for something else, so they are ignored only by their own names.
+_BY_NAME_ONLY = {
+    "suffix", "echo", "best_of", "functions", "documents", "chat_template",
+    "continue_final_message", "add_generation_prompt", "custom",
+}  # fmt: skip
 
 Positive = Annotated[int, Field(strict=True, ge=1)]
 
@@ -88,12 +98,14 @@ class _Shape(BaseModel):
 class _Function(_Shape):
     name: StrictStr
     arguments: StrictStr
+    parsed_arguments: Any = None  # what a client made of them
 
 
 class _ToolCall(_Shape):
     id: StrictStr
     type: Literal["function"] = "function"
     function: _Function
+    index: int | None = None  # of a stream
 
     def to_template(self) -> dict[str, Any]:
         """Templates write the arguments as they like, so they take them as a mapping."""
@@ -117,8 +129,10 @@ class _Message(_Shape):
     tool_calls: list[_ToolCall] | None = None
     tool_call_id: StrictStr | None = None
     reasoning_content: StrictStr | None = None
+    reasoning: StrictStr | None = None  # its newer name
+    parsed: Any = None  # what a client made of the content
     # An answer's fields, which come back empty in the message that the client took from it.
-    refusal: None = None
+    refusal: Literal[""] | None = None
     audio: None = None
     function_call: None = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
@@ -129,9 +143,14 @@ class _Message(_Shape):
             content = "".join(part.text for part in content)
         role = "system" if self.role == "developer" else self.role
         message: dict[str, Any] = {"role": role, "content": content or ""}
-        for field in ("name", "tool_call_id", "reasoning_content"):
-            if getattr(self, field) is not None:
-                message[field] = getattr(self, field)
+        reasoning = self.reasoning if self.reasoning_content is None else self.reasoning_content
+        for field, value in (
+            ("name", self.name),
+            ("tool_call_id", self.tool_call_id),
+            ("reasoning_content", reasoning),
+        ):
+            if value is not None:
+                message[field] = value
         if self.tool_calls:
             message["tool_calls"] = [call.to_template() for call in self.tool_calls]
         return message
@@ -141,6 +160,7 @@ class _ToolFunction(_Shape):
     name: StrictStr
     description: StrictStr | None = None
     parameters: dict[str, Any] | None = None
+    strict: Annotated[Literal[False] | None, Field(exclude=True)] = None
 
 
 class _Tool(_Shape):
@@ -164,11 +184,12 @@ class _Body(_Shape):
 
 
 class _Chat(_Body):
-    messages: Annotated[list[_Message], Field(min_length=1)]
+    messages: Annotated[list[Any], Field(min_length=1)]  # of _Message, one after the other
     max_completion_tokens: Positive | None = None
     tools: list[_Tool] | None = None
     tool_choice: Literal["auto", "none"] = "auto"
     logprobs: StrictBool = False
+    chat_template_kwargs: dict[str, Any] = {}
 
 
 class _Text(_Body):
@@ -178,6 +199,32 @@ class _Text(_Body):
 
 
 _S = TypeVar("_S", bound=_Body)
+_MAY_BE_IGNORED = {"model", "temperature", "tool_choice"}
+_HEEDED = {*_Chat.model_fields, *_Text.model_fields} - _MAY_BE_IGNORED
+_NESTED_SHAPES = (_Message, _ToolCall, _Function, _TextPart, _Tool, _ToolFunction)
+_HEEDED_NESTED = {name for shape in _NESTED_SHAPES for name in shape.model_fields} - {
+    "strict", "refusal", "audio", "function_call", "annotations",
+}  # fmt: skip
+
+
+class Ignore:
+    """What requests may hold in vain: fields, in messages and tools too, and parts of messages by
+    their type, such as image_url. "*" is all that is not honoured, but what has to be named.
+
+    ValueError for what is honoured.
+    """
+
+    def __init__(self, names: Collection[str]) -> None:
+        honoured = set(names) & (_HEEDED | _HEEDED_NESTED) - _NEUTRAL.keys()
+        if honoured:
+            raise ValueError(
+                f"{sorted(honoured)} can't be ignored: without it a request asks for something "
+                f"else; leave it out. Others can, by name, or nearly all of them as {_EVERYTHING!r}"
+            )
+        self._names = frozenset(names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names or (_EVERYTHING in self._names and name not in _BY_NAME_ONLY)
 
 
 # ── the requests ─────────────────────────────────────────────────────────────────────────────
@@ -198,11 +245,17 @@ class Ask:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatAsk(Ask):
-    """`messages` and `tools` as chat templates take them."""
+    """`messages` and `tools` as chat templates take them, and more variables for these."""
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]]
     parse_tools: bool
+    template_variables: dict[str, Any]
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """What the template is given beside the messages."""
+        return {**self.template_variables, **({"tools": self.tools} if self.tools else {})}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,23 +263,29 @@ class TextAsk(Ask):
     prompt: str | list[int]
 
 
-def parse_chat(body: Any, *, model: str, ignore: Collection[str]) -> ChatAsk:
+def parse_chat(body: Any, *, model: str, ignore: Container[str]) -> ChatAsk:
     """Raises ApiError, naming the field, for what can't be honoured."""
     asked = _validated(_Chat, body, model=model, ignore=ignore)
     limits = (asked.max_completion_tokens, asked.max_tokens)
     if None not in limits and limits[0] != limits[1]:
-        raise refused("max_tokens", asked.max_tokens, "differs from max_completion_tokens: one")
+        raise refused(
+            "max_tokens", asked.max_tokens, "differs from max_completion_tokens: send one of them"
+        )
     tools = [tool.model_dump(exclude_none=True) for tool in asked.tools or ()]
     return ChatAsk(
         **_common(asked, max_tokens=limits[0] or limits[1]),
         logprobs=asked.logprobs,
-        messages=[message.to_template() for message in asked.messages],
+        messages=[
+            _message(given, number, ignore).to_template()
+            for number, given in enumerate(asked.messages)
+        ],
         tools=tools,
         parse_tools=bool(tools) and asked.tool_choice == "auto",
+        template_variables=asked.chat_template_kwargs,
     )
 
 
-def parse_text(body: Any, *, model: str, ignore: Collection[str]) -> TextAsk:
+def parse_text(body: Any, *, model: str, ignore: Container[str]) -> TextAsk:
     """Raises ApiError, naming the field, for what can't be honoured."""
     asked = _validated(_Text, body, model=model, ignore=ignore)
     return TextAsk(
@@ -234,6 +293,14 @@ def parse_text(body: Any, *, model: str, ignore: Collection[str]) -> TextAsk:
         logprobs=asked.logprobs is not None,
         prompt=asked.prompt,
     )
+
+
+def _message(given: Any, number: int, ignore: Container[str]) -> _Message:
+    """By itself, so that many take turns with whatever else runs in this process."""
+    try:
+        return _Message.model_validate(_without_vain(given, ignore))
+    except ValidationError as error:
+        raise _told(error, within=("messages", number)) from None
 
 
 def _common(asked: _Body, *, max_tokens: int | None) -> dict[str, Any]:
@@ -250,14 +317,17 @@ def _common(asked: _Body, *, max_tokens: int | None) -> dict[str, Any]:
     }
 
 
-def _validated(shape: type[_S], body: Any, *, model: str, ignore: Collection[str]) -> _S:
+def _validated(shape: type[_S], body: Any, *, model: str, ignore: Container[str]) -> _S:
     if not isinstance(body, dict):
         raise ApiError(400, "the body must be a JSON object")
     fields = {}
     for name, value in body.items():
         values, why = _NEUTRAL.get(name, (None, ""))
         # An absent field and null are the same to OpenAI's clients.
-        if value is None or name in _LABELS or (name in ignore and name != "model"):
+        if value is None or name in _LABELS:
+            continue
+        honoured = name in _HEEDED or (name == "tool_choice" and value in ("auto", "none"))
+        if name in ignore and not honoured and name != "model":
             continue
         if values is None:
             fields[name] = value
@@ -265,8 +335,8 @@ def _validated(shape: type[_S], body: Any, *, model: str, ignore: Collection[str
             isinstance(value, float) and value in values
         ):
             raise refused(name, value, f"{why}; {LEAVE_OUT}")
-    if "strict" in ignore:
-        fields["tools"] = _without_strict(fields.get("tools"))
+    if "tools" in fields:
+        fields["tools"] = _without_vain(fields["tools"], ignore)
     try:
         asked = shape.model_validate(fields)
     except ValidationError as error:
@@ -279,45 +349,59 @@ def _validated(shape: type[_S], body: Any, *, model: str, ignore: Collection[str
     return asked
 
 
-def _without_strict(tools: Any) -> Any:
-    if not isinstance(tools, list):
-        return tools
-    return [
-        {**tool, "function": {k: v for k, v in tool["function"].items() if k != "strict"}}
-        if isinstance(tool, dict) and isinstance(tool.get("function"), dict)
-        else tool
-        for tool in tools
-    ]
+def _without_vain(value: Any, ignore: Container[str]) -> Any:
+    """A message, or tools, without what is null, says nothing here, or is to be ignored."""
+    if isinstance(value, list):
+        return [_without_vain(item, ignore) for item in value if not _is_vain_part(item, ignore)]
+    if not isinstance(value, dict):
+        return value
+    # The arguments of a call and the parameters of a tool are not ours to change.
+    return {
+        name: _without_vain(inner, ignore) if name in _HOLDERS else inner
+        for name, inner in value.items()
+        if not (inner is None or name in _LABELS or (name in ignore and name not in _HEEDED_NESTED))
+    }
 
 
+_HOLDERS = {"content", "tool_calls", "function"}
+
+
+def _is_vain_part(part: Any, ignore: Container[str]) -> bool:
+    """Whether it is a part of a message that is to be ignored: an image, or a sound."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    return isinstance(kind, str) and kind not in _KINDS and kind in ignore
+
+
+_KINDS = {"text", "function"}  # of parts, and of tools and calls
 _NAMES = {
-    name
-    for shape in (_Chat, _Text, _Message, _ToolCall, _Function, _TextPart, _Tool, _ToolFunction,
-                  _StreamOptions)
-    for name in shape.model_fields
-}  # fmt: skip
+    name for shape in (_Chat, _Text, _StreamOptions, *_NESTED_SHAPES) for name in shape.model_fields
+}
 _REMEDIES: Mapping[Any, str] = {
-    "tool_choice": 'whether a tool is called is the policy\'s choice: "auto" or "none"',
+    "tool_choice": 'whether a tool is called is the policy\'s choice: send "auto" or "none", or '
+    "have the door ignore it (agent.ignore)",
     "logprobs": "only the sampled token's logprob is known: true for chats, 0 for completions",
     "prompt": "one string, or one list of token ids: send one request for each prompt",
     "strict": f"arguments are not constrained by their schema: {LEAVE_OUT}",
-    "type": "only text and functions are known here",
+    "type": "only text and functions are known here: leave it out, or have the door ignore such "
+    "parts by their type (agent.ignore)",
+    **dict.fromkeys(("refusal", "audio", "function_call", "annotations"), LEAVE_OUT),
 }
 
 
-def _told(error: ValidationError) -> ApiError:
+def _told(error: ValidationError, *, within: tuple[str | int, ...] = ()) -> ApiError:
     """The fault that lies deepest, with the field's path as OpenAI writes it: messages[0].role."""
     fault = max(error.errors(include_url=False), key=lambda fault: len(fault["loc"]))
     # Pydantic's path also names the branches of a union: str, list[_TextPart].
-    names = [part for part in fault["loc"] if isinstance(part, int) or part in _NAMES]
+    path = (*within, *fault["loc"])
+    names = [part for part in path if isinstance(part, int) or part in _NAMES]
     if fault["type"] == "extra_forbidden":
         names = [*(name for name in names if name != fault["loc"][-1]), fault["loc"][-1]]
-    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in names)
-    param = path.removeprefix(".")
+    told = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in names)
+    param = told.removeprefix(".")
     if fault["type"] == "missing":
         return ApiError(400, f"{param} is missing", code="missing_required_parameter", param=param)
     if fault["type"] == "extra_forbidden":
-        why = "this door does not know the field: leave it out"
+        why = f"this door does not know the field: {LEAVE_OUT}"
     else:
         why = fault["msg"]
     remedy = next((_REMEDIES[name] for name in reversed(names) if name in _REMEDIES), "")

@@ -24,16 +24,17 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from flash.door.limits import Allowance
 from flash.door.metrics import Metrics
 from flash.door.respond import Exchange, Responder, Response
-from flash.door.schema import IGNORABLE, ApiError, parse_chat, parse_text, usage
+from flash.door.schema import ApiError, Ignore, parse_chat, parse_text, usage
 from flash.door.session import DoorSession, Generate
 from flash.hub.hub import InferenceHub
+from flash.listener import BODY_TIMEOUT_S, Listener, local_address, page_refusal
 from flash.types import Completion, GenerateRequest, SamplingParams
 
 logger = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-_CLIENT_TIMEOUT_S = 60.0  # to send its body, or to read a piece of the answer
+_READ_TIMEOUT_S = 60.0  # for a client to read its answer
 
 
 class Door:
@@ -47,7 +48,7 @@ class Door:
         model: the name that clients must ask for.
         host: where to listen; another than loopback lets others on the network try tokens.
         ignore: fields that clients may send without being heeded, such as `temperature`, `top_p`
-            or `model`; without it they are refused, lest an agent think it had its way.
+            or `model`, or "*"; without it they are refused, lest an agent think it had its way.
         max_body_bytes: of one request.
         max_concurrent, requests_per_s: for each token; more is answered 429.
         max_tokens, max_sequence_tokens: of requests with the run's token.
@@ -68,17 +69,14 @@ class Door:
         max_tokens: int = 1024,
         max_sequence_tokens: int = 32_768,
     ) -> None:
-        if unknown := set(ignore) - IGNORABLE:
-            raise ValueError(
-                f"ignore={sorted(unknown)}: only these fields can be ignored: {sorted(IGNORABLE)}"
-            )
         self.token = secrets.token_urlsafe(32)
         self.url = ""
         self._hub = hub
         self._tokenizer = tokenizer
         self._model = model
         self._address = (host, port)
-        self._ignore = frozenset(ignore)
+        self._listener = Listener(host, port)
+        self._ignore = Ignore(ignore)
         self._max_body_bytes = max_body_bytes
         self._max_concurrent = max_concurrent
         self._requests_per_s = requests_per_s
@@ -98,24 +96,15 @@ class Door:
             app.router.add_post(f"{prefix}/v1/completions", self._text)
             app.router.add_get(f"{prefix}/v1/models", self._models)
         app.router.add_get("/metrics", self._metrics_route)
-        # A client that goes away takes its request with it. No log of paths: they hold tokens.
-        self._runner = web.AppRunner(
-            app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0,
-            logger=_WithoutTexts(logger),
-        )  # fmt: skip
-        await self._runner.setup()
         host, port = self._address
         try:
-            site = web.TCPSite(self._runner, host, port)
-            await site.start()
+            self.url = await self._listener.start(app, logger=_WithoutTexts(logger))
         except OSError as error:
-            await self._runner.cleanup()
+            await self._listener.close()
             raise ValueError(
                 f"the door can't listen on {host}:{port} ({error.strerror}): choose another port, "
                 f"or 0 for a free one"
             ) from error
-        port = self._runner.addresses[0][1]
-        self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         self._own = self._new_session(
             self._generate, self.token, temperature=None,
             max_tokens=self._max_tokens, max_sequence_tokens=self._max_sequence_tokens,
@@ -125,7 +114,7 @@ class Door:
     async def __aexit__(self, *exc_info: object) -> None:
         for session in list(self._sessions.values()):
             session.close()
-        await self._runner.cleanup()
+        await self._listener.close()
 
     def open(
         self, generate: Generate, *, max_tokens: int, temperature: float, max_sequence_tokens: int
@@ -160,9 +149,12 @@ class Door:
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         session = self._session(request)
-        ask = parse_chat(await _json(request), model=self._model, ignore=self._ignore)
+        body = await _json(request)
+        if isinstance(body, dict) and isinstance(body.get("messages"), list):
+            session.check_room(len(body["messages"]))  # each is a token at least
+        # In a thread: to check, render and tokenise a long conversation takes its time.
+        ask = await asyncio.to_thread(parse_chat, body, model=self._model, ignore=self._ignore)
         with session.allowance.responses(ask.n):
-            # In a thread: to render and tokenise a long conversation takes its time.
             exchange = await asyncio.to_thread(self._responder.chat, session, ask)
             return await self._answer(request, exchange)
 
@@ -186,6 +178,8 @@ class Door:
 
     def _session(self, request: web.Request) -> DoorSession:
         """Whose request it is; it counts against that token's rate."""
+        if why := page_refusal(request.headers, local_address=local_address(request)):
+            raise ApiError(403, why)
         token = request.match_info.get("token")
         if token is None:
             kind, _, token = request.headers.get("Authorization", "").partition(" ")
@@ -198,6 +192,7 @@ class Door:
             raise ApiError(
                 401, "the token is unknown, or its episode has ended", code="invalid_api_key"
             )
+        self._listener.vouch(request)
         session.allowance.take_request()
         return session
 
@@ -266,10 +261,10 @@ async def _or_error(response: Awaitable[Response]) -> Response | ApiError:
 
 async def _json(request: web.Request) -> Any:
     try:
-        async with asyncio.timeout(_CLIENT_TIMEOUT_S):
+        async with asyncio.timeout(BODY_TIMEOUT_S):
             raw = await request.read()
     except TimeoutError as error:
-        raise ApiError(408, f"the body took longer than {_CLIENT_TIMEOUT_S:g} s") from error
+        raise ApiError(408, f"the body took longer than {BODY_TIMEOUT_S:g} s") from error
     try:
         body = json.loads(raw)
         if b"\\ud" in raw.lower():
@@ -283,7 +278,7 @@ async def _stream(request: web.Request, chunks: Sequence[Mapping[str, Any]]) -> 
     headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
     response = web.StreamResponse(headers=headers)
     try:
-        async with asyncio.timeout(_CLIENT_TIMEOUT_S):
+        async with asyncio.timeout(_READ_TIMEOUT_S):
             await response.prepare(request)
             for chunk in chunks:
                 await response.write(f"data: {_dumps(chunk)}\n\n".encode())

@@ -1,36 +1,36 @@
 """The environment host: a process that holds many environments and drives one at a time."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from flash import registry
-from flash.environments import inline
-from flash.process import serve
+from flash.environments import boundary
+from flash.process import serve, written
 from flash.types import Observation, Task
 
 
 class EnvHost:
-    """Answers the calls of `flash.environments.hosts.EnvHosts`."""
+    """Answers the calls of `flash.environments.hosts.EnvHosts`, with what these methods return."""
 
     def __init__(self) -> None:
-        self._envs: dict[int, inline.TextEnv] = {}
+        self._envs: dict[int, boundary.TextEnv] = {}
 
     def configure(self, name: str, options: Mapping[str, Any]) -> None:
-        self._make = registry.environment(name)
-        self._options = dict(options)
+        self._make = partial(registry.environment(name), **options)
 
     def open(self, env_id: int) -> None:
-        self._envs[env_id] = self._make(**self._options)
+        self._envs[env_id] = boundary.make(self._make)
 
     def reset(self, env_id: int, task: Task) -> Observation:
-        return inline.reset(self._envs[env_id], task)
+        return boundary.reset(self._envs[env_id], task)
 
     def step(self, env_id: int, action: str) -> Observation:
-        return inline.step(self._envs[env_id], action)
+        return boundary.step(self._envs[env_id], action)
 
     def close(self, env_id: int) -> None:
-        self._envs.pop(env_id).close()
+        boundary.close(self._envs.pop(env_id))
 
 
 if __name__ == "__main__":
-    serve(EnvHost())
+    serve(EnvHost(), write=written)

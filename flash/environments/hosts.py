@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flash.environments import boundary
+from flash.environments.host import EnvHost
 from flash.errors import EnvFailure, ProcessFailure
-from flash.process import Child
+from flash.process import Child, Declared
 from flash.types import AsyncEnv, Observation, Task
 
 logger = logging.getLogger(__name__)
@@ -103,6 +105,7 @@ class _Host:
         self.open_envs = 0
         self.busy_s = 0.0
         self.replaced = 0
+        self._close_failed = False
         self._generation = 0
         self._name = name
         self._options = dict(options)
@@ -165,7 +168,7 @@ class _Host:
             failure.__cause__ = error
             await self._lose(failure)
         except ProcessFailure as error:
-            failure = EnvFailure(f"environment host {self.index}: {error}")
+            failure = EnvFailure(str(error))
             failure.__cause__ = error
             if self.child is None or not self.child.alive:
                 await self._lose(failure)
@@ -174,9 +177,11 @@ class _Host:
         if call.answer.done():
             return
         if failure is not None:
-            # A close that nobody waits for has nobody to tell.
             if call.method != "close":
                 call.answer.set_exception(failure)
+            elif self.child is not None and not self._close_failed:  # most likely it always does
+                self._close_failed = True
+                logger.warning("%s; its episodes count all the same", failure)
         else:
             call.answer.set_result(self._generation if call.method == "open" else answer)
 
@@ -185,6 +190,7 @@ class _Host:
             "flash.environments.host",
             name=f"environment host {self.index}",
             log_path=self._log_path,
+            answers=Declared(EnvHost),
         )
         try:
             await child.call("configure", self._name, self._options, timeout_s=_START_TIMEOUT_S)
@@ -224,5 +230,4 @@ class _HostedEnv:
         observation = await self._host.call(
             method, self._env_id, argument, generation=self._generation
         )
-        assert isinstance(observation, Observation)
-        return observation
+        return boundary.check_again(method, observation)

@@ -6,28 +6,15 @@ every other belongs into a host process (`EnvHosts` in `hosts.py`), which can be
 hangs.
 """
 
+import logging
 from collections.abc import Callable
 
-import gymnasium
-
+from flash.environments import boundary
+from flash.environments.boundary import TextEnv
 from flash.errors import EnvFailure
 from flash.types import AsyncEnv, Observation, Task
 
-TextEnv = gymnasium.Env[str, str]
-
-
-def reset(env: TextEnv, task: Task) -> Observation:
-    """The first observation of the task's episode."""
-    text, info = env.reset(seed=task.seed, options=dict(task.options))
-    return Observation(text=text, info=info)
-
-
-def step(env: TextEnv, action: str) -> Observation:
-    """What the environment answers to the action."""
-    text, reward, terminated, truncated, info = env.step(action)
-    return Observation(
-        text=text, reward=float(reward), terminated=terminated, truncated=truncated, info=info
-    )
+logger = logging.getLogger(__name__)
 
 
 class InlineEnvs:
@@ -35,26 +22,30 @@ class InlineEnvs:
 
     def __init__(self, make: Callable[[], TextEnv]) -> None:
         self._make = make
+        self._close_failed = False
 
     async def open(self) -> AsyncEnv:
-        return _InlineEnv(self._make())
+        return _InlineEnv(boundary.make(self._make), self._close)
+
+    def _close(self, env: TextEnv) -> None:
+        try:
+            boundary.close(env)
+        except EnvFailure as failure:
+            if not self._close_failed:  # most likely it always does
+                self._close_failed = True
+                logger.warning("an environment's %s; its episodes count all the same", failure)
 
 
 class _InlineEnv:
-    def __init__(self, env: TextEnv) -> None:
+    def __init__(self, env: TextEnv, close: Callable[[TextEnv], None]) -> None:
         self._env = env
+        self._close = close
 
     async def reset(self, task: Task) -> Observation:
-        try:
-            return reset(self._env, task)
-        except Exception as error:  # the boundary to the environment's code
-            raise EnvFailure(f"reset to {task} raised {error!r}") from error
+        return boundary.reset(self._env, task)
 
     async def step(self, action: str) -> Observation:
-        try:
-            return step(self._env, action)
-        except Exception as error:  # the boundary to the environment's code
-            raise EnvFailure(f"step({action!r}) raised {error!r}") from error
+        return boundary.step(self._env, action)
 
     def close(self) -> None:
-        self._env.close()
+        self._close(self._env)

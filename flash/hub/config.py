@@ -6,8 +6,8 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from flash import machine
+from flash.choices import UpdateMode
 from flash.section import Numbers, Section
-from flash.types import UpdateMode
 
 # Of vLLM's arguments: what changes the distribution, or which logprobs are returned.
 _SAMPLING_ARGS = ("logprobs-mode", "generation-config", "override-generation-config")
@@ -113,7 +113,8 @@ class EngineConfig(Section):
             )
         if self.kind == "vllm" and not machine.has_vllm():
             raise ValueError(
-                "engine.kind=vllm needs vLLM, which is not installed here: run `make setup-vllm`"
+                f"engine.kind=vllm needs vLLM, which is not installed here: run "
+                f"{machine.how_to_install('vllm')}"
             )
         if self.devices and len(self.devices) % self.tensor_parallel:
             raise ValueError(
@@ -134,7 +135,7 @@ class EngineConfig(Section):
         if not machine.has_vllm():
             raise ValueError(
                 f"engine.transport=nccl needs vLLM, which is not installed here: run "
-                f"`make setup-vllm`, or use {instead}"
+                f"{machine.how_to_install('vllm')}, or use {instead}"
             )
         if not machine.gpus():
             raise ValueError(

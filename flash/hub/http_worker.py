@@ -10,6 +10,7 @@ import aiohttp
 import msgspec
 
 from flash.hub.worker import BadRequest, OnTokens, WorkerFailure
+from flash.machine import when_there_is_room
 from flash.types import Completion, FinishReason, SamplingParams, UpdateMode
 from flash.worker.checksum import checksum
 
@@ -212,8 +213,9 @@ class HttpWorker:
         self, method: str, route: str, body: Mapping[str, Any] | None
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """A response with a good status; a connection that breaks inside is a WorkerFailure."""
-        if self._session is None:
-            self._session = aiohttp.ClientSession(
+        session = self._session
+        if session is None:
+            session = self._session = aiohttp.ClientSession(
                 headers=self.headers,
                 # One connection a request in flight, as many as the hub allows. uvicorn closes a
                 # connection that idles for 5 s: let go of it before, so that no request is sent
@@ -225,7 +227,11 @@ class HttpWorker:
                 read_bufsize=_LONGEST_LINE_BYTES,
             )
         try:
-            async with self._session.request(method, self.name + route, json=body) as response:
+            # A socket that this machine has not is no failure of the worker's.
+            response = await when_there_is_room(
+                lambda: session.request(method, self.name + route, json=body)
+            )
+            async with response:
                 status = response.status
                 if status >= _HTTP_CLIENT_ERROR:
                     message = f"{self.name}{route} answered {status}: "

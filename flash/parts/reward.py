@@ -11,8 +11,9 @@ from flash import registry
 from flash.config import Config
 from flash.hub.hub import InferenceHub
 from flash.reward.config import EnvReward, FunctionReward, ProcessReward
-from flash.reward.judge import PROMPT, Judge, ask_hub, ask_url
+from flash.reward.judge import Judge, ask_hub, ask_url
 from flash.reward.processes import RewardProcesses
+from flash.reward.prompt import PROMPT
 from flash.reward.stage import FunctionScorer, RewardStage, Scorer
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from flash import registry
-from flash.reward.judge import PROMPT, check_prompt
+from flash.reward.prompt import PROMPT, check_prompt
 from flash.section import Section
 
 _OF = "the episode"

@@ -2,7 +2,6 @@
 
 import asyncio
 import re
-from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -10,18 +9,12 @@ import aiohttp
 
 from flash.conversation import ChatTemplate
 from flash.errors import RewardFailure
+from flash.reward.prompt import PROMPT, check_prompt
 from flash.rollout.episode import Generator
 from flash.types import GenerateRequest, SamplingParams, Transcript
 
 Ask = Callable[[str], Awaitable[str]]
 
-PROMPT = """\
-Below is what an agent read and said.
-
-{text}
-
-How well did it do? Give a grade from 0 (it failed) to {max_score:g} (nothing could be better).
-Reply with the number alone."""
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 _ERROR_CHARACTERS = 300
 
@@ -64,21 +57,6 @@ class Judge:
                 f"is not a grade from 0 to {self._max_score:g}: the judge said {answer!r}"
             )
         return grade / self._max_score
-
-
-def check_prompt(prompt: str) -> None:
-    """ValueError for a format string that asks for what there is not, or not for the episode."""
-    known: dict[str, Any] = {"text": "", "response": "", "seed": 0, "reward": 0.0, "max_score": 1.0}
-    known["options"] = defaultdict(str)  # each task has others
-    try:
-        prompt.format(**known)
-    except (LookupError, ValueError, AttributeError, TypeError) as error:
-        raise ValueError(
-            f"{error!r} in the prompt: it may have {', '.join(f'{{{name}}}' for name in known)}; "
-            f"any other brace is written twice"
-        ) from error
-    if "{text" not in prompt and "{response" not in prompt:
-        raise ValueError("the prompt shows the judge nothing: put {text} or {response} in it")
 
 
 def ask_hub(hub: Generator, tokenizer: Any, *, max_tokens: int, temperature: float = 1.0) -> Ask:

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from flash.errors import ProcessFailure, RewardFailure, first_error
-from flash.process import Child
+from flash.process import Child, Declared
+from flash.reward.host import RewardHost
 from flash.types import Transcript
 
 _STARTS = 3  # in place of a killed one
@@ -63,9 +64,9 @@ class RewardProcesses:
         except ProcessFailure as failure:
             if not child.alive:
                 self._replace(child)
-                raise RewardFailure(f"was killed by its own doing: {failure}") from failure
+                raise RewardFailure(f"its process was lost: {failure}") from failure
             self._free.put_nowait(child)
-            raise RewardFailure(f"raised {str(failure).strip().splitlines()[-1]}") from failure
+            raise RewardFailure(str(failure)) from failure
         except BaseException:  # too late, or cancelled: it may go on for ever
             self._replace(child)
             raise
@@ -95,6 +96,7 @@ class RewardProcesses:
             "flash.reward.host",
             name=f"reward {number}",
             log_path=self._log_dir / f"reward_{number}.log",
+            answers=Declared(RewardHost),
         )
         self._children.add(child)
         try:

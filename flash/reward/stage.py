@@ -17,6 +17,7 @@ from dataclasses import replace
 from itertools import groupby
 from typing import Any, Protocol
 
+from flash.answers import failing_as, raised
 from flash.errors import EpisodeFailure, FlashError, RewardFailure
 from flash.reward.outcome import outcome
 from flash.rollout.episode import Episode
@@ -46,7 +47,8 @@ class FunctionScorer:
 
     async def __call__(self, transcript: Transcript, *, timeout_s: float) -> Any:
         async with asyncio.timeout(timeout_s):
-            return await self._function(transcript)
+            with failing_as(RewardFailure, "the reward"):
+                return await self._function(transcript)
 
 
 class RewardStage:
@@ -104,17 +106,17 @@ class RewardStage:
                 answer = await self._scorer(transcript, timeout_s=self._timeout_s)
                 return outcome(answer, "the reward")
             except TimeoutError as error:
-                why = f"took longer than timeout_s={self._timeout_s:g}"
+                why = f"it took longer than timeout_s={self._timeout_s:g}"
                 cause: Exception = error
             except Exception as error:  # the boundary to the user's function
                 if isinstance(error, FlashError) and not isinstance(error, EpisodeFailure):
                     raise  # nobody's fault here: no worker is left, say
-                why, cause = str(error) or repr(error), error
+                why, cause = str(error), error
                 if not isinstance(error, RewardFailure):
-                    why = f"raised {error!r}"
+                    why = f"it {raised(error)}"
             logger.warning("the reward of %s, attempt %d: %s", episode.session, attempt + 1, why)
         raise RewardFailure(
-            f"the reward failed {self._retries + 1} times; the last time it {why}"
+            f"the reward failed {self._retries + 1} times; the last time: {why}"
         ) from cause
 
     def _transcript(self, task: Task, trajectory: Trajectory) -> Transcript:

@@ -32,9 +32,7 @@ def find_filter(name: str) -> GroupFilter:
             f"rollout.filters: {name!r} is not one of {', '.join(sorted(FILTERS))}; name one of "
             f"your own as module:function"
         )
-    found: GroupFilter = registry.function(name, "rollout.filters")
-    if not callable(found):
-        raise ValueError(f"rollout.filters: {name!r} is not a function of a group's trajectories")
+    found: GroupFilter = registry.function(name, "rollout.filters", of="a group's trajectories")
     return found
 
 

@@ -2,10 +2,10 @@
 
 >>> from flash.simulate import Scenario, simulate
 >>> simulate(Scenario(steps=10, alpha=1, workers={"count": 16})).samples_per_s
+
+A name's module is imported when the name is asked for: help needs the settings alone.
 """
 
-from flash.simulate.results import Result
-from flash.simulate.run import simulate
-from flash.simulate.scenario import Scenario, load
+import lazy_loader
 
-__all__ = ["Result", "Scenario", "load", "simulate"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

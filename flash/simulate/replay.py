@@ -2,12 +2,10 @@
 
 import bisect
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from flash.telemetry.folder import read_lines
 
 _SLOW = ("stale", "too_slow", "redundant")
 
@@ -53,10 +51,7 @@ class RecordedEpisode:
 
 def played(run: Path) -> list[RecordedEpisode]:
     """The run's episodes that came to their ends. ValueError if there is none."""
-    lines = read_lines(run / "episodes.jsonl")
-    episodes = [
-        RecordedEpisode.of(line) for line in lines if line["reward"] is not None and line["turns"]
-    ]
+    episodes = _recorded(run, lambda line: line["reward"] is not None and line["turns"])
     if not episodes:
         raise ValueError(
             f"{run}/episodes.jsonl holds no episode that came to its end: name the folder of a "
@@ -68,12 +63,25 @@ def played(run: Path) -> list[RecordedEpisode]:
 def cut_off(run: Path) -> list[RecordedEpisode]:
     """The run's episodes that were given up for being slow, as far as they got: without them a
     replay would be too quick."""
-    lines = read_lines(run / "episodes.jsonl")
-    return [
-        RecordedEpisode.of(line)
-        for line in lines
-        if line["outcome"] == "cancelled" and line["reason"] in _SLOW
-    ]
+    return _recorded(run, lambda line: line["outcome"] == "cancelled" and line["reason"] in _SLOW)
+
+
+def _recorded(run: Path, wanted: Callable[[Mapping[str, Any]], bool]) -> list[RecordedEpisode]:
+    """Episodes of the run's file. ValueError for a line that this version did not write."""
+    from flash.telemetry.folder import read_lines  # noqa: PLC0415  (much, of which help needs none)
+
+    path = run / "episodes.jsonl"
+    episodes: list[RecordedEpisode] = []
+    for number, line in enumerate(read_lines(path), start=1):
+        try:
+            if wanted(line):
+                episodes.append(RecordedEpisode.of(line))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path}, line {number} is no episode ({error!r}): name a folder that a run of "
+                f"this version made"
+            ) from error
+    return episodes
 
 
 class Replay:

@@ -7,12 +7,12 @@ from typing import Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from flash import config as configuration
+from flash.choices import UpdateMode
 from flash.config.source import read_mapping
 from flash.rollout.config import RolloutSettings
 from flash.section import Section
 from flash.simulate.distributions import Varying, constant
 from flash.simulate.replay import played
-from flash.types import UpdateMode
 
 NOT_SIMULATED = {
     "adaptive_alpha": "nothing is trained here that it could follow; leave it out, and compare "

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flash.command_line import ended
 from flash.telemetry.folder import read_lines
 
 Line = Mapping[str, Any]
@@ -248,6 +249,17 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
 
 
+def main() -> None:
+    """Draws the report of each folder that the command line names."""
+    if not (folders := sys.argv[1:]):
+        raise ValueError(
+            "draw what? Give a run's folder: python -m flash.telemetry.report runs/NAME"
+        )
+    for folder in map(Path, folders):
+        if not (folder / "metrics.jsonl").is_file():
+            raise ValueError(f"{folder} holds no metrics.jsonl: give the folder of a run")
+        print(write_report(folder))
+
+
 if __name__ == "__main__":
-    for folder in sys.argv[1:]:
-        print(write_report(Path(folder)))
+    sys.exit(ended(main))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, get_type_hints
 
 from flash import machine
+from flash.command_line import Options
 
 _CHOICES = {"device": ("auto", "cpu", "cuda"), "dtype": ("auto", "float32", "bfloat16")}
 _LEAST = {"max_running": 1, "cache_tokens": 64, "threads": 0, "version": 0, "seed": 0}
@@ -15,7 +16,7 @@ _LEAST = {"max_running": 1, "cache_tokens": 64, "threads": 0, "version": 0, "see
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerConfig:
-    """An embedded worker. The API key comes from `$FLASH_WORKER_API_KEY`."""
+    """An embedded worker. The API key comes from `$FLASH_WORKER_API_KEY`; "": one is made."""
 
     model: Annotated[str, "a directory or a hub name"]
     host: Annotated[str, "address to listen on"] = "127.0.0.1"
@@ -35,11 +36,10 @@ def parse(arguments: Sequence[str], prog: str) -> WorkerConfig:
 
     ValueError for a port that is taken, a model that is not there, a number that can't be.
     """
-    parser = argparse.ArgumentParser(
-        prog=prog,
+    parser = Options(
+        prog,
         description="Serve one embedded inference worker: vLLM's token-in-token-out HTTP routes.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     hints = get_type_hints(WorkerConfig, include_extras=True)
     for field in fields(WorkerConfig):
@@ -61,7 +61,7 @@ def parse(arguments: Sequence[str], prog: str) -> WorkerConfig:
                 default=field.default,
                 choices=_CHOICES.get(field.name),
             )
-    given = vars(parser.parse_args(arguments))
+    given = vars(parser.options_only(arguments))
     given["model"] = os.path.expanduser(given["model"])  # no shell does it in --model=~/x
     config = WorkerConfig(**given)
     for name, least in _LEAST.items():

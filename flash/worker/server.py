@@ -10,17 +10,22 @@ GET  /health                       200, or 503 when the engine has died
 """
 
 import asyncio
+import hmac
 import logging
 import os
+import secrets
 import signal
 import sys
 import uuid
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from aiohttp import web
 
+from flash.listener import BODY_TIMEOUT_S, Listener, local_address, page_refusal
+from flash.machine import raise_open_file_limit
 from flash.worker.checksum import checksum
 from flash.worker.config import WorkerConfig
 from flash.worker.engine import EmbeddedEngine, EngineDied, EngineRequest, EngineResult
@@ -37,10 +42,10 @@ _SAMPLING_FIELDS |= {"ignore_eos", "stream_interval"}
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def make_app(engine: EmbeddedEngine, *, api_key: str = "") -> web.Application:
-    """The routes over an engine; with an `api_key`, all but /health ask for it as bearer token."""
+def make_app(engine: EmbeddedEngine, *, api_key: str, listener: Listener) -> web.Application:
+    """The routes over an engine; all but /health ask for the key as bearer token."""
     app = web.Application(
-        client_max_size=_MAX_BODY_BYTES, middlewares=[_errors_as_json, _require(api_key)]
+        client_max_size=_MAX_BODY_BYTES, middlewares=[_errors_as_json, _require(api_key, listener)]
     )
     routes = _Routes(engine)
     app.router.add_post("/inference/v1/generate", routes.generate)
@@ -78,26 +83,28 @@ async def serve(config: WorkerConfig, *, on_ready: Callable[[str], None]) -> Non
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-    # handler_cancellation: a client that goes away takes its request with it.
-    runner = web.AppRunner(
-        make_app(engine, api_key=config.api_key), handler_cancellation=True, access_log=None
-    )
+    listener = Listener(config.host, config.port)
     try:
         # The engine allocates when it first runs: better to fail now than to be ready and die.
         await engine.generate(EngineRequest(request_id="first", token_ids=[0], max_tokens=1))
-        await runner.setup()
-        site = web.TCPSite(runner, config.host, config.port, shutdown_timeout=1.0)
-        await site.start()
-        port = runner.addresses[0][1]
-        on_ready(f"http://{config.host}:{port}")
+        app = make_app(engine, api_key=config.api_key, listener=listener)
+        on_ready(await listener.start(app))
         await stopped.wait()
     finally:
         engine.close()
-        await runner.cleanup()
+        await listener.close()
 
 
 def main(config: WorkerConfig) -> None:
-    """Serve in this process; prints `ready URL` once, and nothing else to stdout."""
+    """Serve in this process; prints `ready URL` once, and nothing else to stdout.
+
+    Without a key one is made, and told on stderr: whoever could ask this worker without one could
+    have it load any weights, and any user of the machine could.
+    """
+    raise_open_file_limit()
+    if not config.api_key:
+        config = replace(config, api_key=secrets.token_urlsafe(16))
+        print(f"no $FLASH_WORKER_API_KEY, so the key is {config.api_key}", file=sys.stderr)
 
     def on_ready(url: str) -> None:
         print(f"ready {url}", flush=True)
@@ -161,8 +168,10 @@ class _Routes:
         # In a thread, so that health checks are answered meanwhile; the engine is paused.
         try:
             loaded = await asyncio.to_thread(self._load, path)
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             raise web.HTTPBadRequest(text=str(error)) from error
+        except OSError as error:  # of this machine, not of the weights
+            raise web.HTTPServiceUnavailable(text=str(error)) from error
         return web.json_response({"results": [loaded]})
 
     def _load(self, path: Path) -> str:
@@ -210,7 +219,12 @@ def _generated(request_id: str, result: EngineResult) -> dict[str, Any]:
 
 async def _body(request: web.Request) -> dict[str, Any]:
     try:
-        body = await request.json()
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            body = await request.json()
+    except TimeoutError as error:
+        raise web.HTTPRequestTimeout(
+            text=f"the body took longer than {BODY_TIMEOUT_S:g} s"
+        ) from error
     except ValueError as error:  # no JSON, or no UTF-8
         raise web.HTTPBadRequest(text=f"the body is not JSON: {error}") from error
     if not isinstance(body, dict):
@@ -251,12 +265,21 @@ async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamR
         return web.json_response({"error": {"message": str(error)}}, status=500)
 
 
-def _require(api_key: str) -> Any:
+def _require(api_key: str, listener: Listener) -> Any:
+    wanted = f"Bearer {api_key}".encode()
+
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        given = request.headers.get("Authorization", "")
-        if api_key and request.path != "/health" and given != f"Bearer {api_key}":
-            raise web.HTTPUnauthorized(text="the worker's API key is missing or wrong")
+        if why := page_refusal(request.headers, local_address=local_address(request)):
+            raise web.HTTPForbidden(text=why)
+        given = request.headers.get("Authorization", "").encode(errors="replace")
+        if hmac.compare_digest(given, wanted):
+            listener.vouch(request)
+        elif request.path != "/health":
+            raise web.HTTPUnauthorized(
+                text="the worker's API key is missing or wrong: send what was in its "
+                "$FLASH_WORKER_API_KEY, or what it told at its start (engine.api_key)"
+            )
         return await handler(request)
 
     return middleware

@@ -6,11 +6,13 @@ guards the routes that vLLM's own API key leaves open.
 """
 
 import hmac
+import json
 import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
+from flash.listener import page_refusal
 from flash.worker.checksum import checksum
 
 Scope = MutableMapping[str, Any]
@@ -42,7 +44,8 @@ class WeightLoader:
 class RequireKey:
     """ASGI middleware: every route but /health asks for `$VLLM_API_KEY` as bearer token.
 
-    vLLM asks for it under /v1 and /inference only, while its development routes run code.
+    vLLM asks for it under /v1 and /inference only, while its development routes run code. No route
+    is for web pages.
     """
 
     def __init__(self, app: Asgi) -> None:
@@ -50,12 +53,23 @@ class RequireKey:
         self._wanted = b"Bearer " + os.environ["VLLM_API_KEY"].encode()
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and scope["path"] != "/health":
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._wanted):
-                headers = [(b"content-type", b"application/json")]
-                await send({"type": "http.response.start", "status": 401, "headers": headers})
-                body = b'{"error": {"message": "the API key is missing or wrong"}}'
-                await send({"type": "http.response.body", "body": body})
+        if scope["type"] == "http":
+            headers = {
+                k.decode("latin-1").title(): v.decode("latin-1") for k, v in scope["headers"]
+            }
+            local, _ = scope.get("server") or ("", 0)
+            given = headers.get("Authorization", "").encode("latin-1")
+            if why := page_refusal(headers, local_address=local):
+                await _refuse(send, 403, why)
+                return
+            if scope["path"] != "/health" and not hmac.compare_digest(given, self._wanted):
+                await _refuse(send, 401, "the API key is missing or wrong")
                 return
         await self._app(scope, receive, send)
+
+
+async def _refuse(send: Any, status: int, why: str) -> None:
+    headers = [(b"content-type", b"application/json")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    body = json.dumps({"error": {"message": why}}).encode()
+    await send({"type": "http.response.body", "body": body})

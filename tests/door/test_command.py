@@ -1,6 +1,7 @@
 """An agent that is a command: what it is told, what it answers, how it fails, how it ends."""
 
 import asyncio
+import contextlib
 import json
 import signal
 import sys
@@ -64,7 +65,15 @@ async def test_a_long_talk_before_the_answer_does_no_harm(tmp_path):
     assert await run(python(code, tmp_path)) == 0.5
 
 
-@pytest.mark.parametrize(("code", "last"), [("echo done", "'done"), ("true", "''")])
+@pytest.mark.parametrize(
+    ("code", "last"),
+    [
+        ("echo done", "'done"),
+        ("true", "''"),
+        ("echo NaN", "'NaN'"),
+        ("printf '[%.0s' $(seq 50000)", r"'\[\[\[.*\.\.\..*\[\[\['$"),
+    ],
+)
 async def test_a_command_without_an_answer_has_no_reward(code, last, tmp_path):
     with pytest.raises(RewardFailure, match=last):
         await run(shell(code, tmp_path))
@@ -110,11 +119,39 @@ async def test_what_a_command_leaves_in_the_background_ends_with_it(tmp_path):
     assert is_gone(sleeper)
 
 
+DETACHES = """
+import os, subprocess, sys
+pids = open(sys.argv[1], "a")
+browser = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+if os.fork() == 0:  # a daemon, as they are made: twice forked, nobody's child
+    os.setsid()
+    if os.fork() == 0:
+        print(os.getpid(), file=pids, flush=True)
+        os.execvp("sleep", ["sleep", "1000"])
+    os._exit(0)
+os.wait()
+print(browser.pid, file=pids, flush=True)
+"""
+
+
+async def test_what_a_command_leaves_in_sessions_of_their_own_ends_with_it(tmp_path):
+    pids = tmp_path / "pids"
+    for how in ("print(1)", "os.kill(os.getppid(), 15); signal.pause()"):  # ends; ends its guard
+        code = f"import os, signal, sys; sys.argv = ['', {str(pids)!r}]\n{DETACHES}\n{how}"
+        with contextlib.suppress(AgentFailure):
+            assert await run(python(code, tmp_path)) == 1
+        assert all(is_gone(pid) for pid in await pids_in(pids, 2))
+        pids.unlink()
+
+
 async def test_a_cancelled_command_ends_with_all_that_it_started(tmp_path):
     pids = tmp_path / "pids"
-    code = f"sleep 1000 & echo $! >> {pids}; echo $$ >> {pids}; trap '' TERM INT; wait"
+    code = (
+        f"sleep 1000 & echo $! >> {pids}; setsid sh -c 'echo $$ >> {pids}; exec sleep 1000' & "
+        f"echo $$ >> {pids}; trap '' TERM INT; wait"
+    )
     running = asyncio.create_task(run(shell(code, tmp_path)))
-    started = await pids_in(pids, 2)
+    started = await pids_in(pids, 3)
     assert not any(is_gone(pid) for pid in started)
     running.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -66,6 +66,18 @@ async def test_no_other_route_exists_whoever_asks(enter, path):
         assert house.worker.started == house.worker.loaded == []
 
 
+@pytest.mark.parametrize("name", ["Origin", "Host"])
+async def test_a_web_page_gets_no_answer_even_with_a_token(enter, name):
+    async with enter() as house:
+        headers = {name: "http://evil.example" if name == "Origin" else "evil.example"}
+        for path in ("/v1/chat/completions", f"/episodes/{house.door.token}/v1/completions"):
+            status, _, answer = await post(
+                house, house.door.token, path=path, json=CHAT, headers=headers
+            )
+            assert status == 403
+            assert "evil.example" in answer["error"]["message"]
+
+
 async def test_tokens_are_long_and_no_two_are_the_same(enter):
     async with enter() as house, enter() as other:
         options = {"max_tokens": 1, "temperature": 1.0, "max_sequence_tokens": 9}
@@ -169,6 +181,23 @@ async def test_a_prompt_that_leaves_no_room_is_refused(enter):
             assert told.value.code == "context_length_exceeded"
             answer = await client.completions.create(model="policy", prompt="x" * 19)
             assert (answer.choices[0].text, answer.choices[0].finish_reason) == ("o", "length")
+
+
+async def test_a_prompt_that_can_not_fit_is_refused_before_it_is_tokenised(enter):
+    async with enter() as house:
+        _, client = house.open(max_sequence_tokens=20)
+        long = "x" * 3_000_000
+        async with client:
+            for call in (
+                client.completions.create(model="policy", prompt=long),
+                client.chat.completions.create(
+                    model="policy", messages=[{"role": "user", "content": long}]
+                ),
+            ):
+                with pytest.raises(openai.BadRequestError, match="has 3000000 characters") as told:
+                    await call
+                assert told.value.code == "context_length_exceeded"
+            await client.completions.create(model="policy", prompt="x")
 
 
 # ── what ends ────────────────────────────────────────────────────────────────────────────────

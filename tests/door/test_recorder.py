@@ -243,4 +243,4 @@ def test_a_call_that_was_cut_off_by_its_length_is_rendered_anew(tokenizer):
     known = Recorder().add([1], completion(*sampled))
     memory.note_chat([USER], turn, [], known)
     messages = [USER, turn, USER]
-    assert memory.chat_prompt(template, messages, []) == template.prompt(messages)
+    assert memory.chat_prompt(template, messages, {}) == template.prompt(messages)

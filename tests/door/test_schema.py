@@ -9,7 +9,7 @@ import pytest
 from openai.types.chat import completion_create_params as chat_params
 
 from flash.door import ApiError
-from flash.door.schema import IGNORABLE, as_template, parse_chat, parse_text
+from flash.door.schema import Ignore, as_template, parse_chat, parse_text
 from flash.door.server import Door
 
 USER = {"role": "user", "content": "hi"}
@@ -45,7 +45,9 @@ def refusal(parse, **fields) -> ApiError:
         ("temperature", float("nan")), ("stop", ""), ("stop", ["a"] * 5), ("stop", [1]),
         ("stream", "yes"), ("stream_options", {"include_obfuscation": True}), ("logprobs", 2),
         ("audio", {}), ("prediction", {}), ("web_search_options", {}), ("functions", []),
-        ("function_call", "auto"), ("moderation", {}), ("chat_template_kwargs", {}), ("top_k", 5),
+        ("function_call", "auto"), ("moderation", {}), ("top_k", 5), ("min_p", 0.1),
+        ("repetition_penalty", 1.1), ("reasoning", {"effort": "low"}), ("chat_template_kwargs", 7),
+        ("chat_template", "{}"),
         ("messages", []), ("messages", "hi"), ("model", 7),
     ],
 )  # fmt: skip
@@ -110,8 +112,89 @@ def test_a_field_may_be_ignored_if_the_door_was_told_to():
     assert refusal(chat, tools=[strict]).param == "tools[0].function.strict"
     assert chat(ignore={"strict"}, tools=[strict]).tools == [TOOL]
     assert chat(ignore={"model"}, model="gpt-4o") == chat()
-    with pytest.raises(ValueError, match=r"ignore=\['messages'\].*'temperature'"):
-        Door(None, tokenizer=None, model="policy", ignore=["messages"])
+    assert chat(ignore={"tool_choice"}, tool_choice="required", tools=[TOOL]).parse_tools
+    assert not chat(ignore={"tool_choice"}, tool_choice="none", tools=[TOOL]).parse_tools, (
+        "honoured"
+    )
+    image = {"type": "image_url", "image_url": {"url": "data:,"}}
+    shown = {"role": "user", "content": [{"type": "text", "text": "hi"}, image]}
+    assert "image_url" in str(refusal(chat, messages=[shown]))
+    assert chat(ignore={"image_url"}, messages=[shown]) == chat()
+    for honoured in ("messages", "content", "tools", "stop", "chat_template_kwargs"):
+        with pytest.raises(ValueError, match=f"'{honoured}'. can't be ignored"):
+            Door(None, tokenizer=None, model="policy", ignore=[honoured])
+
+
+def test_everything_that_is_not_honoured_may_be_ignored_at_once():
+    everything = Ignore(["*"])
+    strict = {"type": "function", "function": {"name": "f", "strict": True}, "defer_loading": True}
+    heedless = chat(
+        ignore=everything, model="gpt-4o", temperature=0.1, top_p=0.5, top_k=5, min_p=0.1,
+        repetition_penalty=1.1, seed=3, reasoning={"effort": "low"}, reasoning_effort="low",
+        response_format={"type": "json_object"}, tool_choice="required", tools=[strict],
+        never_heard_of=1, messages=[{**USER, "mood": 1}],
+    )  # fmt: skip
+    assert heedless == chat(tools=[TOOL])
+    asked = {"n": 2, "stop": ["x"], "max_tokens": 3, "logprobs": True}
+    asked |= {"chat_template_kwargs": {"deep": True}, "messages": [USER, USER]}
+    assert chat(ignore=everything, **asked) == chat(**asked), "what is honoured"
+    for name, value in {"functions": [TOOL], "chat_template": "x", "documents": [{}]}.items():
+        assert refusal(chat, ignore=everything, **{name: value}).param == name
+        assert chat(ignore={name}, **{name: value}) == chat()
+
+
+STREAMED = {  # as the official client's stream helper gives it
+    "role": "assistant", "content": "I call", "refusal": None, "annotations": None, "audio": None,
+    "function_call": None, "parsed": None,
+    "tool_calls": [
+        {
+            "id": "1", "type": "function", "index": 0,
+            "function": {"name": "f", "arguments": "{}", "parsed_arguments": None},
+        }
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {}, {"annotations": []}, {"refusal": ""}, {"parsed": {"x": 1}}, {"name": None},
+        {"provider_specific_fields": None}, {"cache_control": {"type": "ephemeral"}},
+        {"content": [{"type": "text", "text": "I call", "cache_control": {"type": "ephemeral"}}]},
+    ],
+)  # fmt: skip
+def test_a_message_that_a_client_made_of_a_stream_is_what_was_given_out(more):
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    plain = {"role": "assistant", "content": "I call", "tool_calls": [call]}
+    assert chat(messages=[USER, {**STREAMED, **more}]) == chat(messages=[USER, plain])
+
+
+def test_reasoning_has_two_names():
+    old = {"role": "assistant", "content": "x", "reasoning_content": "why"}
+    new = {"role": "assistant", "content": "x", "reasoning": "why"}
+    assert chat(messages=[old]) == chat(messages=[new])
+
+
+async def test_variables_go_to_the_template_and_arguments_of_rendering_are_refused(
+    enter, tokenizer
+):
+    tokenizer.chat_template = "{% if deep %}deep{% endif %}" + tokenizer.chat_template
+    async with enter() as house:
+        session, client = house.open()
+        async with client:
+            options = {"model": "policy", "messages": [USER]}
+            for deep in (True, False):
+                variables = {"chat_template_kwargs": {"deep": deep}}
+                answer = await client.chat.completions.create(**options, extra_body=variables)
+                assert house.text(house.prompts[-1]).startswith("deep") == deep
+                said = answer.choices[0].message
+                again = {"model": "policy", "messages": [USER, said, USER]}
+                await client.chat.completions.create(**again, extra_body=variables)
+            assert len(session.sequences()) == 2, "each conversation went on"
+            for name in ("chat_template", "tools", "tokenize"):
+                variables = {"chat_template_kwargs": {name: "x"}}
+                with pytest.raises(openai.BadRequestError, match=f"chat_template_kwargs=.*{name}"):
+                    await client.chat.completions.create(**options, extra_body=variables)
 
 
 def test_another_model_is_not_found():
@@ -231,7 +314,7 @@ async def test_a_models_limits_are_told(enter, tokenizer):
 
 
 def test_what_can_be_ignored_is_what_can_be_refused():
-    for name in IGNORABLE - {"model", "temperature", "strict"}:
+    for name in ("top_p", "seed", "response_format", "reasoning", "never_heard_of"):
         value = {"never": "this"}
         assert refusal(chat, **{name: value}).param == name
         assert chat(ignore={name}, **{name: value}) == chat()

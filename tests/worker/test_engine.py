@@ -255,6 +255,7 @@ async def test_a_cancelled_caller_frees_its_place(engines, tmp_path):
         (request(temperature=-1.0), "temperature=-1.0"),
         (request(temperature=float("nan")), "temperature=nan"),
         (request(max_tokens=5000), "more than the cache's 4096"),
+        (request(max_tokens=500), "more than the model's 512 positions"),
     ],
 )
 async def test_a_request_that_cannot_be_is_refused_by_field(engines, tmp_path, bad, message):

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
+from flash.listener import Listener
 from flash.warm_start.small_policy import create
 from flash.worker.engine import EmbeddedEngine
 from flash.worker.server import make_app
@@ -25,7 +26,8 @@ async def client(model):
         str(model), device="cpu", dtype="float32", cache_tokens=4096, max_running=8
     )
     # As `serve` runs it: a client that goes away takes its request with it.
-    server = TestServer(make_app(engine, api_key="secret"), handler_cancellation=True)
+    app = make_app(engine, api_key="secret", listener=Listener("127.0.0.1", 0))
+    server = TestServer(app, handler_cancellation=True)
     headers = {"Authorization": "Bearer secret"}
     async with TestClient(server, headers=headers) as client:
         client.engine = engine
@@ -133,7 +135,7 @@ async def test_what_is_not_json_or_not_known_is_refused(client, tmp_path):
     assert (await client.post("/pause?mode=stop")).status == 400
     assert (await client.post("/collective_rpc", json={"method": "exec"})).status == 400
     load = {"method": "load_flash_weights", "kwargs": {"weights_path": str(tmp_path)}}
-    assert (await client.post("/collective_rpc", json=load)).status == 400
+    assert (await client.post("/collective_rpc", json=load)).status == 400, "no weights"
     assert (await client.post("/update_weight_version", json={})).status == 400
 
 
@@ -144,6 +146,20 @@ async def test_all_but_health_asks_for_the_key(client):
     response = await client.post("/inference/v1/generate", json=body(), headers=wrong)
     assert response.status == 401
     assert (await client.get("/health", headers=wrong)).status == 200
+
+
+async def test_no_web_page_is_obeyed_whatever_it_sends(client):
+    for headers in ({"Origin": "https://evil.example"}, {"Host": "evil.example"}):
+        response = await client.post("/pause?mode=keep", headers=headers)
+        assert response.status == 403
+    status, _ = await generate(client)
+    assert status == 200, "it was not paused"
+
+
+async def test_weights_that_can_not_be_read_now_are_not_called_wrong(client, tmp_path):
+    (tmp_path / "model.safetensors").mkdir()  # what can be read elsewhere, but not here
+    load = {"method": "load_flash_weights", "kwargs": {"weights_path": str(tmp_path)}}
+    assert (await client.post("/collective_rpc", json=load)).status == 503
 
 
 async def test_an_engine_that_has_ended_is_unhealthy_and_says_so(client):

@@ -1,0 +1,139 @@
+"""What each command does: train, eval, simulate, plan, worker."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from flash import config as configuration
+from flash import machine
+from flash.cli.event_loop import run_loop
+from flash.cli.words import listed, only, split_words, swept
+from flash.command_line import Options
+
+# Imported where they are needed: mistakes must not wait for torch, or for what simulates.
+# ruff: noqa: PLC0415
+
+
+def _train(arguments: Sequence[str]) -> None:
+    sources, overrides = split_words(arguments)
+    config = configuration.load(only(sources, "a preset or a YAML file"), overrides)
+    configuration.check_capacity(config, machine.capacity())
+    if config.uses_environment:
+        configuration.try_environment(config.env)
+    if port := config.engine.door_port:
+        machine.check_port("127.0.0.1", port, f"engine.door_port={port}")
+    from flash.train import train
+
+    stop = asyncio.Event()
+    summary = run_loop(train(config, stop=stop), stop=stop)
+    if summary is None:
+        print("stopped before the first step: nothing was trained")
+        return
+    first, last = summary["eval_success_rate_first"], summary["eval_success_rate_last"]
+    print(f"{summary['folder']}: {summary['steps']} steps in {summary['time_s']:.0f} s")
+    if first is not None and last is not None:
+        print(
+            f"success rate on {summary['eval_tasks']} held-out tasks: "
+            f"{first:.1%} → {last:.1%} ({100 * (last - first):+.1f} points), "
+            f"alpha={config.alpha:g}, seed={config.seed}"
+        )
+
+
+def _eval(arguments: Sequence[str]) -> None:
+    sources, overrides = split_words(arguments)
+    source = only(sources, "a run's folder or a checkpoint")
+    if source is None:
+        raise ValueError("flash eval what? Give a run's folder or a checkpoint: runs/NAME")
+    from flash.evaluate import evaluate
+
+    evaluation = run_loop(evaluate(Path(source), overrides))
+    for name, value in evaluation.metrics().items():
+        print(f"{name:20} {value:.4g}")
+
+
+def _simulate(arguments: Sequence[str]) -> None:
+    from flash.simulate.scenario import Scenario
+    from flash.simulate.scenario import load as load_scenario
+
+    parser = Options("flash simulate", add_help=False)
+    parser.add_argument("--calibrate", type=Path)
+    parser.add_argument("--sweep", action="append", default=[])
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--timeline", action="store_true")
+    parser.add_argument("--out", type=Path)
+    options, words = parser.parse_known_args(arguments)
+    sources, changes = split_words(words, Scenario, parser.names())
+    source = only(sources, "a scenario's YAML file")
+    if (source is None) == (options.calibrate is None):
+        raise ValueError("flash simulate what? Give a scenario's YAML file, or --calibrate RUN")
+    if options.seeds < 1:
+        raise ValueError(f"--seeds {options.seeds}: must be at least 1")
+    values: dict[str, list[Any]] = {}
+    for text in options.sweep:
+        name, listed = swept(text)
+        if name in values:
+            raise ValueError(f"--sweep {name} is given twice: write --sweep {name}=V1,V2,…")
+        if name in changes:
+            raise ValueError(f"--{name} and --sweep {text}: {name} is given twice: give it once")
+        values[name] = listed
+    from flash.simulate import command
+
+    if source is not None:
+        scenario = load_scenario(Path(source), changes)
+    else:
+        scenario = command.calibrated(options.calibrate, options.out).changed(changes)
+        values = values or {"alpha": sorted({0.0, 1.0, scenario.alpha})}
+    command.sweep(scenario, values, seeds=options.seeds, timeline=options.timeline, out=options.out)
+
+
+def _plan(arguments: Sequence[str]) -> None:
+    from flash.simulate.hardware import GPUS, on_hardware
+    from flash.simulate.scenario import Scenario
+    from flash.simulate.scenario import load as load_scenario
+
+    parser = Options("flash plan", add_help=False)
+    parser.add_argument("--gpus", type=int)
+    parser.add_argument("--gpu", choices=GPUS)
+    parser.add_argument("--model")
+    parser.add_argument("--alphas", default="0,1,2,4")
+    parser.add_argument("--calibrate", type=Path)
+    parser.add_argument("--out", type=Path)
+    options, words = parser.parse_known_args(arguments)
+    sources, changes = split_words(words, Scenario, parser.names())
+    source = only(sources, "a scenario's YAML file")
+    if options.gpus is None or (source is None) == (options.calibrate is None):
+        raise ValueError(
+            "flash plan what? Give a scenario's YAML file or --calibrate RUN, and --gpus N"
+        )
+    if (options.gpu is None) != (options.model is None):
+        raise ValueError("--gpu and --model go together: the times follow from both")
+    if not (alphas := listed("alphas", options.alphas)):
+        raise ValueError("--alphas is empty: write --alphas A,B,…")
+    from flash.simulate import command, plan_command
+
+    if source is not None:
+        scenario = load_scenario(Path(source), changes)
+    else:
+        scenario = command.calibrated(options.calibrate, options.out).changed(changes)
+    if options.gpu is not None:
+        scenario = on_hardware(scenario, options.model, options.gpu, keep=changes)
+    plan_command.run(scenario, gpus=options.gpus, alphas=alphas, out=options.out)
+
+
+def _worker(arguments: Sequence[str]) -> None:
+    from flash.worker.config import parse as parse_worker
+
+    config = parse_worker(arguments, prog="flash worker")
+    from flash.worker.server import main as serve
+
+    serve(config)
+
+
+BY_NAME: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": _train,
+    "eval": _eval,
+    "simulate": _simulate,
+    "plan": _plan,
+    "worker": _worker,
+}
