@@ -2,6 +2,8 @@
 
 import io
 import logging
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -24,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Exit code 2 for what the user got wrong, 3 for a stall, 1 for other failures."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may know no α
+    # Outside of a loop, which has its own answer, there is nothing to close: imports, the end.
+    signal.signal(signal.SIGINT, lambda number, _: os._exit(128 + number))
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 

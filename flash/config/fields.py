@@ -23,7 +23,13 @@ from flash.warm_start.config import PolicyConfig, WarmStartConfig
 class CheckpointConfig(Section):
     """Checkpoints under runs/<name>/checkpoints."""
 
-    every: int = Field(0, ge=0, description="steps between checkpoints; 0: only at the end")
+    every: int = Field(0, ge=0, description="steps between checkpoints that are kept; 0: none")
+    minutes: float = Field(
+        10.0,
+        ge=0,
+        description="minutes between spare ones beside those, of which the newest two are kept; "
+        "0: none. There is one at the end anyway",
+    )
     resume: bool = Field(False, description="go on from the newest checkpoint of this run")
 
 

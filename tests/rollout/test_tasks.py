@@ -1,9 +1,8 @@
-"""The tasks of a run, also through a checkpoint."""
+"""The tasks of a run, also through a resume."""
 
 import itertools
 
 from flash.rollout.tasks import Tasks
-from flash.types import Task
 
 
 def seeds(tasks: Tasks, count: int) -> list[int]:
@@ -17,24 +16,17 @@ def test_runs_of_different_seeds_share_no_task():
     assert seeds(Tasks(1), 1000) == second
 
 
-def test_a_resumed_run_begins_with_the_tasks_that_were_begun_and_not_trained(tmp_path):
+def test_a_resumed_run_begins_with_the_tasks_that_were_begun_and_not_trained():
     tasks = Tasks(0)
     seeds(tasks, 5)
-    tasks.save(tmp_path, [Task(1), Task(3)])
     resumed = Tasks(0)
-    resumed.restore(tmp_path)
+    resumed.go_on(given=tasks.given, unfinished=[1, 3])
     assert resumed.given == 5
     assert seeds(resumed, 4) == [1, 3, 5, 6]
 
 
-def test_tasks_that_a_resumed_run_had_no_time_for_are_kept_for_the_next(tmp_path):
-    tasks = Tasks(0)
-    seeds(tasks, 5)
-    tasks.save(tmp_path, [Task(1), Task(3)])
+def test_tasks_that_a_resumed_run_had_no_time_for_are_kept_for_the_next():
     resumed = Tasks(0)
-    resumed.restore(tmp_path)
+    resumed.go_on(given=5, unfinished=[1, 3])
     assert seeds(resumed, 1) == [1]
-    resumed.save(tmp_path, [Task(1)])
-    again = Tasks(0)
-    again.restore(tmp_path)
-    assert seeds(again, 3) == [1, 3, 5]
+    assert (resumed.given, resumed.left) == (5, [3])
