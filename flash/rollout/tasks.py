@@ -5,10 +5,10 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from flash.seeds import TRAINING_SEEDS, first_task
 from flash.types import Task
 
 TASKS_FILE = "tasks.json"  # of a checkpoint, and saved last of its files
-_TASKS_PER_SEED = 1 << 24
 
 
 class Tasks:
@@ -18,7 +18,7 @@ class Tasks:
     """
 
     def __init__(self, seed: int) -> None:
-        self._first = seed * _TASKS_PER_SEED
+        self._first = first_task(seed)
         self._next = itertools.count(self._first)
         self._unfinished: list[int] = []
         self.given = 0
@@ -29,7 +29,7 @@ class Tasks:
                 yield Task(self._unfinished.pop(0))
             else:
                 self.given += 1
-                yield Task(next(self._next))
+                yield Task(next(self._next) % TRAINING_SEEDS)
 
     def save(self, checkpoint: Path, unfinished: list[Task]) -> None:
         seeds = [task.seed for task in unfinished] + self._unfinished
