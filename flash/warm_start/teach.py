@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from flash.errors import TrainerFailure
+from flash.seeds import DEMONSTRATION_SEEDS
 from flash.trainer.config import TrainerConfig
 from flash.trainer.objectives.settings import Supervised
 from flash.trainer.trainer import Trainer
@@ -26,9 +27,6 @@ from flash.warm_start.config import PolicyConfig, WarmStartConfig
 from flash.warm_start.demonstrations import TeachingStyle, to_sample
 
 logger = logging.getLogger(__name__)
-
-# Demonstrations come from seeds that no training task of a run is likely to have.
-_FIRST_SEED = 1 << 40
 
 OnProgress = Callable[[str, int, int, Mapping[str, float]], None]
 
@@ -127,7 +125,7 @@ async def _teach(
     samples: list[Sample] = []
     for index in range(settings.demonstrations):
         # In a thread, because an expert's episode takes milliseconds to seconds.
-        turns = await asyncio.to_thread(teacher.demonstrate, Task(_FIRST_SEED + index))
+        turns = await asyncio.to_thread(teacher.demonstrate, Task(DEMONSTRATION_SEEDS[index]))
         sample = to_sample(
             turns,
             cast(TeachingStyle, style),
