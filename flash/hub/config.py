@@ -91,6 +91,8 @@ class EngineConfig(Section):
                     f"correction for staleness would be wrong: leave it out, and use "
                     f"agent.temperature"
                 )
+            if word.startswith("--") and name == "max-model-len":
+                raise ValueError(f"{word} is agent.max_sequence_tokens: leave it out, and set that")
         return value
 
     @field_validator("urls", mode="before")
