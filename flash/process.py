@@ -255,7 +255,8 @@ class Child:
                 if ok:
                     answer.set_result(value)
                 else:
-                    answer.set_exception(ProcessFailure(f"{self.name} raised:\n{value}"))
+                    told = f"\n{value}" if "\n" in value else f" {value}"
+                    answer.set_exception(ProcessFailure(f"{self.name} raised:{told}"))
         # A child that closed its socket but lives on (an environment's stray thread) is no use.
         try:
             async with asyncio.timeout(5.0):

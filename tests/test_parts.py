@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import aiohttp
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -105,6 +107,31 @@ async def test_a_run_says_which_workers_it_takes_and_which_gpus_are_idle(
         async with hub:
             pass
     assert line in said[0]
+
+
+async def test_a_worker_that_takes_shorter_sequences_is_refused_with_the_remedy(tmp_path):
+    async def models(request):
+        return web.json_response({"data": [{"id": "policy", "max_model_len": 300}]})
+
+    async def weights():
+        raise ValueError("it takes them")
+
+    app = web.Application()
+    app.router.add_get("/v1/models", models)
+    async with TestServer(app) as server:
+        for tokens, says in (
+            (300, "it takes them"),
+            (301, "exceeds the 300 tokens"),
+        ):
+            config = load(
+                "frozen_lake",
+                {"engine.urls": str(server.make_url("")), "agent.max_sequence_tokens": tokens},
+            )
+            with pytest.raises(ValueError, match=says):
+                async with open_hub(
+                    config, model="", version=0, weights=weights, log_dir=tmp_path, say=print
+                ):
+                    pass
 
 
 def test_held_out_tasks_are_the_same_for_every_run():

@@ -99,6 +99,8 @@ class EngineConfig(Section):
                     f"--{name}: command lines and the run's config.yaml are for others to read: "
                     f"leave it out; servers have a key of their own, and find $HF_TOKEN"
                 )
+            if word.startswith("--") and name == "max-model-len":
+                raise ValueError(f"{word} is agent.max_sequence_tokens: leave it out, and set that")
         return value
 
     @field_validator("urls", mode="before")

@@ -13,6 +13,7 @@ from flash.types import Task
 # An environment whose actions are Python: what they are worth is its answer.
 ECHO = """
 import asyncio, sys
+from decimal import Decimal
 import numpy as np
 
 NAN = float("nan")
@@ -70,6 +71,8 @@ WRONG = {
     "says(goal={'put': 'mug'})": "info['goal']={'put': 'mug'}: it must be a text",
     "says(goal=chr(0xd800))": r"info['goal']='\ud800': it must be a text that is Unicode",
     "says(admissible_commands='go')": "info['admissible_commands']='go': it must be a list of",
+    "says(admissible_commands=['go'] * 200_000)": "a list of at most 100000 texts",
+    "says(admissible_commands=['g' * 50] * 90_000)": "of at most 4000000 characters in all",
     "says(admissible_commands=[1])": "info['admissible_commands']=[1]: it must be a list of",
     "('x', 1.0, False, {})": "answered ('x', 1.0, False, {}): it must be (observation, reward, ",
     "None": "answered None: it must be (observation, reward, terminated, truncated, info)",
@@ -86,6 +89,7 @@ RIGHT = {
     "says(np.str_('x'), np.float32(0.5), np.bool_(True), np.False_)": ("x", 0.5, True, False, {}),
     "says(reward=True)": ("x", 1.0, False, False, {}),
     "says(reward=np.array(2))": ("x", 2.0, False, False, {}),
+    "says(reward=Decimal('0.5'))": ("x", 0.5, False, False, {}),
     "['x', -1, False, True, {}]": ("x", -1.0, False, True, {}),
     "says(goal=None, success=np.True_, admissible_commands=('go', np.str_('stay')))": (
         "x", 1.0, False, False, {"success": True, "admissible_commands": ["go", "stay"]},
