@@ -2,10 +2,11 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
 
 from flash.answers import failing_as, shown
-from flash.conversation import TokenSequence
+from flash.conversation import CHARS_A_TOKEN, TokenSequence
 from flash.errors import AgentFailure, EnvFailure, RewardFailure
 from flash.reward.outcome import outcome
 from flash.rollout.episode import Episode
@@ -21,9 +22,9 @@ from flash.types import (
 
 from .actor import Actor, RewardStage
 
-# Of texts that are worth reading a token has fewer than 10.
-_CHARS_A_TOKEN = 32
 _CHARS_AT_ONCE = 10_000  # tokenised in the event loop: about 8 ms
+# One thread: several would take the interpreter from the event loop in turns.
+_LONG_TEXTS = ThreadPoolExecutor(1, "long texts")
 
 _T = TypeVar("_T")
 Reward = Callable[[Sequence[Observation]], Awaitable[float]]
@@ -123,7 +124,7 @@ class EnvironmentAgent(Actor):
         prompt = await self._tokens(observation, self._style.first, observation)
         if prompt is None:
             raise EnvFailure(
-                f"reset answered {_chars(observation)} characters, more than {_CHARS_A_TOKEN} for "
+                f"reset answered {_chars(observation)} characters, more than {CHARS_A_TOKEN} for "
                 f"each token of max_sequence_tokens={limit}: {shown(observation.text)}"
             )
         if len(prompt) >= limit:
@@ -147,10 +148,11 @@ class EnvironmentAgent(Actor):
     ) -> list[int] | None:
         """None for what is so long that it is not tokenised; what takes long goes to a thread."""
         chars = _chars(observation)
-        if chars > _CHARS_A_TOKEN * self._max_sequence_tokens:
+        if chars > CHARS_A_TOKEN * self._max_sequence_tokens:
             return None
         if chars > _CHARS_AT_ONCE:
-            return await asyncio.to_thread(tokenise, *args)
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(_LONG_TEXTS, tokenise, *args)
         return tokenise(*args)
 
     async def _generate(self, episode: Episode, token_ids: Sequence[int]) -> Completion:

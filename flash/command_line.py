@@ -3,14 +3,16 @@
 import argparse
 import contextlib
 import difflib
+import os
 import re
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from flash import machine
-from flash.errors import FlashError
+from flash.errors import FlashError, one_line
 
 _TRACEBACK = re.compile(r"\s*Traceback \(most recent call last\):\n(?:[ \t].*\n|\n(?=[ \t]))*")
 
@@ -24,11 +26,15 @@ def ended(command: Callable[[], None]) -> int:
     try:
         with _first_of_a_group():
             command()
+            if sys.stdout is not None:  # it is where somebody closed it
+                sys.stdout.flush()
     except FlashError as error:
-        _complain(f"{type(error).__name__}: {error}", error)
+        _complain(_with_remedy(f"{type(error).__name__}: {error}"), error)
         return error.exit_code
     except (OSError, MemoryError) as error:
-        _complain(" ".join(f"{type(error).__name__}: {error}".split()), error)
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            return 128 + signal.SIGPIPE  # as of other commands: `| head` has seen enough
+        _complain(_with_remedy(one_line(error)), error)
         return 1
     except ValueError as error:
         _complain(str(error), error)
@@ -51,14 +57,26 @@ def _first_of_a_group() -> Iterator[None]:
 
 
 def _complain(message: str, error: BaseException) -> None:
-    """Says it, and what can be done about the machine, if that is at fault."""
-    # The frames of a child's traceback are for its log.
-    said = _TRACEBACK.sub(" ", message)
-    if remedy := machine.remedy(f"{said}\n{error!r}"):
-        said += f": {remedy}"
-    for line in (*said.splitlines(), *getattr(error, "__notes__", ())):
+    for line in (*message.splitlines(), *getattr(error, "__notes__", ())):
         if line.strip():
             print(f"flash: {line}", file=sys.stderr)
+
+
+def _reader_is_gone() -> bool:
+    """Whether it is stdout's pipe that is broken; then what is left for it goes nowhere."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    gone = any(event & select.POLLERR for _, event in poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
+
+
+def _with_remedy(message: str) -> str:
+    """Without the frames of a child's traceback, which are for its log, and with what can be done
+    about the machine, if that is at fault."""
+    remedy = machine.remedy(message)
+    return _TRACEBACK.sub(" ", message).rstrip() + (f": {remedy}" if remedy else "")
 
 
 def nearest(word: str, known: Iterable[str], otherwise: str) -> str:
@@ -76,9 +94,7 @@ class Options(argparse.ArgumentParser):
         self.register("action", None, _Once)
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(
-            f"{self.prog}: {message.removeprefix('argument ')}; see {self.prog} --help"
-        )
+        raise ValueError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
 
     def names(self) -> list[str]:
         return [name for name in self._option_string_actions if name.startswith("--")]

@@ -18,6 +18,10 @@ from flash.types import Completion, SampledSequence
 Message = Mapping[str, Any]
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
+# What has more for each token of its room is not tokenised, which takes 1 s for a million: of
+# texts that are worth reading a token has fewer than 10.
+CHARS_A_TOKEN = 32
+
 
 class TokenSequence:
     """Tokens in the order they were seen or sampled, with what the engine said of each."""

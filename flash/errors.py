@@ -86,6 +86,11 @@ class ProcessFailure(FlashError):
     """A child process died or raised; the message holds its last output or traceback."""
 
 
+def one_line(error: BaseException) -> str:
+    """An error's type and what it says."""
+    return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+
+
 @contextlib.contextmanager
 def first_error() -> Iterator[None]:
     """Of the errors that a TaskGroup inside raises as a group, the first, with its own cause."""

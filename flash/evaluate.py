@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from flash import config as configuration
+from flash import machine
 from flash.evaluation.play import heldout_tasks, play
 from flash.evaluation.result import Evaluation
 from flash.parts.open import open_parts
@@ -27,6 +28,7 @@ async def evaluate(
     version = checkpoint_version(checkpoint)
     run = checkpoint.parent.parent
     config = configuration.load(str(run / "config.yaml"), overrides)
+    configuration.check_capacity(config, machine.capacity(), trains=False)
     model = (checkpoint / MODEL_FOLDER).resolve()
 
     async def weights() -> Weights:

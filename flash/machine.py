@@ -5,6 +5,9 @@ import importlib.util
 import os
 import resource
 import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 
@@ -79,6 +82,47 @@ def remedy(message: str) -> str:
     return next(known, "")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capacity:
+    """How much a process may have of a machine."""
+
+    cores: int
+    memory_bytes: int
+    gpus: Sequence[Gpu]
+    open_files: int
+
+    def __str__(self) -> str:
+        gpus = f"{len(self.gpus) or 'no'} GPU{'' if len(self.gpus) == 1 else 's'}"
+        return (
+            f"this machine ({self.cores} cores, {self.memory_bytes / 1e9:.1f} GB of memory, {gpus})"
+        )
+
+
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+def capacity(limit: Path = _CGROUP_LIMIT) -> Capacity:
+    """Of this machine, or of its container, whose memory the file `limit` tells."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if limit.is_file() and (allowed := limit.read_text().strip()).isdigit():
+        memory = min(memory, int(allowed))
+    on_linux = hasattr(os, "sched_getaffinity")
+    _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return Capacity(
+        cores=len(os.sched_getaffinity(0)) if on_linux else os.cpu_count() or 1,
+        memory_bytes=memory,
+        gpus=gpus(),
+        open_files=sys.maxsize if files == resource.RLIM_INFINITY else files,
+    )
+
+
+def how_to_install(what: str, clone: Path = Path(__file__).parents[1]) -> str:
+    """The command that adds `vllm`, or else an extra of ours: a clone has a Makefile for it."""
+    if (clone / "Makefile").is_file():
+        return "`make setup-vllm`" if what == "vllm" else "`make setup`"
+    return "`pip install vllm`" if what == "vllm" else f"`pip install 'flash-rl[{what}]'`"
+
+
 def check_port(host: str, port: int, given: str) -> None:
     """ValueError if nobody can listen there now: found out before models are loaded for minutes.
 
@@ -92,7 +136,10 @@ def check_port(host: str, port: int, given: str) -> None:
             probe.bind((host, port))
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
-                raise ValueError(f"{given} on {host}: {error.strerror}") from error
+                raise ValueError(
+                    f"{given} on {host}: {error.strerror}: choose an address of this machine, and "
+                    f"a port that you may use"
+                ) from error
             raise ValueError(
                 f"{given} is in use on {host}: choose another, or 0 for a free one"
             ) from error

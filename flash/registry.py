@@ -16,6 +16,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from flash import machine
+from flash.errors import one_line
+
 _ENVS, _AGENTS, _STYLES = "flash.envs", "flash.agents", "flash.styles"
 
 
@@ -132,18 +135,18 @@ def _users_code(given: str) -> Iterator[None]:
 def said_and_where(error: BaseException) -> str:
     """An error of a user's code in one line: its type, what it says, and its file and line."""
     if isinstance(error, SyntaxError):
-        where = f"{error.filename}, line {error.lineno}"
-        return f"{type(error).__name__}: {error.msg} in {where}"
-    said = " ".join(f"{type(error).__name__}: {error}".split())
+        where = f" in {error.filename}, line {error.lineno}" if error.filename else ""
+        return f"{type(error).__name__}: {error.msg}{where}"
     frames = traceback.extract_tb(error.__traceback__)
     # Of the import itself nobody wants to know.
     last = next((f for f in reversed(frames) if not f.filename.startswith("<frozen")), frames[-1])
-    return f"{said} in {last.filename}, line {last.lineno}"
+    return f"{one_line(error)} in {last.filename}, line {last.lineno}"
 
 
 def missing_package(field: str, name: str, error: ImportError) -> ValueError:
     """The error of a part whose own dependencies are not installed."""
+    how = machine.how_to_install("alfworld,reasoning")
     return ValueError(
-        f"{field}={name!r} needs a package that is not installed ({error}): run make setup, or "
-        f"pip install 'flash-rl[alfworld,reasoning]'"
+        f"{field}={name!r} needs a package that is not installed ({error}): run {how}, or install "
+        f"that package"
     )

@@ -10,6 +10,7 @@ the same lines are synchronous training.
 """
 
 import asyncio
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -25,6 +26,8 @@ from flash.telemetry.folder import RunFolder
 from flash.telemetry.live import open_view
 from flash.types import Batch
 
+logger = logging.getLogger(__name__)
+
 
 async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any] | None:
     """Trains until `config.steps` or until `stop` is set, then saves; returns the summary.
@@ -33,6 +36,7 @@ async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any] | None
     Raises ValueError for what the user got wrong, FlashError with the cause if the run can't go
     on. What was measured until then is in the run's folder.
     """
+    warn_of_idle_steps(config)
     with (
         RunFolder(config) as folder,
         watched_event_loop(config.rollout.stall_timeout_s, _end_of(folder)),
@@ -63,6 +67,17 @@ async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any] | None
             await run.evaluations.finish()
             await run.save()
             return await run.progress.summarise(stopped=stop.is_set())
+
+
+def warn_of_idle_steps(config: Config) -> None:
+    """One line in the log if the learning rate is 0 before the run has ended."""
+    trainer = config.trainer
+    if (last := trainer.last_update) is not None and last < config.steps * trainer.mini_batches:
+        logger.warning(
+            "trainer.decay_steps=%d with warmup_steps=%d: the learning rate is 0 after step %d of "
+            "steps=%d, and nothing is learned from there on: raise decay_steps, or lower steps",
+            trainer.decay_steps, trainer.warmup_steps, last // trainer.mini_batches, config.steps,
+        )  # fmt: skip
 
 
 async def _next_batch(run: Training, stop: asyncio.Event) -> Batch | None:

@@ -1,5 +1,6 @@
 """The configuration: what is accepted, and one clear line for each mistake."""
 
+import os
 import re
 import sys
 
@@ -318,6 +319,58 @@ def test_a_source_that_is_no_preset_and_no_file_lists_the_presets(tmp_path):
     broken.write_bytes(b"name: \xff\xfe")
     with pytest.raises(ValueError, match=r"broken\.yaml is no text in UTF-8 \(byte 6\)"):
         load(str(broken))
+
+
+def test_a_file_that_is_no_file_of_settings_is_refused_unread(tmp_path):
+    file = tmp_path / "weights.yaml"
+    file.write_text("a: b\n" * 300_000)
+    with pytest.raises(ValueError, match=r"has 1,500,000 bytes, and settings have 1,048,576 at m"):
+        load(str(file))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"pipe is no regular file: name a YAML file"):
+        load(str(tmp_path / "pipe"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 5000, "is not YAML: brackets in brackets, too deep to read: correct it there"),
+        (
+            "a: 1\nseed: " + "9" * 5000,
+            "line 2, column 7: '99999999999999999999' is no value: Exceeds",
+        ),
+        ("a: 1\nb: 2026-13-01", "line 2, column 4: '2026-13-01' is no value: month must be in 1"),
+        ("a: 1\nb: \x00", "line 2: no text has the character 0x00"),
+        ("a: {b: 1, c: {d: 1, d: 2}}", "line 1, column 21: d is given twice, first in line 1"),
+        ("a: [{b: 1, b: 2}]", "b is given twice"),
+        ("a: &x {b: 1}\nc: {<<: *x, b: 2, b: 3}", "line 2, column 19: b is given twice"),
+    ],
+)
+def test_what_yaml_can_not_be_is_one_line_with_its_place(text, message, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError) as caught:
+        load(str(file))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_merged_key_that_is_changed_is_not_given_twice(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "env: {name: frozen_lake, options: &a {size: 4}, eval_options: &b {<<: *a, size: 5}}\n"
+    )
+    assert load(str(file)).env.eval_options == {"size": 5}
+
+
+def test_sections_are_set_before_what_they_hold_whatever_their_order():
+    for changes in (
+        {"env.options.size": 5, "env": "frozen_lake"},
+        {"env": "frozen_lake", "env.options.size": 5},
+    ):
+        assert load("alfworld", {**changes, "env.eval_options": {}}).env.options == {"size": 5}
+    changes = {"trainer.objective.cap": 3, "trainer.objective": "tis"}
+    assert load("frozen_lake", changes).trainer.objective == Tis(cap=3)
 
 
 def test_each_mistake_has_its_own_line():

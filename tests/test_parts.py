@@ -18,6 +18,7 @@ from flash.parts.agents import open_agents
 from flash.parts.door import open_door
 from flash.parts.model import load_tokenizer, make_style
 from flash.parts.workers import gap_limit, open_hub
+from flash.train import warn_of_idle_steps
 from flash.types import Task
 
 
@@ -132,3 +133,21 @@ async def test_the_door_opens_in_any_run_that_gives_it_a_port_and_tells_its_toke
                 answer = await http.get(f"{door['url']}/metrics")
                 assert "flash_hub_version 0.0" in await answer.text()
         assert not told.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, ""),
+        ({"trainer.decay_steps": 15}, ""),
+        ({"trainer.decay_steps": 10}, "the learning rate is 0 after step 15 of steps=20"),
+        (
+            {"trainer.decay_steps": 15, "trainer.mini_batches": 2},
+            "trainer.decay_steps=15 with warmup_steps=5: the learning rate is 0 after step 10 of",
+        ),
+    ],
+)
+def test_a_schedule_that_ends_before_the_run_is_said(changes, said, caplog):
+    warn_of_idle_steps(load("frozen_lake", {"steps": 20, **changes, "trainer.warmup_steps": 5}))
+    assert said in caplog.text
+    assert bool(caplog.text) == bool(said)

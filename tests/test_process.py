@@ -29,6 +29,9 @@ class Handler:
     def sleep(self, seconds):
         time.sleep(seconds)
 
+    def leave(self):
+        sys.exit("by the back door")
+
     def exit(self):
         print("last words", flush=True)
         os._exit(7)
@@ -116,6 +119,14 @@ async def test_an_error_in_the_child_comes_with_its_traceback_and_the_child_live
     child = await start()
     with pytest.raises(ProcessFailure, match="the child raised:(?s:.)*a bug in the child"):
         await child.call("fail")
+    assert await child.call("add", 1, 1) == 2
+    await child.stop()
+
+
+async def test_a_child_whose_code_calls_sys_exit_says_so_and_lives_on(start):
+    child = await start()
+    with pytest.raises(ProcessFailure, match="raised:(?s:.)*SystemExit: by the back door"):
+        await child.call("leave")
     assert await child.call("add", 1, 1) == 2
     await child.stop()
 

@@ -17,6 +17,7 @@ from flash.command_line import Options
 def _train(arguments: Sequence[str]) -> None:
     sources, overrides = split_words(arguments)
     config = configuration.load(only(sources, "a preset or a YAML file"), overrides)
+    configuration.check_capacity(config, machine.capacity())
     if config.uses_environment:
         configuration.try_environment(config.env)
     if port := config.engine.door_port:

@@ -1,5 +1,6 @@
 """The `flash` command: which one is meant, help and version; nothing here is slow to import."""
 
+import io
 import logging
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ _HELP = ("-h", "--help")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Exit code 2 for what the user got wrong, 3 for a stall, 1 for other failures."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may know no α
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 

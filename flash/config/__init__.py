@@ -6,9 +6,11 @@ source.py     a preset or YAML file, with the command line's changes
     run.py            Config: RunFields, and what they must agree on
       fields.py           a run's own fields and its sections; each section is beside its part
       together.py         what the sections must agree on
+capacity.py   whether this machine has what it takes
 """
 
 from flash.config.callables import try_environment
+from flash.config.capacity import check_capacity
 from flash.config.listing import fields, variants
 from flash.config.mistakes import validated
 from flash.config.model import SMALL
@@ -18,6 +20,7 @@ from flash.config.source import load, parse, presets
 __all__ = [
     "SMALL",
     "Config",
+    "check_capacity",
     "fields",
     "load",
     "parse",

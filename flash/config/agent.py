@@ -38,7 +38,12 @@ class AgentConfig(Section):
     style_options: dict[str, Any] = Field({}, description="the style's arguments")
     max_turns: int | None = Field(None, ge=1, description="responses in an episode; null: no limit")
     max_tokens: int = Field(256, ge=1, description="of one response")
-    max_sequence_tokens: int = Field(4096, ge=2, description="of a whole episode")
+    max_sequence_tokens: int = Field(
+        4096,
+        ge=2,
+        description="of a whole episode, at most what the model reads; an observation that leaves "
+        "no room to answer ends the episode before it, with the reward it has",
+    )
     temperature: float = Field(1.0, gt=0, description="of sampling; the trainer accounts for it")
     step_timeout_s: float = Field(60.0, gt=0, description="for one environment step")
     episode_timeout_s: float = Field(1800.0, gt=0, description="for one episode")

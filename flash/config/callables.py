@@ -1,5 +1,6 @@
 """Whether what a run names can be called as it will be: an agent, an environment, a style."""
 
+import contextlib
 import difflib
 import inspect
 import shutil
@@ -9,6 +10,7 @@ from typing import Any
 from flash import registry
 from flash.config.fields import RunFields
 from flash.environments.config import EnvConfig
+from flash.errors import EnvFailure
 
 
 def check_run(config: RunFields) -> None:
@@ -16,7 +18,10 @@ def check_run(config: RunFields) -> None:
     run = config.agent.run
     if isinstance(run, tuple):
         if shutil.which(run[0]) is None:
-            raise ValueError(f"agent.run={list(run)!r}: the command {run[0]!r} is not installed")
+            raise ValueError(
+                f"agent.run={list(run)!r}: the command {run[0]!r} is not installed: "
+                f"install it, or give its path"
+            )
     else:
         act = registry.function(run, "agent.run")
         if not inspect.iscoroutinefunction(act):
@@ -69,6 +74,8 @@ def try_environment(env: EnvConfig) -> None:
 
     Takes seconds where it imports much. ValueError says what its constructor objects to.
     """
+    from flash.environments import boundary  # noqa: PLC0415  (imports gymnasium)
+
     make = registry.environment(env.name)
     for field, options in (
         ("env.options", env.options),
@@ -78,21 +85,19 @@ def try_environment(env: EnvConfig) -> None:
             made = make(**options)
         except ImportError as error:
             raise registry.missing_package("env.name", env.name, error) from error
-        except (TypeError, ValueError) as error:
+        except ValueError as error:
             raise ValueError(f"{field}: {' '.join(str(error).split())}") from error
+        except TypeError as error:  # it need not name the value
+            raise ValueError(f"{field}={options}: {' '.join(str(error).split())}") from error
         except (Exception, SystemExit) as error:  # the boundary to the environment's code
             raise ValueError(
                 f"env.name={env.name!r} can't be made with {field}={options}: "
-                f"{registry.said_and_where(error)}"
+                f"{registry.said_and_where(error)}: mend it, or change them"
             ) from error
         if lacks := [name for name in ("reset", "step", "close") if not hasattr(made, name)]:
             raise ValueError(
                 f"env.name={env.name!r} is not an environment: it lacks {', '.join(lacks)}; name a "
                 f"class with the methods of a gymnasium.Env"
             )
-        try:
-            made.close()
-        except (Exception, SystemExit) as error:  # likewise
-            raise ValueError(
-                f"env.name={env.name!r} can't be closed: {registry.said_and_where(error)}"
-            ) from error
+        with contextlib.suppress(EnvFailure):  # harms no episode, and is told in the run
+            boundary.close(made)

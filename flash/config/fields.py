@@ -76,8 +76,10 @@ class RunFields(Section):
     @field_validator("name")
     @classmethod
     def _name_is_one_folder(cls, value: str) -> str:
-        if not re.fullmatch(r"\w[\w.-]*", value):
-            raise ValueError("must be a folder's name: letters, digits, '.', '_' and '-'")
+        if not re.fullmatch(r"\w[\w.-]{,199}", value):
+            raise ValueError(
+                "must be a folder's name: at most 200 letters, digits, '.', '_' and '-'"
+            )
         return value
 
     @field_validator("env", "engine", "reward", mode="before")

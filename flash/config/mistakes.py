@@ -52,6 +52,8 @@ def _line(error: Any, model: type[BaseModel]) -> str:
         hint = "; fields are texts"
         if error["type"] == "extra_forbidden":
             hint = _nearest(name, variant, model)
+            if any("." in str(part) for part in error["loc"]):
+                hint = "; in a file a section's fields are nested: section, colon, then the field"
         return f"{name}: unknown field{hint}"
     if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
         return _choice(name, error.get("ctx", {}).get("tag"), model)
@@ -63,6 +65,7 @@ def _line(error: Any, model: type[BaseModel]) -> str:
     message = _REMEDIES.get(error["type"], str(error["msg"]))
     message = message.removeprefix("Value error, ").replace("Input should", "must")
     message = message.replace("be greater than or equal to", "be at least")
+    message = message.replace("be less than or equal to", "be at most")
     # Some errors name their fields themselves, as those of a whole section do.
     section = isinstance(given, dict) and error["type"] == "value_error"
     if message.startswith(name) or (section and name in message):

@@ -1,7 +1,10 @@
 """What `model` may name: a model that exists, or a small one made and taught on the spot."""
 
+import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 SMALL = "small"
 
@@ -18,6 +21,25 @@ def check_model(model: str) -> None:
             "the directory holds no config.json, so it is not a model; that of a checkpoint is in "
             "its model/ folder"
         )
+    _settings(path)
+
+
+def read_config(model: str) -> Mapping[str, Any] | None:
+    """What config.json says of a model, if it is here; ValueError for a file that says nothing."""
+    path = Path(model).expanduser()
+    if _is_hub_name(model) and not path.is_dir():
+        return None
+    return _settings(path)
+
+
+def _settings(path: Path) -> Mapping[str, Any]:
+    try:
+        settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"its config.json can't be read ({error}): load a model again") from error
+    if not isinstance(settings, dict):
+        raise ValueError("its config.json holds no settings of a model: load a model again")
+    return settings
 
 
 def _is_hub_name(model: str) -> bool:

@@ -5,7 +5,8 @@ import math
 from flash import machine, registry
 from flash.config.callables import check_arguments, check_run
 from flash.config.fields import RunFields
-from flash.config.model import SMALL, check_model
+from flash.config.model import SMALL, check_model, read_config
+from flash.positions import check_positions
 from flash.trainer.objectives.settings import SETTINGS, Supervised
 
 
@@ -38,27 +39,13 @@ def check_together(config: RunFields) -> None:
             raise ValueError(f"trainer.kl.reference={reference!r}: {error}") from None
     if config.engine.transport == "nccl":
         _check_gpus_apart(config)
-    if config.engine.cache_tokens < config.agent.max_sequence_tokens:
-        raise ValueError(
-            f"engine.cache_tokens={config.engine.cache_tokens} can't hold one episode of "
-            f"agent.max_sequence_tokens={config.agent.max_sequence_tokens}: raise the former"
-        )
-    if config.model == SMALL and config.policy.max_tokens < config.agent.max_sequence_tokens:
-        raise ValueError(
-            f"policy.max_tokens={config.policy.max_tokens} can't read one episode of "
-            f"agent.max_sequence_tokens={config.agent.max_sequence_tokens}: raise the former"
-        )
+    _check_lengths(config)
     head = config.policy.hidden_size // config.policy.heads
     if config.engine.kind == "vllm" and config.model == SMALL and not machine.gpus() and head % 32:
         raise ValueError(
             f"policy.hidden_size={config.policy.hidden_size} with policy.heads="
             f"{config.policy.heads} gives heads of {head}; vLLM on a CPU takes 32, 64, 96, …: "
             f"change one of them"
-        )
-    if config.agent.max_tokens >= config.agent.max_sequence_tokens:
-        raise ValueError(
-            f"agent.max_tokens={config.agent.max_tokens} leaves no room for a prompt in "
-            f"agent.max_sequence_tokens={config.agent.max_sequence_tokens}: raise the latter"
         )
     if config.agent.run:
         check_run(config)
@@ -68,6 +55,28 @@ def check_together(config: RunFields) -> None:
         check_arguments(make, config.env.options | config.env.eval_options, "env.eval_options")
     style = registry.style(config.agent.style)
     check_arguments(style, config.agent.style_options, "agent.style_options")
+
+
+def _check_lengths(config: RunFields) -> None:
+    """That the model can read what may be said, and workers can hold it."""
+    longest = config.agent.max_sequence_tokens
+    if config.engine.cache_tokens < longest:
+        raise ValueError(
+            f"engine.cache_tokens={config.engine.cache_tokens} can't hold one episode of "
+            f"agent.max_sequence_tokens={longest}: raise the former"
+        )
+    if config.model == SMALL and config.policy.max_tokens < longest:
+        raise ValueError(
+            f"policy.max_tokens={config.policy.max_tokens} can't read one episode of "
+            f"agent.max_sequence_tokens={longest}: raise the former"
+        )
+    if config.model != SMALL and (settings := read_config(config.model)) is not None:
+        check_positions(settings, model=config.model, max_sequence_tokens=longest)
+    if config.agent.max_tokens >= longest:
+        raise ValueError(
+            f"agent.max_tokens={config.agent.max_tokens} leaves no room for a prompt in "
+            f"agent.max_sequence_tokens={longest}: raise the latter"
+        )
 
 
 def _check_rollout(config: RunFields) -> None:

@@ -22,6 +22,13 @@ class _Loader(yaml.SafeLoader):
             first[key.value] = key.start_mark.line + 1
         return node
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:  # a date of month 13, a number of a million digits
+            why = f"{node.value[:20]!r} is no value: {error}"
+            raise yaml.MarkedYAMLError(problem=why, problem_mark=node.start_mark) from error
+
 
 def plain_values(text: str, where: str) -> Any:
     """What the text says. ValueError in one line, which tells `where` it is written."""
@@ -34,9 +41,7 @@ def plain_values(text: str, where: str) -> Any:
         why = error.problem or str(error)
     except RecursionError:
         why = "brackets in brackets, too deep to read"
-    except (
-        yaml.YAMLError,
-        ValueError,
-    ) as error:  # ValueError: a date of month 13, a million digits
-        why = str(error)
+    except yaml.reader.ReaderError as error:
+        place = f"line {text.count(chr(10), 0, error.position) + 1}: "
+        why = f"no text has the character {error.character:#04x}"
     raise ValueError(f"{where} is not YAML: {place}{' '.join(why.split())}: correct it there")

@@ -77,6 +77,7 @@ class Responder:
                 'response_template, or send tool_choice="none"',
                 code="unsupported_value", param="tools",
             )  # fmt: skip
+        session.check_chars(sum(len(message["content"]) for message in ask.messages))
         taken = ask.template_variables.keys() & self.template.arguments
         if taken:
             raise ApiError(
@@ -93,6 +94,7 @@ class Responder:
         """Raises ApiError for a prompt that is none."""
         prompt = ask.prompt
         if isinstance(prompt, str):
+            session.check_chars(len(prompt))
             prompt = session.memory.text_prompt(self.tokenizer, prompt)
         elif prompt and max(prompt) >= len(self.tokenizer):
             raise refused("prompt", max(prompt), f"there are {len(self.tokenizer)} tokens only")

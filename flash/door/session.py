@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
+from flash.conversation import CHARS_A_TOKEN
 from flash.door.limits import Allowance
 from flash.door.recorder import Memory, Recorder
 from flash.door.schema import LEAVE_OUT, ApiError, Ask, refused
@@ -52,6 +53,11 @@ class DoorSession:
             call.reschedule(asyncio.get_running_loop().time())
         self._on_close(self)
 
+    def check_chars(self, chars: int) -> None:
+        """ApiError for a prompt that is so long that it is not tokenised."""
+        if chars > CHARS_A_TOKEN * self._max_sequence_tokens:
+            raise self._no_room(f"{chars} characters")
+
     def sampling(
         self, ask: Ask, prompt: Sequence[int], stop_token_ids: Sequence[int]
     ) -> SamplingParams:
@@ -76,12 +82,7 @@ class DoorSession:
         """How many tokens an answer may have; ApiError if there are none."""
         room = self._max_sequence_tokens - prompt_tokens
         if room < 1:
-            raise ApiError(
-                400,
-                f"the prompt has at least {prompt_tokens} tokens, which leaves no room to answer "
-                f"in max_sequence_tokens={self._max_sequence_tokens}: send a shorter one",
-                code="context_length_exceeded",
-            )
+            raise self._no_room(f"at least {prompt_tokens} tokens")
         return room
 
     async def generate(self, prompt: Sequence[int], sampling: SamplingParams) -> Completion:
@@ -103,6 +104,14 @@ class DoorSession:
             raise ApiError(400, str(error)) from error
         except FlashError as error:
             raise ApiError(503, "the inference workers could not answer") from error
+
+    def _no_room(self, length: str) -> ApiError:
+        return ApiError(
+            400,
+            f"the prompt has {length}, which leaves no room to answer in "
+            f"max_sequence_tokens={self._max_sequence_tokens}: send a shorter one",
+            code="context_length_exceeded",
+        )
 
 
 def _ended() -> ApiError:

@@ -121,7 +121,8 @@ class EngineConfig(Section):
             )
         if self.kind == "vllm" and not machine.has_vllm():
             raise ValueError(
-                "engine.kind=vllm needs vLLM, which is not installed here: run `make setup-vllm`"
+                f"engine.kind=vllm needs vLLM, which is not installed here: run "
+                f"{machine.how_to_install('vllm')}"
             )
         if self.devices and len(self.devices) % self.tensor_parallel:
             raise ValueError(
@@ -142,7 +143,7 @@ class EngineConfig(Section):
         if not machine.has_vllm():
             raise ValueError(
                 f"engine.transport=nccl needs vLLM, which is not installed here: run "
-                f"`make setup-vllm`, or use {instead}"
+                f"{machine.how_to_install('vllm')}, or use {instead}"
             )
         if not machine.gpus():
             raise ValueError(

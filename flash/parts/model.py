@@ -1,10 +1,13 @@
 """The model of a run, its tokenizer, and the prompt style for it."""
 
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from flash import registry
 from flash.config import SMALL, Config
+from flash.positions import check_positions
 from flash.types import PromptStyle
 from flash.warm_start.teach import OnProgress, small_model
 
@@ -13,7 +16,14 @@ async def prepared_model(config: Config, on_progress: OnProgress) -> str:
     """The model to start from: as given, or the small policy, made and taught if need be."""
     if config.model != SMALL:
         local = Path(config.model).expanduser()
-        return str(local) if local.is_dir() else config.model
+        if local.is_dir():
+            return str(local)
+        check_positions(
+            _hub_config(config.model),
+            model=config.model,
+            max_sequence_tokens=config.agent.max_sequence_tokens,
+        )
+        return config.model
     env_key = {"name": config.env.name, "options": config.env.options}
     path = await small_model(
         env=registry.environment(config.env.name)(**config.env.options),
@@ -33,8 +43,22 @@ def load_tokenizer(model: str) -> Any:
     """The tokenizer that comes with the model. ValueError if there is none to be had."""
     from transformers import AutoTokenizer  # noqa: PLC0415  (seconds to import)
 
-    try:
+    with _told_by_name(model):
         return AutoTokenizer.from_pretrained(model)
+
+
+def _hub_config(model: str) -> Mapping[str, Any]:
+    """The config.json of a hub's model. ValueError if there is none to be had."""
+    from transformers import PreTrainedConfig  # noqa: PLC0415  (seconds to import)
+
+    with _told_by_name(model):
+        return PreTrainedConfig.get_config_dict(model)[0]
+
+
+@contextlib.contextmanager
+def _told_by_name(model: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError) as error:
         why = " ".join(str(error).split())
         raise ValueError(

@@ -99,7 +99,9 @@ async def open_training(
             group_size=config.group_size,
             alpha=config.alpha,
             settings=config.rollout,
-            advantages=make_advantages(config.trainer.advantages),
+            advantages=make_advantages(
+                config.trainer.advantages, finished=not config.trainer.finishes_advantages
+            ),
             last_version=config.steps,
             observers=[observers],
             trainer=trainer.state,

@@ -13,7 +13,7 @@ from flash.hub.nccl_worker import NcclPool, NcclWorker, nccl_sender
 from flash.hub.pool import ProcessPool
 from flash.hub.vllm_pool import VllmPool
 from flash.hub.worker import Worker
-from flash.machine import Gpu, gpus, has_vllm
+from flash.machine import Gpu, gpus, has_vllm, how_to_install
 from flash.section import revealed
 from flash.types import Weights
 
@@ -110,7 +110,7 @@ def _workers(
     elif has_vllm():
         why = "because vLLM has no GPU here"
     else:
-        why = "because vLLM is not installed (`make setup-vllm`)"
+        why = f"because vLLM is not installed ({how_to_install('vllm')})"
     where = _where(devices, engine.workers)
     return embedded, f"{_count(engine.workers, 'embedded worker')} on {where}, {why}"
 

@@ -1,5 +1,6 @@
 """Filters of complete groups: what teaches nothing is dropped, and another task takes its place."""
 
+import math
 from collections.abc import Callable, Sequence
 
 from flash import registry
@@ -11,8 +12,12 @@ GroupFilter = Callable[[Sequence[Trajectory]], bool]
 
 
 def equal_rewards(group: Sequence[Trajectory]) -> bool:
-    """All rewards are equal, so that no episode is better than another. Yu et al. 2025 (DAPO)."""
-    return len({trajectory.reward for trajectory in group}) == 1
+    """All rewards are equal, but for rounding, so that no episode is better than another.
+
+    Yu et al. 2025 (DAPO).
+    """
+    rewards = [trajectory.reward for trajectory in group]
+    return math.isclose(min(rewards), max(rewards), rel_tol=1e-6, abs_tol=1e-8)
 
 
 FILTERS: dict[str, GroupFilter] = {"equal_rewards": equal_rewards}

@@ -27,6 +27,10 @@ from flash.simulate.scenario import NOT_SIMULATED, Scenario
 from flash.telemetry.folder import read_lines
 
 _AS_IN_THE_RUN = ("alpha", "batch_size", "group_size", "publish_every", "stream")
+_MEASURED = (
+    "step", "time/train_s", "time/wait_batch_s", "time/publish_s", "publish/paused_s",
+    "publish/count",
+)  # fmt: skip
 _ROUNDS = 5
 _CLOSE = 0.01
 
@@ -47,7 +51,8 @@ class Calibration:
 
 def calibrate(run: Path) -> Calibration:
     """ValueError for a folder that holds no run with at least two steps."""
-    steps = [line for line in read_lines(run / "metrics.jsonl") if "time/train_s" in line]
+    lines = read_lines(run / "metrics.jsonl")
+    steps = [line for line in lines if all(isinstance(line.get(n), int | float) for n in _MEASURED)]
     if len(steps) < 2:
         raise ValueError(
             f"{run}/metrics.jsonl holds {len(steps)} steps, and the fit needs two: name the folder "
@@ -114,6 +119,10 @@ def _configured(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} has no {missing}: name a folder that a run of this version made"
         ) from missing
+    except (TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is no run's ({error}): name a folder that a run of this version made"
+        ) from error
 
 
 def _generate_s(episodes: Sequence[RecordedEpisode]) -> float:

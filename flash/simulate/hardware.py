@@ -57,7 +57,13 @@ class Model:
         with a config.json. ValueError for anything else."""
         path = Path(text).expanduser() / "config.json"
         if path.is_file():
-            return cls.of(json.loads(path.read_text()), str(path))
+            try:
+                return cls.of(json.loads(path.read_text(encoding="utf-8")), str(path))
+            except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+                raise ValueError(
+                    f"--model {text}: {path} is no model's configuration ({error}): give the "
+                    f"number of parameters"
+                ) from error
         try:
             parameters = float(text)
         except ValueError:

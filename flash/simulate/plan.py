@@ -59,13 +59,9 @@ def plan(
     alphas: Sequence[float],
     on_choice: Callable[[Choice], None] = lambda choice: None,
 ) -> Plan:
-    """Calls `on_choice` with each choice as it is simulated.
-
-    ValueError if the GPUs don't suffice for one worker and a trainer.
-    """
+    """Calls `on_choice` with each choice as it is simulated. ValueError as of `check`."""
+    check(scenario, gpus=gpus, alphas=alphas)
     splits = _splits(gpus, scenario.workers.gpus)
-    for alpha in alphas:  # all are checked before the first one takes its time
-        scenario.changed({"alpha": alpha})
     tried: list[Choice] = []
     best: list[Choice] = []
 
@@ -96,6 +92,13 @@ def plan(
     quick = _nearly_quickest(best)
     recommended = min(quick, key=lambda c: (c.result.staleness_mean, c.result.wasted_share))
     return Plan(tried=tried, best=best, recommended=recommended)
+
+
+def check(scenario: Scenario, *, gpus: int, alphas: Sequence[float]) -> None:
+    """ValueError if an α can't be, or the GPUs don't suffice for one worker and a trainer."""
+    _splits(gpus, scenario.workers.gpus)
+    for alpha in alphas:
+        scenario.changed({"alpha": alpha})
 
 
 def _splits(gpus: int, of_worker: int) -> list[tuple[int, int]]:

@@ -92,6 +92,11 @@ class RunFolder(Observer):
     def __exit__(
         self, kind: object, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # Where the disk is full, or the folder gone, that is what ended the run.
+        with contextlib.suppress(OSError) if error is not None else contextlib.nullcontext():
+            self._close(error)
+
+    def _close(self, error: BaseException | None) -> None:
         self._files.close()
         if error is not None and not isinstance(error, asyncio.CancelledError | KeyboardInterrupt):
             self.logs.mkdir(exist_ok=True)
@@ -203,9 +208,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a .jsonl file; a last line that a crash cut off is left out."""
     lines: list[dict[str, Any]] = []
     if path.exists():
-        for line in path.read_text().splitlines():
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(json.JSONDecodeError):
-                lines.append(json.loads(line))
+                if isinstance(line := json.loads(text), dict):
+                    lines.append(line)
     return lines
 
 

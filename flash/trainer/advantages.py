@@ -136,8 +136,11 @@ def per_group(of_group: Callable[[Floats], Floats]) -> Advantages:
     return lambda groups: [list(of_group(_rewards(group))) for group in groups]
 
 
-def make_advantages(settings: AdvantageSettings) -> Advantages:
-    """The advantages of that name, with their settings, whitening and clip."""
+def make_advantages(settings: AdvantageSettings, *, finished: bool = True) -> Advantages:
+    """The advantages of that name, with their settings, whitening and clip.
+
+    The last two are left to the trainer unless `finished` (`TrainerConfig.finishes_advantages`).
+    """
     parameters = settings.parameters()
     of_batch = _OF_BATCH.get(settings.name)
     of_rewards = _OF_REWARDS.get(settings.name)
@@ -149,6 +152,8 @@ def make_advantages(settings: AdvantageSettings) -> Advantages:
 
     def advantages(groups: Sequence[Group]) -> list[OfEpisodes]:
         computed = compute(groups)
+        if not finished:
+            return computed
         if settings.whitens:
             computed = whitened(computed, groups)
         if settings.clip is not None:

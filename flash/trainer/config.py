@@ -75,6 +75,18 @@ class TrainerConfig(Section):
     def has_critic(self) -> bool:
         return isinstance(self.advantages, Gae)
 
+    @property
+    def last_update(self) -> int | None:
+        """The optimizer step after which the learning rate is 0; None if it never is."""
+        return self.warmup_steps + self.decay_steps if self.decay_steps else None
+
+    @property
+    def finishes_advantages(self) -> bool:
+        """Whether a divergence is taken from the returns before they are whitened, which takes
+        logprobs, so that the trainer whitens and clips them."""
+        kl = self.kl
+        return kl.coefficient > 0 and kl.place == "reward" and self.advantages.whitens
+
     @field_validator(*_DEFAULTS, mode="before")
     @classmethod
     def _by_name(cls, value: Any, info: ValidationInfo) -> Any:

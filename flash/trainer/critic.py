@@ -21,7 +21,14 @@ from torch.distributed.checkpoint.state_dict import (
 from flash.trainer.config import TrainerConfig
 from flash.trainer.micro_batch import MicroBatch
 from flash.trainer.scorer import packed_inputs
-from flash.trainer.sharding import WHOLE, clip_gradient, load_model, make_optimizer, shard
+from flash.trainer.sharding import (
+    WHOLE,
+    clip_gradient,
+    load_model,
+    make_optimizer,
+    recompute_activations,
+    shard,
+)
 
 
 def value_loss(
@@ -67,8 +74,8 @@ class Critic:
     ) -> None:
         model = load_model(source)
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        self._valuer = TokenValuer(model).to(device).train()
+            recompute_activations(model)
+        self._valuer = TokenValuer(model).to(device).eval()
         shard(self._valuer, model, ranks=ranks, half=half)
         self._config = config
         self._ranks = ranks

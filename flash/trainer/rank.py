@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from transformers import AutoTokenizer
 from transformers.utils import logging as untyped_logging
 
 from flash.process import serve
@@ -35,8 +34,17 @@ from flash.trainer.micro_batch import MicroBatch, pack
 from flash.trainer.objectives.choose import make_objective
 from flash.trainer.objectives.regularisers import kl_estimate, kl_loss, kl_penalty
 from flash.trainer.packing import MiniBatchShare
+from flash.trainer.save import save_model
 from flash.trainer.scorer import TokenScorer
-from flash.trainer.sharding import WHOLE, clip_gradient, load_model, make_optimizer, shard
+from flash.trainer.self_test import check_packed
+from flash.trainer.sharding import (
+    WHOLE,
+    clip_gradient,
+    load_model,
+    make_optimizer,
+    recompute_activations,
+    shard,
+)
 from flash.trainer.statistics import StepStatistics
 from flash.trainer.values import trained
 from flash.types import Sample
@@ -57,10 +65,11 @@ class Rank:
         rendezvous: str,
         seed: int,
         reference: str | None = None,
-    ) -> None:
+    ) -> str:
         """Join the other ranks, load the model, and the optimizer if there is a checkpoint.
 
-        `reference` is the model that `config.kl` keeps the policy near.
+        `reference` is the model that `config.kl` keeps the policy near. The answer says why the
+        model can't be trained, and is empty if it can.
         """
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -82,14 +91,17 @@ class Rank:
         self._config = config
         self._objective = make_objective(config.objective)
         self._half = config.dtype == "bfloat16" or (config.dtype == "auto" and cuda)
-        self._model, self._scorer = self._load_model(model)
-        if config.gradient_checkpointing:
-            self._model.gradient_checkpointing_enable({"use_reentrant": False})
-        self._model.train()  # for the sake of gradient checkpointing
         self._reference: TokenScorer | None = None
-        if reference is not None:
-            _, self._reference = self._load_model(reference)
-            self._reference.requires_grad_(False)
+        try:
+            self._model, self._scorer = self._load_model(model)
+            if config.gradient_checkpointing:
+                recompute_activations(self._model)
+            if reference is not None:
+                _, self._reference = self._load_model(reference)
+                self._reference.requires_grad_(False)
+        except ValueError as error:
+            logger.exception("the model can't be trained")
+            return " ".join(str(error).split())
         self._optimizer = make_optimizer(self._scorer, config, learning_rate=config.learning_rate)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self._optimizer, lambda done: _learning_rate_factor(done, config)
@@ -99,11 +111,13 @@ class Rank:
             self._critic = Critic(model, config, ranks=ranks, device=self._device, half=self._half)
         if checkpoint is not None:
             self._load(Path(checkpoint))
+        return ""
 
     def _load_model(self, source: str) -> tuple[Any, TokenScorer]:
-        """A model and the sharded module that scores tokens with it."""
+        """A model and the sharded module that scores tokens with it; ValueError if it can't."""
         model = load_model(source)
         scorer = TokenScorer(model).to(self._device)
+        check_packed(scorer)
         shard(scorer, model, ranks=self._ranks, half=self._half)
         return model, scorer
 
@@ -112,13 +126,31 @@ class Rank:
     def values(self, micro_batches: list[list[Sample]]) -> list[list[NDArray[np.float64]]]:
         """The critic's values, of each sample's trained tokens."""
         assert self._critic is not None
-        values = []
+        return self._of_samples(micro_batches, self._critic.values)
+
+    def penalties(self, micro_batches: list[list[Sample]]) -> list[list[NDArray[np.float64]]]:
+        """What the divergence from the reference takes from the returns, before the step."""
+
+        def penalty(micro: MicroBatch) -> Tensor:
+            assert self._reference is not None
+            batch = micro.with_logprobs(self._score(micro), None, 0.0)
+            return kl_penalty(
+                batch, self._score(micro, self._reference), estimator=self._config.kl.estimator
+            )
+
+        return self._of_samples(micro_batches, penalty)
+
+    def _of_samples(
+        self, micro_batches: list[list[Sample]], of_tokens: Callable[[MicroBatch], Tensor]
+    ) -> list[list[NDArray[np.float64]]]:
+        """What a function tells of each sample's trained tokens."""
+        found = []
         for samples in micro_batches:
             micro = pack(samples, [0.0] * len(samples), version=0, device=self._device)
-            values_T = self._critic.values(micro).cpu().numpy().astype(np.float64)
+            found_T = of_tokens(micro).cpu().numpy().astype(np.float64)
             ends = np.cumsum([int(trained(sample).sum()) for sample in samples])
-            values.append(np.split(values_T, ends[:-1]) if samples else [])
-        return values
+            found.append(np.split(found_T, ends[:-1]) if samples else [])
+        return found
 
     def step(self, mini_batches: list[MiniBatchShare], version: int) -> dict[str, float]:
         """One optimizer step a mini-batch; the metrics are over all tokens of the batch."""
@@ -210,7 +242,7 @@ class Rank:
         if self._reference is not None:
             reference_T = self._score(micro, self._reference)
             more["kl_reference"] = kl_estimate(logprobs_T.detach(), reference_T, "k3")
-            if kl.place == "reward":
+            if kl.place == "reward" and not self._config.finishes_advantages:
                 penalty_T = kl_penalty(batch, reference_T, estimator=kl.estimator)
                 advantages_T = batch.advantages_T - kl.coefficient * penalty_T
                 batch = replace(batch, advantages_T=advantages_T)
@@ -272,10 +304,7 @@ class Rank:
         partial = Path(f"{directory}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         model = partial / MODEL_FOLDER if optimizer else partial
-        self._model.save_pretrained(model, state_dict=weights)
-        tokenizer = _tokenizer(self._source)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(model)
+        save_model(self._model, model, source=self._source, weights=weights)
         if optimizer:
             torch.save(
                 {
@@ -314,13 +343,6 @@ def _learning_rate_factor(done: int, config: TrainerConfig) -> float:
     if config.decay_steps:
         return max(0.0, 1 - (done - config.warmup_steps) / config.decay_steps)
     return 1.0
-
-
-def _tokenizer(source: str) -> Any:
-    """The tokenizer that came with the model, if one did."""
-    if os.path.isdir(source) and not (Path(source) / "tokenizer_config.json").exists():
-        return None
-    return AutoTokenizer.from_pretrained(source)
 
 
 def main() -> None:

@@ -15,11 +15,12 @@ import numpy as np
 from flash.errors import ProcessFailure, TrainerFailure, first_error
 from flash.process import Child
 from flash.trainer.advantage_settings import Gae
+from flash.trainer.advantages import Floats
 from flash.trainer.checkpoint import CRITIC_FILE, MODEL_FOLDER, checkpoint_version
 from flash.trainer.config import TrainerConfig
 from flash.trainer.packing import denominator_of, divide, plan
 from flash.trainer.scratch import Scratch
-from flash.trainer.values import with_values
+from flash.trainer.values import less_penalties, with_values
 from flash.types import Batch, Sample, SampledSequence, TrainerState, Weights
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class Trainer:
 
     `version` counts the batches trained into the weights; a batch is one version, however many
     optimizer steps (`mini_batches`) it takes, because α is measured in batches.
+    To enter it raises ValueError for a model that can't be trained.
     Any call raises TrainerFailure, with the rank's traceback or log, when a rank raises or dies;
     the other ranks are killed then.
     """
@@ -96,7 +98,7 @@ class Trainer:
                 )
                 self._children.append(child)
             checkpoint = str(self._resume_from) if self._resume_from else None
-            await self._call_each(
+            refusals = await self._call_each(
                 "start",
                 [
                     (
@@ -113,6 +115,8 @@ class Trainer:
                 ],
                 timeout_s=self.config.start_timeout_s,
             )
+            if refusals[0]:  # all ranks say the same of the same model
+                raise ValueError(f"model={self.model!r}: {refusals[0]}")
         except BaseException:
             await self.__aexit__()
             raise
@@ -223,6 +227,9 @@ class Trainer:
         of_critic: dict[str, float] = {}
         if isinstance(self.config.advantages, Gae):
             samples, of_critic = await self._valued(samples, self.config.advantages)
+        elif self.config.finishes_advantages:
+            penalties = await self._of_samples("penalties", samples)
+            samples = less_penalties(samples, penalties, self.config)
         shares = divide(samples, self.config)
         metrics, *_ = await self._call_each("step", [(share, self.version) for share in shares])
         return {**metrics, **of_critic}, _trained_tokens(samples)
@@ -231,6 +238,10 @@ class Trainer:
         self, samples: Sequence[Sample], settings: Gae
     ) -> tuple[Sequence[Sample], dict[str, float]]:
         """The samples with advantages by the critic as it is before the step."""
+        return with_values(samples, await self._of_samples("values", samples), settings)
+
+    async def _of_samples(self, method: str, samples: Sequence[Sample]) -> list[Floats]:
+        """What that method of the ranks finds of each sample's trained tokens."""
         (of_ranks,) = plan(
             [sample.num_tokens for sample in samples],
             mini_batches=1,
@@ -238,16 +249,16 @@ class Trainer:
             tokens_per_micro_batch=self.config.tokens_per_micro_batch,
         )
         answers = await self._call_each(
-            "values",
+            method,
             [([[samples[i] for i in micro] for micro in micros],) for micros in of_ranks],
         )
-        values = {
+        found = {
             index: of_sample
             for micros, answer in zip(of_ranks, answers, strict=True)
             for micro, of_micro in zip(micros, answer, strict=True)
             for index, of_sample in zip(micro, of_micro, strict=True)
         }
-        return with_values(samples, [values[i] for i in range(len(samples))], settings)
+        return [found[i] for i in range(len(samples))]
 
     def state(self) -> TrainerState:
         """For the watchdog."""

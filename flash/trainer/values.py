@@ -1,16 +1,19 @@
-"""From a critic's values to advantages and returns: in the controller, which has whole episodes.
+"""Advantages that take what the ranks compute: of a critic's values, or less a divergence.
+
+In the controller, which has whole episodes.
 
 [T] is over the trained tokens of a sample, an episode or a batch.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flash.trainer.advantage_settings import Gae
 from flash.trainer.advantages import Floats, gae, to_unit_deviation
+from flash.trainer.config import TrainerConfig
 from flash.types import Sample
 
 
@@ -51,8 +54,7 @@ def with_values(
     # Whitening must not touch them: they are what the rewards say.
     returns = [a + v for a, v in zip(advantages, values, strict=True)]
     if settings.whiten:
-        flat = to_unit_deviation(np.concatenate(advantages))
-        advantages = np.split(flat, np.cumsum([len(a) for a in advantages])[:-1])
+        advantages = _whitened(advantages)
     if settings.clip is not None:
         advantages = [np.clip(a, -settings.clip, settings.clip) for a in advantages]
     valued = [
@@ -60,6 +62,27 @@ def with_values(
         for sample, *of_sample in zip(samples, advantages, values, returns, strict=True)
     ]
     return valued, _metrics(np.concatenate(values), np.concatenate(returns))
+
+
+def less_penalties(
+    samples: Sequence[Sample], penalties: Sequence[Floats], config: TrainerConfig
+) -> list[Sample]:
+    """The samples with β·`penalties` taken from their advantages, and only then whitened, clipped.
+
+    Hu et al. 2025 (REINFORCE++), eqs. 4 and 5.
+    """
+    advantages = [
+        np.broadcast_to(sample.advantage, sample.num_tokens)[trained(sample)]
+        - config.kl.coefficient * penalty_T
+        for sample, penalty_T in zip(samples, penalties, strict=True)
+    ]
+    finished = _whitened(advantages)
+    if (clip := config.advantages.clip) is not None:
+        finished = [np.clip(a, -clip, clip) for a in finished]
+    return [
+        replace(sample, advantage=_of_tokens(sample, advantages_T))
+        for sample, advantages_T in zip(samples, finished, strict=True)
+    ]
 
 
 def token_rewards(samples: Sequence[Sample]) -> Floats:
@@ -83,17 +106,25 @@ def token_rewards(samples: Sequence[Sample]) -> Floats:
 def _valued(
     sample: Sample, advantages_T: Floats, values_T: Floats, returns_T: Floats
 ) -> ValuedSample:
-    def of_tokens(numbers_T: Floats) -> NDArray[np.float32]:
-        numbers_S = np.zeros(sample.num_tokens, np.float32)
-        numbers_S[trained(sample)] = numbers_T
-        return numbers_S
-
     return ValuedSample.extending(
         sample,
-        advantage=of_tokens(advantages_T),
-        values=of_tokens(values_T),
-        returns=of_tokens(returns_T),
+        advantage=_of_tokens(sample, advantages_T),
+        values=_of_tokens(sample, values_T),
+        returns=_of_tokens(sample, returns_T),
     )
+
+
+def _whitened(of_samples: Sequence[Floats]) -> list[Floats]:
+    """With mean 0 and deviation 1 over all of them."""
+    flat = to_unit_deviation(np.concatenate(of_samples))
+    return np.split(flat, np.cumsum([len(a) for a in of_samples])[:-1])
+
+
+def _of_tokens(sample: Sample, numbers_T: Floats) -> NDArray[np.float32]:
+    """Numbers of the trained tokens at their places, 0 elsewhere, [S]."""
+    numbers_S = np.zeros(sample.num_tokens, np.float32)
+    numbers_S[trained(sample)] = numbers_T
+    return numbers_S
 
 
 def _metrics(values_T: Floats, returns_T: Floats) -> dict[str, float]:

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
+from flash.positions import positions_of
 from flash.quiet import no_progress_bars
 from flash.worker import attention
 
@@ -106,6 +107,7 @@ class EmbeddedEngine:
         self.version = version
         self.max_request_tokens = cache_tokens
         self._model = _load(model, dtype).to(device)
+        self._positions = positions_of(self._model.config.to_dict())
         self._manager = self._model.init_continuous_batching(
             GenerationConfig(  # type: ignore[no-untyped-call]
                 do_sample=True,
@@ -320,6 +322,11 @@ class EmbeddedEngine:
             raise ValueError(
                 f"prompt and max_tokens are {total} tokens, more than the cache's "
                 f"{self.max_request_tokens}: shorten them, or start the worker with more"
+            )
+        if self._positions is not None and total > self._positions:
+            raise ValueError(
+                f"prompt and max_tokens are {total} tokens, more than the model's "
+                f"{self._positions} positions: shorten them"
             )
 
     def _cause(self) -> str:

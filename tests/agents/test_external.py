@@ -151,6 +151,11 @@ async def exits(session, task):
     raise SystemExit(3)
 
 
+async def interrupts(session, task):
+    await session.say()
+    raise KeyboardInterrupt
+
+
 async def cancels_itself(session, task):
     await session.say()
     raise asyncio.CancelledError
@@ -174,6 +179,7 @@ async def hangs(session, task):
     [
         (raises, "agent", "the agent raised KeyError('a bug in the agent') in "),
         (exits, "agent", "the agent raised SystemExit(3)"),
+        (interrupts, "agent", "the agent raised KeyboardInterrupt()"),
         (cancels_itself, "agent", "the agent cancelled itself"),
         (never_calls, "agent", "the agent never called the model"),
         (has_no_reward, "reward", "the agent answered None"),
@@ -304,6 +310,10 @@ async def test_a_stage_that_goes_on_in_another_call_is_told_from_its_beginning()
         (1.0, (1.0, True)),
         (0, (0.0, False)),
         (np.float32(-0.5), (-0.5, False)),
+        (np.array(2), (2.0, True)),
+        (True, (1.0, True)),
+        (False, (0.0, False)),
+        ({"reward": 1, "success": np.False_}, (1.0, False)),
         ({"reward": 0.25}, (0.25, True)),
         ({"reward": 0.25, "success": False}, (0.25, False)),
     ],
@@ -317,11 +327,18 @@ def test_an_answer_is_a_number_or_a_mapping_with_one(answer, means):
     [
         None, "1.0", float("nan"), float("inf"), {}, {"reward": None}, {"reward": "1"},
         {"reward": float("nan")}, {"reward": 1.0, "success": 1}, [1.0],
+            b"1", 1j, 1e39, 10**400, np.float64("nan"), np.str_("1.0"), np.array([1.0]),
     ],
 )  # fmt: skip
 def test_what_holds_no_reward_is_never_a_reward_of_zero(answer):
     with pytest.raises(RewardFailure):
         outcome(answer)
+
+
+def test_a_long_answer_is_shown_in_short():
+    with pytest.raises(RewardFailure) as failure:
+        outcome("x" * 1_000_000)
+    assert len(str(failure.value)) < 500
 
 
 # ── through the real door, with the official client ──────────────────────────────────────────

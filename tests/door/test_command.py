@@ -81,7 +81,15 @@ async def test_a_long_talk_before_the_answer_does_no_harm(tmp_path):
     assert await run(python(code, tmp_path)) == 0.5
 
 
-@pytest.mark.parametrize(("code", "last"), [("echo done", "'done"), ("true", "''")])
+@pytest.mark.parametrize(
+    ("code", "last"),
+    [
+        ("echo done", "'done"),
+        ("true", "''"),
+        ("echo NaN", "'NaN'"),
+        ("printf '[%.0s' $(seq 50000)", r"'\[\[\[.*\.\.\..*\[\[\['$"),
+    ],
+)
 async def test_a_command_without_an_answer_has_no_reward(code, last, tmp_path):
     with pytest.raises(RewardFailure, match=last):
         await run(shell(code, tmp_path))

@@ -212,6 +212,23 @@ async def test_a_prompt_that_leaves_no_room_is_refused(enter):
             assert (answer.choices[0].text, answer.choices[0].finish_reason) == ("o", "length")
 
 
+async def test_a_prompt_that_can_not_fit_is_refused_before_it_is_tokenised(enter):
+    async with enter() as house:
+        _, client = house.open(max_sequence_tokens=20)
+        long = "x" * 3_000_000
+        async with client:
+            for call in (
+                client.completions.create(model="policy", prompt=long),
+                client.chat.completions.create(
+                    model="policy", messages=[{"role": "user", "content": long}]
+                ),
+            ):
+                with pytest.raises(openai.BadRequestError, match="has 3000000 characters") as told:
+                    await call
+                assert told.value.code == "context_length_exceeded"
+            await client.completions.create(model="policy", prompt="x")
+
+
 # ── what ends ────────────────────────────────────────────────────────────────────────────────
 
 

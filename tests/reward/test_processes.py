@@ -12,7 +12,16 @@ from flash.types import Task, Transcript
 pytestmark = pytest.mark.slow
 
 SCORING = """
-import os, time
+import os, pickle, socket, struct, sys, time
+import numpy as np
+
+class Evil:
+    def __reduce__(self):
+        return open, ("forged", "w")
+
+def send(payload):
+    connection = socket.socket(fileno=os.dup(int(os.environ["FLASH_CHILD_FD"])))
+    connection.sendall(struct.pack("!Q", len(payload)) + payload)
 
 def score(transcript):
     if transcript.text == "hang":
@@ -23,6 +32,14 @@ def score(transcript):
         raise KeyError("no such answer")
     if transcript.text == "pid":
         return os.getpid()
+    if transcript.text == "exit":
+        sys.exit("enough")
+    if transcript.text == "evil":
+        return Evil()
+    if transcript.text == "forge":
+        send(pickle.dumps((6, True, Evil())))
+    if transcript.text == "numpy":
+        return {"reward": np.float32(0.5), "success": np.True_, "why": object()}
     return {"reward": len(transcript.responses), "success": True}
 """
 
@@ -65,7 +82,7 @@ async def test_a_function_that_hangs_dies_or_raises_costs_its_own_episode_only(
         second = await score(transcript("pid"), timeout_s=60)
         assert second != first
         with pytest.raises(ProcessLookupError):
-            os.kill(first, 0)
+            os.kill(int(first["reward"]), 0)
 
         given_up = asyncio.create_task(score(transcript("hang"), timeout_s=1e6))
         await asyncio.sleep(0)
@@ -73,9 +90,27 @@ async def test_a_function_that_hangs_dies_or_raises_costs_its_own_episode_only(
         with pytest.raises(RewardFailure, match="exit code 3"):
             await score(transcript("die"), timeout_s=60)
         third = await score(transcript("pid"), timeout_s=60)
-        assert len({first, second, third}) == 3
+        assert len({told["reward"] for told in (first, second, third)}) == 3
     with pytest.raises(ProcessLookupError):
-        os.kill(third, 0)
+        os.kill(int(third["reward"]), 0)
+
+
+async def test_what_a_process_answers_is_data(tmp_path, monkeypatch):
+    (tmp_path / "my_scoring.py").write_text(SCORING)
+    monkeypatch.chdir(tmp_path)
+    async with RewardProcesses("my_scoring:score", processes=1, log_dir=tmp_path) as score:
+        told = await score(transcript("numpy"), timeout_s=60)
+        assert told == {"reward": 0.5, "success": True}
+        first = await score(transcript("pid"), timeout_s=60)
+        with pytest.raises(RewardFailure, match="the reward answered .*Evil"):
+            await score(transcript("evil"), timeout_s=60)
+        with pytest.raises(RewardFailure, match=r"the reward raised SystemExit\('enough'\)"):
+            await score(transcript("exit"), timeout_s=60)
+        assert await score(transcript("pid"), timeout_s=60) == first, "neither kills it"
+        with pytest.raises(RewardFailure, match="reward 0(?s:.)*can't be read here"):
+            await score(transcript("forge"), timeout_s=60)
+        assert await score(transcript("pid"), timeout_s=60) != first
+    assert not (tmp_path / "forged").exists()
 
 
 async def test_a_start_that_is_given_up_leaves_no_process(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import itertools
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -93,8 +94,15 @@ def share_of(batch, reward):
 
 @pytest.mark.parametrize(
     "broken",
-    [lambda: None, lambda: float("nan"), lambda: "1.0", lambda: {"score": 1}, lambda: 1 / 0],
-    ids=["nothing", "nan", "text", "no reward", "raises"],
+    [
+        lambda: None,
+        lambda: float("nan"),
+        lambda: "1.0",
+        lambda: {"score": 1},
+        lambda: 1 / 0,
+        lambda: sys.exit(1),
+    ],
+    ids=["nothing", "nan", "text", "no reward", "raises", "exits"],
 )
 def test_a_reward_that_fails_is_a_failed_episode_and_never_a_reward_of_0(broken):
     calls = Counter()

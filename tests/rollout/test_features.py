@@ -242,6 +242,16 @@ async def test_a_group_that_is_filtered_is_replaced_by_another_task():
     assert outcomes(records)["dropped", "filtered:equal_rewards"] >= 12
 
 
+def test_rewards_are_equal_but_for_rounding():
+    def group(*rewards):
+        return [Trajectory(sequences=[], reward=reward, turns=1) for reward in rewards]
+
+    for rewards in ((0.1 + 0.2, 0.3), (1e9 + 1e-6, 1e9), (0.0, -1e-12), (-0.7, -0.7), (2,)):
+        assert equal_rewards(group(*rewards)), rewards
+    for rewards in ((0.3, 0.3001), (0.0, 1e-6), (1.0, -1.0), (1e9, 1e9 + 1e4)):
+        assert not equal_rewards(group(*rewards)), rewards
+
+
 def test_filters_that_drop_everything_end_the_run_with_numbers_and_remedy():
     async def main():
         async with rollouts(

@@ -99,6 +99,16 @@ def test_a_mistake_is_told_before_anything_is_simulated(scenario, arguments, mes
     assert message in capsys.readouterr().err
 
 
+def test_a_full_disk_ends_in_one_line(scenario, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.json").symlink_to("/dev/full")
+    assert cli.run(["simulate", str(scenario), "--out", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err == (
+        "flash: OSError: [Errno 28] No space left on device: make room on that disk, or write "
+        "elsewhere (runs_dir, --out, $TMPDIR)\n"
+    )
+
+
 def test_help_lists_the_fields_and_what_can_vary(capsys):
     assert cli.run(["simulate", "--help"]) == 0
     text = capsys.readouterr().out

@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 import re
+import shutil
 import time
 
 import pytest
@@ -45,6 +46,28 @@ def test_what_the_watchdog_says_is_kept_in_the_runs_folder(tmp_path):
         "the reward hangs [reward_hangs]",
         "and again",
     ]
+
+
+def test_a_folder_that_is_removed_under_the_run_is_what_the_run_ends_with(tmp_path):
+    def removed():
+        with RunFolder(config(tmp_path)) as folder:
+            shutil.rmtree(folder.path)
+            folder.summary({})
+
+    with pytest.raises(FileNotFoundError, match=r"summary\.json"):
+        removed()
+
+
+def test_a_folder_that_is_removed_at_the_very_end_is_told_too(tmp_path):
+    folder = RunFolder(config(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"metrics\.jsonl"), folder:
+        shutil.rmtree(folder.path)
+
+
+def test_lines_that_are_no_objects_or_no_text_are_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n3\n\xff\xfe\n{"step": 2}\n{"st')
+    assert read_lines(path) == [{"step": 1}, {"step": 2}]
 
 
 def test_the_names_of_the_metrics_are_fixed():

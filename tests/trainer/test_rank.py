@@ -18,6 +18,7 @@ from flash.agents import EnvironmentAgent
 from flash.fakes import FakeEnvs, FakeStyle, FakeWorker, fake_sample
 from flash.hub.hub import InferenceHub
 from flash.rollout.loop import RolloutLoop
+from flash.trainer.advantage_settings import ReinforcePp
 from flash.trainer.config import TrainerConfig
 from flash.trainer.objectives.settings import (
     SETTINGS,
@@ -407,6 +408,29 @@ def test_the_divergence_from_a_reference_is_added_to_the_loss_or_taken_from_the_
         loss = np.concatenate(plain).mean() + 0.3 * np.concatenate(added).mean()
         assert metrics["loss"] == pytest.approx(loss, rel=1e-4)
         assert metrics["kl_reference"] == pytest.approx(np.concatenate(k3).mean(), rel=1e-4)
+
+
+def test_the_penalties_of_a_whitened_return_are_told_and_not_taken_a_second_time(
+    model: Path,
+    save_model: SaveModel,
+    tmp_path: Path,
+    samples_of: SamplesOf,
+    reference_logprobs: Reference,
+) -> None:
+    samples = samples_of(3)
+    other = save_model(tmp_path / "other", "llama", tied=False)
+    now = scored(model, samples, reference_logprobs)
+    far = scored(other, samples, reference_logprobs)
+    to_go = [(a - b)[::-1].cumsum()[::-1] for a, b in zip(now, far, strict=True)]
+    kl = KlSettings(coefficient=0.3, place="reward", estimator="k1")
+    config = TrainerConfig(objective=Vanilla(), kl=kl, advantages=ReinforcePp())
+    with started(model, tmp_path, config, reference=other) as rank:
+        (penalties,) = rank.penalties([samples])
+        loss = step(rank, samples, config)["loss"]
+    for found, expected in zip(penalties, to_go, strict=True):
+        assert found == pytest.approx(expected, abs=1e-4)
+    plain = [-s.advantage * a for s, a in zip(samples, now, strict=True)]
+    assert loss == pytest.approx(np.concatenate(plain).mean(), rel=1e-4)
 
 
 def test_the_reference_does_not_learn(model: Path, tmp_path: Path, samples_of: SamplesOf) -> None:

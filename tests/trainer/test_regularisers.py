@@ -79,7 +79,7 @@ def gradient_of_divergence() -> list[float]:
     return gradient
 
 
-@pytest.mark.parametrize("estimator", ["k1", "k3"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_corrected_it_has_the_divergences_own_gradient_whoever_sampled(
     estimator: Estimator,
 ) -> None:

@@ -209,6 +209,7 @@ async def test_two_ranks_compute_sequences_percentiles_divergence_and_entropy_as
         update={
             "objective": Gspo(clip_low=0.5, clip_high=0.5),
             "kl": KlSettings(coefficient=0.1, place="reward", reference=str(other)),
+            "advantages": ReinforcePp(),  # whitened with the divergence, by the trainer
             "entropy_bonus": 0.01,
         }
     )

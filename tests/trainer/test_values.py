@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from flash.fakes import fake_sample
-from flash.trainer.advantage_settings import Gae
+from flash.trainer.advantage_settings import Gae, ReinforcePp
 from flash.trainer.advantages import gae, make_advantages
+from flash.trainer.config import TrainerConfig
 from flash.trainer.critic import value_loss
-from flash.trainer.values import ValuedSample, token_rewards, trained, with_values
+from flash.trainer.objectives.settings import KlSettings
+from flash.trainer.values import ValuedSample, less_penalties, token_rewards, trained, with_values
 from flash.types import Sample, Trajectory
 
 Floats = NDArray[np.float64]
@@ -176,3 +178,35 @@ def test_the_value_loss_is_that_of_its_definition(tokens: list[tuple[float, ...]
     assert found == pytest.approx(expected)
     unclipped = value_loss(values, old, returns, clip=None)[0]
     torch.testing.assert_close(unclipped, (values - returns) ** 2 / 2)
+
+
+# ── less a divergence ────────────────────────────────────────────────────────────────────────
+
+
+def test_a_divergence_is_taken_from_the_returns_before_they_are_whitened() -> None:
+    """Returns 1 and 0 less β·ΣKL: 1 - 0.5·[2, 1] = [0, 0.5] and 0 - 0.5·[1, 3] = [-0.5, -1.5]."""
+    kl = KlSettings(coefficient=0.5, place="reward", estimator="k1")
+    config = TrainerConfig(advantages=ReinforcePp(), kl=kl)
+    samples = [fake_sample(range(3), advantage=1.0), fake_sample(range(3), advantage=0.0)]
+    penalties = [np.array([2.0, 1.0]), np.array([1.0, 3.0])]
+    mean, deviation = -0.375, np.sqrt(0.546875)  # of those four
+    expected = (np.array([0.0, 0.5, -0.5, -1.5]) - mean) / deviation
+    found = less_penalties(samples, penalties, config)
+    np.testing.assert_allclose(found[0].advantage, [0, *expected[:2]], rtol=1e-6)
+    np.testing.assert_allclose(found[1].advantage, [0, *expected[2:]], rtol=1e-6)
+    clipped = less_penalties(
+        samples, penalties, TrainerConfig(advantages=ReinforcePp(clip=1.0), kl=kl)
+    )
+    assert clipped[1].advantage.min() == -1.0, "and clipped last"
+
+
+def test_returns_that_the_trainer_finishes_are_neither_whitened_nor_clipped_before() -> None:
+    config = TrainerConfig(
+        advantages=ReinforcePp(clip=0.5), kl=KlSettings(coefficient=0.5, place="reward")
+    )
+    assert config.finishes_advantages
+    raw = make_advantages(config.advantages, finished=False)
+    trajectories = [
+        Trajectory(sequences=[fake_sample(range(3))], reward=reward, turns=1) for reward in (3, 1)
+    ]
+    assert raw([trajectories]) == [[3, 1]]

@@ -31,12 +31,16 @@ def kl_loss(
 ) -> Tensor:
     """What the divergence KL(π ‖ π_ref) adds to the loss of each token, [T].
 
-    `corrected`: times π/π_behaviour, with its gradient; then the gradient's mean is that of the
-    divergence for k1 and k3, whoever sampled (DeepSeek-V3.2, eq. 7). Otherwise k3 is GRPO's term
-    (Shao et al. 2024, eq. 4), and k2 has the right gradient on tokens of π itself.
+    `corrected`: times π/π_behaviour; then the gradient's mean is that of the divergence, whoever
+    sampled. For k1 and k3 that takes the ratio's own gradient (DeepSeek-V3.2, eq. 7); k2 has the
+    right one by itself on tokens of π, so for it the ratio is a weight. Otherwise k3 is GRPO's term
+    (Shao et al. 2024, eq. 4), and k2 is right on tokens of π itself.
     """
     kl_T = kl_estimate(batch.logprobs_T, reference_logprobs_T, estimator)
-    return exp(batch.log_ratios()) * kl_T if corrected else kl_T
+    if not corrected:
+        return kl_T
+    ratio_T = exp(batch.log_ratios())
+    return (ratio_T.detach() if estimator == "k2" else ratio_T) * kl_T
 
 
 def kl_penalty(batch: TokenBatch, reference_logprobs_T: Tensor, *, estimator: Estimator) -> Tensor:

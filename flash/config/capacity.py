@@ -1,0 +1,127 @@
+"""Whether a machine has the cores, the memory and the GPUs for what a run would start on it.
+
+Known before anything starts; each figure below is the least that such a thing takes, so that what
+is refused can't run, and what is absurd is not tried.
+"""
+
+from collections.abc import Iterator
+
+from flash.config.model import SMALL
+from flash.config.run import Config
+from flash.machine import Capacity
+from flash.reward.config import ProcessReward
+
+# Bytes, measured where it says so.
+_TORCH_PROCESS = 400e6  # a worker or a rank after its imports: 404 and 406 MB
+_PLAIN_PROCESS = 25e6  # an environment's host or a reward's process: 30 and 22 MB
+_EPISODE = 10e3  # its task, its agent, and what it has said
+_RECORD = 1e3  # a demonstration, a held-out task with its outcome
+_SAMPLE_TOKEN = 36  # of a sample's arrays: ids, mask, logprobs, versions, temperatures, turns
+_CACHED_TOKEN = 256  # keys and values of the smallest head there is, in bfloat16
+_MASK = 4  # of an embedded worker's attention, for each pair of the tokens in a step
+_TRAINED_PARAMETER = 16  # the weight, its gradient and AdamW's two moments, in float32
+
+_PER_CORE = {"engine.workers": 8, "trainer.ranks": 8, "env.hosts": 100, "reward.concurrency": 100}
+_THREADS_PER_CORE = 8
+_OPEN_FILES = 64  # of a run: its files, its logs, its children's sockets
+
+
+def check_capacity(config: Config, has: Capacity, *, trains: bool = True) -> None:
+    """ValueError for the first size that it can't hold. An evaluation trains nothing."""
+    for field, count, bytes_each in _processes(config, trains=trains):
+        most = min(has.cores * _PER_CORE[field], int(has.memory_bytes / bytes_each))
+        if count > most:
+            raise ValueError(f"{field}={count}: {has} is enough for {most}: take no more")
+    _check_gpus(config, has, trains=trains)
+    for field, threads in (
+        ("engine.threads", config.engine.threads),
+        ("trainer.threads", config.trainer.threads),
+    ):
+        if threads > has.cores * _THREADS_PER_CORE:
+            raise ValueError(f"{field}={threads}: {has} runs {has.cores} at a time: take no more")
+    for fields, wanted in _memory(config, has, trains=trains):
+        if wanted > has.memory_bytes:
+            raise ValueError(
+                f"{fields} need {wanted / 1e9:,.1f} GB of memory, more than {has} can give: "
+                f"lower one of them"
+            )
+    requests = min(config.engine.max_running * _workers(config), _episodes(config))
+    if requests + _OPEN_FILES > has.open_files:
+        raise ValueError(
+            f"engine.max_running={config.engine.max_running} with batch_size={config.batch_size} "
+            f"is {requests} connections at a time, and this machine allows a process "
+            f"{has.open_files} open files: lower one of them, or allow more (ulimit -Hn)"
+        )
+
+
+def _processes(config: Config, *, trains: bool) -> Iterator[tuple[str, int, float]]:
+    """Of each kind: the field, how many are started, and the bytes of one."""
+    if not config.engine.urls:
+        yield "engine.workers", config.engine.workers, _TORCH_PROCESS
+    if trains:
+        yield "trainer.ranks", config.trainer.ranks, _TORCH_PROCESS
+    yield "env.hosts", config.env.hosts, _PLAIN_PROCESS
+    if isinstance(config.reward, ProcessReward):
+        yield "reward.concurrency", config.reward.concurrency, _PLAIN_PROCESS
+
+
+def _check_gpus(config: Config, has: Capacity, *, trains: bool) -> None:
+    engine, gpus = config.engine, has.gpus
+    if missing := sorted({*engine.devices} - {*gpus}):
+        raise ValueError(
+            f"engine.devices={list(engine.devices)}: {has} shows no GPU {missing}: name others, or "
+            f"leave it out"
+        )
+    if trains and gpus and config.trainer.ranks > len(gpus):
+        raise ValueError(
+            f"trainer.ranks={config.trainer.ranks}: each takes a GPU of {has}: take {len(gpus)} or "
+            f"fewer"
+        )
+
+
+def _memory(config: Config, has: Capacity, *, trains: bool) -> Iterator[tuple[str, float]]:
+    """What takes memory by its numbers: the fields with their values, and the bytes at least."""
+    policy, rollout, engine = config.policy, config.rollout, config.engine
+    if trains:
+        yield (
+            f"batch_size={config.batch_size} samples of up to agent.max_sequence_tokens="
+            f"{config.agent.max_sequence_tokens}",
+            config.batch_size * config.agent.max_sequence_tokens * _SAMPLE_TOKEN,
+        )
+        yield (
+            f"batch_size={config.batch_size} with alpha={config.alpha:g}, "
+            f"rollout.redundant_groups={rollout.redundant_groups} and "
+            f"rollout.redundant_episodes={rollout.redundant_episodes}",
+            _episodes(config) * _EPISODE,
+        )
+    yield f"eval.tasks={config.eval.tasks}", config.eval.tasks * _RECORD
+    small = config.model == SMALL
+    if small:
+        yield (
+            f"policy.layers={policy.layers} with policy.hidden_size={policy.hidden_size}",
+            12 * policy.layers * policy.hidden_size**2 * _TRAINED_PARAMETER,
+        )
+        if trains:
+            demonstrations = config.warm_start.demonstrations
+            yield f"warm_start.demonstrations={demonstrations}", demonstrations * _RECORD
+    if not has.gpus and not engine.urls:
+        token = 2 * policy.layers * policy.hidden_size * 4 if small else _CACHED_TOKEN
+        yield (
+            f"engine.cache_tokens={engine.cache_tokens} with engine.workers={engine.workers}",
+            engine.cache_tokens * engine.workers * token,
+        )
+        yield (
+            f"engine.max_running={engine.max_running} with engine.workers={engine.workers}",
+            engine.max_running**2 * engine.workers * _MASK,
+        )
+
+
+def _episodes(config: Config) -> int:
+    """How many are under way at most."""
+    groups = config.batch_size // config.group_size + config.rollout.redundant_groups
+    per_group = config.group_size + config.rollout.redundant_episodes
+    return int(groups * per_group + config.alpha * config.batch_size)
+
+
+def _workers(config: Config) -> int:
+    return len(config.engine.urls) or config.engine.workers
