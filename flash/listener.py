@@ -7,7 +7,7 @@ more closes the one that is oldest: who has a key shows it at once, so it is nev
 
 import asyncio
 import ipaddress
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -36,7 +36,7 @@ class Listener:
         self._port = port
         self._most = open_file_limit() // 2
         self._strangers: dict[web.RequestHandler, None] = {}  # in the order in which they came
-        self._known: set[web.RequestHandler] = set()
+        self._known: dict[web.RequestHandler, Hashable] = {}  # and whose they are
         self._runner: web.AppRunner | None = None
         self._server: asyncio.Server | None = None
 
@@ -64,12 +64,22 @@ class Listener:
         if self._runner is not None:
             await self._runner.cleanup()
 
-    def vouch(self, request: web.Request) -> None:
-        """The request has shown a key: its connection is no stranger's from now on."""
+    def vouch(
+        self, request: web.Request, *, owner: Hashable = None, most: int | None = None
+    ) -> None:
+        """The request has shown a key: its connection is no stranger's from now on, but `owner`'s.
+
+        If that one has more than `most`, its oldest is closed.
+        """
         connection = request.protocol
-        if connection in self._strangers:
-            del self._strangers[connection]
-            self._known.add(connection)
+        if connection not in self._strangers:
+            return
+        del self._strangers[connection]
+        self._known[connection] = owner
+        if most is not None:
+            own = [known for known, of in self._known.items() if of == owner]
+            if len(own) > most:
+                self._close(own[0])
 
     def arrived(self, connection: web.RequestHandler) -> None:
         if len(self._strangers) + len(self._known) >= self._most:
@@ -77,13 +87,15 @@ class Listener:
             return
         self._strangers[connection] = None
         if len(self._strangers) > min(_STRANGERS, self._most // 2):
-            oldest = next(iter(self._strangers))
-            self.left(oldest)  # now, because it is told later, when more may have come
-            oldest.force_close()
+            self._close(next(iter(self._strangers)))
 
     def left(self, connection: web.RequestHandler) -> None:
         self._strangers.pop(connection, None)
-        self._known.discard(connection)
+        self._known.pop(connection, None)
+
+    def _close(self, connection: web.RequestHandler) -> None:
+        self.left(connection)  # now, because it is told later, when more may have come
+        connection.force_close()
 
 
 class _Connection(web.RequestHandler):

@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+_CONNECTIONS_A_RESPONSE = 4  # that a token may have, busy or idle
 _READ_TIMEOUT_S = 60.0  # for a client to read its answer
 
 
@@ -192,7 +193,8 @@ class Door:
             raise ApiError(
                 401, "the token is unknown, or its episode has ended", code="invalid_api_key"
             )
-        self._listener.vouch(request)
+        most = _CONNECTIONS_A_RESPONSE * self._max_concurrent
+        self._listener.vouch(request, owner=session.api_key, most=most)
         session.allowance.take_request()
         return session
 

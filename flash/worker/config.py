@@ -2,8 +2,10 @@
 
 import argparse
 import os
+import secrets
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, get_type_hints
 
@@ -16,7 +18,7 @@ _LEAST = {"max_running": 1, "cache_tokens": 64, "threads": 0, "version": 0, "see
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerConfig:
-    """An embedded worker. The API key comes from `$FLASH_WORKER_API_KEY`; "": one is made."""
+    """An embedded worker. The API key comes from `$FLASH_WORKER_API_KEY`, or is made."""
 
     model: Annotated[str, "a directory or a hub name"]
     host: Annotated[str, "address to listen on"] = "127.0.0.1"
@@ -32,8 +34,9 @@ class WorkerConfig:
 
 
 def parse(arguments: Sequence[str], prog: str) -> WorkerConfig:
-    """The configuration of a command line.
+    """The configuration of a command line; tells a key on stderr that was made for it.
 
+    Without one any user of this machine could have the worker load weights. Raises
     ValueError for a port that is taken, a model that is not there, a number that can't be.
     """
     parser = Options(
@@ -70,6 +73,9 @@ def parse(arguments: Sequence[str], prog: str) -> WorkerConfig:
             raise ValueError(f"--{option} {getattr(config, name)}: must be at least {least}")
     _check_model(config.model)
     machine.check_port(config.host, config.port, f"--port {config.port}")
+    if not config.api_key:
+        config = replace(config, api_key=secrets.token_urlsafe(16))
+        print(f"no $FLASH_WORKER_API_KEY, so the key is {config.api_key}", file=sys.stderr)
     return config
 
 

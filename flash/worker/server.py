@@ -14,12 +14,10 @@ import hmac
 import json
 import logging
 import os
-import secrets
 import signal
 import sys
 import uuid
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,15 +95,8 @@ async def serve(config: WorkerConfig, *, on_ready: Callable[[str], None]) -> Non
 
 
 def main(config: WorkerConfig) -> None:
-    """Serve in this process; prints `ready URL` once, and nothing else to stdout.
-
-    Without a key one is made, and told on stderr: whoever could ask this worker without one could
-    have it load any weights, and any user of the machine could.
-    """
+    """Serve in this process; prints `ready URL` once, and nothing else to stdout."""
     raise_open_file_limit()
-    if not config.api_key:
-        config = replace(config, api_key=secrets.token_urlsafe(16))
-        print(f"no $FLASH_WORKER_API_KEY, so the key is {config.api_key}", file=sys.stderr)
 
     def on_ready(url: str) -> None:
         print(f"ready {url}", flush=True)
