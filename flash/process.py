@@ -228,6 +228,8 @@ def lasting() -> Iterator[None]:
 
 def serve(handler: object) -> None:
     """In the child: answer the parent's calls on `handler` until the parent closes the socket."""
+    if _FD_VARIABLE not in os.environ:
+        sys.exit("flash: this process is started by flash train and flash eval: use these")
     die_with_parent()
     # Ctrl-C goes to the parent, which ends its children in order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
