@@ -344,6 +344,8 @@ def serve(handler: object, write: Callable[[object], bytes] = pickled) -> None:
     What a method raises, `sys.exit` too, is its answer. Of what ends an episode the message alone
     is told; of others the traceback.
     """
+    if _FD_VARIABLE not in os.environ:
+        sys.exit("flash: this process is started by flash train and flash eval: use these")
     # Ctrl-C goes to the parent, which ends its children in order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with socket.socket(fileno=int(os.environ[_FD_VARIABLE])) as connection:

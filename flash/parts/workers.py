@@ -42,7 +42,7 @@ async def open_hub(
     workers, why = _workers(config, model=model, version=version, log_dir=log_dir)
     say(f"engine: {why}")
     for url in engine.urls:
-        await _check_room(url, engine.api_key, config.agent.max_sequence_tokens)
+        await _check_room(url, revealed(engine.api_key), config.agent.max_sequence_tokens)
     async with InferenceHub(
         workers,
         max_running=engine.max_running,

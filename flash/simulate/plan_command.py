@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from flash.simulate.command import make_folder
+from flash.simulate.command import check_memory, make_folder
 from flash.simulate.plan import Choice, Plan, check, plan
 from flash.simulate.scenario import Scenario
 
@@ -17,6 +17,7 @@ _FOLDER = Path("runs/plans")
 def run(scenario: Scenario, *, gpus: int, alphas: Sequence[float], out: Path | None = None) -> Plan:
     """Prints the plan as it is found; keeps it, with a picture and the best scenario."""
     check(scenario, gpus=gpus, alphas=alphas)
+    check_memory(scenario, gpus // scenario.workers.gpus, f"--gpus {gpus}")
     folder = make_folder(out or _FOLDER / scenario.name)
     header = (
         f"{'alpha':>5} {'workers':>8} {'trainer':>8} {'+groups':>7} {'+episodes':>9} "
