@@ -22,9 +22,14 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 USER: Message = {"role": "user", "content": "?"}
 SAID: Message = {"role": "assistant", "content": "!"}
 
-# What has more for each token of its room is not tokenised, which takes 1 s for a million: of
-# texts that are worth reading a token has fewer than 10.
-CHARS_A_TOKEN = 32
+# What is longer is not tokenised, which takes 1 s for a million: of texts that are worth reading a
+# token has fewer than 10 characters, and few models read a million tokens.
+CHARS_A_TOKEN, MAX_CHARS = 32, 4_000_000
+
+
+def longest_text(max_sequence_tokens: int) -> int:
+    """The most characters that are tokenised where so many tokens have room."""
+    return min(CHARS_A_TOKEN * max_sequence_tokens, MAX_CHARS)
 
 
 class TokenSequence:

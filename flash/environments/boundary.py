@@ -13,13 +13,12 @@ import msgspec
 import numpy as np
 
 from flash.answers import is_ctrl_c, number, raised, shown, truth
+from flash.conversation import MAX_CHARS
 from flash.errors import EnvFailure
 from flash.types import Observation, Task
 
 TextEnv = gymnasium.Env[str, str]
 
-# Far more than any model reads: what is longer is not read at all (`agent.max_sequence_tokens`).
-MAX_TEXT_CHARS = 4_000_000
 _MAX_INFO_BYTES = 4_000_000
 _MAX_COMMANDS = 100_000
 _STEP = "(observation, reward, terminated, truncated, info)"
@@ -112,7 +111,7 @@ def _observation(
 def _text(what: str, field: str, value: object) -> str:
     if not isinstance(value, str):
         raise _wrong(what, field, value, "a text: say in words what there is to see")
-    text = str.__str__(value)[:MAX_TEXT_CHARS]
+    text = str.__str__(value)[: MAX_CHARS + 1]  # enough to see that it is too long
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -155,8 +154,8 @@ def _commands(what: str, commands: Any) -> list[str]:
         raise _wrong(what, field, commands, f"a list of at most {_MAX_COMMANDS} texts")
     if not all(isinstance(command, str) for command in listed):
         raise _wrong(what, field, commands, "a list of texts")
-    if sum(map(len, listed)) > MAX_TEXT_CHARS:
-        raise _wrong(what, field, commands, f"of at most {MAX_TEXT_CHARS} characters in all")
+    if sum(map(len, listed)) > MAX_CHARS:
+        raise _wrong(what, field, commands, f"of at most {MAX_CHARS} characters in all")
     return [_text(what, field, command) for command in listed]
 
 

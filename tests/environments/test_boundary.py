@@ -4,6 +4,7 @@ import logging
 
 import pytest
 
+from flash.conversation import MAX_CHARS
 from flash.environments import boundary
 from flash.environments.hosts import EnvHosts
 from flash.environments.inline import InlineEnvs
@@ -147,9 +148,9 @@ async def test_what_is_an_answer_is_plain_data(env):
         assert {type(seen.text), type(seen.reward), type(seen.terminated)} == {str, float, bool}
 
 
-async def test_of_a_text_that_nobody_reads_the_beginning_is_kept(env):
+async def test_of_a_text_that_nobody_reads_no_more_is_kept_than_shows_its_length(env):
     seen = await env.step("says('word ' * 11_000_000)")
-    assert len(seen.text) == boundary.MAX_TEXT_CHARS
+    assert len(seen.text) == MAX_CHARS + 1
 
 
 @pytest.mark.parametrize(
