@@ -1,5 +1,7 @@
 """The `flash` command: which one is meant, help and version; nothing here is slow to import."""
 
+import atexit
+import contextlib
 import io
 import logging
 import os
@@ -28,7 +30,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="replace")  # a terminal may know no α
     # Outside of a loop, which has its own answer, there is nothing to close: imports, the end.
     signal.signal(signal.SIGINT, lambda number, _: os._exit(128 + number))
-    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+    code: int | str | None = 1
+    atexit.register(lambda: _leave(code))  # as the first it is called last
+    try:
+        code = run(sys.argv[1:] if arguments is None else arguments)
+    except SystemExit as end:
+        code = end.code
+    sys.exit(code)
+
+
+def _leave(code: int | str | None) -> None:
+    """Ends the process: an ordinary end searches torch and all for garbage, for seconds."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # somebody has closed it
+            stream.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 def run(arguments: Sequence[str]) -> int:
