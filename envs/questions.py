@@ -118,9 +118,9 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = len(_LINE_END.split(content[: error.start].decode("latin-1")))
+        wrong = len(_LINE_END.split(content[: error.start].decode("latin-1")))
         raise ValueError(
-            f"path={path!r}, line {line} is not UTF-8 ({error.reason}): save the file as UTF-8"
+            f"path={path!r}, line {wrong} is not UTF-8 ({error.reason}): save the file as UTF-8"
         ) from error
     for number, line in enumerate(_LINE_END.split(text), start=1):
         if line.strip():

@@ -137,8 +137,8 @@ def test_a_file_in_another_encoding_is_named_with_the_remedy(tmp_path):
 @pytest.mark.parametrize(
     "written",
     [
-        lambda lines: "\r\n".join(lines),
-        lambda lines: "\r".join(lines),
+        "\r\n".join,
+        "\r".join,
         lambda lines: "\ufeff" + "\n".join(lines),
         lambda lines: "\n\n \n".join(lines) + "\n\n",
     ],
