@@ -139,13 +139,15 @@ DETACHES = """
 import os, subprocess, sys
 pids = open(sys.argv[1], "a")
 browser = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+reading, writing = os.pipe()
 if os.fork() == 0:  # a daemon, as they are made: twice forked, nobody's child
     os.setsid()
     if os.fork() == 0:
         print(os.getpid(), file=pids, flush=True)
         os.execvp("sleep", ["sleep", "1000"])
     os._exit(0)
-os.wait()
+os.close(writing)
+os.read(reading, 1)  # until the daemon has become what it is to be
 print(browser.pid, file=pids, flush=True)
 """
 
