@@ -9,6 +9,8 @@ from flash.checkpoints import Checkpoints, Cut, Rescue
 from flash.config import Config
 from flash.evaluation.evaluations import Evaluations
 from flash.hub.hub import InferenceHub
+from flash.hub.publisher import PROBE_TOKENS
+from flash.parts.model import self_test_text
 from flash.parts.open import open_parts
 from flash.rollout.adaptive import AdaptiveAlpha
 from flash.rollout.loop import RolloutLoop
@@ -48,6 +50,12 @@ class Training:
             await self.save()
         elif self.checkpoints.spare_is_due():
             await self.save(spare=True)
+
+    async def self_test(self) -> None:
+        """PublishFailure if workers and trainer differ on a text longer than any window."""
+        longest = min(self.config.agent.max_sequence_tokens, self.config.engine.cache_tokens)
+        text = self_test_text(self.trainer.model, at_most=longest - PROBE_TOKENS)
+        await self.hub.probe(await self.trainer.export_weights(), text)
 
     async def save(self, *, spare: bool = False) -> None:
         """A checkpoint of the present version, if there is none yet and any step in it."""
