@@ -190,9 +190,12 @@ asyncio.run(agent(base_url="", api_key="", task=Task(0)))
 @pytest.mark.slow
 async def test_a_command_whose_parent_is_killed_ends_with_all_that_it_started(tmp_path):
     pids = tmp_path / "pids"
-    code = f"sleep 1000 & echo $! >> {pids}; echo $$ >> {pids}; echo $PPID >> {pids}; wait"
+    code = (
+        f"sleep 1000 & echo $! >> {pids}; setsid sh -c 'echo $$ >> {pids}; exec sleep 1000' & "
+        f"echo $$ >> {pids}; echo $PPID >> {pids}; wait"
+    )
     parent = await asyncio.create_subprocess_exec(sys.executable, "-c", PARENT, code, str(tmp_path))
-    started = await pids_in(pids, 3)
+    started = await pids_in(pids, 4)
     parent.kill()
     await parent.wait()
     deadline = time.monotonic() + 10
