@@ -6,10 +6,10 @@ from typing import Any
 
 from flash import config as configuration
 from flash import machine
+from flash.checkpoints import newest_checkpoint
 from flash.evaluation.play import heldout_tasks, play
 from flash.evaluation.result import Evaluation
 from flash.parts.open import open_parts
-from flash.telemetry.folder import newest_checkpoint
 from flash.trainer.checkpoint import MODEL_FOLDER, checkpoint_version
 from flash.types import Weights
 
@@ -22,8 +22,11 @@ async def evaluate(
     The run's own configuration says how; `overrides` change it. Raises ValueError if there is no
     checkpoint, and what `flash.evaluation.play` raises.
     """
-    checkpoint = source if source.parent.name == "checkpoints" else newest_checkpoint(source)
-    if checkpoint is None:
+    if source.parent.name == "checkpoints":
+        checkpoint = source
+    elif (newest := newest_checkpoint(source)) is not None:
+        checkpoint = newest.path
+    else:
         raise ValueError(f"{source} holds no checkpoint: give a run's folder or a checkpoint of it")
     version = checkpoint_version(checkpoint)
     run = checkpoint.parent.parent

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from typing import Annotated, Any, get_args
+from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -74,3 +75,12 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 
 Numbers = Annotated[tuple[int, ...], BeforeValidator(_split)]
 """Likewise of whole numbers; one alone needs no list."""
+
+
+def is_url(value: object) -> bool:
+    """Whether it is a text that names a host, and a port that can be, by HTTP."""
+    try:
+        url = urlsplit(value if isinstance(value, str) else "")
+        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:  # a port above 65535, a bracket left open
+        return False

@@ -265,6 +265,10 @@ def test_async_generation_ratio_is_another_name_for_alpha():
             "--logprobs_mode=raw_logprobs changes what is sampled or which logprobs are returned",
         ),
         (
+            {"engine": {"vllm_args": ["--max-model-len", "100"]}},
+            "--max-model-len is agent.max_sequence_tokens: leave it out, and set that",
+        ),
+        (
             {"agent": {"top_p": 0.9}},
             "agent.top_p=0.9: the engine's logprobs would be those of a cut distribution",
         ),

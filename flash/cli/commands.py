@@ -1,12 +1,13 @@
 """What each command does: train, eval, simulate, plan, worker."""
 
+import asyncio
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from flash import config as configuration
 from flash import machine
-from flash.cli.event_loop import run_loop, stop_on_signals
+from flash.cli.event_loop import run_loop
 from flash.cli.words import listed, only, split_words, swept
 from flash.command_line import Options
 
@@ -24,10 +25,8 @@ def _train(arguments: Sequence[str]) -> None:
         machine.check_port("127.0.0.1", port, f"engine.door_port={port}")
     from flash.train import train
 
-    async def until_stopped() -> dict[str, Any] | None:
-        return await train(config, stop=stop_on_signals())
-
-    summary = run_loop(until_stopped())
+    stop = asyncio.Event()
+    summary = run_loop(train(config, stop=stop), stop=stop)
     if summary is None:
         print("stopped before the first step: nothing was trained")
         return

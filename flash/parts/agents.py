@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ async def _open_envs(
     options = _env_options(config, heldout=heldout)
     make: Callable[..., Any] = registry.environment(config.env.name)
     if config.env.hosts == 0:
-        yield InlineEnvs(lambda: make(**options))
+        yield InlineEnvs(partial(make, **options))
         return
     async with EnvHosts(
         config.env.name,

@@ -10,7 +10,7 @@ from pydantic import Field, SecretStr, model_validator
 
 from flash import registry
 from flash.reward.prompt import PROMPT, check_prompt
-from flash.section import Secret, Section
+from flash.section import Secret, Section, is_url
 
 _OF = "the episode"
 _RUN = "module:name, a function of the episode (flash.types.Transcript)"
@@ -81,7 +81,7 @@ class JudgeReward(StageSettings):
 
     @model_validator(mode="after")
     def _can_be_asked(self) -> Self:
-        if self.url and not self.url.startswith(("http://", "https://")):
+        if self.url and not is_url(self.url):
             raise ValueError(f"reward.url={self.url!r} is not a URL: write https://host/v1")
         if bool(self.url) != bool(self.model):
             raise ValueError(

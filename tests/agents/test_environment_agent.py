@@ -112,11 +112,21 @@ async def test_what_can_not_fit_is_not_tokenised_and_what_is_long_not_in_the_eve
     assert elsewhere != here
 
 
+async def test_a_text_of_which_only_the_beginning_is_known_never_fits():
+    style = LetterStyle()
+    trajectory = await played(Says("word " * 11_000_000), style, max_sequence_tokens=10_000_000)
+    assert trajectory.turns == len(style.read) == 1
+
+
 @pytest.mark.parametrize(
     ("first", "failure", "says"),
     [
         ("x" * 20, AgentFailure, "the first prompt has 21 tokens, which leaves no room to answer"),
-        ("word " * 11_000_000, EnvFailure, "reset answered 4000000 characters, more than 32 for "),
+        (
+            "word " * 11_000_000,
+            EnvFailure,
+            "reset answered 4000001 characters, more than the 640 t",
+        ),
     ],
 )
 @in_virtual_time

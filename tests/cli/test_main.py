@@ -2,8 +2,6 @@
 
 import asyncio
 import gc
-import os
-import signal
 import socket
 import subprocess
 import sys
@@ -270,36 +268,55 @@ def test_commands_collect_garbage_by_the_clock_alone():
         gc.enable()
 
 
-async def test_the_first_signal_asks_and_the_second_is_the_usual_one(capsys):
-    usual = signal.getsignal(signal.SIGTERM)
-    stop = event_loop.stop_on_signals()
-    os.kill(os.getpid(), signal.SIGTERM)
-    await asyncio.wait_for(stop.wait(), 10)
-    assert signal.getsignal(signal.SIGTERM) in (usual, signal.SIG_DFL)
-    assert "once more to stop at once" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("number", "exit_code"), [("SIGINT", 130), ("SIGTERM", -signal.SIGTERM)])
-def test_the_second_signal_ends_the_process(number, exit_code):
-    code = f"""
+SIGNALLED = """
 import asyncio, os, signal, sys
 from flash.cli import event_loop
 
-async def main():
-    stop = event_loop.stop_on_signals()
-    os.kill(os.getpid(), signal.{number})
-    await stop.wait()
-    print("asked", flush=True)
-    os.kill(os.getpid(), signal.{number})
-    await asyncio.Event().wait()
+def hear(): os.kill(os.getpid(), signal.{name})
 
-try:
-    event_loop.run_loop(main())
-except KeyboardInterrupt:
-    sys.exit(130)
+async def main(stop):
+    if stop is not None:
+        hear()
+        await stop.wait()
+        print("asked", flush=True)
+    asyncio.get_running_loop().call_soon(hear)
+    try:
+        await asyncio.Event().wait()
+    finally:
+        print("closing", flush=True)
+        if {thrice}:
+            hear()
+            import time; time.sleep(60)  # nothing else is heard while this holds the loop
+        print("closed", flush=True)
+
+stop = asyncio.Event() if {asks} else None
+event_loop.run_loop(main(stop), stop=stop)
 """
+
+
+@pytest.mark.parametrize("asks", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("thrice", [False, True], ids=["closes", "at once"])
+@pytest.mark.parametrize(("name", "exit_code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_asks_the_next_one_closes_and_one_more_ends_at_once(name, exit_code, thrice, asks):
+    code = SIGNALLED.format(name=name, thrice=thrice, asks=asks)
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False
     )
-    assert done.stdout == "asked\n"
-    assert done.returncode == exit_code, done.stderr
+    said = ["asked"] * asks + ["closing"] + ["closed"] * (not thrice)
+    assert done.stdout.split() == said
+    assert done.returncode == exit_code
+    asked = "stopping after this step; once more to stop at once\n"
+    assert done.stderr == asked * asks, "and no traceback"
+
+
+def test_ctrl_c_outside_of_a_loop_is_quiet():
+    code = (
+        "import os, signal\n"
+        "from flash.cli import main as cli\n"
+        "cli.run = lambda arguments: os.kill(os.getpid(), signal.SIGINT)\n"
+        "cli.main(['train'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
