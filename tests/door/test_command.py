@@ -141,11 +141,12 @@ pids = open(sys.argv[1], "a")
 browser = subprocess.Popen(["sleep", "1000"], start_new_session=True)
 if os.fork() == 0:  # a daemon, as they are made: twice forked, nobody's child
     os.setsid()
-    if os.fork() == 0:
-        print(os.getpid(), file=pids, flush=True)
+    daemon = os.fork()
+    if daemon == 0:
         os.execvp("sleep", ["sleep", "1000"])
+    print(daemon, file=pids, flush=True)
     os._exit(0)
-os.wait()
+os.waitpid(-1, 0)
 print(browser.pid, file=pids, flush=True)
 """
 
