@@ -168,6 +168,14 @@ def test_values_are_yaml_with_or_without_an_equals_sign():
 def test_a_text_stays_as_it_was_typed():
     given = ["--name", "007", "--model=1e3", "--agent.style", "on"]
     assert split_words(given)[1] == {"name": "007", "model": "1e3", "agent.style": "on"}
+    assert split_words(["--engine.api_key", "007"])[1] == {"engine.api_key": "007"}
+
+
+def test_names_with_commas_between_need_no_yaml():
+    for given, meant in (
+        ("*", "*"), ("*,image_url", "*,image_url"), ('["*", a]', ["*", "a"]), ("7", "7"),
+    ):  # fmt: skip
+        assert split_words(["--agent.ignore", given])[1] == {"agent.ignore": meant}
 
 
 def test_a_switch_needs_no_value_and_resume_is_one():
