@@ -112,3 +112,17 @@ def test_an_output_that_takes_nothing_more_is_no_traceback(shell, code, said):
     done = run(shell)
     assert done.stderr == said
     assert done.returncode == code
+
+
+@pytest.mark.parametrize("module", ["flash.environments.host", "flash.reward.host"])
+def test_a_process_that_only_a_run_starts_says_so(module):
+    done = run(f"{sys.executable} -m {module}")
+    said = "flash: this process is started by flash train and flash eval: use these\n"
+    assert done.stderr == said
+    assert done.returncode == 1
+
+
+def test_the_report_of_a_run_that_is_none_is_one_line():
+    done = run(f"{sys.executable} -m flash.telemetry.report nowhere")
+    assert done.stderr == "flash: nowhere holds no metrics.jsonl: give the folder of a run\n"
+    assert done.returncode == 2
