@@ -11,7 +11,7 @@ from flash.command_line import ended
 from flash.errors import RolloutStall, TrainerFailure
 from flash.machine import remedy
 
-ROOM = "make room on that disk, or write elsewhere (runs_dir, --out, $TMPDIR)"
+ROOM = remedy(os.strerror(errno.ENOSPC))
 FULL = f"OSError: [Errno 28] No space left on device: {ROOM}"
 CHILD = """trainer rank 0 raised:
 Traceback (most recent call last):
@@ -86,6 +86,10 @@ def test_ctrl_c_is_quiet(capsys):
 def test_a_defect_of_ours_keeps_its_traceback():
     with pytest.raises(KeyError):
         ended(fails(KeyError("ours")))
+
+
+def test_a_full_disk_is_told_where_to_write_instead():
+    assert "make room on that disk, or write elsewhere (runs_dir, --out, $TMPDIR)" in ROOM
 
 
 def test_an_error_of_no_machine_has_no_remedy():
