@@ -83,7 +83,7 @@ def newest_checkpoint(run: Path) -> Checkpoint | None:
     if damaged:
         raise ValueError(
             f"no checkpoint under {run / 'checkpoints'} is whole: start anew under another name, "
-            f"with --model of a model/ folder there that still loads\n" + "\n".join(damaged)
+            f"with --model of a model/ folder there that still loads ({'; '.join(damaged)})"
         )
     return None
 

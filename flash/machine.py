@@ -1,19 +1,14 @@
 """What this machine has, found out without importing torch."""
 
-import asyncio
 import errno
 import importlib.util
-import logging
 import os
 import resource
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
-
-logger = logging.getLogger(__name__)
 
 
 def has_vllm() -> bool:
@@ -36,32 +31,6 @@ def open_file_limit() -> int:
     """How many files this process may have open."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return _OPEN_FILES if soft == resource.RLIM_INFINITY else soft
-
-
-# All of this machine are taken: sockets, files, processes, memory.
-_SCARCE = {
-    errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.EADDRNOTAVAIL, errno.EAGAIN, errno.ENOMEM,
-}  # fmt: skip
-_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.05, 2.0
-T = TypeVar("T")
-
-
-async def when_there_is_room(attempt: Callable[[], Awaitable[T]]) -> T:
-    """What `attempt` gives, which is tried again as long as this machine lacks what it needs.
-
-    It is nobody's failure but the machine's, and passes when something else ends. How long is
-    waited is the caller's to bound.
-    """
-    wait_s = _FIRST_WAIT_S
-    while True:
-        try:
-            return await attempt()
-        except OSError as error:
-            if error.errno not in _SCARCE:
-                raise
-            logger.warning("this machine is short of something, which is waited for: %s", error)
-        await asyncio.sleep(wait_s)
-        wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
 
 
 Gpu = int | str

@@ -116,7 +116,7 @@ class AsyncEnv(Protocol):
     async def step(self, action: str) -> Observation: ...
 
     def close(self) -> None:
-        """Lets go of it, at once and whatever it is doing."""
+        """Lets go of it, at once and whatever it is doing; raises nothing at all."""
         ...
 
 

@@ -57,6 +57,8 @@ def os_error(number: int) -> OSError:
         (TrainerFailure(CHILD.format(said="IoError: No space left on device (os error 28)")), 1,
          "TrainerFailure: trainer rank 0 raised: IoError: No space left on device (os error 28): "
          f"{ROOM}"),
+        (RuntimeError("write failed: No space left on device (os error 28)"), 1,
+         f"RuntimeError: write failed: No space left on device (os error 28): {ROOM}"),
         (RolloutStall("asleep", "nothing moves"), 3, "RolloutStall: nothing moves"),
         (ExceptionGroup("tasks", [ExceptionGroup("of one", [os_error(errno.ENOSPC)])]), 1,
          f"OSError: [Errno 28] No space left on device: 'runs/x/metrics.jsonl': {ROOM}"),
@@ -65,6 +67,15 @@ def os_error(number: int) -> OSError:
 def test_a_failure_ends_in_a_line_with_its_remedy_and_an_exit_code(error, code, line, capsys):
     assert ended(fails(error)) == code
     assert capsys.readouterr().err == f"flash: {line}\n"
+
+
+def test_what_was_noted_about_a_group_is_told_of_its_cause(capsys):
+    group = ExceptionGroup("tasks", [TrainerFailure("it died")])
+    group.add_note("more in controller.log")
+    assert ended(fails(group)) == 1
+    assert (
+        capsys.readouterr().err == "flash: TrainerFailure: it died\nflash: more in controller.log\n"
+    )
 
 
 def test_ctrl_c_is_quiet(capsys):

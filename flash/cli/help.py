@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, SecretStr
 from pydantic_core import PydanticUndefined
 
 from flash import config as configuration
@@ -141,11 +141,12 @@ def _kind(kind: Any) -> str:
     if kind is Distribution:
         return "number|{kind: …}"
     names: dict[Any, str] = {str: "text", bool: "true|false", type(None): "null", Path: "path"}
+    names[SecretStr] = "text"
     return names.get(kind) or str(kind.__name__)
 
 
 def _default(default: Any) -> str:
-    if default is PydanticUndefined or default in ("", None, (), {}):
+    if default is PydanticUndefined or default in ("", None, (), {}, SecretStr("")):
         return ""
     if isinstance(default, tuple):
         default = list(default)

@@ -72,7 +72,8 @@ def _command(name: str, rest: Sequence[str]) -> None:
     if name != "worker" and (asked := [index for index, word in enumerate(rest) if word in _HELP]):
         from flash.cli import help  # noqa: PLC0415  (so is all below: mistakes must not wait)
 
-        print(help.of(name, COMMANDS[name], rest[asked[0] + 1 :]))
+        sections = [word for word in rest[asked[0] :] if word not in _HELP]
+        print(help.of(name, COMMANDS[name], sections))
         return
     from flash.cli import commands  # noqa: PLC0415
 

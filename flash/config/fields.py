@@ -16,6 +16,7 @@ from flash.hub.config import EngineConfig
 from flash.reward.config import AnyReward, EnvReward
 from flash.rollout.config import RolloutSettings
 from flash.section import Section
+from flash.seeds import LARGEST
 from flash.trainer.config import TrainerConfig
 from flash.warm_start.config import PolicyConfig, WarmStartConfig
 
@@ -60,7 +61,9 @@ class RunFields(Section):
         "at least one less",
     )
     steps: int = Field(100, ge=1, description="policy versions to train")
-    seed: int = Field(0, ge=0, description="of tasks, sampling and the small policy")
+    seed: int = Field(
+        0, ge=0, le=LARGEST, description="of tasks, sampling and the small policy; below 2**63"
+    )
     eval_every: int = Field(10, ge=0, description="steps between evaluations; 0: only at the ends")
     runs_dir: Path = Field(Path("runs"), description="where the runs' folders are")
     agent: AgentConfig = AgentConfig()

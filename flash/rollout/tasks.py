@@ -3,9 +3,8 @@
 import itertools
 from collections.abc import Iterable, Iterator
 
+from flash.seeds import TRAINING_SEEDS, first_task
 from flash.types import Task
-
-_TASKS_PER_SEED = 1 << 24
 
 
 class Tasks:
@@ -15,7 +14,7 @@ class Tasks:
     """
 
     def __init__(self, seed: int) -> None:
-        self._first = seed * _TASKS_PER_SEED
+        self._first = first_task(seed)
         self._next = itertools.count(self._first)
         self.left: list[int] = []  # seeds, of those that a run before had begun
         self.given = 0
@@ -26,7 +25,7 @@ class Tasks:
                 yield Task(self.left.pop(0))
             else:
                 self.given += 1
-                yield Task(next(self._next))
+                yield Task(next(self._next) % TRAINING_SEEDS)
 
     def go_on(self, *, given: int, unfinished: Iterable[int]) -> None:
         """From where so many had been given, and these of them, by seed, were not trained."""

@@ -19,6 +19,7 @@ import json
 import logging
 import math
 import os
+import socket
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -195,16 +196,19 @@ class RunFolder(Observer):
 
 
 class _Board:
-    """Scalars for TensorBoard, written without torch."""
+    """Scalars for TensorBoard, written without torch, and without a thread: what can't be written
+    is an error of whoever wrote it."""
 
     def __init__(self, path: Path) -> None:
         # Slow to import, and only a run needs it.
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # noqa: PLC0415
         from tensorboard.compat.proto.summary_pb2 import Summary  # noqa: PLC0415
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter  # noqa: PLC0415
+        from tensorboard.summary.writer.record_writer import RecordWriter  # noqa: PLC0415
 
         self._event, self._summary, self._session = Event, Summary, SessionLog
-        self._writer = EventFileWriter(str(path))
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        self._records = RecordWriter((path / name).open("ab"))
+        self._write(file_version="brain.Event:2")  # of the format
 
     def add(self, metrics: Mapping[str, Any]) -> None:
         values = [
@@ -212,21 +216,20 @@ class _Board:
             for name, value in metrics.items()
             if isinstance(value, int | float)
         ]
-        self._writer.add_event(
-            self._event(
-                step=int(metrics["step"]),
-                wall_time=time.time(),  # a date, for TensorBoard's own axes
-                summary=self._summary(value=values),
-            )
-        )
+        self._write(step=int(metrics["step"]), summary=self._summary(value=values))
 
     def forget_after(self, step: int) -> None:
         """TensorBoard drops the events of later steps in earlier files."""
         start = self._session(status=self._session.START)
-        self._writer.add_event(self._event(step=step + 1, wall_time=time.time(), session_log=start))
+        self._write(step=step + 1, session_log=start)
 
     def close(self) -> None:
-        self._writer.close()
+        self._records.close()
+
+    def _write(self, **event: Any) -> None:
+        wall_time = time.time()  # a date, for TensorBoard's own axes
+        self._records.write(self._event(wall_time=wall_time, **event).SerializeToString())
+        self._records.flush()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -6,9 +6,11 @@
 Legend: N tokens of Q sequences, one after the other, without padding; H heads; D width of a head.
 """
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -175,6 +177,16 @@ def _for_each_head(
     return key_1HND, value_1HND
 
 
+_recorded: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # whose attention was computed here
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[weakref.WeakSet[nn.Module]]:
+    """The modules whose attention is computed here in the block."""
+    _recorded.clear()
+    yield _recorded
+
+
 def _packed_attention(
     module: nn.Module,
     query_1HND: Tensor,
@@ -188,6 +200,7 @@ def _packed_attention(
     **settings: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in each layer."""
+    _recorded.add(module)
     for name in _UNKNOWN_TO_US:
         if settings.get(name) is not None:
             raise ValueError(f"{type(module).__name__} needs {name!r} in attention: not supported")

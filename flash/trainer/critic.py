@@ -26,6 +26,7 @@ from flash.trainer.sharding import (
     load_model,
     load_optimizer,
     make_optimizer,
+    recompute_activations,
     shard,
 )
 
@@ -73,8 +74,8 @@ class Critic:
     ) -> None:
         model = load_model(source)
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        self._valuer = TokenValuer(model).to(device).train()
+            recompute_activations(model)
+        self._valuer = TokenValuer(model).to(device).eval()
         shard(self._valuer, model, ranks=ranks, half=half)
         self._config = config
         self._ranks = ranks

@@ -26,9 +26,7 @@ def write_weights(
     With the dtype that the trainer computes in, a worker has the very weights that the trainer
     computed with. Nobody holds more than one whole tensor, the writer up to `file_bytes` more.
     """
-    tied: set[str] = set()
-    if getattr(model.config, "tie_word_embeddings", False):
-        tied = set(model._tied_weights_keys or ())
+    tied = set(model.all_tied_weights_keys)
     parameters = {name for name, _ in model.named_parameters()}
     writer = _Writer(directory, file_bytes)
     for name, tensor in model.state_dict().items():

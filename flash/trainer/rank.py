@@ -7,6 +7,7 @@ save. Between calls a rank does nothing.
 import logging
 import os
 import shutil
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,6 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
 )
-from transformers import AutoTokenizer
 from transformers.utils import logging as untyped_logging
 
 from flash.process import serve
@@ -33,13 +33,16 @@ from flash.trainer.micro_batch import MicroBatch, pack
 from flash.trainer.objectives.choose import make_objective
 from flash.trainer.objectives.regularisers import kl_estimate, kl_loss, kl_penalty
 from flash.trainer.packing import MiniBatchShare
+from flash.trainer.save import save_model
 from flash.trainer.scorer import TokenScorer
+from flash.trainer.self_test import check_packed
 from flash.trainer.sharding import (
     WHOLE,
     clip_gradient,
     load_model,
     load_optimizer,
     make_optimizer,
+    recompute_activations,
     shard,
 )
 from flash.trainer.statistics import StepStatistics
@@ -62,10 +65,11 @@ class Rank:
         rendezvous: str,
         seed: int,
         reference: str | None = None,
-    ) -> None:
+    ) -> str:
         """Join the other ranks, load the model, and the optimizer if there is a checkpoint.
 
-        `reference` is the model that `config.kl` keeps the policy near.
+        `reference` is the model that `config.kl` keeps the policy near. The answer says why the
+        model can't be trained, and is empty if it can.
         """
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -73,6 +77,8 @@ class Rank:
         if cuda:
             torch.cuda.set_device(rank % torch.cuda.device_count())
         self._device = torch.device("cuda", torch.cuda.current_device()) if cuda else "cpu"
+        # All ranks are here: by itself gloo listens where this machine's name leads others, too.
+        os.environ["GLOO_SOCKET_IFNAME"] = _loopback()
         dist.init_process_group(
             "nccl" if cuda else "gloo",
             init_method=f"file://{rendezvous}",
@@ -85,14 +91,17 @@ class Rank:
         self._config = config
         self._objective = make_objective(config.objective)
         self._half = config.dtype == "bfloat16" or (config.dtype == "auto" and cuda)
-        self._model, self._scorer = self._load_model(model)
-        if config.gradient_checkpointing:
-            self._model.gradient_checkpointing_enable({"use_reentrant": False})
-        self._model.train()  # for the sake of gradient checkpointing
         self._reference: TokenScorer | None = None
-        if reference is not None:
-            _, self._reference = self._load_model(reference)
-            self._reference.requires_grad_(False)
+        try:
+            self._model, self._scorer = self._load_model(model)
+            if config.gradient_checkpointing:
+                recompute_activations(self._model)
+            if reference is not None:
+                _, self._reference = self._load_model(reference)
+                self._reference.requires_grad_(False)
+        except ValueError as error:
+            logger.exception("the model can't be trained")
+            return " ".join(str(error).split())
         self._optimizer = make_optimizer(self._scorer, config, learning_rate=config.learning_rate)
         self._updates = 0  # optimizer steps so far
         self._critic: Critic | None = None
@@ -100,11 +109,13 @@ class Rank:
             self._critic = Critic(model, config, ranks=ranks, device=self._device, half=self._half)
         if checkpoint is not None:
             self._load(Path(checkpoint))
+        return ""
 
     def _load_model(self, source: str) -> tuple[Any, TokenScorer]:
-        """A model and the sharded module that scores tokens with it."""
+        """A model and the sharded module that scores tokens with it; ValueError if it can't."""
         model = load_model(source)
         scorer = TokenScorer(model).to(self._device)
+        check_packed(scorer)
         shard(scorer, model, ranks=self._ranks, half=self._half)
         return model, scorer
 
@@ -293,10 +304,7 @@ class Rank:
         partial = Path(f"{directory}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         model = partial / MODEL_FOLDER if optimizer else partial
-        self._model.save_pretrained(model, state_dict=weights)
-        tokenizer = _tokenizer(self._source)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(model)
+        save_model(self._model, model, source=self._source, weights=weights)
         if optimizer:
             torch.save(
                 {
@@ -321,6 +329,11 @@ class Rank:
             self._critic.load(directory / CRITIC_FILE)
 
 
+def _loopback() -> str:
+    """The name of the interface that leads to this machine alone."""
+    return next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+
+
 def _learning_rate(done: int, config: TrainerConfig) -> float:
     """In the optimizer step after `done` ones."""
     factor = 1.0
@@ -329,13 +342,6 @@ def _learning_rate(done: int, config: TrainerConfig) -> float:
     elif config.decay_steps:
         factor = max(0.0, 1 - (done - config.warmup_steps) / config.decay_steps)
     return config.learning_rate * factor
-
-
-def _tokenizer(source: str) -> Any:
-    """The tokenizer that came with the model, if one did."""
-    if os.path.isdir(source) and not (Path(source) / "tokenizer_config.json").exists():
-        return None
-    return AutoTokenizer.from_pretrained(source)
 
 
 def main() -> None:

@@ -31,11 +31,22 @@ class TokenScorer(nn.Module):
     def __init__(self, model: Any, *, kept_logits: int = 32 * 1024 * 1024) -> None:
         super().__init__()
         config = model.config.get_text_config()
-        kinds = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
-        if kinds:
+        layer_types = set(getattr(config, "layer_types", None) or ())
+        if kinds := layer_types - _LAYER_TYPES:
             raise ValueError(
-                f"{model.config.model_type} has layers of the types {sorted(kinds)}, which carry "
-                f"state from one packed sequence to the next: train a model with attention only"
+                f"model_type={model.config.model_type!r} has layers of the types {sorted(kinds)}, "
+                f"and of packed sequences only {sorted(_LAYER_TYPES)} are known here: give a model "
+                f"with these alone"
+            )
+        if "sliding_attention" in layer_types and not getattr(config, "sliding_window", None):
+            raise ValueError(
+                "config.json has layer_types with sliding_attention, but no sliding_window: give "
+                "the window, or full_attention in its place"
+            )
+        if not model._supports_attention_backend:
+            raise ValueError(
+                f"model_type={model.config.model_type!r} computes attention by itself, which would "
+                f"mix packed sequences: give a model of another type"
             )
         self.model = model
         self._plain_head = not any(getattr(config, name, None) for name in _HEAD_SETTINGS)

@@ -1,5 +1,7 @@
 """Models as the ranks hold them: loaded for packed sequences, sharded with FSDP2, optimized."""
 
+import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,7 +10,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimi
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from flash.trainer.attention import PACKED_ATTENTION
 from flash.trainer.config import TrainerConfig
@@ -20,15 +24,29 @@ _ONE_UNIT_PARAMETERS = 50_000_000
 
 
 def load_model(source: str) -> Any:
-    """The causal language model, in float32, without dropout."""
+    """The causal language model, in float32, which evaluates: it never trains in torch's sense.
+
+    So it has no dropout and no jitter of routers, wherever a model has them; a sampler has none.
+    """
     # Weights and optimizer are float32 everywhere; on a GPU layers compute in bfloat16.
     model: Any = AutoModelForCausalLM.from_pretrained(
         source, dtype=torch.float32, attn_implementation=PACKED_ATTENTION
     )
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0  # or logprobs would differ between two looks at the same weights
     return model
+
+
+def recompute_activations(model: Any) -> None:
+    """Layers keep no activations for the backward pass; transformers' own way needs `train()`."""
+    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(
+            f"trainer.gradient_checkpointing=true: model_type={model.config.model_type!r} has no "
+            f"layers that can do it: leave it out"
+        )
+    for layer in layers:
+        layer.forward = functools.partial(
+            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+        )
 
 
 def shard(module: nn.Module, model: Any, *, ranks: int, half: bool) -> None:
@@ -36,12 +54,14 @@ def shard(module: nn.Module, model: Any, *, ranks: int, half: bool) -> None:
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if half else None, reduce_dtype=torch.float32
     )
+    # What `module` is given besides token ids are temperatures, and 0.7 is not 0.69921875.
+    outer = replace(policy, cast_forward_inputs=False)
     mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (ranks,))
     if sum(p.numel() for p in module.parameters()) > _ONE_UNIT_PARAMETERS:
         for layer in module.modules():
             if type(layer).__name__ in (model._no_split_modules or ()):
                 fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(module, mesh=mesh, mp_policy=policy)
+    fully_shard(module, mesh=mesh, mp_policy=outer)
 
 
 def make_optimizer(

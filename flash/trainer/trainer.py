@@ -45,6 +45,7 @@ class Trainer:
 
     `version` counts the batches trained into the weights; a batch is one version, however many
     optimizer steps (`mini_batches`) it takes, because α is measured in batches.
+    To enter it raises ValueError for a model that can't be trained.
     Any call raises TrainerFailure, with the rank's traceback or log, when a rank raises or dies;
     the other ranks are killed then.
     """
@@ -98,7 +99,7 @@ class Trainer:
                 )
                 self._children.append(child)
             checkpoint = str(self._resume_from) if self._resume_from else None
-            await self._call_each(
+            refusals = await self._call_each(
                 "start",
                 [
                     (
@@ -115,6 +116,8 @@ class Trainer:
                 ],
                 timeout_s=self.config.start_timeout_s,
             )
+            if refusals[0]:  # all ranks say the same of the same model
+                raise ValueError(f"model={self.model!r}: {refusals[0]}")
         except BaseException:
             await self.__aexit__()
             raise

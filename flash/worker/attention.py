@@ -11,18 +11,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
+from transformers.generation.continuous_batching.cache import group_layers_by_attn_type
 
 NAME = "each_request_for_itself"
+_EVERYTHING = "full_attention"
 
 
 def use(model: Any) -> None:
-    """Switch the model, before its first step, if every layer attends to everything before.
+    """Switch the model, before its first step, if the cache keeps everything for every layer.
 
+    For a layer with a window it keeps no more than that, and transformers' own way knows of it.
     Only on a CPU: a GPU prefers one large product to many small ones.
     """
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if model.device.type == "cpu" and kinds == {"full_attention"}:
+    kept = group_layers_by_attn_type(model.config.get_text_config())
+    if model.device.type == "cpu" and kept.keys() == {_EVERYTHING}:
         AttentionInterface.register(NAME, _attend)
         model.set_attn_implementation(NAME)
 
@@ -36,12 +38,18 @@ def _attend(
     *,
     cache: Any,
     scaling: float | None = None,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """H query heads, G key heads, Q new tokens of all requests, K tokens with those of the cache.
 
     The tokens of a request follow each other in both.
     """
+    if sliding_window is not None:
+        raise ValueError(
+            f"{type(module).__name__} has a sliding_window={sliding_window}, but its config.json "
+            f"says so for no layer: correct layer_types"
+        )
     key_1GKD, value_1GKD = cache.update(
         key_states=key_1GQD, value_states=value_1GQD, layer_idx=module.layer_idx, kwargs=kwargs
     )

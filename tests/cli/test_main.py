@@ -9,6 +9,7 @@ import weakref
 from importlib import metadata
 
 import pytest
+from pydantic import SecretStr
 
 from flash import config, virtual_time
 from flash.cli import commands, event_loop
@@ -144,7 +145,7 @@ def test_the_help_says_what_each_field_is_and_its_default(capsys):
             continue  # a section, which has its docstring
         head = text.partition(f"--{name} ")[2].partition(" --")[0]
         assert info.description in head, name
-        if info.default not in ("", None, (), {}) and not info.is_required():
+        if info.default not in ("", None, (), {}, SecretStr("")) and not info.is_required():
             value = info.default
             value = list(value) if isinstance(value, tuple) else value
             value = str(value).lower() if isinstance(value, bool) else value

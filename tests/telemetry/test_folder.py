@@ -19,6 +19,7 @@ from flash.durable import HeldError, locked
 from flash.errors import InferenceFailure
 from flash.evaluation.result import Evaluation
 from flash.rollout.record import EpisodeRecord
+from flash.section import revealed
 from flash.telemetry.folder import RunFolder, read_lines
 from flash.telemetry.metrics import METRICS, MORE_METRICS
 from tests.saved import fake_checkpoint
@@ -121,6 +122,27 @@ def test_the_folder_of_a_run_holds_what_its_description_names(tmp_path):
     assert (folder.path / "checkpoints" / "step_000001").is_dir()
     summary = json.loads((folder.path / "summary.json").read_text())
     assert summary == {"steps": 1, "rate": None, "list": [None, [1.0, None]], "in": {"x": -1}}
+
+
+def test_no_key_is_in_the_folder_and_a_resume_asks_for_it_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "sesame-judge")
+    judge = {"name": "judge", "url": "http://judge/v1", "model": "m", "api_key": "$JUDGE_KEY"}
+    engine = {"urls": ["http://a:1"], "api_key": "sesame-engine"}
+    told = config(tmp_path, name="r", reward=judge, engine=engine)
+    assert revealed(told.engine.api_key) == "sesame-engine"
+    assert revealed(told.reward.api_key) == "sesame-judge"
+    assert "sesame" not in repr(told)
+    with RunFolder(told):
+        pass
+    written = tmp_path / "r" / "config.yaml"
+    assert "sesame" not in written.read_text()
+    with pytest.raises(ValueError, match=r"engine.api_key='\(not kept\)': .* give it again"):
+        load(str(written))
+    again = load(str(written), {"engine.api_key": "sesame-engine"})
+    assert again == told, "the variable is kept by its name"
+    monkeypatch.delenv("JUDGE_KEY")
+    with pytest.raises(ValueError, match=r"reward.api_key='\$JUDGE_KEY': .*export it"):
+        load(str(written), {"engine.api_key": "sesame-engine"})
 
 
 def test_a_run_never_writes_into_anothers_folder(tmp_path):

@@ -1,0 +1,136 @@
+"""Whether the trainer's forward over packed sequences is the model's own, and the texts to see it.
+
+    texts ─┬─► packed, our attention  ──┐
+           └─► one by one, the model's ─┴─► the same logprobs, and each layer's attention was ours
+
+A model can compute attention by itself, or have windows, biases and positions that packing would
+lose; what it then learns from is not what was sampled.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flash.trainer.attention import PACKED_ATTENTION, recorded
+from flash.trainer.scorer import TokenScorer
+
+# What configurations call the number of tokens that a layer looks back on.
+_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
+_OTHER_SETTINGS = ("alibi", "rope_parameters", "is_decoder", "use_bidirectional_attention")
+# A window beyond it is longer than what is trained here, and a text of that length costs too much.
+_WIDEST_WINDOW = 8192
+_LENGTHS = (64, 5, 33)  # several sequences; more than a few dozen tokens in one
+_PAST_WINDOW = 16
+_COMPARED = 16  # tokens at the end of each text, where windows and positions show
+_LIMIT = 1e-3  # in float32
+
+
+def texts(config: Any, *, at_most: int | None = None) -> list[list[int]]:
+    """Token ids to compare logprobs on; the first is longer than any window, if that may be.
+
+    Args:
+        config: of the model.
+        at_most: so many tokens has the longest.
+    """
+    text = config.get_text_config()
+    windows = (getattr(text, name, None) for name in _WINDOWS)
+    known = [w for w in windows if isinstance(w, int) and w <= _WIDEST_WINDOW]
+    longest = max([_LENGTHS[0], *(window + _PAST_WINDOW for window in known)])
+    limits = [at_most, getattr(text, "max_position_embeddings", None)]
+    longest = min([longest, *(limit for limit in limits if limit)])
+    lengths = [longest, *(length for length in _LENGTHS[1:] if length <= longest)]
+    vocabulary = int(text.vocab_size)
+    # Neighbours differ, and no text repeats another.
+    return [
+        [(7919 * (place + 1) + 104_729 * number) % vocabulary for place in range(length)]
+        for number, length in enumerate(lengths)
+    ]
+
+
+@torch.no_grad()
+def check_layers(scorer: TokenScorer) -> list[Tensor]:
+    """ValueError that names why the model can't be given packed sequences; else their logprobs.
+
+    The model may be on torch's meta device, without weights.
+    """
+    model: Any = scorer.model
+    kind = model.config.model_type
+    with recorded() as attended:
+        try:
+            packed = _packed_logprobs(scorer, _compared(model.config), model.device)
+        except (NotImplementedError, torch.OutOfMemoryError):
+            raise
+        except (TypeError, ValueError, RuntimeError) as error:  # the boundary to the model's class
+            raise ValueError(
+                f"model_type={kind!r} can't compute packed sequences: give a model of another "
+                f"type, or correct its config.json ({error})"
+            ) from error
+    layers = int(model.config.get_text_config().num_hidden_layers)
+    if len(attended) != layers:
+        raise ValueError(
+            f"{len(attended)} of the {layers} layers of model_type={kind!r} leave attention to the "
+            f"trainer; the others would mix packed sequences: give a model of another type"
+        )
+    return packed
+
+
+@torch.no_grad()
+def check_packed(scorer: TokenScorer) -> None:
+    """ValueError that names what differs between the packed forward and the model's own.
+
+    The model is whole here, in float32, and evaluates.
+    """
+    packed = check_layers(scorer)
+    model: Any = scorer.model
+    compared = _compared(model.config)
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    plain = [_plain_logprobs(model, text) for text in compared]
+    model.set_attn_implementation(PACKED_ATTENTION)
+    for text, packed_T, plain_T in zip(compared, packed, plain, strict=True):
+        gap = float((packed_T - plain_T).abs().max())
+        if not gap <= _LIMIT:  # nan is none either
+            raise ValueError(
+                f"model_type={model.config.model_type!r} computes other logprobs in packed "
+                f"sequences than alone, by {gap:.2g} at the end of {len(text)} tokens (config.json "
+                f"has {_told(model.config)}): it would not learn from what was sampled; give a "
+                f"model of another type, or without these settings"
+            )
+
+
+def _compared(config: Any) -> list[list[int]]:
+    return [text for text in texts(config) if len(text) > 1]
+
+
+def _packed_logprobs(scorer: TokenScorer, compared: list[list[int]], device: Any) -> list[Tensor]:
+    """Of the last tokens of each text, all computed at once."""
+    lengths = [len(text) for text in compared]
+    counts = [min(_COMPARED, length - 1) for length in lengths]
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    scored = [
+        torch.arange(end - count, end, device=device)
+        for end, count in zip(ends, counts, strict=True)
+    ]
+    token_ids_N = torch.tensor([token for text in compared for token in text], device=device)
+    return list(scorer(token_ids_N, lengths, torch.cat(scored)).split(counts))
+
+
+def _plain_logprobs(model: Any, text: list[int]) -> Tensor:
+    """The same of one text, by a forward pass as anybody would make it."""
+    count = min(_COMPARED, len(text) - 1)
+    token_ids_1S = torch.tensor([text], device=model.device)
+    kept = {}  # all logits of a long text may not fit in memory
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        kept["logits_to_keep"] = count + 1
+    logits_SV = model(input_ids=token_ids_1S, use_cache=False, **kept).logits[0]
+    logprobs_TV = logits_SV[-count - 1 : -1].float().log_softmax(-1)
+    logprobs_T: Tensor = logprobs_TV.gather(-1, token_ids_1S[0, -count:, None])[:, 0]
+    return logprobs_T
+
+
+def _told(config: Any) -> str:
+    """What of a configuration attention may depend on."""
+    text = config.get_text_config()
+    told = {name: getattr(text, name, None) for name in (*_WINDOWS, *_OTHER_SETTINGS)}
+    return ", ".join(f"{name}={value}" for name, value in told.items() if value) or "no windows"
