@@ -1,15 +1,24 @@
 """Checkpoints of a run: which one it goes on from, how one is made, what a failure leaves."""
 
 import asyncio
+import itertools
 import shutil
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from flash.agents import EnvironmentAgent
 from flash.checkpoints import Checkpoints, Cut, Rescue, newest_checkpoint
+from flash.config import load
 from flash.errors import InferenceFailure, TrainerFailure
-from flash.rollout.observer import Observer
+from flash.fakes import FakeEnvs, FakeStyle, FakeWorker
+from flash.hub.hub import InferenceHub
+from flash.parts.training import Training
+from flash.rollout.adaptive import AdaptiveAlpha
+from flash.rollout.loop import RolloutLoop
+from flash.rollout.observer import Observer, Observers
+from flash.rollout.tasks import Tasks
 from flash.virtual_time import in_virtual_time
 from tests.saved import cut_at, fake_checkpoint, fill
 
@@ -230,3 +239,42 @@ async def test_a_save_that_hangs_ends_after_its_own_time(tmp_path, caplog):
         await fails(tmp_path, trainer, InferenceFailure("no worker is left"), 5)
     assert asyncio.get_running_loop().time() == 300
     assert "TimeoutError" in caplog.text
+
+
+# ── one cut ──────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_tasks_that_begin_while_a_checkpoint_is_written_come_again_after_a_resume(tmp_path):
+    """More episodes begin than one turn of the event loop takes, so some always do."""
+    tasks, trainer = Tasks(0), FakeTrainer()
+    trainer.go_on.clear()
+    agent = lambda: EnvironmentAgent(envs=FakeEnvs(), style=FakeStyle(), max_tokens=4)  # noqa: E731
+    sizes = {"batch_size": 64, "group_size": 8, "alpha": 1}
+    async with (
+        InferenceHub([FakeWorker("w")]) as hub,
+        RolloutLoop(hub, agent=agent, tasks=tasks, **sizes) as loop,
+        asyncio.TaskGroup() as saves,
+    ):
+        run = Training(
+            config=load("frozen_lake", {}),
+            checkpoints=new(tmp_path),
+            tasks=tasks,
+            adaptive_alpha=AdaptiveAlpha(1.0),
+            trainer=trainer,
+            hub=hub,
+            rollouts=loop,
+            evaluations=None,
+            progress=None,
+            observers=Observers(),
+        )
+        saves.create_task(run.save())
+        await trainer.saving.wait()
+        while tasks.given < 16:
+            await asyncio.sleep(0)
+        trainer.go_on.set()
+    cut = newest_checkpoint(tmp_path).cut
+    assert cut.given < 16
+    assert cut.unfinished == list(range(cut.given))
+    resumed = Tasks(0)
+    resumed.go_on(given=cut.given, unfinished=cut.unfinished)
+    assert [task.seed for task in itertools.islice(resumed, 16)] == list(range(16))

@@ -251,14 +251,18 @@ def _lines(path: Path) -> IO[str]:
 
 
 def _cut(path: Path, is_over: Callable[[dict[str, Any]], bool]) -> None:
-    """Shortens the file to the lines before the first that is over, or that a crash cut off.
+    """Shortens the file to the lines before the first that is over, or that a crash spoiled.
 
     One system call shortens it, so that no other crash can lose the lines before.
     """
     kept = 0
     with path.open("rb") as file:
         for line in file:
-            if not line.endswith(b"\n") or is_over(json.loads(line)):
+            try:
+                over = not line.endswith(b"\n") or is_over(json.loads(line))
+            except ValueError:  # no JSON, or no text
+                over = True
+            if over:
                 break
             kept += len(line)
     os.truncate(path, kept)

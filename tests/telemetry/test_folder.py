@@ -239,12 +239,13 @@ def test_a_resume_forgets_the_episodes_that_are_trained_again(tmp_path):
     assert lines[0]["stages_s"] == {"env": 0.1}
 
 
-def test_a_resume_after_a_crash_in_mid_line_writes_no_line_into_another(tmp_path):
+@pytest.mark.parametrize("spoiled", [b'{"step": 2, "ti', b'{"st\n', b"\0" * 9 + b"\n", b"\xff\n"])
+def test_a_resume_after_a_crash_in_mid_line_writes_no_line_into_another(tmp_path, spoiled):
     with RunFolder(config(tmp_path)) as folder:
         folder.step({"step": 1, "time_s": 1.0})
         save(folder, 1)
-    with (folder.path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 2, "ti')
+    with (folder.path / "metrics.jsonl").open("ab") as file:
+        file.write(spoiled)
     with RunFolder(config(tmp_path, **{"checkpoint.resume": True})) as folder:
         folder.step({"step": 2, "time_s": 2.0})
     text = (folder.path / "metrics.jsonl").read_text()
