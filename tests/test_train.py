@@ -95,6 +95,9 @@ async def test_a_run_that_is_stopped_saves_and_goes_on_where_it_stopped(tmp_path
     trained = Counter(e["seed"] for e in episodes if e["outcome"] == "trained")
     assert set(trained.values()) == {4}, "no task is trained twice"
     assert sorted(trained) == list(range(min(trained), max(trained) + 1)), "and none is skipped"
+    kept = Counter(t["step"] for t in read_lines(Path(third["folder"]) / "transcripts.jsonl"))
+    assert set(kept) == {1, 2, 3, 4}, "what was said in each step"
+    assert max(kept.values()) <= 2, "and no step is kept twice"
     evaluation = await evaluate(Path(third["folder"]), {"eval.tasks": 4})
     assert evaluation.episodes == 4
 
