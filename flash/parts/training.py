@@ -19,6 +19,7 @@ from flash.rollout.tasks import Tasks
 from flash.telemetry.folder import RunFolder
 from flash.telemetry.live import View
 from flash.telemetry.progress import Progress
+from flash.telemetry.transcripts import Transcripts
 from flash.trainer.advantages import make_advantages
 from flash.trainer.trainer import Trainer
 
@@ -115,6 +116,9 @@ async def open_training(
         parts.agents() as agents,
         parts.agents(heldout=True) as heldout_agents,
     ):
+        decode = parts.tokenizer.decode
+        per_step, steps = config.transcripts, config.steps
+        observers.add(Transcripts(folder.transcript, decode=decode, per_step=per_step, steps=steps))
         rollouts = RolloutLoop(
             parts.hub,
             agent=agents.make,
