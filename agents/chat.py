@@ -1,9 +1,12 @@
 """The `chat` style: the model's own chat template, extended turn by turn."""
 
-from collections.abc import Sequence
+import functools
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from flash.conversation import ChatTemplate
+from flash.turn_check import check_turns
 from flash.types import Observation
 
 
@@ -18,6 +21,11 @@ class ChatStyle:
         system: the system message; "" for none.
         instruction: ends each observation's message.
         commands: list the admissible commands, where the environment tells them.
+        answer: what of the response the environment is given: `whole`; `last_line`, of which a
+            line `Action: …` is what follows the colon; or `tag:NAME`, what stands in the last
+            `<NAME>…</NAME>`, nothing if there is none.
+
+    Raises ValueError for a template in which a conversation can't grow: see `check_turns`.
     """
 
     def __init__(
@@ -27,8 +35,11 @@ class ChatStyle:
         system: str = "You act in a text environment. Reply with one command and nothing else.",
         instruction: str = "",
         commands: bool = True,
+        answer: str = "whole",
     ) -> None:
+        self._answer = _answers(answer)
         self._template = ChatTemplate(tokenizer)
+        check_turns(self._template, system=bool(system))
         self._tokenizer = tokenizer
         self._system = [{"role": "system", "content": system}] if system else []
         self._instruction = instruction
@@ -43,23 +54,13 @@ class ChatStyle:
         return self._template.prompt([*self._system, {"role": "user", "content": text}])
 
     def next(self, observation: Observation, sampled: Sequence[int]) -> list[int]:
-        between = self._template.between(
-            [*self._system, {"role": "user", "content": "?"}],
-            {"role": "assistant", "content": ""},
-            [{"role": "user", "content": self._message(observation)}],
-            sampled=sampled,
-        )
-        assert between is not None, "the template leaves out what the assistant says"
-        return between
+        return self._template.next_turn(self._system, self._message(observation), sampled=sampled)
 
     def action(self, sampled: Sequence[int]) -> str:
-        """The last line of what was said; of a line `Action: …`, what follows the colon."""
-        text: str = self._tokenizer.decode(list(sampled), skip_special_tokens=True)
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        if not lines:
-            return ""
-        _, marker, after = lines[-1].rpartition("Action:")
-        return after.strip() if marker else lines[-1]
+        ended = bool(sampled) and sampled[-1] in self.stop_token_ids
+        said = list(sampled[:-1] if ended else sampled)
+        text: str = self._tokenizer.decode(said, skip_special_tokens=True)
+        return self._answer(text).strip()
 
     def _message(self, observation: Observation) -> str:
         parts = [observation.text]
@@ -69,3 +70,26 @@ class ChatStyle:
         if self._instruction:
             parts.append(self._instruction)
         return "\n".join(parts)
+
+
+def _answers(name: str) -> Callable[[str], str]:
+    """From all that was said to the answer."""
+    if name == "whole":
+        return str
+    if name == "last_line":
+        return _last_line
+    if match := re.fullmatch(r"tag:([\w.-]+)", name):
+        return functools.partial(_in_tag, match[1])
+    raise ValueError(f"answer={name!r} must be whole, last_line or tag:NAME")
+
+
+def _last_line(text: str) -> str:
+    line = text.strip().rpartition("\n")[2]
+    _, marker, after = line.rpartition("Action:")
+    return after if marker else line
+
+
+def _in_tag(tag: str, text: str) -> str:
+    before, closed, _ = text.rpartition(f"</{tag}>")
+    _, opened, inside = before.rpartition(f"<{tag}>")
+    return inside if closed and opened else ""

@@ -2,10 +2,11 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
 
 from flash.answers import failing_as, shown
-from flash.conversation import CHARS_A_TOKEN, TokenSequence
+from flash.conversation import TokenSequence, longest_text
 from flash.errors import AgentFailure, EnvFailure, RewardFailure
 from flash.reward.outcome import outcome
 from flash.rollout.episode import Episode
@@ -22,6 +23,8 @@ from flash.types import (
 from .actor import Actor, RewardStage
 
 _CHARS_AT_ONCE = 10_000  # tokenised in the event loop: about 8 ms
+# One thread: several would take the interpreter from the event loop in turns.
+_LONG_TEXTS = ThreadPoolExecutor(1, "long texts")
 
 _T = TypeVar("_T")
 Reward = Callable[[Sequence[Observation]], Awaitable[float]]
@@ -37,7 +40,8 @@ class EnvironmentAgent(Actor):
         max_turns: responses in an episode; None leaves the end to the environment.
         max_sequence_tokens: of a conversation. An observation after which no token could be
             sampled within it is not read: the episode ends before it, with the reward it has. So
-            does one of more than 32 characters for each of these tokens, which is not tokenised.
+            does one of more than 32 characters for each of these tokens, or 4 million, which is
+            not tokenised.
         samples: what an episode is trained as: the conversation as one sample, or a sample for
             each turn, in which only that turn's response is trained on.
         step_timeout_s, episode_timeout_s: past them the episode fails (env, deadline).
@@ -121,8 +125,9 @@ class EnvironmentAgent(Actor):
         prompt = await self._tokens(observation, self._style.first, observation)
         if prompt is None:
             raise EnvFailure(
-                f"reset answered {_chars(observation)} characters, more than {CHARS_A_TOKEN} for "
-                f"each token of max_sequence_tokens={limit}: {shown(observation.text)}"
+                f"reset answered {_chars(observation)} characters, more than the "
+                f"{longest_text(limit)} that are tokenised at max_sequence_tokens={limit}: "
+                f"{shown(observation.text)}"
             )
         if len(prompt) >= limit:
             raise AgentFailure(
@@ -145,10 +150,11 @@ class EnvironmentAgent(Actor):
     ) -> list[int] | None:
         """None for what is so long that it is not tokenised; what takes long goes to a thread."""
         chars = _chars(observation)
-        if chars > CHARS_A_TOKEN * self._max_sequence_tokens:
+        if chars > longest_text(self._max_sequence_tokens):
             return None
         if chars > _CHARS_AT_ONCE:
-            return await asyncio.to_thread(tokenise, *args)
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(_LONG_TEXTS, tokenise, *args)
         return tokenise(*args)
 
     async def _generate(self, episode: Episode, token_ids: Sequence[int]) -> Completion:

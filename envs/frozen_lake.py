@@ -46,7 +46,7 @@ class FrozenLakeTextEnv(gymnasium.Env[str, str]):
         split: Literal["train", "heldout"] = "train",
         max_turns: int = 16,
     ) -> None:
-        if not 2 <= size <= 9:
+        if not isinstance(size, int) or not 2 <= size <= 9:
             raise ValueError(f"size={size} must be 2 to 9, so that a coordinate is one digit")
         if not 0 < ice <= 1:
             raise ValueError(f"ice={ice} must be above 0 and at most 1")

@@ -5,31 +5,50 @@ import json
 import re
 import string
 import zlib
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
+from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import gymnasium
 from gymnasium import spaces
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_JOINS = r"[-+−–.,/:^×]"  # between digits they make a date, a range, a fraction …, and no number
+_NUMBER = re.compile(
+    rf"""(?<!\w)(?<!\d{_JOINS})             # not within a word, or within such
+    (?P<sign>(?<![)\]])[-+−])?[$€£¥₹]?
+    (?P<digits>(?:[1-9]\d{{0,2}}(?:,\d{{3}})+|\d+)(?:\.\d+)?|(?<!\.)\.\d+)
+    (?!\w|{_JOINS}\d)""",
+    re.VERBOSE,
+)
+_NUMBER_ALONE = re.compile(rf"[$€£¥₹]?{_NUMBER.pattern}\s*[$€£¥₹%]?\.?", re.VERBOSE)
+_LINE_END = re.compile(r"\r\n|\r|\n")  # no others: U+2028 may stand in a text of JSON
 _BEFORE_ANSWER = "####"  # in GSM8K the solution comes first
 _HELDOUT_SHARE = 5  # one question of so many is held out
+_TEXT: dict[str, Any] = {"max_length": 20_000, "charset": string.printable}
+
+_Problem = tuple[str, str | Decimal]
 
 
 class QuestionsEnv(gymnasium.Env[str, str]):
     """One question of the file; the action is the answer.
 
-    Reward 1 for the right answer, else 0. Of answers that are numbers the last number of the action
-    counts, so that a sentence may be around it; others must be equal but for case and spaces.
+    Reward 1 for the right answer, else 0. Where the answer is a number, the last number of the
+    action counts, so that a sentence may be around it; texts must be equal but for case and spaces.
+    Numbers are as people write them: with a sign, thousands in commas, a currency's sign, a leading
+    point; a per cent sign is no part of them. What letters or other digits touch is none: 12abc,
+    1,2, 1/2, 1e3.
 
     Args:
-        path: a file of JSON Lines, each with a `question` and an `answer`; where the answer has a
-            `####` in it, what follows that.
+        path: a file of JSON Lines in UTF-8, each with a `question` and an `answer`, a text or a
+            number; where the answer has a `####` in it, what follows that. It is read once.
         split: `train` or `heldout`; a question belongs to one of them, wherever it stands.
     """
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012  (gymnasium's own type)
+    observation_space = spaces.Text(**_TEXT)  # of the class: one takes longer to make than all else
+    action_space = spaces.Text(min_length=0, **_TEXT)
 
     def __init__(self, *, path: str = "", split: Literal["train", "heldout"] = "train") -> None:
         if split not in ("train", "heldout"):
@@ -38,16 +57,14 @@ class QuestionsEnv(gymnasium.Env[str, str]):
             raise ValueError(
                 "path is missing: give a file of JSON Lines, as in GSM8K's train.jsonl"
             )
-        self._problems = [
-            (question, answer)
-            for question, answer in _read(path)
-            if (zlib.crc32(question.encode()) % _HELDOUT_SHARE == 0) == (split == "heldout")
-        ]
+        try:
+            state = Path(path).expanduser().stat()
+        except OSError as error:
+            raise ValueError(f"path={path!r} can't be read: {error.strerror}") from error
+        self._problems = _read(path, state.st_mtime_ns, state.st_size)[split]
         if not self._problems:
             raise ValueError(f"path={path!r} has no {split} questions: give a longer file")
-        self.observation_space = spaces.Text(max_length=20_000, charset=string.printable)
-        self.action_space = spaces.Text(max_length=20_000, min_length=0, charset=string.printable)
-        self._answer = ""
+        self._answer: str | Decimal = ""
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -59,36 +76,90 @@ class QuestionsEnv(gymnasium.Env[str, str]):
         return question, {}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        right = _value(action) == _value(self._answer)
-        if _NUMBER.fullmatch(self._answer) is None:
+        if isinstance(self._answer, Decimal):
+            right = _last_number(action) == self._answer
+        else:
             right = action.casefold().split() == self._answer.casefold().split()
         return "", float(right), True, False, {"success": right}
 
 
-def _value(text: str) -> Decimal | None:
-    """Of the last number."""
-    numbers = _NUMBER.findall(text)
-    return Decimal(numbers[-1].replace(",", "")) if numbers else None
+def _last_number(text: str) -> Decimal | None:
+    numbers = list(_NUMBER.finditer(text))
+    return _value(numbers[-1]) if numbers else None
+
+
+def _value(number: re.Match[str]) -> Decimal:
+    value = Decimal(number["digits"].replace(",", ""))
+    return value if number["sign"] in (None, "+") else -value
 
 
 @functools.lru_cache(maxsize=4)  # each episode makes an environment anew
-def _read(path: str) -> list[tuple[str, str]]:
-    """Questions and answers. ValueError names the line that holds none."""
+def _read(path: str, changed_ns: int, size: int) -> dict[str, list[_Problem]]:
+    """The problems of each split. ValueError names the line, and its field, that holds none."""
+    found: dict[str, list[_Problem]] = {"train": [], "heldout": []}
+    for number, line in _lines(path):
+        try:
+            question, answer = _problem(line)
+            held_out = zlib.crc32(question.encode()) % _HELDOUT_SHARE == 0
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"path={path!r}, line {number}: {error}") from error
+        found["heldout" if held_out else "train"].append((question, answer))
+    return found
+
+
+def _lines(path: str) -> Iterator[tuple[int, str]]:
+    """Those that are not blank, with their numbers."""
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+        content = Path(path).expanduser().read_bytes()
     except OSError as error:
         raise ValueError(f"path={path!r} can't be read: {error.strerror}") from error
-    problems = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            entry = json.loads(line)
-            question, answer = str(entry["question"]), str(entry["answer"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f'path={path!r}, line {number} is not {{"question": …, "answer": …}}: {error!r}'
-            ) from error
-        problems.append((question, answer.rpartition(_BEFORE_ANSWER)[2].strip()))
-    return problems
+    if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) or b"\0" in content[:1000]:
+        raise ValueError(f"path={path!r} is UTF-16, or no text: save it as UTF-8")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        wrong = len(_LINE_END.split(content[: error.start].decode("latin-1")))
+        raise ValueError(
+            f"path={path!r}, line {wrong} is not UTF-8 ({error.reason}): save the file as UTF-8"
+        ) from error
+    for number, line in enumerate(_LINE_END.split(text), start=1):
+        if line.strip():
+            yield number, line
+
+
+def _problem(line: str) -> _Problem:
+    try:
+        entry = json.loads(
+            line, parse_int=Decimal, parse_float=Decimal, parse_constant=_refuse_constant
+        )
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON: {error.msg} at character {error.pos + 1}") from error
+    if not isinstance(entry, dict):
+        raise ValueError('it is not an object {"question": …, "answer": …}')
+    for field in ("question", "answer"):
+        if field not in entry:
+            raise ValueError(f"it has no {field!r}; it has {', '.join(map(repr, entry)) or 'none'}")
+    question, answer = entry["question"], entry["answer"]
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError(f"question={_shown(question)} must be a text that is not empty")
+    if isinstance(answer, Decimal):
+        return question, answer
+    if not isinstance(answer, str):
+        raise ValueError(f"answer={_shown(answer)} must be a text or a number")
+    alone = answer.rpartition(_BEFORE_ANSWER)[2].strip()
+    if not alone:
+        raise ValueError(f"answer={_shown(answer)} is empty, so that nothing could be right")
+    number = _NUMBER_ALONE.fullmatch(alone)
+    return question, _value(number) if number else alone
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 gymnasium.register("flash/Questions-v0", entry_point="flash.envs.questions:QuestionsEnv")

@@ -6,6 +6,7 @@ import reprlib
 import signal
 import traceback
 from collections.abc import Iterator
+from decimal import Decimal
 from numbers import Real
 from typing import Any
 
@@ -26,7 +27,7 @@ def number(value: Any) -> float | None:
     Scalars of NumPy and torch are numbers; true and false are 1 and 0; a text never is one.
     """
     value = _scalar(value)
-    if not isinstance(value, Real):
+    if not isinstance(value, Real | Decimal):
         return None
     try:
         real = float(value)

@@ -31,17 +31,25 @@ def ended(command: Callable[[], None]) -> int:
     except FlashError as error:
         _complain(_with_remedy(f"{type(error).__name__}: {error}"), error)
         return error.exit_code
-    except (OSError, MemoryError) as error:
-        if isinstance(error, BrokenPipeError) and _reader_is_gone():
-            return 128 + signal.SIGPIPE  # as of other commands: `| head` has seen enough
-        _complain(_with_remedy(one_line(error)), error)
-        return 1
     except ValueError as error:
         _complain(str(error), error)
         return 2
+    except Exception as error:
+        return _end_of_the_machine(error)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     return 0
+
+
+def _end_of_the_machine(error: Exception) -> int:
+    """The exit code of what the machine could not do. Raises what it has no part in."""
+    if isinstance(error, BrokenPipeError) and _reader_is_gone():
+        return 128 + signal.SIGPIPE  # as of other commands: `| head` has seen enough
+    # Libraries wrap the machine's errors in their own.
+    if not isinstance(error, OSError | MemoryError) and not machine.remedy(str(error)):
+        raise error
+    _complain(_with_remedy(one_line(error)), error)
+    return 1
 
 
 @contextlib.contextmanager
@@ -52,6 +60,8 @@ def _first_of_a_group() -> Iterator[None]:
     except BaseExceptionGroup as group:
         first: BaseException = group
         while isinstance(first, BaseExceptionGroup):
+            for note in getattr(first, "__notes__", ()):
+                first.exceptions[0].add_note(note)
             first = first.exceptions[0]
         raise first from group
 

@@ -5,6 +5,7 @@ model's own chat template; of each later turn it tokenises only what the templat
 assistant's words.
 """
 
+import contextlib
 import inspect
 import secrets
 from collections.abc import Mapping, Sequence, Set
@@ -17,10 +18,18 @@ from flash.types import Completion, SampledSequence
 
 Message = Mapping[str, Any]
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
+# Any words of theirs.
+USER: Message = {"role": "user", "content": "?"}
+SAID: Message = {"role": "assistant", "content": "!"}
 
-# What has more for each token of its room is not tokenised, which takes 1 s for a million: of
-# texts that are worth reading a token has fewer than 10.
-CHARS_A_TOKEN = 32
+# What is longer is not tokenised, which takes 1 s for a million: of texts that are worth reading a
+# token has fewer than 10 characters, and few models read a million tokens.
+CHARS_A_TOKEN, MAX_CHARS = 32, 4_000_000
+
+
+def longest_text(max_sequence_tokens: int) -> int:
+    """The most characters that are tokenised where so many tokens have room."""
+    return min(CHARS_A_TOKEN * max_sequence_tokens, MAX_CHARS)
 
 
 class TokenSequence:
@@ -72,7 +81,9 @@ class ChatTemplate:
     """A tokenizer's chat template.
 
     Messages are as Hugging Face templates take them: `role`, `content`, and for tools
-    `tool_calls` with their arguments as a mapping. `stop_token_ids` end an assistant's turn.
+    `tool_calls` with their arguments as a mapping. A template that shows texts only as parts
+    (`{"type": "text", …}`) is given those. `stop_token_ids` end an assistant's turn: those that
+    the template puts there, the tokenizer's end of sequence, and those of generation_config.
     Raises ValueError for a tokenizer without a template, and for messages that it refuses.
     """
 
@@ -85,12 +96,18 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         # Stands where the assistant's words stood; nobody else can write it.
         self._sentinel = f"sampled-{secrets.token_hex(8)}"
-        turn = {"role": "assistant", "content": "!"}
-        user = {"role": "user", "content": "?"}
-        end_of_turn = (self.between([user], turn, [user], sampled=()) or [])[:1]
-        self._special = set(tokenizer.all_special_ids)
-        stops = [*end_of_turn, tokenizer.eos_token_id]
-        self.stop_token_ids = tuple(dict.fromkeys(t for t in stops if t in self._special))
+        self._in_parts = False
+        self._in_parts = self._shows_parts_only()
+        added = tokenizer.added_tokens_decoder
+        self._special = {*tokenizer.all_special_ids, *(t for t in added if added[t].special)}
+        try:
+            self._end_of_last = self._end_of_last_turn()
+            end = self._encode(self._turn_end().lstrip())[:1]
+        except ValueError as error:
+            raise ValueError(f"{error}: use agent.style=plain, or another model") from error
+        self._end = end[0] if end and end[0] in {*added, *self._special} else None
+        stops = (self._end, tokenizer.eos_token_id, *generation_stops(tokenizer))
+        self.stop_token_ids = tuple(dict.fromkeys(t for t in stops if t is not None))
 
     @property
     def arguments(self) -> Set[str]:
@@ -117,6 +134,43 @@ class ChatTemplate:
 
         None where the template does not show where that turn ends; then only `prompt` is left.
         """
+        calls = said.get("tool_calls")
+        rest = self.after(before, said, after, shown)
+        if calls and rest is not None:
+            # What follows is the syntax of the call, which was sampled, up to the stop token.
+            ended = bool(sampled) and sampled[-1] in self._special
+            end = self._tokenizer.decode([sampled[-1]]) if ended else self._sentinel
+            _, found, rest = rest.partition(end)
+            if not found:
+                return None
+        if rest is None:
+            return None
+        if not calls and sampled and sampled[-1] in self.stop_token_ids:
+            token_ids = self._encode_after_words(rest.lstrip())
+            if token_ids and token_ids[0] in (sampled[-1], self._end):
+                return token_ids[1:]  # the model has ended its turn itself
+        return self._encode_after_words(rest)
+
+    def next_turn(
+        self, system: Sequence[Message], text: str, *, sampled: Sequence[int]
+    ) -> list[int]:
+        """Tokens of the user's next message, to follow what was sampled: see `between`.
+
+        What was said before makes no difference to them, which `check_turns` sees to.
+        """
+        user = {"role": "user", "content": text}
+        between = self.between([*system, USER], SAID, [user], sampled=sampled)
+        assert between is not None, "check_turns has seen that the template shows it"
+        return between
+
+    def after(
+        self,
+        before: Sequence[Message],
+        said: Message,
+        after: Sequence[Message],
+        shown: Mapping[str, Any] = _NOTHING,
+    ) -> str | None:
+        """What stands after the words, or the last call, of `said`; None if they are not shown."""
         marked = dict(said)
         if calls := said.get("tool_calls"):
             function = {**calls[-1]["function"], "arguments": {"argument": self._sentinel}}
@@ -124,23 +178,67 @@ class ChatTemplate:
         else:
             marked["content"] = self._sentinel
         _, found, rest = self.render([*before, marked, *after], shown).rpartition(self._sentinel)
-        if calls and found:
-            # What follows is the syntax of the call, which was sampled, up to the stop token.
-            ended = bool(sampled) and sampled[-1] in self._special
-            end = self._tokenizer.decode([sampled[-1]]) if ended else self._sentinel
-            _, found, rest = rest.partition(end)
-        if not found:
-            return None
-        token_ids = self._encode(rest)
-        if sampled and token_ids and not calls and sampled[-1] == token_ids[0]:
-            return token_ids[1:]  # the model has ended its turn itself
-        return token_ids
+        return rest if found else None
+
+    def check_ends(self) -> None:
+        """ValueError unless a token ends the assistant's turn."""
+        end = self._end_of_last.strip()
+        if not self.stop_token_ids:
+            raise ValueError(
+                "no token ends an answer: the tokenizer has no eos_token, and neither its chat "
+                "template nor generation_config names another: set eos_token, or use another model"
+            )
+        if end and not {*self._encode(end)} & {*self.stop_token_ids}:
+            raise ValueError(
+                f"the model's chat template ends an answer with {end!r}, which is no token of its "
+                f"tokenizer, so no answer would end there: use agent.style=plain, or another model"
+            )
+
+    def _turn_end(self) -> str:
+        """What begins with the end of an answer, empty if the template writes none."""
+        if self._end_of_last.strip():
+            return self._end_of_last
+        rest = self.after([USER], SAID, [USER]) or ""
+        opening, header = (
+            text.rpartition(USER["content"])[0] for text in (self.render([USER]), rest)
+        )
+        return "" if opening.endswith(header.lstrip()) else rest
+
+    def _end_of_last_turn(self) -> str:
+        """What stands after an answer that nothing follows."""
+        said = {"role": "assistant", "content": self._sentinel}
+        return self._render([USER, said], {"add_generation_prompt": False}).rpartition(
+            self._sentinel
+        )[2]
+
+    def _shows_parts_only(self) -> bool:
+        probe = [{"role": "user", "content": self._sentinel}]
+        try:
+            if self._sentinel in self.render(probe):
+                return False
+        except ValueError:
+            pass  # it may be the text that it does not understand
+        try:
+            rendered = self.render([{**probe[0], "content": _parts(self._sentinel)}])
+        except ValueError:
+            return False
+        return self._sentinel in rendered and f"'{self._sentinel}'" not in rendered
 
     def render(self, messages: Sequence[Message], shown: Mapping[str, Any] = _NOTHING) -> str:
         """The conversation as the template writes it, up to the start of the next words."""
+        return self._render(messages, {"add_generation_prompt": True, **shown})
+
+    def _render(self, messages: Sequence[Message], shown: Mapping[str, Any]) -> str:
+        if self._in_parts:
+            messages = [
+                {**message, "content": _parts(message["content"])}
+                if isinstance(message.get("content"), str)
+                else message
+                for message in messages
+            ]
         try:
             rendered: str = self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True, **shown
+                list(messages), tokenize=False, **shown
             )
         except Exception as error:  # the boundary to the template, which is the model's own code
             raise ValueError(f"the model's chat template refuses the messages: {error}") from error
@@ -150,3 +248,29 @@ class ChatTemplate:
         # The template has written the special tokens already.
         token_ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
         return token_ids
+
+    def _encode_after_words(self, text: str) -> list[int]:
+        """As it is encoded within a text: some tokenizers put a space before what begins one."""
+        words = self._encode("a")
+        token_ids = self._encode(f"a{text}")
+        if token_ids[: len(words)] == words:
+            return token_ids[len(words) :]
+        return self._encode(text)
+
+
+def generation_stops(tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that end a text by the generation_config of the tokenizer's model, if it has one.
+
+    Reads files: not for the event loop.
+    """
+    stops: int | list[int] | None = None
+    if path := getattr(tokenizer, "name_or_path", ""):
+        from transformers import GenerationConfig  # noqa: PLC0415  (seconds to import)
+
+        with contextlib.suppress(OSError):  # a tokenizer without a model
+            stops = GenerationConfig.from_pretrained(path).eos_token_id
+    return (stops,) if isinstance(stops, int) else tuple(stops or ())
+
+
+def _parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]

@@ -1,16 +1,19 @@
 """`flash eval`: how a run, or one checkpoint of it, does on held-out tasks."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from flash import config as configuration
 from flash import machine
+from flash.checkpoints import newest_checkpoint
 from flash.evaluation.play import heldout_tasks, play
 from flash.evaluation.result import Evaluation
 from flash.parts.model import check_model_files
 from flash.parts.open import open_parts
-from flash.telemetry.folder import newest_checkpoint
 from flash.trainer.checkpoint import MODEL_FOLDER, checkpoint_version
 from flash.types import Weights
 
@@ -20,11 +23,15 @@ async def evaluate(
 ) -> Evaluation:
     """Plays the held-out tasks with a checkpoint: the newest one if `source` is a run's folder.
 
-    The run's own configuration says how; `overrides` change it. Raises ValueError if there is no
+    The run's own configuration says how; `overrides` change it. Nothing is written to the run's
+    folder, so that the run may be going on meanwhile. Raises ValueError if there is no
     checkpoint, and what `flash.evaluation.play` raises.
     """
-    checkpoint = source if source.parent.name == "checkpoints" else newest_checkpoint(source)
-    if checkpoint is None:
+    if source.parent.name == "checkpoints":
+        checkpoint = source
+    elif (newest := newest_checkpoint(source)) is not None:
+        checkpoint = newest.path
+    else:
         raise ValueError(f"{source} holds no checkpoint: give a run's folder or a checkpoint of it")
     version = checkpoint_version(checkpoint)
     run = checkpoint.parent.parent
@@ -36,22 +43,33 @@ async def evaluate(
     async def weights() -> Weights:
         return Weights(version=version, path=model)
 
-    async with (
-        open_parts(
-            config,
-            model=str(model),
-            version=version,
-            weights=weights,
-            log_dir=run / "logs",
-            say=say,
-        ) as parts,
-        parts.agents(heldout=True) as agents,
-    ):
-        return await play(
-            parts.hub,
-            agents.make,
-            heldout_tasks(config.eval),
-            concurrency=config.engine.max_running,
-            max_attempts=config.rollout.max_attempts,
-            stall_timeout_s=config.rollout.stall_timeout_s,
-        )
+    with _own_logs() as log_dir:
+        async with (
+            open_parts(
+                config, model=str(model), version=version, weights=weights, log_dir=log_dir, say=say
+            ) as parts,
+            parts.agents(heldout=True) as agents,
+        ):
+            return await play(
+                parts.hub,
+                agents.make,
+                heldout_tasks(config.eval),
+                concurrency=config.engine.max_running,
+                max_attempts=config.rollout.max_attempts,
+                stall_timeout_s=config.rollout.stall_timeout_s,
+            )
+
+
+@contextlib.contextmanager
+def _own_logs() -> Iterator[Path]:
+    """None of the run's, which may be going on; kept if an error may name what is in there."""
+    folder = Path(tempfile.mkdtemp(prefix="flash-eval-"))
+    failed = False
+    try:
+        yield folder
+    except Exception:
+        failed = True
+        raise
+    finally:
+        if not failed:
+            shutil.rmtree(folder)

@@ -7,7 +7,7 @@ more closes the one that is oldest: who has a key shows it at once, so it is nev
 
 import asyncio
 import ipaddress
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -15,7 +15,7 @@ from aiohttp import web
 
 from flash.machine import open_file_limit
 
-BODY_TIMEOUT_S = 60.0  # for a client to send the body of its request
+_BODY_TIMEOUT_S = 60.0  # for a client to send the body of its request
 # To send a request's header, and between two requests. OpenAI's clients keep a connection for 5 s.
 _IDLE_TIMEOUT_S = 30.0
 # Many times what comes in one turn of the event loop, of which a connection needs two or three to
@@ -36,7 +36,7 @@ class Listener:
         self._port = port
         self._most = open_file_limit() // 2
         self._strangers: dict[web.RequestHandler, None] = {}  # in the order in which they came
-        self._known: set[web.RequestHandler] = set()
+        self._known: dict[web.RequestHandler, Hashable] = {}  # and whose they are
         self._runner: web.AppRunner | None = None
         self._server: asyncio.Server | None = None
 
@@ -64,12 +64,22 @@ class Listener:
         if self._runner is not None:
             await self._runner.cleanup()
 
-    def vouch(self, request: web.Request) -> None:
-        """The request has shown a key: its connection is no stranger's from now on."""
+    def vouch(
+        self, request: web.Request, *, owner: Hashable = None, most: int | None = None
+    ) -> None:
+        """The request has shown a key: its connection is no stranger's from now on, but `owner`'s.
+
+        If that one has more than `most`, its oldest is closed.
+        """
         connection = request.protocol
-        if connection in self._strangers:
-            del self._strangers[connection]
-            self._known.add(connection)
+        if connection not in self._strangers:
+            return
+        del self._strangers[connection]
+        self._known[connection] = owner
+        if most is not None:
+            own = [known for known, of in self._known.items() if of == owner]
+            if len(own) > most:
+                self._close(own[0])
 
     def arrived(self, connection: web.RequestHandler) -> None:
         if len(self._strangers) + len(self._known) >= self._most:
@@ -77,11 +87,15 @@ class Listener:
             return
         self._strangers[connection] = None
         if len(self._strangers) > min(_STRANGERS, self._most // 2):
-            next(iter(self._strangers)).force_close()
+            self._close(next(iter(self._strangers)))
 
     def left(self, connection: web.RequestHandler) -> None:
         self._strangers.pop(connection, None)
-        self._known.discard(connection)
+        self._known.pop(connection, None)
+
+    def _close(self, connection: web.RequestHandler) -> None:
+        self.left(connection)  # now, because it is told later, when more may have come
+        connection.force_close()
 
 
 class _Connection(web.RequestHandler):
@@ -98,6 +112,17 @@ class _Connection(web.RequestHandler):
     def connection_lost(self, exc: BaseException | None) -> None:
         self._listener.left(self)
         super().connection_lost(exc)
+
+
+async def read_body(request: web.Request) -> bytes:
+    """HTTPRequestTimeout for a client that takes its time."""
+    try:
+        async with asyncio.timeout(_BODY_TIMEOUT_S):
+            return await request.read()
+    except TimeoutError as error:
+        raise web.HTTPRequestTimeout(
+            reason=f"the body took longer than {_BODY_TIMEOUT_S:g} s"
+        ) from error
 
 
 def local_address(request: web.Request) -> str:

@@ -1,19 +1,14 @@
 """What this machine has, found out without importing torch."""
 
-import asyncio
 import errno
 import importlib.util
-import logging
 import os
 import resource
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
-
-logger = logging.getLogger(__name__)
 
 
 def has_vllm() -> bool:
@@ -38,32 +33,6 @@ def open_file_limit() -> int:
     return _OPEN_FILES if soft == resource.RLIM_INFINITY else soft
 
 
-# All of this machine are taken: sockets, files, processes, memory.
-_SCARCE = {
-    errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.EADDRNOTAVAIL, errno.EAGAIN, errno.ENOMEM,
-}  # fmt: skip
-_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.05, 2.0
-T = TypeVar("T")
-
-
-async def when_there_is_room(attempt: Callable[[], Awaitable[T]]) -> T:
-    """What `attempt` gives, which is tried again as long as this machine lacks what it needs.
-
-    It is nobody's failure but the machine's, and passes when something else ends. How long is
-    waited is the caller's to bound.
-    """
-    wait_s = _FIRST_WAIT_S
-    while True:
-        try:
-            return await attempt()
-        except OSError as error:
-            if error.errno not in _SCARCE:
-                raise
-            logger.warning("this machine is short of something, which is waited for: %s", error)
-        await asyncio.sleep(wait_s)
-        wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
-
-
 Gpu = int | str
 """As CUDA_VISIBLE_DEVICES names it: by its number, or a UUID as in GPU-1234."""
 
@@ -84,7 +53,8 @@ def gpus(dev: Path = Path("/dev")) -> list[Gpu]:
 
 
 _REMEDIES = {
-    errno.ENOSPC: "make room on that disk, or write elsewhere (runs_dir, --out, $TMPDIR)",
+    errno.ENOSPC: "make room on that disk, or write elsewhere (runs_dir, --out, $TMPDIR); a "
+    "container's /dev/shm, where weights are handed over, grows with --shm-size",
     errno.EDQUOT: "make room in your quota, or write elsewhere (runs_dir, --out, $TMPDIR)",
     errno.EROFS: "name a place that can be written to (runs_dir, --out, $TMPDIR)",
     errno.EACCES: "give yourself the right to it, or name another place (runs_dir, --out)",
@@ -98,6 +68,7 @@ _REMEDIES = {
     errno.ENOTDIR: "name a folder",
     errno.EISDIR: "name a file",
     errno.ENAMETOOLONG: "give it a shorter name",
+    errno.EFBIG: "allow larger files (ulimit -f)",
     errno.EIO: "see whether the disk is whole",
 }
 

@@ -29,7 +29,7 @@ from typing import IO, Any, Protocol, get_type_hints
 import msgspec
 
 from flash.errors import EpisodeFailure, ProcessFailure
-from flash.machine import when_there_is_room
+from flash.shortage import when_there_is_room
 
 _LENGTH = struct.Struct("!Q")
 _FD_VARIABLE = "FLASH_CHILD_FD"
@@ -255,7 +255,8 @@ class Child:
                 if ok:
                     answer.set_result(value)
                 else:
-                    answer.set_exception(ProcessFailure(f"{self.name} raised:\n{value}"))
+                    told = f"\n{value}" if "\n" in value else f" {value}"
+                    answer.set_exception(ProcessFailure(f"{self.name} raised:{told}"))
         # A child that closed its socket but lives on (an environment's stray thread) is no use.
         try:
             async with asyncio.timeout(5.0):
@@ -343,6 +344,8 @@ def serve(handler: object, write: Callable[[object], bytes] = pickled) -> None:
     What a method raises, `sys.exit` too, is its answer. Of what ends an episode the message alone
     is told; of others the traceback.
     """
+    if _FD_VARIABLE not in os.environ:
+        sys.exit("flash: this process is started by flash train and flash eval: use these")
     # Ctrl-C goes to the parent, which ends its children in order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with socket.socket(fileno=int(os.environ[_FD_VARIABLE])) as connection:

@@ -46,10 +46,12 @@ def function(name: str, field: str, of: str = "") -> Any:
     given = f"{field}={name!r}"
     try:
         found = _import(module, given)
+        with _users_code(given):  # a module may have code for its attributes
+            is_there = hasattr(found, attribute)
     except ImportError as error:
         why = " ".join(str(error).split())
         raise ValueError(f"{given} can't be imported: {why}: {_remedy(name, error)}") from error
-    if not hasattr(found, attribute):
+    if not is_there:
         near = difflib.get_close_matches(attribute, dir(found), n=1)
         hint = f"did you mean {module}:{near[0]}?" if near else "name a class or function of it"
         raise ValueError(f"{given} can't be imported: {module} has no {attribute!r}: {hint}")
@@ -124,9 +126,9 @@ def _users_code(given: str) -> Iterator[None]:
     """
     try:
         yield
-    except ImportError:
+    except (ImportError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:  # the boundary to the module's code
+    except BaseException as error:  # the boundary to the module's code; it may skip, or exit
         raise ValueError(
             f"{given} can't be imported: {said_and_where(error)}: mend it, or name another"
         ) from error

@@ -1,9 +1,18 @@
 """What all parts of a configuration share."""
 
+import os
 from collections.abc import Mapping
 from typing import Annotated, Any, get_args
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PlainSerializer,
+    SecretStr,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 BOOL_FOR_NUMBER = "bool_for_number"  # the type of an error, which names `field` and `value`
@@ -33,8 +42,45 @@ def _split(value: Any) -> Any:
     return [name for name in value.split(",") if name] if isinstance(value, str) else value
 
 
+_NOT_KEPT = "(not kept)"
+
+
+def _given(value: Any) -> Any:
+    if value == _NOT_KEPT:
+        raise ValueError(
+            "a run's folder keeps no keys: give it again, or name an environment variable that "
+            "holds it, $NAME, which is kept by its name"
+        )
+    if isinstance(value, str) and value.startswith("$") and not os.environ.get(value[1:]):
+        raise ValueError(f"there is no environment variable {value[1:]}: export it, in this shell")
+    return value
+
+
+def _kept(secret: SecretStr) -> str:
+    value = secret.get_secret_value()
+    return value if value.startswith("$") or not value else _NOT_KEPT
+
+
+def revealed(secret: SecretStr) -> str:
+    """The key itself, of an environment variable if it is named."""
+    value = secret.get_secret_value()
+    return os.environ[value[1:]] if value.startswith("$") else value
+
+
+Secret = Annotated[SecretStr, BeforeValidator(_given), PlainSerializer(_kept, return_type=str)]
+"""A key, or $NAME for one in the environment; what is written of it is the name alone."""
+
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 """A list, or one string with commas between its names."""
 
 Numbers = Annotated[tuple[int, ...], BeforeValidator(_split)]
 """Likewise of whole numbers; one alone needs no list."""
+
+
+def is_url(value: object) -> bool:
+    """Whether it is a text that names a host, and a port that can be, by HTTP."""
+    try:
+        url = urlsplit(value if isinstance(value, str) else "")
+        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:  # a port above 65535, a bracket left open
+        return False

@@ -21,7 +21,7 @@ from flash.errors import RolloutStall
 from flash.parts.model import prepared_model
 from flash.parts.training import Training, open_training
 from flash.rollout.stall.blocked import watched_event_loop
-from flash.stop import unless
+from flash.stop import given_up_by, unless
 from flash.telemetry.folder import RunFolder
 from flash.telemetry.live import open_view
 from flash.types import Batch
@@ -45,7 +45,11 @@ async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any] | None
         model = await unless(stop, prepared_model(config, view.progress))
         if model is None:
             return None
-        async with open_training(config, model, folder, view, stop) as run:
+        async with (
+            given_up_by(stop) as opening,
+            open_training(config, model, folder, view, stop) as run,
+        ):
+            opening.is_over()
             trainer, rollouts, tell = run.trainer, run.rollouts, run.observers
             await run.self_test()
             if trainer.version == 0 and not await run.evaluations.now():
@@ -61,11 +65,11 @@ async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any] | None
                 rollouts.use_alpha(run.adaptive_alpha.after_step(run.progress.metrics))
                 await run.evaluations.after(step)
                 tell.step_done(step)
-                if run.saves_after(step):
-                    await run.save()
+                await run.save_after(step)
             await run.evaluations.finish()
             await run.save()
             return await run.progress.summarise(stopped=stop.is_set())
+        return None
 
 
 def warn_of_idle_steps(config: Config) -> None:

@@ -11,7 +11,7 @@ from flash.command_line import ended
 from flash.errors import RolloutStall, TrainerFailure
 from flash.machine import remedy
 
-ROOM = "make room on that disk, or write elsewhere (runs_dir, --out, $TMPDIR)"
+ROOM = remedy(os.strerror(errno.ENOSPC))
 FULL = f"OSError: [Errno 28] No space left on device: {ROOM}"
 CHILD = """trainer rank 0 raised:
 Traceback (most recent call last):
@@ -57,6 +57,8 @@ def os_error(number: int) -> OSError:
         (TrainerFailure(CHILD.format(said="IoError: No space left on device (os error 28)")), 1,
          "TrainerFailure: trainer rank 0 raised: IoError: No space left on device (os error 28): "
          f"{ROOM}"),
+        (RuntimeError("write failed: No space left on device (os error 28)"), 1,
+         f"RuntimeError: write failed: No space left on device (os error 28): {ROOM}"),
         (RolloutStall("asleep", "nothing moves"), 3, "RolloutStall: nothing moves"),
         (ExceptionGroup("tasks", [ExceptionGroup("of one", [os_error(errno.ENOSPC)])]), 1,
          f"OSError: [Errno 28] No space left on device: 'runs/x/metrics.jsonl': {ROOM}"),
@@ -67,6 +69,15 @@ def test_a_failure_ends_in_a_line_with_its_remedy_and_an_exit_code(error, code, 
     assert capsys.readouterr().err == f"flash: {line}\n"
 
 
+def test_what_was_noted_about_a_group_is_told_of_its_cause(capsys):
+    group = ExceptionGroup("tasks", [TrainerFailure("it died")])
+    group.add_note("more in controller.log")
+    assert ended(fails(group)) == 1
+    assert (
+        capsys.readouterr().err == "flash: TrainerFailure: it died\nflash: more in controller.log\n"
+    )
+
+
 def test_ctrl_c_is_quiet(capsys):
     assert ended(fails(KeyboardInterrupt())) == 130
     assert capsys.readouterr().err == ""
@@ -75,6 +86,10 @@ def test_ctrl_c_is_quiet(capsys):
 def test_a_defect_of_ours_keeps_its_traceback():
     with pytest.raises(KeyError):
         ended(fails(KeyError("ours")))
+
+
+def test_a_full_disk_is_told_where_to_write_instead():
+    assert "make room on that disk, or write elsewhere (runs_dir, --out, $TMPDIR)" in ROOM
 
 
 def test_an_error_of_no_machine_has_no_remedy():
@@ -101,3 +116,17 @@ def test_an_output_that_takes_nothing_more_is_no_traceback(shell, code, said):
     done = run(shell)
     assert done.stderr == said
     assert done.returncode == code
+
+
+@pytest.mark.parametrize("module", ["flash.environments.host", "flash.reward.host"])
+def test_a_process_that_only_a_run_starts_says_so(module):
+    done = run(f"{sys.executable} -m {module}")
+    said = "flash: this process is started by flash train and flash eval: use these\n"
+    assert done.stderr == said
+    assert done.returncode == 1
+
+
+def test_the_report_of_a_run_that_is_none_is_one_line():
+    done = run(f"{sys.executable} -m flash.telemetry.report nowhere")
+    assert done.stderr == "flash: nowhere holds no metrics.jsonl: give the folder of a run\n"
+    assert done.returncode == 2

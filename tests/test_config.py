@@ -172,6 +172,22 @@ def test_async_generation_ratio_is_another_name_for_alpha():
         ),
         ({"agent": {"run": []}}, "agent.run=[]: must be a coroutine function"),
         (
+            {"agent": {"run": ["node", "a.js"], "env": "NO_SUCH_VARIABLE"}},
+            "agent.env='NO_SUCH_VARIABLE': NO_SUCH_VARIABLE is not set here: export it",
+        ),
+        (
+            {"agent": {"run": ["node", "a.js"], "env": ["A B=1"]}},
+            "agent.env=['A B=1']: 'A B' is no name of a variable",
+        ),
+        (
+            {"agent": {"run": ["node", "a.js"], "env": ["OPENAI_API_KEY"]}},
+            "agent.env=['OPENAI_API_KEY']: OPENAI_API_KEY is each episode's own",
+        ),
+        (
+            {"agent": {"env": ["A=1"]}},
+            "agent.env=['A=1'] is for agents that are commands",
+        ),
+        (
             {"agent": {"run": ["no-such"]}},
             "agent.run=['no-such']: the command 'no-such' is not installed",
         ),
@@ -241,8 +257,16 @@ def test_async_generation_ratio_is_another_name_for_alpha():
             "trainer.objective.name=supervised: it imitates every sample, whatever its reward",
         ),
         (
+            {"engine": {"vllm_args": "--api-key sesame"}},
+            "--api-key: command lines and the run's config.yaml are for others to read: leave it",
+        ),
+        (
             {"engine": {"vllm_args": ["--logprobs_mode=raw_logprobs"]}},
             "--logprobs_mode=raw_logprobs changes what is sampled or which logprobs are returned",
+        ),
+        (
+            {"engine": {"vllm_args": ["--max-model-len", "100"]}},
+            "--max-model-len is agent.max_sequence_tokens: leave it out, and set that",
         ),
         (
             {"agent": {"top_p": 0.9}},

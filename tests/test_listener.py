@@ -8,11 +8,14 @@ from collections.abc import AsyncIterator, Iterator
 
 import aiohttp
 import pytest
-from aiohttp import web
+from aiohttp import StreamReader, web
+from aiohttp.base_protocol import BaseProtocol
+from aiohttp.test_utils import make_mocked_request
 
 from flash.hub.http_worker import HttpWorker
-from flash.listener import Listener, page_refusal
+from flash.listener import Listener, page_refusal, read_body
 from flash.machine import open_file_limit, raise_open_file_limit
+from flash.virtual_time import in_virtual_time
 
 HALF = b"GET / HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer "  # of a request
 WHOLE = HALF + b"key\r\n\r\n"
@@ -95,6 +98,34 @@ async def test_a_connection_without_a_request_is_closed_in_time(sent):
         assert told.endswith(b"well" if sent == WHOLE else b"")
 
 
+@in_virtual_time
+async def test_a_body_that_does_not_come_to_its_end_is_waited_for_a_minute():
+    connection = BaseProtocol(asyncio.get_running_loop())
+    connection.connection_made(asyncio.Transport())
+    unfinished = StreamReader(connection, 1024)
+    unfinished.feed_data(b"{")
+    request = make_mocked_request("POST", "/", payload=unfinished)
+    with pytest.raises(web.HTTPRequestTimeout, match="the body took longer than 60 s"):
+        await read_body(request)
+    assert asyncio.get_running_loop().time() < 61
+
+
+@pytest.mark.slow
+async def test_ten_thousand_connections_shut_nobody_out():
+    """How long honest requests take meanwhile, `benchmarks/floods.py` tells."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open_files(hard):
+        async with served(files=hard) as server:
+            known = await server.connect(WHOLE)
+            await known.readuntil(b"well")
+            for _ in range(100):
+                await asyncio.gather(*(server.connect(HALF) for _ in range(100)))
+                assert await server.ask() == "well"
+            assert not known.at_eof()
+            # Ours, and at its side those that are open at a time.
+            assert len(os.listdir("/proc/self/fd")) < 10_000 + 2_300
+
+
 async def test_connections_leave_files_for_the_rest_of_the_process():
     async with served(files=100) as server:
         known = [await server.connect(WHOLE) for _ in range(50)]
@@ -107,11 +138,11 @@ async def test_connections_leave_files_for_the_rest_of_the_process():
 async def test_a_worker_is_not_blamed_for_a_socket_that_this_machine_lacks(caplog):
     async with served() as server:
         worker = HttpWorker(server.url, api_key="key")
-        taken = []
-        with open_files(64), contextlib.suppress(OSError):
+        taken = [os.dup(2)]
+        with open_files(max(taken) + 8), contextlib.suppress(OSError):
             while True:
                 taken.append(os.dup(2))
-        with open_files(64):
+        with open_files(max(taken) + 1):
             asked = asyncio.create_task(worker.check_health())
             while "short of something" not in caplog.text:
                 await asyncio.sleep(0)

@@ -1,5 +1,6 @@
 """What a wheel of this package holds."""
 
+import re
 import zipfile
 from pathlib import Path
 
@@ -14,7 +15,7 @@ KINDS = ("*.py", "*.pyi", "*.yaml", "py.typed")
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> zipfile.ZipFile:
-    names = (*INSTALLED_AS, "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
+    names = (*INSTALLED_AS, "setup.cfg", "pyproject.toml", "docs", "LICENSE")
     return build_wheel(ROOT, names, tmp_path_factory.mktemp("source"))
 
 
@@ -27,6 +28,13 @@ def test_a_wheel_holds_every_file_of_the_three_folders_under_its_imported_name(w
     }
     assert "flash/py.typed" in sources, "type checkers overlook a package without it"
     assert sources == {name for name in wheel.namelist() if ".dist-info/" not in name}
+
+
+def test_the_page_of_the_package_has_no_link_that_leads_nowhere_outside_the_repository(wheel):
+    (metadata,) = (name for name in wheel.namelist() if name.endswith("/METADATA"))
+    page = wheel.read(metadata).decode()
+    assert "\n# flash\n" in page
+    assert re.findall(r"\]\((?!https?://)[^)]*\)", page) == []
 
 
 def test_a_wheel_carries_its_licence(wheel):

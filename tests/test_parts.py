@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import aiohttp
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -19,6 +21,7 @@ from flash.parts.agents import open_agents
 from flash.parts.door import open_door
 from flash.parts.model import load_tokenizer, make_style, prepared_model
 from flash.parts.workers import gap_limit, open_hub
+from flash.seeds import HELDOUT_SEEDS
 from flash.train import warn_of_idle_steps
 from flash.trainer.checkpoint import write_state
 from flash.types import Task
@@ -149,10 +152,37 @@ async def test_a_run_says_which_workers_it_takes_and_which_gpus_are_idle(
     assert line in said[0]
 
 
+async def test_a_worker_that_takes_shorter_sequences_is_refused_with_the_remedy(tmp_path):
+    async def models(request):
+        return web.json_response({"data": [{"id": "policy", "max_model_len": 300}]})
+
+    async def weights():
+        raise ValueError("it takes them")
+
+    app = web.Application()
+    app.router.add_get("/v1/models", models)
+    async with TestServer(app) as server:
+        for tokens, says in (
+            (300, "it takes them"),
+            (301, "exceeds the 300 tokens"),
+        ):
+            config = load(
+                "frozen_lake",
+                {"engine.urls": str(server.make_url("")), "agent.max_sequence_tokens": tokens},
+            )
+            with pytest.raises(ValueError, match=says):
+                async with open_hub(
+                    config, model="", version=0, weights=weights, log_dir=tmp_path, say=print
+                ):
+                    pass
+
+
 def test_held_out_tasks_are_the_same_for_every_run():
     one = load("frozen_lake", {"seed": 1, "eval.tasks": 4})
     other = load("frozen_lake", {"seed": 2, "eval.tasks": 4})
-    assert heldout_tasks(one.eval) == heldout_tasks(other.eval) == [Task(n) for n in range(4)]
+    assert (
+        heldout_tasks(one.eval) == heldout_tasks(other.eval) == [Task(n) for n in HELDOUT_SEEDS[:4]]
+    )
 
 
 async def test_the_door_opens_in_any_run_that_gives_it_a_port_and_tells_its_token(tmp_path):

@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from flash.cli.main import run as flash
+from flash.errors import RolloutFailure
 from flash.evaluate import evaluate
 from flash.hub.embedded_pool import EmbeddedPool
 from flash.machine import has_vllm
@@ -64,7 +65,9 @@ class SetAtWait(asyncio.Event):
         return await super().wait()
 
 
-@pytest.mark.parametrize("wait", [1, 2], ids=["warm start", "first evaluation"])
+@pytest.mark.parametrize(
+    "wait", [1, 2, 3], ids=["warm start", "start of the parts", "first evaluation"]
+)
 async def test_a_run_that_is_stopped_before_its_first_step_has_nothing_to_go_on_with(
     wait, tmp_path
 ):
@@ -72,13 +75,13 @@ async def test_a_run_that_is_stopped_before_its_first_step_has_nothing_to_go_on_
     assert await run(config, SetAtWait(wait)) is None
     assert not list(tmp_path.glob("r/checkpoints/*"))
     policies = list(tmp_path.glob(".small_policies/*"))
-    assert len(policies) == wait - 1, "nothing half-taught is left"
+    assert len(policies) == (wait > 1), "nothing half-taught is left"
     with pytest.raises(ValueError, match="resume"):
         await run(tiny("frozen_lake", tmp_path, name="r", **{"checkpoint.resume": True}))
 
 
 async def test_a_run_that_is_stopped_saves_and_goes_on_where_it_stopped(tmp_path):
-    stop = SetAtWait(3)  # the first batch
+    stop = SetAtWait(4)  # the first batch
     options = {"name": "r", "alpha": 1, "steps": 2}
     first = await run(tiny("frozen_lake", tmp_path, **options), stop)
     assert first["stopped"]
@@ -95,8 +98,43 @@ async def test_a_run_that_is_stopped_saves_and_goes_on_where_it_stopped(tmp_path
     trained = Counter(e["seed"] for e in episodes if e["outcome"] == "trained")
     assert set(trained.values()) == {4}, "no task is trained twice"
     assert sorted(trained) == list(range(min(trained), max(trained) + 1)), "and none is skipped"
+    ids = [episode["episode"] for episode in episodes]
+    assert len(set(ids)) == len(ids), "and ids go on"
+    kept = Counter(t["step"] for t in read_lines(Path(third["folder"]) / "transcripts.jsonl"))
+    assert set(kept) == {1, 2, 3, 4}, "what was said in each step"
+    assert max(kept.values()) <= 2, "and no step is kept twice"
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     evaluation = await evaluate(Path(third["folder"]), {"eval.tasks": 4})
     assert evaluation.episodes == 4
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == files
+
+
+async def test_a_run_that_fails_is_saved_and_goes_on_from_there(tmp_path, monkeypatch):
+    (tmp_path / "failing_filter.py").write_text(FILTER)
+    monkeypatch.syspath_prepend(tmp_path)
+    options = {"name": "r", "eval_every": 0}
+    failing = tiny("frozen_lake", tmp_path, **options, **{"rollout.filters": "failing_filter:drop"})
+    with pytest.raises(RolloutFailure, match="no more of this") as caught:
+        await run(failing)
+    steps = read_lines(tmp_path / "r" / "metrics.jsonl")[-1]["step"]
+    assert steps > 0
+    assert f"all {steps} steps are in" in caught.value.__notes__[0]
+    summary = await run(tiny("frozen_lake", tmp_path, **options, **{"checkpoint.resume": True}))
+    assert summary["steps"] == 3
+    lines = read_lines(tmp_path / "r" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3], "none was trained twice"
+
+
+FILTER = """
+groups = 0
+
+def drop(group):
+    global groups
+    groups += 1
+    if groups > 9:
+        raise ValueError("no more of this")
+    return False
+"""
 
 
 async def test_a_synchronous_run_trains_no_token_of_another_version(tmp_path):

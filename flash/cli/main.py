@@ -1,7 +1,11 @@
 """The `flash` command: which one is meant, help and version; nothing here is slow to import."""
 
+import atexit
+import contextlib
 import io
 import logging
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -11,6 +15,7 @@ from flash.command_line import ended, nearest
 COMMANDS = {
     "train": "Train a policy by asynchronous reinforcement learning.",
     "eval": "Measure a run, or one checkpoint of it, on held-out tasks.",
+    "show": "Print what was said in some episodes of a run.",
     "simulate": "Simulate a run on a cluster: the engine's own hub, loop and agents in virtual "
     "time.",
     "plan": "Search how to split GPUs between workers and trainer, and the alpha to allow, by "
@@ -24,7 +29,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Exit code 2 for what the user got wrong, 3 for a stall, 1 for other failures."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may know no α
-    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+    # Outside of a loop, which has its own answer, there is nothing to close: imports, the end.
+    signal.signal(signal.SIGINT, lambda number, _: os._exit(128 + number))
+    code: int | str | None = 1
+    atexit.register(lambda: _leave(code))  # as the first it is called last
+    try:
+        code = run(sys.argv[1:] if arguments is None else arguments)
+    except SystemExit as end:
+        code = end.code
+    sys.exit(code)
+
+
+def _leave(code: int | str | None) -> None:
+    """Ends the process: an ordinary end searches torch and all for garbage, for seconds."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # somebody has closed it
+            stream.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -52,7 +73,8 @@ def _command(name: str, rest: Sequence[str]) -> None:
     if name != "worker" and (asked := [index for index, word in enumerate(rest) if word in _HELP]):
         from flash.cli import help  # noqa: PLC0415  (so is all below: mistakes must not wait)
 
-        print(help.of(name, COMMANDS[name], rest[asked[0] + 1 :]))
+        sections = [word for word in rest[asked[0] :] if word not in _HELP]
+        print(help.of(name, COMMANDS[name], sections))
         return
     from flash.cli import commands  # noqa: PLC0415
 

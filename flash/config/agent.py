@@ -1,11 +1,16 @@
 """Settings of the agent. It lives outside the engine, which finds it by name."""
 
+import os
+import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from flash.section import Names, Section
+
+# The environment variables that a command finds for its episode.
+GIVEN = ("OPENAI_BASE_URL", "OPENAI_API_KEY", "FLASH_TASK")
 
 
 class AgentConfig(Section):
@@ -15,6 +20,11 @@ class AgentConfig(Section):
         "",
         description="an agent of your own, as a coroutine function module:name, or as a command "
         "[python, agent.py, …]; it brings its own environment",
+    )
+    env: Names = Field(
+        (),
+        description="environment variables of an agent that is a command, beside PATH, HOME and "
+        "the like: NAME passes this process's own, NAME=value sets one, kept in config.yaml",
     )
     ignore: Names = Field(
         (),
@@ -28,7 +38,12 @@ class AgentConfig(Section):
     style_options: dict[str, Any] = Field({}, description="the style's arguments")
     max_turns: int | None = Field(None, ge=1, description="responses in an episode; null: no limit")
     max_tokens: int = Field(256, ge=1, description="of one response")
-    max_sequence_tokens: int = Field(4096, ge=2, description="of a whole episode")
+    max_sequence_tokens: int = Field(
+        4096,
+        ge=2,
+        description="of a whole episode, at most what the model reads; an observation that leaves "
+        "no room to answer ends the episode before it, with the reward it has",
+    )
     temperature: float = Field(1.0, gt=0, description="of sampling; the trainer accounts for it")
     step_timeout_s: float = Field(60.0, gt=0, description="for one environment step")
     episode_timeout_s: float = Field(1800.0, gt=0, description="for one episode")
@@ -62,6 +77,27 @@ class AgentConfig(Section):
                 "[python, agent.py]"
             )
         return value
+
+    @field_validator("env")
+    @classmethod
+    def _env_can_be_had(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name, given, _ in (entry.partition("=") for entry in value):
+            if not re.fullmatch(r"[A-Za-z_]\w*", name):
+                raise ValueError(f"{name!r} is no name of a variable: write NAME or NAME=value")
+            if name in GIVEN:
+                raise ValueError(f"{name} is each episode's own: leave it out")
+            if not given and name not in os.environ:
+                raise ValueError(f"{name} is not set here: export it, or write {name}=value")
+        return value
+
+    @model_validator(mode="after")
+    def _env_has_a_command(self) -> Self:
+        if self.env and (not self.run or isinstance(self.run, str)):
+            raise ValueError(
+                f"agent.env={list(self.env)} is for agents that are commands, and agent.run="
+                f"{self.run!r} is none: leave it out"
+            )
+        return self
 
     @field_validator("ignore")
     @classmethod

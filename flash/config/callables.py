@@ -1,5 +1,6 @@
 """Whether what a run names can be called as it will be: an agent, an environment, a style."""
 
+import contextlib
 import difflib
 import inspect
 import shutil
@@ -9,6 +10,7 @@ from typing import Any
 from flash import registry
 from flash.config.fields import RunFields
 from flash.environments.config import EnvConfig
+from flash.errors import EnvFailure
 
 
 def check_run(config: RunFields) -> None:
@@ -72,6 +74,8 @@ def try_environment(env: EnvConfig) -> None:
 
     Takes seconds where it imports much. ValueError says what its constructor objects to.
     """
+    from flash.environments import boundary  # noqa: PLC0415  (imports gymnasium)
+
     make = registry.environment(env.name)
     for field, options in (
         ("env.options", env.options),
@@ -95,9 +99,5 @@ def try_environment(env: EnvConfig) -> None:
                 f"env.name={env.name!r} is not an environment: it lacks {', '.join(lacks)}; name a "
                 f"class with the methods of a gymnasium.Env"
             )
-        try:
-            made.close()
-        except (Exception, SystemExit) as error:  # likewise
-            raise ValueError(
-                f"env.name={env.name!r} can't be closed: {registry.said_and_where(error)}: mend it"
-            ) from error
+        with contextlib.suppress(EnvFailure):  # harms no episode, and is told in the run
+            boundary.close(made)

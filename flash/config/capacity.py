@@ -10,6 +10,7 @@ from flash.config.model import SMALL
 from flash.config.run import Config
 from flash.machine import Capacity
 from flash.reward.config import ProcessReward
+from flash.worker.config import CACHED_TOKEN_BYTES, MASK_BYTES, THREADS_PER_CORE
 
 # Bytes, measured where it says so.
 _TORCH_PROCESS = 400e6  # a worker or a rank after its imports: 404 and 406 MB
@@ -17,12 +18,9 @@ _PLAIN_PROCESS = 25e6  # an environment's host or a reward's process: 30 and 22 
 _EPISODE = 10e3  # its task, its agent, and what it has said
 _RECORD = 1e3  # a demonstration, a held-out task with its outcome
 _SAMPLE_TOKEN = 36  # of a sample's arrays: ids, mask, logprobs, versions, temperatures, turns
-_CACHED_TOKEN = 256  # keys and values of the smallest head there is, in bfloat16
-_MASK = 4  # of an embedded worker's attention, for each pair of the tokens in a step
 _TRAINED_PARAMETER = 16  # the weight, its gradient and AdamW's two moments, in float32
 
 _PER_CORE = {"engine.workers": 8, "trainer.ranks": 8, "env.hosts": 100, "reward.concurrency": 100}
-_THREADS_PER_CORE = 8
 _OPEN_FILES = 64  # of a run: its files, its logs, its children's sockets
 
 
@@ -37,7 +35,7 @@ def check_capacity(config: Config, has: Capacity, *, trains: bool = True) -> Non
         ("engine.threads", config.engine.threads),
         ("trainer.threads", config.trainer.threads),
     ):
-        if threads > has.cores * _THREADS_PER_CORE:
+        if threads > has.cores * THREADS_PER_CORE:
             raise ValueError(f"{field}={threads}: {has} runs {has.cores} at a time: take no more")
     for fields, wanted in _memory(config, has, trains=trains):
         if wanted > has.memory_bytes:
@@ -105,14 +103,14 @@ def _memory(config: Config, has: Capacity, *, trains: bool) -> Iterator[tuple[st
             demonstrations = config.warm_start.demonstrations
             yield f"warm_start.demonstrations={demonstrations}", demonstrations * _RECORD
     if not has.gpus and not engine.urls:
-        token = 2 * policy.layers * policy.hidden_size * 4 if small else _CACHED_TOKEN
+        token = 2 * policy.layers * policy.hidden_size * 4 if small else CACHED_TOKEN_BYTES
         yield (
             f"engine.cache_tokens={engine.cache_tokens} with engine.workers={engine.workers}",
             engine.cache_tokens * engine.workers * token,
         )
         yield (
             f"engine.max_running={engine.max_running} with engine.workers={engine.workers}",
-            engine.max_running**2 * engine.workers * _MASK,
+            engine.max_running**2 * engine.workers * MASK_BYTES,
         )
 
 

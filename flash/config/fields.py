@@ -16,6 +16,7 @@ from flash.hub.config import EngineConfig
 from flash.reward.config import AnyReward, EnvReward
 from flash.rollout.config import RolloutSettings
 from flash.section import Section
+from flash.seeds import LARGEST
 from flash.trainer.config import TrainerConfig
 from flash.warm_start.config import PolicyConfig, WarmStartConfig
 
@@ -23,7 +24,13 @@ from flash.warm_start.config import PolicyConfig, WarmStartConfig
 class CheckpointConfig(Section):
     """Checkpoints under runs/<name>/checkpoints."""
 
-    every: int = Field(0, ge=0, description="steps between checkpoints; 0: only at the end")
+    every: int = Field(0, ge=0, description="steps between checkpoints that are kept; 0: none")
+    minutes: float = Field(
+        10.0,
+        ge=0,
+        description="minutes between spare ones beside those, of which the newest two are kept; "
+        "0: none. There is one at the end anyway",
+    )
     resume: bool = Field(False, description="go on from the newest checkpoint of this run")
 
 
@@ -54,8 +61,13 @@ class RunFields(Section):
         "at least one less",
     )
     steps: int = Field(100, ge=1, description="policy versions to train")
-    seed: int = Field(0, ge=0, description="of tasks, sampling and the small policy")
+    seed: int = Field(
+        0, ge=0, le=LARGEST, description="of tasks, sampling and the small policy; below 2**63"
+    )
     eval_every: int = Field(10, ge=0, description="steps between evaluations; 0: only at the ends")
+    transcripts: int = Field(
+        2, ge=0, description="episodes of a step that transcripts.jsonl keeps, for flash show"
+    )
     runs_dir: Path = Field(Path("runs"), description="where the runs' folders are")
     agent: AgentConfig = AgentConfig()
     reward: AnyReward = Field(

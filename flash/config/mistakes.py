@@ -1,6 +1,7 @@
 """Nested plain values become a model, or each mistake in them a line with its remedy."""
 
 import difflib
+import reprlib
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -13,6 +14,8 @@ from flash.section import BOOL_FOR_NUMBER
 
 _M = TypeVar("_M", bound=BaseModel)
 
+_SHOWN = reprlib.Repr()  # a value may be as long as a file
+_SHOWN.maxstring = _SHOWN.maxother = 200
 # What pydantic says in words of its own.
 _REMEDIES = {
     "int_parsing": "must be a whole number",
@@ -61,7 +64,7 @@ def _line(error: Any, model: type[BaseModel]) -> str:
         about = next((info.description for known, info in fields(model) if known == name), None)
         return f"{name} is missing: give it a value" + (f" ({about})" if about else "")
     if error["type"] == "model_type":
-        return f"{name}={given!r}: must be a section; write --{name}.field value"
+        return f"{name}={_SHOWN.repr(given)}: must be a section; write --{name}.field value"
     message = _REMEDIES.get(error["type"], str(error["msg"]))
     message = message.removeprefix("Value error, ").replace("Input should", "must")
     message = message.replace("be greater than or equal to", "be at least")
@@ -70,7 +73,7 @@ def _line(error: Any, model: type[BaseModel]) -> str:
     section = isinstance(given, dict) and error["type"] == "value_error"
     if message.startswith(name) or (section and name in message):
         return message
-    return f"{name}: {message}" if section else f"{name}={given!r}: {message}"
+    return f"{name}: {message}" if section else f"{name}={_SHOWN.repr(given)}: {message}"
 
 
 def _choice(name: str, given: str | None, model: type[BaseModel]) -> str:

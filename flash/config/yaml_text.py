@@ -1,8 +1,11 @@
 """YAML of files and of command lines, in which no key may come twice."""
 
+import math
 from typing import Any
 
 import yaml
+
+_MOST_VALUES = 100_000
 
 
 class _Loader(yaml.SafeLoader):
@@ -34,7 +37,10 @@ def plain_values(text: str, where: str) -> Any:
     """What the text says. ValueError in one line, which tells `where` it is written."""
     place = ""
     try:
-        return yaml.load(text, _Loader)
+        values = yaml.load(text, _Loader)
+        if _size(values, {}) <= _MOST_VALUES:
+            return values
+        why = f"aliases make more than {_MOST_VALUES:,} values of it"
     except yaml.MarkedYAMLError as error:
         if (mark := error.problem_mark) is not None:
             place = f"line {mark.line + 1}, column {mark.column + 1}: "
@@ -45,3 +51,17 @@ def plain_values(text: str, where: str) -> Any:
         place = f"line {text.count(chr(10), 0, error.position) + 1}: "
         why = f"no text has the character {error.character:#04x}"
     raise ValueError(f"{where} is not YAML: {place}{' '.join(why.split())}: correct it there")
+
+
+def _size(value: Any, known: dict[int, float]) -> float:
+    """How many values it would be, written out; infinite if it holds itself.
+
+    `known`: of those that aliases name again, by identity.
+    """
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = math.inf  # until it is known: of what is inside itself
+        inner = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_size(one, known) for one in inner)
+    return known[id(value)]

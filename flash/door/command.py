@@ -19,6 +19,10 @@ from flash.errors import AgentFailure, RewardFailure
 from flash.process import log_tail, start_guarded
 from flash.types import Task
 
+_PASSED = {
+    "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "TMPDIR", "VIRTUAL_ENV",
+    "PYTHONPATH", "LD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR",
+}  # fmt: skip
 _ANSWER_BYTES = 65_536
 _END_GRACE_S = 5.0
 
@@ -27,15 +31,25 @@ class CommandAgent:
     """Runs the command for one episode, with what it needs to know in its environment variables.
 
     OPENAI_BASE_URL and OPENAI_API_KEY, which OpenAI's clients read by themselves, and FLASH_TASK,
-    as `{"seed": …, "options": {…}}`. The last line of its output is its answer, in JSON; what it
+    as `{"seed": …, "options": {…}}`. Of this process's environment it has where programs and files
+    are and how people here write, and what `env` lists as NAME or NAME=value: no keys that it was
+    not meant to have. The last line of its output is its answer, in JSON; what it
     writes to stderr goes to `<name>_<n>.log`, n below the number of those that run together.
 
     A cancelled call, and the end of this process whatever its cause, end the command with
     everything that it started, in sessions of their own too.
     """
 
-    def __init__(self, command: Sequence[str], *, log_dir: Path, name: str = "agent") -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        log_dir: Path,
+        name: str = "agent",
+        env: Sequence[str] = (),
+    ) -> None:
         self._command = tuple(command)
+        self._env = _environment(env)
         self._log_dir = log_dir
         self._name = name
         self._new_numbers = itertools.count()
@@ -81,7 +95,7 @@ class CommandAgent:
 
     async def _run(self, variables: dict[str, str], output: IO[bytes], log: IO[bytes]) -> int:
         process, lifeline = await start_guarded(
-            *self._command, stdout=output, stderr=log, env={**os.environ, **variables}
+            *self._command, stdout=output, stderr=log, env={**self._env, **variables}
         )
         try:
             return await process.wait()
@@ -92,6 +106,18 @@ class CommandAgent:
                     await process.wait()
             except TimeoutError:
                 process.kill()
+
+
+def _environment(listed: Sequence[str]) -> dict[str, str]:
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if name in _PASSED or name.startswith("LC_")
+    }
+    for entry in listed:
+        name, given, value = entry.partition("=")
+        env[name] = value if given else os.environ[name]
+    return env
 
 
 def _last_line(output: IO[bytes]) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+from flash.conversation import generation_stops
 from flash.door.schema import function_call
 
 Delta = dict[str, Any]
@@ -206,17 +207,13 @@ def manners_of(tokenizer: Any) -> Manners:
     template: Mapping[str, Any] | None = getattr(tokenizer, "response_template", None)
     if not (path := tokenizer.name_or_path):
         return Manners(template, ())
-    from transformers import AutoConfig, GenerationConfig  # noqa: PLC0415
+    from transformers import AutoConfig  # noqa: PLC0415
     from transformers.cli.serving.utils import get_response_template  # noqa: PLC0415
 
-    stops: int | list[int] | None = None
-    with contextlib.suppress(OSError):  # a tokenizer without a model
-        stops = GenerationConfig.from_pretrained(path).eos_token_id
     with contextlib.suppress(OSError, ValueError):
         model: Any = SimpleNamespace(config=AutoConfig.from_pretrained(path))
         template = get_response_template(tokenizer, model)
-    stops = [stops] if isinstance(stops, int) else stops or []
-    return Manners(template, tuple(stops))
+    return Manners(template, generation_stops(tokenizer))
 
 
 def load_template(template: Mapping[str, Any] | None, *, tools: bool) -> Any:

@@ -27,13 +27,14 @@ from flash.door.respond import Exchange, Responder, Response
 from flash.door.schema import ApiError, Ignore, parse_chat, parse_text, usage
 from flash.door.session import DoorSession, Generate
 from flash.hub.hub import InferenceHub
-from flash.listener import BODY_TIMEOUT_S, Listener, local_address, page_refusal
+from flash.listener import Listener, local_address, page_refusal, read_body
 from flash.types import Completion, GenerateRequest, SamplingParams
 
 logger = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+_CONNECTIONS_A_RESPONSE = 4  # that a token may have, busy or idle
 _READ_TIMEOUT_S = 60.0  # for a client to read its answer
 
 
@@ -192,7 +193,8 @@ class Door:
             raise ApiError(
                 401, "the token is unknown, or its episode has ended", code="invalid_api_key"
             )
-        self._listener.vouch(request)
+        most = _CONNECTIONS_A_RESPONSE * self._max_concurrent
+        self._listener.vouch(request, owner=session.api_key, most=most)
         session.allowance.take_request()
         return session
 
@@ -260,11 +262,7 @@ async def _or_error(response: Awaitable[Response]) -> Response | ApiError:
 
 
 async def _json(request: web.Request) -> Any:
-    try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
-            raw = await request.read()
-    except TimeoutError as error:
-        raise ApiError(408, f"the body took longer than {BODY_TIMEOUT_S:g} s") from error
+    raw = await read_body(request)
     try:
         body = json.loads(raw)
         if b"\\ud" in raw.lower():

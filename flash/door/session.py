@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
-from flash.conversation import CHARS_A_TOKEN
+from flash.conversation import longest_text
 from flash.door.limits import Allowance
 from flash.door.recorder import Memory, Recorder
 from flash.door.schema import LEAVE_OUT, ApiError, Ask, refused
@@ -55,7 +55,7 @@ class DoorSession:
 
     def check_chars(self, chars: int) -> None:
         """ApiError for a prompt that is so long that it is not tokenised."""
-        if chars > CHARS_A_TOKEN * self._max_sequence_tokens:
+        if chars > longest_text(self._max_sequence_tokens):
             raise self._no_room(f"{chars} characters")
 
     def sampling(

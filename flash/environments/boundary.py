@@ -13,14 +13,14 @@ import msgspec
 import numpy as np
 
 from flash.answers import is_ctrl_c, number, raised, shown, truth
+from flash.conversation import MAX_CHARS
 from flash.errors import EnvFailure
 from flash.types import Observation, Task
 
 TextEnv = gymnasium.Env[str, str]
 
-# Far more than any model reads: what is longer is not read at all (`agent.max_sequence_tokens`).
-MAX_TEXT_CHARS = 4_000_000
 _MAX_INFO_BYTES = 4_000_000
+_MAX_COMMANDS = 100_000
 _STEP = "(observation, reward, terminated, truncated, info)"
 _RESET = "(observation, info)"
 
@@ -111,7 +111,7 @@ def _observation(
 def _text(what: str, field: str, value: object) -> str:
     if not isinstance(value, str):
         raise _wrong(what, field, value, "a text: say in words what there is to see")
-    text = str.__str__(value)[:MAX_TEXT_CHARS]
+    text = str.__str__(value)[: MAX_CHARS + 1]  # enough to see that it is too long
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -150,10 +150,12 @@ def _info(what: str, info: dict[Any, Any]) -> dict[str, Any]:
 def _commands(what: str, commands: Any) -> list[str]:
     field = "info['admissible_commands']"
     listed = commands.tolist() if isinstance(commands, np.ndarray) else commands
-    if not isinstance(listed, list | tuple) or not all(isinstance(c, str) for c in listed):
+    if not isinstance(listed, list | tuple) or len(listed) > _MAX_COMMANDS:
+        raise _wrong(what, field, commands, f"a list of at most {_MAX_COMMANDS} texts")
+    if not all(isinstance(command, str) for command in listed):
         raise _wrong(what, field, commands, "a list of texts")
-    if sum(map(len, listed)) > MAX_TEXT_CHARS:
-        raise _wrong(what, field, commands, f"of at most {MAX_TEXT_CHARS} characters in all")
+    if sum(map(len, listed)) > MAX_CHARS:
+        raise _wrong(what, field, commands, f"of at most {MAX_CHARS} characters in all")
     return [_text(what, field, command) for command in listed]
 
 

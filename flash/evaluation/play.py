@@ -12,12 +12,13 @@ from flash.evaluation.result import Evaluation
 from flash.rollout.crew import AgentCrew, SessionHub
 from flash.rollout.episode import AgentFactory, Episode, EpisodeEnd
 from flash.rollout.stall.diagnosis import InspectedHub, stall_of
+from flash.seeds import HELDOUT_SEEDS
 from flash.types import Task, Trajectory
 
 
 def heldout_tasks(settings: EvalConfig) -> list[Task]:
-    """The same for every run, so that runs can be compared."""
-    return [Task(seed) for seed in range(settings.tasks)]
+    """The same for every run, so that runs can be compared; no run trains on their seeds."""
+    return [Task(seed) for seed in HELDOUT_SEEDS[: settings.tasks]]
 
 
 class EvaluationHub(SessionHub, InspectedHub, Protocol):

@@ -3,14 +3,15 @@
 import shlex
 from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 
 from flash import machine
 from flash.choices import UpdateMode
-from flash.section import Numbers, Section
+from flash.section import Numbers, Secret, Section, is_url
 
 # Of vLLM's arguments: what changes the distribution, or which logprobs are returned.
 _SAMPLING_ARGS = ("logprobs-mode", "generation-config", "override-generation-config")
+_KEY_ARGS = ("api-key", "hf-token")
 
 
 class EngineConfig(Section):
@@ -25,7 +26,9 @@ class EngineConfig(Section):
     urls: tuple[str, ...] = Field(
         (), description="workers that run already, vLLM or embedded; with commas between"
     )
-    api_key: str = Field("", description="bearer token of the workers at `urls`")
+    api_key: Secret = Field(
+        SecretStr(""), description="bearer token of the workers at `urls`, or $NAME of a variable"
+    )
     max_running: int = Field(64, ge=1, description="requests at one worker at a time")
     cache_tokens: int = Field(
         65_536,
@@ -91,15 +94,25 @@ class EngineConfig(Section):
                     f"correction for staleness would be wrong: leave it out, and use "
                     f"agent.temperature"
                 )
+            if word.startswith("--") and name in _KEY_ARGS:
+                raise ValueError(
+                    f"--{name}: command lines and the run's config.yaml are for others to read: "
+                    f"leave it out; servers have a key of their own, and find $HF_TOKEN"
+                )
+            if word.startswith("--") and name == "max-model-len":
+                raise ValueError(f"{word} is agent.max_sequence_tokens: leave it out, and set that")
         return value
 
     @field_validator("urls", mode="before")
     @classmethod
     def _one_url_or_many(cls, value: Any) -> Any:
         given = value.split(",") if isinstance(value, str) else value
-        for url in given if isinstance(given, list | tuple) else [given]:
-            if not str(url).startswith(("http://", "https://")):
+        urls = given if isinstance(given, list | tuple) else [given]
+        for url in urls:
+            if not is_url(url):
                 raise ValueError(f"{url} is not a URL: write http://host:8000, with commas between")
+            if urls.count(url) > 1:
+                raise ValueError(f"{url} is given twice: give it once")
         return given
 
     @model_validator(mode="after")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from flash.hub.pool import ProcessPool, visible_gpus
 from flash.machine import Gpu
+from flash.seeds import derived
 
 
 class EmbeddedPool(ProcessPool):
@@ -45,7 +46,8 @@ class EmbeddedPool(ProcessPool):
         self._seed = seed
 
     def _command(self, number: int, host: str, port: int) -> Sequence[str]:
-        options = {**self._options, "seed": self._seed + number, "host": host, "port": port}
+        seed = derived(self._seed, f"worker {number}")
+        options = {**self._options, "seed": seed, "host": host, "port": port}
         given = [f"--{name}={value}" for name, value in options.items()]
         return [sys.executable, "-m", "flash.worker", *given]
 

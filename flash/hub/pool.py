@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from flash.errors import InferenceFailure, first_error
 from flash.hub.http_worker import HttpWorker
 from flash.hub.worker import OnExit, OnReady, Worker, WorkerFailure
@@ -159,11 +161,11 @@ class ProcessPool(abc.ABC):
         try:
             async with asyncio.timeout(self._start_timeout_s):
                 while not exited.done():
-                    try:
-                        await seat.worker.check_health()
-                        return
-                    except WorkerFailure:
-                        await asyncio.wait((exited,), timeout=_READY_CHECK_S)
+                    with contextlib.suppress(WorkerFailure):
+                        if await asyncio.to_thread(_listens, seat):
+                            await seat.worker.check_health()
+                            return
+                    await asyncio.wait((exited,), timeout=_READY_CHECK_S)
         except TimeoutError:
             _kill(seat)
             raise InferenceFailure(
@@ -223,6 +225,23 @@ def _reserve_port() -> socket.socket:
     reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     reservation.bind((_HOST, 0))
     return reservation
+
+
+def _listens(seat: _Seat) -> bool:
+    """Whether the seat's process, or one of its family, has the port by now.
+
+    Until it does, any user of this machine may: who would be told the key by a health check, and
+    be trained on.
+    """
+    assert seat.process is not None
+    with contextlib.suppress(psutil.Error):  # one that has ended meanwhile
+        process = psutil.Process(seat.process.pid)
+        return any(
+            connection.status == psutil.CONN_LISTEN and connection.laddr.port == seat.port
+            for member in (process, *process.children(recursive=True))
+            for connection in member.net_connections("inet")
+        )
+    return False
 
 
 def _log_of(seat: _Seat) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from flash.hub.pool import ProcessPool, visible_gpus
 from flash.machine import Gpu
+from flash.seeds import derived
 
 _BLOCK_TOKENS = 32  # the least that attention on a CPU takes
 
@@ -83,7 +84,8 @@ class VllmPool(ProcessPool):
     def _command(self, number: int, host: str, port: int) -> Sequence[str]:
         return [
             sys.executable, "-m", "flash.worker.vllm_server", f"--model={self._model}",
-            f"--host={host}", f"--port={port}", f"--seed={self._seed + number}", *self._arguments,
+            f"--host={host}", f"--port={port}", f"--seed={derived(self._seed, f'worker {number}')}",
+            *self._arguments,
         ]  # fmt: skip
 
     def _environment(self, number: int) -> Mapping[str, str]:

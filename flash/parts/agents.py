@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def _factory(
             act = registry.function(settings.run, "agent.run")
         else:
             name = "heldout_agent" if heldout else "agent"
-            act = CommandAgent(settings.run, log_dir=log_dir, name=name)
+            act = CommandAgent(settings.run, log_dir=log_dir, name=name, env=settings.env)
         return lambda: external(door=door, act=act, options=options, **common)
     agent = registry.agent("environment")
     return lambda: agent(
@@ -104,7 +105,7 @@ async def _open_envs(
     options = _env_options(config, heldout=heldout)
     make: Callable[..., Any] = registry.environment(config.env.name)
     if config.env.hosts == 0:
-        yield InlineEnvs(lambda: make(**options))
+        yield InlineEnvs(partial(make, **options))
         return
     async with EnvHosts(
         config.env.name,

@@ -15,6 +15,7 @@ from flash.reward.judge import Judge, ask_hub, ask_url
 from flash.reward.processes import RewardProcesses
 from flash.reward.prompt import PROMPT
 from flash.reward.stage import FunctionScorer, RewardStage, Scorer
+from flash.section import revealed
 
 
 @contextlib.asynccontextmanager
@@ -40,7 +41,7 @@ async def open_reward(
                     await parts.enter_async_context(aiohttp.ClientSession()),
                     reward.url,
                     model=reward.model,
-                    api_key=reward.api_key,
+                    api_key=revealed(reward.api_key),
                     max_tokens=reward.max_tokens,
                 )
             elif getattr(tokenizer, "chat_template", None):

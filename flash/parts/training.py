@@ -5,6 +5,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
+from flash.checkpoints import Checkpoints, Cut, Rescue
 from flash.config import Config
 from flash.evaluation.evaluations import Evaluations
 from flash.hub.hub import InferenceHub
@@ -18,8 +19,8 @@ from flash.rollout.tasks import Tasks
 from flash.telemetry.folder import RunFolder
 from flash.telemetry.live import View
 from flash.telemetry.progress import Progress
+from flash.telemetry.transcripts import Transcripts
 from flash.trainer.advantages import make_advantages
-from flash.trainer.checkpoint import checkpoint_version
 from flash.trainer.trainer import Trainer
 
 
@@ -28,7 +29,7 @@ class Training:
     """What a run consists of. `observers` are told of each event that is not the rollout loop's."""
 
     config: Config
-    folder: RunFolder
+    checkpoints: Checkpoints
     tasks: Tasks
     adaptive_alpha: AdaptiveAlpha
     trainer: Trainer
@@ -43,9 +44,13 @@ class Training:
         every = self.config.publish_every
         return step % every == 0 or self.evaluations.due_after(step)
 
-    def saves_after(self, step: int) -> bool:
+    async def save_after(self, step: int) -> None:
+        """The checkpoint of that step, if one is due."""
         every = self.config.checkpoint.every
-        return every > 0 and step % every == 0
+        if every > 0 and step % every == 0:
+            await self.save()
+        elif self.checkpoints.spare_is_due():
+            await self.save(spare=True)
 
     async def self_test(self) -> None:
         """PublishFailure if workers and trainer differ on a text longer than any window."""
@@ -53,16 +58,20 @@ class Training:
         text = self_test_text(self.trainer.model, at_most=longest - PROBE_TOKENS)
         await self.hub.probe(await self.trainer.export_weights(), text)
 
-    async def save(self) -> None:
-        """A checkpoint of the present version, unless there is one."""
-        checkpoint = self.folder.checkpoint(self.trainer.version)
-        if checkpoint.exists():
-            return
-        unfinished = self.rollouts.unfinished_tasks()
-        await self.trainer.save_checkpoint(checkpoint)
-        self.tasks.save(checkpoint, unfinished)
-        self.adaptive_alpha.save(checkpoint)
-        self.observers.saved(checkpoint)
+    async def save(self, *, spare: bool = False) -> None:
+        """A checkpoint of the present version, if there is none yet and any step in it."""
+        await self.checkpoints.save(self.trainer, self.cut(), spare=spare)
+
+    def cut(self) -> Cut:
+        """Where it stands now, if the trainer is not in the middle of a step."""
+        version = self.trainer.version
+        unfinished = [task.seed for task in self.rollouts.unfinished_tasks(version)]
+        return Cut(
+            version=version,
+            given=self.tasks.given,
+            unfinished=unfinished + self.tasks.left,
+            alpha=self.adaptive_alpha.state(),
+        )
 
 
 @contextlib.asynccontextmanager
@@ -74,19 +83,27 @@ async def open_training(
     Episodes are under way as soon as there are workers, and the trainer loads meanwhile.
     """
     tasks, adaptive = Tasks(config.seed), _adaptive_alpha(config)
-    if folder.resume_from is not None:
-        tasks.restore(folder.resume_from)
-        adaptive.restore(folder.resume_from)
-        folder.forget_after(checkpoint_version(folder.resume_from))
+    first_ids = folder.next_ids()
+    if (resumed := folder.resumed) is not None:
+        tasks.go_on(given=resumed.cut.given, unfinished=resumed.cut.unfinished)
+        adaptive.restore(resumed.cut.alpha)
+        folder.forget_after(resumed.cut.version)
     observers = Observers([folder])
+    checkpoints = Checkpoints(
+        folder.path,
+        resumed=resumed,
+        every_s=60 * config.checkpoint.minutes,
+        observer=observers,
+    )
     async with (
         Trainer(
             model=model,
             config=config.trainer,
             run_dir=folder.path,
             seed=config.seed,
-            resume_from=folder.resume_from,
+            resume_from=resumed.path if resumed else None,
         ).starting() as trainer,
+        Rescue(checkpoints, trainer) as rescue,
         open_parts(
             config,
             model=trainer.model,
@@ -99,6 +116,9 @@ async def open_training(
         parts.agents() as agents,
         parts.agents(heldout=True) as heldout_agents,
     ):
+        decode = parts.tokenizer.decode
+        per_step, steps = config.transcripts, config.steps
+        observers.add(Transcripts(folder.transcript, decode=decode, per_step=per_step, steps=steps))
         rollouts = RolloutLoop(
             parts.hub,
             agent=agents.make,
@@ -111,6 +131,7 @@ async def open_training(
                 config.trainer.advantages, finished=not config.trainer.finishes_advantages
             ),
             last_version=config.steps,
+            first_ids=first_ids,
             observers=[observers],
             trainer=trainer.state,
             caller_timeout_s=config.trainer.between_batches_s,
@@ -132,19 +153,21 @@ async def open_training(
                 observer=observers,
                 stop=stop,
             )
-            async with progress.ticking(), evaluations:
-                yield Training(
-                    config=config,
-                    folder=folder,
-                    tasks=tasks,
-                    adaptive_alpha=adaptive,
-                    trainer=trainer,
-                    hub=parts.hub,
-                    rollouts=rollouts,
-                    evaluations=evaluations,
-                    progress=progress,
-                    observers=observers,
-                )
+            run = Training(
+                config=config,
+                checkpoints=checkpoints,
+                tasks=tasks,
+                adaptive_alpha=adaptive,
+                trainer=trainer,
+                hub=parts.hub,
+                rollouts=rollouts,
+                evaluations=evaluations,
+                progress=progress,
+                observers=observers,
+            )
+            with rescue.watching(run.cut):
+                async with progress.ticking(), evaluations:
+                    yield run
 
 
 def _adaptive_alpha(config: Config) -> AdaptiveAlpha:

@@ -5,6 +5,9 @@ import functools
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 
+import aiohttp
+import msgspec
+
 from flash.config import Config
 from flash.hub.embedded_pool import EmbeddedPool
 from flash.hub.http_worker import HttpWorker
@@ -14,7 +17,10 @@ from flash.hub.pool import ProcessPool
 from flash.hub.vllm_pool import VllmPool
 from flash.hub.worker import Worker
 from flash.machine import Gpu, gpus, has_vllm, how_to_install
+from flash.section import revealed
 from flash.types import Weights
+
+_ASK_TIMEOUT_S = 10.0
 
 
 @contextlib.asynccontextmanager
@@ -35,6 +41,8 @@ async def open_hub(
     engine = config.engine
     workers, why = _workers(config, model=model, version=version, log_dir=log_dir)
     say(f"engine: {why}")
+    for url in engine.urls:
+        await _check_room(url, revealed(engine.api_key), config.agent.max_sequence_tokens)
     async with InferenceHub(
         workers,
         max_running=engine.max_running,
@@ -48,6 +56,37 @@ async def open_hub(
         gap_limit=gap_limit(config),
     ) as hub:
         yield hub
+
+
+async def _check_room(url: str, api_key: str, tokens: int) -> None:
+    """ValueError if a worker that runs already says that it takes no sequence of so many tokens."""
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    timeout = aiohttp.ClientTimeout(total=_ASK_TIMEOUT_S)
+    try:
+        async with (
+            aiohttp.ClientSession(headers=headers, timeout=timeout) as session,
+            session.get(f"{url.rstrip('/')}/v1/models") as response,
+        ):
+            cards = msgspec.json.decode(await response.read(), type=_Cards).data
+    except (aiohttp.ClientError, OSError, TimeoutError, msgspec.MsgspecError):
+        return  # it may start later, or not tell
+    for card in cards:
+        if card.max_model_len is not None and card.max_model_len < tokens:
+            raise ValueError(
+                f"agent.max_sequence_tokens={tokens} exceeds the {card.max_model_len} tokens that "
+                f"the worker at {url} takes: set it to {card.max_model_len} or less, or start the "
+                f"worker with --max-model-len={tokens}"
+            )
+
+
+class _Card(msgspec.Struct):
+    max_model_len: int | None = None
+
+
+class _Cards(msgspec.Struct):
+    """What is read of vLLM's /v1/models."""
+
+    data: list[_Card]
 
 
 def gap_limit(config: Config) -> float:
@@ -130,13 +169,13 @@ def _client(config: Config, number: int, url: str, log_dir: Path) -> HttpWorker:
     """Of a worker that runs already."""
     engine = config.engine
     if engine.transport == "disk":
-        return HttpWorker(url, api_key=engine.api_key)
+        return HttpWorker(url, api_key=revealed(engine.api_key))
     start_sender = nccl_sender(
         number % config.trainer.ranks,
         name=f"sender {number}",
         log_path=log_dir / f"sender_{number}.log",
     )
-    return NcclWorker(url, api_key=engine.api_key, start_sender=start_sender)
+    return NcclWorker(url, api_key=revealed(engine.api_key), start_sender=start_sender)
 
 
 def worker_gpus(ranks: int) -> list[Gpu]:

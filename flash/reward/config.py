@@ -6,11 +6,11 @@ reward: {name: process, run: "my_rewards:score", timeout_s: 10}
 import inspect
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SecretStr, model_validator
 
 from flash import registry
 from flash.reward.prompt import PROMPT, check_prompt
-from flash.section import Section
+from flash.section import Secret, Section, is_url
 
 _OF = "the episode"
 _RUN = "module:name, a function of the episode (flash.types.Transcript)"
@@ -70,7 +70,9 @@ class JudgeReward(StageSettings):
     name: Literal["judge"] = "judge"
     url: str = Field("", description="of OpenAI's protocol, as https://host/v1; none: the policy")
     model: str = Field("", description="at that URL")
-    api_key: str = Field("", description="bearer token of that URL")
+    api_key: Secret = Field(
+        SecretStr(""), description="bearer token of that URL, or $NAME of a variable"
+    )
     prompt: str = Field(
         "", description="with {text} or {response}, and {max_score}; none: one that shows {text}"
     )
@@ -79,7 +81,7 @@ class JudgeReward(StageSettings):
 
     @model_validator(mode="after")
     def _can_be_asked(self) -> Self:
-        if self.url and not self.url.startswith(("http://", "https://")):
+        if self.url and not is_url(self.url):
             raise ValueError(f"reward.url={self.url!r} is not a URL: write https://host/v1")
         if bool(self.url) != bool(self.model):
             raise ValueError(

@@ -50,11 +50,11 @@ class Judge:
             answer = await self._ask(prompt)
         numbers = _NUMBER.findall(answer)
         if not numbers:
-            raise RewardFailure(f"is not a number: the judge said {answer!r}")
+            raise RewardFailure(f"no number: the judge said {answer!r}")
         grade = float(numbers[-1])
         if not 0 <= grade <= self._max_score:
             raise RewardFailure(
-                f"is not a grade from 0 to {self._max_score:g}: the judge said {answer!r}"
+                f"no grade from 0 to {self._max_score:g}: the judge said {answer!r}"
             )
         return grade / self._max_score
 

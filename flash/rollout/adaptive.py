@@ -7,16 +7,23 @@ The α in force is room for work: (1+α)·batch samples under way. With less roo
 and are younger when they are trained. Nothing is thrown away for it, and the bound stays the bound.
 """
 
-import json
 import math
 from collections import deque
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
+
+import msgspec
 
 _LESS = 0.5  # times α
 _MORE = 0.5  # and α
-_FILE = "adaptive_alpha.json"
+
+
+class AlphaState(msgspec.Struct, frozen=True, kw_only=True):
+    """What a resume keeps of it."""
+
+    alpha: float
+    seen: list[tuple[float, float, float]]
+    unjudged: int
 
 
 class AdaptiveAlpha:
@@ -83,16 +90,12 @@ class AdaptiveAlpha:
 
     # ── through a checkpoint ─────────────────────────────────────────────────────────────────
 
-    def save(self, checkpoint: Path) -> None:
-        """Writes its state beside the checkpoint's other files."""
-        state = {"alpha": self.alpha, "seen": list(self._seen), "unjudged": self._unjudged}
-        (checkpoint / _FILE).write_text(json.dumps(state))
+    def state(self) -> AlphaState:
+        return AlphaState(alpha=self.alpha, seen=list(self._seen), unjudged=self._unjudged)
 
-    def restore(self, checkpoint: Path) -> None:
-        """Goes on where the run left off; begins anew if α was fixed until then, or is now."""
-        if not self._follows or not (checkpoint / _FILE).exists():
-            return
-        state = json.loads((checkpoint / _FILE).read_text())
-        self.alpha = min(self._bound, max(self._least, state["alpha"]))  # others by now, perhaps
-        self._unjudged = state["unjudged"]
-        self._seen.extend((ess, kl, waited) for ess, kl, waited in state["seen"])
+    def restore(self, state: AlphaState) -> None:
+        """Goes on where the run left off; a fixed α is what is configured."""
+        if self._follows:
+            self.alpha = min(self._bound, max(self._least, state.alpha))  # others by now, perhaps
+            self._unjudged = state.unjudged
+            self._seen.extend(state.seen)

@@ -1,14 +1,17 @@
 """Filters of complete groups: what teaches nothing is dropped, and another task takes its place."""
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
+
+import numpy as np
 
 from flash import registry
 from flash.errors import RolloutFailure
 from flash.types import Trajectory
 
 GroupFilter = Callable[[Sequence[Trajectory]], bool]
-"""Of the episodes of one group: whether it is dropped."""
+"""Of the episodes of one group: whether it is dropped. It is called in the event loop."""
 
 
 def equal_rewards(group: Sequence[Trajectory]) -> bool:
@@ -33,6 +36,11 @@ def find_filter(name: str) -> GroupFilter:
             f"your own as module:function"
         )
     found: GroupFilter = registry.function(name, "rollout.filters", of="a group's trajectories")
+    if inspect.iscoroutinefunction(found):
+        raise ValueError(
+            f"rollout.filters: {name!r} is a coroutine function, and its answer is not waited for: "
+            f"write def"
+        )
     return found
 
 
@@ -40,7 +48,7 @@ class Filters:
     """Judges complete groups, one filter after another.
 
     Raises RolloutFailure when more than `at_most` groups are dropped for one batch, or when a
-    filter raises.
+    filter raises or answers neither true nor false.
     """
 
     def __init__(self, filters: Sequence[GroupFilter], *, at_most: int) -> None:
@@ -54,8 +62,13 @@ class Filters:
             name = getattr(drops, "__name__", type(drops).__name__)
             try:
                 dropped = drops(group)
-            except Exception as error:  # the boundary to the user's function
+            except (Exception, SystemExit) as error:  # the boundary to the user's function
                 raise RolloutFailure(f"rollout.filters: {name} raised {error!r}") from error
+            if not isinstance(dropped, bool | np.bool):
+                raise RolloutFailure(
+                    f"rollout.filters: {name} returned {dropped!r}: return True for a group to "
+                    f"drop, False for one to keep"
+                )
             if dropped:
                 self._dropped += 1
                 if self._dropped > self._at_most:

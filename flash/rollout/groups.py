@@ -38,11 +38,11 @@ class Group:
 class Groups:
     """In the order of their tasks. `complete` and `spares` are sums, kept as members change."""
 
-    def __init__(self) -> None:
+    def __init__(self, first_id: int = 0) -> None:
         self.complete = 0
         self.spares = 0
         self._groups: dict[int, Group] = {}
-        self._next_id = 0
+        self._next_id = first_id
 
     def __len__(self) -> int:
         return len(self._groups)

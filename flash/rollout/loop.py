@@ -83,6 +83,7 @@ class RolloutLoop:
             of one group.
         last_version: the version at which training ends; what no batch until then can take is
             neither begun nor played to its end.
+        first_ids: of an episode and of a group, from which they are counted.
         observers: hear of each event.
         trainer, caller_timeout_s: what the trainer is at, if anybody knows; how long the caller
             may do neither of the loop's calls. See `Watchdog`.
@@ -106,6 +107,7 @@ class RolloutLoop:
         filters: Sequence[GroupFilter] = (),
         advantages: Advantages = _GRPO,
         last_version: int | None = None,
+        first_ids: tuple[int, int] = (0, 0),
         observers: Iterable[Observer] = (),
         trainer: Callable[[], TrainerState] | None = None,
         caller_timeout_s: float = 3600.0,
@@ -141,7 +143,8 @@ class RolloutLoop:
             redundant_episodes=settings.redundant_episodes,
             last_version=last_version,
         )
-        self._groups = Groups()
+        self._next_episode, first_group = first_ids
+        self._groups = Groups(first_group)
         self._admission = Admission(
             tasks,
             self._groups,
@@ -166,8 +169,8 @@ class RolloutLoop:
         self._open = False
         self._paused = False
         self._taken: list[Group] = []  # parts of the next batch
+        self._handed_over: list[Task] = []  # of the last batch
         self._next_version = hub.version  # at which the next batch will be trained
-        self._next_episode = 0
         self._started_this_turn = 0
         self._failure: Exception | None = None
         self._failures_in_a_row = 0
@@ -302,9 +305,13 @@ class RolloutLoop:
             unpublished=self._slots.held,
         )
 
-    def unfinished_tasks(self) -> list[Task]:
-        """Tasks of the groups on their way: what a run that stops now has begun and not trained."""
-        return [group.task for group in self._groups]
+    def unfinished_tasks(self, version: int) -> list[Task]:
+        """What has begun and is not trained into the policy of that version, the present one.
+
+        Of groups on their way, and of a batch that was handed over and came to nothing.
+        """
+        untrained = self._handed_over if version < self._next_version else []
+        return untrained + [group.task for group in self._groups]
 
     # ── what the watchdog does ───────────────────────────────────────────────────────────────
 
@@ -506,6 +513,7 @@ class RolloutLoop:
             self._observers.handed_over(batch)
             return batch
         whole, self._taken = self._taken, []
+        self._handed_over = [group.task for group in whole]
         for group in whole:
             self._groups.close(group)
             for member in group.members.values():

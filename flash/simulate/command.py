@@ -9,12 +9,15 @@ from typing import Any
 
 import yaml
 
+from flash import machine
 from flash.simulate.calibrate import calibrate
 from flash.simulate.results import Row
 from flash.simulate.run import simulate
 from flash.simulate.scenario import Scenario
 
 _FOLDER = Path("runs/simulations")
+_WORKER_BYTES = 4e3  # measured, like that of an episode
+_EPISODE_BYTES = 10e3
 _COLUMNS = {
     "samples_per_s": ("samples/s", "{:9.3g}"),
     "tokens_per_s": ("tokens/s", "{:9.3g}"),
@@ -42,6 +45,9 @@ def sweep(
     ]
     # All are checked before the first one takes its time.
     scenarios = [scenario.changed(changes) for changes in combinations]
+    for changed in scenarios:
+        workers = changed.workers.count
+        check_memory(changed, workers, f"workers.count={workers}")
     folder = make_folder(out or _FOLDER / scenario.name)
     trace = folder / "timeline.json.gz" if timeline else None
     _print_title(scenario)
@@ -86,6 +92,25 @@ def make_folder(folder: Path) -> Path:
     except OSError as error:
         raise ValueError(f"--out {folder}: {error.strerror}; name a folder") from error
     return folder
+
+
+def check_memory(scenario: Scenario, workers: int, field: str) -> None:
+    """ValueError if this machine can't hold what is simulated; `field` gives the workers."""
+    has = machine.capacity()
+    rollout = scenario.rollout
+    groups = scenario.batch_size // scenario.group_size + rollout.redundant_groups
+    episodes = groups * (scenario.group_size + rollout.redundant_episodes)
+    episodes += int(scenario.alpha * scenario.batch_size)
+    for fields, wanted in (
+        (field, workers * _WORKER_BYTES),
+        (f"batch_size={scenario.batch_size} with alpha={scenario.alpha:g} and rollout's "
+         f"redundancy", episodes * _EPISODE_BYTES),
+    ):  # fmt: skip
+        if wanted > has.memory_bytes:
+            raise ValueError(
+                f"{fields}: simulating it needs {wanted / 1e9:,.1f} GB of memory, more than {has} "
+                f"can give: take less"
+            )
 
 
 def _print_title(scenario: Scenario) -> None:

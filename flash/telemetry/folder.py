@@ -4,8 +4,9 @@ runs/<name>/
 ├── config.yaml       the resolved configuration
 ├── metrics.jsonl     a line a step; names and units in metrics.py
 ├── episodes.jsonl    a line an ended episode: EpisodeRecord
+├── transcripts.jsonl what was said in some of them; see transcripts.py, and flash show
 ├── events.out.…      the same metrics for TensorBoard
-├── checkpoints/      step_<version>/; whole once tasks.json is in it
+├── checkpoints/      step_<version>/ (flash/checkpoints.py)
 ├── logs/             of the processes; controller.log holds what ended the run, if anything did,
 │                     stalls.log what blocked it
 ├── report.png        pictures of the run
@@ -14,27 +15,32 @@ runs/<name>/
 
 import asyncio
 import contextlib
+import itertools
 import json
 import logging
 import math
 import os
-import re
+import socket
 import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, Self
 
 import yaml
 
+from flash.checkpoints import Checkpoint, newest_checkpoint
 from flash.config import Config
+from flash.config.resumed import check_resumed
+from flash.config.source import read_mapping
+from flash.durable import HeldError, locked, write_whole
 from flash.rollout.episode import Episode
 from flash.rollout.observer import Observer
 from flash.rollout.record import EpisodeRecord
-from flash.rollout.tasks import TASKS_FILE
-from flash.trainer.checkpoint import STATE_FILE
+
+TRANSCRIPTS_FILE = "transcripts.jsonl"
 
 logger = logging.getLogger(__name__)
 
@@ -43,51 +49,83 @@ class RunFolder(Observer):
     """Writes a run's files; each line is flushed, so that a crash loses none.
 
     A run never writes into another's folder: if there is a run of that name, this one is
-    `<name>-2` and so on. With `checkpoint.resume` it goes on in its own; ValueError if there is
-    nothing to resume. A run that ends before its first line gives its name back.
+    `<name>-2` and so on. With `checkpoint.resume` it goes on in its own; entering raises ValueError
+    if there is nothing to resume, if the run is still going, or if the configuration is not one
+    that it can go on with. A run that ends before its first line gives its name back.
     """
 
     def __init__(self, config: Config) -> None:
+        self.config = config
         self.path = config.runs_dir / config.name
-        self.resume_from: Path | None = None
-        if config.checkpoint.resume:
-            self.resume_from = newest_checkpoint(self.path)
-            if self.resume_from is None:
+        self.resumed: Checkpoint | None = None
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as opened:
+            try:
+                self._open(opened)
+            except OSError as error:
                 raise ValueError(
-                    f"checkpoint.resume is on, but {self.path}/checkpoints holds no checkpoint: "
-                    f"leave it out to start anew"
-                )
-        number = 2
-        while self.resume_from is None and (self.path / "metrics.jsonl").exists():
-            self.path = config.runs_dir / f"{config.name}-{number}"
-            number += 1
-        if self.path.name != config.name:
-            logger.warning(
-                "there is a run %s already: this one goes to %s (--resume goes on with a run)",
-                config.runs_dir / config.name,
-                self.path,
-            )
+                    f"runs_dir={str(self.config.runs_dir)!r}: {error}: give a folder to write to"
+                ) from error
+            self._opened = opened.pop_all()
+        return self
+
+    def _open(self, opened: contextlib.ExitStack) -> None:
+        if self.config.checkpoint.resume:
+            self._go_on(opened)
+        else:
+            self._begin(opened)
         # As the file keeps it, it is enough to go on (`flash train runs/x-2/config.yaml --resume`)
         # and to start anew; that this start is a resume is no property of the run.
-        anew = config.checkpoint.model_copy(update={"resume": False})
-        self.config = config.model_copy(update={"name": self.path.name, "checkpoint": anew})
-        self._files = contextlib.ExitStack()
-
-    def __enter__(self) -> "RunFolder":
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / "config.yaml").write_text(
-                yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
-            )
-            self._metrics = self._open("metrics.jsonl")
-            self._episodes = self._open("episodes.jsonl")
-        except OSError as error:
-            raise ValueError(
-                f"runs_dir={str(self.config.runs_dir)!r}: {error}: give a folder to write to"
-            ) from error
+        anew = self.config.checkpoint.model_copy(update={"resume": False})
+        self.config = self.config.model_copy(update={"name": self.path.name, "checkpoint": anew})
+        text = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
+        write_whole(self.path / "config.yaml", text.encode())
+        self._metrics = opened.enter_context(_lines(self.path / "metrics.jsonl"))
+        self._episodes = opened.enter_context(_lines(self.path / "episodes.jsonl"))
+        self._transcripts = opened.enter_context(_lines(self.path / TRANSCRIPTS_FILE))
         self._board = _Board(self.path)
-        self._files.callback(self._board.close)
-        return self
+        opened.callback(self._board.close)
+
+    def _begin(self, opened: contextlib.ExitStack) -> None:
+        """In the first folder of its name that no run has."""
+        for number in itertools.count(2):
+            self.path.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(HeldError):
+                names = ("metrics.jsonl", "checkpoints")
+                if not any((self.path / name).exists() for name in names):
+                    opened.enter_context(locked(self.path))
+                    break
+            self.path = self.path.with_name(f"{self.config.name}-{number}")
+        if self.path.name != self.config.name:
+            logger.warning(
+                "there is a run %s already: this one goes to %s (--resume goes on with a run)",
+                self.path.with_name(self.config.name),
+                self.path,
+            )
+
+    def _go_on(self, opened: contextlib.ExitStack) -> None:
+        """In its own folder, from its newest whole checkpoint."""
+        if not self.path.is_dir():
+            raise ValueError(self._nothing_to_resume())
+        try:
+            opened.enter_context(locked(self.path))
+        except HeldError as error:
+            raise ValueError(
+                f"checkpoint.resume is on, but {self.path} still runs, in process {error.pid}: "
+                f"stop that one first (kill -INT {error.pid}), or start anew under another --name"
+            ) from None
+        self.resumed = newest_checkpoint(self.path)
+        if self.resumed is None:
+            raise ValueError(self._nothing_to_resume())
+        if (before := self.path / "config.yaml").exists():
+            check_resumed(self.config, read_mapping(before, "env: NAME"))
+
+    def _nothing_to_resume(self) -> str:
+        return (
+            f"checkpoint.resume is on, but {self.path}/checkpoints holds no checkpoint: leave it "
+            f"out to start anew"
+        )
 
     def __exit__(
         self, kind: object, error: BaseException | None, trace: TracebackType | None
@@ -97,25 +135,34 @@ class RunFolder(Observer):
             self._close(error)
 
     def _close(self, error: BaseException | None) -> None:
-        self._files.close()
+        with self._opened:
+            self._log(error)
+            names = ("metrics.jsonl", "episodes.jsonl", TRANSCRIPTS_FILE)
+            files = [self.path / name for name in names]
+            if not any(path.stat().st_size for path in files):
+                for path in files:
+                    path.unlink()
+
+    def _log(self, error: BaseException | None) -> None:
+        """What ended the run, if it was a failure."""
         if error is not None and not isinstance(error, asyncio.CancelledError | KeyboardInterrupt):
             self.logs.mkdir(exist_ok=True)
             path = self.logs / "controller.log"
             with path.open("a") as log:
                 log.writelines(traceback.format_exception(error))
             error.add_note(f"more in {path}")
-        files = [self.path / name for name in ("metrics.jsonl", "episodes.jsonl")]
-        if not any(path.stat().st_size for path in files):
-            for path in files:
-                path.unlink()
 
     @property
     def logs(self) -> Path:
         return self.path / "logs"
 
-    def checkpoint(self, version: int) -> Path:
-        """Where the checkpoint of that policy version belongs."""
-        return self.path / "checkpoints" / f"step_{version:06d}"
+    def next_ids(self) -> tuple[int, int]:
+        """Of an episode and of a group, which nothing in its files has."""
+        lines = read_lines(self.path / "episodes.jsonl")
+        return (
+            max((line["episode"] + 1 for line in lines), default=0),
+            max((line["group"] + 1 for line in lines), default=0),
+        )
 
     def forget_after(self, step: int) -> None:
         """On a resume: drop what came after the checkpoint of that step; it is done again.
@@ -127,6 +174,7 @@ class RunFolder(Observer):
             self.path / "episodes.jsonl",
             lambda line: line["outcome"] == "trained" and line["trained_at_version"] >= step,
         )
+        _cut(self.path / TRANSCRIPTS_FILE, lambda line: line["step"] > step)
         self._board.forget_after(step)
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -142,6 +190,10 @@ class RunFolder(Observer):
         """One line of episodes.jsonl."""
         _write(self._episodes, asdict(record))
 
+    def transcript(self, line: Mapping[str, Any]) -> None:
+        """One line of transcripts.jsonl."""
+        _write(self._transcripts, line)
+
     def stalled(self, report: str) -> None:
         """What the watchdog said, in logs/stalls.log."""
         self.logs.mkdir(exist_ok=True)
@@ -149,26 +201,24 @@ class RunFolder(Observer):
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {report}\n\n")
 
     def summary(self, summary: Mapping[str, Any]) -> None:
-        (self.path / "summary.json").write_text(json.dumps(_plain(summary), indent=2) + "\n")
-
-    def _open(self, name: str) -> IO[str]:
-        path = self.path / name
-        if path.exists():
-            _cut(path, lambda _: False)
-        return self._files.enter_context(path.open("a"))
+        text = json.dumps(_plain(summary), indent=2) + "\n"
+        write_whole(self.path / "summary.json", text.encode())
 
 
 class _Board:
-    """Scalars for TensorBoard, written without torch."""
+    """Scalars for TensorBoard, written without torch, and without a thread: what can't be written
+    is an error of whoever wrote it."""
 
     def __init__(self, path: Path) -> None:
         # Slow to import, and only a run needs it.
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # noqa: PLC0415
         from tensorboard.compat.proto.summary_pb2 import Summary  # noqa: PLC0415
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter  # noqa: PLC0415
+        from tensorboard.summary.writer.record_writer import RecordWriter  # noqa: PLC0415
 
         self._event, self._summary, self._session = Event, Summary, SessionLog
-        self._writer = EventFileWriter(str(path))
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        self._records = RecordWriter((path / name).open("ab"))
+        self._write(file_version="brain.Event:2")  # of the format
 
     def add(self, metrics: Mapping[str, Any]) -> None:
         values = [
@@ -176,32 +226,20 @@ class _Board:
             for name, value in metrics.items()
             if isinstance(value, int | float)
         ]
-        self._writer.add_event(
-            self._event(
-                step=int(metrics["step"]),
-                wall_time=time.time(),  # a date, for TensorBoard's own axes
-                summary=self._summary(value=values),
-            )
-        )
+        self._write(step=int(metrics["step"]), summary=self._summary(value=values))
 
     def forget_after(self, step: int) -> None:
         """TensorBoard drops the events of later steps in earlier files."""
         start = self._session(status=self._session.START)
-        self._writer.add_event(self._event(step=step + 1, wall_time=time.time(), session_log=start))
+        self._write(step=step + 1, session_log=start)
 
     def close(self) -> None:
-        self._writer.close()
+        self._records.close()
 
-
-def newest_checkpoint(run: Path) -> Path | None:
-    """The newest whole checkpoint of a run's folder, if there is one."""
-    whole = [
-        folder
-        for folder in (run / "checkpoints").glob("step_*")
-        if re.fullmatch(r"step_\d+", folder.name)
-        and all((folder / name).exists() for name in (STATE_FILE, TASKS_FILE))
-    ]
-    return max(whole, key=lambda folder: int(folder.name.removeprefix("step_")), default=None)
+    def _write(self, **event: Any) -> None:
+        wall_time = time.time()  # a date, for TensorBoard's own axes
+        self._records.write(self._event(wall_time=wall_time, **event).SerializeToString())
+        self._records.flush()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -215,15 +253,26 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def _lines(path: Path) -> IO[str]:
+    """The file, to add lines to."""
+    if path.exists():
+        _cut(path, lambda _: False)
+    return path.open("a")
+
+
 def _cut(path: Path, is_over: Callable[[dict[str, Any]], bool]) -> None:
-    """Shortens the file to the lines before the first that is over, or that a crash cut off.
+    """Shortens the file to the lines before the first that is over, or that a crash spoiled.
 
     One system call shortens it, so that no other crash can lose the lines before.
     """
     kept = 0
     with path.open("rb") as file:
         for line in file:
-            if not line.endswith(b"\n") or is_over(json.loads(line)):
+            try:
+                over = not line.endswith(b"\n") or is_over(json.loads(line))
+            except ValueError:  # no JSON, or no text
+                over = True
+            if over:
                 break
             kept += len(line)
     os.truncate(path, kept)

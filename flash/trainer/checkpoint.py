@@ -1,44 +1,80 @@
 """What a checkpoint is made of, and whether one is whole; imports no torch.
 
 model/         a Hugging Face model, with its tokenizer if it has one
-optimizer.pt   optimizer, learning-rate schedule, random numbers
+optimizer.pt   what the optimizer has gathered, its steps so far, random numbers
 critic.pt      of advantages=gae: the critic and its optimizer
-trainer.json   the policy version, and the size of every file; written last
+trainer.json   the policy version, and of every file its size and a sum over its ends; written
+               once the disk has the others
 """
 
-import json
+import os
+import zlib
 from pathlib import Path
+
+import msgspec
+
+from flash.durable import sync, write_whole
 
 MODEL_FOLDER = "model"
 OPTIMIZER_FILE = "optimizer.pt"
 CRITIC_FILE = "critic.pt"
 STATE_FILE = "trainer.json"
 
+# At each end of a file: where its format keeps the table of what is in it. A sum over all of a
+# large model would take as long as its writing.
+_END_BYTES = 1 << 20
+
+
+class _File(msgspec.Struct, frozen=True):
+    bytes: int
+    sum_of_ends: int
+
+
+class _State(msgspec.Struct, frozen=True):
+    policy_version: int
+    files: dict[str, _File]
+
 
 def write_state(directory: Path, version: int) -> None:
     """Declare the checkpoint in `directory` whole."""
-    files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
-    sizes = {str(path.relative_to(directory)): path.stat().st_size for path in files}
-    state = {"policy_version": version, "files": sizes}
-    (directory / STATE_FILE).write_text(json.dumps(state, indent=1))
+    paths = sorted(directory.rglob("*"))
+    sync(*paths, directory)
+    files = {str(p.relative_to(directory)): _seen(p) for p in paths if p.is_file()}
+    state = _State(policy_version=version, files=files)
+    write_whole(directory / STATE_FILE, msgspec.json.format(msgspec.json.encode(state)))
 
 
 def checkpoint_version(directory: Path) -> int:
     """The policy version of a checkpoint; ValueError if it is none, or not whole."""
     remedy = "resume from another folder under runs/<name>/checkpoints"
     try:
-        state = json.loads((directory / STATE_FILE).read_text())
-        version, sizes = int(state["policy_version"]), dict(state["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        state = msgspec.json.decode((directory / STATE_FILE).read_bytes(), type=_State)
+    except (OSError, ValueError) as error:  # a file that is no JSON, or of another kind, is both
         raise ValueError(
             f"{directory} is not a checkpoint, or not a whole one ({STATE_FILE}: {error}): {remedy}"
         ) from error
-    for name, size in sizes.items():
-        path = directory / name
-        found = path.stat().st_size if path.is_file() else None
-        if found != size:
-            state_of = "missing" if found is None else f"{found} bytes long instead of {size}"
-            raise ValueError(
-                f"the checkpoint {directory} is damaged ({name} is {state_of}): {remedy}"
-            )
-    return version
+    for name, saved in state.files.items():
+        if damage := _damage(directory / name, saved):
+            raise ValueError(f"the checkpoint {directory} is damaged ({name} {damage}): {remedy}")
+    return state.policy_version
+
+
+def _damage(path: Path, saved: _File) -> str:
+    """What is wrong with a file; nothing if it is as it was saved."""
+    try:
+        found = _seen(path)
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"can't be read: {error.strerror}"
+    if found.bytes != saved.bytes:
+        return f"is {found.bytes} bytes long instead of {saved.bytes}"
+    return "" if found == saved else "has other content than was saved"
+
+
+def _seen(path: Path) -> _File:
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        ends = zlib.crc32(file.read(_END_BYTES))
+        file.seek(max(file.tell(), size - _END_BYTES))
+        return _File(bytes=size, sum_of_ends=zlib.crc32(file.read(), ends))

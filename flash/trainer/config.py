@@ -1,6 +1,6 @@
 """Settings of the trainer; imports no torch."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -13,6 +13,7 @@ from flash.trainer.objectives.settings import (
     KlSettings,
 )
 
+_Beta = Annotated[float, Field(ge=0, lt=1)]
 _DEFAULTS = {"objective": "decoupled_ppo", "advantages": "grpo"}
 
 
@@ -45,7 +46,7 @@ class TrainerConfig(Section):
         0, ge=0, description="then linear decay to 0 over so many optimizer steps; 0: constant"
     )
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="of AdamW")
+    betas: tuple[_Beta, _Beta] = Field((0.9, 0.95), description="of AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     mini_batches: int = Field(1, ge=1, description="optimizer steps a batch is divided into")
     tokens_per_micro_batch: int = Field(

@@ -15,7 +15,6 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
-    set_optimizer_state_dict,
 )
 
 from flash.trainer.config import TrainerConfig
@@ -25,6 +24,7 @@ from flash.trainer.sharding import (
     WHOLE,
     clip_gradient,
     load_model,
+    load_optimizer,
     make_optimizer,
     recompute_activations,
     shard,
@@ -126,6 +126,4 @@ class Critic:
         """Goes on from what `state` was."""
         kept = torch.load(path, weights_only=True, map_location="cpu")
         set_model_state_dict(self._valuer, kept["model"], options=WHOLE)
-        set_optimizer_state_dict(
-            self._valuer, self._optimizer, optim_state_dict=kept["optimizer"], options=WHOLE
-        )
+        load_optimizer(self._valuer, self._optimizer, kept["optimizer"])

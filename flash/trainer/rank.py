@@ -5,7 +5,9 @@ save. Between calls a rank does nothing.
 """
 
 import logging
+import os
 import shutil
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +21,6 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
-    set_optimizer_state_dict,
 )
 from transformers.utils import logging as untyped_logging
 
@@ -39,6 +40,7 @@ from flash.trainer.sharding import (
     WHOLE,
     clip_gradient,
     load_model,
+    load_optimizer,
     make_optimizer,
     recompute_activations,
     shard,
@@ -51,7 +53,7 @@ logger = logging.getLogger(__name__)
 
 
 class Rank:
-    """Model, optimizer and schedule of one rank."""
+    """Model and optimizer of one rank."""
 
     def start(
         self,
@@ -75,6 +77,8 @@ class Rank:
         if cuda:
             torch.cuda.set_device(rank % torch.cuda.device_count())
         self._device = torch.device("cuda", torch.cuda.current_device()) if cuda else "cpu"
+        # All ranks are here: by itself gloo listens where this machine's name leads others, too.
+        os.environ["GLOO_SOCKET_IFNAME"] = _loopback()
         dist.init_process_group(
             "nccl" if cuda else "gloo",
             init_method=f"file://{rendezvous}",
@@ -99,9 +103,7 @@ class Rank:
             logger.exception("the model can't be trained")
             return " ".join(str(error).split())
         self._optimizer = make_optimizer(self._scorer, config, learning_rate=config.learning_rate)
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            self._optimizer, lambda done: _learning_rate_factor(done, config)
-        )
+        self._updates = 0  # optimizer steps so far
         self._critic: Critic | None = None
         if config.has_critic:
             self._critic = Critic(model, config, ranks=ranks, device=self._device, half=self._half)
@@ -209,9 +211,11 @@ class Rank:
 
     def _update(self) -> float:
         """One optimizer step; its learning rate."""
-        learning_rate = float(self._schedule.get_last_lr()[0])
+        learning_rate = _learning_rate(self._updates, self._config)
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
         self._optimizer.step()
-        self._schedule.step()
+        self._updates += 1
         return learning_rate
 
     def _loss(
@@ -305,7 +309,7 @@ class Rank:
             torch.save(
                 {
                     "optimizer": state,
-                    "schedule": self._schedule.state_dict(),
+                    "updates": self._updates,
                     "rng": torch.get_rng_state(),
                 },
                 partial / OPTIMIZER_FILE,
@@ -318,22 +322,26 @@ class Rank:
 
     def _load(self, directory: Path) -> None:
         kept = torch.load(directory / OPTIMIZER_FILE, weights_only=True, map_location="cpu")
-        set_optimizer_state_dict(
-            self._scorer, self._optimizer, optim_state_dict=kept["optimizer"], options=WHOLE
-        )
-        self._schedule.load_state_dict(kept["schedule"])
+        load_optimizer(self._scorer, self._optimizer, kept["optimizer"])
+        self._updates = kept["updates"]
         torch.set_rng_state(kept["rng"])
         if self._critic is not None:
             self._critic.load(directory / CRITIC_FILE)
 
 
-def _learning_rate_factor(done: int, config: TrainerConfig) -> float:
-    """Of the learning rate in the optimizer step after `done` ones."""
+def _loopback() -> str:
+    """The name of the interface that leads to this machine alone."""
+    return next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+
+
+def _learning_rate(done: int, config: TrainerConfig) -> float:
+    """In the optimizer step after `done` ones."""
+    factor = 1.0
     if done < config.warmup_steps:
-        return (done + 1) / config.warmup_steps
-    if config.decay_steps:
-        return max(0.0, 1 - (done - config.warmup_steps) / config.decay_steps)
-    return 1.0
+        factor = (done + 1) / config.warmup_steps
+    elif config.decay_steps:
+        factor = max(0.0, 1 - (done - config.warmup_steps) / config.decay_steps)
+    return config.learning_rate * factor
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -74,6 +74,19 @@ def make_optimizer(
         weight_decay=config.weight_decay,
         fused=True,
     )
+
+
+def load_optimizer(
+    module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> None:
+    """Goes on from what an optimizer has gathered; its settings stay the present ones."""
+    settings = [
+        {name: value for name, value in group.items() if name != "params"}
+        for group in optimizer.param_groups
+    ]
+    set_optimizer_state_dict(module, optimizer, optim_state_dict=state, options=WHOLE)
+    for group, present in zip(optimizer.param_groups, settings, strict=True):
+        group.update(present)
 
 
 def clip_gradient(module: nn.Module, config: TrainerConfig) -> float:

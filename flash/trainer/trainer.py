@@ -77,6 +77,7 @@ class Trainer:
         self._run_dir = run_dir
         self._seed = seed
         self._doing: tuple[str, float] | None = None  # a call, and since when
+        self._interrupted = False  # a step was given up: which weights there are is not known
         self._children: list[Child] = []
         self._scratch: Scratch | None = None  # there while it runs
         self._exports: list[Path] = []
@@ -284,8 +285,16 @@ class Trainer:
             await asyncio.to_thread(shutil.rmtree, self._exports.pop(0))
         return Weights(version=self.version, path=path, score=self.score)
 
+    @property
+    def can_save(self) -> bool:
+        """Whether its ranks live, and none was left in the middle of a step."""
+        return not self._interrupted and all(child.alive for child in self._children)
+
     async def save_checkpoint(self, directory: Path) -> None:
-        """All it takes to go on: model (Hugging Face format), optimizer, schedule, version."""
+        """All it takes to go on: model (Hugging Face format), optimizer, version.
+
+        A trainer that goes on from it has the settings of its own configuration.
+        """
         await self._save(directory, optimizer=True)
 
     async def save_model(self, directory: Path) -> None:
@@ -323,6 +332,9 @@ class Trainer:
                     f"the trainer's {method} took longer than {timeout_s:g} s "
                     f"(trainer.step_timeout_s, trainer.start_timeout_s)"
                 ) from cause
+            raise
+        except asyncio.CancelledError:
+            self._interrupted |= method in ("step", "finish")
             raise
         finally:
             self._doing = None

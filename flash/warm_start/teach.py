@@ -11,25 +11,26 @@ import json
 import logging
 import os
 import random
+import reprlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from flash.errors import TrainerFailure
+from flash.registry import said_and_where
+from flash.seeds import DEMONSTRATION_SEEDS
 from flash.trainer.config import TrainerConfig
 from flash.trainer.objectives.settings import Supervised
 from flash.trainer.trainer import Trainer
-from flash.types import Batch, PromptStyle, Sample, Task, Teachable
+from flash.types import Batch, PromptStyle, Sample, Task, Teachable, Turn
 from flash.warm_start import small_policy
 from flash.warm_start.config import PolicyConfig, WarmStartConfig
 from flash.warm_start.demonstrations import TeachingStyle, to_sample
 
 logger = logging.getLogger(__name__)
 
-# Demonstrations come from seeds that no training task of a run is likely to have.
-_FIRST_SEED = 1 << 40
-
+_T = TypeVar("_T")
 OnProgress = Callable[[str, int, int, Mapping[str, float]], None]
 
 
@@ -71,7 +72,7 @@ async def small_model(
     try:
         model = working / "untaught"
         create = functools.partial(small_policy.create, seed=seed, **policy.model_dump())
-        await _in_thread(create, model, teacher.vocabulary())
+        await _in_thread(create, model, _asked(teacher, "vocabulary", of=str))
         if warm_start.steps:
             config = TrainerConfig(
                 objective=Supervised(),
@@ -94,6 +95,20 @@ async def small_model(
         raise
     shutil.rmtree(working)
     return kept
+
+
+def _asked(teacher: Teachable, method: str, *arguments: object, of: type[_T]) -> list[_T]:
+    """What the environment's method gives. ValueError if it raises, or gives no list `of` those."""
+    name = f"model=small: {type(teacher).__name__}.{method}"
+    remedy = "mend it, or set model to a path or a hub name instead"
+    try:
+        given = getattr(teacher, method)(*arguments)
+        listed = [] if isinstance(given, str) or given is None else list(given)
+    except (Exception, SystemExit) as error:  # the boundary to the environment's code
+        raise ValueError(f"{name} failed: {said_and_where(error)}: {remedy}") from error
+    if not listed or not all(isinstance(one, of) for one in listed):
+        raise ValueError(f"{name} gave no list of {of.__name__}: {reprlib.repr(given)}: {remedy}")
+    return listed
 
 
 async def _in_thread(function: Callable[..., object], *arguments: object) -> None:
@@ -127,7 +142,9 @@ async def _teach(
     samples: list[Sample] = []
     for index in range(settings.demonstrations):
         # In a thread, because an expert's episode takes milliseconds to seconds.
-        turns = await asyncio.to_thread(teacher.demonstrate, Task(_FIRST_SEED + index))
+        turns = await asyncio.to_thread(
+            _asked, teacher, "demonstrate", Task(DEMONSTRATION_SEEDS[index]), of=Turn
+        )
         sample = to_sample(
             turns,
             cast(TeachingStyle, style),
@@ -172,5 +189,6 @@ def _key(
         "warm_start": warm_start.model_dump(mode="json"),
         "seed": seed,
     }
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    # An option may be what JSON does not know: a date, as YAML has them.
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
     return f"{env_key['name']}-{digest[:12]}"

@@ -2,21 +2,28 @@
 
 import argparse
 import os
+import secrets
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, get_type_hints
 
 from flash import machine
 from flash.command_line import Options
+from flash.machine import Capacity
 
 _CHOICES = {"device": ("auto", "cpu", "cuda"), "dtype": ("auto", "float32", "bfloat16")}
+# The least that a worker needs, and the most that helps it.
+CACHED_TOKEN_BYTES = 256  # keys and values of the smallest head there is, in bfloat16
+MASK_BYTES = 4  # of attention, for each pair of the tokens in a step
+THREADS_PER_CORE = 8
 _LEAST = {"max_running": 1, "cache_tokens": 64, "threads": 0, "version": 0, "seed": 0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerConfig:
-    """An embedded worker. The API key comes from `$FLASH_WORKER_API_KEY`; "": one is made."""
+    """An embedded worker. The API key comes from `$FLASH_WORKER_API_KEY`, or is made."""
 
     model: Annotated[str, "a directory or a hub name"]
     host: Annotated[str, "address to listen on"] = "127.0.0.1"
@@ -32,8 +39,9 @@ class WorkerConfig:
 
 
 def parse(arguments: Sequence[str], prog: str) -> WorkerConfig:
-    """The configuration of a command line.
+    """The configuration of a command line; tells a key on stderr that was made for it.
 
+    Without one any user of this machine could have the worker load weights. Raises
     ValueError for a port that is taken, a model that is not there, a number that can't be.
     """
     parser = Options(
@@ -68,9 +76,30 @@ def parse(arguments: Sequence[str], prog: str) -> WorkerConfig:
         if getattr(config, name) < least:
             option = name.replace("_", "-")
             raise ValueError(f"--{option} {getattr(config, name)}: must be at least {least}")
+    _check_machine(config, machine.capacity())
     _check_model(config.model)
     machine.check_port(config.host, config.port, f"--port {config.port}")
+    if not config.api_key:
+        config = replace(config, api_key=secrets.token_urlsafe(16))
+        print(f"no $FLASH_WORKER_API_KEY, so the key is {config.api_key}", file=sys.stderr)
     return config
+
+
+def _check_machine(config: WorkerConfig, has: Capacity) -> None:
+    """What the machine has not would be found out by torch, after it is loaded."""
+    if config.device == "cuda" and not has.gpus:
+        raise ValueError(f"--device cuda: {has} shows none: use --device cpu")
+    if config.threads > (most := has.cores * THREADS_PER_CORE):
+        raise ValueError(f"--threads {config.threads}: {has} takes {most} at most")
+    for option, given, wanted in (
+        ("cache-tokens", config.cache_tokens, config.cache_tokens * CACHED_TOKEN_BYTES),
+        ("max-running", config.max_running, config.max_running**2 * MASK_BYTES),
+    ):
+        if not has.gpus and wanted > has.memory_bytes:
+            raise ValueError(
+                f"--{option} {given} needs {wanted / 1e9:,.1f} GB of memory, more than {has} can "
+                f"give: lower it"
+            )
 
 
 def _check_model(model: str) -> None:

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
+from flash.errors import InferenceFailure
 from flash.positions import positions_of
 from flash.quiet import no_progress_bars
 from flash.worker import attention
@@ -59,7 +60,7 @@ class EngineResult:
     spans: list[tuple[int, int, int]]
 
 
-class EngineDied(RuntimeError):
+class EngineDied(InferenceFailure):
     """The engine's thread has ended; no request can be answered any more."""
 
 

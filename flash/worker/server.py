@@ -11,20 +11,19 @@ GET  /health                       200, or 503 when the engine has died
 
 import asyncio
 import hmac
+import json
 import logging
 import os
-import secrets
 import signal
 import sys
 import uuid
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from aiohttp import web
 
-from flash.listener import BODY_TIMEOUT_S, Listener, local_address, page_refusal
+from flash.listener import Listener, local_address, page_refusal, read_body
 from flash.machine import raise_open_file_limit
 from flash.worker.checksum import checksum
 from flash.worker.config import WorkerConfig
@@ -96,15 +95,8 @@ async def serve(config: WorkerConfig, *, on_ready: Callable[[str], None]) -> Non
 
 
 def main(config: WorkerConfig) -> None:
-    """Serve in this process; prints `ready URL` once, and nothing else to stdout.
-
-    Without a key one is made, and told on stderr: whoever could ask this worker without one could
-    have it load any weights, and any user of the machine could.
-    """
+    """Serve in this process; prints `ready URL` once, and nothing else to stdout."""
     raise_open_file_limit()
-    if not config.api_key:
-        config = replace(config, api_key=secrets.token_urlsafe(16))
-        print(f"no $FLASH_WORKER_API_KEY, so the key is {config.api_key}", file=sys.stderr)
 
     def on_ready(url: str) -> None:
         print(f"ready {url}", flush=True)
@@ -219,12 +211,7 @@ def _generated(request_id: str, result: EngineResult) -> dict[str, Any]:
 
 async def _body(request: web.Request) -> dict[str, Any]:
     try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
-            body = await request.json()
-    except TimeoutError as error:
-        raise web.HTTPRequestTimeout(
-            text=f"the body took longer than {BODY_TIMEOUT_S:g} s"
-        ) from error
+        body = json.loads(await read_body(request))
     except ValueError as error:  # no JSON, or no UTF-8
         raise web.HTTPBadRequest(text=f"the body is not JSON: {error}") from error
     if not isinstance(body, dict):

@@ -66,15 +66,31 @@ def test_a_sampled_tokenisation_that_is_not_the_canonical_one_is_kept(tokenizer)
     )
 
 
-def test_the_action_is_the_last_line_or_what_follows_the_marker(tokenizer):
-    style = ChatStyle(tokenizer)
+@pytest.mark.parametrize(
+    ("answer", "said", "action"),
+    [
+        ("whole", "I think.\ngo north\n", "I think.\ngo north"),
+        ("whole", "", ""),
+        ("last_line", "I think.\ngo north\n\n", "go north"),
+        ("last_line", "Thought: hm\nAction: take apple 1", "take apple 1"),
+        ("last_line", "", ""),
+        ("tag:answer", "<answer>1</answer>, no: <answer> 2\n3 </answer>.", "2\n3"),
+        ("tag:answer", "<answer>1", ""),
+        ("tag:answer", "1</answer>", ""),
+    ],
+)
+def test_the_environment_gets_the_whole_answer_or_the_part_that_is_asked_for(
+    tokenizer, answer, said, action
+):
+    style = ChatStyle(tokenizer, answer=answer)
+    sampled = tokenizer.encode(said, add_special_tokens=False)
+    assert style.action(sampled) == action
+    assert style.action([*sampled, tokenizer.eos_token_id]) == action
 
-    def action(text):
-        return style.action(tokenizer.encode(text, add_special_tokens=False))
 
-    assert action("I think.\ngo north") == "go north"
-    assert action("Thought: hm\nAction: take apple 1") == "take apple 1"
-    assert action("") == ""
+def test_a_part_of_the_answer_that_there_is_not_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="answer='first' must be whole, last_line or tag:NAME"):
+        ChatStyle(tokenizer, answer="first")
 
 
 def test_goal_and_admissible_commands_are_shown(tokenizer):

@@ -11,6 +11,7 @@ from collections import Counter
 import pytest
 
 from flash.agents import EnvironmentAgent
+from flash.conversation import TokenSequence
 from flash.environments.inline import InlineEnvs
 from flash.errors import AgentFailure, EnvFailure, RewardFailure
 from flash.fakes import FakeStyle, FakeWorker, KeepingObserver
@@ -18,7 +19,7 @@ from flash.hub.hub import InferenceHub
 from flash.hub.worker import BadRequest
 from flash.rollout.episode import Episode
 from flash.rollout.loop import RolloutLoop
-from flash.types import Task
+from flash.types import Completion, Task
 from flash.virtual_time import in_virtual_time
 from tests.loops import loop_options
 
@@ -69,8 +70,8 @@ async def played(env, style=None, **options):
 @pytest.mark.parametrize("samples", ["whole", "turns"])
 @in_virtual_time
 async def test_an_observation_that_leaves_no_room_ends_the_episode_before_it(samples):
-    # 4 + 3, then 5 + 1 + 3 of 20: of the 4 that are left no observation may take all.
-    trajectory = await played(Says("fives", "four"), samples=samples)
+    # 4 + 3, then 6 + 3 of 20: of the 4 that are left no observation may take all.
+    trajectory = await played(Says("fives", "thr"), samples=samples)
     assert trajectory.turns == 2
     assert trajectory.reward == 2.0
     assert trajectory.turn_rewards == [1.0, 1.0]
@@ -111,11 +112,21 @@ async def test_what_can_not_fit_is_not_tokenised_and_what_is_long_not_in_the_eve
     assert elsewhere != here
 
 
+async def test_a_text_of_which_only_the_beginning_is_known_never_fits():
+    style = LetterStyle()
+    trajectory = await played(Says("word " * 11_000_000), style, max_sequence_tokens=10_000_000)
+    assert trajectory.turns == len(style.read) == 1
+
+
 @pytest.mark.parametrize(
     ("first", "failure", "says"),
     [
         ("x" * 20, AgentFailure, "the first prompt has 21 tokens, which leaves no room to answer"),
-        ("word " * 11_000_000, EnvFailure, "reset answered 4000000 characters, more than 32 for "),
+        (
+            "word " * 11_000_000,
+            EnvFailure,
+            "reset answered 4000001 characters, more than the 640 t",
+        ),
     ],
 )
 @in_virtual_time
@@ -265,3 +276,19 @@ async def test_an_episode_that_is_given_up_while_a_text_is_tokenised_ends_at_onc
             await episode
     finally:
         release.set()
+
+
+def test_what_was_read_after_the_last_sampled_token_is_no_part_of_a_sample():
+    conversation = TokenSequence([2, 3])
+    conversation.add_sampled(
+        Completion(
+            token_ids=[70, 1], logprobs=[-0.5, -0.1], versions=[4, 4], temperature=1.0,
+            finish_reason="stop",
+        )
+    )  # fmt: skip
+    before = conversation.snapshot()
+    conversation.add_prompt([5, 6])
+    after = conversation.snapshot()
+    assert after.token_ids.tolist() == before.token_ids.tolist() == [2, 3, 70, 1]
+    assert len(after.turns) == len(after.versions) == len(after.logprobs) == 4
+    assert conversation.token_ids == [2, 3, 70, 1, 5, 6], "it may be continued"

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from flash.config.agent import GIVEN
 from flash.door.command import CommandAgent
 from flash.errors import AgentFailure, RewardFailure
 from flash.types import Task
@@ -58,6 +60,20 @@ print()
     url, key, task = answer["told"]
     assert (url, key) == ("http://127.0.0.1:1/v1", "a key")
     assert json.loads(task) == {"seed": 7, "options": {"size": 4}}
+
+
+async def test_a_command_has_of_our_environment_only_what_is_listed(tmp_path, monkeypatch):
+    for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "OPENAI_ORG_ID", "MINE"):
+        monkeypatch.setenv(name, "sesame")
+    monkeypatch.setenv("LC_ALL", "C.UTF-8")
+    code = "import json, os; print(json.dumps(dict(os.environ)))"
+    command = [sys.executable, "-IS", "-c", code]
+    agent = CommandAgent(command, log_dir=tmp_path, env=["MINE", "DEPTH=3=x"])
+    told = await run(agent)
+    assert (told["MINE"], told["DEPTH"], told["LC_ALL"]) == ("sesame", "3=x", "C.UTF-8")
+    assert told["PATH"] == os.environ["PATH"]
+    assert [name for name, value in told.items() if "sesame" in value] == ["MINE"]
+    assert set(GIVEN) <= told.keys()
 
 
 async def test_a_long_talk_before_the_answer_does_no_harm(tmp_path):
@@ -125,11 +141,12 @@ pids = open(sys.argv[1], "a")
 browser = subprocess.Popen(["sleep", "1000"], start_new_session=True)
 if os.fork() == 0:  # a daemon, as they are made: twice forked, nobody's child
     os.setsid()
-    if os.fork() == 0:
-        print(os.getpid(), file=pids, flush=True)
+    daemon = os.fork()
+    if daemon == 0:
         os.execvp("sleep", ["sleep", "1000"])
+    print(daemon, file=pids, flush=True)
     os._exit(0)
-os.wait()
+os.waitpid(-1, 0)
 print(browser.pid, file=pids, flush=True)
 """
 
@@ -162,6 +179,7 @@ async def test_a_cancelled_command_ends_with_all_that_it_started(tmp_path):
 PARENT = """
 import asyncio, sys
 from pathlib import Path
+from flash.config.agent import GIVEN
 from flash.door.command import CommandAgent
 from flash.types import Task
 
@@ -173,9 +191,12 @@ asyncio.run(agent(base_url="", api_key="", task=Task(0)))
 @pytest.mark.slow
 async def test_a_command_whose_parent_is_killed_ends_with_all_that_it_started(tmp_path):
     pids = tmp_path / "pids"
-    code = f"sleep 1000 & echo $! >> {pids}; echo $$ >> {pids}; echo $PPID >> {pids}; wait"
+    code = (
+        f"sleep 1000 & echo $! >> {pids}; setsid sh -c 'echo $$ >> {pids}; exec sleep 1000' & "
+        f"echo $$ >> {pids}; echo $PPID >> {pids}; wait"
+    )
     parent = await asyncio.create_subprocess_exec(sys.executable, "-c", PARENT, code, str(tmp_path))
-    started = await pids_in(pids, 3)
+    started = await pids_in(pids, 4)
     parent.kill()
     await parent.wait()
     deadline = time.monotonic() + 10

@@ -1,6 +1,8 @@
 """What the door does not let through, and what it cancels."""
 
 import asyncio
+import contextlib
+import io
 import json
 import logging
 
@@ -135,6 +137,54 @@ async def test_a_body_that_is_no_request_is_refused(enter, body):
         session, _ = house.open()
         status, _, answer = await post(house, session.api_key, data=body)
         assert (status, answer["error"]["type"]) == (400, "invalid_request_error")
+
+
+async def test_an_agent_with_many_connections_loses_its_own_oldest_and_no_other_agents(enter):
+    async with enter(max_concurrent=2) as house, contextlib.AsyncExitStack() as ends:
+
+        async def connect(session) -> asyncio.StreamReader:
+            """Over a connection of its own, which stays open."""
+            host, _, path = session.base_url.removeprefix("http://").partition("/")
+            reader, writer = await asyncio.open_connection(*host.split(":"))
+            ends.callback(writer.close)
+            writer.write(f"GET /{path}/models HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+            await reader.readuntil(b'"policy"')
+            return reader
+
+        modest, greedy = house.open()[0], house.open()[0]
+        other = await connect(modest)
+        own = [await connect(greedy) for _ in range(4 * 2 + 3)]
+        for reader in own[:3]:
+            await reader.read()  # to its end
+        assert not any(reader.at_eof() for reader in (other, *own[3:]))
+
+
+async def test_a_conversation_of_more_messages_than_tokens_may_be_is_refused_at_once(enter):
+    async with enter() as house:
+        session, _ = house.open(max_sequence_tokens=8192)
+        body = {"model": "policy", "messages": [USER] * 100_000}
+        data = io.BytesIO(json.dumps(body).encode())
+        status, _, answer = await post(house, session.api_key, data=data)
+        assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+        assert "at least 100000 tokens" in answer["error"]["message"]
+
+
+@pytest.mark.slow
+async def test_an_episode_may_have_a_thousand_conversations(enter):
+    async with enter(requests_per_s=1e6) as house:
+        session, client = house.open()
+        async with client:
+
+            async def converse(number):
+                said = [{"role": "user", "content": str(number)}]
+                answer = await chat(client, messages=said)
+                await chat(client, messages=[*said, answer.choices[0].message, USER])
+
+            for first in range(0, 1000, 50):
+                await asyncio.gather(*(converse(first + n) for n in range(50)))
+        sequences = session.sequences()
+        assert len(sequences) == 1000
+        assert {int((s.loss_mask > 0).sum()) for s in sequences} == {6}, "both answers, ok and end"
 
 
 async def test_more_responses_at_a_time_than_allowed_are_told_to_wait(enter):

@@ -268,7 +268,7 @@ async def test_a_text_streams_too(enter):
 
 
 async def test_a_streamed_message_that_comes_back_is_known(enter):
-    """As a client puts it together from deltas."""
+    """As a client puts it together from deltas, with fields of its own."""
     async with enter() as house:
         session, client = house.open()
         async with client:
@@ -277,10 +277,7 @@ async def test_a_streamed_message_that_comes_back_is_known(enter):
                 model="policy", messages=[USER], tools=[MOVE]
             ) as stream:
                 message = (await stream.get_final_completion()).choices[0].message
-            call = message.tool_calls[0].model_dump()
-            call["function"] = {name: call["function"][name] for name in ("name", "arguments")}
-            call.pop("index", None)
-            said = {"role": "assistant", "content": message.content, "tool_calls": [call]}
-            result = {"role": "tool", "tool_call_id": call["id"], "content": "there"}
-            await chat(client, USER, said, result, tools=[MOVE])
+            call_id = message.tool_calls[0].id
+            result = {"role": "tool", "tool_call_id": call_id, "content": "there"}
+            await chat(client, USER, message, result, tools=[MOVE])
         assert len(session.sequences()) == 1

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 
+from flash.conversation import MAX_CHARS
 from flash.environments import boundary
 from flash.environments.hosts import EnvHosts
 from flash.environments.inline import InlineEnvs
@@ -13,6 +14,7 @@ from flash.types import Task
 # An environment whose actions are Python: what they are worth is its answer.
 ECHO = """
 import asyncio, sys
+from decimal import Decimal
 import numpy as np
 
 NAN = float("nan")
@@ -70,6 +72,8 @@ WRONG = {
     "says(goal={'put': 'mug'})": "info['goal']={'put': 'mug'}: it must be a text",
     "says(goal=chr(0xd800))": r"info['goal']='\ud800': it must be a text that is Unicode",
     "says(admissible_commands='go')": "info['admissible_commands']='go': it must be a list of",
+    "says(admissible_commands=['go'] * 200_000)": "a list of at most 100000 texts",
+    "says(admissible_commands=['g' * 50] * 90_000)": "of at most 4000000 characters in all",
     "says(admissible_commands=[1])": "info['admissible_commands']=[1]: it must be a list of",
     "('x', 1.0, False, {})": "answered ('x', 1.0, False, {}): it must be (observation, reward, ",
     "None": "answered None: it must be (observation, reward, terminated, truncated, info)",
@@ -86,6 +90,7 @@ RIGHT = {
     "says(np.str_('x'), np.float32(0.5), np.bool_(True), np.False_)": ("x", 0.5, True, False, {}),
     "says(reward=True)": ("x", 1.0, False, False, {}),
     "says(reward=np.array(2))": ("x", 2.0, False, False, {}),
+    "says(reward=Decimal('0.5'))": ("x", 0.5, False, False, {}),
     "['x', -1, False, True, {}]": ("x", -1.0, False, True, {}),
     "says(goal=None, success=np.True_, admissible_commands=('go', np.str_('stay')))": (
         "x", 1.0, False, False, {"success": True, "admissible_commands": ["go", "stay"]},
@@ -143,9 +148,9 @@ async def test_what_is_an_answer_is_plain_data(env):
         assert {type(seen.text), type(seen.reward), type(seen.terminated)} == {str, float, bool}
 
 
-async def test_of_a_text_that_nobody_reads_the_beginning_is_kept(env):
+async def test_of_a_text_that_nobody_reads_no_more_is_kept_than_shows_its_length(env):
     seen = await env.step("says('word ' * 11_000_000)")
-    assert len(seen.text) == boundary.MAX_TEXT_CHARS
+    assert len(seen.text) == MAX_CHARS + 1
 
 
 @pytest.mark.parametrize(

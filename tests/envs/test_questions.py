@@ -1,4 +1,6 @@
+import contextlib
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k_train_500.jsonl"
 def ask(tmp_path):
     """An environment with one question, of that answer."""
 
-    def make(answer: str) -> QuestionsEnv:
+    def make(answer: object) -> QuestionsEnv:
         file = tmp_path / "one.jsonl"
         file.write_text(json.dumps({"question": "q 0", "answer": answer}) + "\n")
         try:
@@ -37,6 +39,26 @@ def ask(tmp_path):
         ("#### 72", "no idea", 0),
         ("#### 72", "", 0),
         ("#### -1,200", "It lost $-1200.", 1),
+        *((72, said, 1) for said in ("72.", "+72", "$72", "72 €", "72%", "**72**", "\\boxed{72}")),
+        *(("$72.00", said, 1) for said in ("72", "x = 72", "10/2 + 67 = 72", "It is 72, I think.")),
+        *(("1,200", said, 1) for said in ("1200", "1,200.0", "$1,200", "1,200 dollars")),
+        *((-5, said, 1) for said in ("-5", "\u22125", "-$5", "$-5", "-5.0", "x=-5")),
+        *((0.5, said, 1) for said in (".5", "0.50", "$.5", "+.5", "50 or .5")),
+        (1e22, "10000000000000000000000", 1),
+        ("1e3", "1E3", 1),  # a text
+        *((12, said, 0) for said in ("12abc", "abc12", "1,2", "12km", "12_0", "012,000", "-12")),
+        *(
+            (2, said, 0)
+            for said in ("1,2", "1/2", "5:2", "4-2", "v1.2", "1.1.2", "10^2", "5\u00d72")
+        ),
+        *((1000, said, 0) for said in ("1e3", "1_000", "1,0,00", "10,00", "1000,5", "0,001,000")),
+        *(
+            (3, said, 0)
+            for said in ("1e3", "x3", "3rd", "3/4", "2024-05-3", "", " ", ".", "-", "$")
+        ),
+        ("3/4", "3/4", 1),
+        ("3/4", "4", 0),
+        ("blue whale", "", 0),
         ("Blue  whale", "blue whale", 1),
         ("blue whale", "Blue Whale", 1),
         ("Blue whale", "a blue whale", 0),
@@ -70,8 +92,90 @@ def test_a_file_that_is_none_of_questions_is_named_with_the_line(tmp_path):
         QuestionsEnv(path=str(tmp_path / "nowhere.jsonl"))
     file = tmp_path / "bad.jsonl"
     file.write_text('{"question": "q", "answer": "1"}\n{"question": "q"}\n')
-    with pytest.raises(ValueError, match=r"bad\.jsonl', line 2 is not .*KeyError\('answer'\)"):
+    with pytest.raises(ValueError, match=r"bad\.jsonl', line 2: it has no 'answer'; it has 'quest"):
         QuestionsEnv(path=str(file))
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"question": "q", "answer": null}', "answer=null must be a text or a number"),
+        ('{"question": "q", "answer": ["1"]}', r'answer=\["1"\] must be a text or a number'),
+        ('{"question": "q", "answer": true}', "answer=true must be a text or a number"),
+        ('{"question": "q", "answer": NaN}', "NaN is no number of JSON"),
+        ('{"question": "q", "answer": " "}', 'answer=" " is empty, so that nothing could be right'),
+        ('{"question": "q", "answer": "so 1 ####"}', 'answer="so 1 ####" is empty'),
+        ('{"question": " ", "answer": "1"}', 'question=" " must be a text that is not empty'),
+        ('{"question": 5, "answer": "1"}', 'question="5" must be a text'),
+        ('{"question": "\\ud800", "answer": "1"}', "surrogates not allowed"),
+        ('["q", "1"]', "it is not an object"),
+        ("{}", "it has no 'question'; it has none"),
+        ('{"question": "q", "answer": "1"', "it is not JSON: Expecting ',' delimiter at char"),
+        ("[" * 100_000, "recursion"),
+    ],
+)
+def test_a_wrong_line_is_named_with_its_number_and_field(tmp_path, line, says):
+    file = tmp_path / "bad.jsonl"
+    good = '{"question": "q", "answer": 1}'
+    file.write_bytes(f"\ufeff{good}\r\n\r\n{line}\r\n{good}".encode())
+    with pytest.raises(ValueError, match=rf"bad\.jsonl', line 3: .*{says}"):
+        QuestionsEnv(path=str(file))
+
+
+def test_a_file_in_another_encoding_is_named_with_the_remedy(tmp_path):
+    file = tmp_path / "one.jsonl"
+    line = '{"question": "q", "answer": "é"}\n'
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be"):
+        file.write_bytes(line.encode(encoding))
+        with pytest.raises(ValueError, match=r"one\.jsonl' is UTF-16, or no text: save it as UTF"):
+            QuestionsEnv(path=str(file))
+    file.write_bytes(b'{"question": "q", "answer": 1}\n' + line.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"one\.jsonl', line 2 is not UTF-8 .*: save the file as"):
+        QuestionsEnv(path=str(file))
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "\r\n".join,
+        "\r".join,
+        lambda lines: "\ufeff" + "\n".join(lines),
+        lambda lines: "\n\n \n".join(lines) + "\n\n",
+    ],
+    ids=["carriage returns and line feeds", "carriage returns", "byte order mark", "blank lines"],
+)
+@pytest.mark.parametrize("odd", ["", "\u2028", "\x85", "\u2029", "\x1c", "\x0b"], ids=ascii)
+def test_files_as_tools_write_them_hold_the_same_questions(tmp_path, written, odd):
+    file = tmp_path / "questions.jsonl"
+    texts = [f"What is{odd}{number}?" for number in range(20)]
+    kept = odd in "\x1c\x0b"  # JSON wants them escaped
+    lines = [json.dumps({"question": t, "answer": 1}, ensure_ascii=kept) for t in texts]
+    file.write_bytes(written(lines).encode())
+    found = set()
+    for split in ("train", "heldout"):
+        env = QuestionsEnv(path=str(file), split=split)
+        found |= {env.reset(seed=seed)[0] for seed in range(20)}
+    assert found == set(texts)
+
+
+def test_a_file_is_read_once_and_again_when_it_has_changed(tmp_path):
+    file = tmp_path / "many.jsonl"
+    lines = [json.dumps({"question": f"q {n}", "answer": n}) for n in range(100_000)]
+    file.write_text("\n".join(lines))
+    QuestionsEnv(path=str(file))  # reads it
+    for split in ("train", "heldout"):
+        began = time.process_time()
+        for seed in range(1000):
+            env = QuestionsEnv(path=str(file), split=split)
+            env.reset(seed=seed)
+            env.close()
+        assert time.process_time() - began < 0.5, "an episode costs microseconds, not milliseconds"
+    file.write_text(json.dumps({"question": "new", "answer": 1}) + "\n")
+    splits = []
+    for split in ("train", "heldout"):
+        with contextlib.suppress(ValueError):
+            splits.append(QuestionsEnv(path=str(file), split=split).reset(seed=0)[0])
+    assert splits == ["new"]
 
 
 @pytest.mark.skipif(not GSM8K.exists(), reason="needs ../shared/data/gsm8k_train_500.jsonl")

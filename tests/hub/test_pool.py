@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -156,6 +157,34 @@ from flash.process import die_with_parent
 die_with_parent()
 web.run_app(worker_app(FakeWorker("w")), host="127.0.0.1", port=int(sys.argv[1]), print=None)
 """
+
+
+class TakenPool(ProcessPool):
+    """Its worker has not come to listening when somebody else takes the port."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        super().__init__(size=1, log_dir=tmp_path, start_timeout_s=1)
+        self.impostor = socket.socket()
+
+    def _command(self, number: int, host: str, port: int) -> list[str]:
+        self.impostor.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.impostor.bind((host, port))
+        self.impostor.listen()
+        return ["sleep", "1000"]
+
+    def _environment(self, number: int) -> dict[str, str]:
+        return {}
+
+
+async def test_whoever_else_listens_at_a_workers_port_is_not_told_the_key(tmp_path):
+    pool = TakenPool(tmp_path)
+    with pool.impostor, pytest.raises(InferenceFailure, match="was not ready after"):
+        try:
+            await pool.start(*DEAF)
+        finally:
+            pool.impostor.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                pool.impostor.accept()
 
 
 class QuickPool(ProcessPool):

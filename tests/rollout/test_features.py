@@ -6,6 +6,7 @@ import math
 import random
 from collections import Counter, defaultdict
 
+import numpy as np
 import pytest
 
 from flash import virtual_time
@@ -276,6 +277,40 @@ def test_a_filter_that_raises_ends_the_run_by_its_name():
         virtual_time.run(main())
 
 
+@pytest.mark.parametrize("answer", [None, 1, "drop", np.array([True, False])])
+def test_a_filter_that_answers_neither_true_nor_false_ends_the_run_by_its_name(answer):
+    def picky(group):
+        return answer
+
+    async def main():
+        async with rollouts(filters=[picky]) as loop:
+            await loop.next_batch()
+
+    with pytest.raises(RolloutFailure, match=r"rollout\.filters: picky returned .*: return True f"):
+        virtual_time.run(main())
+
+
+def test_a_filter_gets_a_whole_group_and_may_answer_as_numpy_does():
+    seen = []
+
+    def picky(group):
+        seen.append([(type(one), one.reward) for one in group])
+        return np.std([one.reward for one in group]) > 10
+
+    async def main():
+        async with rollouts(filters=[picky]) as loop:
+            await loop.next_batch()
+
+    virtual_time.run(main())
+    assert seen
+    assert all([kind for kind, _ in group] == [Trajectory] * len(seen[0]) for group in seen)
+
+
+def test_a_filter_is_no_coroutine_function():
+    with pytest.raises(ValueError, match=r"'asyncio:wait' is a coroutine function, .*: write def"):
+        find_filter("asyncio:wait")
+
+
 def test_a_filter_is_found_by_its_name_or_as_a_function_of_ones_own():
     assert find_filter("equal_rewards") is equal_rewards
     assert find_filter("flash.rollout.filters:equal_rewards") is equal_rewards
@@ -392,7 +427,7 @@ async def test_a_batch_comes_in_parts_as_groups_finish_and_is_the_whole_one_in_t
         assert sorted(Counter(s.group for s in first.samples).items()) == [(1, 2), (3, 2)]
         assert sorted(sample.advantage for sample in first.samples) == [-1, -1, 1, 1]
         assert loop.ledger.count("trained") == 0, "the batch is not whole"
-        assert {task.seed for task in loop.unfinished_tasks()} == {0, 1, 2, 3}
+        assert {task.seed for task in loop.unfinished_tasks(loop.hub.version)} == {0, 1, 2, 3}
         with pytest.raises(ValueError, match="begun with next_part"):
             await loop.next_batch()
         second = await loop.next_part()

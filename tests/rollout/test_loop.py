@@ -436,7 +436,11 @@ def test_a_run_that_stops_knows_which_tasks_it_leaves_unfinished():
         async with rollouts(alpha=1) as loop:
             batch = await loop.next_batch()
             trained = {sample.group for sample in batch.samples}
-            return trained, {task.seed for task in loop.unfinished_tasks()}
+            unfinished, failed = (
+                {task.seed for task in loop.unfinished_tasks(version)} for version in (1, 0)
+            )
+            assert failed == unfinished | trained, "if its training came to nothing"
+            return trained, unfinished
 
     trained, unfinished = virtual_time.run(main())
     assert trained | unfinished == {0, 1, 2, 3}

@@ -1,6 +1,7 @@
 """`flash plan`: the search, the hardware's times, the command."""
 
 import json
+import re
 
 import pytest
 import yaml
@@ -16,6 +17,7 @@ from flash.simulate.hardware import (
     worker_times,
 )
 from flash.simulate.plan import _least_waste, plan
+from flash.simulate.plan_command import _duration
 
 
 def workload(**changes) -> Scenario:
@@ -114,12 +116,35 @@ def test_the_command_prints_the_plan_and_keeps_a_scenario_that_runs(tmp_path, ca
     out = capsys.readouterr().out
     assert "best of each alpha" in out
     assert "take alpha=1 with 2 workers and 2 GPUs for the trainer" in out
-    assert "100 steps would take" in out
+    said = r"(\S+) samples/s; 100 steps would take ([\d.]+) min in all, (\S+) GPU hours"
+    samples_per_s, minutes, gpu_hours = map(float, *re.findall(said, out))
+    assert minutes * 60 == pytest.approx(100 * workload().batch_size / samples_per_s, rel=0.01)
+    assert gpu_hours == pytest.approx(4 * minutes / 60, rel=0.02)
+    assert out.count(f" {minutes} min ") >= 2, "in the row of what is tried, and of the best"
     best = load(tmp_path / "best.yaml")
     assert (best.alpha, best.workers.count, best.trainer.gpus) == (1, 2, 2)
     tried = json.loads((tmp_path / "plan.json").read_text())
     assert {choice["workers"] for choice in tried} == {1, 2, 3}
     assert (tmp_path / "frontier.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(41.4, "41 s"), (120, "2.0 min"), (7000, "116.7 min"), (7200, "2.0 h"), (1e6, "11.6 days")],
+)
+def test_a_runs_length_is_told_in_a_unit_that_suits_it(seconds, said):
+    assert _duration(seconds) == said
+
+
+def test_of_a_run_that_ends_by_its_time_is_told_how_far_it_gets(tmp_path, capsys):
+    path = tmp_path / "work.yaml"
+    settings = workload().model_dump(mode="json", exclude_unset=True)
+    path.write_text(yaml.safe_dump(settings | {"steps": None, "time_s": 7200}))
+    arguments = ["plan", str(path), "--gpus", "2", "--alphas", "1", "--out", str(tmp_path)]
+    assert cli.run(arguments) == 0
+    said = r"(\S+) samples/s; 2\.0 h would do for (\d+) steps"
+    samples_per_s, steps = map(float, *re.findall(said, capsys.readouterr().out))
+    assert steps == pytest.approx(7200 * samples_per_s / workload().batch_size, rel=0.01)
 
 
 @pytest.mark.parametrize(

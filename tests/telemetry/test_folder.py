@@ -3,19 +3,26 @@
 import asyncio
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
+import sys
 import time
+from dataclasses import replace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flash.config import load
+from flash.durable import HeldError, locked
 from flash.errors import InferenceFailure
 from flash.evaluation.result import Evaluation
 from flash.rollout.record import EpisodeRecord
-from flash.telemetry.folder import RunFolder, newest_checkpoint, read_lines
+from flash.section import revealed
+from flash.telemetry.folder import RunFolder, read_lines
 from flash.telemetry.metrics import METRICS, MORE_METRICS
+from tests.saved import fake_checkpoint
 
 FIXED = """
 step policy_version time_s reward/mean success_rate loss grad_norm kl_behaviour
@@ -112,9 +119,30 @@ def test_the_folder_of_a_run_holds_what_its_description_names(tmp_path):
     files = {path.name for path in folder.path.iterdir()}
     assert {"config.yaml", "metrics.jsonl", "episodes.jsonl", "summary.json"} <= files
     assert len([name for name in files if name.startswith("events.out.")]) == 1
-    assert folder.checkpoint(1) == folder.path / "checkpoints" / "step_000001"
+    assert (folder.path / "checkpoints" / "step_000001").is_dir()
     summary = json.loads((folder.path / "summary.json").read_text())
     assert summary == {"steps": 1, "rate": None, "list": [None, [1.0, None]], "in": {"x": -1}}
+
+
+def test_no_key_is_in_the_folder_and_a_resume_asks_for_it_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "sesame-judge")
+    judge = {"name": "judge", "url": "http://judge/v1", "model": "m", "api_key": "$JUDGE_KEY"}
+    engine = {"urls": ["http://a:1"], "api_key": "sesame-engine"}
+    told = config(tmp_path, name="r", reward=judge, engine=engine)
+    assert revealed(told.engine.api_key) == "sesame-engine"
+    assert revealed(told.reward.api_key) == "sesame-judge"
+    assert "sesame" not in repr(told)
+    with RunFolder(told):
+        pass
+    written = tmp_path / "r" / "config.yaml"
+    assert "sesame" not in written.read_text()
+    with pytest.raises(ValueError, match=r"engine.api_key='\(not kept\)': .* give it again"):
+        load(str(written))
+    again = load(str(written), {"engine.api_key": "sesame-engine"})
+    assert again == told, "the variable is kept by its name"
+    monkeypatch.delenv("JUDGE_KEY")
+    with pytest.raises(ValueError, match=r"reward.api_key='\$JUDGE_KEY': .*export it"):
+        load(str(written), {"engine.api_key": "sesame-engine"})
 
 
 def test_a_run_never_writes_into_anothers_folder(tmp_path):
@@ -160,10 +188,8 @@ def test_a_folder_that_can_not_be_written_is_the_users_to_change(tmp_path):
         pass
 
 
-def save(folder, version, *files):
-    folder.checkpoint(version).mkdir(parents=True)
-    for name in files or ("trainer.json", "tasks.json"):
-        (folder.checkpoint(version) / name).write_text("{}")
+def save(folder, version, **changes):
+    return fake_checkpoint(folder.path, version, **changes)
 
 
 def episode(number, trained_at=None, outcome="trained"):
@@ -179,15 +205,12 @@ def test_a_resume_takes_the_newest_checkpoint_and_drops_the_lines_after_it(tmp_p
         for step in range(5):
             folder.step({"step": step, "time_s": float(step)})
         for version in (2, 3):
-            save(folder, version)
-        (folder.path / "checkpoints" / "step_000009.partial").mkdir()
-        save(folder, 4, "trainer.json")  # killed before the tasks were saved
-    assert newest_checkpoint(folder.path) == folder.checkpoint(3)
+            newest = save(folder, version)
     # TensorBoard reads files by name, which begins with the second they were made in.
     (events,) = folder.path.glob("events.*")
     events.rename(folder.path / "events.out.tfevents.0000000001.earlier")
     with RunFolder(config(tmp_path, **{"checkpoint.resume": True})) as folder:
-        assert folder.resume_from == folder.checkpoint(3)
+        assert folder.resumed.path == newest
         assert not load(str(folder.path / "config.yaml")).checkpoint.resume, "it can start anew"
         folder.forget_after(3)
         folder.step({"step": 4, "time_s": 9.0})
@@ -216,12 +239,13 @@ def test_a_resume_forgets_the_episodes_that_are_trained_again(tmp_path):
     assert lines[0]["stages_s"] == {"env": 0.1}
 
 
-def test_a_resume_after_a_crash_in_mid_line_writes_no_line_into_another(tmp_path):
+@pytest.mark.parametrize("spoiled", [b'{"step": 2, "ti', b'{"st\n', b"\0" * 9 + b"\n", b"\xff\n"])
+def test_a_resume_after_a_crash_in_mid_line_writes_no_line_into_another(tmp_path, spoiled):
     with RunFolder(config(tmp_path)) as folder:
         folder.step({"step": 1, "time_s": 1.0})
         save(folder, 1)
-    with (folder.path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 2, "ti')
+    with (folder.path / "metrics.jsonl").open("ab") as file:
+        file.write(spoiled)
     with RunFolder(config(tmp_path, **{"checkpoint.resume": True})) as folder:
         folder.step({"step": 2, "time_s": 2.0})
     text = (folder.path / "metrics.jsonl").read_text()
@@ -229,16 +253,90 @@ def test_a_resume_after_a_crash_in_mid_line_writes_no_line_into_another(tmp_path
 
 
 def test_a_resume_without_a_checkpoint_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="holds no checkpoint"):
-        RunFolder(config(tmp_path, **{"checkpoint.resume": True}))
+    for _ in range(2):
+        with (
+            pytest.raises(ValueError, match="holds no checkpoint"),
+            RunFolder(config(tmp_path, **{"checkpoint.resume": True})),
+        ):
+            pass
+        (tmp_path / "frozen_lake").mkdir(exist_ok=True)
 
 
-def test_the_newest_checkpoint_is_the_highest_version_not_the_last_name(tmp_path):
-    folder = RunFolder(config(tmp_path))
-    for version in (999_999, 1_000_000, 2):
-        save(folder, version)
-    assert newest_checkpoint(folder.path) == folder.checkpoint(1_000_000)
-    assert newest_checkpoint(tmp_path / "nowhere") is None
+def test_a_run_that_is_still_going_is_not_resumed_and_its_files_stay_as_they_are(tmp_path):
+    resume = config(tmp_path, **{"checkpoint.resume": True})
+    with RunFolder(config(tmp_path)) as folder:
+        for step in range(3):
+            folder.step({"step": step, "time_s": float(step)})
+        save(folder, 1)
+        before = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
+        with (
+            pytest.raises(ValueError, match=rf"still runs, in process {os.getpid()}: stop that"),
+            RunFolder(resume),
+        ):
+            pass
+        after = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
+        assert after == before
+        with RunFolder(config(tmp_path)) as other:
+            assert other.path.name == "frozen_lake-2"
+    with RunFolder(resume) as folder:
+        assert folder.resumed.cut.version == 1
+
+
+def test_a_lock_ends_with_its_process_however_that_ends(tmp_path):
+    code = (
+        "import os, sys; from pathlib import Path; from flash.durable import locked\n"
+        f"with locked(Path({str(tmp_path)!r})): print('locked', flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with holder:
+        assert holder.stdout.readline() == "locked\n"
+        with pytest.raises(HeldError, match=f"process {holder.pid}"), locked(tmp_path):
+            pass
+        holder.kill()
+    with locked(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seed": 1}, r"seed=1 with checkpoint.resume: the run began with 0.*leave seed as it was"),
+        ({"policy.layers": 7}, r"policy.layers=7 .* began with 2"),
+        ({"warm_start.steps": 7}, r"warm_start.steps=7 "),
+        ({"model": "MODEL"}, r"model='.*' with checkpoint.resume: the run began with 'small'"),
+    ],
+)
+def test_what_a_checkpoint_has_already_can_not_be_changed_by_a_resume(tmp_path, changes, said):
+    (tmp_path / "config.json").write_text("{}")
+    with RunFolder(config(tmp_path)) as folder:
+        save(folder, 1)
+    kept = (folder.path / "config.yaml").read_text()
+    changes = {
+        name: str(tmp_path) if value == "MODEL" else value for name, value in changes.items()
+    }
+    with (
+        pytest.raises(ValueError, match=said),
+        RunFolder(config(tmp_path, **{"checkpoint.resume": True}, **changes)),
+    ):
+        pass
+    assert (folder.path / "config.yaml").read_text() == kept
+
+
+def test_ids_go_on_from_the_highest_in_the_files(tmp_path):
+    with RunFolder(config(tmp_path)) as folder:
+        assert folder.next_ids() == (0, 0)
+        folder.ended(None, replace(episode(9), group=2))
+        folder.ended(None, replace(episode(7), group=5))
+        assert folder.next_ids() == (10, 6)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints"])
+def test_a_folder_with_something_of_a_run_is_no_new_runs(tmp_path, name):
+    (tmp_path / "frozen_lake" / name).mkdir(parents=True)
+    with RunFolder(config(tmp_path)) as folder:
+        assert folder.path.name == "frozen_lake-2"
 
 
 def test_a_resume_from_the_only_folder_keeps_its_name_and_its_settings_are_the_new_ones(tmp_path):

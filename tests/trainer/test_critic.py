@@ -196,6 +196,23 @@ def test_a_resumed_run_with_a_critic_equals_one_that_never_stopped_bit_for_bit(
             assert torch.equal(weight, expected_weights[name]), name
 
 
+def test_a_resumed_critic_has_the_settings_of_its_new_configuration(
+    model: Path, tmp_path: Path, samples_of: SamplesOf
+) -> None:
+    samples = rewarded(samples_of(3))
+    config = config_of(critic=CriticConfig(learning_rate=1e-2))
+    with started(model, tmp_path, config) as rank:
+        step(rank, samples, config)
+        rank.save(str(tmp_path / "checkpoint"), 1, True)
+    checkpoint = tmp_path / "checkpoint"
+    resumed = config_of(critic=CriticConfig(learning_rate=1e-4), weight_decay=0.5, betas=(0.8, 0.9))
+    with started(checkpoint / "model", tmp_path, resumed, checkpoint) as rank:
+        assert rank._critic is not None
+        (group,) = rank._critic._optimizer.param_groups
+        assert rank._critic._optimizer.state[group["params"][-1]]["exp_avg"].full_tensor().any()
+    assert (group["lr"], group["weight_decay"], group["betas"]) == (1e-4, 0.5, (0.8, 0.9))
+
+
 def test_a_critic_can_not_go_on_from_a_checkpoint_without_one(
     model: Path, tmp_path: Path, samples_of: SamplesOf
 ) -> None:

@@ -265,6 +265,29 @@ def test_a_resumed_run_equals_one_that_never_stopped_bit_for_bit(
             assert torch.equal(weight, expected_weights[name]), name
 
 
+def test_a_resumed_run_has_the_optimizer_settings_of_its_new_configuration(
+    model: Path, tmp_path: Path, samples_of: SamplesOf
+) -> None:
+    config = TrainerConfig(learning_rate=1e-2, warmup_steps=0)
+    with started(model, tmp_path, config) as rank:
+        step(rank, samples_of(2), config)
+        rank.save(str(tmp_path / "checkpoint"), 1, True)
+    checkpoint = tmp_path / "checkpoint"
+    resumed = TrainerConfig(
+        learning_rate=1e-3, warmup_steps=0, decay_steps=10, weight_decay=0.5, betas=(0.8, 0.9)
+    )
+    with started(checkpoint / "model", tmp_path, resumed, checkpoint) as rank:
+        (before,) = [dict(group) for group in rank._optimizer.param_groups]
+        moments = rank._optimizer.state[before["params"][0]]
+        assert moments["exp_avg"].full_tensor().abs().sum() > 0, "what was gathered is kept"
+        rate = step(rank, samples_of(2), resumed)["learning_rate"]
+        (after,) = rank._optimizer.param_groups
+    assert rate == pytest.approx(1e-3 * 0.9), "and where the schedule was"
+    assert after["lr"] == rate
+    for group in (before, after):
+        assert (group["weight_decay"], group["betas"]) == (0.5, (0.8, 0.9))
+
+
 def test_the_learning_rate_warms_up_then_decays(
     model: Path, tmp_path: Path, samples_of: SamplesOf
 ) -> None:

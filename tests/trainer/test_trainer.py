@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from transformers import AutoModelForCausalLM
 
@@ -231,14 +232,26 @@ async def same_step(a: Trainer, b: Trainer, batch: Batch) -> None:
     assert scores_a == pytest.approx(scores_b, abs=2e-5)
 
 
+def listening(pid: int) -> list[str]:
+    """The addresses at which a process's family can be reached."""
+    return [
+        connection.laddr.ip
+        for process in psutil.Process(pid).children(recursive=True)
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+
+
 @pytest.mark.slow
 async def test_a_killed_rank_ends_the_step_at_once_with_its_name_and_takes_the_other_along(
-    tmp_path: Path, save_model: SaveModel, samples_of: SamplesOf
+    tmp_path: Path, save_model: SaveModel, samples_of: SamplesOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "none0")  # whatever interface is the machine's own
     model = save_model(tmp_path / "model")
     config = CONFIG.model_copy(update={"ranks": 2, "tokens_per_micro_batch": 30})
     async with Trainer(model=model, config=config, run_dir=tmp_path) as trainer:
         first, second = trainer._children
+        assert set(listening(first.pid) + listening(second.pid)) == {"127.0.0.1"}
         with second.log_path.open("a") as log:
             log.write("the last words of rank 1\n")
         # Stopped, it holds up its sibling in a collective: they are in mid-step.

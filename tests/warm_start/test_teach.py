@@ -3,6 +3,7 @@
 import itertools
 import random
 import shutil
+import sys
 
 import pytest
 
@@ -28,7 +29,15 @@ class DumbStyle:
     stop_token_ids = (0,)
 
 
-async def make(cache_dir, *, env=None, style=DumbStyle, **warm_start):
+class SpellingStyle(DumbStyle):
+    def first(self, observation):
+        return [1]
+
+    def spell(self, action):
+        return [1, 0]
+
+
+async def make(cache_dir, *, env=None, style=DumbStyle, on_progress=lambda *_: None, **warm_start):
     return await small_model(
         env=env or TeachingEnv(),
         env_key={"name": "maze", "options": {}},
@@ -38,7 +47,7 @@ async def make(cache_dir, *, env=None, style=DumbStyle, **warm_start):
         threads=1,
         seed=0,
         cache_dir=cache_dir,
-        on_progress=lambda *what: None,
+        on_progress=on_progress,
     )
 
 
@@ -95,6 +104,50 @@ async def test_an_environment_that_can_not_teach_is_refused_with_the_remedy(tmp_
     assert not list(tmp_path.iterdir())
 
 
+class Absent(TeachingEnv):
+    def vocabulary(self):
+        raise KeyError("no words")
+
+
+class Odd(TeachingEnv):
+    def vocabulary(self):
+        return "go left right"
+
+
+class Numbers(TeachingEnv):
+    def vocabulary(self):
+        return ["go", 3]
+
+
+class Leaves(TeachingEnv):
+    def demonstrate(self, task):
+        sys.exit("no expert")
+
+
+class Tells(TeachingEnv):
+    def demonstrate(self, task):
+        return ["go left"]
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        (
+            Absent,
+            r"Absent\.vocabulary failed: KeyError: 'no words' in .*test_teach\.py, line \d+: m",
+        ),
+        (Odd, r"Odd\.vocabulary gave no list of str: 'go left right': mend it, or set model to"),
+        (Numbers, r"Numbers\.vocabulary gave no list of str: \['go', 3\]: mend it"),
+        (Leaves, r"Leaves\.demonstrate failed: SystemExit: no expert in .*: mend it, or set model"),
+        (Tells, r"Tells\.demonstrate gave no list of Turn: \['go left'\]: mend it, or set model"),
+    ],
+)
+async def test_a_teacher_that_fails_is_refused_by_its_method(tmp_path, env, message):
+    with pytest.raises(ValueError, match=rf"^model=small: {message}"):
+        await make(tmp_path, env=env(), style=SpellingStyle, steps=1)
+    assert not list(tmp_path.iterdir())
+
+
 async def test_a_style_that_can_not_spell_is_refused_and_nothing_half_made_stays(tmp_path):
     with pytest.raises(ValueError, match=r"DumbStyle has no method 'spell' .* agent\.style=plain"):
         await make(tmp_path, steps=1)
@@ -105,21 +158,11 @@ async def test_a_run_that_is_stopped_while_teaching_leaves_nothing_half_taught(t
     class Stopped(Exception):
         pass
 
-    class BrokenEnv(TeachingEnv):
-        def demonstrate(self, task):
-            raise Stopped
+    def stop(*progress):
+        raise Stopped
 
-    class MuteEnv(TeachingEnv):
-        def vocabulary(self):
-            raise Stopped
-
-    class SpellingStyle(DumbStyle):
-        def spell(self, action):
-            return [0]
-
-    for env in (BrokenEnv(), MuteEnv()):
-        with pytest.raises(Stopped):
-            await make(tmp_path, env=env, style=SpellingStyle, steps=1)
+    with pytest.raises(Stopped):
+        await make(tmp_path, style=SpellingStyle, steps=1, on_progress=stop)
     assert not list(tmp_path.iterdir())
 
 

@@ -20,7 +20,7 @@ def make_model(folder: Path, seed: int, *, tied: bool = True, shape=LlamaConfig)
     torch.manual_seed(seed)
     config = shape(
         vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4000,
         tie_word_embeddings=tied, eos_token_id=2, pad_token_id=0, bos_token_id=None,
         initializer_range=0.2,  # far from uniform, so that wrong weights show
     )  # fmt: skip
@@ -283,7 +283,7 @@ async def test_a_cancelled_caller_frees_its_place(engines, tmp_path):
         (request(temperature=-1.0), "temperature=-1.0"),
         (request(temperature=float("nan")), "temperature=nan"),
         (request(max_tokens=5000), "more than the cache's 4096"),
-        (request(max_tokens=500), "more than the model's 512 positions"),
+        (request(max_tokens=4000), "more than the model's 4000 positions"),
     ],
 )
 async def test_a_request_that_cannot_be_is_refused_by_field(engines, tmp_path, bad, message):

@@ -1,0 +1,280 @@
+"""Checkpoints of a run: which one it goes on from, how one is made, what a failure leaves."""
+
+import asyncio
+import itertools
+import shutil
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from flash.agents import EnvironmentAgent
+from flash.checkpoints import Checkpoints, Cut, Rescue, newest_checkpoint
+from flash.config import load
+from flash.errors import InferenceFailure, TrainerFailure
+from flash.fakes import FakeEnvs, FakeStyle, FakeWorker
+from flash.hub.hub import InferenceHub
+from flash.parts.training import Training
+from flash.rollout.adaptive import AdaptiveAlpha
+from flash.rollout.loop import RolloutLoop
+from flash.rollout.observer import Observer, Observers
+from flash.rollout.tasks import Tasks
+from flash.virtual_time import in_virtual_time
+from tests.saved import cut_at, fake_checkpoint, fill
+
+
+class FakeTrainer:
+    """Saves as long as `go_on` is set, unless there is an `error`."""
+
+    def __init__(self, version: int = 0) -> None:
+        self.version = version
+        self.can_save = True
+        self.error: Exception | None = None
+        self.go_on = asyncio.Event()
+        self.go_on.set()
+        self.saving = asyncio.Event()
+
+    async def save_checkpoint(self, directory: Path) -> None:
+        self.saving.set()
+        await self.go_on.wait()
+        if self.error is not None:
+            raise self.error
+        fill(directory, self.version)
+
+
+class KeepingSaved(Observer):
+    def __init__(self) -> None:
+        self.saved_ones: list[Path] = []
+
+    def saved(self, checkpoint: Path) -> None:
+        self.saved_ones.append(checkpoint)
+
+
+def new(run: Path, minutes: float = 0.0) -> Checkpoints:
+    return Checkpoints(run, resumed=None, every_s=60 * minutes, observer=Observer())
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+# ── which one ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_newest_checkpoint_is_the_highest_version_not_the_last_name(tmp_path):
+    assert newest_checkpoint(tmp_path) is None
+    for version in (999_999, 1_000_000, 2):
+        fake_checkpoint(tmp_path, version)
+    assert newest_checkpoint(tmp_path).cut.version == 1_000_000
+
+
+def _remove(path):
+    path.unlink()
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def _empty(path):
+    path.write_bytes(b"")
+
+
+def _garble(path):
+    path.write_bytes(b"\xff" * path.stat().st_size)
+
+
+def _folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("damage", [_remove, _cut, _empty, _garble, _folder])
+@pytest.mark.parametrize(
+    "name", ["trainer.json", "tasks.json", "optimizer.pt", "model/model.safetensors"]
+)
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_and_named(
+    name, damage, tmp_path, caplog
+):
+    before, newest = (fake_checkpoint(tmp_path, version) for version in (3, 4))
+    damage(newest / name)
+    assert newest_checkpoint(tmp_path).path == before
+    (record,) = caplog.records
+    told = record.getMessage()
+    assert str(newest) in told
+    assert name in told
+    assert told.endswith(f"here that is {before}")
+
+
+def test_what_is_of_another_version_is_damaged(tmp_path):
+    one, two = (fake_checkpoint(tmp_path, version) for version in (1, 2))
+    shutil.copy(one / "tasks.json", two / "tasks.json")
+    assert newest_checkpoint(tmp_path).path == one
+
+
+def test_if_none_is_whole_all_are_named_with_the_remedy(tmp_path):
+    for version in (1, 2):
+        (fake_checkpoint(tmp_path, version) / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match="is whole: start anew under another name") as caught:
+        newest_checkpoint(tmp_path)
+    assert str(caught.value).count("optimizer.pt is missing") == 2
+
+
+def test_what_is_half_written_is_no_checkpoint(tmp_path):
+    whole = fake_checkpoint(tmp_path, 1)
+    shutil.copytree(whole, whole.with_name("step_000002.new"))
+    assert newest_checkpoint(tmp_path).path == whole
+
+
+# ── making them ──────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_checkpoint_has_its_name_only_when_it_is_whole(tmp_path):
+    trainer, checkpoints = FakeTrainer(3), new(tmp_path)
+    trainer.go_on.clear()
+    async with asyncio.TaskGroup() as tasks:
+        saving = tasks.create_task(
+            checkpoints.save(trainer, cut_at(3, given=9, unfinished=[4, 5]), spare=False)
+        )
+        await trainer.saving.wait()
+        assert newest_checkpoint(tmp_path) is None
+        trainer.go_on.set()
+        path = await saving
+    assert names(tmp_path) == ["step_000003"]
+    found = newest_checkpoint(tmp_path)
+    assert found.path == path
+    assert (found.cut.version, found.cut.given, found.cut.unfinished) == (3, 9, [4, 5])
+    assert msgspec.json.decode((path / "tasks.json").read_bytes(), type=Cut) == found.cut
+
+
+async def test_what_a_crash_left_half_written_is_removed_by_the_next_run(tmp_path):
+    fake_checkpoint(tmp_path, 1)
+    for name in ("step_000002.new", "step_000002.new.partial"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    new(tmp_path)
+    assert names(tmp_path) == ["step_000001"]
+
+
+async def test_a_damaged_one_is_replaced_when_its_version_comes_again(tmp_path):
+    fake_checkpoint(tmp_path, 1)
+    damaged = fake_checkpoint(tmp_path, 2)
+    (damaged / "optimizer.pt").unlink()
+    found = newest_checkpoint(tmp_path)
+    checkpoints = Checkpoints(tmp_path, resumed=found, every_s=0, observer=Observer())
+    await checkpoints.save(FakeTrainer(1), cut_at(1), spare=False)  # is there already
+    await checkpoints.save(FakeTrainer(2), cut_at(2), spare=False)
+    assert newest_checkpoint(tmp_path).path == damaged
+
+
+@in_virtual_time
+async def test_spare_ones_come_by_the_clock(tmp_path):
+    checkpoints, never = new(tmp_path, minutes=10), new(tmp_path, minutes=0)
+    await asyncio.sleep(599)
+    assert not checkpoints.spare_is_due()
+    await asyncio.sleep(1)
+    assert checkpoints.spare_is_due()
+    await asyncio.sleep(10**6)
+    assert not never.spare_is_due()
+
+
+async def test_the_newest_two_spare_ones_are_kept_and_all_that_were_asked_for(tmp_path):
+    observer = KeepingSaved()
+    checkpoints = Checkpoints(tmp_path, resumed=None, every_s=0, observer=observer)
+    for version in range(1, 7):
+        spare = version not in (1, 4)
+        await checkpoints.save(FakeTrainer(version), cut_at(version), spare=spare)
+    assert names(tmp_path) == [f"step_{version:06d}" for version in (1, 4, 5, 6)]
+    assert len(observer.saved_ones) == 6
+
+
+# ── a run that fails ─────────────────────────────────────────────────────────────────────────
+
+
+async def fails(run: Path, trainer: FakeTrainer, error: BaseException, version: int) -> None:
+    """A run whose parts fail at that version."""
+    async with Rescue(new(run), trainer) as rescue:
+        with rescue.watching(lambda: cut_at(version, unfinished=[7])):
+            raise error
+
+
+async def test_a_run_that_fails_is_saved_first_and_ends_for_its_own_reason(tmp_path):
+    with pytest.raises(InferenceFailure, match="no worker is left") as caught:
+        await fails(tmp_path, FakeTrainer(5), InferenceFailure("no worker is left"), 5)
+    found = newest_checkpoint(tmp_path)
+    assert (found.cut.version, found.cut.unfinished) == (5, [7])
+    (note,) = caught.value.__notes__
+    assert note == f"all 5 steps are in {found.path}: --resume goes on from there"
+
+
+@pytest.mark.parametrize(
+    ("error", "version", "can_save"),
+    [
+        (TrainerFailure("a rank died"), 5, False),
+        (InferenceFailure("before anything was trained"), 0, True),
+        (asyncio.CancelledError(), 5, True),
+        (KeyboardInterrupt(), 5, True),
+    ],
+)
+async def test_what_can_not_or_need_not_be_saved_is_not(error, version, can_save, tmp_path):
+    trainer = FakeTrainer(version)
+    trainer.can_save = can_save
+    with pytest.raises(type(error)):
+        await fails(tmp_path, trainer, error, version)
+    assert newest_checkpoint(tmp_path) is None
+
+
+async def test_a_save_that_fails_too_hides_no_error(tmp_path, caplog):
+    trainer = FakeTrainer(5)
+    trainer.error = OSError("no space left on device")
+    with pytest.raises(InferenceFailure):
+        await fails(tmp_path, trainer, InferenceFailure("no worker is left"), 5)
+    assert "since the last checkpoint is lost: OSError('no space left" in caplog.text
+
+
+@in_virtual_time
+async def test_a_save_that_hangs_ends_after_its_own_time(tmp_path, caplog):
+    trainer = FakeTrainer(5)
+    trainer.go_on.clear()
+    with pytest.raises(InferenceFailure):
+        await fails(tmp_path, trainer, InferenceFailure("no worker is left"), 5)
+    assert asyncio.get_running_loop().time() == 300
+    assert "TimeoutError" in caplog.text
+
+
+# ── one cut ──────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_tasks_that_begin_while_a_checkpoint_is_written_come_again_after_a_resume(tmp_path):
+    """More episodes begin than one turn of the event loop takes, so some always do."""
+    tasks, trainer = Tasks(0), FakeTrainer()
+    trainer.go_on.clear()
+    agent = lambda: EnvironmentAgent(envs=FakeEnvs(), style=FakeStyle(), max_tokens=4)  # noqa: E731
+    sizes = {"batch_size": 64, "group_size": 8, "alpha": 1}
+    async with (
+        InferenceHub([FakeWorker("w")]) as hub,
+        RolloutLoop(hub, agent=agent, tasks=tasks, **sizes) as loop,
+        asyncio.TaskGroup() as saves,
+    ):
+        run = Training(
+            config=load("frozen_lake", {}),
+            checkpoints=new(tmp_path),
+            tasks=tasks,
+            adaptive_alpha=AdaptiveAlpha(1.0),
+            trainer=trainer,
+            hub=hub,
+            rollouts=loop,
+            evaluations=None,
+            progress=None,
+            observers=Observers(),
+        )
+        saves.create_task(run.save())
+        await trainer.saving.wait()
+        while tasks.given < 16:
+            await asyncio.sleep(0)
+        trainer.go_on.set()
+    cut = newest_checkpoint(tmp_path).cut
+    assert cut.given < 16
+    assert cut.unfinished == list(range(cut.given))
+    resumed = Tasks(0)
+    resumed.go_on(given=cut.given, unfinished=cut.unfinished)
+    assert [task.seed for task in itertools.islice(resumed, 16)] == list(range(16))
