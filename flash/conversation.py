@@ -136,12 +136,14 @@ class ChatTemplate:
         """
         calls = said.get("tool_calls")
         rest = self.after(before, said, after, shown)
-        if calls and rest:
+        if calls and rest is not None:
             # What follows is the syntax of the call, which was sampled, up to the stop token.
             ended = bool(sampled) and sampled[-1] in self._special
             end = self._tokenizer.decode([sampled[-1]]) if ended else self._sentinel
-            rest = rest.partition(end)[2]
-        if not rest:
+            _, found, rest = rest.partition(end)
+            if not found:
+                return None
+        if rest is None:
             return None
         if not calls and sampled and sampled[-1] in self.stop_token_ids:
             token_ids = self._encode_after_words(rest.lstrip())
@@ -167,8 +169,8 @@ class ChatTemplate:
         said: Message,
         after: Sequence[Message],
         shown: Mapping[str, Any] = _NOTHING,
-    ) -> str:
-        """What stands after the words, or the last call, of `said`; empty if they are not shown."""
+    ) -> str | None:
+        """What stands after the words, or the last call, of `said`; None if they are not shown."""
         marked = dict(said)
         if calls := said.get("tool_calls"):
             function = {**calls[-1]["function"], "arguments": {"argument": self._sentinel}}
@@ -176,7 +178,7 @@ class ChatTemplate:
         else:
             marked["content"] = self._sentinel
         _, found, rest = self.render([*before, marked, *after], shown).rpartition(self._sentinel)
-        return rest if found else ""
+        return rest if found else None
 
     def check_ends(self) -> None:
         """ValueError unless a token ends the assistant's turn."""
@@ -196,7 +198,7 @@ class ChatTemplate:
         """What begins with the end of an answer, empty if the template writes none."""
         if self._end_of_last.strip():
             return self._end_of_last
-        rest = self.after([USER], SAID, [USER])
+        rest = self.after([USER], SAID, [USER]) or ""
         opening, header = (
             text.rpartition(USER["content"])[0] for text in (self.render([USER]), rest)
         )

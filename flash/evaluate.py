@@ -12,6 +12,7 @@ from flash import machine
 from flash.checkpoints import newest_checkpoint
 from flash.evaluation.play import heldout_tasks, play
 from flash.evaluation.result import Evaluation
+from flash.parts.model import check_model_files
 from flash.parts.open import open_parts
 from flash.trainer.checkpoint import MODEL_FOLDER, checkpoint_version
 from flash.types import Weights
@@ -37,6 +38,7 @@ async def evaluate(
     config = configuration.load(str(run / "config.yaml"), overrides)
     configuration.check_capacity(config, machine.capacity(), trains=False)
     model = (checkpoint / MODEL_FOLDER).resolve()
+    await check_model_files(str(model))
 
     async def weights() -> Weights:
         return Weights(version=version, path=model)

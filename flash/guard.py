@@ -27,9 +27,9 @@ def main() -> int:
     signal.set_wakeup_fd(wake)  # it gets the numbers of the signals that are handled
     for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
-    child = os.fork()
+    guard, child = os.getpid(), os.fork()
     if child == 0:
-        _become(command, lifeline)
+        _become(command, guard, lifeline)
     with contextlib.suppress(OSError):  # it has done so itself already
         os.setpgid(child, child)
     status = None
@@ -44,11 +44,10 @@ def main() -> int:
     return code if code >= 0 else 128 - code
 
 
-def _become(command: list[str], lifeline: int) -> None:
+def _become(command: list[str], guard: int, lifeline: int) -> None:
     """In the child: the command, in a group of its own, which does not outlive its guard."""
-    guard = os.getppid()
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == guard:
+    if os.getppid() == guard:  # else it has ended before the line above
         os.setpgid(0, 0)
         os.close(lifeline)
         try:

@@ -53,7 +53,8 @@ def gpus(dev: Path = Path("/dev")) -> list[Gpu]:
 
 
 _REMEDIES = {
-    errno.ENOSPC: "make room on that disk, or write elsewhere (runs_dir, --out, $TMPDIR)",
+    errno.ENOSPC: "make room on that disk, or write elsewhere (runs_dir, --out, $TMPDIR); a "
+    "container's /dev/shm, where weights are handed over, grows with --shm-size",
     errno.EDQUOT: "make room in your quota, or write elsewhere (runs_dir, --out, $TMPDIR)",
     errno.EROFS: "name a place that can be written to (runs_dir, --out, $TMPDIR)",
     errno.EACCES: "give yourself the right to it, or name another place (runs_dir, --out)",
@@ -67,6 +68,7 @@ _REMEDIES = {
     errno.ENOTDIR: "name a folder",
     errno.EISDIR: "name a file",
     errno.ENAMETOOLONG: "give it a shorter name",
+    errno.EFBIG: "allow larger files (ulimit -f)",
     errno.EIO: "see whether the disk is whole",
 }
 

@@ -10,7 +10,7 @@ _TOLD = ("default", "llama3", "longrope", "su")
 
 def positions_of(config: Mapping[str, Any]) -> int | None:
     """The most tokens that a model of this `config.json` was made for; None if it names none."""
-    config = config.get("text_config") or config
+    config = {**config, **(config.get("text_config") or {})}
     known: list[int] = [config[name] for name in _NAMES if isinstance(config.get(name), int)]
     if not known:
         return None

@@ -51,10 +51,9 @@ async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any] | None
         ):
             opening.is_over()
             trainer, rollouts, tell = run.trainer, run.rollouts, run.observers
-            if trainer.version == 0:
-                await run.hub.probe(await trainer.export_weights())
-                if not await run.evaluations.now():
-                    return None
+            await run.self_test()
+            if trainer.version == 0 and not await run.evaluations.now():
+                return None
             while trainer.version < config.steps and not stop.is_set():
                 batch = await _next_batch(run, stop)
                 if batch is None:

@@ -24,7 +24,8 @@ def check_turns(template: ChatTemplate, *, system: bool) -> None:
     try:
         whole, grown = template.render([*first, *turns]), template.render([*first, turns[0]])
         for said, user in ((turns[1], turns[2]), (turns[3], turns[4])):
-            grown += said["content"] + template.after([*first, USER], SAID, [user])
+            after = template.after([*first, USER], SAID, [user])
+            grown += said["content"] + (after or "")
     except ValueError as error:
         raise ValueError(f"{error}: {_WITHOUT_SYSTEM if system else _OTHERWISE}") from error
     for message in (*first, *turns):

@@ -5,6 +5,7 @@ Arrays are NumPy, one-dimensional over the S tokens of one sequence: [S].
 
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
@@ -215,6 +216,12 @@ class SampledSequence:
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    def runs(self, start: int = 0) -> list[tuple[bool, list[int]]]:
+        """Whether they were sampled, and their token ids, of each run of tokens from `start` on."""
+        sampled = (self.loss_mask[start:] > 0).tolist()
+        pairs = zip(sampled, self.token_ids[start:].tolist(), strict=True)
+        return [(of_run, [t for _, t in run]) for of_run, run in groupby(pairs, lambda p: p[0])]
 
     def sampled_versions(self) -> NDArray[np.int64]:
         """Versions of the sampled tokens only, [sampled]."""

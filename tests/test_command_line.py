@@ -11,7 +11,7 @@ from flash.command_line import ended
 from flash.errors import RolloutStall, TrainerFailure
 from flash.machine import remedy
 
-ROOM = "make room on that disk, or write elsewhere (runs_dir, --out, $TMPDIR)"
+ROOM = remedy(os.strerror(errno.ENOSPC))
 FULL = f"OSError: [Errno 28] No space left on device: {ROOM}"
 CHILD = """trainer rank 0 raised:
 Traceback (most recent call last):
@@ -88,6 +88,10 @@ def test_a_defect_of_ours_keeps_its_traceback():
         ended(fails(KeyError("ours")))
 
 
+def test_a_full_disk_is_told_where_to_write_instead():
+    assert "make room on that disk, or write elsewhere (runs_dir, --out, $TMPDIR)" in ROOM
+
+
 def test_an_error_of_no_machine_has_no_remedy():
     assert remedy("TrainerFailure: the loss is nan") == ""
 
@@ -112,3 +116,17 @@ def test_an_output_that_takes_nothing_more_is_no_traceback(shell, code, said):
     done = run(shell)
     assert done.stderr == said
     assert done.returncode == code
+
+
+@pytest.mark.parametrize("module", ["flash.environments.host", "flash.reward.host"])
+def test_a_process_that_only_a_run_starts_says_so(module):
+    done = run(f"{sys.executable} -m {module}")
+    said = "flash: this process is started by flash train and flash eval: use these\n"
+    assert done.stderr == said
+    assert done.returncode == 1
+
+
+def test_the_report_of_a_run_that_is_none_is_one_line():
+    done = run(f"{sys.executable} -m flash.telemetry.report nowhere")
+    assert done.stderr == "flash: nowhere holds no metrics.jsonl: give the folder of a run\n"
+    assert done.returncode == 2

@@ -13,16 +13,19 @@ from transformers import PreTrainedTokenizerFast
 
 from flash.agents import EnvironmentAgent, ExternalAgent
 from flash.config import load
+from flash.evaluate import evaluate
 from flash.evaluation.play import heldout_tasks
 from flash.fakes import FakeWorker
 from flash.hub.hub import InferenceHub
 from flash.parts.agents import open_agents
 from flash.parts.door import open_door
-from flash.parts.model import load_tokenizer, make_style
+from flash.parts.model import load_tokenizer, make_style, prepared_model
 from flash.parts.workers import gap_limit, open_hub
 from flash.seeds import HELDOUT_SEEDS
 from flash.train import warn_of_idle_steps
+from flash.trainer.checkpoint import write_state
 from flash.types import Task
+from flash.warm_start import small_policy
 
 
 def test_a_model_without_a_tokenizer_is_the_users_to_change(tmp_path):
@@ -31,6 +34,46 @@ def test_a_model_without_a_tokenizer_is_the_users_to_change(tmp_path):
         load_tokenizer(str(tmp_path))
     assert str(caught.value).startswith(f"model={str(tmp_path)!r} can't be loaded: check its name")
     assert "\n" not in str(caught.value)
+
+
+def broken_model(folder):
+    """One that names more layers than its weights are of."""
+    small_policy.create(folder, ["a", "b"], layers=1, hidden_size=8, heads=2)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+
+
+async def test_a_run_refuses_a_model_that_lacks_layers_before_it_starts_anything(tmp_path):
+    broken_model(tmp_path / "m")
+    config = load("frozen_lake", {"model": str(tmp_path / "m")})
+    with pytest.raises(ValueError, match=r"^model='.*m': its files lack 18 weights, model\.layers"):
+        await prepared_model(config, lambda *_: None)
+
+
+async def test_so_it_does_a_reference_of_the_divergence(tmp_path):
+    broken_model(tmp_path / "m")
+    changes = {"trainer.kl.coefficient": 0.1, "trainer.kl.reference": str(tmp_path / "m")}
+    with pytest.raises(ValueError, match=r"^trainer\.kl\.reference='.*m': its files lack"):
+        await prepared_model(load("frozen_lake", changes), lambda *_: None)
+
+
+async def test_an_evaluation_refuses_such_a_checkpoint(tmp_path):
+    checkpoint = tmp_path / "r" / "checkpoints" / "step_000001"
+    broken_model(checkpoint / "model")
+    write_state(checkpoint, 1)
+    (tmp_path / "r" / "config.yaml").write_text("env: frozen_lake\n")
+    with pytest.raises(ValueError, match=r"^model='.*model': its files lack 18 weights"):
+        await evaluate(checkpoint, {})
+
+
+def test_a_tokenizer_larger_than_its_model_is_refused(tmp_path):
+    small_policy.create(tmp_path, ["a", "b"], layers=1, hidden_size=8, heads=2)
+    assert len(load_tokenizer(str(tmp_path))) == 6
+    larger = small_policy.create(tmp_path / "larger", ["a", "b", "c"], layers=1, hidden_size=8)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((larger / name).read_bytes())
+    with pytest.raises(ValueError, match="larger than the model: 1 tokens, the first 'c' with"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_a_style_that_can_not_use_the_models_tokenizer_is_named_with_it():

@@ -15,6 +15,7 @@ from flash.positions import check_positions, positions_of
         ({"n_positions": 256}, 256),
         ({"max_seq_len": 512}, 512),
         ({"text_config": {"max_position_embeddings": 4096}}, 4096),
+        ({"max_position_embeddings": 4096, "text_config": {"hidden_size": 8}}, 4096),
         ({"hidden_size": 8}, None),
         ({"max_position_embeddings": None}, None),
         ({"max_position_embeddings": 100, "rope_scaling": None}, 100),

@@ -100,6 +100,9 @@ async def test_a_run_that_is_stopped_saves_and_goes_on_where_it_stopped(tmp_path
     assert sorted(trained) == list(range(min(trained), max(trained) + 1)), "and none is skipped"
     ids = [episode["episode"] for episode in episodes]
     assert len(set(ids)) == len(ids), "and ids go on"
+    kept = Counter(t["step"] for t in read_lines(Path(third["folder"]) / "transcripts.jsonl"))
+    assert set(kept) == {1, 2, 3, 4}, "what was said in each step"
+    assert max(kept.values()) <= 2, "and no step is kept twice"
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     evaluation = await evaluate(Path(third["folder"]), {"eval.tasks": 4})
     assert evaluation.episodes == 4

@@ -1,4 +1,4 @@
-"""What each command does: train, eval, simulate, plan, worker."""
+"""What each command does: train, eval, show, simulate, plan, worker."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from flash import config as configuration
 from flash import machine
 from flash.cli.event_loop import run_loop
 from flash.cli.words import listed, only, split_words, swept
-from flash.command_line import Options
+from flash.command_line import Options, nearest
 
 # Imported where they are needed: mistakes must not wait for torch, or for what simulates.
 # ruff: noqa: PLC0415
@@ -50,6 +50,20 @@ def _eval(arguments: Sequence[str]) -> None:
     evaluation = run_loop(evaluate(Path(source), overrides))
     for name, value in evaluation.metrics().items():
         print(f"{name:20} {value:.4g}")
+
+
+def _show(arguments: Sequence[str]) -> None:
+    parser = Options("flash show", add_help=False)
+    parser.add_argument("--step", type=int)
+    options, words = parser.parse_known_args(arguments)
+    for name in (word for word in words if word.startswith("-")):
+        parser.error(f"{name} is unknown: {nearest(name, parser.names(), 'leave it out')}")
+    source = only(words, "a run's folder")
+    if source is None:
+        raise ValueError("flash show what? Give a run's folder: runs/NAME")
+    from flash.telemetry.transcripts import shown
+
+    print(shown(Path(source), options.step))
 
 
 def _simulate(arguments: Sequence[str]) -> None:
@@ -133,6 +147,7 @@ def _worker(arguments: Sequence[str]) -> None:
 BY_NAME: dict[str, Callable[[Sequence[str]], None]] = {
     "train": _train,
     "eval": _eval,
+    "show": _show,
     "simulate": _simulate,
     "plan": _plan,
     "worker": _worker,

@@ -35,6 +35,15 @@ _EVAL = """\
 
 The run's own configuration says how; fields given here change it.
 """
+_SHOW = """\
+  flash show runs/alfworld
+  flash show runs/alfworld --step 20
+
+  --step N                those of that step [the last one]
+
+What the policy read and said, and its rewards, as the run's transcripts.jsonl has it; `transcripts`
+in the run's configuration says of how many episodes of a step.
+"""
 _SIMULATE = """\
   flash simulate scenario.yaml
   flash simulate scenario.yaml --alpha 2 --workers.count 24 --timeline
@@ -63,6 +72,7 @@ _PLAN = """\
 _USAGE = {
     "train": ("[PRESET|FILE.yaml] [--field.sub value …]", _TRAIN),
     "eval": ("RUN|CHECKPOINT [--field.sub value …]", _EVAL),
+    "show": ("RUN [--step N]", _SHOW),
     "simulate": ("FILE.yaml [--field.sub value …]", _SIMULATE),
     "plan": ("FILE.yaml --gpus N [--field.sub value …]", _PLAN),
 }
@@ -70,12 +80,13 @@ _USAGE = {
 
 def of(command: str, about: str, words: Sequence[str]) -> str:
     """What a command takes; with a section's name, the fields of that section alone."""
-    model = configuration.Config if command in ("train", "eval") else Scenario
+    model = Scenario if command in ("simulate", "plan") else configuration.Config
     if words:
         return _section_help(model, words[0].removeprefix("--"))
     usage, text = _USAGE[command]
     text = text.replace("GPU_NAMES", ", ".join(GPUS))
-    return f"usage: flash {command} {usage}\n\n{about}\n\n{text}\n{fields_help(model)}"
+    fields = "" if command == "show" else f"\n{fields_help(model)}"
+    return f"usage: flash {command} {usage}\n\n{about}\n\n{text}{fields}"
 
 
 def _section_help(model: type[BaseModel], section: str) -> str:

@@ -15,6 +15,7 @@ from flash.command_line import ended, nearest
 COMMANDS = {
     "train": "Train a policy by asynchronous reinforcement learning.",
     "eval": "Measure a run, or one checkpoint of it, on held-out tasks.",
+    "show": "Print what was said in some episodes of a run.",
     "simulate": "Simulate a run on a cluster: the engine's own hub, loop and agents in virtual "
     "time.",
     "plan": "Search how to split GPUs between workers and trainer, and the alpha to allow, by "

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, SecretStr
 
 from flash import config as configuration
 from flash.config.yaml_text import plain_values
@@ -17,8 +17,9 @@ def split_words(
 ) -> tuple[list[str], dict[str, Any]]:
     """The plain words, and the fields: `--field.sub value`, `--field.sub=value`, `--switch`.
 
-    Values are YAML, except where the field is a text. `options` are the command's own, which are
-    known already: what is like one of them, and like no field, was meant as one.
+    Values are YAML, except where the field is a text, or names with commas between. `options` are
+    the command's own, which are known already: what is like one of them, and like no field, was
+    meant as one.
     """
     kinds = {name: info.annotation for name, info in configuration.fields(model)}
     plain: list[str] = []
@@ -44,7 +45,9 @@ def split_words(
                 value = words.pop(0)
         if name in fields:
             raise ValueError(f"--{name} is given twice: give it once")
-        is_text = kinds.get(name) is str
+        # Of names with commas between, "*" would be YAML's sign for something else.
+        names = kinds.get(name) == tuple[str, ...] and not value.startswith("[")
+        is_text = names or kinds.get(name) in (str, SecretStr)
         fields[name] = value if is_text else plain_values(value, f"--{name} {value!r}")
     return plain, fields
 

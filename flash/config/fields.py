@@ -65,6 +65,9 @@ class RunFields(Section):
         0, ge=0, le=LARGEST, description="of tasks, sampling and the small policy; below 2**63"
     )
     eval_every: int = Field(10, ge=0, description="steps between evaluations; 0: only at the ends")
+    transcripts: int = Field(
+        2, ge=0, description="episodes of a step that transcripts.jsonl keeps, for flash show"
+    )
     runs_dir: Path = Field(Path("runs"), description="where the runs' folders are")
     agent: AgentConfig = AgentConfig()
     reward: AnyReward = Field(

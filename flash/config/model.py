@@ -12,6 +12,11 @@ SMALL = "small"
 def check_model(model: str) -> None:
     """ValueError if it is neither a hub name nor a directory that holds a model."""
     path = Path(model).expanduser()
+    if path.suffix == ".gguf" or (path.is_dir() and _holds_gguf_alone(path)):
+        raise ValueError(
+            "GGUF files can't be trained: give the safetensors that they were made from, in a "
+            "directory with their config.json"
+        )
     if _is_hub_name(model):
         return
     if not model or not path.is_dir():
@@ -22,6 +27,10 @@ def check_model(model: str) -> None:
             "its model/ folder"
         )
     _settings(path)
+
+
+def _holds_gguf_alone(path: Path) -> bool:
+    return any(path.glob("*.gguf")) and not any(path.glob("*.safetensors"))
 
 
 def read_config(model: str) -> Mapping[str, Any] | None:

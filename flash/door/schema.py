@@ -380,6 +380,8 @@ _REMEDIES: Mapping[Any, str] = {
     "tool_choice": 'whether a tool is called is the policy\'s choice: send "auto" or "none", or '
     "have the door ignore it (agent.ignore)",
     "logprobs": "only the sampled token's logprob is known: true for chats, 0 for completions",
+    "stop": "send one string, or a list of at most 4",
+    "include_obfuscation": "nothing is padded here: leave it out",
     "prompt": "one string, or one list of token ids: send one request for each prompt",
     "strict": f"arguments are not constrained by their schema: {LEAVE_OUT}",
     "type": "only text and functions are known here: leave it out, or have the door ignore such "
@@ -403,7 +405,7 @@ def _told(error: ValidationError, *, within: tuple[str | int, ...] = ()) -> ApiE
     if fault["type"] == "extra_forbidden":
         why = f"this door does not know the field: {LEAVE_OUT}"
     else:
-        why = fault["msg"]
+        why, _, _ = fault["msg"].partition(" or instance of ")
     remedy = next((_REMEDIES[name] for name in reversed(names) if name in _REMEDIES), "")
     return refused(param, fault["input"], "; ".join(filter(None, (why, remedy))))
 

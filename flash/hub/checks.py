@@ -43,9 +43,12 @@ def check_age(answer: Completion, slot: Slot, *, since: int) -> None:
 
 
 def check_gap(
-    answer: Completion, expected: Sequence[float], *, version: int, limit: float
+    answer: Completion, expected: Sequence[float], *, after: int, version: int, limit: float
 ) -> float:
-    """The largest difference to the trainer's logprobs; PublishFailure if that is above `limit`."""
+    """The largest difference to the trainer's logprobs; PublishFailure if that is above `limit`.
+
+    `after` so many tokens of a prompt.
+    """
     differences = [abs(a - b) for a, b in zip(answer.logprobs, expected, strict=True)]
     # max() alone would pass over a nan.
     gap = max(differences) if all(map(math.isfinite, differences)) else math.nan
@@ -53,7 +56,8 @@ def check_gap(
         raise PublishFailure(
             f"{answer.worker} should sample with version {version}: it says "
             f"{sorted(set(answer.versions))}, and its logprobs differ from the trainer's by "
-            f"{gap:.2g}, more than engine.gap_limit={limit:g}. Either it has "
-            f"other weights, or the two compute in precisions that need a higher limit"
+            f"{gap:.2g} after a prompt of {after} tokens, more than engine.gap_limit={limit:g}. "
+            f"Either it has other weights, or its attention has other windows or positions, or the "
+            f"two compute in precisions that need a higher limit"
         )
     return gap

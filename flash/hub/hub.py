@@ -18,7 +18,7 @@ from flash.hub.attempts import Attempts
 from flash.hub.checks import check_age, check_completion
 from flash.hub.http_worker import HttpWorker
 from flash.hub.policy import Policy
-from flash.hub.publisher import Publisher
+from flash.hub.publisher import PROBE_PROMPT, Publisher
 from flash.hub.queue import RequestQueue
 from flash.hub.reports import HubStats, PublishReport
 from flash.hub.response import Response
@@ -265,13 +265,13 @@ class InferenceHub:
         self._paused_s += report.paused_s
         return report
 
-    async def probe(self, weights: Weights) -> float:
-        """The largest difference between the workers' logprobs and `weights.score`, on a probe.
+    async def probe(self, weights: Weights, prompt: Sequence[int] = PROBE_PROMPT) -> float:
+        """The largest difference between the workers' logprobs and `weights.score`, after a prompt.
 
         For weights that the workers have already (at the start of a run). Raises PublishFailure
         above `gap_limit`; nan if `weights.score` is None or no worker is healthy.
         """
-        return await self._publisher.probe(weights)
+        return await self._publisher.probe(weights, prompt)
 
     @contextlib.asynccontextmanager
     async def lend(self, workers: int) -> AsyncIterator["InferenceHub"]:

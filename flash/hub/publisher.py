@@ -24,8 +24,9 @@ from flash.types import Completion, SamplingParams, UpdateMode, Weights
 
 logger = logging.getLogger(__name__)
 
-_PROBE_PROMPT = (1, 2, 3, 1, 2, 3)  # any token ids that every vocabulary has
-_PROBE_SAMPLING = SamplingParams(max_tokens=12)
+PROBE_PROMPT = (1, 2, 3, 1, 2, 3)  # any token ids that every vocabulary has
+PROBE_TOKENS = 12  # sampled after a prompt
+_PROBE_SAMPLING = SamplingParams(max_tokens=PROBE_TOKENS)
 
 Ask = Callable[[Slot, Sequence[int], SamplingParams, PartialCompletion], Awaitable[Completion]]
 
@@ -89,7 +90,7 @@ class Publisher:
                     paused_s[slot] = clock() - started
             self._queue.raise_failure()
             self._policy.version = weights.version
-            gaps = await self._probe(weights)
+            gaps = await self._probe(weights, PROBE_PROMPT)
             return self._report(weights, paused_s, gaps)
 
     def _report(
@@ -112,10 +113,10 @@ class Publisher:
             per_worker=per_worker,
         )
 
-    async def probe(self, weights: Weights) -> float:
-        """The largest gap of any worker; nan if none could be asked."""
+    async def probe(self, weights: Weights, prompt: Sequence[int]) -> float:
+        """The largest gap of any worker after a prompt; nan if none could be asked."""
         async with self._one_at_a_time:
-            return max((await self._probe(weights)).values(), default=math.nan)
+            return max((await self._probe(weights, prompt)).values(), default=math.nan)
 
     @contextlib.asynccontextmanager
     async def lend(self, workers: int) -> AsyncIterator[Loan]:
@@ -179,7 +180,7 @@ class Publisher:
             slot.updating = False
             self._queue.dispatch()
 
-    async def _probe(self, weights: Weights) -> dict[Slot, float]:
+    async def _probe(self, weights: Weights, prompt: Sequence[int]) -> dict[Slot, float]:
         """The gap of each worker that could be asked; of none without a `score`."""
         gaps: dict[Slot, float] = {}
         for slot in self._slots if weights.score is not None else ():
@@ -187,7 +188,7 @@ class Publisher:
                 continue
             try:
                 partial = PartialCompletion(weights.version, _PROBE_SAMPLING.temperature)
-                answer = await self._ask(slot, _PROBE_PROMPT, _PROBE_SAMPLING, partial)
+                answer = await self._ask(slot, prompt, _PROBE_SAMPLING, partial)
                 check_completion(answer, _PROBE_SAMPLING, self._policy.published)
                 if not answer.token_ids:
                     raise WorkerFailure(f"{slot.worker.name} aborted the probe")
@@ -197,10 +198,11 @@ class Publisher:
             except BadRequest as error:
                 raise PublishFailure(f"{slot.worker.name} refused the probe: {error}") from error
             assert weights.score is not None
-            expected = await weights.score([*_PROBE_PROMPT, *answer.token_ids])
+            expected = await weights.score([*prompt, *answer.token_ids])
             gaps[slot] = check_gap(
                 answer,
-                expected[len(_PROBE_PROMPT) - 1 :],
+                expected[len(prompt) - 1 :],
+                after=len(prompt),
                 version=weights.version,
                 limit=self._gap_limit,
             )

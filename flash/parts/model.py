@@ -1,5 +1,6 @@
 """The model of a run, its tokenizer, and the prompt style for it."""
 
+import asyncio
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,16 +14,24 @@ from flash.warm_start.teach import OnProgress, small_model
 
 
 async def prepared_model(config: Config, on_progress: OnProgress) -> str:
-    """The model to start from: as given, or the small policy, made and taught if need be."""
+    """The model to start from: as given, or the small policy, made and taught if need be.
+
+    ValueError for one whose files are not whole, don't fit together, or can't be trained.
+    """
+    reference = config.trainer.kl.reference
+    if reference is not None and config.trainer.kl.coefficient:
+        await check_model_files(reference, field="trainer.kl.reference")
     if config.model != SMALL:
         local = Path(config.model).expanduser()
         if local.is_dir():
+            await check_model_files(str(local))
             return str(local)
         check_positions(
             _hub_config(config.model),
             model=config.model,
             max_sequence_tokens=config.agent.max_sequence_tokens,
         )
+        await check_model_files(config.model)
         return config.model
     env_key = {"name": config.env.name, "options": config.env.options}
     path = await small_model(
@@ -40,11 +49,32 @@ async def prepared_model(config: Config, on_progress: OnProgress) -> str:
 
 
 def load_tokenizer(model: str) -> Any:
-    """The tokenizer that comes with the model. ValueError if there is none to be had."""
-    from transformers import AutoTokenizer  # noqa: PLC0415  (seconds to import)
+    """The tokenizer that comes with the model. ValueError if there is none that fits it."""
+    from transformers import AutoConfig, AutoTokenizer  # noqa: PLC0415  (seconds to import)
+
+    from flash.trainer.model_files import check_vocabulary  # noqa: PLC0415
 
     with _told_by_name(model):
-        return AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model)
+    check_vocabulary(tokenizer, config, source=model)
+    return tokenizer
+
+
+async def check_model_files(model: str, *, field: str = "model") -> None:
+    """ValueError for a model whose files are not whole, don't fit together, or can't be trained."""
+    from flash.trainer.model_files import check_files  # noqa: PLC0415  (seconds to import)
+
+    await asyncio.to_thread(check_files, model, field=field)
+
+
+def self_test_text(model: str, *, at_most: int) -> list[int]:
+    """Token ids, more of them than any layer of the model looks back on, if that may be."""
+    from transformers import AutoConfig  # noqa: PLC0415  (seconds to import)
+
+    from flash.trainer.self_test import texts  # noqa: PLC0415
+
+    return texts(AutoConfig.from_pretrained(model), at_most=at_most)[0]
 
 
 def _hub_config(model: str) -> Mapping[str, Any]:

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flash.config import Config
 from flash.door import Door
@@ -29,6 +30,7 @@ class Parts:
 
     config: Config
     hub: InferenceHub
+    tokenizer: Any
     style: PromptStyle
     door: Door | None
     reward: RewardStage | None
@@ -76,4 +78,7 @@ async def open_parts(
         open_door(config, hub, tokenizer=tokenizer, told_in=door_file) as door,
         open_reward(config, hub, tokenizer=tokenizer, log_dir=log_dir) as reward,
     ):
-        yield Parts(config=config, hub=hub, style=style, door=door, reward=reward, log_dir=log_dir)
+        yield Parts(
+            config=config, hub=hub, tokenizer=tokenizer, style=style, door=door, reward=reward,
+            log_dir=log_dir,
+        )  # fmt: skip

@@ -9,6 +9,8 @@ from flash.checkpoints import Checkpoints, Cut, Rescue
 from flash.config import Config
 from flash.evaluation.evaluations import Evaluations
 from flash.hub.hub import InferenceHub
+from flash.hub.publisher import PROBE_TOKENS
+from flash.parts.model import self_test_text
 from flash.parts.open import open_parts
 from flash.rollout.adaptive import AdaptiveAlpha
 from flash.rollout.loop import RolloutLoop
@@ -17,6 +19,7 @@ from flash.rollout.tasks import Tasks
 from flash.telemetry.folder import RunFolder
 from flash.telemetry.live import View
 from flash.telemetry.progress import Progress
+from flash.telemetry.transcripts import Transcripts
 from flash.trainer.advantages import make_advantages
 from flash.trainer.trainer import Trainer
 
@@ -48,6 +51,12 @@ class Training:
             await self.save()
         elif self.checkpoints.spare_is_due():
             await self.save(spare=True)
+
+    async def self_test(self) -> None:
+        """PublishFailure if workers and trainer differ on a text longer than any window."""
+        longest = min(self.config.agent.max_sequence_tokens, self.config.engine.cache_tokens)
+        text = self_test_text(self.trainer.model, at_most=longest - PROBE_TOKENS)
+        await self.hub.probe(await self.trainer.export_weights(), text)
 
     async def save(self, *, spare: bool = False) -> None:
         """A checkpoint of the present version, if there is none yet and any step in it."""
@@ -107,6 +116,9 @@ async def open_training(
         parts.agents() as agents,
         parts.agents(heldout=True) as heldout_agents,
     ):
+        decode = parts.tokenizer.decode
+        per_step, steps = config.transcripts, config.steps
+        observers.add(Transcripts(folder.transcript, decode=decode, per_step=per_step, steps=steps))
         rollouts = RolloutLoop(
             parts.hub,
             agent=agents.make,

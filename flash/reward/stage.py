@@ -14,14 +14,13 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
-from itertools import groupby
 from typing import Any, Protocol
 
 from flash.answers import failing_as, raised
 from flash.errors import EpisodeFailure, FlashError, RewardFailure
 from flash.reward.outcome import outcome
 from flash.rollout.episode import Episode
-from flash.types import SampledSequence, Task, Trajectory, Transcript
+from flash.types import Task, Trajectory, Transcript
 
 logger = logging.getLogger(__name__)
 
@@ -124,13 +123,9 @@ class RewardStage:
         return Transcript(
             task=task,
             text="\n\n".join(self._decode(s.token_ids.tolist()) for s in sequences),
-            responses=tuple(self._decode(ids) for s in sequences for ids in _responses(s)),
+            responses=tuple(
+                self._decode(ids) for s in sequences for sampled, ids in s.runs() if sampled
+            ),
             reward=trajectory.reward,
             success=trajectory.success,
         )
-
-
-def _responses(sequence: SampledSequence) -> list[list[int]]:
-    """The token ids of each run of sampled tokens."""
-    pairs = zip(sequence.token_ids.tolist(), (sequence.loss_mask > 0).tolist(), strict=True)
-    return [[i for i, _ in run] for sampled, run in groupby(pairs, lambda p: p[1]) if sampled]

@@ -4,6 +4,7 @@ runs/<name>/
 ├── config.yaml       the resolved configuration
 ├── metrics.jsonl     a line a step; names and units in metrics.py
 ├── episodes.jsonl    a line an ended episode: EpisodeRecord
+├── transcripts.jsonl what was said in some of them; see transcripts.py, and flash show
 ├── events.out.…      the same metrics for TensorBoard
 ├── checkpoints/      step_<version>/ (flash/checkpoints.py)
 ├── logs/             of the processes; controller.log holds what ended the run, if anything did,
@@ -38,6 +39,8 @@ from flash.durable import HeldError, locked, write_whole
 from flash.rollout.episode import Episode
 from flash.rollout.observer import Observer
 from flash.rollout.record import EpisodeRecord
+
+TRANSCRIPTS_FILE = "transcripts.jsonl"
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +83,7 @@ class RunFolder(Observer):
         write_whole(self.path / "config.yaml", text.encode())
         self._metrics = opened.enter_context(_lines(self.path / "metrics.jsonl"))
         self._episodes = opened.enter_context(_lines(self.path / "episodes.jsonl"))
+        self._transcripts = opened.enter_context(_lines(self.path / TRANSCRIPTS_FILE))
         self._board = _Board(self.path)
         opened.callback(self._board.close)
 
@@ -133,7 +137,8 @@ class RunFolder(Observer):
     def _close(self, error: BaseException | None) -> None:
         with self._opened:
             self._log(error)
-            files = [self.path / name for name in ("metrics.jsonl", "episodes.jsonl")]
+            names = ("metrics.jsonl", "episodes.jsonl", TRANSCRIPTS_FILE)
+            files = [self.path / name for name in names]
             if not any(path.stat().st_size for path in files):
                 for path in files:
                     path.unlink()
@@ -169,6 +174,7 @@ class RunFolder(Observer):
             self.path / "episodes.jsonl",
             lambda line: line["outcome"] == "trained" and line["trained_at_version"] >= step,
         )
+        _cut(self.path / TRANSCRIPTS_FILE, lambda line: line["step"] > step)
         self._board.forget_after(step)
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -183,6 +189,10 @@ class RunFolder(Observer):
     def ended(self, episode: Episode, record: EpisodeRecord) -> None:
         """One line of episodes.jsonl."""
         _write(self._episodes, asdict(record))
+
+    def transcript(self, line: Mapping[str, Any]) -> None:
+        """One line of transcripts.jsonl."""
+        _write(self._transcripts, line)
 
     def stalled(self, report: str) -> None:
         """What the watchdog said, in logs/stalls.log."""

@@ -49,8 +49,7 @@ def check_files(source: str, *, field: str) -> Any:
         config = _config(source)
         model = _empty_model(config)
         _check_weights(model, _headers(source))
-        # Where a router's choice decides what is computed, it takes weights to see the layers.
-        with contextlib.suppress(NotImplementedError):
+        with contextlib.suppress(RuntimeError):  # it takes weights, so the ranks will see
             check_layers(TokenScorer(model))
     except ValueError as error:
         why = " ".join(str(error).split())
@@ -58,7 +57,7 @@ def check_files(source: str, *, field: str) -> Any:
     return config
 
 
-def check_vocabulary(tokenizer: Any, config: Any, *, source: str, field: str) -> None:
+def check_vocabulary(tokenizer: Any, config: Any, *, source: str) -> None:
     """ValueError if the tokenizer gives tokens that the model has no embedding for."""
     rows = int(config.get_text_config().vocab_size)
     placeholders = {getattr(tokenizer, name, None) for name in _PLACEHOLDERS}
@@ -73,7 +72,7 @@ def check_vocabulary(tokenizer: Any, config: Any, *, source: str, field: str) ->
     if past:
         first = min(past, key=past.__getitem__)
         raise ValueError(
-            f"{field}={source!r}: its tokenizer is larger than the model: {len(past)} tokens, "
+            f"model={source!r}: its tokenizer is larger than the model: {len(past)} tokens, "
             f"the first {first!r} with the id {past[first]}, are past the vocab_size={rows} of "
             f"config.json: give the tokenizer that belongs to the model, or resize the model's "
             f"embedding"
@@ -89,7 +88,7 @@ def _is_in_files(source: str, token: str) -> bool:
 def _config(source: str) -> Any:
     path = _file(source, "config.json")
     if path is None:
-        raise ValueError("there is no config.json, so it is not a model" + _gguf(source))
+        raise ValueError("there is no config.json, so it is not a model")
     try:
         written = json.loads(path.read_text(encoding="utf-8"))
         kind = written["model_type"]
@@ -139,8 +138,8 @@ def _headers(source: str) -> dict[str, Tensor]:
         if (path := _file(source, index)) is not None:
             return _headers_of_shards(source, path)
     raise ValueError(
-        f"there are no weights ({_WEIGHTS[0]}, or {_WEIGHTS[1]} and what it names){_gguf(source)}: "
-        f"fetch the model again"
+        f"there are no weights ({_WEIGHTS[0]}, or {_WEIGHTS[1]} and what it names): fetch the "
+        f"model again, as safetensors"
     )
 
 
@@ -185,12 +184,6 @@ def _file(source: str, name: str) -> Path | None:
             f"directory ({error})"
         ) from error
     return None if found is None else Path(found)
-
-
-def _gguf(source: str) -> str:
-    if any(Path(source).glob("*.gguf")):
-        return "; GGUF files can't be trained, the safetensors that they were made from can"
-    return ""
 
 
 def _check_weights(model: Any, headers: dict[str, Tensor]) -> None:

@@ -53,19 +53,18 @@ def texts(config: Any, *, at_most: int | None = None) -> list[list[int]]:
 def check_layers(scorer: TokenScorer) -> list[Tensor]:
     """ValueError that names why the model can't be given packed sequences; else their logprobs.
 
-    The model may be on torch's meta device, without weights.
+    The model may be on torch's meta device, without weights. There RuntimeError means that what is
+    computed depends on them.
     """
     model: Any = scorer.model
     kind = model.config.model_type
     with recorded() as attended:
         try:
             packed = _packed_logprobs(scorer, _compared(model.config), model.device)
-        except (NotImplementedError, torch.OutOfMemoryError):
-            raise
-        except (TypeError, ValueError, RuntimeError) as error:  # the boundary to the model's class
+        except (TypeError, ValueError) as error:  # the boundary to the model's class
             raise ValueError(
                 f"model_type={kind!r} can't compute packed sequences: give a model of another "
-                f"type, or correct its config.json ({error})"
+                f"type ({error})"
             ) from error
     layers = int(model.config.get_text_config().num_hidden_layers)
     if len(attended) != layers:
@@ -82,8 +81,16 @@ def check_packed(scorer: TokenScorer) -> None:
 
     The model is whole here, in float32, and evaluates.
     """
-    packed = check_layers(scorer)
     model: Any = scorer.model
+    try:
+        packed = check_layers(scorer)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # the boundary to the model's class
+        raise ValueError(
+            f"model_type={model.config.model_type!r} can't compute a forward pass: correct its "
+            f"config.json ({error})"
+        ) from error
     compared = _compared(model.config)
     model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
     plain = [_plain_logprobs(model, text) for text in compared]

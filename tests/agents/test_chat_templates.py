@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from flash.agents.chat import ChatStyle
@@ -132,6 +132,18 @@ def test_white_space_before_the_end_is_not_doubled_with_it():
     assert tokenizer.decode(closed) == "[INST] x [/INST]"
     cut = style.next(Observation(text="x"), [7])
     assert tokenizer.decode(cut) == " </s>[INST] x [/INST]"
+
+
+def test_bos_token_is_not_doubled_by_a_tokenizer_that_adds_one_to_every_text():
+    tokenizer = spelled("{{ bos_token }}" + CHATML)
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", bos)]
+    )
+    assert tokenizer.encode("a").count(bos) == 1
+    style = ChatStyle(tokenizer)
+    assert style.first(Observation(text="A room.")).count(bos) == 1
+    assert style.next(Observation(text="A garden."), [7]).count(bos) == 0
 
 
 def test_a_turn_that_ended_by_another_stop_token_is_not_ended_again():

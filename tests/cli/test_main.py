@@ -91,10 +91,13 @@ def test_a_door_whose_port_is_in_use_is_found_before_anything_starts(capsys, tmp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "flash what? Give a command: train, eval, simulate, plan, worker; or --help"),
+        ([], "flash what? Give a command: train, eval, show, simulate, plan, worker; or --help"),
         (["trian"], "'trian' is no command: did you mean train?"),
         (["--versoin"], "'--versoin' is no command: did you mean --version?"),
-        (["fly"], "'fly' is no command: there are train, eval, simulate, plan, worker, and --help"),
+        (
+            ["fly"],
+            "'fly' is no command: there are train, eval, show, simulate, plan, worker, and --help",
+        ),
         (["train", "--help", "engin"], "--help 'engin' is no section: did you mean engine?"),
         (["train", "--help", "xyz"], "--help 'xyz' is no section: there are env, engine, agent"),
         (["worker"], "the following arguments are required: --model; see flash worker --help"),
@@ -168,6 +171,14 @@ def test_values_are_yaml_with_or_without_an_equals_sign():
 def test_a_text_stays_as_it_was_typed():
     given = ["--name", "007", "--model=1e3", "--agent.style", "on"]
     assert split_words(given)[1] == {"name": "007", "model": "1e3", "agent.style": "on"}
+    assert split_words(["--engine.api_key", "007"])[1] == {"engine.api_key": "007"}
+
+
+def test_names_with_commas_between_need_no_yaml():
+    for given, meant in (
+        ("*", "*"), ("*,image_url", "*,image_url"), ('["*", a]', ["*", "a"]), ("7", "7"),
+    ):  # fmt: skip
+        assert split_words(["--agent.ignore", given])[1] == {"agent.ignore": meant}
 
 
 def test_a_switch_needs_no_value_and_resume_is_one():

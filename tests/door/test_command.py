@@ -141,11 +141,12 @@ pids = open(sys.argv[1], "a")
 browser = subprocess.Popen(["sleep", "1000"], start_new_session=True)
 if os.fork() == 0:  # a daemon, as they are made: twice forked, nobody's child
     os.setsid()
-    if os.fork() == 0:
-        print(os.getpid(), file=pids, flush=True)
+    daemon = os.fork()
+    if daemon == 0:
         os.execvp("sleep", ["sleep", "1000"])
+    print(daemon, file=pids, flush=True)
     os._exit(0)
-os.wait()
+os.waitpid(-1, 0)
 print(browser.pid, file=pids, flush=True)
 """
 
@@ -190,9 +191,12 @@ asyncio.run(agent(base_url="", api_key="", task=Task(0)))
 @pytest.mark.slow
 async def test_a_command_whose_parent_is_killed_ends_with_all_that_it_started(tmp_path):
     pids = tmp_path / "pids"
-    code = f"sleep 1000 & echo $! >> {pids}; echo $$ >> {pids}; echo $PPID >> {pids}; wait"
+    code = (
+        f"sleep 1000 & echo $! >> {pids}; setsid sh -c 'echo $$ >> {pids}; exec sleep 1000' & "
+        f"echo $$ >> {pids}; echo $PPID >> {pids}; wait"
+    )
     parent = await asyncio.create_subprocess_exec(sys.executable, "-c", PARENT, code, str(tmp_path))
-    started = await pids_in(pids, 3)
+    started = await pids_in(pids, 4)
     parent.kill()
     await parent.wait()
     deadline = time.monotonic() + 10

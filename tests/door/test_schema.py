@@ -197,6 +197,24 @@ async def test_variables_go_to_the_template_and_arguments_of_rendering_are_refus
                     await client.chat.completions.create(**options, extra_body=variables)
 
 
+@pytest.mark.parametrize(
+    ("fields", "remedy"),
+    [
+        ({"stop": ["a"] * 5}, "at most 4"),
+        ({"stream_options": {"include_obfuscation": True}}, "leave it out"),
+        ({"messages": ["hi"]}, 'messages[0]="hi": Input should be a valid dictionary'),
+        ({"tool_choice": "required"}, "agent.ignore"),
+        ({"tools": [{"type": "custom"}]}, "ignore such parts by their type (agent.ignore)"),
+        ({"messages": [{"role": "assistant", "refusal": "no"}]}, "agent.ignore"),
+        ({"never_heard_of": 1}, "agent.ignore"),
+    ],
+)
+def test_a_refusal_tells_the_remedy(fields, remedy):
+    told = str(refusal(chat, **fields))
+    assert remedy in told
+    assert "_Message" not in told
+
+
 def test_another_model_is_not_found():
     told = refusal(chat, model="gpt-4o")
     assert (told.status, told.code, told.param) == (404, "model_not_found", "model")

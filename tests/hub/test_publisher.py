@@ -461,3 +461,19 @@ async def test_a_publisher_lends_the_least_busy_workers_and_not_while_it_publish
             assert (now(), loan.version) == (2, 1)
             assert [slot.lent is not None for slot in slots] == [False, True]
         await publishing
+
+
+@in_virtual_time
+async def test_a_probe_after_a_long_prompt_shows_what_a_short_one_hides():
+    worker = steady()
+    exact = probed(worker, 0.0)
+
+    async def score(token_ids):
+        """A trainer that looks back further than the worker."""
+        far = 0.01 if len(token_ids) > 64 else 0.0
+        return [logprob + far for logprob in await exact(token_ids)]
+
+    async with InferenceHub([worker]) as hub:
+        assert await hub.probe(weights(0, score)) == 0
+        with pytest.raises(PublishFailure, match=r"by 0\.01 after a prompt of 64 tok"):
+            await hub.probe(weights(0, score), range(64))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from flash import virtual_time
 from flash.agents import EnvironmentAgent
@@ -318,6 +318,93 @@ def test_gradient_checkpointing_changes_nothing(
         with started(model, tmp_path, config) as rank:
             results.append(step(rank, samples_of(4), config))
     assert close(*results)
+
+
+def save_noisy_model(folder: Path, kind: str) -> Path:
+    """A model whose layers have dropout, or jitter in their routers, while they train."""
+    settings: dict[str, Any] = {
+        "opt": {
+            "dropout": 0.5, "attention_dropout": 0.5, "ffn_dim": 64, "word_embed_proj_dim": 32,
+            "init_std": 0.3,
+        },
+        "gpt2": {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5},
+        "mixtral": {
+            "router_jitter_noise": 0.5, "attention_dropout": 0.5, "num_local_experts": 4,
+            "intermediate_size": 32, "num_key_value_heads": 2,
+        },
+    }[kind]  # fmt: skip
+    config = AutoConfig.for_model(
+        kind, vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0, **settings,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        Model.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["opt", "gpt2", "mixtral"])
+def test_no_forward_of_the_trainer_has_dropout_or_jitter(
+    kind: str, tmp_path: Path, samples_of: SamplesOf, reference_logprobs: Reference
+) -> None:
+    noisy = save_noisy_model(tmp_path / "noisy", kind)
+    results, gradients = [], []
+    for checkpointing in (False, True):
+        config = TrainerConfig(gradient_checkpointing=checkpointing, warmup_steps=0)
+        with started(noisy, tmp_path, config) as rank:
+            gradients.append(gradients_of(rank))
+            expected = reference_logprobs(Model.from_pretrained(noisy), list(range(30)))
+            assert rank.score(range(30)) == pytest.approx(expected, abs=1e-4)
+            results.append(step(rank, samples_of(4), config))
+    assert close(*results)
+    torch.testing.assert_close(*gradients)
+
+
+def test_activations_are_computed_again_in_the_backward_pass(
+    model: Path, tmp_path: Path, samples_of: SamplesOf
+) -> None:
+    calls: list[int] = []
+    for checkpointing in (False, True):
+        config = TrainerConfig(gradient_checkpointing=checkpointing)
+        with started(model, tmp_path, config) as rank:
+            mlp = rank._model.model.layers[0].mlp
+            mlp.register_forward_pre_hook(lambda *_: calls.append(checkpointing))  # noqa: B023
+            step(rank, samples_of(1), config)
+    assert (calls.count(False), calls.count(True)) == (1, 2)
+
+
+def test_a_temperature_is_exact_where_layers_compute_in_bfloat16(
+    model: Path, tmp_path: Path
+) -> None:
+    """0.7 in bfloat16 is 0.6992, which moves a logprob of -8 by 0.01."""
+    token_ids, scored_T = torch.arange(20), torch.arange(1, 20)
+    half = Model.from_pretrained(model, dtype=torch.bfloat16)
+    logits_TV = half(token_ids[None]).logits[0, :-1].detach().double() / 0.7
+    expected_T = logits_TV.log_softmax(-1).gather(-1, token_ids[1:, None])[:, 0]
+    with started(model, tmp_path, TrainerConfig(dtype="bfloat16")) as rank, torch.no_grad():
+        found_T = rank._scorer(
+            token_ids, (20,), scored_T, temperatures_T=torch.full((19,), 0.7)
+        ).double()
+        rounded_T = rank._scorer(
+            token_ids, (20,), scored_T, temperatures_T=torch.full((19,), 0.69921875)
+        ).double()
+    # Kernels of attention differ in bfloat16, a rounded temperature differs everywhere.
+    assert (found_T - expected_T).mean().abs() < (rounded_T - expected_T).mean().abs()
+    assert (found_T - rounded_T).abs().max() > 1e-3
+
+
+def test_a_model_that_can_not_be_trained_is_told_in_a_line(tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "bert", vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=4, initializer_range=0.3,
+    )  # fmt: skip
+    Model.from_config(config).save_pretrained(tmp_path / "bert")
+    rank = Rank()
+    rendezvous = str(tmp_path / "rendezvous")
+    why = rank.start(str(tmp_path / "bert"), None, TrainerConfig(), 0, 1, rendezvous, 0)
+    dist.destroy_process_group()
+    assert why.startswith("model_type='bert' computes other logprobs in packed sequences")
+    assert "\n" not in why
 
 
 # ── objectives, in the whole ─────────────────────────────────────────────────────────────────

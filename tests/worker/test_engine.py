@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from flash.worker.engine import EmbeddedEngine, EngineDied, EngineRequest
 
@@ -119,6 +119,33 @@ async def test_a_model_whose_layers_do_not_see_everything_keeps_the_masked_atten
     result = await engine.generate(request())
     expected = logprobs_of(model, PROMPT, result.token_ids)
     assert result.logprobs == pytest.approx(expected, abs=1e-4)
+
+
+WINDOWS = [
+    ("mistral", {"sliding_window": 8}),
+    ("phi3", {"sliding_window": 8}),
+    ("starcoder2", {"sliding_window": 8}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    ("qwen2", {"use_sliding_window": False, "sliding_window": 8}),
+    ("gemma3_text", {"sliding_window": 8, "sliding_window_pattern": 2, "head_dim": 8}),
+]
+
+
+@pytest.mark.parametrize(("kind", "settings"), WINDOWS)
+async def test_a_window_is_kept_in_whatever_way_a_configuration_says_it(
+    engines, tmp_path, kind, settings
+):
+    def shape(**sizes):
+        return AutoConfig.for_model(kind, **sizes, **settings)
+
+    model = make_model(tmp_path / "m", 1, shape=shape)
+    engine = engines(model)
+    results = await asyncio.gather(
+        engine.generate(request("long")), engine.generate(request("short", PROMPT[:3]))
+    )
+    for prompt, result in zip((PROMPT, PROMPT[:3]), results, strict=True):
+        expected = logprobs_of(model, prompt, result.token_ids)
+        assert result.logprobs == pytest.approx(expected, abs=1e-4)
 
 
 async def test_a_stop_token_ends_the_response_and_is_its_last_token(engines, tmp_path):

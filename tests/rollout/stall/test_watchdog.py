@@ -16,6 +16,7 @@ from flash.hub.hub import InferenceHub
 from flash.hub.queue import RequestQueue
 from flash.rollout.loop import RolloutLoop
 from flash.rollout.stall.blocked import watched_event_loop
+from flash.seeds import HELDOUT_SEEDS
 from flash.types import Task, TrainerState
 from tests.loops import loop_options
 from tests.steady import weights
@@ -250,7 +251,10 @@ def test_an_evaluation_that_hangs_is_named_as_a_batch_is(mode, caplog):
         assert "the evaluation of version 1 is lost" in caplog.text
     (report,) = reports
     assert report.startswith("evaluation: no progress for 50.0 s: the environment is asleep in")
-    assert "episode -1 (seed 0, group -1, attempt 1) in stage 'env' for 50.0 s" in report
+    assert (
+        f"episode -1 (seed {HELDOUT_SEEDS[0]}, group -1, attempt 1) in stage 'env' for 50.0 s"
+        in report
+    )
     assert "await asyncio.Event().wait()" in report
     assert "worker b: healthy" in report or "worker a: healthy" in report
 
