@@ -289,6 +289,32 @@ async def test_of_a_death_and_what_its_siblings_say_of_it_the_death_is_the_cause
     assert asyncio.get_running_loop().time() < 60
 
 
+@pytest.mark.parametrize(
+    ("method", "can_save"), [("step", False), ("finish", False), ("export", True), ("score", True)]
+)
+@in_virtual_time
+async def test_a_trainer_whose_step_was_given_up_can_not_be_saved(
+    method: str, can_save: bool, tmp_path: Path
+) -> None:
+    """Which weights its ranks have is not known: the step goes on there."""
+
+    class BusyRank:
+        alive = True
+
+        async def call(self, *_: object, timeout_s: float) -> None:
+            await asyncio.sleep(timeout_s)
+
+    trainer = not_started(tmp_path)
+    trainer._children = [BusyRank()]  # type: ignore[list-item]
+    assert trainer.can_save
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(1):
+            await trainer._call(method)
+    assert trainer.can_save == can_save
+    trainer._children[0].alive = False  # type: ignore[misc]
+    assert not trainer.can_save
+
+
 @pytest.mark.slow
 async def test_a_model_that_cannot_be_loaded_is_a_failure_with_its_traceback(
     tmp_path: Path,
