@@ -39,6 +39,7 @@ def pattern(line: str) -> str:
     return ".*".join(map(re.escape, line.split("…")))
 
 
+@pytest.mark.timeout(30)  # what is not refused would train
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["flash"])
 def test_a_wrong_input_ends_in_its_one_line_and_nothing_is_started(row, here, capsys):
     files = written(here, row.get("files", {}))
