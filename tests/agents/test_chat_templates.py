@@ -59,6 +59,10 @@ SERVE = {
     "white space before the end": brackets(" {{ m.content }} {{ eos_token }}"),
     "white space after the end": brackets("{{ m.content }}{{ eos_token }}\n\n"),
     "no end at all": brackets(" {{ m.content }}"),
+    "no end at all, of turns that begin with a token": (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    ),
     "bos_token in each turn": brackets("{{ m.content }}{{ eos_token }}{{ bos_token }}"),
     "an end after answers alone": (
         "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
@@ -117,7 +121,8 @@ def test_a_conversation_grows_as_the_template_writes_the_whole(template):
 
     def squeezed(text: str) -> str:
         """Without what may differ: the model's own spaces, an end it alone wrote, its thoughts."""
-        for token in ("</s>" if template == SERVE["no end at all"] else " ", " ", "<think>\n"):
+        without_end = "</s>" not in whole and "<|im_end|>" not in whole
+        for token in ("</s>" if without_end else " ", " ", "<think>\n"):
             text = text.replace(token, "")
         return text
 
