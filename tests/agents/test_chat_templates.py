@@ -139,6 +139,14 @@ def test_white_space_before_the_end_is_not_doubled_with_it():
     assert tokenizer.decode(cut) == " </s>[INST] x [/INST]"
 
 
+def test_what_begins_the_next_turn_is_no_end_of_an_answer():
+    tokenizer = spelled(SERVE["no end at all, of turns that begin with a token"])
+    style = ChatStyle(tokenizer)
+    assert style.stop_token_ids == (tokenizer.eos_token_id,)
+    between = style.next(Observation(text="x"), [7, tokenizer.eos_token_id])
+    assert tokenizer.decode(between) == "<|user|>x<|assistant|>"
+
+
 def test_bos_token_is_not_doubled_by_a_tokenizer_that_adds_one_to_every_text():
     tokenizer = spelled("{{ bos_token }}" + CHATML)
     bos = tokenizer.bos_token_id
