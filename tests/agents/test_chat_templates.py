@@ -59,6 +59,10 @@ SERVE = {
     "white space before the end": brackets(" {{ m.content }} {{ eos_token }}"),
     "white space after the end": brackets("{{ m.content }}{{ eos_token }}\n\n"),
     "no end at all": brackets(" {{ m.content }}"),
+    "no end at all, of turns that begin with a token": (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    ),
     "bos_token in each turn": brackets("{{ m.content }}{{ eos_token }}{{ bos_token }}"),
     "an end after answers alone": (
         "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
@@ -117,7 +121,8 @@ def test_a_conversation_grows_as_the_template_writes_the_whole(template):
 
     def squeezed(text: str) -> str:
         """Without what may differ: the model's own spaces, an end it alone wrote, its thoughts."""
-        for token in ("</s>" if template == SERVE["no end at all"] else " ", " ", "<think>\n"):
+        without_end = "</s>" not in whole and "<|im_end|>" not in whole
+        for token in ("</s>" if without_end else " ", " ", "<think>\n"):
             text = text.replace(token, "")
         return text
 
@@ -132,6 +137,14 @@ def test_white_space_before_the_end_is_not_doubled_with_it():
     assert tokenizer.decode(closed) == "[INST] x [/INST]"
     cut = style.next(Observation(text="x"), [7])
     assert tokenizer.decode(cut) == " </s>[INST] x [/INST]"
+
+
+def test_what_begins_the_next_turn_is_no_end_of_an_answer():
+    tokenizer = spelled(SERVE["no end at all, of turns that begin with a token"])
+    style = ChatStyle(tokenizer)
+    assert style.stop_token_ids == (tokenizer.eos_token_id,)
+    between = style.next(Observation(text="x"), [7, tokenizer.eos_token_id])
+    assert tokenizer.decode(between) == "<|user|>x<|assistant|>"
 
 
 def test_bos_token_is_not_doubled_by_a_tokenizer_that_adds_one_to_every_text():
