@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from flash.machine import has_vllm
+from flash.system.machine import has_vllm
 
 RESULTS = Path(__file__).parent / "results" / "engines.json"
 LOOK_EVERY_S = 0.5

@@ -59,7 +59,7 @@ from trainer import (
 )
 from transformers import AutoModelForCausalLM
 
-from flash.quiet import no_progress_bars
+from flash.system.quiet import no_progress_bars
 from flash.trainer.attention import Packing, VarlenKernel, attend_one_by_one, varlen_kernel
 from flash.trainer.config import TrainerConfig
 from flash.trainer.micro_batch import pack

@@ -38,7 +38,7 @@ from flash.hub.http_worker import HttpWorker
 from flash.hub.hub import InferenceHub
 from flash.hub.pool import ProcessPool
 from flash.hub.vllm_pool import VllmPool
-from flash.machine import has_vllm
+from flash.system.machine import has_vllm
 from flash.types import GenerateRequest, SamplingParams
 from flash.warm_start.small_policy import create
 

@@ -27,7 +27,7 @@ from study.results import draw, summarise, table
 from study.sorting import SortingEnv
 
 from flash.agents import PlainStyle
-from flash.quiet import no_progress_bars
+from flash.system.quiet import no_progress_bars
 from flash.warm_start.config import PolicyConfig, WarmStartConfig
 from flash.warm_start.teach import small_model
 

@@ -21,9 +21,9 @@ from typing import Protocol, Self
 
 import msgspec
 
-from flash.durable import sync, write_whole
 from flash.rollout.adaptive import AlphaState
 from flash.rollout.observer import Observer
+from flash.system.durable import sync, write_whole
 from flash.trainer.checkpoint import checkpoint_version
 
 logger = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from flash import machine
 from flash.errors import FlashError, one_line
+from flash.system import machine
 
 _TRACEBACK = re.compile(r"\s*Traceback \(most recent call last\):\n(?:[ \t].*\n|\n(?=[ \t]))*")
 

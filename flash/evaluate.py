@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from flash import config as configuration
-from flash import machine
 from flash.checkpoints import newest_checkpoint
 from flash.evaluation.play import heldout_tasks, play
 from flash.evaluation.result import Evaluation
 from flash.parts.model import check_model_files
 from flash.parts.open import open_parts
+from flash.system import machine
 from flash.trainer.checkpoint import MODEL_FOLDER, checkpoint_version
 from flash.types import Weights
 

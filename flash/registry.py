@@ -16,8 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from flash import machine
 from flash.errors import one_line
+from flash.system import machine
 
 _ENVS, _AGENTS, _STYLES = "flash.envs", "flash.agents", "flash.styles"
 

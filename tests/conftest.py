@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator
 import hypothesis
 import pytest
 
-from flash.process import lasting
+from flash.system.process import lasting
 
 # An example's time says how busy the machine is, and nothing of the code.
 hypothesis.settings.register_profile("untimed", deadline=None)

@@ -3,7 +3,7 @@
 import pytest
 
 from flash.config import check_capacity, load, presets
-from flash.machine import Capacity, capacity, how_to_install
+from flash.system.machine import Capacity, capacity, how_to_install
 
 SMALL = Capacity(cores=2, memory_bytes=8 << 30, gpus=(), open_files=1024)
 NODE = Capacity(cores=96, memory_bytes=1 << 40, gpus=range(8), open_files=1 << 20)

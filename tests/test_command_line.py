@@ -9,7 +9,7 @@ import pytest
 
 from flash.command_line import ended
 from flash.errors import RolloutStall, TrainerFailure
-from flash.machine import remedy
+from flash.system.machine import remedy
 
 ROOM = remedy(os.strerror(errno.ENOSPC))
 FULL = f"OSError: [Errno 28] No space left on device: {ROOM}"

@@ -541,8 +541,8 @@ def test_a_group_of_one_is_taken_where_nothing_in_it_is_compared():
 def test_weights_go_over_nccl_where_each_side_has_gpus_and_the_other_is_vllm(
     changes, installed, gpus, message, monkeypatch
 ):
-    monkeypatch.setattr("flash.machine.has_vllm", lambda: installed)
-    monkeypatch.setattr("flash.machine.gpus", lambda: gpus)
+    monkeypatch.setattr("flash.system.machine.has_vllm", lambda: installed)
+    monkeypatch.setattr("flash.system.machine.gpus", lambda: gpus)
     changes = {"engine.transport": "nccl", **changes}
     if not message:
         assert load("frozen_lake", changes).engine.transport == "nccl"

@@ -16,7 +16,7 @@ import flash
 ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "vllm", "ray", "transformers"}
 INSIDE_FUNCTIONS = {
-    "quiet.py": {"transformers"},
+    "system": {"transformers"},
     "conversation.py": {"transformers"},
     "parts": {"transformers"},
     "door": {"transformers"},

@@ -14,7 +14,7 @@ from flash.cli.main import run as flash
 from flash.errors import RolloutFailure
 from flash.evaluate import evaluate
 from flash.hub.embedded_pool import EmbeddedPool
-from flash.machine import has_vllm
+from flash.system.machine import has_vllm
 from flash.telemetry.folder import read_lines
 from flash.trainer.config import TrainerConfig
 from flash.trainer.trainer import Trainer

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from flash import config as configuration
-from flash import machine
 from flash.cli.event_loop import run_loop
 from flash.cli.words import listed, only, split_words, swept
 from flash.command_line import Options, nearest
+from flash.system import machine
 
 # Imported where they are needed: mistakes must not wait for torch, or for what simulates.
 # ruff: noqa: PLC0415

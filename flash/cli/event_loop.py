@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
-from flash.machine import raise_open_file_limit
+from flash.system.machine import raise_open_file_limit
 
 _T = TypeVar("_T")
 _GARBAGE_EVERY_S = 300.0

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 from flash.config.model import SMALL
 from flash.config.run import Config
-from flash.machine import Capacity
 from flash.reward.config import ProcessReward
+from flash.system.machine import Capacity
 from flash.worker.config import CACHED_TOKEN_BYTES, MASK_BYTES, THREADS_PER_CORE
 
 # Bytes, measured where it says so.

@@ -2,11 +2,12 @@
 
 import math
 
-from flash import machine, registry
+from flash import registry
 from flash.config.callables import check_arguments, check_run
 from flash.config.fields import RunFields
 from flash.config.model import SMALL, check_model, read_config
 from flash.positions import check_positions
+from flash.system import machine
 from flash.trainer.objectives.settings import SETTINGS, Supervised
 
 

@@ -16,7 +16,7 @@ import msgspec
 
 from flash.answers import shown
 from flash.errors import AgentFailure, RewardFailure
-from flash.process import log_tail, start_guarded
+from flash.system.process import log_tail, start_guarded
 from flash.types import Task
 
 _PASSED = {

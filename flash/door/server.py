@@ -27,7 +27,7 @@ from flash.door.respond import Exchange, Responder, Response
 from flash.door.schema import ApiError, Ignore, parse_chat, parse_text, usage
 from flash.door.session import DoorSession, Generate
 from flash.hub.hub import InferenceHub
-from flash.listener import Listener, local_address, page_refusal, read_body
+from flash.system.listener import Listener, local_address, page_refusal, read_body
 from flash.types import Completion, GenerateRequest, SamplingParams
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from typing import Any
 
 from flash import registry
 from flash.environments import boundary
-from flash.process import serve, written
+from flash.system.process import serve, written
 from flash.types import Observation, Task
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from flash.environments import boundary
 from flash.environments.host import EnvHost
 from flash.errors import EnvFailure, ProcessFailure
-from flash.process import Child, Declared
+from flash.system.process import Child, Declared
 from flash.types import AsyncEnv, Observation, Task
 
 logger = logging.getLogger(__name__)

@@ -5,9 +5,9 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
-from flash import machine
 from flash.choices import UpdateMode
 from flash.section import Numbers, Secret, Section, is_url
+from flash.system import machine
 
 # Of vLLM's arguments: what changes the distribution, or which logprobs are returned.
 _SAMPLING_ARGS = ("logprobs-mode", "generation-config", "override-generation-config")

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from flash.hub.pool import ProcessPool, visible_gpus
-from flash.machine import Gpu
 from flash.seeds import derived
+from flash.system.machine import Gpu
 
 
 class EmbeddedPool(ProcessPool):

@@ -10,7 +10,7 @@ import aiohttp
 import msgspec
 
 from flash.hub.worker import BadRequest, OnTokens, WorkerFailure
-from flash.shortage import when_there_is_room
+from flash.system.shortage import when_there_is_room
 from flash.types import Completion, FinishReason, SamplingParams, UpdateMode
 from flash.worker.checksum import checksum
 

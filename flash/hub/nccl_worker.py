@@ -24,7 +24,7 @@ from flash.errors import ProcessFailure, first_error
 from flash.hub.http_worker import HttpWorker
 from flash.hub.vllm_pool import VllmPool
 from flash.hub.worker import WorkerBroken, WorkerFailure
-from flash.process import Child
+from flash.system.process import Child
 
 _SENDER_MODULE = "flash.trainer.nccl"
 _CHUNK_BYTES = 1 << 28
@@ -41,7 +41,7 @@ class _WeightInfo(msgspec.Struct):
 
 
 class SenderProcess(Protocol):
-    """What is needed of a `flash.process.Child` that serves a `flash.trainer.sender.Sender`."""
+    """What is needed of a `flash.system.process.Child` with a `flash.trainer.sender.Sender`."""
 
     async def call(self, method: str, *args: Any) -> Any: ...
 

@@ -16,8 +16,8 @@ import psutil
 from flash.errors import InferenceFailure, first_error
 from flash.hub.http_worker import HttpWorker
 from flash.hub.worker import OnExit, OnReady, Worker, WorkerFailure
-from flash.machine import Gpu
-from flash.process import PARENT_PID_VARIABLE, log_report
+from flash.system.machine import Gpu
+from flash.system.process import PARENT_PID_VARIABLE, log_report
 
 _HOST = "127.0.0.1"
 _STOP_GRACE_S = 5.0

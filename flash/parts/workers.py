@@ -16,8 +16,8 @@ from flash.hub.nccl_worker import NcclPool, NcclWorker, nccl_sender
 from flash.hub.pool import ProcessPool
 from flash.hub.vllm_pool import VllmPool
 from flash.hub.worker import Worker
-from flash.machine import Gpu, gpus, has_vllm, how_to_install
 from flash.section import revealed
+from flash.system.machine import Gpu, gpus, has_vllm, how_to_install
 from flash.types import Weights
 
 _ASK_TIMEOUT_S = 10.0

@@ -3,8 +3,8 @@
 from flash import registry
 from flash.answers import raised
 from flash.errors import RewardFailure
-from flash.process import serve, written
 from flash.reward.outcome import outcome
+from flash.system.process import serve, written
 from flash.types import Transcript
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from flash.errors import ProcessFailure, RewardFailure, first_error
-from flash.process import Child, Declared
 from flash.reward.host import RewardHost
+from flash.system.process import Child, Declared
 from flash.types import Transcript
 
 _STARTS = 3  # in place of a killed one

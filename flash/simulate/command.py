@@ -9,11 +9,11 @@ from typing import Any
 
 import yaml
 
-from flash import machine
 from flash.simulate.calibrate import calibrate
 from flash.simulate.results import Row
 from flash.simulate.run import simulate
 from flash.simulate.scenario import Scenario
+from flash.system import machine
 
 _FOLDER = Path("runs/simulations")
 _WORKER_BYTES = 4e3  # measured, like that of an episode

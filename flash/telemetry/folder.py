@@ -35,10 +35,10 @@ from flash.checkpoints import Checkpoint, newest_checkpoint
 from flash.config import Config
 from flash.config.resumed import check_resumed
 from flash.config.source import read_mapping
-from flash.durable import HeldError, locked, write_whole
 from flash.rollout.episode import Episode
 from flash.rollout.observer import Observer
 from flash.rollout.record import EpisodeRecord
+from flash.system.durable import HeldError, locked, write_whole
 
 TRANSCRIPTS_FILE = "transcripts.jsonl"
 

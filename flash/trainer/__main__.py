@@ -1,6 +1,6 @@
 """`python -m flash.trainer`: a trainer rank as a process of its own."""
 
-from flash.process import lasting
+from flash.system.process import lasting
 
 if __name__ == "__main__":
     with lasting():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from flash.durable import sync, write_whole
+from flash.system.durable import sync, write_whole
 
 MODEL_FOLDER = "model"
 OPTIMIZER_FILE = "optimizer.pt"

@@ -23,7 +23,7 @@ from transformers.modeling_utils import LoadStateDictConfig, load_state_dict
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.hub import cached_file
 
-from flash.quiet import no_progress_bars
+from flash.system.quiet import no_progress_bars
 from flash.trainer.attention import PACKED_ATTENTION
 from flash.trainer.scorer import TokenScorer
 from flash.trainer.self_test import check_layers

@@ -15,7 +15,7 @@ from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
 from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
 from vllm.distributed.weight_transfer.nccl_common import uid_init_process_group
 
-from flash.process import serve
+from flash.system.process import serve
 from flash.trainer.sender import Sender
 
 

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from transformers.utils import logging as untyped_logging
 
-from flash.process import serve
+from flash.system.process import serve
 from flash.trainer.checkpoint import CRITIC_FILE, MODEL_FOLDER, OPTIMIZER_FILE, write_state
 from flash.trainer.config import TrainerConfig
 from flash.trainer.critic import Critic

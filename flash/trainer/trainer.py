@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from flash.errors import ProcessFailure, TrainerFailure, first_error
-from flash.process import Child
+from flash.system.process import Child
 from flash.trainer.advantage_settings import Gae
 from flash.trainer.advantages import Floats
 from flash.trainer.checkpoint import CRITIC_FILE, MODEL_FOLDER, checkpoint_version

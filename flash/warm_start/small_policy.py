@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from flash.quiet import no_progress_bars
+from flash.system.quiet import no_progress_bars
 
 STOP_TOKEN = "<stop>"  # ends every action
 ACTION_TOKEN = "<act>"  # starts every action: without it small policies continue the observation

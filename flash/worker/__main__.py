@@ -3,7 +3,7 @@
 import sys
 
 from flash.command_line import ended
-from flash.process import die_with_parent, lasting
+from flash.system.process import die_with_parent, lasting
 from flash.worker.config import parse
 
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, get_type_hints
 
-from flash import machine
 from flash.command_line import Options
-from flash.machine import Capacity
+from flash.system import machine
+from flash.system.machine import Capacity
 
 _CHOICES = {"device": ("auto", "cpu", "cuda"), "dtype": ("auto", "float32", "bfloat16")}
 # The least that a worker needs, and the most that helps it.

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, Generat
 
 from flash.errors import InferenceFailure
 from flash.positions import positions_of
-from flash.quiet import no_progress_bars
+from flash.system.quiet import no_progress_bars
 from flash.worker import attention
 
 PauseMode = Literal["keep", "abort", "wait"]

@@ -23,8 +23,8 @@ from typing import Any
 
 from aiohttp import web
 
-from flash.listener import Listener, local_address, page_refusal, read_body
-from flash.machine import raise_open_file_limit
+from flash.system.listener import Listener, local_address, page_refusal, read_body
+from flash.system.machine import raise_open_file_limit
 from flash.worker.checksum import checksum
 from flash.worker.config import WorkerConfig
 from flash.worker.engine import EmbeddedEngine, EngineDied, EngineRequest, EngineResult

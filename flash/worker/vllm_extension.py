@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
-from flash.listener import page_refusal
+from flash.system.listener import page_refusal
 from flash.worker.checksum import checksum
 
 Scope = MutableMapping[str, Any]

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from types import FrameType
 
-from flash.process import die_with_parent
+from flash.system.process import die_with_parent
 
 _GRACE_S = 4.0
 # What `vllm serve` runs; that command itself is missing from the CPU build.

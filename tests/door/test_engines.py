@@ -9,8 +9,8 @@ from flash.door import Door
 from flash.hub.embedded_pool import EmbeddedPool
 from flash.hub.hub import InferenceHub
 from flash.hub.vllm_pool import VllmPool
-from flash.machine import gpus, has_vllm
 from flash.rollout.episode import Episode
+from flash.system.machine import gpus, has_vllm
 from flash.types import SampledSequence, Task
 from flash.warm_start.small_policy import create
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from flash.fakes import fake_sample
 from flash.hub.hub import InferenceHub
 from flash.hub.nccl_worker import NcclPool, NcclWorker, SenderProcess
-from flash.machine import gpus, has_vllm
-from flash.process import Child
+from flash.system.machine import gpus, has_vllm
+from flash.system.process import Child
 from flash.trainer.config import TrainerConfig
 from flash.trainer.sender import chunks_of
 from flash.trainer.trainer import Trainer

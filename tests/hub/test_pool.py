@@ -153,7 +153,7 @@ QUICK = """
 import sys
 from aiohttp import web
 from flash.fakes import FakeWorker, worker_app
-from flash.process import die_with_parent
+from flash.system.process import die_with_parent
 die_with_parent()
 web.run_app(worker_app(FakeWorker("w")), host="127.0.0.1", port=int(sys.argv[1]), print=None)
 """

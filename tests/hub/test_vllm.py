@@ -22,7 +22,7 @@ from examples import attach_to_vllm
 from flash.errors import InferenceFailure, PublishFailure
 from flash.hub.hub import InferenceHub
 from flash.hub.vllm_pool import VllmPool
-from flash.machine import gpus, has_vllm
+from flash.system.machine import gpus, has_vllm
 from flash.types import Completion, GenerateRequest, SamplingParams, Weights
 from flash.warm_start.small_policy import create
 from tests.processes import Watch

@@ -15,11 +15,11 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flash.config import load
-from flash.durable import HeldError, locked
 from flash.errors import InferenceFailure
 from flash.evaluation.result import Evaluation
 from flash.rollout.record import EpisodeRecord
 from flash.section import revealed
+from flash.system.durable import HeldError, locked
 from flash.telemetry.folder import RunFolder, read_lines
 from flash.telemetry.metrics import METRICS, MORE_METRICS
 from tests.saved import fake_checkpoint
@@ -284,7 +284,7 @@ def test_a_run_that_is_still_going_is_not_resumed_and_its_files_stay_as_they_are
 
 def test_a_lock_ends_with_its_process_however_that_ends(tmp_path):
     code = (
-        "import os, sys; from pathlib import Path; from flash.durable import locked\n"
+        "import os, sys; from pathlib import Path; from flash.system.durable import locked\n"
         f"with locked(Path({str(tmp_path)!r})): print('locked', flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen(

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
-from flash.listener import Listener
+from flash.system.listener import Listener
 from flash.warm_start.small_policy import create
 from flash.worker.engine import EmbeddedEngine
 from flash.worker.server import make_app

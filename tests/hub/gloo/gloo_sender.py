@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flash.process import serve
+from flash.system.process import serve
 from flash.trainer.sender import Sender
 
 _ID_BYTES = 128  # as many as NCCL's

@@ -5,7 +5,7 @@ the child runs `serve(handler)`, which answers calls one at a time, in order. Me
 length in front. Calls are pickles: what we send is ours. So are the answers of children that run
 our code alone (`Pickles`); of those that run a user's, answers are msgpack of declared types
 (`Declared`), because to read a pickle is to run what it says. A child runs under a guard
-(`flash/guard.py`), which ends it with all that it started when its parent ends or kills it.
+(`flash/system/guard.py`), which ends it with all that it started when its parent ends or kills it.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ from typing import IO, Any, Protocol, get_type_hints
 import msgspec
 
 from flash.errors import EpisodeFailure, ProcessFailure
-from flash.shortage import when_there_is_room
+from flash.system.shortage import when_there_is_room
 
 _LENGTH = struct.Struct("!Q")
 _FD_VARIABLE = "FLASH_CHILD_FD"

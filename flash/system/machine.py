@@ -118,7 +118,7 @@ def capacity(limit: Path = _CGROUP_LIMIT) -> Capacity:
     )
 
 
-def how_to_install(what: str, clone: Path = Path(__file__).parents[1]) -> str:
+def how_to_install(what: str, clone: Path = Path(__file__).parents[2]) -> str:
     """The command that adds `vllm`, or else an extra of ours: a clone has a Makefile for it."""
     if (clone / "Makefile").is_file():
         return "`make setup-vllm`" if what == "vllm" else "`make setup`"

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
-from flash.machine import open_file_limit
+from flash.system.machine import open_file_limit
 
 _BODY_TIMEOUT_S = 60.0  # for a client to send the body of its request
 # To send a request's header, and between two requests. OpenAI's clients keep a connection for 5 s.

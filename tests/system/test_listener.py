@@ -13,8 +13,8 @@ from aiohttp.base_protocol import BaseProtocol
 from aiohttp.test_utils import make_mocked_request
 
 from flash.hub.http_worker import HttpWorker
-from flash.listener import Listener, page_refusal, read_body
-from flash.machine import open_file_limit, raise_open_file_limit
+from flash.system.listener import Listener, page_refusal, read_body
+from flash.system.machine import open_file_limit, raise_open_file_limit
 from flash.virtual_time import in_virtual_time
 
 HALF = b"GET / HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer "  # of a request

@@ -2,7 +2,7 @@
 
 import pytest
 
-from flash.machine import gpus
+from flash.system.machine import gpus
 
 
 @pytest.mark.parametrize(

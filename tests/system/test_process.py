@@ -9,12 +9,12 @@ import sys
 import pytest
 
 from flash.errors import ProcessFailure
-from flash.process import PARENT_PID_VARIABLE, Child, log_report
+from flash.system.process import PARENT_PID_VARIABLE, Child, log_report
 from tests.processes import Watch
 
 HANDLER = """
 import os, subprocess, sys, time
-from flash.process import serve
+from flash.system.process import serve
 
 class Only:  # exists in the child's __main__ alone
     pass
@@ -183,7 +183,7 @@ def killed_parent(tmp_path, then: str) -> None:
     parent = f"""
 import asyncio
 from pathlib import Path
-from flash.process import Child
+from flash.system.process import Child
 
 async def main():
     child = await Child.start("handler_of_test", name="c", log_path=Path({str(tmp_path)!r}) / "l")
@@ -223,7 +223,7 @@ def test_a_child_that_is_still_importing_dies_with_its_parent(tmp_path):
 
 
 def test_a_child_whose_parent_died_before_it_looked_ends_itself():
-    code = "from flash.process import die_with_parent; die_with_parent(); print('alive')"
+    code = "from flash.system.process import die_with_parent; die_with_parent(); print('alive')"
     for parent, output in ((os.getpid(), "alive\n"), (os.getpid() + 1, "")):
         result = subprocess.run(
             [sys.executable, "-c", code],
@@ -252,7 +252,7 @@ def test_a_long_log_is_told_by_its_first_error_and_its_end(tmp_path):
 def test_what_is_made_to_last_is_not_searched_for_garbage_and_what_comes_after_is():
     code = """
 import gc
-from flash.process import lasting
+from flash.system.process import lasting
 
 try:
     with lasting():
