@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from flash.errors import ProcessFailure, TrainerFailure
 from flash.fakes import fake_sample
@@ -366,3 +366,17 @@ async def test_ranks_that_take_too_long_are_killed_and_the_setting_is_named(
     with pytest.raises(TrainerFailure, match=r"start took longer than 0\.05 s.*start_timeout_s"):
         await trainer.__aenter__()
     assert not any(child.alive for child in trainer._children)
+
+
+@pytest.mark.slow
+async def test_a_model_that_can_not_be_trained_is_the_users_to_change(tmp_path: Path) -> None:
+    config: Any = AutoConfig.for_model(
+        "bert", vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=4, initializer_range=0.3,
+    )  # fmt: skip
+    model = tmp_path / "bert"
+    model_class: Any = AutoModelForCausalLM
+    model_class.from_config(config).save_pretrained(model)
+    with pytest.raises(ValueError, match=r"^model='.*bert': model_type='bert' computes other logp"):
+        async with Trainer(model=model, config=TrainerConfig(threads=1), run_dir=tmp_path):
+            pass
