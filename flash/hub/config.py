@@ -81,11 +81,18 @@ class EngineConfig(Section):
     @field_validator("vllm_args", mode="before")
     @classmethod
     def _words_of_a_text(cls, value: Any) -> Any:
-        return shlex.split(value) if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        try:
+            return shlex.split(value)
+        except ValueError as error:
+            raise ValueError(f"{error}: close each quotation, as in a shell") from error
 
     @field_validator("vllm_args")
     @classmethod
     def _samples_as_the_trainer_takes_it(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if value and not value[0].startswith("-"):
+            raise ValueError(f"{value[0]!r} is no option of vllm serve: write --name=value")
         for word in value:
             name = word.partition("=")[0].removeprefix("--").replace("_", "-")
             if word.startswith("--") and name in _SAMPLING_ARGS:
