@@ -152,6 +152,29 @@ async def test_a_run_says_which_workers_it_takes_and_which_gpus_are_idle(
     assert line in said[0]
 
 
+async def test_workers_are_asked_for_their_room_all_at_once(tmp_path):
+    asked = asyncio.Barrier(2)  # one after the other would never get past it
+
+    async def models(request):
+        await asked.wait()
+        return web.json_response({"data": [{"id": "policy", "max_model_len": 8}]})
+
+    async def weights():
+        raise AssertionError("it is refused before")
+
+    app, other = web.Application(), web.Application()
+    for one in (app, other):
+        one.router.add_get("/v1/models", models)
+    async with TestServer(app) as first, TestServer(other) as second:
+        urls = [str(server.make_url("")) for server in (first, second)]
+        config = load("frozen_lake", {"engine.urls": urls})
+        with pytest.raises(ValueError, match="exceeds the 8 tokens"):
+            async with open_hub(
+                config, model="", version=0, weights=weights, log_dir=tmp_path, say=print
+            ):
+                pass
+
+
 async def test_a_worker_that_takes_shorter_sequences_is_refused_with_the_remedy(tmp_path):
     async def models(request):
         return web.json_response({"data": [{"id": "policy", "max_model_len": 300}]})

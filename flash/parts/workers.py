@@ -1,5 +1,6 @@
 """The workers that a configuration means, and the hub over them."""
 
+import asyncio
 import contextlib
 import functools
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -9,6 +10,7 @@ import aiohttp
 import msgspec
 
 from flash.config import Config
+from flash.errors import first_error
 from flash.hub.embedded_pool import EmbeddedPool
 from flash.hub.http_worker import HttpWorker
 from flash.hub.hub import InferenceHub
@@ -41,8 +43,13 @@ async def open_hub(
     engine = config.engine
     workers, why = _workers(config, model=model, version=version, log_dir=log_dir)
     say(f"engine: {why}")
-    for url in engine.urls:
-        await _check_room(url, revealed(engine.api_key), config.agent.max_sequence_tokens)
+    with first_error():
+        async with asyncio.TaskGroup() as asking:
+            for url in engine.urls:
+                asking.create_task(
+                    _check_room(url, revealed(engine.api_key), config.agent.max_sequence_tokens),
+                    name=f"ask {url}",
+                )
     async with InferenceHub(
         workers,
         max_running=engine.max_running,
