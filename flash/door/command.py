@@ -1,6 +1,5 @@
 """An agent as a command line: started for each episode, ended with everything it started."""
 
-import asyncio
 import contextlib
 import heapq
 import itertools
@@ -16,7 +15,8 @@ import msgspec
 
 from flash.answers import shown
 from flash.errors import AgentFailure, RewardFailure
-from flash.system.process import log_tail, start_guarded
+from flash.system.guarded import start_guarded
+from flash.system.process import log_tail
 from flash.types import Task
 
 _PASSED = {
@@ -24,7 +24,6 @@ _PASSED = {
     "PYTHONPATH", "LD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR",
 }  # fmt: skip
 _ANSWER_BYTES = 65_536
-_END_GRACE_S = 5.0
 
 
 class CommandAgent:
@@ -94,18 +93,13 @@ class CommandAgent:
             heapq.heappush(free, number)
 
     async def _run(self, variables: dict[str, str], output: IO[bytes], log: IO[bytes]) -> int:
-        process, lifeline = await start_guarded(
+        process = await start_guarded(
             *self._command, stdout=output, stderr=log, env={**self._env, **variables}
         )
         try:
             return await process.wait()
         finally:
-            os.close(lifeline)
-            try:
-                async with asyncio.timeout(_END_GRACE_S):
-                    await process.wait()
-            except TimeoutError:
-                process.kill()
+            await process.end()
 
 
 def _environment(listed: Sequence[str]) -> dict[str, str]:

@@ -22,20 +22,20 @@ import socket
 import struct
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, Protocol, get_type_hints
+from typing import Any, Protocol, get_type_hints
 
 import msgspec
 
 from flash.errors import EpisodeFailure, ProcessFailure
-from flash.system.shortage import when_there_is_room
+from flash.system.guarded import Guarded, start_guarded
 
 _LENGTH = struct.Struct("!Q")
 _FD_VARIABLE = "FLASH_CHILD_FD"
 PARENT_PID_VARIABLE = "FLASH_PARENT_PID"  # for die_with_parent
 _LOG_TAIL_BYTES = 4000
-_GUARD = Path(__file__).with_name("guard.py")
+_EXIT_GRACE_S = 5.0
 _ERROR_CHARS = 100_000
 _ERROR = re.compile(r"\b[A-Z]\w*(Error|Exception): .+")
 
@@ -70,55 +70,21 @@ class Declared:
         handler: the class that answers there, with `serve(…, write=written)`.
     """
 
-    max_bytes = 32 << 20
+    max_bytes = 64 << 20  # more than an environment's longest texts in all
 
     def __init__(self, handler: type) -> None:
-        self._handler = handler
+        self._envelope = msgspec.msgpack.Decoder(tuple[int, bool, msgspec.Raw])
+        self._error = msgspec.msgpack.Decoder(str)
+        self._results = {
+            name: msgspec.msgpack.Decoder(get_type_hints(method)["return"])
+            for name, method in vars(handler).items()
+            if not name.startswith("_")
+        }
 
     def read(self, answer: bytes, methods: Mapping[int, str]) -> tuple[int, bool, Any]:
-        call_id, ok, value = msgspec.msgpack.decode(answer, type=tuple[int, bool, msgspec.Raw])
-        hints = get_type_hints(getattr(self._handler, methods[call_id]))
-        return call_id, ok, msgspec.msgpack.decode(value, type=hints["return"] if ok else str)
-
-
-async def start_guarded(
-    *command: str,
-    stdout: IO[bytes],
-    stderr: IO[bytes],
-    env: Mapping[str, str],
-    pass_fds: Sequence[int] = (),
-) -> tuple[asyncio.subprocess.Process, int]:
-    """Starts a command under a guard: the guard's process, and the lifeline.
-
-    When the lifeline is closed, or its holder dies, the command ends with everything that it
-    started; when the command ends, so does what it left behind. Then the guard ends, with the
-    command's exit code as a shell tells it.
-    """
-
-    async def start() -> tuple[asyncio.subprocess.Process, int]:
-        reading, lifeline = os.pipe()
-        try:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-IS",
-                str(_GUARD),
-                str(reading),
-                *command,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=stdout,
-                stderr=stderr,
-                pass_fds=[reading, *pass_fds],
-                env=env,
-                start_new_session=True,
-            )
-        except BaseException:
-            os.close(lifeline)
-            raise
-        finally:
-            os.close(reading)
-        return process, lifeline
-
-    return await when_there_is_room(start)
+        call_id, ok, value = self._envelope.decode(answer)
+        result = self._results[methods[call_id]]
+        return call_id, ok, (result if ok else self._error).decode(value)
 
 
 class Child:
@@ -127,8 +93,7 @@ class Child:
     def __init__(
         self,
         name: str,
-        process: asyncio.subprocess.Process,
-        lifeline: int,
+        process: Guarded,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         log_path: Path,
@@ -137,7 +102,6 @@ class Child:
         self.name = name
         self.log_path = log_path
         self._process = process
-        self._lifeline: int | None = lifeline
         self._reader = reader
         self._writer = writer
         self._answers = answers
@@ -164,7 +128,7 @@ class Child:
         ours, theirs = socket.socketpair()
         log_path.parent.mkdir(parents=True, exist_ok=True)
         with theirs, log_path.open("ab") as log:
-            process, lifeline = await start_guarded(
+            process = await start_guarded(
                 sys.executable,
                 "-m",
                 module,
@@ -175,7 +139,7 @@ class Child:
                 env={**os.environ, **(env or {}), _FD_VARIABLE: str(theirs.fileno())},
             )
         reader, writer = await asyncio.open_unix_connection(sock=ours)
-        return cls(name, process, lifeline, reader, writer, log_path, answers or Pickles())
+        return cls(name, process, reader, writer, log_path, answers or Pickles())
 
     @property
     def pid(self) -> int:
@@ -224,9 +188,7 @@ class Child:
 
     def kill(self) -> None:
         """SIGKILL to the child and all that it started."""
-        if self._lifeline is not None:
-            os.close(self._lifeline)
-            self._lifeline = None
+        self._process.kill()
 
     async def _read(self, length: int) -> tuple[int, bool, Any]:
         if length > self._answers.max_bytes:
@@ -258,13 +220,10 @@ class Child:
                     told = f"\n{value}" if "\n" in value else f" {value}"
                     answer.set_exception(ProcessFailure(f"{self.name} raised:{told}"))
         # A child that closed its socket but lives on (an environment's stray thread) is no use.
-        try:
-            async with asyncio.timeout(5.0):
-                code = await self._process.wait()
-        except TimeoutError:
-            self.kill()
-            code = await self._process.wait()
-        self.kill()  # closes the lifeline
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_EXIT_GRACE_S):
+                await self._process.wait()
+        code = await self._process.end()
         self._writer.close()
         self._dead = ProcessFailure(
             f"{self.name} (pid {self.pid}) ended with exit code {code}. "

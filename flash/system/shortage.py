@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import logging
+import math
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -16,18 +17,22 @@ _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.05, 2.0
 T = TypeVar("T")
 
 
-async def when_there_is_room(attempt: Callable[[], Awaitable[T]]) -> T:
+async def when_there_is_room(
+    attempt: Callable[[], Awaitable[T]], *, within_s: float = math.inf
+) -> T:
     """What `attempt` gives, which is tried again as long as this machine lacks what it needs.
 
-    It is nobody's failure but the machine's, and passes when something else ends. How long is
-    waited is the caller's to bound.
+    It is nobody's failure but the machine's, and passes when something else ends. After `within_s`
+    it is the caller's to hear of; without it the caller has a deadline of its own.
     """
+    clock = asyncio.get_running_loop().time
+    deadline = clock() + within_s
     wait_s = _FIRST_WAIT_S
     while True:
         try:
             return await attempt()
         except OSError as error:
-            if error.errno not in _SCARCE:
+            if error.errno not in _SCARCE or clock() >= deadline:
                 raise
             logger.warning("this machine is short of something, which is waited for: %s", error)
         await asyncio.sleep(wait_s)

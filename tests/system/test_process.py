@@ -9,11 +9,12 @@ import sys
 import pytest
 
 from flash.errors import ProcessFailure
+from flash.system import guarded, process
 from flash.system.process import PARENT_PID_VARIABLE, Child, log_report
 from tests.processes import Watch
 
 HANDLER = """
-import os, subprocess, sys, time
+import os, signal, subprocess, sys, time
 from flash.system.process import serve
 
 class Only:  # exists in the child's __main__ alone
@@ -41,6 +42,10 @@ class Handler:
 
     def detach(self):
         return subprocess.Popen(["sleep", "1000"], start_new_session=True).pid
+
+    def stop_guard(self):
+        os.kill(os.getppid(), signal.SIGSTOP)
+        return self.detach()
 
     def order(self, number):
         self.seen = getattr(self, "seen", []) + [number]
@@ -162,6 +167,18 @@ async def test_stop_kills_a_child_that_does_not_end(start):
         await busy
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+async def test_a_guard_that_its_child_has_stopped_holds_nobody_up_and_nothing_is_left(
+    start, monkeypatch
+):
+    for module, grace in ((process, "_EXIT_GRACE_S"), (guarded, "_END_GRACE_S")):
+        monkeypatch.setattr(module, grace, 0.1)
+    child = await start()
+    family = Watch([await child.call("stop_guard"), await child.call("pid"), child.pid])
+    async with asyncio.timeout(20):
+        await child.stop(grace_s=0.1)
+    assert not await asyncio.to_thread(family.left)
 
 
 @pytest.mark.parametrize("how", ["kill", "stop", "exit"])
