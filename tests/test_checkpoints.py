@@ -3,10 +3,14 @@
 import asyncio
 import itertools
 import shutil
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
+from transformers import MistralConfig
 
 from flash.agents import EnvironmentAgent
 from flash.checkpoints import Checkpoints, Cut, Rescue, newest_checkpoint
@@ -17,7 +21,7 @@ from flash.hub.hub import InferenceHub
 from flash.parts.training import Training
 from flash.rollout.adaptive import AdaptiveAlpha
 from flash.rollout.loop import RolloutLoop
-from flash.rollout.observer import Observer, Observers
+from flash.rollout.observer import Observer
 from flash.rollout.tasks import Tasks
 from flash.virtual_time import in_virtual_time
 from tests.saved import cut_at, fake_checkpoint, fill
@@ -52,6 +56,12 @@ class KeepingSaved(Observer):
 
 def new(run: Path, minutes: float = 0.0) -> Checkpoints:
     return Checkpoints(run, resumed=None, every_s=60 * minutes, observer=Observer())
+
+
+def training(**parts: Any) -> Training:
+    """A run that has only these parts."""
+    parts = {"config": load("frozen_lake", {}), "adaptive_alpha": AdaptiveAlpha(1.0)} | parts
+    return Training(**{field.name: parts.get(field.name) for field in fields(Training)})
 
 
 def names(run: Path) -> list[str]:
@@ -255,18 +265,7 @@ async def test_tasks_that_begin_while_a_checkpoint_is_written_come_again_after_a
         RolloutLoop(hub, agent=agent, tasks=tasks, **sizes) as loop,
         asyncio.TaskGroup() as saves,
     ):
-        run = Training(
-            config=load("frozen_lake", {}),
-            checkpoints=new(tmp_path),
-            tasks=tasks,
-            adaptive_alpha=AdaptiveAlpha(1.0),
-            trainer=trainer,
-            hub=hub,
-            rollouts=loop,
-            evaluations=None,
-            progress=None,
-            observers=Observers(),
-        )
+        run = training(checkpoints=new(tmp_path), tasks=tasks, trainer=trainer, rollouts=loop)
         saves.create_task(run.save())
         await trainer.saving.wait()
         while tasks.given < 16:
@@ -278,3 +277,33 @@ async def test_tasks_that_begin_while_a_checkpoint_is_written_come_again_after_a
     resumed = Tasks(0)
     resumed.go_on(given=cut.given, unfinished=cut.unfinished)
     assert [task.seed for task in itertools.islice(resumed, 16)] == list(range(16))
+
+
+def test_tasks_that_a_resumed_run_has_not_begun_again_stay_unfinished():
+    tasks = Tasks(0)
+    tasks.go_on(given=5, unfinished=[1, 3, 4])
+    begun = next(iter(tasks))
+    rollouts = SimpleNamespace(unfinished_tasks=lambda version: [begun])
+    cut = training(trainer=FakeTrainer(2), tasks=tasks, rollouts=rollouts).cut()
+    assert (cut.version, cut.given, cut.unfinished) == (2, 5, [1, 3, 4])
+
+
+@pytest.mark.parametrize(("at_most", "length"), [(512, 116), (80, 68)])
+async def test_a_run_tests_itself_on_a_text_past_the_window_if_there_is_room(
+    at_most, length, tmp_path
+):
+    MistralConfig(sliding_window=100).save_pretrained(tmp_path)
+    asked = []
+
+    async def probe(weights, prompt):
+        asked.append(len(prompt))
+
+    async def export_weights():
+        return None
+
+    await training(
+        config=load("frozen_lake", {"agent.max_sequence_tokens": at_most}),
+        trainer=SimpleNamespace(model=str(tmp_path), export_weights=export_weights),
+        hub=SimpleNamespace(probe=probe),
+    ).self_test()
+    assert asked == [length], "the tokens that are sampled after it fit, too"

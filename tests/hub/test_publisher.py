@@ -473,7 +473,16 @@ async def test_a_probe_after_a_long_prompt_shows_what_a_short_one_hides():
         far = 0.01 if len(token_ids) > 64 else 0.0
         return [logprob + far for logprob in await exact(token_ids)]
 
+    asked = []
+    generate = worker.generate
+
+    async def recorded(request_id, token_ids, *rest):
+        asked.append(list(token_ids))
+        return await generate(request_id, token_ids, *rest)
+
+    worker.generate = recorded
     async with InferenceHub([worker]) as hub:
         assert await hub.probe(weights(0, score)) == 0
         with pytest.raises(PublishFailure, match=r"by 0\.01 after a prompt of 64 tok"):
             await hub.probe(weights(0, score), range(64))
+    assert (len(asked[0]) < 64, asked[1:]) == (True, [list(range(64))])
