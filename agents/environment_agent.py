@@ -91,6 +91,7 @@ class EnvironmentAgent(Actor):
     async def _play_in(self, env: AsyncEnv, episode: Episode) -> Trajectory:
         with episode.stage("env"):
             seen = [await self._within_step("reset", env.reset(episode.task))]
+        episode.observe(seen[0])
         conversation = TokenSequence([])
         turns: list[TokenSequence] = []
         prompt: Sequence[int] | None = await self._first_prompt(seen[0])
@@ -105,6 +106,7 @@ class EnvironmentAgent(Actor):
             with episode.stage("env"):
                 action = self._style.action(completion.token_ids)
                 seen.append(await self._within_step("step", env.step(action)))
+            episode.observe(seen[-1])
             prompt = None
             if not seen[-1].done and episode.turns != self._max_turns:
                 room = self._max_sequence_tokens - len(conversation.token_ids)

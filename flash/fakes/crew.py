@@ -4,7 +4,8 @@ import asyncio
 from collections.abc import Callable
 from typing import Self
 
-from flash.rollout.episode import Cancelled, Episode, EpisodeEnd, Generator
+from flash.rollout.episode import Cancelled, Episode, EpisodeEnd, Generator, Witness
+from flash.rollout.history import History
 from flash.types import Task, Trajectory
 
 
@@ -36,8 +37,9 @@ class FakeCrew:
         *,
         on_end: Callable[[Episode, EpisodeEnd], None],
         on_fatal: Callable[[Exception], None],
+        witness: Witness | None = None,
     ) -> None:
-        self._on_end, self._on_fatal = on_end, on_fatal
+        self._on_end, self._on_fatal, self._witness = on_end, on_fatal, witness
 
     async def __aenter__(self) -> Self:
         return self
@@ -46,8 +48,24 @@ class FakeCrew:
         for episode in list(self._timers):
             self._end(episode, Cancelled())
 
-    def begin(self, episode_id: int, task: Task, *, group: int = -1, attempt: int = 1) -> Episode:
-        episode = Episode(episode_id, task, hub=self._hub, group=group, attempt=attempt)
+    def begin(
+        self,
+        episode_id: int,
+        task: Task,
+        *,
+        group: int = -1,
+        attempt: int = 1,
+        history: History = (),
+    ) -> Episode:
+        episode = Episode(
+            episode_id,
+            task,
+            hub=self._hub,
+            group=group,
+            attempt=attempt,
+            history=history,
+            witness=self._witness,
+        )
         self.begun.append(episode)
         loop = asyncio.get_running_loop()
         self._timers[episode] = loop.call_later(self._seconds(episode), self._finish, episode)

@@ -17,7 +17,9 @@ from flash.rollout.episode import (
     Generator,
     Start,
     Stop,
+    Witness,
 )
+from flash.rollout.history import History
 from flash.types import Task
 
 logger = logging.getLogger(__name__)
@@ -30,7 +32,7 @@ class Crew(Protocol):
 
     Between entering and leaving, each episode that began is reported once to `on_end`, from the
     event loop; leaving gives up those that run. `on_fatal` gets an error that no episode can be
-    blamed for.
+    blamed for, `witness` hears what is said in episodes.
     """
 
     @property
@@ -43,6 +45,7 @@ class Crew(Protocol):
         *,
         on_end: Callable[[Episode, EpisodeEnd], None],
         on_fatal: Callable[[Exception], None],
+        witness: Witness | None = None,
     ) -> None:
         """Before it is entered: who is told."""
         ...
@@ -51,8 +54,17 @@ class Crew(Protocol):
 
     async def __aexit__(self, *exc_info: object) -> None: ...
 
-    def begin(self, episode_id: int, task: Task, *, group: int = -1, attempt: int = 1) -> Episode:
-        """An episode of that task, which is played from now on. Raises if none can begin."""
+    def begin(
+        self,
+        episode_id: int,
+        task: Task,
+        *,
+        group: int = -1,
+        attempt: int = 1,
+        history: History = (),
+    ) -> Episode:
+        """An episode of that task, which is played from now on, if it can from where `history`
+        ends. Raises if none can begin."""
         ...
 
     def give_up(self, episode: Episode, reason: str) -> None:
@@ -104,8 +116,9 @@ class AgentCrew:
         *,
         on_end: Callable[[Episode, EpisodeEnd], None],
         on_fatal: Callable[[Exception], None],
+        witness: Witness | None = None,
     ) -> None:
-        self._on_end, self._on_fatal = on_end, on_fatal
+        self._on_end, self._on_fatal, self._witness = on_end, on_fatal, witness
 
     async def __aenter__(self) -> Self:
         await self._tasks.__aenter__()
@@ -128,7 +141,15 @@ class AgentCrew:
             for seat in [*self._busy.values()]:
                 self._release(seat, Cancelled())
 
-    def begin(self, episode_id: int, task: Task, *, group: int = -1, attempt: int = 1) -> Episode:
+    def begin(
+        self,
+        episode_id: int,
+        task: Task,
+        *,
+        group: int = -1,
+        attempt: int = 1,
+        history: History = (),
+    ) -> Episode:
         """Gives the episode to an idle agent, or to a new one; raises what making one raises."""
         assert not self._closing
         episode = Episode(
@@ -138,6 +159,8 @@ class AgentCrew:
             group=group,
             attempt=attempt,
             together=self._together,
+            history=history,
+            witness=self._witness,
         )
         if self._idle:
             seat = self._idle.pop()

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from flash.errors import EpisodeFailure
-from flash.types import Completion, GenerateRequest, SamplingParams, Task, Trajectory
+from flash.rollout.history import History
+from flash.types import (
+    Completion,
+    GenerateRequest,
+    Observation,
+    SamplingParams,
+    Task,
+    Trajectory,
+)
 
 
 class Generator(Protocol):
@@ -19,6 +27,16 @@ class Generator(Protocol):
         on_start: Callable[[int], None] | None = None,
         on_sampled: Callable[[int], None] | None = None,
     ) -> Completion: ...
+
+
+class Witness(Protocol):
+    """Hears what is said in an episode, as it is said."""
+
+    def observed(self, episode: "Episode", observation: Observation) -> None: ...
+
+    def sampled(
+        self, episode: "Episode", request: GenerateRequest, completion: Completion
+    ) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,6 +65,8 @@ class Episode:
         group: int = -1,
         attempt: int = 1,
         together: bool = False,
+        history: History = (),
+        witness: Witness | None = None,
     ) -> None:
         self.id = episode_id
         self.task = task
@@ -66,6 +86,8 @@ class Episode:
         self.trajectory: Trajectory | None = None
         self.cancel_reason: str | None = None
         self._hub = hub
+        self._history = history
+        self._witness = witness
         self._pin = f"group-{group}" if together else ""
 
     @property
@@ -97,7 +119,14 @@ class Episode:
         count(len(completion.token_ids))
         if completion.versions:
             self.newest_version = max(self.newest_version or 0, *completion.versions)
+        if self._witness is not None:
+            self._witness.sampled(self, request, completion)
         return completion
+
+    def observe(self, observation: Observation) -> None:
+        """What the environment answered to the reset, or to an action."""
+        if self._witness is not None:
+            self._witness.observed(self, observation)
 
     def _note_version(self, version: int) -> None:
         """A worker at `version` began to sample for us: no token of ours can be older."""

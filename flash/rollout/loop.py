@@ -128,7 +128,7 @@ class RolloutLoop:
             [self.ledger, self._bias, self.activity, Observers(observers, on_error=self.fail)]
         )
         self._crew = crew or _agents(agent, hub, together=not settings.replicate)
-        self._crew.report_to(on_end=self._on_end, on_fatal=self.fail)
+        self._crew.report_to(on_end=self._on_end, on_fatal=self.fail, witness=self._observers)
         self._advantages = advantages
         self._groups_per_batch = batch_size // group_size
         self._filters = Filters(

@@ -14,7 +14,7 @@ from flash.evaluation.result import Evaluation
 from flash.hub.reports import PublishReport
 from flash.rollout.episode import Episode
 from flash.rollout.record import EpisodeRecord
-from flash.types import Batch
+from flash.types import Batch, Completion, GenerateRequest, Observation
 
 
 class Observer:
@@ -26,6 +26,12 @@ class Observer:
 
     def admitted(self, episode: Episode) -> None:
         """An episode begins."""
+
+    def observed(self, episode: Episode, observation: Observation) -> None:
+        """Its environment has answered; the first time to the reset."""
+
+    def sampled(self, episode: Episode, request: GenerateRequest, completion: Completion) -> None:
+        """The policy has answered. `request.token_ids` may grow after this call."""
 
     def played(self, episode: Episode) -> None:
         """It runs no longer. With `episode.trajectory` it came to its end, and waits for a batch;
@@ -78,6 +84,12 @@ class Observers(Observer):
 
     def admitted(self, episode: Episode) -> None:
         self._tell(lambda observer: observer.admitted(episode))
+
+    def observed(self, episode: Episode, observation: Observation) -> None:
+        self._tell(lambda observer: observer.observed(episode, observation))
+
+    def sampled(self, episode: Episode, request: GenerateRequest, completion: Completion) -> None:
+        self._tell(lambda observer: observer.sampled(episode, request, completion))
 
     def played(self, episode: Episode) -> None:
         self._tell(lambda observer: observer.played(episode))
