@@ -2,33 +2,26 @@
 
 runs/<name>/checkpoints/step_<version>/
 ├── trainer.json, …   the trainer's part (flash/trainer/checkpoint.py)
-├── tasks.json        a Cut: where all else stood at that moment
 └── spare             if it may go when newer ones are there
 
-One is made under another name and renamed, so what has its name was whole once. Damage that came
+X
 later is found when it is read, and the one before it is taken.
 """
 
 import asyncio
-import contextlib
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
 
-import msgspec
-
-from flash.rollout.adaptive import AlphaState
 from flash.rollout.observer import Observer
-from flash.system.durable import sync, write_whole
+from flash.system.durable import sync
 from flash.trainer.checkpoint import checkpoint_version
 
 logger = logging.getLogger(__name__)
 
-CUT_FILE = "tasks.json"
 _SPARE_FILE = "spare"  # empty
 _NEW = ".new"  # at the end of the name of one that is being made
 _SPARES = 2  # so that one is left if the newest is damaged
@@ -39,22 +32,12 @@ class SavingTrainer(Protocol):
     """What a checkpoint needs of the Trainer."""
 
     @property
+    def version(self) -> int: ...
+
+    @property
     def can_save(self) -> bool: ...
 
     async def save_checkpoint(self, directory: Path) -> None: ...
-
-
-class Cut(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a run stands, but for the trainer's weights of that version.
-
-    Made between two awaits, because tasks begin in any of them, while a checkpoint is being written
-    too. It is all that a resume asks for, wherever that was kept.
-    """
-
-    version: int
-    given: int  # of the tasks, so many had begun
-    unfinished: list[int]  # the seeds of those that were not trained
-    alpha: AlphaState
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +45,7 @@ class Checkpoint:
     """A whole one."""
 
     path: Path
-    cut: Cut
+    version: int
 
 
 def newest_checkpoint(run: Path) -> Checkpoint | None:
@@ -102,7 +85,7 @@ class Checkpoints:
     ) -> None:
         self._run = run
         self._observer = observer
-        self._newest_version = resumed.cut.version if resumed else None
+        self._newest_version = resumed.version if resumed else None
         self._every_s = every_s
         self._saved_at = asyncio.get_running_loop().time()
         for left in (run / "checkpoints").glob(f"*{_NEW}*"):
@@ -112,23 +95,24 @@ class Checkpoints:
         elapsed_s = asyncio.get_running_loop().time() - self._saved_at
         return 0 < self._every_s <= elapsed_s
 
-    async def save(self, trainer: SavingTrainer, cut: Cut, *, spare: bool) -> Path:
-        """The checkpoint of the trainer's present version, which is the cut's; made if need be."""
-        path = self._run / "checkpoints" / f"step_{cut.version:06d}"
-        if cut.version == self._newest_version:
+    async def save(self, trainer: SavingTrainer, *, spare: bool) -> Path:
+        """The checkpoint of the trainer's present version; made if need be."""
+        version = trainer.version
+        path = self._run / "checkpoints" / f"step_{version:06d}"
+        if version == self._newest_version:
             return path
         making = path.with_name(path.name + _NEW)
         await trainer.save_checkpoint(making)
-        await asyncio.to_thread(self._finish, making, path, cut, spare)
-        self._newest_version = cut.version
+        await asyncio.to_thread(self._finish, making, path, spare)
+        self._newest_version = version
         self._saved_at = asyncio.get_running_loop().time()
         self._observer.saved(path)
         return path
 
-    def _finish(self, making: Path, path: Path, cut: Cut, spare: bool) -> None:
+    def _finish(self, making: Path, path: Path, spare: bool) -> None:
         if spare:
             (making / _SPARE_FILE).touch()
-        write_whole(making / CUT_FILE, msgspec.json.encode(cut))
+        sync(making)
         shutil.rmtree(path, ignore_errors=True)  # a damaged one, which a resume passed over
         making.rename(path)
         sync(path.parent)
@@ -145,32 +129,30 @@ class Rescue:
     def __init__(self, checkpoints: Checkpoints, trainer: SavingTrainer) -> None:
         self._checkpoints = checkpoints
         self._trainer = trainer
-        self._cut: Cut | None = None
+        self._watching = False
 
-    @contextlib.contextmanager
-    def watching(self, cut: Callable[[], Cut]) -> Iterator[None]:
-        """What `cut` says at the end of the block is what would be saved."""
-        try:
-            yield
-        finally:
-            self._cut = cut()
+    def watch(self) -> None:
+        """From now on there is something to save."""
+        self._watching = True
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        cut = self._cut
-        if not isinstance(error, Exception) or not cut or not cut.version:
+        version = self._trainer.version
+        if not isinstance(error, Exception) or not self._watching or not version:
             return
         if not self._trainer.can_save:
             return
         try:
             async with asyncio.timeout(_RESCUE_TIMEOUT_S):
-                path = await self._checkpoints.save(self._trainer, cut, spare=True)
+                path = await self._checkpoints.save(self._trainer, spare=True)
         except Exception as failure:  # whatever it is, the run ends for the first error
-            logger.warning("what was learned since the last checkpoint is lost: %r", failure)
+            logger.warning(
+                "no checkpoint could be made: %r; --resume goes on from the log", failure
+            )
         else:
-            error.add_note(f"all {cut.version} steps are in {path}: --resume goes on from there")
+            error.add_note(f"all {version} steps are in {path}: --resume goes on from there")
 
 
 def _paths(run: Path) -> list[Path]:
@@ -185,18 +167,12 @@ def _version_of(path: Path) -> int:
 def _read(path: Path) -> Checkpoint:
     """ValueError if it is not whole."""
     version = checkpoint_version(path)
-    try:
-        cut = msgspec.json.decode((path / CUT_FILE).read_bytes(), type=Cut)
-    except (OSError, ValueError) as error:
+    if version != _version_of(path):
         raise ValueError(
-            f"the checkpoint {path} is damaged ({CUT_FILE}: {error}): resume from another one"
-        ) from error
-    if not version == cut.version == _version_of(path):
-        raise ValueError(
-            f"the checkpoint {path} is damaged (parts of it are of the versions {version} and "
-            f"{cut.version}): resume from another one"
+            f"the checkpoint {path} is damaged (it is of version {version}): resume from another "
+            f"one"
         )
-    return Checkpoint(path, cut)
+    return Checkpoint(path, version)
 
 
 def _old_spares(run: Path) -> list[Path]:

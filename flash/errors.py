@@ -11,6 +11,7 @@
     ├── PublishFailure        new weights did not become the policy, or not exactly
     ├── RolloutFailure        the rollout loop can't go on: too many failures, or no tasks
     │   └── RolloutStall      nothing moves any more; names one cause
+    ├── LogFailure            what happens can't be written down, so it must not count
     └── ProcessFailure        a child process of ours died or raised
 
 A user's mistake is a `ValueError` with the field, the value and the remedy.
@@ -66,6 +67,10 @@ class TrainerFailure(FlashError):
 
 class PublishFailure(FlashError):
     """Weights could not be published, or a worker's logprobs differ from the trainer's."""
+
+
+class LogFailure(FlashError):
+    """The durable log can't be written; what it holds is whole."""
 
 
 class RolloutFailure(FlashError):

@@ -52,7 +52,7 @@ async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any] | None
             opening.is_over()
             trainer, rollouts, tell = run.trainer, run.rollouts, run.observers
             await run.self_test()
-            if trainer.version == 0 and not await run.evaluations.now():
+            if not run.has_begun and not await run.evaluations.now():
                 return None
             while trainer.version < config.steps and not stop.is_set():
                 batch = await _next_batch(run, stop)

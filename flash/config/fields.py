@@ -13,6 +13,7 @@ from flash.config.names import BARE, without_aliases
 from flash.environments.config import EnvConfig
 from flash.evaluation.config import EvalConfig
 from flash.hub.config import EngineConfig
+from flash.log.config import LogConfig
 from flash.reward.config import AnyReward, EnvReward
 from flash.rollout.config import RolloutSettings
 from flash.section import Section
@@ -79,6 +80,7 @@ class RunFields(Section):
     warm_start: WarmStartConfig = WarmStartConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
 
     @model_validator(mode="before")
     @classmethod

@@ -4,12 +4,16 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from importlib import metadata
 
-from flash.checkpoints import Checkpoints, Cut, Rescue
+from flash.checkpoints import Checkpoints, Rescue
 from flash.config import Config
 from flash.evaluation.evaluations import Evaluations
 from flash.hub.hub import InferenceHub
 from flash.hub.publisher import PROBE_TOKENS
+from flash.log.log import Log
+from flash.log.past import Past
+from flash.log.run_log import RunLog
 from flash.parts.model import self_test_text
 from flash.parts.open import open_parts
 from flash.rollout.adaptive import AdaptiveAlpha
@@ -22,6 +26,7 @@ from flash.telemetry.progress import Progress
 from flash.telemetry.transcripts import Transcripts
 from flash.trainer.advantages import make_advantages
 from flash.trainer.trainer import Trainer
+from flash.types import Batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,8 +34,8 @@ class Training:
     """What a run consists of. `observers` are told of each event that is not the rollout loop's."""
 
     config: Config
+    has_begun: bool  # its first policy was evaluated
     checkpoints: Checkpoints
-    tasks: Tasks
     adaptive_alpha: AdaptiveAlpha
     trainer: Trainer
     hub: InferenceHub
@@ -60,18 +65,7 @@ class Training:
 
     async def save(self, *, spare: bool = False) -> None:
         """A checkpoint of the present version, if there is none yet and any step in it."""
-        await self.checkpoints.save(self.trainer, self.cut(), spare=spare)
-
-    def cut(self) -> Cut:
-        """Where it stands now, if the trainer is not in the middle of a step."""
-        version = self.trainer.version
-        unfinished = [task.seed for task in self.rollouts.unfinished_tasks(version)]
-        return Cut(
-            version=version,
-            given=self.tasks.given,
-            unfinished=unfinished + self.tasks.left,
-            alpha=self.adaptive_alpha.state(),
-        )
+        await self.checkpoints.save(self.trainer, spare=spare)
 
 
 @contextlib.asynccontextmanager
@@ -80,18 +74,46 @@ async def open_training(
 ) -> AsyncIterator[Training]:
     """The run of a configuration, from `model` or from where it was left off; ended with the block.
 
-    Episodes are under way as soon as there are workers, and the trainer loads meanwhile.
+    Episodes are under way as soon as there are workers, and the trainer loads meanwhile; of a run
+    that goes on, as soon as the trainer is where it was.
     """
-    tasks, adaptive = Tasks(config.seed), _adaptive_alpha(config)
-    first_ids = folder.next_ids()
-    if (resumed := folder.resumed) is not None:
-        tasks.go_on(given=resumed.cut.given, unfinished=resumed.cut.unfinished)
-        adaptive.restore(resumed.cut.alpha)
-        folder.forget_after(resumed.cut.version)
-    observers = Observers([folder])
+    adaptive = _adaptive_alpha(config)
+    async with RunLog(folder.path, config.log) as run_log:
+        past = await run_log.take_over(
+            checkpoint=folder.version if folder.resumes else None,
+            config=folder.config.model_dump(mode="json"),
+            source={},
+            flash=metadata.version("flash-rl"),
+            episodes=config.group_size + config.rollout.redundant_episodes,
+            max_attempts=config.rollout.max_attempts,
+        )
+        if past.alpha is not None:
+            adaptive.restore(past.alpha)
+        if folder.resumes:
+            folder.go_on(past)
+        async with (
+            run_log.writing(past, alpha=adaptive.state) as log,
+            _open(config, model, folder, view, stop, run_log, past, log, adaptive) as run,
+        ):
+            yield run
+
+
+@contextlib.asynccontextmanager
+async def _open(
+    config: Config,
+    model: str,
+    folder: RunFolder,
+    view: View,
+    stop: asyncio.Event,
+    run_log: RunLog,
+    past: Past,
+    log: Log,
+    adaptive: AdaptiveAlpha,
+) -> AsyncIterator[Training]:
+    observers = Observers([log, folder])
     checkpoints = Checkpoints(
         folder.path,
-        resumed=resumed,
+        resumed=folder.checkpoint,
         every_s=60 * config.checkpoint.minutes,
         observer=observers,
     )
@@ -101,7 +123,7 @@ async def open_training(
             config=config.trainer,
             run_dir=folder.path,
             seed=config.seed,
-            resume_from=resumed.path if resumed else None,
+            resume_from=folder.checkpoint.path if folder.checkpoint else None,
         ).starting() as trainer,
         Rescue(checkpoints, trainer) as rescue,
         open_parts(
@@ -119,10 +141,15 @@ async def open_training(
         decode = parts.tokenizer.decode
         per_step, steps = config.transcripts, config.steps
         observers.add(Transcripts(folder.transcript, decode=decode, per_step=per_step, steps=steps))
+        if past.redo:
+            await trainer.ready()
+            for version in past.redo:
+                await _train_again(trainer, await run_log.batch(version))
+            await parts.hub.publish(await trainer.export_weights())
         rollouts = RolloutLoop(
             parts.hub,
             agent=agents.make,
-            tasks=tasks,
+            tasks=Tasks(config.seed, dispatched=past.dispatched, again=past.again),
             batch_size=config.batch_size,
             group_size=config.group_size,
             alpha=config.alpha,
@@ -131,17 +158,20 @@ async def open_training(
                 config.trainer.advantages, finished=not config.trainer.finishes_advantages
             ),
             last_version=config.steps,
-            first_ids=first_ids,
+            restored=past.restored,
             observers=[observers],
+            log=log,
             trainer=trainer.state,
             caller_timeout_s=config.trainer.between_batches_s,
         )
         rollouts.use_alpha(adaptive.alpha)
+        log.fail_with(rollouts.fail)
         async with rollouts:
             await trainer.ready()
             progress = Progress(
-                config, folder, view, hub=parts.hub, rollouts=rollouts, hosts=agents.hosts
-            )
+                config, folder, view, hub=parts.hub, rollouts=rollouts, hosts=agents.hosts,
+                log=log, observer=observers,
+            )  # fmt: skip
             observers.add(progress)
             evaluations = Evaluations(
                 config.eval,
@@ -153,21 +183,26 @@ async def open_training(
                 observer=observers,
                 stop=stop,
             )
-            run = Training(
-                config=config,
-                checkpoints=checkpoints,
-                tasks=tasks,
-                adaptive_alpha=adaptive,
-                trainer=trainer,
-                hub=parts.hub,
-                rollouts=rollouts,
-                evaluations=evaluations,
-                progress=progress,
-                observers=observers,
-            )
-            with rescue.watching(run.cut):
-                async with progress.ticking(), evaluations:
-                    yield run
+            rescue.watch()
+            async with progress.ticking(), evaluations:
+                yield Training(
+                    config=config,
+                    has_begun=past.has_begun,
+                    checkpoints=checkpoints,
+                    adaptive_alpha=adaptive,
+                    trainer=trainer,
+                    hub=parts.hub,
+                    rollouts=rollouts,
+                    evaluations=evaluations,
+                    progress=progress,
+                    observers=observers,
+                )
+
+
+async def _train_again(trainer: Trainer, parts: list[Batch]) -> None:
+    for part in parts[:-1]:
+        await trainer.add(part)
+    await trainer.step(parts[-1])
 
 
 def _adaptive_alpha(config: Config) -> AdaptiveAlpha:

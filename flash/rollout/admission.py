@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from flash.rollout.groups import Group, Groups
 from flash.rollout.ledger import Ledger
+from flash.rollout.restored import DueEpisode
 from flash.rollout.slots import GroupSchedule, Slots
 from flash.types import Task
 
@@ -36,7 +37,7 @@ class Admission:
         self._ledger = ledger
         self._group_size = group_size
         self._episodes = episodes
-        self._due: deque[tuple[Group, int]] = deque()  # each with its attempt
+        self._due: deque[tuple[Group, DueEpisode]] = deque()
 
     def __len__(self) -> int:
         """Episodes that groups under way still lack."""
@@ -45,7 +46,13 @@ class Admission:
     def start_again(self, group: Group, attempt: int) -> None:
         """One more episode of this group, before all others."""
         group.due += 1
-        self._due.appendleft((group, attempt))
+        self._due.appendleft((group, DueEpisode(attempt=attempt)))
+
+    def restore(self, group: Group, due: Iterable[DueEpisode]) -> None:
+        """These episodes of a group, after those that are due already."""
+        for episode in due:
+            group.due += 1
+            self._due.append((group, episode))
 
     def cancel(self, group: Group) -> None:
         """No more episodes of this group."""
@@ -53,21 +60,21 @@ class Admission:
             self._due = deque(start for start in self._due if start[0] is not group)
             group.due = 0
 
-    def next_start(self, next_version: int) -> tuple[Group, int] | None:
-        """The group and the attempt of an episode to begin now; None if there is no room or task.
+    def next_start(self, next_version: int) -> tuple[Group, DueEpisode] | None:
+        """The group of an episode to begin now, and which; None if there is no room or task.
 
         `next_version` is the one at which the next batch will be trained.
         """
         if self._ledger.running + self._ledger.ready >= self._slots.most_episodes:
             return None
         while self._due:
-            group, attempt = self._due[0]
+            group, episode = self._due[0]
             if group in self._groups:
                 if len(group.members) < group.size and not self._has_slot():
                     return None
                 self._due.popleft()
                 group.due -= 1
-                return group, attempt
+                return group, episode
             self._due.popleft()
         if not self._has_slot() or not self._may_begin(next_version):
             return None
@@ -77,7 +84,7 @@ class Admission:
             return None
         group = self._groups.begin(task, size=self._group_size, episodes=self._episodes)
         self._schedule.began()
-        self._due.extend([(group, 1)] * self._episodes)
+        self._due.extend([(group, DueEpisode())] * self._episodes)
         return self.next_start(next_version)
 
     def _has_slot(self) -> bool:

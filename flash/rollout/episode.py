@@ -84,6 +84,7 @@ class Episode:
         self.oldest_version: int | None = None
         self.newest_version: int | None = None
         self.trajectory: Trajectory | None = None
+        self.ready = False  # it has one, which no crash can lose
         self.cancel_reason: str | None = None
         self._hub = hub
         self._history = history

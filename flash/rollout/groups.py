@@ -63,6 +63,11 @@ class Groups:
         self._groups[group.id] = group
         return group
 
+    def restore(self, group_id: int, task: Task, *, size: int) -> Group:
+        """A group that had begun when the run ended."""
+        group = self._groups[group_id] = Group(group_id, task, size)
+        return group
+
     def close(self, group: Group) -> None:
         """It is on its way no longer; its members are as they were."""
         del self._groups[group.id]
@@ -76,12 +81,13 @@ class Groups:
     def remove(self, group: Group, episode: Episode) -> None:
         self._count(group, -1)
         del group.members[episode.id]
-        group.ready -= episode.trajectory is not None
+        group.ready -= episode.ready
         self._count(group, +1)
 
-    def finish(self, group: Group) -> None:
-        """One of its members came to its end."""
+    def finish(self, group: Group, episode: Episode) -> None:
+        """This member of it is ready."""
         self._count(group, -1)
+        episode.ready = True
         group.ready += 1
         self._count(group, +1)
 

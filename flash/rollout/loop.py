@@ -18,7 +18,9 @@ import asyncio
 import contextlib
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, Protocol, Self
 
 from flash.errors import EpisodeFailure, RolloutFailure
@@ -26,6 +28,7 @@ from flash.hub.reports import PublishReport
 from flash.rollout.admission import Admission
 from flash.rollout.batching import metrics_of, samples_of, trajectories
 from flash.rollout.bias import LengthBias
+from flash.rollout.committed import CommitLog, NoLog
 from flash.rollout.config import RolloutSettings
 from flash.rollout.crew import AgentCrew, Crew, SessionHub
 from flash.rollout.episode import AgentFactory, Cancelled, Episode, EpisodeEnd
@@ -34,6 +37,7 @@ from flash.rollout.groups import Group, Groups
 from flash.rollout.ledger import Ledger
 from flash.rollout.observer import Observer, Observers
 from flash.rollout.record import EpisodeRecord
+from flash.rollout.restored import DueEpisode, OpenGroup, Restored
 from flash.rollout.slots import BatchSchedule, QueueSchedule, Slots
 from flash.rollout.staleness import choose_groups, stale_episodes
 from flash.rollout.stall.activity import Activity
@@ -46,6 +50,7 @@ logger = logging.getLogger(__name__)
 
 _STARTS_A_TURN = 32  # each costs 0.1 ms or so until it waits: a batch's must not hold the loop
 _GRPO = per_group(grpo)
+_NOTHING = Restored()
 
 
 class RolloutHub(SessionHub, RestartingHub, Protocol):
@@ -83,8 +88,10 @@ class RolloutLoop:
             of one group.
         last_version: the version at which training ends; what no batch until then can take is
             neither begun nor played to its end.
-        first_ids: of an episode and of a group, from which they are counted.
+        restored: what it goes on with, of a run that ended before.
         observers: hear of each event.
+        log: one of the observers, which makes what it is told outlive a crash. An episode counts
+            as ready, and a batch is handed over, when the log has committed it.
         trainer, caller_timeout_s: what the trainer is at, if anybody knows; how long the caller
             may do neither of the loop's calls. See `Watchdog`.
 
@@ -107,8 +114,9 @@ class RolloutLoop:
         filters: Sequence[GroupFilter] = (),
         advantages: Advantages = _GRPO,
         last_version: int | None = None,
-        first_ids: tuple[int, int] = (0, 0),
+        restored: Restored = _NOTHING,
         observers: Iterable[Observer] = (),
+        log: CommitLog | None = None,
         trainer: Callable[[], TrainerState] | None = None,
         caller_timeout_s: float = 3600.0,
     ) -> None:
@@ -124,12 +132,13 @@ class RolloutLoop:
         self.ledger = Ledger()
         self.activity = Activity()
         self._bias = LengthBias()
-        self._observers = Observers(
-            [self.ledger, self._bias, self.activity, Observers(observers, on_error=self.fail)]
-        )
+        self._books = Observers([self.ledger, self._bias, self.activity])
+        self._observers = Observers([self._books, Observers(observers, on_error=self.fail)])
+        self._log = log or NoLog()
         self._crew = crew or _agents(agent, hub, together=not settings.replicate)
         self._crew.report_to(on_end=self._on_end, on_fatal=self.fail, witness=self._observers)
         self._advantages = advantages
+        self._group_size = group_size
         self._groups_per_batch = batch_size // group_size
         self._filters = Filters(
             [*map(find_filter, settings.filters), *filters],
@@ -143,7 +152,7 @@ class RolloutLoop:
             redundant_episodes=settings.redundant_episodes,
             last_version=last_version,
         )
-        self._next_episode, first_group = first_ids
+        self._next_episode, first_group = restored.first_ids
         self._groups = Groups(first_group)
         self._admission = Admission(
             tasks,
@@ -166,12 +175,15 @@ class RolloutLoop:
             trainer=trainer,
             on_stalled=self._observers.stalled,
         )
+        self._restored = restored
+        self._to_train = deque(restored.batches)
         self._open = False
         self._paused = False
         self._taken: list[Group] = []  # parts of the next batch
         self._handed_over: list[Task] = []  # of the last batch
         self._next_version = hub.version  # at which the next batch will be trained
         self._started_this_turn = 0
+        self._waits_for_log = False
         self._failure: Exception | None = None
         self._failures_in_a_row = 0
         self._progress = asyncio.Event()
@@ -180,6 +192,9 @@ class RolloutLoop:
     async def __aenter__(self) -> Self:
         await self._crew.__aenter__()
         await self._watchdog.__aenter__()
+        for group in self._restored.groups:
+            self._restore(group)
+        self._evict_stale()
         self._open = True
         self._admit()
         return self
@@ -205,7 +220,9 @@ class RolloutLoop:
         if self._taken:
             raise ValueError("a batch was begun with next_part: take its other parts likewise")
         with self.activity.call("next_batch"):
-            return await self._next(self._groups_per_batch)
+            batch = await self._next(self._groups_per_batch)
+            await self._log.committed()
+            return batch
 
     async def next_part(self) -> Batch:
         """As `next_batch`, but waits for one complete group only, and hands over all there are.
@@ -214,12 +231,16 @@ class RolloutLoop:
         its episodes are not counted as trained, and nothing of it is lost if no more are taken.
         """
         with self.activity.call("next_part"):
-            return await self._next(1)
+            part = await self._next(1)
+            await self._log.committed()
+            return part
 
     async def _next(self, at_least: int) -> Batch:
         while True:
             if self._failure is not None:
                 raise self._failure
+            if self._to_train:
+                return self._hand_over_again(self._to_train.popleft())
             if len(chosen := self._choose(at_least)) >= at_least:
                 return self._hand_over(chosen)
             left = len(self._groups)
@@ -230,6 +251,16 @@ class RolloutLoop:
                 )
             self._progress.clear()
             await self._progress.wait()
+
+    def _hand_over_again(self, batch: Batch) -> Batch:
+        """A batch, or a part of one, that was handed over before the run ended."""
+        self._observers.handed_over(batch)
+        if batch.last:
+            self._slots.hold(batch.version, self._groups_per_batch)
+            self._next_version = batch.version + 1
+            self._evict_stale()
+            self._admit()
+        return batch
 
     async def publish(self, weights: Weights) -> PublishReport:
         """Make these weights the policy, then free the slots of the batches they were made from.
@@ -303,6 +334,7 @@ class RolloutLoop:
             fresh=self._fresh_enough,
             due=len(self._admission),
             unpublished=self._slots.held,
+            log=self._log.blocked,
         )
 
     def unfinished_tasks(self, version: int) -> list[Task]:
@@ -337,6 +369,9 @@ class RolloutLoop:
         """
         if not self._open or self._paused or not self._fresh_enough:
             return
+        if self._log.blocked:
+            self._admit_after_commit()
+            return
         try:
             while (
                 self._started_this_turn < _STARTS_A_TURN
@@ -349,13 +384,30 @@ class RolloutLoop:
         if self._admission.exhausted:
             self._progress.set()
 
+    def _admit_after_commit(self) -> None:
+        if not self._waits_for_log:
+            self._waits_for_log = True
+            self._log.after_commit(self._log_goes_on)
+
+    def _log_goes_on(self) -> None:
+        self._waits_for_log = False
+        self._admit()
+
     @property
     def _fresh_enough(self) -> bool:
         """Whether what begins now could be trained, if it goes into the next batch."""
         return self._next_version - self.hub.version <= self.alpha
 
-    def _start(self, group: Group, attempt: int) -> None:
-        episode = self._crew.begin(self._next_episode, group.task, group=group.id, attempt=attempt)
+    def _start(self, group: Group, due: DueEpisode) -> None:
+        oldest = due.oldest_version
+        fresh = oldest is None or self._next_version - oldest <= self.alpha
+        episode = self._crew.begin(
+            self._next_episode,
+            group.task,
+            group=group.id,
+            attempt=due.attempt,
+            history=due.history if fresh else (),
+        )
         self._next_episode += 1
         self._groups.add(group, episode)
         self._observers.admitted(episode)
@@ -382,9 +434,7 @@ class RolloutLoop:
             if group is None:  # it finished in the moment it was given up
                 self._end(episode, "dropped", episode.cancel_reason or "shutdown")
             else:
-                self._groups.finish(group)
-                if group.complete:
-                    self._after_completion(group)
+                self._log.after_commit(partial(self._count_ready, group, episode))
         elif isinstance(end, Cancelled):
             self._end(episode, "cancelled", episode.cancel_reason or "shutdown")
             if group is not None:
@@ -396,12 +446,41 @@ class RolloutLoop:
         self._admit()
         self._progress.set()
 
+    def _count_ready(self, group: Group, episode: Episode) -> None:
+        """Its trajectory is safe, and may go into a batch; unless it was given up meanwhile."""
+        if group not in self._groups or episode.id not in group.members:
+            return
+        self._groups.finish(group, episode)
+        if group.complete:
+            self._after_completion(group)
+        self._admit()
+        self._progress.set()
+
+    def _restore(self, restored: OpenGroup) -> None:
+        """Goes on with a group that was on its way when the run ended."""
+        group = self._groups.restore(restored.group, restored.task, size=self._group_size)
+        for ready in restored.ready:
+            episode = Episode(
+                ready.episode, group.task, hub=self.hub, group=group.id, attempt=ready.attempt
+            )
+            episode.prompt_tokens = ready.prompt_tokens
+            episode.generated_tokens = ready.generated_tokens
+            episode.turns = ready.trajectory.turns
+            self._books.admitted(episode)
+            episode.finish(ready.trajectory)
+            self._books.played(episode)
+            self._groups.add(group, episode)
+            self._groups.finish(group, episode)
+        self._admission.restore(group, restored.due)
+        if group.complete:
+            self._after_completion(group)
+
     def _after_completion(self, group: Group) -> None:
         """The group's spares are cancelled; then it is kept or dropped; then others may be."""
         for member in list(group.members.values()):
-            if member.trajectory is None:
+            if not member.ready:
                 self._groups.remove(group, member)
-                self._crew.give_up(member, "redundant")
+                self._discard(member, "redundant")
         self._admission.cancel(group)
         try:
             reason = self._filters.reason_to_drop(trajectories(group))
@@ -446,6 +525,7 @@ class RolloutLoop:
     def _give_up(self, group: Group, reason: str) -> None:
         """Drops the group's ready episodes, cancels the running ones; its slots become free."""
         self._groups.close(group)
+        self._observers.given_up(group.id, reason)
         for member in group.members.values():
             self._discard(member, reason)
 

@@ -40,6 +40,9 @@ class Observer:
     def ended(self, episode: Episode, record: EpisodeRecord) -> None:
         """It has its one outcome."""
 
+    def given_up(self, group: int, reason: str) -> None:
+        """Nothing more becomes of a group; its episodes end, each by itself."""
+
     def handed_over(self, batch: Batch) -> None:
         """A batch, or a part of one, goes to the trainer. Its episodes have ended as `trained` by
         then, if it is the last part."""
@@ -52,6 +55,9 @@ class Observer:
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """Held-out tasks were played, by the version that `evaluation.versions` names."""
+
+    def measured(self, metrics: Mapping[str, Any]) -> None:
+        """A step's line of numbers, once all of it is known."""
 
     def step_done(self, step: int) -> None:
         """All of a step is done, its evaluation too."""
@@ -97,6 +103,9 @@ class Observers(Observer):
     def ended(self, episode: Episode, record: EpisodeRecord) -> None:
         self._tell(lambda observer: observer.ended(episode, record))
 
+    def given_up(self, group: int, reason: str) -> None:
+        self._tell(lambda observer: observer.given_up(group, reason))
+
     def handed_over(self, batch: Batch) -> None:
         self._tell(lambda observer: observer.handed_over(batch))
 
@@ -108,6 +117,9 @@ class Observers(Observer):
 
     def evaluated(self, evaluation: Evaluation) -> None:
         self._tell(lambda observer: observer.evaluated(evaluation))
+
+    def measured(self, metrics: Mapping[str, Any]) -> None:
+        self._tell(lambda observer: observer.measured(metrics))
 
     def step_done(self, step: int) -> None:
         self._tell(lambda observer: observer.step_done(step))

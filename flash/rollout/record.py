@@ -1,6 +1,7 @@
 """What is kept of an episode that has ended."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from flash.rollout.episode import Episode
 from flash.types import Outcome
@@ -54,4 +55,27 @@ class EpisodeRecord:
             admitted_s=episode.admitted_at,
             ended_s=ended_at,
             stages_s=dict(episode.seconds),
+        )
+
+    @classmethod
+    def of_row(cls, row: Any) -> "EpisodeRecord":
+        """That of an episode in the log (`flash.log.schema.EPISODES`), whose times are dates."""
+        return cls(
+            episode=row.episode,
+            seed=row.seed,
+            group=row.group,
+            attempt=row.attempt,
+            outcome=row.outcome,
+            reason=row.reason or "",
+            reward=row.reward,
+            success=row.success,
+            turns=row.turns or 0,
+            prompt_tokens=row.prompt_tokens or 0,
+            generated_tokens=row.generated_tokens or 0,
+            version_min=row.version_min,
+            version_max=row.version_max,
+            trained_at_version=row.trained_at_version,
+            admitted_s=row.admitted_at,
+            ended_s=row.ended_at,
+            stages_s=row.stages_s or {},
         )

@@ -4,6 +4,8 @@ runs/<name>/
 ├── config.yaml       the resolved configuration
 ├── metrics.jsonl     a line a step; names and units in metrics.py
 ├── episodes.jsonl    a line an ended episode: EpisodeRecord
+├── log.sqlite        all that happened, and what a resume goes on from (flash/log/); log.id is the
+│                     run's name in it
 ├── transcripts.jsonl what was said in some of them; see transcripts.py, and flash show
 ├── events.out.…      the same metrics for TensorBoard
 ├── checkpoints/      step_<version>/ (flash/checkpoints.py)
@@ -18,7 +20,6 @@ import contextlib
 import itertools
 import json
 import logging
-import math
 import os
 import socket
 import time
@@ -35,6 +36,9 @@ from flash.checkpoints import Checkpoint, newest_checkpoint
 from flash.config import Config
 from flash.config.resumed import check_resumed
 from flash.config.source import read_mapping
+from flash.log.columns import plain
+from flash.log.past import Past
+from flash.log.run_log import ID_FILE
 from flash.rollout.episode import Episode
 from flash.rollout.observer import Observer
 from flash.rollout.record import EpisodeRecord
@@ -57,7 +61,8 @@ class RunFolder(Observer):
     def __init__(self, config: Config) -> None:
         self.config = config
         self.path = config.runs_dir / config.name
-        self.resumed: Checkpoint | None = None
+        self.resumes = False
+        self.checkpoint: Checkpoint | None = None  # that it goes on from
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as opened:
@@ -115,16 +120,17 @@ class RunFolder(Observer):
                 f"checkpoint.resume is on, but {self.path} still runs, in process {error.pid}: "
                 f"stop that one first (kill -INT {error.pid}), or start anew under another --name"
             ) from None
-        self.resumed = newest_checkpoint(self.path)
-        if self.resumed is None:
+        self.resumes = True
+        self.checkpoint = newest_checkpoint(self.path)
+        if not (self.path / ID_FILE).exists():
             raise ValueError(self._nothing_to_resume())
         if (before := self.path / "config.yaml").exists():
             check_resumed(self.config, read_mapping(before, "env: NAME"))
 
     def _nothing_to_resume(self) -> str:
         return (
-            f"checkpoint.resume is on, but {self.path}/checkpoints holds no checkpoint: leave it "
-            f"out to start anew"
+            f"checkpoint.resume is on, but {self.path} holds no run with a log ({ID_FILE}): leave "
+            f"it out to start anew"
         )
 
     def __exit__(
@@ -139,8 +145,8 @@ class RunFolder(Observer):
             self._log(error)
             names = ("metrics.jsonl", "episodes.jsonl", TRANSCRIPTS_FILE)
             files = [self.path / name for name in names]
-            if not any(path.stat().st_size for path in files):
-                for path in files:
+            if not self.resumes and not any(path.stat().st_size for path in files):
+                for path in (*files, *self.path.glob("log.*")):
                     path.unlink()
 
     def _log(self, error: BaseException | None) -> None:
@@ -156,32 +162,33 @@ class RunFolder(Observer):
     def logs(self) -> Path:
         return self.path / "logs"
 
-    def next_ids(self) -> tuple[int, int]:
-        """Of an episode and of a group, which nothing in its files has."""
-        lines = read_lines(self.path / "episodes.jsonl")
-        return (
-            max((line["episode"] + 1 for line in lines), default=0),
-            max((line["group"] + 1 for line in lines), default=0),
-        )
+    @property
+    def version(self) -> int:
+        """Of the checkpoint that it goes on from; 0 without one."""
+        return self.checkpoint.version if self.checkpoint else 0
 
-    def forget_after(self, step: int) -> None:
-        """On a resume: drop what came after the checkpoint of that step; it is done again.
-
-        Of the episodes, that is all from the first one that a later step trained.
-        """
-        _cut(self.path / "metrics.jsonl", lambda line: line["step"] > step)
-        _cut(
-            self.path / "episodes.jsonl",
-            lambda line: line["outcome"] == "trained" and line["trained_at_version"] >= step,
-        )
-        _cut(self.path / TRANSCRIPTS_FILE, lambda line: line["step"] > step)
-        self._board.forget_after(step)
+    def go_on(self, past: Past) -> None:
+        """On a resume: makes its files what the log says."""
+        path, done = self.path / "metrics.jsonl", past.steps_done
+        _cut(path, lambda line: line["step"] > done)
+        known = {line["step"] for line in read_lines(path)}
+        for line in past.steps:
+            if line["step"] not in known:
+                _write(self._metrics, line)
+        records = {record.episode: record for record in past.records}
+        _keep(self.path / "episodes.jsonl", lambda line: line["episode"] in records)
+        for line in read_lines(self.path / "episodes.jsonl"):
+            records.pop(line["episode"], None)
+        for record in records.values():
+            _write(self._episodes, asdict(record))
+        _cut(self.path / TRANSCRIPTS_FILE, lambda line: line["step"] > past.logged_version)
+        self._board.forget_after(done)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines so far."""
         return read_lines(self.path / "metrics.jsonl")
 
-    def step(self, metrics: Mapping[str, Any]) -> None:
+    def measured(self, metrics: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl."""
         _write(self._metrics, metrics)
         self._board.add(metrics)
@@ -201,7 +208,7 @@ class RunFolder(Observer):
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {report}\n\n")
 
     def summary(self, summary: Mapping[str, Any]) -> None:
-        text = json.dumps(_plain(summary), indent=2) + "\n"
+        text = json.dumps(plain(summary), indent=2) + "\n"
         write_whole(self.path / "summary.json", text.encode())
 
 
@@ -278,17 +285,12 @@ def _cut(path: Path, is_over: Callable[[dict[str, Any]], bool]) -> None:
     os.truncate(path, kept)
 
 
+def _keep(path: Path, stays: Callable[[dict[str, Any]], bool]) -> None:
+    """Leaves out the other lines. What a crash meanwhile loses is in the log."""
+    kept = [line for line in read_lines(path) if stays(line)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+
 def _write(file: IO[str], line: Mapping[str, Any]) -> None:
-    file.write(json.dumps(_plain(line)) + "\n")
+    file.write(json.dumps(plain(line)) + "\n")
     file.flush()
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no nan and no infinity; both become null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value

@@ -13,6 +13,7 @@ from flash.errors import first_error
 from flash.evaluation.result import Evaluation
 from flash.hub.hub import InferenceHub
 from flash.hub.reports import PublishReport
+from flash.log.log import Log
 from flash.rollout.loop import RolloutLoop
 from flash.rollout.observer import Observer
 from flash.telemetry.folder import RunFolder
@@ -24,7 +25,7 @@ _TICK_S = 0.5
 
 
 class Progress(Observer):
-    """Puts together what is told of each step; writes its line and keeps the view fresh."""
+    """Puts together what is told of each step; tells its line and keeps the view fresh."""
 
     def __init__(
         self,
@@ -35,6 +36,8 @@ class Progress(Observer):
         hub: InferenceHub,
         rollouts: RolloutLoop,
         hosts: EnvHosts | None,
+        log: Log,
+        observer: Observer,
     ) -> None:
         self._config = config
         self._folder = folder
@@ -42,6 +45,8 @@ class Progress(Observer):
         self._hub = hub
         self._rollouts = rollouts
         self._hosts = hosts
+        self._log = log
+        self._observer = observer
         self._clock = asyncio.get_running_loop().time
         self._lines = folder.metrics()
         # A resumed run goes on where its clock stopped.
@@ -90,6 +95,7 @@ class Progress(Observer):
                 "tokens/generated": stats.generated_tokens,
                 "publish/count": stats.publishes,
                 "publish/paused_s": stats.paused_s,
+                "log/lag_s": self._log.take_most_lag_s(),
             }
         )
         self._view.step(self.snapshot())
@@ -212,9 +218,9 @@ class Progress(Observer):
 
     def _write(self, more: Mapping[str, Any]) -> None:
         line = {**more, "time_s": self._clock() - self._began, **self._metrics}
-        self._folder.step(line)
         self._lines.append(line)
         self._metrics = {}
+        self._observer.measured(line)
 
 
 def _value(lines: list[dict[str, Any]], name: str) -> float | None:

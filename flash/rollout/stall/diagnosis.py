@@ -3,7 +3,8 @@
 publish under way  ─► a worker, or the probe                     publish_stuck
 no call under way  ─► the caller, or the trainer that it awaits  trainer_dead, trainer_hangs,
                                                                  nobody_collects
-a batch awaited    ─► episodes end, and all of them stale        all_stale
+a batch awaited    ─► the log can't be written                   log_blocked
+                   ─► episodes end, and all of them stale        all_stale
                    ─► none runs                                  publish_missing, nothing_runs
                    ─► given up, and still there                  cancellation_ignored
                    ─► most of them wait in one stage:
@@ -49,6 +50,7 @@ class AdmissionState:
     fresh: bool
     due: int
     unpublished: int  # samples handed over
+    log: str  # why the log lets nothing begin
 
 
 class InspectedLoop(Protocol):
@@ -132,6 +134,8 @@ def _of_the_publish(stats: HubStats) -> Cause:
 
 
 def _of_the_episodes(loop: InspectedLoop) -> Cause:
+    if log := loop.admission_state().log:
+        return Cause(name="log_blocked", words=f"nothing counts that is not on disk: {log}")
     if fruitless(loop):
         return _of_what_ended(loop)
     if running := loop.under_way():

@@ -1,0 +1,364 @@
+"""The durable log of a run, as its event loop sees it.
+
+    events ─► rows ─► pending ──one transaction──► Store, in a thread of its own
+                         ▲                            │
+                         └── the next ones gather ────┴─► who waited for the commit is called
+
+An episode counts as ready, and a batch goes to the trainer, when what was told of it is committed.
+The loop never waits for the disk: while one transaction is written the next one gathers.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Self
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from flash.errors import LogFailure
+from flash.evaluation.result import Evaluation
+from flash.hub.reports import PublishReport
+from flash.log.schema import (
+    BATCHES,
+    CHECKPOINTS,
+    COMPLETIONS,
+    EPISODES,
+    EVALUATIONS,
+    GROUPS,
+    OBSERVATIONS,
+    PUBLISHES,
+    SAMPLES,
+    SEQUENCES,
+    STEPS,
+)
+from flash.log.store import Change, StoreError
+from flash.rollout.adaptive import AlphaState
+from flash.rollout.episode import Episode
+from flash.rollout.history import prompt_sum
+from flash.rollout.observer import Observer
+from flash.rollout.record import EpisodeRecord
+from flash.types import Batch, Completion, GenerateRequest, Observation, Sample
+
+logger = logging.getLogger(__name__)
+
+_RETRY_S = 1.0
+_LONGEST_RETRY_S = 10.0
+_SHUTDOWN = "shutdown"  # the reason of episodes that a run leaves for its next start
+
+Commit = Callable[[Sequence[Change]], Awaitable[None]]
+
+
+class Log(Observer):
+    """Writes down all that a run's observers are told. To be entered, and left last of all.
+
+    Args:
+        commit: writes changes; raises StoreError if it can't now, LogFailure if it never can.
+        start: the number of this start of the run.
+        first_numbers: of a publish, an evaluation and a checkpoint.
+        known_version: batches before that are in the log.
+        open_groups: that an earlier start began.
+        alpha: what decides α, as it stands.
+        now: seconds since 1970, at any time of the event loop's clock.
+        max_lag_s: past it nothing new begins.
+        timeout_s: past it what can't be written ends the run.
+        on_failure: hears why it ends.
+    """
+
+    def __init__(
+        self,
+        commit: Commit,
+        *,
+        start: int,
+        first_numbers: tuple[int, int, int] = (0, 0, 0),
+        known_version: int = 0,
+        open_groups: Iterable[int] = (),
+        alpha: Callable[[], AlphaState | None] = lambda: None,
+        now: Callable[[], float],
+        max_lag_s: float,
+        timeout_s: float,
+    ) -> None:
+        self._most_lag_s = 0.0
+        self._commit_changes = commit
+        self._start = start
+        self._publishes, self._evaluations, self._checkpoints = first_numbers
+        self._known_version = known_version
+        self._alpha = alpha
+        self._now = now
+        self._max_lag_s = max_lag_s
+        self._timeout_s = timeout_s
+        self._clock = asyncio.get_running_loop().time
+        self._pending: list[Change] = []
+        self._pending_since = 0.0
+        self._waiting: list[Callable[[], None]] = []  # for the pending ones
+        self._writing: list[Callable[[], None]] | None = None  # for those that are written now
+        self._writing_since = 0.0
+        self._trouble = ""
+        self._failure: LogFailure | None = None
+        self._failed = asyncio.Event()
+        self._on_failure: Callable[[Exception], None] = lambda failure: None
+        self._wake = asyncio.Event()
+        self._closing = False
+        self._groups = set(open_groups)
+        self._trained_groups: set[int] = set()
+        self._steps: dict[int, int] = {}  # of each episode under way, what it is at
+        self._parts = 0  # of the next batch
+
+    def fail_with(self, on_failure: Callable[[Exception], None]) -> None:
+        """Who is told when it can't be written any more."""
+        self._on_failure = on_failure
+
+    # ── what the loop asks of it ─────────────────────────────────────────────────────────────
+
+    @property
+    def lag_s(self) -> float:
+        """How old the oldest event is that is not on disk."""
+        if self._writing is not None:
+            return self._clock() - self._writing_since
+        return self._clock() - self._pending_since if self._pending else 0.0
+
+    def take_most_lag_s(self) -> float:
+        """The longest that anything took to be on disk, since the last call."""
+        lag_s, self._most_lag_s = max(self._most_lag_s, self.lag_s), 0.0
+        return lag_s
+
+    @property
+    def blocked(self) -> str:
+        """Why nothing new should begin; empty if it may."""
+        if self._trouble:
+            return f"the log can't be written: {self._trouble}"
+        if (lag_s := self.lag_s) > self._max_lag_s:
+            return f"the log's disk is slow: what happened {lag_s:.0f} s ago is not on it"
+        return ""
+
+    def after_commit(self, then: Callable[[], None]) -> None:
+        """Calls once all that was told until now is committed; at once if it is."""
+        if self._pending:
+            self._waiting.append(then)
+        elif self._writing is not None:
+            self._writing.append(then)
+        elif self._failure is None:
+            then()
+
+    async def committed(self) -> None:
+        """Waits until all that was told until now is committed; LogFailure if it can't be."""
+        done = asyncio.Event()
+        self.after_commit(done.set)
+        if not done.is_set():
+            tasks = [asyncio.ensure_future(event.wait()) for event in (done, self._failed)]
+            try:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in tasks:
+                    task.cancel()
+        if self._failure is not None:
+            raise self._failure
+
+    # ── the writer ───────────────────────────────────────────────────────────────────────────
+
+    async def __aenter__(self) -> Self:
+        self._writer = asyncio.create_task(self._write(), name="log")
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        """All that was told is on disk, or can't be."""
+        self._closing = True
+        self._wake.set()
+        await self._writer
+
+    async def _write(self) -> None:
+        try:
+            while self._pending or not self._closing:
+                await self._wake.wait()
+                if not self._closing:
+                    self._wake.clear()
+                while self._pending:
+                    await self._write_pending()
+        except LogFailure as failure:
+            self._failure = failure
+            self._failed.set()
+            self._on_failure(failure)
+
+    async def _write_pending(self) -> None:
+        changes, self._pending = self._pending, []
+        self._writing, self._waiting = self._waiting, []
+        self._writing_since = self._pending_since
+        await self._commit(changes)
+        waiting, self._writing = self._writing, None
+        self._most_lag_s = max(self._most_lag_s, self._clock() - self._writing_since)
+        for then in waiting:
+            then()
+
+    async def _commit(self, changes: Sequence[Change]) -> None:
+        """Again and again, until it is done or `timeout_s` are over."""
+        pause_s = _RETRY_S
+        deadline = self._clock() + self._timeout_s
+        while True:
+            try:
+                await self._commit_changes(changes)
+            except StoreError as error:
+                if not self._trouble:
+                    logger.warning(
+                        "the log can't be written: %s; no episode begins until it can, and after "
+                        "%g s (log.timeout_s) the run ends", error, self._timeout_s,
+                    )  # fmt: skip
+                self._trouble = str(error)
+                if self._clock() >= deadline:
+                    raise LogFailure(
+                        f"the log could not be written for {self._timeout_s:g} s (log.timeout_s): "
+                        f"{error}: all until then is in it; mend that, and --resume goes on"
+                    ) from error
+                await asyncio.sleep(min(pause_s, max(0.0, deadline - self._clock())))
+                pause_s = min(2 * pause_s, _LONGEST_RETRY_S)
+            else:
+                if self._trouble:
+                    logger.warning("the log can be written again")
+                self._trouble = ""
+                return
+
+    def _add(self, verb: str, table: Any, **values: Any) -> None:
+        if self._failure is not None:
+            return
+        if not self._pending:
+            self._pending_since = self._clock()
+            self._wake.set()
+        self._pending.append(Change(verb, table, values))  # type: ignore[arg-type]
+
+    # ── what it hears of ─────────────────────────────────────────────────────────────────────
+
+    def admitted(self, episode: Episode) -> None:
+        at, task = self._now(), episode.task
+        if episode.group not in self._groups:
+            self._groups.add(episode.group)
+            self._add(
+                "insert", GROUPS, group=episode.group, start=self._start, seed=task.seed,
+                options=dict(task.options), begun_at=at,
+            )  # fmt: skip
+        self._add(
+            "insert", EPISODES, episode=episode.id, group=episode.group, attempt=episode.attempt,
+            start=self._start, seed=task.seed, admitted_at=at,
+        )  # fmt: skip
+
+    def observed(self, episode: Episode, observation: Observation) -> None:
+        self._add(
+            "insert", OBSERVATIONS, episode=episode.id, step=self._step(episode), at=self._now(),
+            text=observation.text, reward=observation.reward, terminated=observation.terminated,
+            truncated=observation.truncated, info=dict(observation.info),
+        )  # fmt: skip
+
+    def sampled(self, episode: Episode, request: GenerateRequest, completion: Completion) -> None:
+        self._add(
+            "insert", COMPLETIONS, episode=episode.id, step=self._step(episode), at=self._now(),
+            prompt_sum=prompt_sum(request.token_ids), token_ids=completion.token_ids,
+            logprobs=completion.logprobs, versions=completion.versions,
+            temperature=completion.temperature, finish_reason=completion.finish_reason,
+            worker=completion.worker,
+        )  # fmt: skip
+
+    def _step(self, episode: Episode) -> int:
+        step = self._steps.get(episode.id, 0)
+        self._steps[episode.id] = step + 1
+        return step
+
+    def played(self, episode: Episode) -> None:
+        trajectory = episode.trajectory
+        if trajectory is None:
+            return
+        self._add(
+            "update", EPISODES, episode=episode.id, played_at=self._now(),
+            prompt_tokens=episode.prompt_tokens, generated_tokens=episode.generated_tokens,
+            reward=trajectory.reward, success=trajectory.success, turns=trajectory.turns,
+            version_min=episode.oldest_version, version_max=episode.newest_version,
+            turn_rewards=list(trajectory.turn_rewards), turn_states=list(trajectory.turn_states),
+        )  # fmt: skip
+        for number, sequence in enumerate(trajectory.sequences):
+            self._add(
+                "insert", SEQUENCES, episode=episode.id, number=number,
+                tokens=sequence.num_tokens, sampled=int((sequence.loss_mask > 0).sum()),
+                token_ids=sequence.token_ids, logprobs=sequence.logprobs,
+                versions=sequence.versions, loss_mask=sequence.loss_mask,
+                temperatures=sequence.temperatures, turns=sequence.turns,
+            )  # fmt: skip
+        self._add("delete", COMPLETIONS, episode=episode.id)  # the sequences have all of them
+
+    def ended(self, episode: Episode, record: EpisodeRecord) -> None:
+        self._steps.pop(episode.id, None)
+        if record.reason == _SHUTDOWN:
+            return  # it has no outcome yet: the next start goes on with it
+        self._add(
+            "update", EPISODES, episode=episode.id, ended_at=self._now(), outcome=record.outcome,
+            reason=record.reason, reward=record.reward, success=record.success,
+            turns=record.turns, prompt_tokens=record.prompt_tokens,
+            generated_tokens=record.generated_tokens, version_min=record.version_min,
+            version_max=record.version_max, trained_at_version=record.trained_at_version,
+            stages_s=record.stages_s,
+        )  # fmt: skip
+        if record.outcome == "trained":
+            self._trained_groups.add(record.group)
+
+    def given_up(self, group: int, reason: str) -> None:
+        if reason != _SHUTDOWN:
+            self._end_group(group, "dropped", reason)
+
+    def _end_group(self, group: int, outcome: str, reason: str) -> None:
+        self._groups.discard(group)
+        self._add(
+            "update", GROUPS, group=group, ended_at=self._now(), outcome=outcome, reason=reason
+        )
+
+    def handed_over(self, batch: Batch) -> None:
+        if batch.version < self._known_version:
+            return
+        part, self._parts = self._parts, 0 if batch.last else self._parts + 1
+        self._add(
+            "insert", BATCHES, version=batch.version, part=part, start=self._start,
+            at=self._now(), last=batch.last, metrics=dict(batch.metrics),
+        )  # fmt: skip
+        numbers: dict[int, int] = {}
+        for position, sample in enumerate(batch.samples):
+            number = numbers[sample.episode] = numbers.get(sample.episode, -1) + 1
+            self._add(
+                "insert", SAMPLES, version=batch.version, part=part, position=position,
+                episode=sample.episode, number=number, group=sample.group,
+                advantage=_advantage(sample), reward=sample.reward,
+            )  # fmt: skip
+        for group in sorted(self._trained_groups):
+            self._end_group(group, "trained", "")
+        self._trained_groups.clear()
+
+    def published(self, report: PublishReport) -> None:
+        self._add(
+            "insert", PUBLISHES, number=self._publishes, version=report.version, at=self._now(),
+            report=asdict(report),
+        )  # fmt: skip
+        self._publishes += 1
+
+    def evaluated(self, evaluation: Evaluation) -> None:
+        self._add(
+            "insert", EVALUATIONS, number=self._evaluations, at=self._now(),
+            version=evaluation.versions[0] if evaluation.versions else None,
+            metrics=evaluation.metrics(),
+        )  # fmt: skip
+        self._evaluations += 1
+
+    def measured(self, metrics: Mapping[str, Any]) -> None:
+        alpha = self._alpha()
+        self._add(
+            "insert", STEPS, step=metrics["step"], start=self._start, at=self._now(),
+            metrics=dict(metrics), alpha=alpha and msgspec.to_builtins(alpha),
+        )  # fmt: skip
+
+    def saved(self, checkpoint: Path) -> None:
+        self._add(
+            "insert", CHECKPOINTS, number=self._checkpoints, at=self._now(),
+            version=int(checkpoint.name.rpartition("_")[2]), path=str(checkpoint),
+        )  # fmt: skip
+        self._checkpoints += 1
+
+
+def _advantage(sample: Sample) -> NDArray[np.float64]:
+    """One number, or one for each token."""
+    return np.atleast_1d(np.asarray(sample.advantage, np.float64))

@@ -1,0 +1,320 @@
+"""What the log holds of a run, as the records it was made of; every call blocks."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from sqlalchemy import Connection, Row, Select, func, select
+from sqlalchemy.sql.elements import ColumnElement
+
+from flash.log.schema import (
+    BATCHES,
+    CHECKPOINTS,
+    COMPLETIONS,
+    EPISODES,
+    EVALUATIONS,
+    GROUPS,
+    OBSERVATIONS,
+    PUBLISHES,
+    SAMPLES,
+    SEQUENCES,
+    STARTS,
+    STEPS,
+)
+from flash.rollout.history import History, Sampled
+from flash.rollout.restored import DueEpisode, OpenGroup, ReadyEpisode
+from flash.types import Batch, Completion, Observation, Sample, SampledSequence, Task, Trajectory
+
+# Episodes that ended so have a successor: they were no failures, nor did their group need no more.
+_BEGUN_AGAIN = ("stale", "stall", "interrupted")
+
+# Reasons of groups whose tasks begin anew.
+ABANDONED = "abandoned"
+SOURCE_CHANGED = "source_changed"
+
+MANY = 500  # values in one query
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """One start of the run: with which configuration, from which version."""
+
+    start: int
+    version: int
+    config: Mapping[str, Any]
+    source: Mapping[str, Any]
+
+
+class Reader:
+    """Reads what is logged of one run, over an open connection."""
+
+    def __init__(self, connection: Connection, run: int) -> None:
+        self._connection = connection
+        self._run = run
+
+    def _rows(self, query: Select[Any]) -> Sequence[Row[Any]]:
+        """Of a query of one table, those of the run."""
+        (table,) = query.get_final_froms()
+        return self._connection.execute(query.where(table.c.run == self._run)).all()
+
+    def _value(self, query: Select[Any]) -> Any:
+        (row,) = self._rows(query)
+        return row[0]
+
+    # ── the run ──────────────────────────────────────────────────────────────────────────────
+
+    def starts(self) -> list[Start]:
+        """In their order."""
+        return [
+            Start(start=row.start, version=row.version, config=row.config, source=row.source)
+            for row in self._rows(select(STARTS).order_by(STARTS.c.start))
+        ]
+
+    def first_ids(self) -> tuple[int, int]:
+        """Of an episode and of a group, which none has."""
+        episode = self._value(select(func.max(EPISODES.c.episode)))
+        group = self._value(select(func.max(GROUPS.c.group)))
+        return _after(episode), _after(group)
+
+    def first_numbers(self) -> tuple[int, int, int]:
+        """Of a publish, an evaluation and a checkpoint, which none has."""
+        publish, evaluation, checkpoint = (
+            _after(self._value(select(func.max(table.c.number))))
+            for table in (PUBLISHES, EVALUATIONS, CHECKPOINTS)
+        )
+        return publish, evaluation, checkpoint
+
+    def dispatched(self) -> list[int]:
+        """The seeds of all tasks that began, in the order in which they did."""
+        return [row.seed for row in self._rows(select(GROUPS.c.seed).order_by(GROUPS.c.group))]
+
+    def to_begin_anew(self) -> list[int]:
+        """The seeds of tasks whose group came to nothing, and which have not begun again since."""
+        query = select(GROUPS.c.seed, GROUPS.c.reason).order_by(GROUPS.c.group)
+        last = {row.seed: row.reason for row in self._rows(query)}
+        return [seed for seed, reason in last.items() if reason in (ABANDONED, SOURCE_CHANGED)]
+
+    def groups_beyond(self, version: int) -> list[int]:
+        """Those that were trained at that version or later, and those on their way with tokens of
+        a later one."""
+        query = select(EPISODES.c.group).distinct()
+        trained = query.where(EPISODES.c.trained_at_version >= version)
+        later = query.where(EPISODES.c.outcome.is_(None), EPISODES.c.version_max > version)
+        found = {row.group for of_query in (trained, later) for row in self._rows(of_query)}
+        found |= {
+            row.group
+            for row in self.running()
+            for step in self.histories([row.episode]).get(row.episode, ())
+            if isinstance(step, Sampled) and max(step.completion.versions, default=-1) > version
+        }
+        return sorted(found)
+
+    def open_group_ids(self) -> list[int]:
+        query = select(GROUPS.c.group).where(GROUPS.c.outcome.is_(None))
+        return [row.group for row in self._rows(query.order_by(GROUPS.c.group))]
+
+    def steps(self) -> list[Row[Any]]:
+        """`step`, `metrics` and `alpha` of each step that was done."""
+        return list(self._rows(select(STEPS).order_by(STEPS.c.step)))
+
+    # ── episodes ─────────────────────────────────────────────────────────────────────────────
+
+    def ended(self) -> list[Row[Any]]:
+        """The rows of all episodes that have an outcome."""
+        query = select(EPISODES).where(EPISODES.c.outcome.is_not(None))
+        return list(self._rows(query.order_by(EPISODES.c.ended_at, EPISODES.c.episode)))
+
+    def running(self) -> list[Row[Any]]:
+        """The rows of the episodes that neither ended nor were played to their end."""
+        query = select(EPISODES).where(EPISODES.c.outcome.is_(None), EPISODES.c.played_at.is_(None))
+        return list(self._rows(query.order_by(EPISODES.c.episode)))
+
+    def sequences(self, episodes: Sequence[int]) -> dict[int, list[SampledSequence]]:
+        """Of each of these episodes."""
+        found: dict[int, list[SampledSequence]] = defaultdict(list)
+        query = select(SEQUENCES).order_by(SEQUENCES.c.episode, SEQUENCES.c.number)
+        for row in self._in(query, SEQUENCES.c.episode, episodes):
+            found[row.episode].append(
+                SampledSequence(
+                    token_ids=row.token_ids.astype(np.int64),
+                    loss_mask=row.loss_mask,
+                    logprobs=row.logprobs,
+                    versions=row.versions.astype(np.int64),
+                    temperatures=row.temperatures,
+                    turns=row.turns.astype(np.int64),
+                )
+            )
+        return found
+
+    def histories(self, episodes: Sequence[int]) -> dict[int, History]:
+        """What had been said in each of these episodes."""
+        steps: dict[int, list[tuple[int, Observation | Sampled]]] = defaultdict(list)
+        for row in self._in(select(OBSERVATIONS), OBSERVATIONS.c.episode, episodes):
+            steps[row.episode].append((row.step, observation_of(row)))
+        for row in self._in(select(COMPLETIONS), COMPLETIONS.c.episode, episodes):
+            completion = Completion(
+                token_ids=row.token_ids.tolist(),
+                logprobs=row.logprobs.tolist(),
+                versions=row.versions.tolist(),
+                temperature=row.temperature,
+                finish_reason=row.finish_reason,
+                worker=row.worker,
+            )
+            sampled = Sampled(prompt_sum=row.prompt_sum, completion=completion)
+            steps[row.episode].append((row.step, sampled))
+        return {
+            episode: [step for _, step in sorted(said, key=lambda numbered: numbered[0])]
+            for episode, said in steps.items()
+        }
+
+    def _in(
+        self, query: Select[Any], column: ColumnElement[Any], values: Sequence[int]
+    ) -> Iterator[Row[Any]]:
+        """The rows with one of these values; a database takes so many at a time only."""
+        for first in range(0, len(values), MANY):
+            yield from self._rows(query.where(column.in_(values[first : first + MANY])))
+
+    # ── groups on their way ──────────────────────────────────────────────────────────────────
+
+    def open_groups(self, *, episodes: int, max_attempts: int) -> list[OpenGroup]:
+        """Those that ended in no way, of which so many episodes begin; oldest first."""
+        query = select(GROUPS).where(GROUPS.c.outcome.is_(None)).order_by(GROUPS.c.group)
+        groups = list(self._rows(query))
+        members: dict[int, list[Row[Any]]] = defaultdict(list)
+        of_groups = self._in(select(EPISODES), EPISODES.c.group, [row.group for row in groups])
+        for row in sorted(of_groups, key=lambda row: row.episode):
+            members[row.group].append(row)
+        known = [row for of_group in members.values() for row in of_group]
+        played = self.sequences([row.episode for row in known if _is_ready(row)])
+        histories = self.histories([row.episode for row in known if _was_running(row)])
+        return [
+            OpenGroup(
+                group=group.group,
+                task=Task(group.seed, group.options),
+                ready=[
+                    ReadyEpisode(
+                        episode=row.episode,
+                        attempt=row.attempt,
+                        trajectory=_trajectory(row, played[row.episode]),
+                        prompt_tokens=row.prompt_tokens,
+                        generated_tokens=row.generated_tokens,
+                    )
+                    for row in members[group.group]
+                    if _is_ready(row)
+                ],
+                due=_due(
+                    members[group.group], histories, episodes=episodes, max_attempts=max_attempts
+                ),
+            )
+            for group in groups
+        ]
+
+    # ── batches ──────────────────────────────────────────────────────────────────────────────
+
+    def whole_batches(self, version: int) -> list[int]:
+        """The versions, from that one on, whose batch was handed over to its last part."""
+        query = select(BATCHES.c.version).where(BATCHES.c.last, BATCHES.c.version >= version)
+        return [row.version for row in self._rows(query.order_by(BATCHES.c.version))]
+
+    def has_samples(self, version: int) -> bool:
+        """Whether the log has the tokens of all samples of that version's batch."""
+        query = select(SAMPLES.c.episode, SAMPLES.c.number).where(SAMPLES.c.version == version)
+        wanted = {(row.episode, row.number) for row in self._rows(query)}
+        query = select(SEQUENCES.c.episode, SEQUENCES.c.number)
+        episodes = sorted({episode for episode, _ in wanted})
+        rows = self._in(query, SEQUENCES.c.episode, episodes)
+        return wanted <= {(row.episode, row.number) for row in rows}
+
+    def batch(self, version: int) -> list[Batch]:
+        """The parts that were handed over for that version; one, unless it was streamed."""
+        query = select(SAMPLES).where(SAMPLES.c.version == version)
+        samples = self._rows(query.order_by(SAMPLES.c.part, SAMPLES.c.position))
+        episodes = sorted({row.episode for row in samples})
+        sequences = self.sequences(episodes)
+        turn_rewards = {
+            row.episode: row.turn_rewards
+            for row in self._in(
+                select(EPISODES.c.episode, EPISODES.c.turn_rewards), EPISODES.c.episode, episodes
+            )
+        }
+        of_parts: dict[int, list[Sample]] = defaultdict(list)
+        for row in samples:
+            of_parts[row.part].append(
+                Sample.extending(
+                    sequences[row.episode][row.number],
+                    advantage=_advantage(row.advantage),
+                    reward=row.reward,
+                    turn_rewards=turn_rewards[row.episode],
+                    group=row.group,
+                    episode=row.episode,
+                )
+            )
+        parts = select(BATCHES).where(BATCHES.c.version == version).order_by(BATCHES.c.part)
+        return [
+            Batch(samples=of_parts[row.part], version=version, last=row.last, metrics=row.metrics)
+            for row in self._rows(parts)
+        ]
+
+
+def observation_of(row: Row[Any]) -> Observation:
+    """Of a row of OBSERVATIONS."""
+    return Observation(
+        text=row.text,
+        reward=row.reward,
+        terminated=row.terminated,
+        truncated=row.truncated,
+        info=row.info,
+    )
+
+
+def _after(last: int | None) -> int:
+    return 0 if last is None else last + 1
+
+
+def _is_ready(row: Row[Any]) -> bool:
+    return row.outcome is None and row.played_at is not None
+
+
+def _was_running(row: Row[Any]) -> bool:
+    return row.outcome is None and row.played_at is None
+
+
+def _due(
+    members: Sequence[Row[Any]],
+    histories: Mapping[int, History],
+    *,
+    episodes: int,
+    max_attempts: int,
+) -> list[DueEpisode]:
+    """What a group lacks still: those that were cut off first."""
+    due = Counter({1: episodes})
+    cut_off: list[DueEpisode] = []
+    for row in members:
+        due[row.attempt] -= 1
+        if _was_running(row):
+            history = histories.get(row.episode, ())
+            cut_off.append(DueEpisode(attempt=row.attempt, history=history))
+        elif row.outcome == "failed" and row.attempt < max_attempts:
+            due[row.attempt + 1] += 1
+        elif row.outcome in ("cancelled", "dropped") and row.reason in _BEGUN_AGAIN:
+            due[row.attempt] += 1
+    others = [DueEpisode(attempt=attempt) for attempt, count in due.items() for _ in range(count)]
+    return cut_off + others
+
+
+def _trajectory(row: Row[Any], sequences: list[SampledSequence]) -> Trajectory:
+    return Trajectory(
+        sequences=sequences,
+        reward=row.reward,
+        turns=row.turns,
+        success=row.success,
+        turn_rewards=row.turn_rewards,
+        turn_states=row.turn_states,
+    )
+
+
+def _advantage(array: np.ndarray[Any, Any]) -> Any:
+    """One number, or one for each token."""
+    return float(array[0]) if len(array) == 1 else array.astype(np.float32)

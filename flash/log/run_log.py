@@ -1,0 +1,98 @@
+"""The log of one run: opened in its folder, read for a resume, written until the run has ended."""
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from flash.errors import LogFailure
+from flash.log.config import LogConfig
+from flash.log.log import Log
+from flash.log.past import Past, take_over
+from flash.log.reading import Reader
+from flash.log.store import Store, StoreError, shown, sqlite_url
+from flash.rollout.adaptive import AlphaState
+from flash.section import revealed
+from flash.system.durable import write_whole
+from flash.types import Batch
+
+ID_FILE = "log.id"  # what names the run in its database
+
+_T = TypeVar("_T")
+
+
+class RunLog:
+    """Opens the store of a run; all that blocks is done in one thread.
+
+    >>> async with RunLog(run, config.log) as run_log:
+    ...     past = await run_log.take_over(...)
+    ...     async with run_log.writing(past, alpha=adaptive.state) as log:
+    ...         ...  # log is one of the run's observers
+
+    Raises ValueError for a database that can't be used, and LogFailure when it no longer can be.
+    """
+
+    def __init__(self, run: Path, settings: LogConfig) -> None:
+        self._run = run
+        self._settings = settings
+        self._thread = ThreadPoolExecutor(1, "log")
+
+    async def __aenter__(self) -> Self:
+        self._store = await self._do(self._open)
+        return self
+
+    def _open(self) -> Store:
+        path = self._run / ID_FILE
+        if not path.exists():
+            write_whole(path, uuid.uuid4().hex.encode())
+        url = revealed(self._settings.url) or sqlite_url(self._run)
+        return Store(url, run=path.read_text(), name=self._run.name)
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self._do(self._store.close)
+        self._thread.shutdown()
+
+    async def take_over(self, *, checkpoint: int | None, **told: Any) -> Past:
+        """See `flash.log.past.take_over`."""
+        try:
+            return await self._do(lambda: take_over(self._store, checkpoint=checkpoint, **told))
+        except StoreError as error:
+            raise LogFailure(f"the log {shown(self._store.url)} can't be read: {error}") from error
+
+    @contextlib.asynccontextmanager
+    async def writing(self, past: Past, *, alpha: Callable[[], AlphaState]) -> AsyncIterator[Log]:
+        """Writes what is told to the Log until the block ends, and all of it then.
+
+        `alpha` says how what decides α stands.
+        """
+        loop_s = asyncio.get_running_loop().time
+        began_at, began_s = time.time(), loop_s()
+        log = Log(
+            lambda changes: self._do(lambda: self._store.commit(changes)),
+            start=past.start,
+            first_numbers=past.first_numbers,
+            known_version=past.logged_version,
+            open_groups=[group.group for group in past.restored.groups],
+            alpha=alpha,
+            now=lambda: began_at + loop_s() - began_s,
+            max_lag_s=self._settings.max_lag_s,
+            timeout_s=self._settings.timeout_s,
+        )
+        async with log:
+            yield log
+
+    async def batch(self, version: int) -> list[Batch]:
+        """What was handed over for that version, in its parts."""
+
+        def read() -> list[Batch]:
+            with self._store.transaction() as connection:
+                return Reader(connection, self._store.run).batch(version)
+
+        return await self._do(read)
+
+    async def _do(self, blocking: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, blocking)

@@ -1,0 +1,265 @@
+"""The log's database: one transaction for all that happened since the last one.
+
+SQLite in the run's folder, or PostgreSQL by URL; every call blocks, and belongs into a thread.
+"""
+
+import contextlib
+import functools
+import uuid
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from alembic import command
+from alembic.config import Config as AlembicConfig
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import (
+    Connection,
+    Engine,
+    Executable,
+    Table,
+    bindparam,
+    create_engine,
+    event,
+    insert,
+    inspect,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+
+from flash.errors import LogFailure
+from flash.log.schema import METADATA, RUNS
+
+SQLITE_FILE = "log.sqlite"
+_MIGRATIONS = Path(__file__).with_name("migrations")
+_BUSY_S = 30.0  # another process may read, or be vacuuming
+_LOCK = 0x666C617368  # of PostgreSQL, while the schema changes
+
+
+class Change(NamedTuple):
+    """A row to write. Of an update or a delete the key columns in `values` say which rows."""
+
+    verb: Literal["insert", "update", "delete"]
+    table: Table
+    values: dict[str, Any]
+
+
+class StoreError(Exception):
+    """The database could not do it now; it may later. The text says why, in a line."""
+
+
+class Store:
+    """One run's part of a database.
+
+    Args:
+        url: of SQLAlchemy; `sqlite:///…` or `postgresql://…`.
+        run: its uuid.
+        name: of the run, for those who read the database.
+
+    Raises ValueError for a URL that is none, a database of a newer version, or one that can't be
+    reached.
+    """
+
+    def __init__(self, url: str, *, run: str, name: str) -> None:
+        self.url = url
+        self._uuid, self._name = run, name
+        self._owner = uuid.uuid4().hex
+        self._commits = 0
+        self.engine = open_engine(url)
+
+    @functools.cached_property
+    def run(self) -> int:
+        """The run's number in this database; it is there from then on."""
+        with self.transaction() as connection:
+            where = RUNS.c.uuid == self._uuid
+            found = connection.scalar(select(RUNS.c.run).where(where))
+            if found is None:
+                connection.execute(
+                    insert(RUNS).values(
+                        uuid=self._uuid, name=self._name, owner=self._owner, commits=0
+                    )
+                )
+                found = connection.scalar(select(RUNS.c.run).where(where))
+            assert found is not None
+            return int(found)
+
+    def own(self) -> None:
+        """From now on nobody else's commits are taken, of those who owned the run before."""
+        with self.transaction() as connection:
+            mine = RUNS.c.run == self.run
+            connection.execute(update(RUNS).where(mine).values(owner=self._owner))
+            self._commits = connection.scalars(select(RUNS.c.commits).where(mine)).one()
+
+    def commit(self, changes: Sequence[Change]) -> None:
+        """All of them or none, on disk when it returns; a second try of the same is harmless.
+
+        Raises StoreError if it could not be done, LogFailure if it never can.
+        """
+        with self.transaction() as connection:
+            counted = connection.execute(
+                update(RUNS)
+                .where(
+                    RUNS.c.run == self.run,
+                    RUNS.c.owner == self._owner,
+                    RUNS.c.commits == self._commits,
+                )
+                .values(commits=self._commits + 1)
+            )
+            if counted.rowcount == 1:
+                self._write(connection, changes)
+            elif not self._was_committed(connection):
+                raise LogFailure(
+                    f"another process has gone on with the run {self._name}, and this one no "
+                    f"longer owns its log ({shown(self.url)}): only one of them may run"
+                )
+        self._commits += 1
+
+    def _was_committed(self, connection: Connection) -> bool:
+        """Whether the last try came to the database, though its answer never came to us."""
+        row = connection.execute(
+            select(RUNS.c.owner, RUNS.c.commits).where(RUNS.c.run == self.run)
+        ).one()
+        return (row.owner, row.commits) == (self._owner, self._commits + 1)
+
+    def _write(self, connection: Connection, changes: Sequence[Change]) -> None:
+        """Inserts first: the others may be of rows that they make."""
+        alike: dict[tuple[str, Table, tuple[str, ...]], list[dict[str, Any]]] = defaultdict(list)
+        for change in changes:
+            kind = change.verb, change.table, tuple(change.values)
+            alike[kind].append({"run": self.run, **change.values})
+        for (verb, table, names), rows in sorted(alike.items(), key=_inserts_first):
+            statement = _statement(verb, table, ("run", *names))
+            bound = rows if verb == "insert" else [_bound(row) for row in rows]
+            connection.execute(statement, bound)
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[Connection]:
+        """StoreError for what the database can't do now, LogFailure for what is our fault."""
+        try:
+            with self.engine.begin() as connection:
+                yield connection
+        except DBAPIError as error:
+            cause = " ".join(str(error.orig).split())
+            if isinstance(error.orig, _ours(error)):
+                raise LogFailure(f"the log {shown(self.url)} refused a row: {cause}") from error
+            raise StoreError(cause) from error
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+
+def sqlite_url(run: Path) -> str:
+    return f"sqlite:///{(run / SQLITE_FILE).absolute()}"
+
+
+def shown(url: str) -> str:
+    """Without its password."""
+    scheme, _, rest = url.partition("://")
+    return (
+        f"{scheme}://…@{rest.rpartition('@')[2]}" if "@" in rest else url.removeprefix("sqlite:///")
+    )
+
+
+def open_engine(url: str) -> Engine:
+    """A database with the present schema; ValueError if there can be none at this URL."""
+    try:
+        engine = create_engine(_with_driver(url), connect_args=_connect_args(url))
+        if engine.dialect.name == "sqlite":
+            event.listen(engine, "connect", _set_up_sqlite)
+        elif engine.dialect.name != "postgresql":
+            raise ValueError("is of another database: give sqlite:/// or postgresql://")
+        with engine.begin() as connection:
+            if engine.dialect.name == "postgresql":
+                connection.execute(text(f"SELECT pg_advisory_xact_lock({_LOCK})"))
+            _bring_up_to_date(connection)
+    except (ArgumentError, NoSuchModuleError) as error:
+        raise ValueError(f"log.url={shown(url)!r} is no URL of a database: {error}") from error
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"log.url={shown(url)!r} needs the package {error.name}: "
+            f"pip install 'flash-rl[postgres]'"
+        ) from error
+    except (SQLAlchemyError, ValueError) as error:
+        cause = " ".join(str(getattr(error, "orig", error)).split())
+        raise ValueError(f"log.url={shown(url)!r}: {cause}") from error
+    return engine
+
+
+def _with_driver(url: str) -> str:
+    """psycopg for PostgreSQL, however the URL is written."""
+    for scheme in ("postgres://", "postgresql://"):
+        if url.startswith(scheme):
+            return "postgresql+psycopg://" + url.removeprefix(scheme)
+    return url
+
+
+def _connect_args(url: str) -> dict[str, Any]:
+    # The connection is handed from thread to thread, one at a time.
+    if url.startswith("sqlite"):
+        return {"timeout": _BUSY_S, "check_same_thread": False}
+    return {"connect_timeout": 10}
+
+
+def _set_up_sqlite(connection: Any, _: object) -> None:
+    cursor = connection.cursor()
+    # Once for a database, before its first table: what is deleted can be given back in parts.
+    cursor.execute("PRAGMA auto_vacuum = INCREMENTAL")
+    cursor.execute("PRAGMA journal_mode = WAL")
+    cursor.execute("PRAGMA synchronous = FULL")  # a commit is on disk when it returns
+    cursor.close()
+
+
+def _bring_up_to_date(connection: Connection) -> None:
+    """Makes the tables, or changes those of an older version."""
+    script = ScriptDirectory(str(_MIGRATIONS))
+    head = script.get_current_head()
+    present = MigrationContext.configure(connection).get_current_revision()
+    if present == head:
+        return
+    config = AlembicConfig()
+    config.set_main_option("script_location", str(_MIGRATIONS))
+    config.attributes["connection"] = connection
+    if present is None and not inspect(connection).has_table(RUNS.name):
+        METADATA.create_all(connection)
+        command.stamp(config, "head")
+        return
+    if present not in {revision.revision for revision in script.walk_revisions()}:
+        raise ValueError(
+            f"its schema is of version {present!r}, this flash knows {head!r} and older ones: "
+            f"install the flash that wrote it, or a newer one"
+        )
+    command.upgrade(config, "head")
+
+
+def _inserts_first(of_kind: tuple[tuple[str, Table, tuple[str, ...]], object]) -> int:
+    return ("insert", "update", "delete").index(of_kind[0][0])
+
+
+@functools.lru_cache
+def _statement(verb: str, table: Table, names: tuple[str, ...]) -> Executable:
+    if verb == "insert":
+        return table.insert()
+    keys = [column for column in table.primary_key if column.name in names]
+    found = [column == bindparam(f"_{column.name}") for column in keys]
+    if verb == "delete":
+        return table.delete().where(*found)
+    key_names = {column.name for column in keys}
+    values: dict[str, Any] = {
+        name: bindparam(f"_{name}") for name in names if name not in key_names
+    }
+    return table.update().where(*found).values(values)
+
+
+def _bound(row: dict[str, Any]) -> dict[str, Any]:
+    # A parameter may not have a column's own name in an update.
+    return {f"_{name}": value for name, value in row.items()}
+
+
+def _ours(error: DBAPIError) -> tuple[type[BaseException], ...]:
+    """The driver's errors that a second try can't mend."""
+    driver = __import__(type(error.orig).__module__.partition(".")[0])
+    return driver.IntegrityError, driver.ProgrammingError, driver.DataError

@@ -1,0 +1,59 @@
+"""What a run goes on with that was under way when it ended; read from its log."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flash.rollout.history import History, Sampled
+from flash.types import Batch, Task, Trajectory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadyEpisode:
+    """One that had come to its end, and was in no batch yet."""
+
+    episode: int
+    attempt: int
+    trajectory: Trajectory
+    prompt_tokens: int
+    generated_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DueEpisode:
+    """One that is to begin; where it was under way before, with what had been said in it."""
+
+    attempt: int = 1
+    history: History = ()
+
+    @property
+    def oldest_version(self) -> int | None:
+        """Of its sampled tokens; None if there are none."""
+        versions = [
+            min(step.completion.versions)
+            for step in self.history
+            if isinstance(step, Sampled) and step.completion.versions
+        ]
+        return min(versions, default=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenGroup:
+    """A group that was on its way into a batch."""
+
+    group: int
+    task: Task
+    ready: Sequence[ReadyEpisode] = ()
+    due: Sequence[DueEpisode] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restored:
+    """Where a loop goes on.
+
+    `batches` were handed over, and are to be trained still, in this order: each in its parts.
+    `first_ids` are of an episode and of a group, from which new ones are counted.
+    """
+
+    groups: Sequence[OpenGroup] = ()
+    batches: Sequence[Batch] = ()
+    first_ids: tuple[int, int] = (0, 0)
