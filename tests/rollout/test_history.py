@@ -36,6 +36,7 @@ WORLDS = {
     "frozen_lake slippery": (FrozenLakeTextEnv, {"size": 5, "slippery": True}),
     "alfworld": (AlfWorldEnv, {"detours": 0.3}),
 }
+NAMES = {FrozenLakeTextEnv: "frozen_lake", AlfWorldEnv: "alfworld"}  # in the registry
 
 
 class Log:
@@ -163,13 +164,12 @@ async def test_one_that_is_cut_off_anywhere_goes_on_to_the_same_end(world, sampl
 @pytest.mark.slow
 async def test_one_that_was_begun_in_this_process_goes_on_in_a_host(world, tmp_path):
     kind, options, style, actions = world
-    name = {FrozenLakeTextEnv: "frozen_lake", AlfWorldEnv: "alfworld"}[kind]
     hub = TeachersHub(actions)
     settings = {"style": style, "max_tokens": 16, "max_turns": 12}
     inline = InlineEnvs(lambda: kind(**options))
     whole, end, log = await live(EnvironmentAgent(envs=inline, **settings), hub)
     async with EnvHosts(
-        name, options, hosts=1, call_timeout_s=60.0, log_dir=tmp_path
+        NAMES[kind], options, hosts=1, call_timeout_s=60.0, log_dir=tmp_path
     ) as hosted:  # whose process has hashes of its own
         for cut in (0, 1, 4, len(log.said) - 1):
             hub.asked.clear()
@@ -425,7 +425,7 @@ async def test_a_long_history_lets_others_run_between_its_turns():
 
 
 @in_virtual_time
-async def test_a_reward_stage_and_the_deadline_are_those_of_one_episode():
+async def test_an_episode_that_starts_over_has_no_more_time_for_it():
     _, _, log, _, _ = await counting()
 
     class Twice(Actor):
