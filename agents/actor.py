@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from flash.errors import AgentFailure, DeadlineFailure, EpisodeFailure
+from flash.errors import AgentFailure, DeadlineFailure, EpisodeFailure, HistoryDiverged
 from flash.rollout.episode import Abort, Cancelled, Episode, EpisodeEnd, Message, Start, Stop
 from flash.types import Trajectory
 
@@ -27,7 +27,8 @@ class Actor:
         self._reward_stage = reward_stage
 
     async def play(self, episode: Episode) -> Trajectory:
-        """One whole episode. EpisodeFailure ends it, any other error ends the agent."""
+        """One whole episode. EpisodeFailure ends it, HistoryDiverged has it played again from the
+        beginning, any other error ends the agent."""
         raise NotImplementedError
 
     async def run(self, report: Callable[[Episode, EpisodeEnd], None]) -> None:
@@ -54,7 +55,11 @@ class Actor:
         end: EpisodeEnd
         try:
             async with asyncio.timeout(self._episode_timeout_s) as deadline:
-                end = await self.play(episode)
+                try:
+                    end = await self.play(episode)
+                except HistoryDiverged as difference:
+                    episode.begin_anew(difference)
+                    end = await self.play(episode)
                 if self._reward_stage is not None:
                     end = await self._reward_stage(episode, end)
         except EpisodeFailure as failure:

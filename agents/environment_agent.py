@@ -33,6 +33,8 @@ Reward = Callable[[Sequence[Observation]], Awaitable[float]]
 class EnvironmentAgent(Actor):
     """Plays episodes: one coroutine, one mailbox, one environment open at a time.
 
+    An episode with a history goes on from where that ends, if the environment is deterministic.
+
     Args:
         envs: where environments come from.
         style: turns observations into prompt tokens and sampled tokens into actions.
@@ -84,6 +86,8 @@ class EnvironmentAgent(Actor):
         with episode.stage("env"):
             env = await self._within_step("open", self._envs.open())
         try:
+            if env.deterministic:
+                episode.replay_history()
             return await self._play_in(env, episode)
         finally:
             env.close()

@@ -74,6 +74,7 @@ class SlowEnvs:
 
 class _SlowEnv:
     def __init__(self, env: AsyncEnv, slow: SlowEnvs) -> None:
+        self.deterministic = env.deterministic
         self._env, self._slow = env, slow
 
     async def reset(self, task: Task) -> Observation:

@@ -35,7 +35,10 @@ class FrozenLakeTextEnv(gymnasium.Env[str, str]):
         max_turns: the episode is truncated after so many actions.
     """
 
-    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012  (gymnasium's own type)
+    metadata: dict[str, Any] = {  # noqa: RUF012  (gymnasium's own type)
+        "render_modes": [],
+        "deterministic": True,
+    }
 
     def __init__(
         self,

@@ -46,7 +46,10 @@ class QuestionsEnv(gymnasium.Env[str, str]):
         split: `train` or `heldout`; a question belongs to one of them, wherever it stands.
     """
 
-    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012  (gymnasium's own type)
+    metadata: dict[str, Any] = {  # noqa: RUF012  (gymnasium's own type)
+        "render_modes": [],
+        "deterministic": True,
+    }
     observation_space = spaces.Text(**_TEXT)  # of the class: one takes longer to make than all else
     action_space = spaces.Text(min_length=0, **_TEXT)
 

@@ -28,6 +28,7 @@ class ReasoningGymEnv(gymnasium.Env[str, str]):
         split: `train` or `heldout`; a question belongs to one of them, whatever the seed.
     """
 
+    # Not "deterministic": five of 106 datasets, ransom_note say, go by a set's order.
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012  (gymnasium's own type)
 
     def __init__(

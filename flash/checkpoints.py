@@ -4,8 +4,9 @@ runs/<name>/checkpoints/step_<version>/
 ├── trainer.json, …   the trainer's part (flash/trainer/checkpoint.py)
 └── spare             if it may go when newer ones are there
 
-X
-later is found when it is read, and the one before it is taken.
+All else that a resume needs is in the log, also what was trained since. A checkpoint is made under
+another name and renamed, so what has its name was whole once. Damage that came later is found when
+it is read, and the one before it is taken.
 """
 
 import asyncio

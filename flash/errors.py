@@ -6,6 +6,7 @@
     │   ├── AgentFailure      the agent's own code
     │   ├── RewardFailure     the reward stage
     │   └── DeadlineFailure   an episode or a stage of it took too long
+    ├── HistoryDiverged       an episode that should go on where a crash cut it off starts over
     ├── InferenceFailure      no worker could answer
     ├── TrainerFailure        a trainer rank died or raised
     ├── PublishFailure        new weights did not become the policy, or not exactly
@@ -55,6 +56,14 @@ class DeadlineFailure(EpisodeFailure):
     """An episode, or one of its stages, passed its deadline."""
 
     kind = "deadline"
+
+
+class HistoryDiverged(FlashError):
+    """What happens in an episode is not what its history says; the message tells the difference.
+
+    Only an agent that calls `Episode.replay_history` meets it: it calls `Episode.begin_anew`, and
+    plays again.
+    """
 
 
 class InferenceFailure(FlashError):

@@ -112,6 +112,11 @@ class Observation:
 class AsyncEnv(Protocol):
     """One environment in the hands of one agent. Raises EnvFailure, nothing else."""
 
+    @property
+    def deterministic(self) -> bool:
+        """Whether it says that the same task and actions always give the same observations."""
+        ...
+
     async def reset(self, task: Task) -> Observation: ...
 
     async def step(self, action: str) -> Observation: ...

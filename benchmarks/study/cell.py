@@ -252,6 +252,7 @@ class _SlowEnvs:
 
 class _SlowEnv:
     def __init__(self, env: AsyncEnv, slow: _SlowEnvs) -> None:
+        self.deterministic = env.deterministic
         self._env, self._slow = env, slow
 
     async def reset(self, task: Task) -> Observation:

@@ -70,7 +70,10 @@ class AlfWorldEnv(gymnasium.Env[str, str]):
     Raises ValueError for an option that can't be, naming it.
     """
 
-    metadata = {"render_modes": []}  # noqa: RUF012 (gymnasium's own declaration)
+    metadata = {  # noqa: RUF012 (gymnasium's own declaration)
+        "render_modes": [],
+        "deterministic": True,
+    }
 
     def __init__(
         self,

@@ -22,6 +22,8 @@ class LampsEnv(gymnasium.Env[str, str]):
         turns: the episode is cut off after so many.
     """
 
+    metadata = {"render_modes": [], "deterministic": True}  # noqa: RUF012 (gymnasium's own)
+
     def __init__(self, *, lamps: int = 6, turns: int = 6) -> None:
         if lamps < 1 or turns < 1:
             raise ValueError(f"lamps={lamps} and turns={turns} must be at least 1")

@@ -31,6 +31,14 @@ def make(constructor: Callable[[], TextEnv]) -> TextEnv:
     return env
 
 
+def deterministic(env: TextEnv) -> bool:
+    """Whether its `metadata` says that seed, options and actions decide all that it answers."""
+    try:
+        return truth(env.metadata["deterministic"]) is True
+    except Exception:  # the boundary: what is no gymnasium.Env may have anything there, or nothing
+        return False
+
+
 def reset(env: TextEnv, task: Task) -> Observation:
     """The first observation of the task's episode."""
     options: dict[str, Any] = {"options": dict(task.options)}

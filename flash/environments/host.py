@@ -19,8 +19,10 @@ class EnvHost:
     def configure(self, name: str, options: Mapping[str, Any]) -> None:
         self._make = partial(registry.environment(name), **options)
 
-    def open(self, env_id: int) -> None:
-        self._envs[env_id] = boundary.make(self._make)
+    def open(self, env_id: int) -> bool:
+        """A new environment; answers whether it is deterministic."""
+        env = self._envs[env_id] = boundary.make(self._make)
+        return boundary.deterministic(env)
 
     def reset(self, env_id: int, task: Task) -> Observation:
         return boundary.reset(self._envs[env_id], task)

@@ -119,11 +119,11 @@ class _Host:
         env_id = next(self._env_ids)
         self.open_envs += 1
         try:
-            generation = await self.call("open", env_id)
+            generation, deterministic = await self.call("open", env_id)
         except BaseException:
             self.open_envs -= 1
             raise
-        return _HostedEnv(self, env_id, generation)
+        return _HostedEnv(self, env_id, generation, deterministic=deterministic)
 
     async def call(self, method: str, *args: Any, generation: int | None = None) -> Any:
         """Queue a call; raises EnvFailure if the environment raised or its process is lost."""
@@ -183,7 +183,8 @@ class _Host:
                 self._close_failed = True
                 logger.warning("%s; its episodes count all the same", failure)
         else:
-            call.answer.set_result(self._generation if call.method == "open" else answer)
+            opened = call.method == "open"
+            call.answer.set_result((self._generation, answer) if opened else answer)
 
     async def _start(self) -> Child:
         child = await Child.start(
@@ -212,7 +213,8 @@ class _Host:
 
 
 class _HostedEnv:
-    def __init__(self, host: _Host, env_id: int, generation: int) -> None:
+    def __init__(self, host: _Host, env_id: int, generation: int, *, deterministic: bool) -> None:
+        self.deterministic = deterministic
         self._host = host
         self._env_id = env_id
         self._generation = generation

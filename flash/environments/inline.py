@@ -38,6 +38,7 @@ class InlineEnvs:
 
 class _InlineEnv:
     def __init__(self, env: TextEnv, close: Callable[[TextEnv], None]) -> None:
+        self.deterministic = boundary.deterministic(env)
         self._env = env
         self._close = close
 

@@ -48,6 +48,8 @@ class FakeEnvs:
 
 
 class _FakeEnv:
+    deterministic = False  # chance is shared by all that are open
+
     def __init__(self, envs: FakeEnvs) -> None:
         self._envs = envs
         self._left = envs.rng.randint(*envs.turns)

@@ -258,6 +258,12 @@ class Log(Observer):
             worker=completion.worker,
         )  # fmt: skip
 
+    def begun_anew(self, episode: Episode) -> None:
+        # Each by its own number: a row of the new beginning may be written with these.
+        for step in range(self._steps.get(episode.id, 0)):
+            for table in (OBSERVATIONS, COMPLETIONS):
+                self._add("delete", table, episode=episode.id, step=step)
+
     def _step(self, episode: Episode) -> int:
         step = self._steps.get(episode.id, 0)
         self._steps[episode.id] = step + 1

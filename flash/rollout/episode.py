@@ -2,12 +2,13 @@
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from flash.errors import EpisodeFailure
-from flash.rollout.history import History
+from flash.errors import EpisodeFailure, HistoryDiverged
+from flash.rollout.history import History, Replay
 from flash.types import (
     Completion,
     GenerateRequest,
@@ -16,6 +17,8 @@ from flash.types import (
     Task,
     Trajectory,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class Generator(Protocol):
@@ -38,6 +41,8 @@ class Witness(Protocol):
         self, episode: "Episode", request: GenerateRequest, completion: Completion
     ) -> None: ...
 
+    def begun_anew(self, episode: "Episode") -> None: ...
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Stage:
@@ -53,7 +58,8 @@ class Episode:
 
     The agent calls `generate` and marks its other stages with `with episode.stage("env")`; the
     loop reads the rest. Times are seconds of the event loop's clock. The first responses of the
-    episodes of a group that are `together` come from one worker.
+    episodes of a group that are `together` come from one worker. `history` is used by an agent
+    that calls `replay_history`, and by no other.
     """
 
     def __init__(
@@ -78,18 +84,22 @@ class Episode:
         self.stage_since = self.admitted_at
         self.seconds: dict[str, float] = {}
         self._stages = [_Stage("start")]
-        self.prompt_tokens = 0
-        self.generated_tokens = 0
-        self.turns = 0
-        self.oldest_version: int | None = None
-        self.newest_version: int | None = None
+        self._reset_counts()
         self.trajectory: Trajectory | None = None
         self.ready = False  # it has one, which no crash can lose
         self.cancel_reason: str | None = None
         self._hub = hub
         self._history = history
+        self._replay = Replay()
         self._witness = witness
         self._pin = f"group-{group}" if together else ""
+
+    def _reset_counts(self) -> None:
+        self.prompt_tokens = 0
+        self.generated_tokens = 0
+        self.turns = 0
+        self.oldest_version: int | None = None
+        self.newest_version: int | None = None
 
     @property
     def session(self) -> str:
@@ -112,13 +122,18 @@ class Episode:
             known = sampled
 
         with self.stage("generate"):
-            completion = await self._hub.generate(
-                request, on_start=self._note_version, on_sampled=count
-            )
+            completion = self._replay.sampled(request)
+            if completion is None:
+                completion = await self._hub.generate(
+                    request, on_start=self._note_version, on_sampled=count
+                )
+            else:
+                await asyncio.sleep(0)  # an environment of this process may never give way
         self.turns += 1
         self.prompt_tokens += len(token_ids)
         count(len(completion.token_ids))
         if completion.versions:
+            self._note_version(min(completion.versions))
             self.newest_version = max(self.newest_version or 0, *completion.versions)
         if self._witness is not None:
             self._witness.sampled(self, request, completion)
@@ -126,8 +141,31 @@ class Episode:
 
     def observe(self, observation: Observation) -> None:
         """What the environment answered to the reset, or to an action."""
+        self._replay.observed(observation)
         if self._witness is not None:
             self._witness.observed(self, observation)
+
+    def replay_history(self) -> None:
+        """Go on from where the history ends: what is in it is sampled by nobody again.
+
+        For an agent that always does the same in an environment that does so too, before it
+        observes or generates anything. From now on `generate` answers from the history while it
+        lasts, and `observe` compares; either raises HistoryDiverged where something is different.
+        Then `begin_anew`, and play from the beginning.
+        """
+        self._replay = Replay(self._history)
+
+    def begin_anew(self, why: HistoryDiverged) -> None:
+        """Forgets the history and all that was counted; the time that was spent stays spent."""
+        logger.warning(
+            "episode %d (seed %d, group %d, attempt %d) starts over, after %d turns of its "
+            "history: %s",
+            self.id, self.task.seed, self.group, self.attempt, self.turns, why,
+        )  # fmt: skip
+        self._history, self._replay = (), Replay()
+        self._reset_counts()
+        if self._witness is not None:
+            self._witness.begun_anew(self)
 
     def _note_version(self, version: int) -> None:
         """A worker at `version` began to sample for us: no token of ours can be older."""

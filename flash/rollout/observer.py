@@ -33,6 +33,10 @@ class Observer:
     def sampled(self, episode: Episode, request: GenerateRequest, completion: Completion) -> None:
         """The policy has answered. `request.token_ids` may grow after this call."""
 
+    def begun_anew(self, episode: Episode) -> None:
+        """It could not go on from its history: what was observed and sampled in it until now is
+        no part of it."""
+
     def played(self, episode: Episode) -> None:
         """It runs no longer. With `episode.trajectory` it came to its end, and waits for a batch;
         without, it failed or was given up."""
@@ -96,6 +100,9 @@ class Observers(Observer):
 
     def sampled(self, episode: Episode, request: GenerateRequest, completion: Completion) -> None:
         self._tell(lambda observer: observer.sampled(episode, request, completion))
+
+    def begun_anew(self, episode: Episode) -> None:
+        self._tell(lambda observer: observer.begun_anew(episode))
 
     def played(self, episode: Episode) -> None:
         self._tell(lambda observer: observer.played(episode))

@@ -151,6 +151,8 @@ class SimulatedEnvs:
 
 
 class _SimulatedEnv:
+    deterministic = False  # each episode of a task has a script of its own
+
     def __init__(self, envs: SimulatedEnvs) -> None:
         self._envs = envs
         self._script: Script | None = None

@@ -2,6 +2,7 @@
 
 import logging
 
+import numpy as np
 import pytest
 
 from flash.conversation import MAX_CHARS
@@ -179,6 +180,28 @@ def test_a_reset_without_options_is_called_without_them():
     assert boundary.reset(Plain(), Task(3)).text == "look 3"
     with pytest.raises(EnvFailure, match=r"reset takes no options, and the task has \{'level': 2"):
         boundary.reset(Plain(), Task(3, {"level": 2}))
+
+
+async def test_an_environment_is_deterministic_only_if_it_says_so(env):
+    class Declares:
+        metadata = {"deterministic": True}  # noqa: RUF012
+
+    class DeclaresOf:
+        def __init__(self, metadata):
+            self.metadata = metadata
+
+    class Raises:
+        @property
+        def metadata(self):
+            raise RuntimeError("no metadata")
+
+    assert (await InlineEnvs(Declares).open()).deterministic
+    assert (await InlineEnvs(lambda: DeclaresOf({"deterministic": np.True_})).open()).deterministic
+    for metadata in ({}, {"deterministic": False}, {"deterministic": "True"}, None):
+        opened = await InlineEnvs(lambda told=metadata: DeclaresOf(told)).open()
+        assert not opened.deterministic
+    assert not (await InlineEnvs(Raises).open()).deterministic
+    assert not env.deterministic
 
 
 async def test_a_constructor_that_raises_fails_its_episode():
