@@ -15,7 +15,7 @@ UV := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --
 # One thread each: the models of the tests are small, and several run side by side.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder \
 	--durations 15 -n logical --maxprocesses 4
-EXTRAS := alfworld,reasoning,dev
+EXTRAS := alfworld,reasoning,postgres,parquet,dev
 READY := .venv/.ready
 VLLM_READY := .venv/.vllm_ready
 
