@@ -1,30 +1,23 @@
 """Checkpoints of a run: which one it goes on from, how one is made, what a failure leaves."""
 
 import asyncio
-import itertools
 import shutil
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import msgspec
 import pytest
 from transformers import MistralConfig
 
-from flash.agents import EnvironmentAgent
-from flash.checkpoints import Checkpoints, Cut, Rescue, newest_checkpoint
+from flash.checkpoints import Checkpoints, Rescue, newest_checkpoint
 from flash.config import load
 from flash.errors import InferenceFailure, TrainerFailure
-from flash.fakes import FakeEnvs, FakeStyle, FakeWorker
-from flash.hub.hub import InferenceHub
 from flash.parts.training import Training
 from flash.rollout.adaptive import AdaptiveAlpha
-from flash.rollout.loop import RolloutLoop
 from flash.rollout.observer import Observer
-from flash.rollout.tasks import Tasks
 from flash.virtual_time import in_virtual_time
-from tests.saved import cut_at, fake_checkpoint, fill
+from tests.saved import fake_checkpoint, fill
 
 
 class FakeTrainer:
@@ -75,7 +68,7 @@ def test_the_newest_checkpoint_is_the_highest_version_not_the_last_name(tmp_path
     assert newest_checkpoint(tmp_path) is None
     for version in (999_999, 1_000_000, 2):
         fake_checkpoint(tmp_path, version)
-    assert newest_checkpoint(tmp_path).cut.version == 1_000_000
+    assert newest_checkpoint(tmp_path).version == 1_000_000
 
 
 def _remove(path):
@@ -100,9 +93,7 @@ def _folder(path):
 
 
 @pytest.mark.parametrize("damage", [_remove, _cut, _empty, _garble, _folder])
-@pytest.mark.parametrize(
-    "name", ["trainer.json", "tasks.json", "optimizer.pt", "model/model.safetensors"]
-)
+@pytest.mark.parametrize("name", ["trainer.json", "optimizer.pt", "model/model.safetensors"])
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_and_named(
     name, damage, tmp_path, caplog
 ):
@@ -117,8 +108,8 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_and_named(
 
 
 def test_what_is_of_another_version_is_damaged(tmp_path):
-    one, two = (fake_checkpoint(tmp_path, version) for version in (1, 2))
-    shutil.copy(one / "tasks.json", two / "tasks.json")
+    one = fake_checkpoint(tmp_path, 1)
+    shutil.copytree(one, one.with_name("step_000002"))
     assert newest_checkpoint(tmp_path).path == one
 
 
@@ -143,9 +134,7 @@ async def test_a_checkpoint_has_its_name_only_when_it_is_whole(tmp_path):
     trainer, checkpoints = FakeTrainer(3), new(tmp_path)
     trainer.go_on.clear()
     async with asyncio.TaskGroup() as tasks:
-        saving = tasks.create_task(
-            checkpoints.save(trainer, cut_at(3, given=9, unfinished=[4, 5]), spare=False)
-        )
+        saving = tasks.create_task(checkpoints.save(trainer, spare=False))
         await trainer.saving.wait()
         assert newest_checkpoint(tmp_path) is None
         trainer.go_on.set()
@@ -153,8 +142,7 @@ async def test_a_checkpoint_has_its_name_only_when_it_is_whole(tmp_path):
     assert names(tmp_path) == ["step_000003"]
     found = newest_checkpoint(tmp_path)
     assert found.path == path
-    assert (found.cut.version, found.cut.given, found.cut.unfinished) == (3, 9, [4, 5])
-    assert msgspec.json.decode((path / "tasks.json").read_bytes(), type=Cut) == found.cut
+    assert found.version == 3
 
 
 async def test_what_a_crash_left_half_written_is_removed_by_the_next_run(tmp_path):
@@ -171,8 +159,8 @@ async def test_a_damaged_one_is_replaced_when_its_version_comes_again(tmp_path):
     (damaged / "optimizer.pt").unlink()
     found = newest_checkpoint(tmp_path)
     checkpoints = Checkpoints(tmp_path, resumed=found, every_s=0, observer=Observer())
-    await checkpoints.save(FakeTrainer(1), cut_at(1), spare=False)  # is there already
-    await checkpoints.save(FakeTrainer(2), cut_at(2), spare=False)
+    await checkpoints.save(FakeTrainer(1), spare=False)  # is there already
+    await checkpoints.save(FakeTrainer(2), spare=False)
     assert newest_checkpoint(tmp_path).path == damaged
 
 
@@ -192,7 +180,7 @@ async def test_the_newest_two_spare_ones_are_kept_and_all_that_were_asked_for(tm
     checkpoints = Checkpoints(tmp_path, resumed=None, every_s=0, observer=observer)
     for version in range(1, 7):
         spare = version not in (1, 4)
-        await checkpoints.save(FakeTrainer(version), cut_at(version), spare=spare)
+        await checkpoints.save(FakeTrainer(version), spare=spare)
     assert names(tmp_path) == [f"step_{version:06d}" for version in (1, 4, 5, 6)]
     assert len(observer.saved_ones) == 6
 
@@ -200,18 +188,25 @@ async def test_the_newest_two_spare_ones_are_kept_and_all_that_were_asked_for(tm
 # ── a run that fails ─────────────────────────────────────────────────────────────────────────
 
 
-async def fails(run: Path, trainer: FakeTrainer, error: BaseException, version: int) -> None:
-    """A run whose parts fail at that version."""
+async def fails(run: Path, trainer: FakeTrainer, error: BaseException) -> None:
+    """A run whose parts fail."""
     async with Rescue(new(run), trainer) as rescue:
-        with rescue.watching(lambda: cut_at(version, unfinished=[7])):
-            raise error
+        rescue.watch()
+        raise error
+
+
+async def test_a_run_that_fails_before_it_is_ready_is_not_saved(tmp_path):
+    with pytest.raises(InferenceFailure):
+        async with Rescue(new(tmp_path), FakeTrainer(5)):
+            raise InferenceFailure("no worker came up")
+    assert newest_checkpoint(tmp_path) is None
 
 
 async def test_a_run_that_fails_is_saved_first_and_ends_for_its_own_reason(tmp_path):
     with pytest.raises(InferenceFailure, match="no worker is left") as caught:
-        await fails(tmp_path, FakeTrainer(5), InferenceFailure("no worker is left"), 5)
+        await fails(tmp_path, FakeTrainer(5), InferenceFailure("no worker is left"))
     found = newest_checkpoint(tmp_path)
-    assert (found.cut.version, found.cut.unfinished) == (5, [7])
+    assert found.version == 5
     (note,) = caught.value.__notes__
     assert note == f"all 5 steps are in {found.path}: --resume goes on from there"
 
@@ -229,7 +224,7 @@ async def test_what_can_not_or_need_not_be_saved_is_not(error, version, can_save
     trainer = FakeTrainer(version)
     trainer.can_save = can_save
     with pytest.raises(type(error)):
-        await fails(tmp_path, trainer, error, version)
+        await fails(tmp_path, trainer, error)
     assert newest_checkpoint(tmp_path) is None
 
 
@@ -237,8 +232,8 @@ async def test_a_save_that_fails_too_hides_no_error(tmp_path, caplog):
     trainer = FakeTrainer(5)
     trainer.error = OSError("no space left on device")
     with pytest.raises(InferenceFailure):
-        await fails(tmp_path, trainer, InferenceFailure("no worker is left"), 5)
-    assert "since the last checkpoint is lost: OSError('no space left" in caplog.text
+        await fails(tmp_path, trainer, InferenceFailure("no worker is left"))
+    assert "no checkpoint could be made: OSError('no space left" in caplog.text
 
 
 @in_virtual_time
@@ -246,46 +241,12 @@ async def test_a_save_that_hangs_ends_after_its_own_time(tmp_path, caplog):
     trainer = FakeTrainer(5)
     trainer.go_on.clear()
     with pytest.raises(InferenceFailure):
-        await fails(tmp_path, trainer, InferenceFailure("no worker is left"), 5)
+        await fails(tmp_path, trainer, InferenceFailure("no worker is left"))
     assert asyncio.get_running_loop().time() == 300
     assert "TimeoutError" in caplog.text
 
 
-# ── one cut ──────────────────────────────────────────────────────────────────────────────────
-
-
-async def test_tasks_that_begin_while_a_checkpoint_is_written_come_again_after_a_resume(tmp_path):
-    """More episodes begin than one turn of the event loop takes, so some always do."""
-    tasks, trainer = Tasks(0), FakeTrainer()
-    trainer.go_on.clear()
-    agent = lambda: EnvironmentAgent(envs=FakeEnvs(), style=FakeStyle(), max_tokens=4)  # noqa: E731
-    sizes = {"batch_size": 64, "group_size": 8, "alpha": 1}
-    async with (
-        InferenceHub([FakeWorker("w")]) as hub,
-        RolloutLoop(hub, agent=agent, tasks=tasks, **sizes) as loop,
-        asyncio.TaskGroup() as saves,
-    ):
-        run = training(checkpoints=new(tmp_path), tasks=tasks, trainer=trainer, rollouts=loop)
-        saves.create_task(run.save())
-        await trainer.saving.wait()
-        while tasks.given < 16:
-            await asyncio.sleep(0)
-        trainer.go_on.set()
-    cut = newest_checkpoint(tmp_path).cut
-    assert cut.given < 16
-    assert cut.unfinished == list(range(cut.given))
-    resumed = Tasks(0)
-    resumed.go_on(given=cut.given, unfinished=cut.unfinished)
-    assert [task.seed for task in itertools.islice(resumed, 16)] == list(range(16))
-
-
-def test_tasks_that_a_resumed_run_has_not_begun_again_stay_unfinished():
-    tasks = Tasks(0)
-    tasks.go_on(given=5, unfinished=[1, 3, 4])
-    begun = next(iter(tasks))
-    rollouts = SimpleNamespace(unfinished_tasks=lambda version: [begun])
-    cut = training(trainer=FakeTrainer(2), tasks=tasks, rollouts=rollouts).cut()
-    assert (cut.version, cut.given, cut.unfinished) == (2, 5, [1, 3, 4])
+# ── the self-test ────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(("at_most", "length"), [(512, 116), (80, 68)])

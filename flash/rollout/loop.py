@@ -180,7 +180,6 @@ class RolloutLoop:
         self._open = False
         self._paused = False
         self._taken: list[Group] = []  # parts of the next batch
-        self._handed_over: list[Task] = []  # of the last batch
         self._next_version = hub.version  # at which the next batch will be trained
         self._started_this_turn = 0
         self._waits_for_log = False
@@ -336,14 +335,6 @@ class RolloutLoop:
             unpublished=self._slots.held,
             log=self._log.blocked,
         )
-
-    def unfinished_tasks(self, version: int) -> list[Task]:
-        """What has begun and is not trained into the policy of that version, the present one.
-
-        Of groups on their way, and of a batch that was handed over and came to nothing.
-        """
-        untrained = self._handed_over if version < self._next_version else []
-        return untrained + [group.task for group in self._groups]
 
     # ── what the watchdog does ───────────────────────────────────────────────────────────────
 
@@ -593,7 +584,6 @@ class RolloutLoop:
             self._observers.handed_over(batch)
             return batch
         whole, self._taken = self._taken, []
-        self._handed_over = [group.task for group in whole]
         for group in whole:
             self._groups.close(group)
             for member in group.members.values():

@@ -145,7 +145,8 @@ class RunFolder(Observer):
             self._log(error)
             names = ("metrics.jsonl", "episodes.jsonl", TRANSCRIPTS_FILE)
             files = [self.path / name for name in names]
-            if not self.resumes and not any(path.stat().st_size for path in files):
+            kept = self.resumes or (self.path / "checkpoints").exists()
+            if not kept and not any(path.stat().st_size for path in files):
                 for path in (*files, *self.path.glob("log.*")):
                     path.unlink()
 

@@ -37,7 +37,7 @@ from flash.errors import InferenceFailure, RolloutStall
         (["train", "frozen_lake", "--env.options", "{"], "is not YAML"),
         (["train", "frozen_lake", "--alpha", "1", "--async_generation_ratio", "2"], "two names"),
         (["train", "frozen_lake", "--env.options.size", "33"], "size=33 must be 2 to 9"),
-        (["train", "frozen_lake", "--name", "nothing", "--resume"], "holds no checkpoint"),
+        (["train", "frozen_lake", "--name", "nothing", "--resume"], "holds no run with a log"),
         (["eval", "nowhere"], "holds no checkpoint"),
         (["eval"], "Give a run's folder or a checkpoint"),
         (

@@ -427,7 +427,6 @@ async def test_a_batch_comes_in_parts_as_groups_finish_and_is_the_whole_one_in_t
         assert sorted(Counter(s.group for s in first.samples).items()) == [(1, 2), (3, 2)]
         assert sorted(sample.advantage for sample in first.samples) == [-1, -1, 1, 1]
         assert loop.ledger.count("trained") == 0, "the batch is not whole"
-        assert {task.seed for task in loop.unfinished_tasks(loop.hub.version)} == {0, 1, 2, 3}
         with pytest.raises(ValueError, match="begun with next_part"):
             await loop.next_batch()
         second = await loop.next_part()

@@ -431,22 +431,6 @@ def test_an_agent_tells_the_state_and_the_reward_of_each_turn():
         assert set(trajectory.turn_states[1:]) <= {"next"}
 
 
-def test_a_run_that_stops_knows_which_tasks_it_leaves_unfinished():
-    async def main():
-        async with rollouts(alpha=1) as loop:
-            batch = await loop.next_batch()
-            trained = {sample.group for sample in batch.samples}
-            unfinished, failed = (
-                {task.seed for task in loop.unfinished_tasks(version)} for version in (1, 0)
-            )
-            assert failed == unfinished | trained, "if its training came to nothing"
-            return trained, unfinished
-
-    trained, unfinished = virtual_time.run(main())
-    assert trained | unfinished == {0, 1, 2, 3}
-    assert not trained & unfinished
-
-
 @in_virtual_time
 async def test_an_episode_that_is_cancelled_by_what_it_called_has_failed():
     """Started again as if the loop had cancelled it, it would be so for ever."""

@@ -42,9 +42,10 @@ def test_a_task_s_seed_fits_in_31_bits_and_is_nobody_elses_whatever_the_runs(see
 
 def test_a_run_that_comes_to_the_end_of_its_seeds_goes_on_at_their_start():
     last = (TRAINING_SEEDS - 1 - next(iter(Tasks(1))).seed) % TRAINING_SEEDS
-    tasks = Tasks(1)
-    tasks.go_on(given=last, unfinished=[])
-    assert seeds(tasks, 2) == [TRAINING_SEEDS - 1, 0]
+    begun = [*itertools.islice((task.seed for task in Tasks(1)), 3), TRAINING_SEEDS - 2]
+    assert begun[-1] == next(iter(Tasks(1))).seed + last - 1
+    assert seeds(Tasks(1, dispatched=begun), 2) == [TRAINING_SEEDS - 1, 0]
+    assert seeds(Tasks(1, dispatched=[*begun, TRAINING_SEEDS - 1, 0]), 1) == [1]
 
 
 def test_what_a_runs_parts_draw_from_is_each_ones_own():
@@ -53,17 +54,9 @@ def test_what_a_runs_parts_draw_from_is_each_ones_own():
     assert all(0 <= seed < 2**31 for seed in drawn)
 
 
-def test_a_resumed_run_begins_with_the_tasks_that_were_begun_and_not_trained():
-    tasks = Tasks(0)
-    seeds(tasks, 5)
-    resumed = Tasks(0)
-    resumed.go_on(given=tasks.given, unfinished=[1, 3])
-    assert resumed.given == 5
-    assert seeds(resumed, 4) == [1, 3, 5, 6]
+def test_a_resumed_run_begins_with_the_tasks_that_are_to_begin_anew():
+    assert seeds(Tasks(0, dispatched=range(5), again=[1, 3]), 4) == [1, 3, 5, 6]
 
 
-def test_tasks_that_a_resumed_run_had_no_time_for_are_kept_for_the_next():
-    resumed = Tasks(0)
-    resumed.go_on(given=5, unfinished=[1, 3])
-    assert seeds(resumed, 1) == [1]
-    assert (resumed.given, resumed.left) == (5, [3])
+def test_a_task_that_began_twice_sets_the_order_back_no_further():
+    assert seeds(Tasks(0, dispatched=[0, 1, 2, 3, 1]), 2) == [4, 5]

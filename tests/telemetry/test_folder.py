@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import replace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -17,10 +16,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from flash.config import load
 from flash.errors import InferenceFailure
 from flash.evaluation.result import Evaluation
+from flash.log.past import Past
+from flash.log.run_log import ID_FILE
 from flash.rollout.record import EpisodeRecord
 from flash.section import revealed
 from flash.system.durable import HeldError, locked
-from flash.telemetry.folder import RunFolder, read_lines
+from flash.telemetry.folder import TRANSCRIPTS_FILE, RunFolder, read_lines
 from flash.telemetry.metrics import METRICS, MORE_METRICS
 from tests.saved import fake_checkpoint
 
@@ -29,7 +30,7 @@ step policy_version time_s reward/mean success_rate loss grad_norm kl_behaviour
 ratio/clip_fraction logprob_gap/max staleness/{mean,max,histogram}
 episodes/{admitted,running,ready,trained,dropped,failed,cancelled} waste/{tokens,env_s}
 tokens/{prompt,generated,trained} tokens_per_s idle/{trainer,workers,env_hosts}
-time/{generate,env,agent,reward,wait_batch,train,publish}_s publish/{count,paused_s}
+time/{generate,env,agent,reward,wait_batch,train,publish}_s publish/{count,paused_s} log/lag_s
 bias/{turns,tokens,seconds}
 """
 
@@ -98,7 +99,7 @@ def test_what_an_evaluation_measures_is_explained():
 
 def test_steps_are_lines_and_tensorboard_events(tmp_path):
     with RunFolder(config(tmp_path)) as folder:
-        folder.step({"step": 1, "time_s": 2.0, "loss": 0.5, "logprob_gap/max": math.nan})
+        folder.measured({"step": 1, "time_s": 2.0, "loss": 0.5, "logprob_gap/max": math.nan})
         # Flushed at once: a crash here loses nothing.
         (line,) = read_lines(folder.path / "metrics.jsonl")
         assert line == {"step": 1, "time_s": 2.0, "loss": 0.5, "logprob_gap/max": None}
@@ -110,7 +111,7 @@ def test_steps_are_lines_and_tensorboard_events(tmp_path):
 
 def test_the_folder_of_a_run_holds_what_its_description_names(tmp_path):
     with RunFolder(config(tmp_path)) as folder:
-        folder.step({"step": 1, "time_s": 2.0})
+        folder.measured({"step": 1, "time_s": 2.0})
         folder.ended(None, episode(0))
         folder.summary(
             {"steps": 1, "rate": math.nan, "list": [math.inf, (1.0, math.nan)], "in": {"x": -1}}
@@ -149,7 +150,7 @@ def test_a_run_never_writes_into_anothers_folder(tmp_path):
     names = []
     for _ in range(3):
         with RunFolder(config(tmp_path)) as folder:
-            folder.step({"step": 0, "time_s": 0.0})
+            folder.measured({"step": 0, "time_s": 0.0})
             names.append(folder.path.name)
     assert names == ["frozen_lake", "frozen_lake-2", "frozen_lake-3"]
     third = load(str(tmp_path / names[2] / "config.yaml"))
@@ -188,8 +189,9 @@ def test_a_folder_that_can_not_be_written_is_the_users_to_change(tmp_path):
         pass
 
 
-def save(folder, version, **changes):
-    return fake_checkpoint(folder.path, version, **changes)
+def save(folder, version):
+    (folder.path / ID_FILE).write_text("0" * 32)
+    return fake_checkpoint(folder.path, version)
 
 
 def episode(number, trained_at=None, outcome="trained"):
@@ -203,51 +205,53 @@ def episode(number, trained_at=None, outcome="trained"):
 def test_a_resume_takes_the_newest_checkpoint_and_drops_the_lines_after_it(tmp_path):
     with RunFolder(config(tmp_path)) as folder:
         for step in range(5):
-            folder.step({"step": step, "time_s": float(step)})
+            folder.measured({"step": step, "time_s": float(step)})
         for version in (2, 3):
             newest = save(folder, version)
     # TensorBoard reads files by name, which begins with the second they were made in.
     (events,) = folder.path.glob("events.*")
     events.rename(folder.path / "events.out.tfevents.0000000001.earlier")
     with RunFolder(config(tmp_path, **{"checkpoint.resume": True})) as folder:
-        assert folder.resumed.path == newest
+        assert folder.checkpoint.path == newest
         assert not load(str(folder.path / "config.yaml")).checkpoint.resume, "it can start anew"
-        folder.forget_after(3)
-        folder.step({"step": 4, "time_s": 9.0})
+        folder.go_on(Past(checkpoint=3, steps=[{"step": step} for step in range(4)]))
+        folder.measured({"step": 4, "time_s": 9.0})
     assert [line["step"] for line in folder.metrics()] == [0, 1, 2, 3, 4]
     assert [line["time_s"] for line in folder.metrics()] == [0.0, 1.0, 2.0, 3.0, 9.0]
     scalars = EventAccumulator(str(folder.path)).Reload().Scalars("time_s")
     assert [event.step for event in scalars] == [0, 1, 2, 3, 4], "no step twice in TensorBoard"
 
 
-def test_a_resume_forgets_the_episodes_that_are_trained_again(tmp_path):
+def test_a_resume_makes_the_lines_those_of_the_log(tmp_path):
+    of_log = [episode(0, trained_at=0), episode(1, outcome="dropped"), episode(2, trained_at=1)]
     with RunFolder(config(tmp_path)) as folder:
-        for record in (
-            episode(0, trained_at=0),
-            episode(1, outcome="dropped"),
-            episode(2, trained_at=1),  # by step 2, which is after the checkpoint of step 1
-            episode(3, outcome="cancelled"),
-        ):
+        for record in (of_log[0], of_log[1], episode(3, outcome="cancelled")):
             folder.ended(None, record)
-        folder.step({"step": 1, "time_s": 1.0})
+        folder.measured({"step": 1, "time_s": 1.0})
+        for step in (1, 2, 3):
+            folder.transcript({"step": step})
         save(folder, 1)
+    steps = [{"step": 1, "time_s": 1.0}, {"step": 2, "time_s": 2.0}]
     with RunFolder(config(tmp_path, **{"checkpoint.resume": True})) as folder:
-        folder.forget_after(1)
+        folder.go_on(Past(checkpoint=1, redo=[1], steps=steps, records=of_log))
         folder.ended(None, episode(4, trained_at=1))
     lines = read_lines(folder.path / "episodes.jsonl")
-    assert [line["episode"] for line in lines] == [0, 1, 4]
+    assert [line["episode"] for line in lines] == [0, 1, 2, 4], "what did not end is left out"
     assert lines[0]["stages_s"] == {"env": 0.1}
+    assert lines[2]["trained_at_version"] == 1, "what a crash had kept from the file is there"
+    assert folder.metrics() == steps
+    assert [line["step"] for line in read_lines(folder.path / TRANSCRIPTS_FILE)] == [1, 2]
 
 
 @pytest.mark.parametrize("spoiled", [b'{"step": 2, "ti', b'{"st\n', b"\0" * 9 + b"\n", b"\xff\n"])
 def test_a_resume_after_a_crash_in_mid_line_writes_no_line_into_another(tmp_path, spoiled):
     with RunFolder(config(tmp_path)) as folder:
-        folder.step({"step": 1, "time_s": 1.0})
+        folder.measured({"step": 1, "time_s": 1.0})
         save(folder, 1)
     with (folder.path / "metrics.jsonl").open("ab") as file:
         file.write(spoiled)
     with RunFolder(config(tmp_path, **{"checkpoint.resume": True})) as folder:
-        folder.step({"step": 2, "time_s": 2.0})
+        folder.measured({"step": 2, "time_s": 2.0})
     text = (folder.path / "metrics.jsonl").read_text()
     assert [json.loads(line)["step"] for line in text.splitlines()] == [1, 2]
 
@@ -255,7 +259,7 @@ def test_a_resume_after_a_crash_in_mid_line_writes_no_line_into_another(tmp_path
 def test_a_resume_without_a_checkpoint_is_refused(tmp_path):
     for _ in range(2):
         with (
-            pytest.raises(ValueError, match="holds no checkpoint"),
+            pytest.raises(ValueError, match="holds no run with a log"),
             RunFolder(config(tmp_path, **{"checkpoint.resume": True})),
         ):
             pass
@@ -266,7 +270,7 @@ def test_a_run_that_is_still_going_is_not_resumed_and_its_files_stay_as_they_are
     resume = config(tmp_path, **{"checkpoint.resume": True})
     with RunFolder(config(tmp_path)) as folder:
         for step in range(3):
-            folder.step({"step": step, "time_s": float(step)})
+            folder.measured({"step": step, "time_s": float(step)})
         save(folder, 1)
         before = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
         with (
@@ -279,7 +283,7 @@ def test_a_run_that_is_still_going_is_not_resumed_and_its_files_stay_as_they_are
         with RunFolder(config(tmp_path)) as other:
             assert other.path.name == "frozen_lake-2"
     with RunFolder(resume) as folder:
-        assert folder.resumed.cut.version == 1
+        assert folder.checkpoint.version == 1
 
 
 def test_a_lock_ends_with_its_process_however_that_ends(tmp_path):
@@ -324,14 +328,6 @@ def test_what_a_checkpoint_has_already_can_not_be_changed_by_a_resume(tmp_path, 
     assert (folder.path / "config.yaml").read_text() == kept
 
 
-def test_ids_go_on_from_the_highest_in_the_files(tmp_path):
-    with RunFolder(config(tmp_path)) as folder:
-        assert folder.next_ids() == (0, 0)
-        folder.ended(None, replace(episode(9), group=2))
-        folder.ended(None, replace(episode(7), group=5))
-        assert folder.next_ids() == (10, 6)
-
-
 @pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints"])
 def test_a_folder_with_something_of_a_run_is_no_new_runs(tmp_path, name):
     (tmp_path / "frozen_lake" / name).mkdir(parents=True)
@@ -341,7 +337,7 @@ def test_a_folder_with_something_of_a_run_is_no_new_runs(tmp_path, name):
 
 def test_a_resume_from_the_only_folder_keeps_its_name_and_its_settings_are_the_new_ones(tmp_path):
     with RunFolder(config(tmp_path, steps=4)) as folder:
-        folder.step({"step": 1, "time_s": 1.0})
+        folder.measured({"step": 1, "time_s": 1.0})
         save(folder, 1)
     with RunFolder(config(tmp_path, steps=9, **{"checkpoint.resume": True})) as folder:
         folder.forget_after(1)

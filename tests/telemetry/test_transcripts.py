@@ -3,14 +3,13 @@
 import json
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 from flash.cli import main as cli
 from flash.config import load
 from flash.conversation import TokenSequence
 from flash.rollout.record import EpisodeRecord
-from flash.telemetry.folder import RunFolder, read_lines
+from flash.telemetry.folder import RunFolder
 from flash.telemetry.transcripts import Transcripts
 from flash.types import Completion, Task, Trajectory
 
@@ -112,20 +111,10 @@ def test_a_long_run_and_a_long_episode_are_bounded():
         assert "[…3002 tokens…]" in text
 
 
-def test_a_resume_forgets_what_is_done_again(tmp_path):
-    config = load("frozen_lake", {"runs_dir": str(tmp_path)})
-    with RunFolder(config) as folder:
-        folder.step({"step": 1, "time_s": 1.0})
-        for step in (1, 2, 3):
-            folder.transcript({"step": step, "reward": np.nan})
-        folder.forget_after(2)
-    assert [line["step"] for line in read_lines(folder.path / "transcripts.jsonl")] == [1, 2]
-
-
 @pytest.fixture
 def run(tmp_path):
     with RunFolder(load("frozen_lake", {"runs_dir": str(tmp_path)})) as folder:
-        folder.step({"step": 1, "time_s": 1.0})
+        folder.measured({"step": 1, "time_s": 1.0})
         transcripts = Transcripts(folder.transcript, decode=decode, per_step=1, steps=3)
         for version, text in enumerate(["hidden\x1b[2K\x07\u202e", "blue\twhale\n"]):
             sequence = conversation(f"Q{version}", text)
