@@ -65,19 +65,29 @@ class SetAtWait(asyncio.Event):
         return await super().wait()
 
 
-@pytest.mark.parametrize(
-    "wait", [1, 2, 3], ids=["warm start", "start of the parts", "first evaluation"]
-)
-async def test_a_run_that_is_stopped_before_its_first_step_has_nothing_to_go_on_with(
-    wait, tmp_path
-):
+async def test_a_run_that_is_stopped_before_any_episode_has_nothing_to_go_on_with(tmp_path):
     config = tiny("frozen_lake", tmp_path, untaught=True, name="r")
-    assert await run(config, SetAtWait(wait)) is None
-    assert not list(tmp_path.glob("r/checkpoints/*"))
-    policies = list(tmp_path.glob(".small_policies/*"))
-    assert len(policies) == (wait > 1), "nothing half-taught is left"
+    assert await run(config, SetAtWait(1)) is None  # the warm start
+    assert not list(tmp_path.glob(".small_policies/*")), "nothing half-taught is left"
     with pytest.raises(ValueError, match="resume"):
         await run(tiny("frozen_lake", tmp_path, name="r", **{"checkpoint.resume": True}))
+
+
+@pytest.mark.parametrize("wait", [2, 3], ids=["start of the parts", "first evaluation"])
+async def test_a_run_that_is_stopped_before_its_first_step_goes_on_with_its_episodes(
+    wait, tmp_path
+):
+    assert await run(tiny("frozen_lake", tmp_path, name="r"), SetAtWait(wait)) is None
+    assert not list(tmp_path.glob("r/checkpoints/*"))
+    summary = await run(tiny("frozen_lake", tmp_path, name="r", **{"checkpoint.resume": True}))
+    assert summary["steps"] == 3
+    lines = read_lines(tmp_path / "r" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    episodes = read_lines(tmp_path / "r" / "episodes.jsonl")
+    ids = [episode["episode"] for episode in episodes]
+    assert sorted(ids) == list(range(len(ids))), "each has its one outcome"
+    trained = Counter(e["seed"] for e in episodes if e["outcome"] == "trained")
+    assert sorted(trained) == list(range(12)), "in their order, none skipped"
 
 
 async def test_a_run_that_is_stopped_saves_and_goes_on_where_it_stopped(tmp_path):

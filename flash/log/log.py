@@ -37,6 +37,7 @@ from flash.log.schema import (
 )
 from flash.log.store import Change, StoreError
 from flash.rollout.adaptive import AlphaState
+from flash.rollout.committed import LEFT
 from flash.rollout.episode import Episode
 from flash.rollout.history import prompt_sum
 from flash.rollout.observer import Observer
@@ -47,7 +48,6 @@ logger = logging.getLogger(__name__)
 
 _RETRY_S = 1.0
 _LONGEST_RETRY_S = 10.0
-_SHUTDOWN = "shutdown"  # the reason of episodes that a run leaves for its next start
 
 Commit = Callable[[Sequence[Change]], Awaitable[None]]
 
@@ -292,7 +292,7 @@ class Log(Observer):
 
     def ended(self, episode: Episode, record: EpisodeRecord) -> None:
         self._steps.pop(episode.id, None)
-        if record.reason == _SHUTDOWN:
+        if record.reason in LEFT:
             return  # it has no outcome yet: the next start goes on with it
         self._add(
             "update", EPISODES, episode=episode.id, ended_at=self._now(), outcome=record.outcome,
@@ -306,7 +306,7 @@ class Log(Observer):
             self._trained_groups.add(record.group)
 
     def given_up(self, group: int, reason: str) -> None:
-        if reason != _SHUTDOWN:
+        if reason not in LEFT:
             self._end_group(group, "dropped", reason)
 
     def _end_group(self, group: int, outcome: str, reason: str) -> None:

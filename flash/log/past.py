@@ -8,7 +8,7 @@ newest checkpoint ─ c ─┬─ redone ─┬─ to train ─┬─ ready, cut
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -123,7 +123,7 @@ def take_over(
             )
             .values(outcome="cancelled", reason="interrupted", ended_at=time.time())
         )
-    return past
+        return replace(past, records=[EpisodeRecord.of_row(row) for row in reader.ended()])
 
 
 def _read(
@@ -154,7 +154,6 @@ def _read(
         dispatched=reader.dispatched(),
         alpha=alpha and msgspec.convert(alpha, AlphaState),
         steps=[row.metrics for row in steps],
-        records=[EpisodeRecord.of_row(row) for row in reader.ended()],
         first_numbers=reader.first_numbers(),
     )
 

@@ -3,6 +3,14 @@
 from collections.abc import Callable
 from typing import Protocol
 
+SHUTDOWN = "shutdown"
+OVER = "over"
+LEFT = (SHUTDOWN, OVER)
+"""Reasons of what a run leaves to its next start: it ends now, or it has no batch to come for it.
+
+Where there is a log, that is no outcome yet.
+"""
+
 
 class CommitLog(Protocol):
     """Writes down what its run's observers are told; it is one of them."""

@@ -28,7 +28,7 @@ from flash.hub.reports import PublishReport
 from flash.rollout.admission import Admission
 from flash.rollout.batching import metrics_of, samples_of, trajectories
 from flash.rollout.bias import LengthBias
-from flash.rollout.committed import CommitLog, NoLog
+from flash.rollout.committed import OVER, SHUTDOWN, CommitLog, NoLog
 from flash.rollout.config import RolloutSettings
 from flash.rollout.crew import AgentCrew, Crew, SessionHub
 from flash.rollout.episode import AgentFactory, Cancelled, Episode, EpisodeEnd
@@ -193,6 +193,7 @@ class RolloutLoop:
         await self._watchdog.__aenter__()
         for group in self._restored.groups:
             self._restore(group)
+        self._cancel_redundant()
         self._evict_stale()
         self._open = True
         self._admit()
@@ -202,7 +203,7 @@ class RolloutLoop:
         """Ends what runs (cancelled) and what waits (dropped), for the reason `shutdown`."""
         self._open = False
         for group in list(self._groups):
-            self._give_up(group, "shutdown")
+            self._give_up(group, SHUTDOWN)
         try:
             await self._crew.__aexit__(*exc_info)
         finally:
@@ -423,11 +424,11 @@ class RolloutLoop:
         if isinstance(end, Trajectory):
             self._failures_in_a_row = 0
             if group is None:  # it finished in the moment it was given up
-                self._end(episode, "dropped", episode.cancel_reason or "shutdown")
+                self._end(episode, "dropped", episode.cancel_reason or SHUTDOWN)
             else:
                 self._log.after_commit(partial(self._count_ready, group, episode))
         elif isinstance(end, Cancelled):
-            self._end(episode, "cancelled", episode.cancel_reason or "shutdown")
+            self._end(episode, "cancelled", episode.cancel_reason or SHUTDOWN)
             if group is not None:
                 self._restart(group, episode)
         else:
@@ -484,10 +485,11 @@ class RolloutLoop:
 
     def _cancel_redundant(self) -> None:
         """Gives up what runs for nothing: complete groups fill every batch that they could."""
-        needed = self._slots.needed(complete=self._groups.complete, next_version=self._next_version)
-        if needed <= 0:
+        complete = self._groups.complete
+        if self._slots.needed(complete=complete, next_version=self._next_version) <= 0:
+            reason = "redundant" if self._slots.room(complete=complete) <= 0 else OVER
             for group in [group for group in self._groups if not group.complete]:
-                self._give_up(group, "redundant")
+                self._give_up(group, reason)
 
     def _after_failure(self, group: Group, episode: Episode, failure: EpisodeFailure) -> None:
         logger.warning("%s failed: %s", episode.describe(), failure)

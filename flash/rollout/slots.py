@@ -62,11 +62,15 @@ class Slots:
 
     def needed(self, *, complete: int, next_version: int) -> int:
         """How many groups more can get into a batch, besides the complete ones."""
-        groups = math.ceil(self.capacity / self._group_size) - self._held_groups()
+        room = self.room(complete=complete)
         if self._last_version is not None:
             left = max(0, self._last_version - next_version)
-            groups = min(groups, left * self._groups_per_batch)
-        return groups - complete
+            room = min(room, left * self._groups_per_batch - complete)
+        return room
+
+    def room(self, *, complete: int) -> int:
+        """As many, if training went on for ever."""
+        return math.ceil(self.capacity / self._group_size) - self._held_groups() - complete
 
     def wanted(self, *, under_way: int, complete: int, next_version: int) -> int:
         """How many groups more are to begin, redundant ones with them."""

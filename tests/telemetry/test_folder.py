@@ -340,7 +340,7 @@ def test_a_resume_from_the_only_folder_keeps_its_name_and_its_settings_are_the_n
         folder.measured({"step": 1, "time_s": 1.0})
         save(folder, 1)
     with RunFolder(config(tmp_path, steps=9, **{"checkpoint.resume": True})) as folder:
-        folder.forget_after(1)
+        pass
     assert [path.name for path in tmp_path.iterdir()] == ["frozen_lake"]
     assert load(str(folder.path / "config.yaml")).steps == 9
 
