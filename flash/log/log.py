@@ -177,7 +177,9 @@ class Log(Observer):
                     self._wake.clear()
                 while self._pending:
                     await self._write_pending()
-        except LogFailure as failure:
+        except Exception as error:  # what waits for a commit must hear that none will come
+            failure = error if isinstance(error, LogFailure) else LogFailure(f"the log: {error!r}")
+            failure.__cause__ = None if failure is error else error
             self._failure = failure
             self._failed.set()
             self._on_failure(failure)

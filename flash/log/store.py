@@ -29,7 +29,13 @@ from sqlalchemy import (
     text,
     update,
 )
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    NoSuchModuleError,
+    SQLAlchemyError,
+    StatementError,
+)
 
 from flash.errors import LogFailure
 from flash.log.schema import METADATA, RUNS
@@ -147,6 +153,9 @@ class Store:
             if isinstance(error.orig, _ours(error)):
                 raise LogFailure(f"the log {shown(self.url)} refused a row: {cause}") from error
             raise StoreError(cause) from error
+        except (StatementError, OverflowError) as error:  # a value that no column can hold
+            cause = " ".join(str(error).split())
+            raise LogFailure(f"the log {shown(self.url)} can't hold a row: {cause}") from error
 
     def close(self) -> None:
         self.engine.dispose()
@@ -170,17 +179,21 @@ def open_engine(url: str) -> Engine:
         engine = create_engine(_with_driver(url), connect_args=_connect_args(url))
         if engine.dialect.name == "sqlite":
             event.listen(engine, "connect", _set_up_sqlite)
+            event.listen(engine, "begin", _begin_sqlite)
         elif engine.dialect.name != "postgresql":
             raise ValueError("is of another database: give sqlite:/// or postgresql://")
-        with engine.begin() as connection:
-            if engine.dialect.name == "postgresql":
-                connection.execute(text(f"SELECT pg_advisory_xact_lock({_LOCK})"))
-            _bring_up_to_date(connection)
+        with engine.connect() as connection:
+            present = _present(connection)
+        if present != _scripts().get_current_head():
+            with engine.connect() as connection:
+                _lock(connection)
+                _bring_up_to_date(connection)
+                connection.commit()
     except (ArgumentError, NoSuchModuleError) as error:
         raise ValueError(f"log.url={shown(url)!r} is no URL of a database: {error}") from error
-    except ModuleNotFoundError as error:
+    except ImportError as error:  # of psycopg, or of the library that it needs
         raise ValueError(
-            f"log.url={shown(url)!r} needs the package {error.name}: "
+            f"log.url={shown(url)!r} needs psycopg, which can't be imported: "
             f"pip install 'flash-rl[postgres]'"
         ) from error
     except (SQLAlchemyError, ValueError) as error:
@@ -205,6 +218,7 @@ def _connect_args(url: str) -> dict[str, Any]:
 
 
 def _set_up_sqlite(connection: Any, _: object) -> None:
+    connection.isolation_level = None  # the driver begins no transaction: `_begin_sqlite` does
     cursor = connection.cursor()
     # Once for a database, before its first table: what is deleted can be given back in parts.
     cursor.execute("PRAGMA auto_vacuum = INCREMENTAL")
@@ -213,11 +227,32 @@ def _set_up_sqlite(connection: Any, _: object) -> None:
     cursor.close()
 
 
+def _begin_sqlite(connection: Connection) -> None:
+    # The driver would leave the making of tables, and what is read, outside of any transaction.
+    connection.exec_driver_sql(connection.get_execution_options().get("begin", "BEGIN"))
+
+
+def _lock(connection: Connection) -> None:
+    """From now on no other process changes the schema, until this transaction has ended."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(text(f"SELECT pg_advisory_xact_lock({_LOCK})"))
+    else:
+        connection.execution_options(begin="BEGIN IMMEDIATE")
+
+
+def _present(connection: Connection) -> str | None:
+    """The schema's version; None if there is none."""
+    return MigrationContext.configure(connection).get_current_revision()
+
+
+def _scripts() -> ScriptDirectory:
+    return ScriptDirectory(str(_MIGRATIONS))
+
+
 def _bring_up_to_date(connection: Connection) -> None:
     """Makes the tables, or changes those of an older version."""
-    script = ScriptDirectory(str(_MIGRATIONS))
-    head = script.get_current_head()
-    present = MigrationContext.configure(connection).get_current_revision()
+    present = _present(connection)
+    head = _scripts().get_current_head()
     if present == head:
         return
     config = AlembicConfig()
@@ -227,7 +262,7 @@ def _bring_up_to_date(connection: Connection) -> None:
         METADATA.create_all(connection)
         command.stamp(config, "head")
         return
-    if present not in {revision.revision for revision in script.walk_revisions()}:
+    if present not in {revision.revision for revision in _scripts().walk_revisions()}:
         raise ValueError(
             f"its schema is of version {present!r}, this flash knows {head!r} and older ones: "
             f"install the flash that wrote it, or a newer one"
