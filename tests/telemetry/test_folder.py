@@ -85,10 +85,6 @@ def test_a_run_ends_at_its_next_step_once_its_folder_is_not_in_its_place(how, tm
 
     with pytest.raises(FileNotFoundError, match=r"removed or moved; leave .*: '.*frozen_lake'"):
         ended()
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"elsewhere"} - {"elsewhere" if how == "removed" else ""} | (
-        {"frozen_lake"} if how.startswith("replaced") else set()
-    )
     if how != "removed":
         assert [line["step"] for line in read_lines(tmp_path / "elsewhere/metrics.jsonl")] == [1]
 
