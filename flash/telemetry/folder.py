@@ -34,7 +34,7 @@ import yaml
 
 from flash.checkpoints import Checkpoint, newest_checkpoint
 from flash.config import Config
-from flash.config.resumed import check_resumed
+from flash.config.resumed import Difference, check_resumed, differences, told
 from flash.config.source import read_mapping
 from flash.log.columns import plain
 from flash.log.past import Past
@@ -63,6 +63,7 @@ class RunFolder(Observer):
         self.path = config.runs_dir / config.name
         self.resumes = False
         self.checkpoint: Checkpoint | None = None  # that it goes on from
+        self.changed: list[Difference] = []  # what is configured otherwise since
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as opened:
@@ -97,10 +98,12 @@ class RunFolder(Observer):
         for number in itertools.count(2):
             self.path.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(HeldError):
-                names = ("metrics.jsonl", "checkpoints")
-                if not any((self.path / name).exists() for name in names):
-                    opened.enter_context(locked(self.path))
-                    break
+                if not self._has_a_run():
+                    with contextlib.ExitStack() as attempt:
+                        self._held = attempt.enter_context(locked(self.path))
+                        if not self._has_a_run():  # one may have begun and ended meanwhile
+                            opened.push(attempt.pop_all())
+                            break
             self.path = self.path.with_name(f"{self.config.name}-{number}")
         if self.path.name != self.config.name:
             logger.warning(
@@ -109,23 +112,28 @@ class RunFolder(Observer):
                 self.path,
             )
 
+    def _has_a_run(self) -> bool:
+        return any((self.path / name).exists() for name in ("metrics.jsonl", "checkpoints"))
+
     def _go_on(self, opened: contextlib.ExitStack) -> None:
         """In its own folder, from its newest whole checkpoint."""
         if not self.path.is_dir():
             raise ValueError(self._nothing_to_resume())
         try:
-            opened.enter_context(locked(self.path))
+            self._held = opened.enter_context(locked(self.path))
         except HeldError as error:
+            stop = f"stop that one first (kill -INT {error.pid})" if error.pid else "stop it first"
             raise ValueError(
-                f"checkpoint.resume is on, but {self.path} still runs, in process {error.pid}: "
-                f"stop that one first (kill -INT {error.pid}), or start anew under another --name"
+                f"checkpoint.resume is on, but {self.path} still runs, in {error}: {stop}, or "
+                f"start anew under another --name"
             ) from None
-        self.resumes = True
-        self.checkpoint = newest_checkpoint(self.path)
         if not (self.path / ID_FILE).exists():
             raise ValueError(self._nothing_to_resume())
         if (before := self.path / "config.yaml").exists():
-            check_resumed(self.config, read_mapping(before, "env: NAME"))
+            self.changed = differences(read_mapping(before, "env: NAME"), self.config)
+            check_resumed(self.changed)
+        self.resumes = True
+        self.checkpoint = newest_checkpoint(self.path)
 
     def _nothing_to_resume(self) -> str:
         return (
@@ -184,13 +192,16 @@ class RunFolder(Observer):
             _write(self._episodes, asdict(record))
         _cut(self.path / TRANSCRIPTS_FILE, lambda line: line["step"] > past.logged_version)
         self._board.forget_after(done)
+        if news := told(self.changed, first_step=past.version + 1):
+            logger.warning("%s", news)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines so far."""
         return read_lines(self.path / "metrics.jsonl")
 
     def measured(self, metrics: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl."""
+        """One line of metrics.jsonl; FileNotFoundError if nobody would find it any more."""
+        self._held.check_there()
         _write(self._metrics, metrics)
         self._board.add(metrics)
 
@@ -224,7 +235,10 @@ class _Board:
         from tensorboard.summary.writer.record_writer import RecordWriter  # noqa: PLC0415
 
         self._event, self._summary, self._session = Event, Summary, SessionLog
-        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        # Readers take files in the order of their names, also where a clock was set back.
+        before = (file.name.split(".")[3] for file in path.glob("events.out.tfevents.*"))
+        first = max([int(time.time()), *(int(made) + 1 for made in before if made.isdigit())])
+        name = f"events.out.tfevents.{first}.{socket.gethostname()}.{os.getpid()}"
         self._records = RecordWriter((path / name).open("ab"))
         self._write(file_version="brain.Event:2")  # of the format
 

@@ -5,12 +5,11 @@ import fcntl
 import os
 import shutil
 import tempfile
-import time
 from pathlib import Path
 
 _TMPFS = Path("/dev/shm")
 _PREFIX = "flash-trainer-"
-_NEW_S = 60.0  # a folder so young may not be locked yet
+_UNLOCKED = "flash-new-"  # until it is locked
 
 
 class Scratch:
@@ -24,9 +23,10 @@ class Scratch:
         parent = parent or (_TMPFS if _TMPFS.is_dir() else Path(tempfile.gettempdir()))
         for left in parent.glob(f"{_PREFIX}*"):
             _remove_if_left(left)
-        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-        self._lock = os.open(self.path, os.O_RDONLY)
+        made = Path(tempfile.mkdtemp(prefix=_UNLOCKED, dir=parent))
+        self._lock = os.open(made, os.O_RDONLY)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self.path = made.rename(parent / made.name.replace(_UNLOCKED, _PREFIX, 1))
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
@@ -35,8 +35,6 @@ class Scratch:
 
 def _remove_if_left(folder: Path) -> None:
     with contextlib.suppress(OSError):  # it is another user's, or in use, or gone
-        if time.time() - folder.stat().st_mtime < _NEW_S:
-            return
         lock = os.open(folder, os.O_RDONLY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,14 +1,20 @@
 """A run's folder: what is written, what survives, what a resume keeps."""
 
 import asyncio
+import contextlib
 import json
 import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -20,7 +26,7 @@ from flash.log.past import Past
 from flash.log.run_log import ID_FILE
 from flash.rollout.record import EpisodeRecord
 from flash.section import revealed
-from flash.system.durable import HeldError, locked
+from flash.system.durable import LOCK_FILE, HeldError, locked
 from flash.telemetry.folder import TRANSCRIPTS_FILE, RunFolder, read_lines
 from flash.telemetry.metrics import METRICS, MORE_METRICS
 from tests.saved import fake_checkpoint
@@ -63,6 +69,37 @@ def test_a_folder_that_is_removed_under_the_run_is_what_the_run_ends_with(tmp_pa
 
     with pytest.raises(FileNotFoundError, match=r"summary\.json"):
         removed()
+
+
+@pytest.mark.parametrize("how", ["removed", "moved", "replaced by another's"])
+def test_a_run_ends_at_its_next_step_once_its_folder_is_not_in_its_place(how, tmp_path):
+    def ended():
+        with RunFolder(config(tmp_path)) as folder:
+            folder.measured({"step": 1, "time_s": 1.0})
+            folder.path.rename(tmp_path / "elsewhere")
+            if how == "removed":
+                shutil.rmtree(tmp_path / "elsewhere")
+            if how == "replaced by another's":
+                folder.path.mkdir()
+            folder.measured({"step": 2, "time_s": 2.0})
+
+    with pytest.raises(FileNotFoundError, match=r"removed or moved; leave .*: '.*frozen_lake'"):
+        ended()
+    if how != "removed":
+        assert [line["step"] for line in read_lines(tmp_path / "elsewhere/metrics.jsonl")] == [1]
+
+
+def test_a_run_that_was_moved_while_it_runs_is_not_resumed_under_its_new_name(tmp_path):
+    with RunFolder(config(tmp_path)) as folder:
+        save(folder, 1)
+        folder.path.rename(tmp_path / "moved")
+        resume = config(tmp_path, name="moved", **{"checkpoint.resume": True})
+        with pytest.raises(ValueError, match=f"moved still runs, in process {os.getpid()}"):
+            RunFolder(resume).__enter__()
+        (tmp_path / "moved").rename(folder.path)
+    folder.path.rename(tmp_path / "moved")
+    with RunFolder(resume) as again:
+        assert again.checkpoint.version == 1
 
 
 def test_a_folder_that_is_removed_at_the_very_end_is_told_too(tmp_path):
@@ -222,6 +259,21 @@ def test_a_resume_takes_the_newest_checkpoint_and_drops_the_lines_after_it(tmp_p
     assert [event.step for event in scalars] == [0, 1, 2, 3, 4], "no step twice in TensorBoard"
 
 
+def test_tensorboard_has_no_step_twice_where_a_clock_was_set_back(tmp_path):
+    steps = [{"step": step, "time_s": float(step)} for step in range(5)]
+    with RunFolder(config(tmp_path)) as folder:
+        for line in steps:
+            folder.measured(line)
+        save(folder, 3)
+    (events,) = folder.path.glob("events.*")
+    events.rename(folder.path / f"events.out.tfevents.{int(time.time()) + 86_400}.earlier.1")
+    with RunFolder(config(tmp_path, **{"checkpoint.resume": True})) as folder:
+        folder.go_on(Past(checkpoint=3, steps=steps[:4]))
+        folder.measured({"step": 4, "time_s": 9.0})
+    scalars = EventAccumulator(str(folder.path)).Reload().Scalars("time_s")
+    assert [(event.step, event.value) for event in scalars][3:] == [(3, 3.0), (4, 9.0)]
+
+
 def test_a_resume_makes_the_lines_those_of_the_log(tmp_path):
     of_log = [episode(0, trained_at=0), episode(1, outcome="dropped"), episode(2, trained_at=1)]
     with RunFolder(config(tmp_path)) as folder:
@@ -284,6 +336,94 @@ def test_a_run_that_is_still_going_is_not_resumed_and_its_files_stay_as_they_are
             assert other.path.name == "frozen_lake-2"
     with RunFolder(resume) as folder:
         assert folder.checkpoint.version == 1
+
+
+def test_a_run_whose_process_was_killed_is_resumed_at_once(tmp_path):
+    with RunFolder(config(tmp_path)) as folder:
+        save(folder, 1)
+    code = (
+        "import os, signal; from pathlib import Path; from flash.system.durable import locked\n"
+        f"with locked(Path({str(folder.path)!r})): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    killed = subprocess.run([sys.executable, "-c", code], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert (folder.path / LOCK_FILE).read_text().isdigit(), "as it died"
+    with RunFolder(config(tmp_path, **{"checkpoint.resume": True})) as folder:
+        assert (folder.path / LOCK_FILE).read_text() == str(os.getpid())
+    assert not (folder.path / LOCK_FILE).read_text(), "nobody is named who has ended"
+
+
+def test_of_resumes_at_the_same_moment_one_goes_on_and_the_others_are_refused(tmp_path):
+    with RunFolder(config(tmp_path)) as folder:
+        save(folder, 1)
+    resume = config(tmp_path, **{"checkpoint.resume": True})
+    opened, refused = _at_the_same_moment(8, lambda: RunFolder(resume))
+    assert len(opened) == 1
+    assert all("still runs, in process" in str(error) for error in refused)
+
+
+def test_of_runs_that_begin_at_the_same_moment_each_has_a_folder_of_its_own(tmp_path):
+    opened, refused = _at_the_same_moment(8, lambda: RunFolder(config(tmp_path)))
+    assert not refused
+    assert len({folder.path for folder in opened}) == 8
+
+
+def _at_the_same_moment(number, make):
+    """The folders that could be opened, closed again, and what the others raised."""
+    start, end = threading.Barrier(number), threading.Barrier(number)
+    opened, refused = [], []
+
+    def enter():
+        with contextlib.ExitStack() as stack:
+            start.wait(20)
+            try:
+                opened.append(stack.enter_context(make()))
+            except ValueError as error:
+                refused.append(error)
+            end.wait(20)
+
+    with ThreadPoolExecutor(number) as threads:
+        for done in [threads.submit(enter) for _ in range(number)]:
+            done.result()
+    return opened, refused
+
+
+def test_a_holder_that_is_not_known_yet_is_not_named(tmp_path):
+    resume = config(tmp_path, **{"checkpoint.resume": True})
+    with RunFolder(config(tmp_path)) as folder:
+        (folder.path / LOCK_FILE).write_text("")
+        with pytest.raises(ValueError, match="runs, in process unknown: stop it first, or start"):
+            RunFolder(resume).__enter__()
+
+
+def test_a_run_in_a_folder_that_can_not_be_written_is_not_resumed(tmp_path, unprivileged):
+    with unprivileged(tmp_path) as runs:
+        with RunFolder(config(runs)) as folder:
+            save(folder, 1)
+        folder.path.chmod(0o555)
+        (folder.path / LOCK_FILE).chmod(0o444)
+        with pytest.raises(ValueError, match=r"runs_dir='.*Permission denied.*frozen_lake.*: give"):
+            RunFolder(config(runs, **{"checkpoint.resume": True})).__enter__()
+
+
+@pytest.fixture
+def unprivileged():
+    """A folder to be in as a user who has no right to everything."""
+
+    @contextlib.contextmanager
+    def entered(tmp_path):
+        if os.geteuid():
+            yield tmp_path
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            os.chown(folder, 65534, -1)
+            os.seteuid(65534)
+            try:
+                yield Path(folder)
+            finally:
+                os.seteuid(0)
+
+    return entered
 
 
 def test_a_lock_ends_with_its_process_however_that_ends(tmp_path):

@@ -5,10 +5,6 @@ import sys
 from flash.trainer.scratch import Scratch
 
 
-def age(folder):
-    os.utime(folder, (0, 0))
-
-
 def test_what_a_killed_controller_left_goes_when_the_next_begins(tmp_path):
     code = f"""
 import os, signal
@@ -19,7 +15,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
     subprocess.run([sys.executable, "-c", code], check=False)
     (left,) = tmp_path.iterdir()
-    age(left)
+    os.utime(left, (2**32, 2**32))  # a clock that was set back since
     scratch = Scratch(tmp_path)
     assert list(tmp_path.iterdir()) == [scratch.path]
 
@@ -27,8 +23,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_the_folder_of_a_run_that_goes_on_is_left_alone_and_so_is_a_new_one(tmp_path):
     others = Scratch(tmp_path)
     (others.path / "version_1").mkdir()
-    age(others.path)
-    unlocked_yet = tmp_path / "flash-trainer-new"
+    unlocked_yet = tmp_path / "flash-new-1"
     unlocked_yet.mkdir()
     mine = Scratch(tmp_path)
     assert set(tmp_path.iterdir()) == {others.path, unlocked_yet, mine.path}
