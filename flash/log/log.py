@@ -241,7 +241,7 @@ class Log(Observer):
             )  # fmt: skip
         self._add(
             "insert", EPISODES, episode=episode.id, group=episode.group, attempt=episode.attempt,
-            start=self._start, seed=task.seed, admitted_at=at,
+            start=self._start, continues=episode.continues, seed=task.seed, admitted_at=at,
         )  # fmt: skip
 
     def observed(self, episode: Episode, observation: Observation) -> None:

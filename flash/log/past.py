@@ -6,6 +6,7 @@ newest checkpoint ─ c ─┬─ redone ─┬─ to train ─┬─ ready, cut
                 their step      its step
 """
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,12 +15,14 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, case, delete, func, insert, or_, update
 
-from flash.log.reading import ABANDONED, MANY, Reader, Start
+from flash.log.reading import ABANDONED, INTERRUPTED, MANY, Reader, Start
 from flash.log.schema import BATCHES, EPISODES, GROUPS, SAMPLES, STARTS, STEPS
 from flash.log.store import Store
 from flash.rollout.adaptive import AlphaState
 from flash.rollout.record import EpisodeRecord
 from flash.rollout.restored import Restored
+
+logger = logging.getLogger(__name__)
 
 _NOTHING = Restored()
 
@@ -103,6 +106,8 @@ def take_over(
         past = Past(start=len(before) + 1, before=before)
         if checkpoint is not None:
             past = _read(reader, checkpoint, before, episodes=episodes, max_attempts=max_attempts)
+            _interrupt(connection, store.run)
+            past = replace(past, records=[EpisodeRecord.of_row(row) for row in reader.ended()])
         connection.execute(
             insert(STARTS).values(
                 run=store.run,
@@ -114,16 +119,7 @@ def take_over(
                 flash=flash,
             )
         )
-        connection.execute(
-            update(EPISODES)
-            .where(
-                EPISODES.c.run == store.run,
-                EPISODES.c.outcome.is_(None),
-                EPISODES.c.played_at.is_(None),
-            )
-            .values(outcome="cancelled", reason="interrupted", ended_at=time.time())
-        )
-        return replace(past, records=[EpisodeRecord.of_row(row) for row in reader.ended()])
+    return past
 
 
 def _read(
@@ -158,6 +154,19 @@ def _read(
     )
 
 
+def _interrupt(connection: Connection, run: int) -> None:
+    """Ends the episodes that ran: others go on in their places."""
+    connection.execute(
+        update(EPISODES)
+        .where(
+            EPISODES.c.run == run,
+            EPISODES.c.outcome.is_(None),
+            EPISODES.c.played_at.is_(None),
+        )
+        .values(outcome="cancelled", reason=INTERRUPTED, ended_at=time.time())
+    )
+
+
 def _mend(store: Store, checkpoint: int, drop_open: str) -> None:
     """Takes back what can't be gone on with.
 
@@ -169,21 +178,32 @@ def _mend(store: Store, checkpoint: int, drop_open: str) -> None:
     with store.transaction() as connection:
         reader = Reader(connection, run)
         whole = reader.whole_batches(0)
-        if whole and whole[-1] + 1 < checkpoint:
+        known = whole[-1] + 1 if whole else 0
+        if known < checkpoint:
             raise ValueError(
                 f"the checkpoint is of version {checkpoint}, and the log knows batches up to "
-                f"version {whole[-1] + 1} only: give the log.url that the run had, or the log that "
+                f"version {known} only: give the log.url that the run had, or the log that "
                 f"belongs to the checkpoint"
             )
         reached = checkpoint
         while reached in whole and reader.has_samples(reached):
             reached += 1
+        if known > reached:
+            _tell_of_lost(reached, known)
         for table, number in ((BATCHES, "version"), (SAMPLES, "version"), (STEPS, "step")):
             first = reached + (table is STEPS)  # the step that makes version v is step v
             connection.execute(delete(table).where(table.c.run == run, table.c[number] >= first))
         _give_up(connection, run, reader.groups_beyond(reached), ABANDONED)
         if drop_open:
             _give_up(connection, run, reader.open_group_ids(), drop_open)
+
+
+def _tell_of_lost(reached: int, known: int) -> None:
+    """ValueError if nothing is left to go on with."""
+    what = f"the log has the samples of version {reached} no longer"
+    if reached == 0:
+        raise ValueError(f"{what}, and there is no whole checkpoint: start anew under another name")
+    logger.warning("%s: the steps from %d to %d are done anew", what, reached + 1, known)
 
 
 def _give_up(connection: Connection, run: int, groups: Sequence[int], reason: str) -> None:

@@ -28,7 +28,8 @@ from flash.rollout.restored import DueEpisode, OpenGroup, ReadyEpisode
 from flash.types import Batch, Completion, Observation, Sample, SampledSequence, Task, Trajectory
 
 # Episodes that ended so have a successor: they were no failures, nor did their group need no more.
-_BEGUN_AGAIN = ("stale", "stall", "interrupted")
+INTERRUPTED = "interrupted"
+_BEGUN_AGAIN = ("stale", "stall", INTERRUPTED)
 
 # Reasons of groups whose tasks begin anew.
 ABANDONED = "abandoned"
@@ -188,7 +189,7 @@ class Reader:
             members[row.group].append(row)
         known = [row for of_group in members.values() for row in of_group]
         played = self.sequences([row.episode for row in known if _is_ready(row)])
-        histories = self.histories([row.episode for row in known if _was_running(row)])
+        histories = self.histories([row.episode for row in known if _was_cut_off(row)])
         return [
             OpenGroup(
                 group=group.group,
@@ -201,7 +202,7 @@ class Reader:
                         prompt_tokens=row.prompt_tokens,
                         generated_tokens=row.generated_tokens,
                     )
-                    for row in members[group.group]
+                    for row in sorted(members[group.group], key=_played_at)
                     if _is_ready(row)
                 ],
                 due=_due(
@@ -273,12 +274,32 @@ def _after(last: int | None) -> int:
     return 0 if last is None else last + 1
 
 
+def _played_at(row: Row[Any]) -> float:
+    return row.played_at or 0.0
+
+
 def _is_ready(row: Row[Any]) -> bool:
     return row.outcome is None and row.played_at is not None
 
 
-def _was_running(row: Row[Any]) -> bool:
-    return row.outcome is None and row.played_at is None
+def _was_cut_off(row: Row[Any]) -> bool:
+    """By the crash now, or by one before, from which another may have gone on."""
+    return row.played_at is None and (row.outcome is None or row.reason == INTERRUPTED)
+
+
+def _said_until(
+    row: Row[Any], of_group: Mapping[int, Row[Any]], histories: Mapping[int, History]
+) -> History:
+    """The history of an episode; of one that was cut off before it came to where the one that it
+    continues was, that one's."""
+    history = histories.get(row.episode, ())
+    before = row.continues
+    while before in of_group:
+        longer = histories.get(before, ())
+        if len(longer) > len(history) and list(longer[: len(history)]) == list(history):
+            history = longer
+        before = of_group[before].continues
+    return history
 
 
 def _due(
@@ -291,11 +312,13 @@ def _due(
     """What a group lacks still: those that were cut off first."""
     due = Counter({1: episodes})
     cut_off: list[DueEpisode] = []
+    by_id = {row.episode: row for row in members}
+    continued = {row.continues for row in members}
     for row in members:
         due[row.attempt] -= 1
-        if _was_running(row):
-            history = histories.get(row.episode, ())
-            cut_off.append(DueEpisode(attempt=row.attempt, history=history))
+        if _was_cut_off(row) and row.episode not in continued:
+            history = _said_until(row, by_id, histories)
+            cut_off.append(DueEpisode(attempt=row.attempt, episode=row.episode, history=history))
         elif row.outcome == "failed" and row.attempt < max_attempts:
             due[row.attempt + 1] += 1
         elif row.outcome in ("cancelled", "dropped") and row.reason in _BEGUN_AGAIN:

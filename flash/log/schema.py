@@ -75,6 +75,7 @@ EPISODES = _of_run(
     Column("group", BigInteger, nullable=False),
     Column("attempt", Integer, nullable=False),
     Column("start", Integer, nullable=False),
+    Column("continues", BigInteger),  # an episode that was cut off
     Column("seed", BigInteger, nullable=False),
     Column("admitted_at", Float(53), nullable=False),
     Column("played_at", Float(53)),

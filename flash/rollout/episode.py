@@ -78,6 +78,7 @@ class Episode:
         self.task = task
         self.group = group
         self.attempt = attempt
+        self.continues: int | None = None  # the episode in whose place it began after a crash
         self.clock = asyncio.get_running_loop().time
         self.admitted_at = self.clock()
         self.ended_at: float | None = None

@@ -191,6 +191,10 @@ class RolloutLoop:
     async def __aenter__(self) -> Self:
         await self._crew.__aenter__()
         await self._watchdog.__aenter__()
+        for batch in self._to_train:
+            if batch.last:
+                self._slots.hold(batch.version, self._groups_per_batch)
+                self._next_version = batch.version + 1
         for group in self._restored.groups:
             self._restore(group)
         self._cancel_redundant()
@@ -239,8 +243,9 @@ class RolloutLoop:
         while True:
             if self._failure is not None:
                 raise self._failure
-            if self._to_train:
-                return self._hand_over_again(self._to_train.popleft())
+            if self._to_train:  # it was handed over before the run ended
+                self._observers.handed_over(batch := self._to_train.popleft())
+                return batch
             if len(chosen := self._choose(at_least)) >= at_least:
                 return self._hand_over(chosen)
             left = len(self._groups)
@@ -251,16 +256,6 @@ class RolloutLoop:
                 )
             self._progress.clear()
             await self._progress.wait()
-
-    def _hand_over_again(self, batch: Batch) -> Batch:
-        """A batch, or a part of one, that was handed over before the run ended."""
-        self._observers.handed_over(batch)
-        if batch.last:
-            self._slots.hold(batch.version, self._groups_per_batch)
-            self._next_version = batch.version + 1
-            self._evict_stale()
-            self._admit()
-        return batch
 
     async def publish(self, weights: Weights) -> PublishReport:
         """Make these weights the policy, then free the slots of the batches they were made from.
@@ -400,6 +395,7 @@ class RolloutLoop:
             attempt=due.attempt,
             history=due.history if fresh else (),
         )
+        episode.continues = due.episode
         self._next_episode += 1
         self._groups.add(group, episode)
         self._observers.admitted(episode)
@@ -461,11 +457,16 @@ class RolloutLoop:
             self._books.admitted(episode)
             episode.finish(ready.trajectory)
             self._books.played(episode)
+            if group.complete:
+                self._end(episode, "dropped", "redundant")
+                continue
             self._groups.add(group, episode)
             self._groups.finish(group, episode)
         self._admission.restore(group, restored.due)
         if group.complete:
             self._after_completion(group)
+        elif len(group.members) + group.due < group.size:
+            self._give_up(group, "group_failed")  # fewer attempts are allowed than before
 
     def _after_completion(self, group: Group) -> None:
         """The group's spares are cancelled; then it is kept or dropped; then others may be."""

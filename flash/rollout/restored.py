@@ -20,9 +20,10 @@ class ReadyEpisode:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DueEpisode:
-    """One that is to begin; where it was under way before, with what had been said in it."""
+    """One that is to begin; where it was under way before as `episode`, with what had been said."""
 
     attempt: int = 1
+    episode: int | None = None
     history: History = ()
 
     @property
@@ -38,7 +39,7 @@ class DueEpisode:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenGroup:
-    """A group that was on its way into a batch."""
+    """A group that was on its way into a batch; `ready` as they came to their ends."""
 
     group: int
     task: Task
