@@ -5,6 +5,7 @@ SQLite in the run's folder, or PostgreSQL by URL; every call blocks, and belongs
 
 import contextlib
 import functools
+import os
 import uuid
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -76,6 +77,7 @@ class Store:
         self._owner = uuid.uuid4().hex
         self._commits = 0
         self.engine = open_engine(url)
+        self._file = _file_of(self.engine)
 
     @functools.cached_property
     def run(self) -> int:
@@ -145,6 +147,12 @@ class Store:
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Connection]:
         """StoreError for what the database can't do now, LogFailure for what is our fault."""
+        if _file_of(self.engine) != self._file:
+            # SQLite goes on writing a file that has no name any more, and nobody finds.
+            raise LogFailure(
+                f"the log {shown(self.url)} was removed, or another put in its place, while the "
+                f"run went on: nothing that happens now could outlive it"
+            )
         try:
             with self.engine.begin() as connection:
                 yield connection
@@ -159,6 +167,17 @@ class Store:
 
     def close(self) -> None:
         self.engine.dispose()
+
+
+def _file_of(engine: Engine) -> tuple[int, int] | None:
+    """Which file SQLite's database is; None if it is not there, or in no file."""
+    if engine.dialect.name != "sqlite" or not engine.url.database:
+        return None
+    try:
+        found = os.stat(engine.url.database)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def sqlite_url(run: Path) -> str:
