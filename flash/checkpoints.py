@@ -149,9 +149,8 @@ class Rescue:
             async with asyncio.timeout(_RESCUE_TIMEOUT_S):
                 path = await self._checkpoints.save(self._trainer, spare=True)
         except Exception as failure:  # whatever it is, the run ends for the first error
-            logger.warning(
-                "no checkpoint could be made: %r; --resume goes on from the log", failure
-            )
+            cause = (str(failure).strip() or repr(failure)).splitlines()[-1]
+            logger.warning("no checkpoint could be made: %s; --resume goes on from the log", cause)
         else:
             error.add_note(f"all {version} steps are in {path}: --resume goes on from there")
 

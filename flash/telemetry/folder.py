@@ -45,6 +45,7 @@ from flash.rollout.record import EpisodeRecord
 from flash.system.durable import HeldError, locked, write_whole
 
 TRANSCRIPTS_FILE = "transcripts.jsonl"
+_OF_OUTCOME = ("outcome", "reason", "trained_at_version")
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +114,11 @@ class RunFolder(Observer):
             )
 
     def _has_a_run(self) -> bool:
-        return any((self.path / name).exists() for name in ("metrics.jsonl", "checkpoints"))
+        """Whether a run began in the folder: it has a log then, or something to show."""
+        metrics = self.path / "metrics.jsonl"
+        return any((self.path / name).exists() for name in (ID_FILE, "checkpoints")) or (
+            metrics.exists() and metrics.stat().st_size > 0
+        )
 
     def _go_on(self, opened: contextlib.ExitStack) -> None:
         """In its own folder, from its newest whole checkpoint."""
@@ -133,7 +138,10 @@ class RunFolder(Observer):
             self.changed = differences(read_mapping(before, "env: NAME"), self.config)
             check_resumed(self.changed)
         self.resumes = True
-        self.checkpoint = newest_checkpoint(self.path)
+        try:
+            self.checkpoint = newest_checkpoint(self.path)
+        except ValueError as error:
+            logger.warning("%s; or all that the log has is trained again, from the start", error)
 
     def _nothing_to_resume(self) -> str:
         return (
@@ -185,7 +193,14 @@ class RunFolder(Observer):
             if line["step"] not in known:
                 _write(self._metrics, line)
         records = {record.episode: record for record in past.records}
-        _keep(self.path / "episodes.jsonl", lambda line: line["episode"] in records)
+        # One that a start left for the next ended then, and perhaps otherwise since.
+        _keep(
+            self.path / "episodes.jsonl",
+            lambda line: (
+                (record := records.get(line["episode"])) is not None
+                and all(line[name] == getattr(record, name) for name in _OF_OUTCOME)
+            ),
+        )
         for line in read_lines(self.path / "episodes.jsonl"):
             records.pop(line["episode"], None)
         for record in records.values():

@@ -202,6 +202,19 @@ def test_a_run_that_ends_before_its_first_line_gives_its_name_back(tmp_path):
         assert folder.path.name == "frozen_lake"
 
 
+def test_a_run_that_is_killed_before_its_log_begins_gives_its_name_back(tmp_path):
+    with RunFolder(config(tmp_path)) as folder:
+        shutil.copytree(folder.path, tmp_path / "killed")
+    shutil.rmtree(folder.path)
+    (tmp_path / "killed").rename(folder.path)
+    assert (folder.path / "metrics.jsonl").exists()
+    with RunFolder(config(tmp_path)) as folder:
+        assert folder.path.name == "frozen_lake"
+        (folder.path / ID_FILE).write_text("a")
+        with RunFolder(config(tmp_path)) as other:
+            assert other.path.name == "frozen_lake-2"
+
+
 def test_what_ended_a_run_is_in_its_log_and_the_error_says_where(tmp_path):
     with pytest.raises(InferenceFailure) as caught, RunFolder(config(tmp_path)):
         raise InferenceFailure("no worker is left")
@@ -231,9 +244,9 @@ def save(folder, version):
     return fake_checkpoint(folder.path, version)
 
 
-def episode(number, trained_at=None, outcome="trained"):
+def episode(number, trained_at=None, outcome="trained", reason=""):
     return EpisodeRecord(
-        episode=number, seed=number, group=0, attempt=1, outcome=outcome, reason="", reward=1.0,
+        episode=number, seed=number, group=0, attempt=1, outcome=outcome, reason=reason, reward=1.0,
         success=True, turns=3, prompt_tokens=30, generated_tokens=9, version_min=0, version_max=0,
         trained_at_version=trained_at, admitted_s=0.0, ended_s=1.0, stages_s={"env": 0.1},
     )  # fmt: skip
@@ -293,6 +306,32 @@ def test_a_resume_makes_the_lines_those_of_the_log(tmp_path):
     assert lines[2]["trained_at_version"] == 1, "what a crash had kept from the file is there"
     assert folder.metrics() == steps
     assert [line["step"] for line in read_lines(folder.path / TRANSCRIPTS_FILE)] == [1, 2]
+
+
+def test_the_lines_of_a_clean_stop_give_way_to_what_became_of_its_episodes(tmp_path):
+    stopped = episode(0, outcome="dropped", reason="shutdown")
+    with RunFolder(config(tmp_path)) as folder:
+        folder.ended(None, stopped)
+        folder.ended(None, episode(1, trained_at=0))
+        folder.measured({"step": 1, "time_s": 1.0})
+        save(folder, 1)
+    since = [episode(0, trained_at=1), episode(1, outcome="dropped", reason="abandoned")]
+    with RunFolder(config(tmp_path, **{"checkpoint.resume": True})) as folder:
+        folder.go_on(Past(checkpoint=1, records=since))
+    lines = read_lines(folder.path / "episodes.jsonl")
+    assert [(line["episode"], line["outcome"], line["reason"]) for line in lines] == [
+        (0, "trained", ""),
+        (1, "dropped", "abandoned"),
+    ]
+
+
+def test_a_run_of_which_no_checkpoint_is_whole_goes_on_from_its_log_alone(tmp_path, caplog):
+    with RunFolder(config(tmp_path)) as folder:
+        folder.measured({"step": 1, "time_s": 1.0})
+        (save(folder, 1) / "optimizer.pt").unlink()
+    with RunFolder(config(tmp_path, **{"checkpoint.resume": True})) as folder:
+        assert (folder.checkpoint, folder.version) == (None, 0)
+    assert "optimizer.pt is missing" in caplog.text
 
 
 @pytest.mark.parametrize("spoiled", [b'{"step": 2, "ti', b'{"st\n', b"\0" * 9 + b"\n", b"\xff\n"])
