@@ -60,7 +60,7 @@ from trainer import (
 from transformers import AutoModelForCausalLM
 
 from flash.system.quiet import no_progress_bars
-from flash.trainer.attention import Packing, VarlenKernel, attend_one_by_one, varlen_kernel
+from flash.trainer.attention import Packing, attend_one_by_one, varlen_kernel
 from flash.trainer.config import TrainerConfig
 from flash.trainer.micro_batch import pack
 from flash.trainer.objectives.aggregation import scales
@@ -78,6 +78,8 @@ EPISODES = {"short": (220, 256), "long": (2000, 48)} if CUDA else {"short": (40,
 # Tokens a pass; the most may be more than the card has memory for.
 BUDGETS, MOST = ((16_384, 8_192), 32_768) if CUDA else ((512,), 1024)
 REPEATS = 2
+MOST_REQUESTS = 256 if CUDA else 8
+NAMES = itertools.count()  # of requests
 END_S = 10  # for a part to end itself, once it is told to
 
 Figures = dict[str, Any]
@@ -122,6 +124,7 @@ def trainer(_: argparse.Namespace) -> Iterator[Row]:
     samples = {name: of_kind(name) for name in EPISODES}
     with made_model() as model:
         with started(model, TrainerConfig()) as rank:
+            yield "room", {"tokens a pass": rank.room()}
             for budget, (name, of) in itertools.product(BUDGETS, samples.items()):
                 yield f"{name}, {budget} a pass", steps(rank, of, budget)
             for name, of in samples.items() if CUDA else ():
@@ -208,9 +211,6 @@ def of_run(rows: list[Figures]) -> Iterator[Row]:
 def attention(_: argparse.Namespace) -> Iterator[Row]:
     ways = {"padded": in_rows, "one by one": partial(packed, attend_one_by_one)}
     if CUDA and (kernel := varlen_kernel()) is not None:
-        if not kernel.grouped:
-            # That of torch 2.11 does not say that it takes fewer keys, nor that it does not.
-            ways = {"varlen, keys shared": partial(packed, sharing(kernel))} | ways
         ways = {"varlen": partial(packed, kernel.attend)} | ways
     for (way, prepare), name in itertools.product(ways.items(), EPISODES):
         # One that warms up, and two of other lengths: cuDNN plans anew for each length.
@@ -263,40 +263,34 @@ def first_and_again(
     }
 
 
-def sharing(kernel: VarlenKernel) -> Callable[..., Tensor]:
-    def call(*tensors: Any, enable_gqa: bool, **settings: Any) -> Any:
-        return kernel.call(*tensors, **settings)
-
-    return VarlenKernel(call, grouped=True).attend
-
-
 def embedded(_: argparse.Namespace) -> Iterator[Row]:
     prompt, new = (128, 96) if CUDA else (16, 8)
     with made_model() as model:
-        for requests in (1, 64):
-            figures = asyncio.run(decoding(model, requests, prompt, new))
-            yield f"{requests} at a time, {prompt} tokens and {new} more", figures
+        began = time.perf_counter()
+        engine = opened_engine(model, max_running=MOST_REQUESTS)
+        yield "from start to ready", {"s": time.perf_counter() - began}
+        # One loop, because the engine is used from one.
+        with asyncio.Runner() as runner:
+            try:
+                for requests in (1, 64, MOST_REQUESTS):
+                    figures = runner.run(decoding(engine, requests, prompt, new))
+                    yield f"{requests} at a time, {prompt} tokens and {new} more", figures
+                agents = 64 if CUDA else 8
+                runner.run(turns(engine, agents))  # warms up
+                yield f"{agents} agents of 5 turns", runner.run(turns(engine, agents))
+            finally:
+                engine.close()
 
 
-async def decoding(model: Path, requests: int, prompt: int, new: int) -> Figures:
-    engine = opened_engine(model)
-    names = itertools.count()
-
+async def decoding(engine: EmbeddedEngine, requests: int, prompt: int, new: int) -> Figures:
     async def ask(tokens: int) -> float:
         prompts = torch.randint(4, SIZES[SIZE]().config.vocab_size, (requests, prompt)).tolist()
         began = time.perf_counter()
-        async with asyncio.TaskGroup() as group:
-            for ids in prompts:
-                name = str(next(names))
-                request = EngineRequest(request_id=name, token_ids=ids, max_tokens=tokens)
-                group.create_task(engine.generate(request))
+        await asyncio.gather(*(sampled(engine, ids, tokens) for ids in prompts))
         return time.perf_counter() - began
 
-    try:
-        await ask(4)  # warms up
-        prompt_s, all_s = await ask(1), await ask(new)
-    finally:
-        engine.close()
+    await ask(4)  # warms up
+    prompt_s, all_s = await ask(1), await ask(new)
     step_s = (all_s - prompt_s) / (new - 1)
     return {
         "decode ms a step": 1e3 * step_s, "decode tok/s": requests / step_s,
@@ -304,10 +298,34 @@ async def decoding(model: Path, requests: int, prompt: int, new: int) -> Figures
     }  # fmt: skip
 
 
-def opened_engine(model: Path) -> EmbeddedEngine:
+async def turns(engine: EmbeddedEngine, agents: int) -> Figures:
+    """Answers of 12 to 36 tokens, each after 40 of an environment: most steps begin something."""
+
+    async def play(number: int) -> int:
+        # Groups of eight begin with the same prompt.
+        ids, tokens = [7 + number // 8] * 200, 0
+        for turn in range(5):
+            new = 12 + (number * 7 + turn * 5) % 25
+            ids += await sampled(engine, ids, new) + torch.randint(4, 1000, (40,)).tolist()
+            tokens += new
+        return tokens
+
+    began = time.perf_counter()
+    tokens = sum(await asyncio.gather(*(play(number) for number in range(agents))))
+    all_s = time.perf_counter() - began
+    return {"tok/s": tokens / all_s, "s": all_s}
+
+
+async def sampled(engine: EmbeddedEngine, ids: list[int], tokens: int) -> list[int]:
+    name = str(next(NAMES))
+    request = EngineRequest(request_id=name, token_ids=list(ids), max_tokens=tokens)
+    return (await engine.generate(request)).token_ids
+
+
+def opened_engine(model: Path, *, max_running: int = 64) -> EmbeddedEngine:
     return EmbeddedEngine(
         str(model), device=DEVICE, dtype=str(DTYPE).removeprefix("torch."),
-        cache_tokens=32_768, max_running=64,
+        cache_tokens=131_072 if CUDA else 8192, max_running=max_running,
     )  # fmt: skip
 
 

@@ -52,11 +52,12 @@ class Packing:
 class VarlenKernel:
     """torch's variable-length attention (`torch.nn.attention.varlen`), as much as there is of it.
 
-    `grouped`: it takes fewer heads of keys than of queries.
+    `told`: it wants to be told that there are fewer heads of keys than of queries; that of torch
+    2.11 takes them, but does not know the word.
     """
 
     call: Callable[..., Any]
-    grouped: bool
+    told: bool
 
     @classmethod
     def of(cls, call: Callable[..., Any]) -> Self | None:
@@ -64,7 +65,7 @@ class VarlenKernel:
         known = inspect.signature(call).parameters
         if not {"window_size", "scale"} <= known.keys():
             return None
-        return cls(call, grouped="enable_gqa" in known)
+        return cls(call, told="enable_gqa" in known)
 
     def attend(
         self,
@@ -77,19 +78,37 @@ class VarlenKernel:
         sliding_window: int | None,
     ) -> Tensor:
         """Attention of each sequence over itself, [1, N, H, D]."""
+        return self.attend_to_more(
+            query_1HND, key_1HND, value_1HND,
+            (packing.offsets, packing.longest), (packing.offsets, packing.longest),
+            scaling=scaling, sliding_window=sliding_window,
+        )  # fmt: skip
+
+    def attend_to_more(
+        self,
+        query_1HND: Tensor,
+        key_1HKD: Tensor,
+        value_1HKD: Tensor,
+        queries: tuple[Tensor, int],
+        keys: tuple[Tensor, int],
+        *,
+        scaling: float | None,
+        sliding_window: int | None,
+    ) -> Tensor:
+        """Attention of the last tokens of each sequence to all of it, [1, N, H, D].
+
+        `queries` and `keys` are offsets and the longest, as of a `Packing`.
+        """
         settings: dict[str, Any] = {}
-        if query_1HND.shape[1] != key_1HND.shape[1]:
-            if self.grouped:
-                settings["enable_gqa"] = True
-            else:
-                key_1HND, value_1HND = _for_each_head(query_1HND, key_1HND, value_1HND)
+        if self.told and query_1HND.shape[1] != key_1HKD.shape[1]:
+            settings["enable_gqa"] = True
         query, key, value = (
-            tensor[0].transpose(0, 1).contiguous() for tensor in (query_1HND, key_1HND, value_1HND)
+            tensor[0].transpose(0, 1).contiguous() for tensor in (query_1HND, key_1HKD, value_1HKD)
         )
         # A model's window counts the token itself, the kernel's those before it; -1 is all of them.
         before = -1 if sliding_window is None else sliding_window - 1
         attended_NHD: Tensor = self.call(
-            query, key, value, packing.offsets, packing.offsets, packing.longest, packing.longest,
+            query, key, value, queries[0], keys[0], queries[1], keys[1],
             scale=scaling, window_size=(before, 0), **settings,
         )  # fmt: skip
         return attended_NHD[None]
@@ -160,7 +179,8 @@ def varlen_kernel() -> VarlenKernel | None:
 
 
 @functools.cache
-def _capability(device: torch.device) -> tuple[int, int] | None:
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """An NVIDIA GPU's compute capability; None for any other device."""
     if device.type != "cuda" or torch.version.hip is not None:
         return None
     return torch.cuda.get_device_capability(device)
@@ -208,7 +228,7 @@ def _packed_attention(
     kernel = varlen_kernel()
     attend = attend_one_by_one
     if kernel is not None and takes_varlen(
-        capability=_capability(query_1HND.device),
+        capability=capability_of(query_1HND.device),
         dtype=query_1HND.dtype,
         width=query_1HND.shape[3],
         value_width=value_1HND.shape[3],

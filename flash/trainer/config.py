@@ -14,6 +14,7 @@ from flash.trainer.objectives.settings import (
 )
 
 _Beta = Annotated[float, Field(ge=0, lt=1)]
+TOKENS_OF_PASS = 4096  # where nothing says more
 _DEFAULTS = {"objective": "decoupled_ppo", "advantages": "grpo"}
 
 
@@ -49,8 +50,11 @@ class TrainerConfig(Section):
     betas: tuple[_Beta, _Beta] = Field((0.9, 0.95), description="of AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     mini_batches: int = Field(1, ge=1, description="optimizer steps a batch is divided into")
-    tokens_per_micro_batch: int = Field(
-        4096, ge=1, description="tokens packed into one forward pass (a longer sample goes alone)"
+    tokens_per_micro_batch: int | None = Field(
+        None,
+        ge=1,
+        description="tokens packed into one forward pass (a longer sample goes alone); null: as "
+        "many as a GPU has room for at the first step, 4096 on a CPU",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of forward and backward; auto: bfloat16 on a GPU, float32 on a CPU"
@@ -71,6 +75,11 @@ class TrainerConfig(Section):
         """So long may it take from one batch to asking for the next: each of the trainer's calls
         has a deadline, and there are two between batches."""
         return self.start_timeout_s + 2 * self.step_timeout_s
+
+    @property
+    def tokens_of_pass(self) -> int:
+        """Of one forward pass, as far as that is known without a GPU."""
+        return self.tokens_per_micro_batch or TOKENS_OF_PASS
 
     @property
     def has_critic(self) -> bool:

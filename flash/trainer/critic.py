@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from flash.trainer.config import TrainerConfig
+from flash.trainer.fused import can_fuse, fuse_layers
 from flash.trainer.micro_batch import MicroBatch
 from flash.trainer.scorer import packed_inputs
 from flash.trainer.sharding import (
@@ -76,6 +77,8 @@ class Critic:
         if config.gradient_checkpointing:
             recompute_activations(model)
         self._valuer = TokenValuer(model).to(device).eval()
+        if can_fuse(model):
+            fuse_layers(model)
         shard(self._valuer, model, ranks=ranks, half=half)
         self._config = config
         self._ranks = ranks

@@ -39,7 +39,7 @@ def divide(
         [sample.num_tokens for sample in samples],
         mini_batches=config.mini_batches,
         ranks=config.ranks,
-        tokens_per_micro_batch=config.tokens_per_micro_batch,
+        tokens_per_micro_batch=config.tokens_of_pass,
     )
     aggregation = config.aggregation or config.objective.aggregation
     shares: list[list[MiniBatchShare]] = [[] for _ in range(config.ranks)]

@@ -29,10 +29,12 @@ from flash.trainer.checkpoint import CRITIC_FILE, MODEL_FOLDER, OPTIMIZER_FILE, 
 from flash.trainer.config import TrainerConfig
 from flash.trainer.critic import Critic
 from flash.trainer.export import write_weights
+from flash.trainer.fused import fuse
 from flash.trainer.micro_batch import MicroBatch, pack
 from flash.trainer.objectives.choose import make_objective
 from flash.trainer.objectives.regularisers import kl_estimate, kl_loss, kl_penalty
 from flash.trainer.packing import MiniBatchShare
+from flash.trainer.room import tokens_with_room
 from flash.trainer.save import save_model
 from flash.trainer.scorer import TokenScorer
 from flash.trainer.self_test import check_packed
@@ -116,8 +118,14 @@ class Rank:
         model = load_model(source)
         scorer = TokenScorer(model).to(self._device)
         check_packed(scorer)
+        fuse(scorer)
         shard(scorer, model, ranks=self._ranks, half=self._half)
         return model, scorer
+
+    def room(self) -> int:
+        """How many tokens a pass of the next steps has memory for."""
+        models = 1 if self._critic is None else 2
+        return tokens_with_room(self._scorer, self._optimizer, models=models)
 
     # ── learning ─────────────────────────────────────────────────────────────────────────────
 

@@ -25,11 +25,14 @@ class TokenScorer(nn.Module):
     Args:
         model: loaded with `attn_implementation=PACKED_ATTENTION`.
         kept_logits: with more logits than this, they are computed in chunks, and once more in the
-            backward pass instead of kept: 128 MiB.
+            backward pass instead of kept: 128 MiB, and 1 GiB on a GPU.
     """
 
-    def __init__(self, model: Any, *, kept_logits: int = 32 * 1024 * 1024) -> None:
+    def __init__(self, model: Any, *, kept_logits: int | None = None) -> None:
         super().__init__()
+        if kept_logits is None:
+            # For a GPU a chunk of few tokens is all launches and reading of the head's weights.
+            kept_logits = (256 if torch.cuda.is_available() else 32) * 1024 * 1024
         config = model.config.get_text_config()
         layer_types = set(getattr(config, "layer_types", None) or ())
         if kinds := layer_types - _LAYER_TYPES:
@@ -50,6 +53,7 @@ class TokenScorer(nn.Module):
             )
         self.model = model
         self._plain_head = not any(getattr(config, name, None) for name in _HEAD_SETTINGS)
+        self.kept_logits = kept_logits
         self._chunk = max(1, kept_logits // int(config.vocab_size))
 
     def forward(

@@ -21,6 +21,11 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0
 
 # Below it one FSDP unit is faster than one a layer: gathering small layers is all overhead.
 _ONE_UNIT_PARAMETERS = 50_000_000
+# A GPU alone has nobody to gather from, and units of layers cost it three quarters of what a pass
+# costs the CPU. In one unit a parameter takes, at most: itself, its gradient and Adam's state in
+# float32, itself and its gradient in bfloat16, and the gradient on its way between the two.
+_ONE_UNIT_BYTES = 4 + 4 + 8 + 2 + 2 + 8
+_ONE_UNIT_SHARE = 0.6  # of the GPU's memory; activations are gone when it takes most
 
 
 def load_model(source: str) -> Any:
@@ -57,11 +62,18 @@ def shard(module: nn.Module, model: Any, *, ranks: int, half: bool) -> None:
     # What `module` is given besides token ids are temperatures, and 0.7 is not 0.69921875.
     outer = replace(policy, cast_forward_inputs=False)
     mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (ranks,))
-    if sum(p.numel() for p in module.parameters()) > _ONE_UNIT_PARAMETERS:
+    if sum(p.numel() for p in module.parameters()) > _most_in_one_unit(ranks):
         for layer in module.modules():
             if type(layer).__name__ in (model._no_split_modules or ()):
                 fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(module, mesh=mesh, mp_policy=outer)
+
+
+def _most_in_one_unit(ranks: int) -> float:
+    if ranks > 1 or not torch.cuda.is_available():
+        return _ONE_UNIT_PARAMETERS
+    _, total = torch.cuda.mem_get_info()
+    return max(_ONE_UNIT_PARAMETERS, _ONE_UNIT_SHARE * total / _ONE_UNIT_BYTES)
 
 
 def make_optimizer(

@@ -201,6 +201,7 @@ class Trainer:
         first = self._parts == 0
         if first:
             self._denominator, self._parts_tokens = 0.0, 0
+        await self._size_passes()
         shares = divide(samples, self.config, part=True)
         await self._call_each("add", [(mini, self.version, first) for (mini,) in shares])
         self._parts += 1
@@ -225,6 +226,7 @@ class Trainer:
                 "no token to train on: the loss mask of every sample of the batch is 0 (the first "
                 "token of a sample never counts)"
             )
+        await self._size_passes()
         of_critic: dict[str, float] = {}
         if isinstance(self.config.advantages, Gae):
             samples, of_critic = await self._valued(samples, self.config.advantages)
@@ -234,6 +236,14 @@ class Trainer:
         shares = divide(samples, self.config)
         metrics, *_ = await self._call_each("step", [(share, self.version) for share in shares])
         return {**metrics, **of_critic}, _trained_tokens(samples)
+
+    async def _size_passes(self) -> None:
+        """Before the first step, when all that shares a GPU with the ranks is there: how many
+        tokens they have room for, if the configuration leaves it to them."""
+        if self.config.tokens_per_micro_batch is None:
+            rooms = await self._call_each("room", [()] * self.config.ranks)
+            logger.info("%d tokens a pass", tokens := min(rooms))
+            self.config = self.config.model_copy(update={"tokens_per_micro_batch": tokens})
 
     async def _valued(
         self, samples: Sequence[Sample], settings: Gae
@@ -247,7 +257,7 @@ class Trainer:
             [sample.num_tokens for sample in samples],
             mini_batches=1,
             ranks=self.config.ranks,
-            tokens_per_micro_batch=self.config.tokens_per_micro_batch,
+            tokens_per_micro_batch=self.config.tokens_of_pass,
         )
         answers = await self._call_each(
             method,

@@ -120,15 +120,19 @@ class EmbeddedEngine:
             ContinuousBatchingConfig(
                 page_size=_PAGE_SIZE,
                 num_blocks=-(-cache_tokens // _PAGE_SIZE),
-                max_batch_tokens=max(_MIN_BATCH_TOKENS, max_running),
+                max_batch_tokens=max(_MIN_BATCH_TOKENS, 2 * max_running),
                 max_requests_per_batch=max_running,
                 return_logprobs=True,
                 per_request_processors=True,
                 # A step must be over before the next begins, or a token's version is a guess.
                 use_async_batching=False,
+                auto_switch_to_flash=False,
             ),
         )
-        attention.use(self._model)  # after the manager, which knows its own kinds only
+        # After the manager is made, which knows its own kinds only.
+        attention.use(
+            self._model, self._manager, longest=min(cache_tokens, self._positions or cache_tokens)
+        )
         self._running: dict[str, _Running] = {}
         self._gate = asyncio.Event()  # open unless a pause waits for the running ones to end
         self._gate.set()
@@ -228,6 +232,8 @@ class EmbeddedEngine:
         with torch.no_grad():
             for name, tensor in tensors.items():
                 own[name].copy_(tensor)
+        if self._model.device.type == "cuda":
+            torch.cuda.synchronize()  # the engine's steps are in another stream
         self._start_over()
 
     def set_version(self, version: int) -> None:

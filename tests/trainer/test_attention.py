@@ -68,8 +68,9 @@ def of_torch_2_11(
     window_size: tuple[int, int] = (-1, -1),
 ) -> Tensor:
     return of_torch_2_13(
-        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size
-    )
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size,
+        enable_gqa=True,
+    )  # fmt: skip
 
 
 def of_torch_2_10(
@@ -132,12 +133,6 @@ def test_one_call_for_all_sequences_is_as_one_call_each(
     expected = attended_and_gradients(attend_one_by_one, inputs, LENGTHS, window)
     assert found[0].shape == (1, sum(LENGTHS), queries, WIDTH)
     torch.testing.assert_close(found, expected)
-
-
-def test_keys_are_copied_only_for_a_kernel_that_wants_as_many_heads_as_queries() -> None:
-    newer, older = VarlenKernel.of(of_torch_2_13), VarlenKernel.of(of_torch_2_11)
-    assert newer is not None and newer.grouped
-    assert older is not None and not older.grouped
 
 
 def test_a_kernel_without_windows_does_not_serve() -> None:
