@@ -305,8 +305,8 @@ class Batch:
 class TrainerState:
     """What the trainer is at.
 
-    `doing` is the call, empty if there is none, `since` when it began, in seconds of the event
-    loop's clock, and `dead` why the trainer is, empty if it lives.
+    `doing` is the call, empty if there is none, `since` when it began, or the last one ended, in
+    seconds of the event loop's clock, and `dead` why the trainer is, empty if it lives.
     """
 
     doing: str = ""

@@ -1,10 +1,11 @@
 """Fakes for tests and examples: workers, environments and a prompt style that only keep time,
-and an observer that keeps what it hears.
+and an observer and a log that keep what they hear.
 
 They run on the event loop's clock, so under virtual time a test of hours takes milliseconds. Each
 is seeded: the same seed does the same. `fake_sample` makes what a trainer trains on.
 """
 
+from flash.fakes.batch_log import FakeBatchLog
 from flash.fakes.crew import FakeCrew
 from flash.fakes.environments import FakeEnvs, FakeStyle
 from flash.fakes.observer import KeepingObserver
@@ -13,6 +14,7 @@ from flash.fakes.samples import fake_sample
 from flash.fakes.worker import FakePool, FakeWorker
 
 __all__ = [
+    "FakeBatchLog",
     "FakeCrew",
     "FakeEnvs",
     "FakePool",

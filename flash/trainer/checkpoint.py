@@ -1,7 +1,7 @@
 """What a checkpoint is made of, and whether one is whole; imports no torch.
 
 model/         a Hugging Face model, with its tokenizer if it has one
-optimizer.pt   what the optimizer has gathered, its steps so far, random numbers
+optimizer.pt   what the optimizer has gathered, its steps so far
 critic.pt      of advantages=gae: the critic and its optimizer
 trainer.json   the policy version, and of every file its size and a sum over its ends; written
                once the disk has the others

@@ -63,6 +63,9 @@ class TrainerConfig(Section):
     threads: int = Field(0, ge=0, description="CPU threads of a rank; 0 leaves it to torch")
     start_timeout_s: float = Field(600.0, gt=0, description="for the ranks to load the model")
     step_timeout_s: float = Field(1800.0, gt=0, description="for any one step, export or save")
+    max_restarts: int = Field(
+        3, ge=0, description="of ranks that died or raised, in a row without a step between them"
+    )
     objective: AnyObjective = Field(
         DecoupledPpo(), description="the loss, by name; see docs/objectives.md"
     )

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
-    get_optimizer_state_dict,
     set_model_state_dict,
 )
 
@@ -27,6 +26,7 @@ from flash.trainer.sharding import (
     load_model,
     load_optimizer,
     make_optimizer,
+    optimizer_state,
     recompute_activations,
     shard,
 )
@@ -122,7 +122,7 @@ class Critic:
         """Weights and optimizer, whole on rank 0."""
         return {
             "model": get_model_state_dict(self._valuer, options=WHOLE),
-            "optimizer": get_optimizer_state_dict(self._valuer, self._optimizer, options=WHOLE),
+            "optimizer": optimizer_state(self._valuer, self._optimizer),
         }
 
     def load(self, path: Path) -> None:

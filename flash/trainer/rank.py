@@ -18,12 +18,10 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from transformers.utils import logging as untyped_logging
 
+from flash.seeds import derived
 from flash.system.process import serve
 from flash.trainer.checkpoint import CRITIC_FILE, MODEL_FOLDER, OPTIMIZER_FILE, write_state
 from flash.trainer.config import TrainerConfig
@@ -44,6 +42,7 @@ from flash.trainer.sharding import (
     load_model,
     load_optimizer,
     make_optimizer,
+    optimizer_state,
     recompute_activations,
     shard,
 )
@@ -88,7 +87,12 @@ class Rank:
             world_size=ranks,
         )
         torch.manual_seed(seed)
+        if not cuda:  # on a CPU it is cheap, and a batch trained again makes the same bits
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            deterministic: Any = torch.utils.deterministic
+            deterministic.fill_uninitialized_memory = False
         self._rank, self._ranks = rank, ranks
+        self._seed = seed
         self._source = model
         self._config = config
         self._objective = make_objective(config.objective)
@@ -160,6 +164,7 @@ class Rank:
 
     def step(self, mini_batches: list[MiniBatchShare], version: int) -> dict[str, float]:
         """One optimizer step a mini-batch; the metrics are over all tokens of the batch."""
+        self._seed_step(version)
         packed = [
             [
                 pack(samples, scales, version=version, device=self._device)
@@ -200,6 +205,7 @@ class Rank:
     def add(self, part: MiniBatchShare, version: int, first: bool) -> None:
         """Adds a part of a batch to the gradient that `finish` uses; `first` forgets others."""
         if first:
+            self._seed_step(version)
             self._optimizer.zero_grad(set_to_none=True)
             self._of_parts = StepStatistics(self._device)
         for samples, scales in zip(part.micro_batches, part.scales, strict=True):
@@ -216,6 +222,10 @@ class Rank:
         self._optimizer.zero_grad(set_to_none=True)
         metrics = self._of_parts.metrics(denominator)
         return {**metrics, "grad_norm": norm, "learning_rate": learning_rate}
+
+    def _seed_step(self, version: int) -> None:
+        """A loss that draws random numbers draws the same ones when a batch is trained again."""
+        torch.manual_seed(derived(self._seed, f"step {version}"))
 
     def _update(self) -> float:
         """One optimizer step; its learning rate."""
@@ -305,7 +315,7 @@ class Rank:
     def save(self, directory: str, version: int, optimizer: bool) -> None:
         """Write a Hugging Face model, and with `optimizer` all it takes to go on training."""
         weights: dict[str, Any] = get_model_state_dict(self._model, options=WHOLE)
-        state = get_optimizer_state_dict(self._scorer, self._optimizer, options=WHOLE)
+        state = optimizer_state(self._scorer, self._optimizer) if optimizer else None
         of_critic = self._critic.state() if self._critic is not None and optimizer else None
         if self._rank != 0:
             return
@@ -314,14 +324,7 @@ class Rank:
         model = partial / MODEL_FOLDER if optimizer else partial
         save_model(self._model, model, source=self._source, weights=weights)
         if optimizer:
-            torch.save(
-                {
-                    "optimizer": state,
-                    "updates": self._updates,
-                    "rng": torch.get_rng_state(),
-                },
-                partial / OPTIMIZER_FILE,
-            )
+            torch.save({"optimizer": state, "updates": self._updates}, partial / OPTIMIZER_FILE)
             if of_critic is not None:
                 torch.save(of_critic, partial / CRITIC_FILE)
             write_state(partial, version)
@@ -332,7 +335,6 @@ class Rank:
         kept = torch.load(directory / OPTIMIZER_FILE, weights_only=True, map_location="cpu")
         load_optimizer(self._scorer, self._optimizer, kept["optimizer"])
         self._updates = kept["updates"]
-        torch.set_rng_state(kept["rng"])
         if self._critic is not None:
             self._critic.load(directory / CRITIC_FILE)
 

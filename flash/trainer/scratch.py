@@ -1,7 +1,9 @@
 """A folder in memory for what is published, which outlives no run, however that ends."""
 
+import asyncio
 import contextlib
 import fcntl
+import itertools
 import os
 import shutil
 import tempfile
@@ -10,6 +12,7 @@ from pathlib import Path
 _TMPFS = Path("/dev/shm")
 _PREFIX = "flash-trainer-"
 _UNLOCKED = "flash-new-"  # until it is locked
+_EXPORTS_KEPT = 2  # the one that is published, and the one before, which a worker may be reading
 
 
 class Scratch:
@@ -27,6 +30,26 @@ class Scratch:
         self._lock = os.open(made, os.O_RDONLY)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self.path = made.rename(parent / made.name.replace(_UNLOCKED, _PREFIX, 1))
+        self._exports: list[Path] = []
+        self._ids = itertools.count()
+
+    def new_export(self, version: int) -> Path:
+        """Where weights of that version can be written."""
+        return self.path / f"version_{version}_{next(self._ids)}"
+
+    async def keep(self, export: Path) -> None:
+        """It is whole, and stays until the one after next is."""
+        self._exports.append(export)
+        while len(self._exports) > _EXPORTS_KEPT:
+            await asyncio.to_thread(shutil.rmtree, self._exports.pop(0))
+
+    async def sweep(self) -> None:
+        """Removes all but the exports that are kept: what ranks that died have left."""
+        for left in set(self.path.iterdir()) - set(self._exports):
+            if left.is_dir():
+                await asyncio.to_thread(shutil.rmtree, left)
+            else:
+                left.unlink()
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)

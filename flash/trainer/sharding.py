@@ -6,7 +6,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -88,10 +92,23 @@ def make_optimizer(
     )
 
 
+def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+    """What it has gathered, whole on rank 0; None before its first step.
+
+    Asked then, torch would make it take a step of nothing, which counts as the first.
+    """
+    if not optimizer.state:
+        return None
+    state: dict[str, Any] = get_optimizer_state_dict(module, optimizer, options=WHOLE)
+    return state
+
+
 def load_optimizer(
-    module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+    module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any] | None
 ) -> None:
-    """Goes on from what an optimizer has gathered; its settings stay the present ones."""
+    """Goes on from `optimizer_state`; its settings stay the present ones."""
+    if state is None:
+        return
     settings = [
         {name: value for name, value in group.items() if name != "params"}
         for group in optimizer.param_groups

@@ -2,9 +2,7 @@
 
 import asyncio
 import contextlib
-import itertools
 import logging
-import shutil
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -28,7 +26,6 @@ logger = logging.getLogger(__name__)
 # In float32 it is 1e-12, in bfloat16 1e-3; logprobs without their temperature give 0.1 and more.
 _MISMATCH_ALARM = 0.05
 _DEATH_NOTICE_S = 1.0  # for a rank's death to be known, once another complains of it
-_EXPORTS_KEPT = 2  # the one that is published, and the one before, which a worker may be reading
 
 
 class Trainer:
@@ -60,74 +57,97 @@ class Trainer:
         resume_from: Path | None = None,
     ) -> None:
         self.config = config
-        self.model = str(model)
-        self.version = 0
-        if resume_from is not None:
-            self.version = checkpoint_version(resume_from)
-            self.model = str(resume_from / MODEL_FOLDER)
-            if config.has_critic and not (resume_from / CRITIC_FILE).exists():
-                raise ValueError(
-                    f"{resume_from} has no critic ({CRITIC_FILE}), which trainer.advantages=gae "
-                    f"needs: resume from a checkpoint of a run with gae, or start anew from its "
-                    f"{MODEL_FOLDER}/ folder"
-                )
         # The policy may have gone on from there; the reference stays where it began.
         self._reference = config.kl.reference or str(model) if config.kl.coefficient else None
-        self._resume_from = resume_from
+        self._first_model = str(model)
         self._run_dir = run_dir
         self._seed = seed
-        self._doing: tuple[str, float] | None = None  # a call, and since when
+        self._doing, self._since = "", 0.0  # a call, or none, since when
         self._interrupted = False  # a step was given up: which weights there are is not known
         self._children: list[Child] = []
         self._scratch: Scratch | None = None  # there while it runs
-        self._exports: list[Path] = []
         self._parts = 0  # of the next batch, given to the ranks
         self._parts_tokens = 0
         self._denominator = 0.0
-        self._export_ids = itertools.count()
+        self._go_on_from(resume_from)
+
+    def _go_on_from(self, checkpoint: Path | None) -> None:
+        """Ranks that start will have what is in it; ValueError if that is not all they need."""
+        self.version = 0 if checkpoint is None else checkpoint_version(checkpoint)
+        self.model = self._first_model if checkpoint is None else str(checkpoint / MODEL_FOLDER)
+        self._checkpoint = checkpoint
+        if checkpoint is None or not self.config.has_critic:
+            return
+        if not (checkpoint / CRITIC_FILE).exists():
+            raise ValueError(
+                f"{checkpoint} has no critic ({CRITIC_FILE}), which trainer.advantages=gae "
+                f"needs: resume from a checkpoint of a run with gae, or start anew from its "
+                f"{MODEL_FOLDER}/ folder"
+            )
 
     async def __aenter__(self) -> "Trainer":
         self._scratch = Scratch()
-        rendezvous = str(self._scratch.path / "rendezvous")
-        ranks = self.config.ranks
         try:
-            for rank in range(ranks):
-                child = await Child.start(
-                    "flash.trainer",
-                    name=f"trainer rank {rank}",
-                    log_path=self._run_dir / "logs" / f"trainer_rank_{rank}.log",
-                )
-                self._children.append(child)
-            checkpoint = str(self._resume_from) if self._resume_from else None
-            refusals = await self._call_each(
-                "start",
-                [
-                    (
-                        self.model,
-                        checkpoint,
-                        self.config,
-                        rank,
-                        ranks,
-                        rendezvous,
-                        self._seed,
-                        self._reference,
-                    )
-                    for rank in range(ranks)
-                ],
-                timeout_s=self.config.start_timeout_s,
-            )
-            if refusals[0]:  # all ranks say the same of the same model
-                raise ValueError(f"model={self.model!r}: {refusals[0]}")
+            await self._start_ranks()
         except BaseException:
             await self.__aexit__()
             raise
         return self
 
-    async def __aexit__(self, *exc_info: object) -> None:
+    async def _start_ranks(self) -> None:
+        assert self._scratch is not None
+        rendezvous = str(self._scratch.path / "rendezvous")
+        ranks = self.config.ranks
+        for rank in range(ranks):
+            child = await Child.start(
+                "flash.trainer",
+                name=f"trainer rank {rank}",
+                log_path=self._run_dir / "logs" / f"trainer_rank_{rank}.log",
+            )
+            self._children.append(child)
+        checkpoint = str(self._checkpoint) if self._checkpoint else None
+        refusals = await self._call_each(
+            "start",
+            [
+                (
+                    self.model,
+                    checkpoint,
+                    self.config,
+                    rank,
+                    ranks,
+                    rendezvous,
+                    self._seed,
+                    self._reference,
+                )
+                for rank in range(ranks)
+            ],
+            timeout_s=self.config.start_timeout_s,
+        )
+        if refusals[0]:  # all ranks say the same of the same model
+            raise ValueError(f"model={self.model!r}: {refusals[0]}")
+
+    async def restart(self, checkpoint: Path | None) -> None:
+        """Ends its ranks, dead or not, and starts others: from a checkpoint, or as at first.
+
+        `version` is then the checkpoint's, or 0. Weights that were exported stay as long as they
+        would have. Raises what entering it raises, and can be called again then.
+        """
+        assert self._scratch is not None, "the trainer is not entered"
+        await self._end_ranks()
+        self._children = []
+        await self._scratch.sweep()
+        await asyncio.to_thread(self._go_on_from, checkpoint)
+        self._interrupted, self._parts = False, 0
+        await self._start_ranks()
+
+    async def _end_ranks(self) -> None:
         for child in self._children:
             child.kill()  # a rank keeps nothing that a checkpoint has not
         for child in self._children:
             await child.stop()
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self._end_ranks()
         if self._scratch is not None:
             self._scratch.remove()
             self._scratch = None
@@ -273,9 +293,8 @@ class Trainer:
 
     def state(self) -> TrainerState:
         """For the watchdog."""
-        doing, since = self._doing or ("", 0.0)
         dead = ", ".join(child.name for child in self._children if not child.alive)
-        return TrainerState(doing=doing, since=since, dead=dead and f"{dead} ended")
+        return TrainerState(doing=self._doing, since=self._since, dead=dead and f"{dead} ended")
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
         """The trainer's own logprobs of `token_ids[1:]`, under the present weights."""
@@ -288,11 +307,9 @@ class Trainer:
         They stay until the export after next; `score` answers for them until the next step.
         """
         assert self._scratch is not None, "the trainer is not entered"
-        path = self._scratch.path / f"version_{self.version}_{next(self._export_ids)}"
+        path = self._scratch.new_export(self.version)
         await self._call("export", str(path))
-        self._exports.append(path)
-        while len(self._exports) > _EXPORTS_KEPT:
-            await asyncio.to_thread(shutil.rmtree, self._exports.pop(0))
+        await self._scratch.keep(path)
         return Weights(version=self.version, path=path, score=self.score)
 
     @property
@@ -324,7 +341,7 @@ class Trainer:
     ) -> list[Any]:
         """Calls every rank with its arguments; all answers."""
         timeout_s = timeout_s or self.config.step_timeout_s
-        self._doing = method, asyncio.get_running_loop().time()
+        self._now_doing(method)
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [
@@ -347,8 +364,11 @@ class Trainer:
             self._interrupted |= method in ("step", "finish")
             raise
         finally:
-            self._doing = None
+            self._now_doing("")
         return [task.result() for task in tasks]
+
+    def _now_doing(self, method: str) -> None:
+        self._doing, self._since = method, asyncio.get_running_loop().time()
 
     async def _cause(self, first: BaseException) -> BaseException:
         """Why the ranks failed: the death of one, or else what the first raised.

@@ -5,8 +5,10 @@
     the caller, between two calls       caller_timeout_s; stall_timeout_s if the trainer is dead
     an evaluation                       its own
 
-A wait for a batch has stalled where nothing moved for so long, or where all that ended had
-grown stale. Remedies that bring no gain are not tried for ever.
+The caller's begins anew with each call that the trainer is at, because these have deadlines of
+their own, and a trainer that starts anew makes many. A wait for a batch has stalled where nothing
+moved for so long, or where all that ended had grown stale. Remedies that bring no gain are not
+tried for ever.
 """
 
 import asyncio
@@ -125,9 +127,10 @@ class Watchdog:
         """The wait that comes due first: its call, since when nothing moved in it, its deadline."""
         calls = [call for call in self._loop.activity.calls if call.name != PAUSE]
         if not self._loop.activity.calls:
-            dead = self._trainer is not None and bool(self._trainer().dead)
-            timeout_s = self._stall_timeout_s if dead else self._caller_timeout_s
-            return None, max(self._loop.activity.idle_since, self._acted_at), timeout_s
+            trainer = TrainerState() if self._trainer is None else self._trainer()
+            timeout_s = self._stall_timeout_s if trainer.dead else self._caller_timeout_s
+            idle_since = self._loop.activity.idle_since
+            return None, max(idle_since, self._acted_at, trainer.since), timeout_s
         waits = [(call, self._quiet_since(call)) for call in calls]
         call, since = min(waits, key=lambda wait: wait[1], default=(None, _now()))
         return call, since, self._stall_timeout_s

@@ -1,0 +1,115 @@
+"""Batches trained again from a log, by real ranks: the same weights, to the last bit."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flash.fakes import FakeBatchLog
+from flash.trainer.advantage_settings import Gae, ReinforcePp
+from flash.trainer.config import CriticConfig, TrainerConfig
+from flash.trainer.objectives.settings import Function, KlSettings
+from flash.trainer.redo import redo
+from flash.trainer.trainer import Trainer
+from flash.types import Batch, Sample
+
+SamplesOf = Callable[..., list[Sample]]
+SaveModel = Callable[..., Path]
+
+STEPS = 4
+SAVED = 2
+CONFIG = TrainerConfig(learning_rate=1e-3, warmup_steps=3, decay_steps=9, threads=1)
+NOISY_LOSS = """
+import torch
+from flash import TokenLoss
+
+def loss(batch):
+    return TokenLoss(loss_T=-batch.logprobs_T * torch.rand_like(batch.logprobs_T))
+"""
+CASES: Mapping[str, Mapping[str, Any]] = {
+    "one rank": {},
+    "two ranks": {"ranks": 2, "tokens_per_micro_batch": 60, "weight_decay": 0.1},
+    "threads, entropy": {"threads": 2, "entropy_bonus": 0.01, "gradient_checkpointing": True},
+    "mini-batches": {"ranks": 2, "mini_batches": 3, "tokens_per_micro_batch": 60},
+    # It is saved while the policy's optimizer has not begun.
+    "critic": {
+        "ranks": 2, "mini_batches": 2, "advantages": Gae(whiten=True),
+        "critic": CriticConfig(learning_rate=1e-2, warmup_batches=3),
+    },
+    "reference": {"kl": KlSettings(coefficient=0.1, place="loss")},
+    "reference in whitened rewards": {
+        "ranks": 2, "kl": KlSettings(coefficient=0.1, place="reward"), "advantages": ReinforcePp(),
+    },
+    "a loss that draws": {"ranks": 2},
+    "parts": {"ranks": 2, "tokens_per_micro_batch": 60},
+}  # fmt: skip
+
+
+def given(case: str, samples_of: SamplesOf) -> list[list[Batch]]:
+    """What a rollout handed over: each batch as its parts."""
+    batches = []
+    for version in range(STEPS):
+        samples = samples_of(7 + version, seed=version, version=version)
+        samples = [replace(s, reward=float(s.episode % 3)) for s in samples]
+        cuts = [samples[:2], samples[2:5], samples[5:]] if case == "parts" else [samples]
+        batches.append([Batch(samples=cut, version=version, last=cut is cuts[-1]) for cut in cuts])
+    return batches
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+async def exported(trainer: Any) -> dict[str, bytes]:
+    weights = await trainer.export_weights()
+    return bytes_of(weights.path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("begin", ["checkpoint", "first model"])
+@pytest.mark.parametrize("case", CASES)
+async def test_logged_batches_trained_again_make_the_same_weights_to_the_last_bit(
+    case: str,
+    begin: str,
+    tmp_path: Path,
+    save_model: SaveModel,
+    samples_of: SamplesOf,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, config = save_model(tmp_path / "model"), CONFIG.model_copy(update=CASES[case])
+    if case == "a loss that draws":
+        (tmp_path / "noisy_loss.py").write_text(NOISY_LOSS)
+        monkeypatch.syspath_prepend(tmp_path)  # here
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # in the ranks
+        config = config.model_copy(update={"objective": Function(run="noisy_loss:loss")})
+    log = FakeBatchLog()
+    at_version: list[dict[str, bytes]] = []
+    async with Trainer(model=model, config=config, run_dir=tmp_path / "a", seed=3) as trainer:
+        for parts in given(case, samples_of):
+            at_version.append(await exported(trainer))
+            await trainer.score(range(20))
+            if trainer.version == SAVED:
+                await trainer.save_checkpoint(tmp_path / "saved")
+            for batch in parts:
+                log.handed_over(batch)
+            for batch in parts[:-1]:
+                await trainer.add(batch)
+            await trainer.step(parts[-1])
+        at_version.append(await exported(trainer))
+        await trainer.save_checkpoint(tmp_path / "end")
+    assert len({str(weights) for weights in at_version}) > 1
+
+    resumed = tmp_path / "saved" if begin == "checkpoint" else None
+    async with Trainer(
+        model=model, config=config, run_dir=tmp_path / "b", seed=3, resume_from=resumed
+    ) as trainer:
+        for version in range(trainer.version, STEPS + 1):
+            await redo(trainer, log, until=version)
+            assert trainer.version == version
+            assert await exported(trainer) == at_version[version], f"of version {version}"
+        await trainer.save_checkpoint(tmp_path / "again")
+    end, again = bytes_of(tmp_path / "end"), bytes_of(tmp_path / "again")
+    assert end.keys() == again.keys()
+    assert [name for name in end if end[name] != again[name]] == []
