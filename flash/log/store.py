@@ -6,6 +6,9 @@ SQLite in the run's folder, or PostgreSQL by URL; every call blocks, and belongs
 import contextlib
 import functools
 import os
+import re
+import sqlite3
+import time
 import uuid
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -24,16 +27,19 @@ from sqlalchemy import (
     bindparam,
     create_engine,
     event,
-    insert,
     inspect,
     select,
     text,
     update,
 )
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import (
     ArgumentError,
+    DataError,
     DBAPIError,
+    IntegrityError,
     NoSuchModuleError,
+    ProgrammingError,
     SQLAlchemyError,
     StatementError,
 )
@@ -45,6 +51,7 @@ SQLITE_FILE = "log.sqlite"
 _MIGRATIONS = Path(__file__).with_name("migrations")
 _BUSY_S = 30.0  # another process may read, or be vacuuming
 _LOCK = 0x666C617368  # of PostgreSQL, while the schema changes
+_OURS = IntegrityError, ProgrammingError, DataError  # which a second try can't mend
 
 
 class Change(NamedTuple):
@@ -82,18 +89,17 @@ class Store:
     @functools.cached_property
     def run(self) -> int:
         """The run's number in this database; it is there from then on."""
+        number = select(RUNS.c.run).where(RUNS.c.uuid == self._uuid)
         with self.transaction() as connection:
-            where = RUNS.c.uuid == self._uuid
-            found = connection.scalar(select(RUNS.c.run).where(where))
-            if found is None:
-                connection.execute(
-                    insert(RUNS).values(
-                        uuid=self._uuid, name=self._name, owner=self._owner, commits=0
-                    )
-                )
-                found = connection.scalar(select(RUNS.c.run).where(where))
-            assert found is not None
-            return int(found)
+            found = connection.scalar(number)
+        if found is None:
+            insert = sqlite.insert if self.engine.dialect.name == "sqlite" else postgresql.insert
+            row = {"uuid": self._uuid, "name": self._name, "owner": self._owner, "commits": 0}
+            with self.transaction() as connection:
+                connection.execute(insert(RUNS).values(row).on_conflict_do_nothing())
+                found = connection.scalar(number)
+        assert found is not None
+        return int(found)
 
     def own(self) -> None:
         """From now on nobody else's commits are taken, of those who owned the run before."""
@@ -158,10 +164,11 @@ class Store:
                 yield connection
         except DBAPIError as error:
             cause = " ".join(str(error.orig).split())
-            if isinstance(error.orig, _ours(error)):
+            if isinstance(error, _OURS):
                 raise LogFailure(f"the log {shown(self.url)} refused a row: {cause}") from error
             raise StoreError(cause) from error
-        except (StatementError, OverflowError) as error:  # a value that no column can hold
+        except (StatementError, OverflowError, UnicodeError) as error:
+            # A value that no column can hold.
             cause = " ".join(str(error).split())
             raise LogFailure(f"the log {shown(self.url)} can't hold a row: {cause}") from error
 
@@ -186,28 +193,14 @@ def sqlite_url(run: Path) -> str:
 
 def shown(url: str) -> str:
     """Without its password."""
-    scheme, _, rest = url.partition("://")
-    return (
-        f"{scheme}://…@{rest.rpartition('@')[2]}" if "@" in rest else url.removeprefix("sqlite:///")
-    )
+    url = re.sub(r"(?<=[?&]password=)[^&]*", "…", url.removeprefix("sqlite:///"))
+    return re.sub(r"(?<=://).*@", "…@", url)
 
 
 def open_engine(url: str) -> Engine:
     """A database with the present schema; ValueError if there can be none at this URL."""
     try:
         engine = create_engine(_with_driver(url), connect_args=_connect_args(url))
-        if engine.dialect.name == "sqlite":
-            event.listen(engine, "connect", _set_up_sqlite)
-            event.listen(engine, "begin", _begin_sqlite)
-        elif engine.dialect.name != "postgresql":
-            raise ValueError("is of another database: give sqlite:/// or postgresql://")
-        with engine.connect() as connection:
-            present = _present(connection)
-        if present != _scripts().get_current_head():
-            with engine.connect() as connection:
-                _lock(connection)
-                _bring_up_to_date(connection)
-                connection.commit()
     except (ArgumentError, NoSuchModuleError) as error:
         raise ValueError(f"log.url={shown(url)!r} is no URL of a database: {error}") from error
     except ImportError as error:  # of psycopg, or of the library that it needs
@@ -215,7 +208,17 @@ def open_engine(url: str) -> Engine:
             f"log.url={shown(url)!r} needs psycopg, which can't be imported: "
             f"pip install 'flash-rl[postgres]'"
         ) from error
+    if engine.dialect.name == "sqlite":
+        event.listen(engine, "connect", _set_up_sqlite)
+        event.listen(engine, "begin", _begin_sqlite)
+    elif engine.dialect.name != "postgresql":
+        raise ValueError(
+            f"log.url={shown(url)!r} is of another database: give sqlite:/// or postgresql://"
+        )
+    try:
+        _bring_up_to_date(engine)
     except (SQLAlchemyError, ValueError) as error:
+        engine.dispose()
         cause = " ".join(str(getattr(error, "orig", error)).split())
         raise ValueError(f"log.url={shown(url)!r}: {cause}") from error
     return engine
@@ -241,9 +244,21 @@ def _set_up_sqlite(connection: Any, _: object) -> None:
     cursor = connection.cursor()
     # Once for a database, before its first table: what is deleted can be given back in parts.
     cursor.execute("PRAGMA auto_vacuum = INCREMENTAL")
-    cursor.execute("PRAGMA journal_mode = WAL")
+    _use_wal(cursor)
     cursor.execute("PRAGMA synchronous = FULL")  # a commit is on disk when it returns
     cursor.close()
+
+
+def _use_wal(cursor: Any) -> None:
+    """Once for a database. Here the driver doesn't wait for another process that does the same."""
+    until = time.monotonic() + _BUSY_S
+    while cursor.execute("PRAGMA journal_mode").fetchone() != ("wal",):
+        try:
+            cursor.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.01)
 
 
 def _begin_sqlite(connection: Connection) -> None:
@@ -264,16 +279,21 @@ def _present(connection: Connection) -> str | None:
     return MigrationContext.configure(connection).get_current_revision()
 
 
-def _scripts() -> ScriptDirectory:
-    return ScriptDirectory(str(_MIGRATIONS))
-
-
-def _bring_up_to_date(connection: Connection) -> None:
+def _bring_up_to_date(engine: Engine) -> None:
     """Makes the tables, or changes those of an older version."""
-    present = _present(connection)
-    head = _scripts().get_current_head()
-    if present == head:
-        return
+    scripts = ScriptDirectory(str(_MIGRATIONS))
+    head = scripts.get_current_head()
+    with engine.connect() as connection:
+        if _present(connection) == head:  # what only reads takes no lock
+            return
+    with engine.connect() as connection:
+        _lock(connection)
+        if (present := _present(connection)) != head:
+            _change(connection, present, scripts)
+        connection.commit()
+
+
+def _change(connection: Connection, present: str | None, scripts: ScriptDirectory) -> None:
     config = AlembicConfig()
     config.set_main_option("script_location", str(_MIGRATIONS))
     config.attributes["connection"] = connection
@@ -281,10 +301,11 @@ def _bring_up_to_date(connection: Connection) -> None:
         METADATA.create_all(connection)
         command.stamp(config, "head")
         return
-    if present not in {revision.revision for revision in _scripts().walk_revisions()}:
+    if present not in {revision.revision for revision in scripts.walk_revisions()}:
         raise ValueError(
-            f"its schema is of version {present!r}, this flash knows {head!r} and older ones: "
-            f"install the flash that wrote it, or a newer one"
+            f"its schema is of version {present!r}, this flash knows "
+            f"{scripts.get_current_head()!r} and older ones: install the flash that wrote it, or a "
+            f"newer one"
         )
     command.upgrade(config, "head")
 
@@ -311,9 +332,3 @@ def _statement(verb: str, table: Table, names: tuple[str, ...]) -> Executable:
 def _bound(row: dict[str, Any]) -> dict[str, Any]:
     # A parameter may not have a column's own name in an update.
     return {f"_{name}": value for name, value in row.items()}
-
-
-def _ours(error: DBAPIError) -> tuple[type[BaseException], ...]:
-    """The driver's errors that a second try can't mend."""
-    driver = __import__(type(error.orig).__module__.partition(".")[0])
-    return driver.IntegrityError, driver.ProgrammingError, driver.DataError
