@@ -20,6 +20,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, Self
 
@@ -225,6 +226,9 @@ class RolloutLoop:
             raise ValueError("a batch was begun with next_part: take its other parts likewise")
         with self.activity.call("next_batch"):
             batch = await self._next(self._groups_per_batch)
+            while not batch.last:  # it was handed over in parts before the run ended
+                part = await self._next(self._groups_per_batch)
+                batch = replace(part, samples=[*batch.samples, *part.samples])
             await self._log.committed()
             return batch
 

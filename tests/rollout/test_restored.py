@@ -102,6 +102,17 @@ async def test_a_batch_that_is_to_be_trained_holds_its_slots_from_the_start():
 
 
 @in_virtual_time
+async def test_a_batch_that_was_handed_over_in_parts_is_whole_for_who_takes_it_whole():
+    parts = [handed_over(0, last=False), handed_over(0, last=False), handed_over(0)]
+    async with resumed(Restored(batches=parts)) as (loop, _):
+        batch = await loop.next_batch()
+        of_parts = [sample for part in parts for sample in part.samples]
+        assert [id(sample) for sample in batch.samples] == [id(sample) for sample in of_parts]
+        assert (batch.version, batch.last) == (0, True)
+        assert (await loop.next_batch()).version == 1
+
+
+@in_virtual_time
 async def test_nothing_begins_for_batches_after_the_last_when_that_is_to_be_trained_still():
     async with resumed(Restored(batches=[handed_over(0)]), last_version=1) as (loop, _):
         await asyncio.sleep(100)
