@@ -1,19 +1,10 @@
 """Settings of the durable log."""
 
-import re
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import AfterValidator, Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator
 
 from flash.section import Secret, Section
-
-_KEEP = r"all|trained|\d+(\.\d+)? ?GB"
-
-
-def _one_of_them(value: str) -> str:
-    if not re.fullmatch(_KEEP, value):
-        raise ValueError("must be all, trained, or a size like '20 GB'")
-    return value
 
 
 class LogConfig(Section):
@@ -23,11 +14,6 @@ class LogConfig(Section):
         SecretStr(""),
         description="of PostgreSQL, postgresql://user@host/database, or $NAME of a variable that "
         "holds it; by default the run's folder has an SQLite file",
-    )
-    keep: Annotated[str, AfterValidator(_one_of_them)] = Field(
-        "all",
-        description="whose tokens and texts stay: all episodes', trained ones', or the newest that "
-        "take 'N GB'; what a resume needs stays anyway",
     )
     max_lag_s: float = Field(
         10.0, gt=0, description="of what happened and is not on disk; past it no episode begins"

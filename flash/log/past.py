@@ -15,7 +15,16 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, case, delete, func, insert, or_, update
 
-from flash.log.reading import ABANDONED, INTERRUPTED, MANY, Reader, Start
+from flash.config.task_source import changed_source
+from flash.log.reading import (
+    ABANDONED,
+    INTERRUPTED,
+    MANY,
+    SETTINGS_CHANGED,
+    SOURCE_CHANGED,
+    Reader,
+    Start,
+)
 from flash.log.schema import BATCHES, EPISODES, GROUPS, SAMPLES, STARTS, STEPS
 from flash.log.store import Store
 from flash.rollout.adaptive import AlphaState
@@ -81,25 +90,26 @@ def take_over(
     *,
     checkpoint: int | None,
     config: Mapping[str, Any],
-    source: Mapping[str, Any],
+    source: str,
     flash: str,
     episodes: int,
     max_attempts: int,
-    drop_open: str = "",
+    groups_begin_anew: bool = False,
 ) -> Past:
     """The run's past, mended; from now on this process is the one that writes the log.
 
     Args:
         checkpoint: the version to go on from; None for a run that begins.
-        config, source: what this start is told.
+        config, source: what this start is told, and what its tasks are made from.
         episodes, max_attempts: of a group.
-        drop_open: why groups on their way are given up, and their tasks begun anew.
+        groups_begin_anew: with this configuration groups on their way can't be gone on with. Nor
+            can they be if tasks are made from something else than before.
 
     ValueError if the log can't be that of the checkpoint.
     """
     store.own()
     if checkpoint is not None:
-        _mend(store, checkpoint, drop_open)
+        _mend(store, checkpoint, _why_anew(store, source, groups_begin_anew))
     with store.transaction() as connection:
         reader = Reader(connection, store.run)
         before = reader.starts()
@@ -165,6 +175,16 @@ def _interrupt(connection: Connection, run: int) -> None:
         )
         .values(outcome="cancelled", reason=INTERRUPTED, ended_at=time.time())
     )
+
+
+def _why_anew(store: Store, source: str, settings_changed: bool) -> str:
+    """The reason that groups on their way end for; empty if they go on."""
+    with store.transaction() as connection:
+        before = Reader(connection, store.run).starts()
+    if before and (changed := changed_source(before[-1].source, source)):
+        logger.warning("tasks are other ones than before, and groups begin anew: %s", changed)
+        return SOURCE_CHANGED
+    return SETTINGS_CHANGED if settings_changed else ""
 
 
 def _mend(store: Store, checkpoint: int, drop_open: str) -> None:

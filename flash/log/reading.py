@@ -34,6 +34,8 @@ _BEGUN_AGAIN = ("stale", "stall", INTERRUPTED)
 # Reasons of groups whose tasks begin anew.
 ABANDONED = "abandoned"
 SOURCE_CHANGED = "source_changed"
+SETTINGS_CHANGED = "settings_changed"
+_ANEW = (ABANDONED, SOURCE_CHANGED, SETTINGS_CHANGED)
 
 MANY = 500  # values in one query
 
@@ -45,7 +47,7 @@ class Start:
     start: int
     version: int
     config: Mapping[str, Any]
-    source: Mapping[str, Any]
+    source: str  # what its tasks are made from: `flash.config.task_source`
 
 
 class Reader:
@@ -95,7 +97,7 @@ class Reader:
         """The seeds of tasks whose group came to nothing, and which have not begun again since."""
         query = select(GROUPS.c.seed, GROUPS.c.reason).order_by(GROUPS.c.group)
         last = {row.seed: row.reason for row in self._rows(query)}
-        return [seed for seed, reason in last.items() if reason in (ABANDONED, SOURCE_CHANGED)]
+        return [seed for seed, reason in last.items() if reason in _ANEW]
 
     def groups_beyond(self, version: int) -> list[int]:
         """Those that were trained at that version or later, and those on their way with tokens of

@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -85,14 +86,17 @@ class RunLog:
         async with log:
             yield log
 
-    async def batch(self, version: int) -> list[Batch]:
-        """What was handed over for that version, in its parts."""
+    async def batches(self, version: int) -> AsyncIterator[list[Batch]]:
+        """See `flash.trainer.redo.BatchLog`."""
+        for whole in await self._read(lambda reader: reader.whole_batches(version)):
+            yield await self._read(partial(Reader.batch, version=whole))
 
-        def read() -> list[Batch]:
+    async def _read(self, read: Callable[[Reader], _T]) -> _T:
+        def reading() -> _T:
             with self._store.transaction() as connection:
-                return Reader(connection, self._store.run).batch(version)
+                return read(Reader(connection, self._store.run))
 
-        return await self._do(read)
+        return await self._do(reading)
 
     async def _do(self, blocking: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, blocking)

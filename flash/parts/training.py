@@ -3,11 +3,14 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
+from pathlib import Path
 
-from flash.checkpoints import Checkpoints, Rescue
+from flash.checkpoints import Checkpoint, Checkpoints, Rescue, newest_checkpoint
 from flash.config import Config
+from flash.config.resumed import groups_begin_anew, training_settings_differ
+from flash.config.task_source import source_of
 from flash.evaluation.evaluations import Evaluations
 from flash.hub.hub import InferenceHub
 from flash.hub.publisher import PROBE_TOKENS
@@ -18,15 +21,16 @@ from flash.parts.model import self_test_text
 from flash.parts.open import open_parts
 from flash.rollout.adaptive import AdaptiveAlpha
 from flash.rollout.loop import RolloutLoop
-from flash.rollout.observer import Observers
+from flash.rollout.observer import Observer, Observers
 from flash.rollout.tasks import Tasks
 from flash.telemetry.folder import RunFolder
 from flash.telemetry.live import View
 from flash.telemetry.progress import Progress
 from flash.telemetry.transcripts import Transcripts
 from flash.trainer.advantages import make_advantages
+from flash.trainer.config import TrainerConfig
+from flash.trainer.lasting import LastingTrainer
 from flash.trainer.trainer import Trainer
-from flash.types import Batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +41,7 @@ class Training:
     has_begun: bool  # its first policy was evaluated
     checkpoints: Checkpoints
     adaptive_alpha: AdaptiveAlpha
-    trainer: Trainer
+    trainer: LastingTrainer
     hub: InferenceHub
     rollouts: RolloutLoop
     evaluations: Evaluations
@@ -82,11 +86,14 @@ async def open_training(
         past = await run_log.take_over(
             checkpoint=folder.version if folder.resumes else None,
             config=folder.config.model_dump(mode="json"),
-            source={},
+            source=await asyncio.to_thread(source_of, config),
             flash=metadata.version("flash-rl"),
             episodes=config.group_size + config.rollout.redundant_episodes,
             max_attempts=config.rollout.max_attempts,
+            groups_begin_anew=groups_begin_anew(folder.changed),
         )
+        if past.redo and training_settings_differ(folder.changed):
+            past = await _redo_as_logged(config, model, folder, run_log, past)
         if past.alpha is not None:
             adaptive.restore(past.alpha)
         if folder.resumes:
@@ -117,19 +124,14 @@ async def _open(
         every_s=60 * config.checkpoint.minutes,
         observer=observers,
     )
+    trainer = _trainer(config, config.trainer, model, folder, run_log, past)
     async with (
-        Trainer(
-            model=model,
-            config=config.trainer,
-            run_dir=folder.path,
-            seed=config.seed,
-            resume_from=folder.checkpoint.path if folder.checkpoint else None,
-        ).starting() as trainer,
+        trainer.starting(),
         Rescue(checkpoints, trainer) as rescue,
         open_parts(
             config,
             model=trainer.model,
-            version=trainer.version,
+            version=past.checkpoint,
             weights=trainer.first_weights,
             log_dir=folder.logs,
             say=view.say,
@@ -143,8 +145,6 @@ async def _open(
         observers.add(Transcripts(folder.transcript, decode=decode, per_step=per_step, steps=steps))
         if past.redo:
             await trainer.ready()
-            for version in past.redo:
-                await _train_again(trainer, await run_log.batch(version))
             await parts.hub.publish(await trainer.export_weights())
         rollouts = RolloutLoop(
             parts.hub,
@@ -199,10 +199,50 @@ async def _open(
                 )
 
 
-async def _train_again(trainer: Trainer, parts: list[Batch]) -> None:
-    for part in parts[:-1]:
-        await trainer.add(part)
-    await trainer.step(parts[-1])
+def _trainer(
+    config: Config,
+    settings: TrainerConfig,
+    model: str,
+    folder: RunFolder,
+    run_log: RunLog,
+    past: Past,
+) -> LastingTrainer:
+    """It begins where the run stood, by the log's batches since the checkpoint."""
+
+    def newest() -> Path | None:
+        found = newest_checkpoint(folder.path)
+        return found.path if found else None
+
+    trainer = Trainer(
+        model=model,
+        config=settings,
+        run_dir=folder.path,
+        seed=config.seed,
+        resume_from=folder.checkpoint.path if folder.checkpoint else None,
+    )
+    return LastingTrainer(
+        trainer,
+        log=run_log,
+        newest=newest,
+        max_restarts=settings.max_restarts,
+        version=past.version,
+    )
+
+
+async def _redo_as_logged(
+    config: Config, model: str, folder: RunFolder, run_log: RunLog, past: Past
+) -> Past:
+    """Trains the logged batches with the settings that they were trained with, and saves that: the
+    new ones hold from there on."""
+    settings = TrainerConfig.model_validate(past.before[-1].config["trainer"])
+    trainer = _trainer(config, settings, model, folder, run_log, past)
+    checkpoints = Checkpoints(
+        folder.path, resumed=folder.checkpoint, every_s=0, observer=Observer()
+    )
+    async with trainer:
+        path = await checkpoints.save(trainer, spare=True)
+    folder.checkpoint = Checkpoint(path, trainer.version)
+    return replace(past, checkpoint=trainer.version, redo=())
 
 
 def _adaptive_alpha(config: Config) -> AdaptiveAlpha:

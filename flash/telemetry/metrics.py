@@ -41,6 +41,7 @@ METRICS = {
     "bias/tokens": "likewise, sampled tokens; of a response under way those known so far",
     "bias/seconds": "likewise, seconds from admission to the end",
     "publish/count": "since the start",
+    "trainer/restarts": "times that trainer ranks were started anew, since the start",
     "log/lag_s": "seconds that something of the step took to be on disk, at most",
     "publish/paused_s": "seconds that workers were paused, summed over workers, since the start",
 }
