@@ -79,6 +79,17 @@ class Past:
         """The last step that was done."""
         return max((line["step"] for line in self.steps), default=0)
 
+    def describe(self) -> str:
+        """In a line, what the run goes on with."""
+        groups = self.restored.groups
+        ready = sum(len(group.ready) for group in groups)
+        cut_off = sum(bool(due.history) for group in groups for due in group.due)
+        batches = len(self.redo) + sum(part.last for part in self.restored.batches)
+        return (
+            f"goes on from {f'step {self.checkpoint}' if self.checkpoint else 'the first model'}, "
+            f"with {batches} logged batches to train, {ready} ready episodes and {cut_off} cut off"
+        )
+
     @property
     def has_begun(self) -> bool:
         """Whether the policy that it began with was evaluated."""

@@ -98,6 +98,7 @@ async def open_training(
             adaptive.restore(past.alpha)
         if folder.resumes:
             folder.go_on(past)
+            view.say(past.describe())
         async with (
             run_log.writing(past, alpha=adaptive.state) as log,
             _open(config, model, folder, view, stop, run_log, past, log, adaptive) as run,

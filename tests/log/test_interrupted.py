@@ -9,6 +9,8 @@ from flash.log.schema import COMPLETIONS, EPISODES, GROUPS, OBSERVATIONS
 from flash.log.store import Change, Store, sqlite_url
 from flash.rollout.restored import DueEpisode
 
+NO_SOURCE = '{"values": {}, "contents": {}}'  # of tasks
+
 
 class Run:
     """A run of one group of two episodes, which is killed again and again."""
@@ -25,7 +27,7 @@ class Run:
             self.store,
             checkpoint=0 if resume else None,
             config={},
-            source={},
+            source=NO_SOURCE,
             flash="1",
             episodes=2,
             max_attempts=3,
