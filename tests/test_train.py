@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import re
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -117,6 +118,21 @@ async def test_a_run_that_is_stopped_saves_and_goes_on_where_it_stopped(tmp_path
     evaluation = await evaluate(Path(third["folder"]), {"eval.tasks": 4})
     assert evaluation.episodes == 4
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == files
+
+
+async def test_a_new_learning_rate_holds_from_the_resume_on_and_not_for_what_is_redone(tmp_path):
+    options = {"name": "r", "eval_every": 0, "trainer.threads": 1, "trainer.warmup_steps": 0}
+    await run(tiny("frozen_lake", tmp_path, **options, steps=2))
+    checkpoint = tmp_path / "r" / "checkpoints" / "step_000002"
+    end = (checkpoint / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(checkpoint.parent)
+    options |= {"steps": 3, "trainer.learning_rate": 1e-6, "checkpoint.resume": True}
+    summary = await run(tiny("frozen_lake", tmp_path, **options))
+    assert summary["steps"] == 3
+    assert (checkpoint / "model" / "model.safetensors").read_bytes() == end
+    lines = read_lines(tmp_path / "r" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert lines[3]["learning_rate"] == 1e-6 != lines[2]["learning_rate"]
 
 
 async def test_a_run_that_fails_is_saved_and_goes_on_from_there(tmp_path, monkeypatch):
