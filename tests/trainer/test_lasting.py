@@ -1,7 +1,9 @@
 """Ranks that die: others take their place, and the weights are those of a trainer undisturbed."""
 
 import asyncio
+import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from flash.errors import TrainerFailure
 from flash.fakes import FakeBatchLog
 from flash.trainer.config import TrainerConfig
 from flash.trainer.lasting import LastingTrainer
+from flash.trainer.objectives.settings import Function
 from flash.trainer.trainer import Trainer
 from flash.types import Batch, Sample
 
@@ -20,13 +23,22 @@ SaveModel = Callable[..., Path]
 
 CONFIG = TrainerConfig(learning_rate=1e-3, threads=1, ranks=2, tokens_per_micro_batch=60)
 STEPS = 3
+FAILING_LOSS = """
+from pathlib import Path
+from flash import TokenLoss
+
+def loss(batch):
+    if not Path("{flag}").exists():
+        raise RuntimeError("no memory is left")
+    return TokenLoss(loss_T=-batch.logprobs_T)
+"""
 
 
 def ranks() -> list[psutil.Process]:
-    """In their order."""
-    children = psutil.Process().children(recursive=True)
-    found = [child for child in children if "flash.trainer" in " ".join(child.cmdline())]
-    return sorted(found, key=lambda child: child.create_time())
+    """In their order, which is that of their guards."""
+    guards = [child for child in psutil.Process().children() if "flash.trainer" in child.cmdline()]
+    in_order = sorted(guards, key=lambda guard: (guard.create_time(), guard.pid))
+    return [rank for guard in in_order for rank in guard.children()]
 
 
 async def killed(rank: int) -> None:
@@ -50,8 +62,10 @@ async def undisturbed(model: Path, run: Path, samples_of: SamplesOf) -> list[lis
     return found
 
 
-def lasting(model: Path, run: Path, log: FakeBatchLog, **more: Any) -> LastingTrainer:
-    trainer = Trainer(model=model, config=CONFIG, run_dir=run)
+def lasting(
+    model: Path, run: Path, log: FakeBatchLog, *, config: TrainerConfig = CONFIG, **more: Any
+) -> LastingTrainer:
+    trainer = Trainer(model=model, config=config, run_dir=run)
     saved = run / "saved"
     newest = lambda: saved if saved.exists() else None  # noqa: E731
     return LastingTrainer(trainer, log=log, newest=newest, **{"max_restarts": 2, **more})
@@ -102,3 +116,196 @@ async def test_a_trainer_is_given_up_with_the_cause_after_so_many_restarts_witho
         assert not trainer.can_save
         with pytest.raises(TrainerFailure):
             await trainer.export_weights()
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", ["step", "save", "export", "score"])
+async def test_a_call_in_whose_middle_a_rank_dies_is_made_again(
+    call: str,
+    tmp_path: Path,
+    save_model: SaveModel,
+    samples_of: SamplesOf,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = save_model(tmp_path / "model")
+
+    async def run(name: str, *, dies: bool) -> tuple[dict[str, bytes], list[float]]:
+        log = FakeBatchLog()
+        saved = tmp_path / name / "end"
+        async with lasting(model, tmp_path / name, log) as trainer:
+
+            async def calling(made: str, calls: Any) -> Any:
+                if not dies or made != call:
+                    return await calls
+                held_up = ranks()[1]  # and so is the other, in a collective
+                held_up.suspend()
+                task = asyncio.ensure_future(calls)
+                await asyncio.sleep(0)
+                held_up.kill()
+                return await task
+
+            for version in range(2):
+                log.handed_over(of_version := batch(version, samples_of))
+                made = trainer.step(of_version)
+                await (calling("step", made) if version else made)
+            exported = await calling("export", trainer.export_weights())
+            assert exported.version == 2
+            assert exported.score is not None
+            scores = await calling("score", exported.score(range(9)))
+            await calling("save", trainer.save_checkpoint(saved))
+            assert trainer.restarts == dies
+            assert [path.name for path in saved.parent.glob("end*")] == ["end"]
+            assert files_of(exported.path).keys() >= {"model-00001.safetensors"}
+            return files_of(saved), scores
+
+    with caplog.at_level(logging.WARNING, "flash.trainer.lasting"):
+        undisturbed, disturbed = await run("a", dies=False), await run("b", dies=True)
+    assert undisturbed == disturbed
+    (line,) = (record.getMessage() for record in caplog.records if "restart" in record.msg)
+    redone = 1 if call == "step" else 2
+    assert line.startswith("trainer rank 1 (pid ")
+    assert "ended with exit code 137" in line  # 128 and SIGKILL
+    assert line.endswith(f"from the first model, batches to train again: {redone}")
+    assert "\n" not in line
+
+
+@pytest.mark.slow
+async def test_parts_of_a_batch_are_given_again_and_weights_stay_where_they_are(
+    tmp_path: Path, save_model: SaveModel, samples_of: SamplesOf
+) -> None:
+    model = save_model(tmp_path / "model")
+
+    async def run(name: str, *, dies: bool) -> list[list[bytes]]:
+        log, found = FakeBatchLog(), []
+        async with lasting(model, tmp_path / name, log) as trainer:
+            published = await trainer.export_weights()
+            for version in range(2):
+                whole = batch(version, samples_of)
+                cuts = [whole.samples[:1], whole.samples[1:3], whole.samples[3:]]
+                for cut in cuts:
+                    part = replace(whole, samples=cut, last=cut is cuts[-1])
+                    log.handed_over(part)
+                    await (trainer.step(part) if part.last else trainer.add(part))
+                    if dies and cut is cuts[1]:
+                        await killed(0)
+                assert published.path.is_dir()  # of the one before, which a worker may be reading
+                published = await trainer.export_weights()
+                found.append(weights_of(published.path))
+            assert trainer.restarts == 2 * dies
+        return found
+
+    assert await run("a", dies=False) == await run("b", dies=True)
+
+
+@pytest.mark.slow
+async def test_ranks_that_hang_past_the_deadline_of_a_step_are_replaced(
+    tmp_path: Path, save_model: SaveModel, samples_of: SamplesOf
+) -> None:
+    log = FakeBatchLog()
+    config = CONFIG.model_copy(update={"ranks": 1, "step_timeout_s": 10.0})
+    async with lasting(save_model(tmp_path / "m"), tmp_path, log, config=config) as trainer:
+        log.handed_over(batch(0, samples_of))
+        ranks()[0].suspend()
+        metrics = await trainer.step(batch(0, samples_of))
+        assert (trainer.version, metrics["trainer/restarts"]) == (1, 1)
+
+
+@pytest.mark.slow
+async def test_a_rank_that_raises_is_replaced_and_one_that_always_does_is_given_up(
+    tmp_path: Path,
+    save_model: SaveModel,
+    samples_of: SamplesOf,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flag = tmp_path / "memory"
+    (tmp_path / "failing_loss.py").write_text(FAILING_LOSS.format(flag=flag))
+    monkeypatch.syspath_prepend(tmp_path)  # here
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # in the ranks
+    loss = Function(run="failing_loss:loss")
+    config = CONFIG.model_copy(update={"ranks": 1, "objective": loss})
+    model = save_model(tmp_path / "model")
+    for memory_returns in (True, False):
+        log = FakeBatchLog()
+        log.handed_over(of_version := batch(0, samples_of))
+
+        class Trains(Trainer):
+            async def restart(self, checkpoint: Path | None) -> None:
+                if memory_returns:  # noqa: B023
+                    flag.touch()
+                await super().restart(checkpoint)
+
+        trainer = LastingTrainer(
+            Trains(model=model, config=config, run_dir=tmp_path),
+            log=log, newest=lambda: None, max_restarts=1,
+        )  # fmt: skip
+        async with trainer:
+            if memory_returns:
+                assert (await trainer.step(of_version))["trainer/restarts"] == 1
+                flag.unlink()
+            else:
+                with pytest.raises(TrainerFailure, match="no memory is left"):
+                    await trainer.step(of_version)
+                assert (trainer.version, trainer.restarts) == (0, 1)
+
+
+@pytest.mark.slow
+async def test_a_sample_that_cannot_be_trained_on_starts_no_ranks_anew(
+    tmp_path: Path, save_model: SaveModel, samples_of: SamplesOf
+) -> None:
+    config = CONFIG.model_copy(update={"ranks": 1})
+    log = FakeBatchLog()
+    async with lasting(save_model(tmp_path / "m"), tmp_path, log, config=config) as trainer:
+        unfit = replace(batch(0, samples_of).samples[0], advantage=float("nan"))
+        with pytest.raises(ValueError, match="not finite"):
+            await trainer.step(Batch(samples=[unfit], version=0))
+        assert trainer.restarts == 0
+        assert trainer.can_save
+
+
+@pytest.mark.slow
+async def test_a_log_that_lacks_a_batch_ends_the_trainer_with_both_causes(
+    tmp_path: Path, save_model: SaveModel, samples_of: SamplesOf
+) -> None:
+    config = CONFIG.model_copy(update={"ranks": 1})
+    trainer = lasting(save_model(tmp_path / "m"), tmp_path, FakeBatchLog(), config=config)
+    async with trainer:
+        await trainer.step(batch(0, samples_of))
+        await killed(0)
+        with pytest.raises(TrainerFailure, match=r"(?s)rank 0.*the log has no batch of .* 0"):
+            await trainer.export_weights()
+        assert trainer.state().dead
+
+
+async def test_a_trainer_that_starts_anew_is_told_to_be_at_it_and_not_dead(
+    tmp_path: Path,
+) -> None:
+    begun, may_end = asyncio.Event(), asyncio.Event()
+
+    class Restarting(Trainer):
+        failures = 1
+
+        async def score(self, token_ids: Any) -> list[float]:
+            if self.failures:
+                self.failures -= 1
+                raise TrainerFailure("trainer rank 0 was killed")
+            return [0.0]
+
+        async def restart(self, checkpoint: Path | None) -> None:
+            begun.set()
+            await may_end.wait()
+
+    trainer = LastingTrainer(
+        Restarting(model="none", config=CONFIG, run_dir=tmp_path),
+        log=FakeBatchLog(), newest=lambda: None, max_restarts=1,
+    )  # fmt: skip
+    scoring = asyncio.ensure_future(trainer.score([1, 2]))
+    await begun.wait()
+    state = trainer.state()
+    assert (state.doing, state.dead, trainer.can_save) == ("restart", "", False)
+    may_end.set()
+    assert await scoring == [0.0]
+    assert trainer.state().doing == ""

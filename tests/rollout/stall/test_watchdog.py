@@ -214,6 +214,22 @@ def test_the_caller_has_a_deadline_of_its_own_and_a_dead_trainer_not_so_much_tim
         virtual_time.run(main(TrainerState(dead="killed"), 900))
 
 
+def test_a_trainer_that_starts_anew_has_a_deadline_for_each_of_its_calls():
+    async def main(call_s, calls):
+        now = asyncio.get_running_loop().time
+        state = TrainerState()
+        async with rollouts(trainer=lambda: state, caller_timeout_s=1000.0) as loop:
+            await loop.next_batch()
+            for _ in range(calls):
+                state = TrainerState(doing="restart: step", since=now())
+                await asyncio.sleep(call_s)
+            return now()
+
+    assert virtual_time.run(main(900, 5)) > 4500
+    with pytest.raises(RolloutStall, match="in 'restart: step'"):
+        virtual_time.run(main(1100, 5))
+
+
 def test_batches_that_nobody_collects_are_named():
     async def main():
         async with rollouts():
