@@ -29,3 +29,17 @@ def test_the_folder_of_a_run_that_goes_on_is_left_alone_and_so_is_a_new_one(tmp_
     assert set(tmp_path.iterdir()) == {others.path, unlocked_yet, mine.path}
     mine.remove()
     assert set(tmp_path.iterdir()) == {others.path, unlocked_yet}
+
+
+async def test_what_ranks_that_died_have_left_goes_and_whole_exports_stay(tmp_path):
+    scratch = Scratch(tmp_path)
+    exports = []
+    for version in range(3):
+        exports.append(scratch.new_export(version))
+        exports[-1].mkdir()
+        await scratch.keep(exports[-1])
+    (scratch.path / "version_3_3.partial").mkdir()
+    (scratch.path / "rendezvous").touch()
+    await scratch.sweep()
+    assert set(scratch.path.iterdir()) == set(exports[1:])
+    scratch.remove()
