@@ -42,6 +42,7 @@ from flash.rollout.episode import Episode
 from flash.rollout.history import prompt_sum
 from flash.rollout.observer import Observer
 from flash.rollout.record import EpisodeRecord
+from flash.stop import unless
 from flash.types import Batch, Completion, GenerateRequest, Observation, Sample
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,6 @@ class Log(Observer):
         now: seconds since 1970, at any time of the event loop's clock.
         max_lag_s: past it nothing new begins.
         timeout_s: past it what can't be written ends the run.
-        on_failure: hears why it ends.
     """
 
     def __init__(
@@ -101,6 +101,7 @@ class Log(Observer):
         self._failed = asyncio.Event()
         self._on_failure: Callable[[Exception], None] = lambda failure: None
         self._wake = asyncio.Event()
+        self._tasks = asyncio.TaskGroup()
         self._closing = False
         self._groups = set(open_groups)
         self._trained_groups: set[int] = set()
@@ -148,26 +149,22 @@ class Log(Observer):
         done = asyncio.Event()
         self.after_commit(done.set)
         if not done.is_set():
-            tasks = [asyncio.ensure_future(event.wait()) for event in (done, self._failed)]
-            try:
-                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                for task in tasks:
-                    task.cancel()
+            await unless(self._failed, done.wait())
         if self._failure is not None:
             raise self._failure
 
     # ── the writer ───────────────────────────────────────────────────────────────────────────
 
     async def __aenter__(self) -> Self:
-        self._writer = asyncio.create_task(self._write(), name="log")
+        await self._tasks.__aenter__()
+        self._tasks.create_task(self._write(), name="log")
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
         """All that was told is on disk, or can't be."""
         self._closing = True
         self._wake.set()
-        await self._writer
+        await self._tasks.__aexit__(None, None, None)
 
     async def _write(self) -> None:
         try:

@@ -10,12 +10,15 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import metadata
 from typing import Any
 
 import msgspec
 from sqlalchemy import Connection, case, delete, func, insert, or_, update
 
-from flash.config.task_source import changed_source
+from flash.config import Config
+from flash.config.resumed import differences, groups_begin_anew, training_settings_differ
+from flash.config.task_source import changed_source, source_of
 from flash.log.reading import (
     ABANDONED,
     INTERRUPTED,
@@ -43,8 +46,9 @@ class Past:
     Args:
         start: the number of the start that begins now.
         checkpoint: the version of the checkpoint that it goes on from; 0 without one.
-        before: the starts before it.
         redo: versions whose batches are to be trained again, in their order, and told to nobody.
+        with_other_settings: of those of `redo` before a version, the settings of the trainer that
+            they were trained with, one after another; the rest have the present ones.
         restored: what rollout goes on with; its batches come after those of `redo`.
         again: seeds of tasks that had begun, and are to begin anew.
         dispatched: the seeds of all tasks that began.
@@ -54,8 +58,8 @@ class Past:
 
     start: int = 1
     checkpoint: int = 0
-    before: Sequence[Start] = ()
     redo: Sequence[int] = ()
+    with_other_settings: Sequence[tuple[int, Mapping[str, Any]]] = ()
     restored: Restored = _NOTHING
     again: Sequence[int] = ()
     dispatched: Sequence[int] = ()
@@ -96,37 +100,24 @@ class Past:
         return bool(self.steps)
 
 
-def take_over(
-    store: Store,
-    *,
-    checkpoint: int | None,
-    config: Mapping[str, Any],
-    source: str,
-    flash: str,
-    episodes: int,
-    max_attempts: int,
-    groups_begin_anew: bool = False,
-) -> Past:
+def take_over(store: Store, *, checkpoint: int | None, config: Config) -> Past:
     """The run's past, mended; from now on this process is the one that writes the log.
 
     Args:
         checkpoint: the version to go on from; None for a run that begins.
-        config, source: what this start is told, and what its tasks are made from.
-        episodes, max_attempts: of a group.
-        groups_begin_anew: with this configuration groups on their way can't be gone on with. Nor
-            can they be if tasks are made from something else than before.
+        config: that it goes on with, which is compared with what the log says of the starts before.
 
     ValueError if the log can't be that of the checkpoint.
     """
     store.own()
+    source = source_of(config)
     if checkpoint is not None:
-        _mend(store, checkpoint, _why_anew(store, source, groups_begin_anew))
+        _mend(store, checkpoint, config, source)
     with store.transaction() as connection:
         reader = Reader(connection, store.run)
-        before = reader.starts()
-        past = Past(start=len(before) + 1, before=before)
+        past = Past(start=len(reader.starts()) + 1)
         if checkpoint is not None:
-            past = _read(reader, checkpoint, before, episodes=episodes, max_attempts=max_attempts)
+            past = _read(reader, checkpoint, config)
             _interrupt(connection, store.run)
             past = replace(past, records=[EpisodeRecord.of_row(row) for row in reader.ended()])
         connection.execute(
@@ -135,33 +126,31 @@ def take_over(
                 start=past.start,
                 at=time.time(),
                 version=past.version,
-                config=config,
+                config=config.model_dump(mode="json"),
                 source=source,
-                flash=flash,
+                flash=metadata.version("flash-rl"),
             )
         )
     return past
 
 
-def _read(
-    reader: Reader,
-    checkpoint: int,
-    before: Sequence[Start],
-    *,
-    episodes: int,
-    max_attempts: int,
-) -> Past:
+def _read(reader: Reader, checkpoint: int, config: Config) -> Past:
+    starts = reader.starts()
     steps = reader.steps()
     done = max((row.step for row in steps), default=0)
     batches = reader.whole_batches(checkpoint)
+    redo = {version: start for version, start in batches.items() if version < done}
     alpha = next((row.alpha for row in reversed(steps) if row.alpha is not None), None)
     return Past(
-        start=len(before) + 1,
+        start=len(starts) + 1,
         checkpoint=checkpoint,
-        before=before,
-        redo=[version for version in batches if version < done],
+        redo=list(redo),
+        with_other_settings=_with_other_settings(redo, starts, config),
         restored=Restored(
-            groups=reader.open_groups(episodes=episodes, max_attempts=max_attempts),
+            groups=reader.open_groups(
+                episodes=config.group_size + config.rollout.redundant_episodes,
+                max_attempts=config.rollout.max_attempts,
+            ),
             batches=[
                 part for version in batches if version >= done for part in reader.batch(version)
             ],
@@ -173,6 +162,21 @@ def _read(
         steps=[row.metrics for row in steps],
         first_numbers=reader.first_numbers(),
     )
+
+
+def _with_other_settings(
+    redo: Mapping[int, int], starts: Sequence[Start], config: Config
+) -> list[tuple[int, Mapping[str, Any]]]:
+    """See `Past`; `redo` says in which start each version's batch was trained."""
+    configs = {start.start: start.config for start in starts}
+    others = {start.start for start in starts if _trains_otherwise(start, config)}
+    last = max((version for version, start in redo.items() if start in others), default=-1)
+    until = {start: version + 1 for version, start in redo.items() if version <= last}
+    return [(end, configs[start]["trainer"]) for start, end in until.items()]
+
+
+def _trains_otherwise(start: Start, config: Config) -> bool:
+    return training_settings_differ(differences(start.config, config))
 
 
 def _interrupt(connection: Connection, run: int) -> None:
@@ -188,28 +192,27 @@ def _interrupt(connection: Connection, run: int) -> None:
     )
 
 
-def _why_anew(store: Store, source: str, settings_changed: bool) -> str:
+def _why_anew(last: Start, config: Config, source: str) -> str:
     """The reason that groups on their way end for; empty if they go on."""
-    with store.transaction() as connection:
-        before = Reader(connection, store.run).starts()
-    if before and (changed := changed_source(before[-1].source, source)):
+    if changed := changed_source(last.source, source):
         logger.warning("tasks are other ones than before, and groups begin anew: %s", changed)
         return SOURCE_CHANGED
-    return SETTINGS_CHANGED if settings_changed else ""
+    return SETTINGS_CHANGED if groups_begin_anew(differences(last.config, config)) else ""
 
 
-def _mend(store: Store, checkpoint: int, drop_open: str) -> None:
+def _mend(store: Store, checkpoint: int, config: Config, source: str) -> None:
     """Takes back what can't be gone on with.
 
     Parts of a batch whose last part never came. All from the first batch on that can't be trained
-    again, because the log has its samples no longer: what was sampled by weights that will never
-    be again must not be taken for what those of the same number will sample.
+    again, because the log has its samples no longer. What was sampled by weights that will never
+    be again, which must not be taken for what those of the same number will sample. Groups on
+    their way, if their next episodes would not be like their first.
     """
     run = store.run
     with store.transaction() as connection:
         reader = Reader(connection, run)
         whole = reader.whole_batches(0)
-        known = whole[-1] + 1 if whole else 0
+        known = max(whole, default=-1) + 1
         if known < checkpoint:
             raise ValueError(
                 f"the checkpoint is of version {checkpoint}, and the log knows batches up to "
@@ -224,9 +227,15 @@ def _mend(store: Store, checkpoint: int, drop_open: str) -> None:
         for table, number in ((BATCHES, "version"), (SAMPLES, "version"), (STEPS, "step")):
             first = reached + (table is STEPS)  # the step that makes version v is step v
             connection.execute(delete(table).where(table.c.run == run, table.c[number] >= first))
-        _give_up(connection, run, reader.groups_beyond(reached), ABANDONED)
-        if drop_open:
-            _give_up(connection, run, reader.open_group_ids(), drop_open)
+        _give_up(connection, run, reader.groups_trained_from(reached), ABANDONED)
+        # A step that was not done is done with the present settings, and makes other weights then.
+        done = max([checkpoint, *(row.step for row in reader.steps())])
+        starts = reader.starts()
+        again_the_same = not (starts and _trains_otherwise(starts[-1], config))
+        newest = reached if again_the_same else min(reached, done)
+        _give_up(connection, run, reader.open_groups_beyond(newest), ABANDONED)
+        if starts and (reason := _why_anew(starts[-1], config, source)):
+            _give_up(connection, run, reader.open_group_ids(), reason)
 
 
 def _tell_of_lost(reached: int, known: int) -> None:

@@ -99,19 +99,22 @@ class Reader:
         last = {row.seed: row.reason for row in self._rows(query)}
         return [seed for seed, reason in last.items() if reason in _ANEW]
 
-    def groups_beyond(self, version: int) -> list[int]:
-        """Those that were trained at that version or later, and those on their way with tokens of
-        a later one."""
+    def groups_trained_from(self, version: int) -> list[int]:
+        """Those that were trained at that version or later."""
         query = select(EPISODES.c.group).distinct()
-        trained = query.where(EPISODES.c.trained_at_version >= version)
-        later = query.where(EPISODES.c.outcome.is_(None), EPISODES.c.version_max > version)
-        found = {row.group for of_query in (trained, later) for row in self._rows(of_query)}
-        found |= {
-            row.group
-            for row in self.running()
-            for step in self.histories([row.episode]).get(row.episode, ())
-            if isinstance(step, Sampled) and max(step.completion.versions, default=-1) > version
-        }
+        rows = self._rows(query.where(EPISODES.c.trained_at_version >= version))
+        return sorted(row.group for row in rows)
+
+    def open_groups_beyond(self, version: int) -> list[int]:
+        """Those on their way that have tokens of a later version."""
+        query = select(EPISODES.c.group).distinct()
+        query = query.where(EPISODES.c.outcome.is_(None), EPISODES.c.version_max > version)
+        running = {row.episode: row.group for row in self.running()}
+        found = {row.group for row in self._rows(query)}
+        for episode, history in self.histories(list(running)).items():
+            said = [step.completion for step in history if isinstance(step, Sampled)]
+            if any(max(completion.versions, default=-1) > version for completion in said):
+                found.add(running[episode])
         return sorted(found)
 
     def open_group_ids(self) -> list[int]:
@@ -216,10 +219,12 @@ class Reader:
 
     # ── batches ──────────────────────────────────────────────────────────────────────────────
 
-    def whole_batches(self, version: int) -> list[int]:
-        """The versions, from that one on, whose batch was handed over to its last part."""
-        query = select(BATCHES.c.version).where(BATCHES.c.last, BATCHES.c.version >= version)
-        return [row.version for row in self._rows(query.order_by(BATCHES.c.version))]
+    def whole_batches(self, version: int) -> dict[int, int]:
+        """The versions, from that one on, whose batch was handed over to its last part, in order;
+        and the start in which each was."""
+        query = select(BATCHES.c.version, BATCHES.c.start).order_by(BATCHES.c.version)
+        rows = self._rows(query.where(BATCHES.c.last, BATCHES.c.version >= version))
+        return {row.version: row.start for row in rows}
 
     def has_samples(self, version: int) -> bool:
         """Whether the log has the tokens of all samples of that version's batch."""

@@ -8,8 +8,9 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
+from flash.config import Config
 from flash.errors import LogFailure
 from flash.log.config import LogConfig
 from flash.log.log import Log
@@ -43,7 +44,11 @@ class RunLog:
         self._thread = ThreadPoolExecutor(1, "log")
 
     async def __aenter__(self) -> Self:
-        self._store = await self._do(self._open)
+        try:
+            self._store = await self._do(self._open)
+        except BaseException:
+            self._thread.shutdown(wait=False)
+            raise
         return self
 
     def _open(self) -> Store:
@@ -57,12 +62,10 @@ class RunLog:
         await self._do(self._store.close)
         self._thread.shutdown()
 
-    async def take_over(self, *, checkpoint: int | None, **told: Any) -> Past:
+    async def take_over(self, *, checkpoint: int | None, config: Config) -> Past:
         """See `flash.log.past.take_over`."""
-        try:
-            return await self._do(lambda: take_over(self._store, checkpoint=checkpoint, **told))
-        except StoreError as error:
-            raise LogFailure(f"the log {shown(self._store.url)} can't be read: {error}") from error
+        take = partial(take_over, self._store, checkpoint=checkpoint, config=config)
+        return await self._read(take)
 
     @contextlib.asynccontextmanager
     async def writing(self, past: Past, *, alpha: Callable[[], AlphaState]) -> AsyncIterator[Log]:
@@ -88,15 +91,21 @@ class RunLog:
 
     async def batches(self, version: int) -> AsyncIterator[list[Batch]]:
         """See `flash.trainer.redo.BatchLog`."""
-        for whole in await self._read(lambda reader: reader.whole_batches(version)):
-            yield await self._read(partial(Reader.batch, version=whole))
+        for whole in await self._ask(lambda reader: reader.whole_batches(version)):
+            yield await self._ask(partial(Reader.batch, version=whole))
 
-    async def _read(self, read: Callable[[Reader], _T]) -> _T:
+    async def _ask(self, question: Callable[[Reader], _T]) -> _T:
         def reading() -> _T:
             with self._store.transaction() as connection:
-                return read(Reader(connection, self._store.run))
+                return question(Reader(connection, self._store.run))
 
-        return await self._do(reading)
+        return await self._read(reading)
+
+    async def _read(self, blocking: Callable[[], _T]) -> _T:
+        try:
+            return await self._do(blocking)
+        except StoreError as error:
+            raise LogFailure(f"the log {shown(self._store.url)} can't be read: {error}") from error
 
     async def _do(self, blocking: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, blocking)

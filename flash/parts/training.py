@@ -2,15 +2,13 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from flash.checkpoints import Checkpoint, Checkpoints, Rescue, newest_checkpoint
 from flash.config import Config
-from flash.config.resumed import groups_begin_anew, training_settings_differ
-from flash.config.task_source import source_of
 from flash.evaluation.evaluations import Evaluations
 from flash.hub.hub import InferenceHub
 from flash.hub.publisher import PROBE_TOKENS
@@ -84,16 +82,10 @@ async def open_training(
     adaptive = _adaptive_alpha(config)
     async with RunLog(folder.path, config.log) as run_log:
         past = await run_log.take_over(
-            checkpoint=folder.version if folder.resumes else None,
-            config=folder.config.model_dump(mode="json"),
-            source=await asyncio.to_thread(source_of, config),
-            flash=metadata.version("flash-rl"),
-            episodes=config.group_size + config.rollout.redundant_episodes,
-            max_attempts=config.rollout.max_attempts,
-            groups_begin_anew=groups_begin_anew(folder.changed),
+            checkpoint=folder.version if folder.resumes else None, config=folder.config
         )
-        if past.redo and training_settings_differ(folder.changed):
-            past = await _redo_as_logged(config, model, folder, run_log, past)
+        for until, settings in past.with_other_settings:
+            past = await _redo_as_logged(config, model, folder, run_log, past, until, settings)
         if past.alpha is not None:
             adaptive.restore(past.alpha)
         if folder.resumes:
@@ -132,7 +124,8 @@ async def _open(
         open_parts(
             config,
             model=trainer.model,
-            version=past.checkpoint,
+            # The run's own workers start with what the trainer does; others are given what is now.
+            version=past.version if config.engine.urls else past.checkpoint,
             weights=trainer.first_weights,
             log_dir=folder.logs,
             say=view.say,
@@ -144,7 +137,7 @@ async def _open(
         decode = parts.tokenizer.decode
         per_step, steps = config.transcripts, config.steps
         observers.add(Transcripts(folder.transcript, decode=decode, per_step=per_step, steps=steps))
-        if past.redo:
+        if parts.hub.version < past.version:
             await trainer.ready()
             await parts.hub.publish(await trainer.export_weights())
         rollouts = RolloutLoop(
@@ -231,19 +224,26 @@ def _trainer(
 
 
 async def _redo_as_logged(
-    config: Config, model: str, folder: RunFolder, run_log: RunLog, past: Past
+    config: Config,
+    model: str,
+    folder: RunFolder,
+    run_log: RunLog,
+    past: Past,
+    until: int,
+    settings: Mapping[str, Any],
 ) -> Past:
-    """Trains the logged batches with the settings that they were trained with, and saves that: the
-    new ones hold from there on."""
-    settings = TrainerConfig.model_validate(past.before[-1].config["trainer"])
-    trainer = _trainer(config, settings, model, folder, run_log, past)
+    """Trains the batches before that version with the settings that they were trained with, and
+    saves that: others hold from there on."""
+    left = [version for version in past.redo if version >= until]
+    done = replace(past, redo=[version for version in past.redo if version < until])
+    trainer = _trainer(config, TrainerConfig.model_validate(settings), model, folder, run_log, done)
     checkpoints = Checkpoints(
         folder.path, resumed=folder.checkpoint, every_s=0, observer=Observer()
     )
     async with trainer:
         path = await checkpoints.save(trainer, spare=True)
-    folder.checkpoint = Checkpoint(path, trainer.version)
-    return replace(past, checkpoint=trainer.version, redo=())
+    folder.checkpoint = Checkpoint(path, until)
+    return replace(past, checkpoint=until, redo=left)
 
 
 def _adaptive_alpha(config: Config) -> AdaptiveAlpha:

@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
+from flash.config import load
 from flash.errors import LogFailure
 from flash.log.past import take_over
 from flash.log.schema import BATCHES, GROUPS, SAMPLES
@@ -54,7 +55,7 @@ def log_without_samples(folder, *, batches: int) -> Store:
     return store
 
 
-TOLD = {"config": {}, "source": {}, "flash": "1", "episodes": 1, "max_attempts": 1}
+TOLD = {"config": load("frozen_lake", {"group_size": 2, "batch_size": 2})}
 
 
 def test_steps_whose_samples_are_gone_are_done_anew_and_that_is_said(tmp_path, caplog):

@@ -4,12 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from flash.config import load
 from flash.log.past import Past, take_over
 from flash.log.schema import COMPLETIONS, EPISODES, GROUPS, OBSERVATIONS
 from flash.log.store import Change, Store, sqlite_url
 from flash.rollout.restored import DueEpisode
-
-NO_SOURCE = '{"values": {}, "contents": {}}'  # of tasks
 
 
 class Run:
@@ -26,11 +25,7 @@ class Run:
         return take_over(
             self.store,
             checkpoint=0 if resume else None,
-            config={},
-            source=NO_SOURCE,
-            flash="1",
-            episodes=2,
-            max_attempts=3,
+            config=load("frozen_lake", {"group_size": 2, "batch_size": 2}),
         )
 
     def resume(self) -> tuple[DueEpisode, ...]:

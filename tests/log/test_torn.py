@@ -5,11 +5,12 @@ import shutil
 import pytest
 from sqlalchemy import func, select
 
+from flash.config import load
 from flash.log.past import take_over
 from flash.log.schema import GROUPS
 from flash.log.store import Change, Store, sqlite_url
 
-TOLD = {"config": {}, "source": {}, "flash": "1", "episodes": 1, "max_attempts": 1}
+TOLD = {"config": load("frozen_lake", {"group_size": 2, "batch_size": 2})}
 
 
 def group(number: int) -> Change:
