@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import os
 import re
 import shutil
 import sys
@@ -133,6 +134,29 @@ async def test_a_new_learning_rate_holds_from_the_resume_on_and_not_for_what_is_
     lines = read_lines(tmp_path / "r" / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert lines[3]["learning_rate"] == 1e-6 != lines[2]["learning_rate"]
+
+
+async def test_workers_that_run_already_get_the_weights_that_a_resume_has_redone(tmp_path):
+    options = {"name": "r", "eval_every": 0}
+    await run(tiny("frozen_lake", tmp_path, **options, steps=2))
+    shutil.rmtree(tmp_path / "r" / "checkpoints")
+    (policy,) = (tmp_path / ".small_policies").glob("frozen_lake-*")
+    worker = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "flash.worker", f"--model={policy}",
+        stdout=asyncio.subprocess.PIPE, env=os.environ | {"FLASH_WORKER_API_KEY": "sesame"},
+    )  # fmt: skip
+    try:
+        ready, url = (await worker.stdout.readline()).decode().split()
+        assert ready == "ready"
+        options |= {"steps": 3, "engine.urls": url, "engine.api_key": "sesame"}
+        summary = await run(tiny("frozen_lake", tmp_path, **options, **{"checkpoint.resume": True}))
+    finally:
+        worker.kill()
+        await worker.wait()
+    assert summary["steps"] == 3
+    (line,) = [x for x in read_lines(tmp_path / "r" / "metrics.jsonl") if x["step"] == 3]
+    assert line["logprob_gap/max"] < 1e-3
+    assert line["policy_version"] == 3
 
 
 async def test_a_run_that_fails_is_saved_and_goes_on_from_there(tmp_path, monkeypatch):

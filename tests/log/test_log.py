@@ -162,3 +162,21 @@ async def test_what_is_told_before_the_log_is_left_is_on_disk_and_a_shutdown_is_
     outcomes = {change.values.get("outcome") for change in disk.rows(EPISODES)}
     assert outcomes == {None, "trained"}
     assert not disk.rows(GROUPS, outcome="dropped")
+
+
+@in_virtual_time
+async def test_a_batch_whose_commit_fails_is_not_handed_over():
+    disk = Disk()
+    async with logged(disk) as (loop, _):
+        await asyncio.sleep(5)  # a batch is ready
+        disk.ails = "input/output error"
+        with pytest.raises(LogFailure, match="input/output error"):
+            await loop.next_batch()
+
+
+@in_virtual_time
+async def test_what_is_told_in_the_moment_the_log_is_left_is_on_disk():
+    disk = Disk()
+    async with Log(disk.commit, start=1, now=lambda: 0.0, max_lag_s=10, timeout_s=60) as log:
+        log.given_up(3, "stale")
+    assert disk.rows(GROUPS, group=3, reason="stale")

@@ -1,0 +1,113 @@
+"""A resume with other settings: what is redone with which, and what begins anew."""
+
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import select
+
+from flash.config import load
+from flash.log.past import Past, take_over
+from flash.log.schema import BATCHES, EPISODES, GROUPS, STEPS
+from flash.log.store import Change, Store, sqlite_url
+
+SLOW = {"trainer.learning_rate": 1e-6}
+
+
+class Run:
+    """A run on FrozenLake, which is killed whenever it starts again."""
+
+    def __init__(self, folder: Path) -> None:
+        self._url = sqlite_url(folder)
+        self._starts = 0
+        self.start(resume=False)
+
+    def start(self, *, resume: bool = True, **changes: Any) -> Past:
+        self._starts += 1
+        self._store = Store(self._url, run="a" * 32, name="run")
+        config = load("frozen_lake", changes)
+        return take_over(self._store, checkpoint=0 if resume else None, config=config)
+
+    def insert(self, table: Any, **values: Any) -> None:
+        self._store.commit([Change("insert", table, values)])
+
+    def batch(self, version: int, *, done: bool = True) -> None:
+        self.insert(
+            BATCHES, version=version, part=0, start=self._starts, at=0.0, last=True, metrics={}
+        )
+        if done:
+            step = version + 1
+            self.insert(STEPS, step=step, start=self._starts, at=0.0, metrics={"step": step})
+
+    def ready(self, group: int, *, version: int) -> None:
+        """An episode of a group on its way."""
+        self.insert(GROUPS, group=group, start=1, seed=group, options={}, begun_at=0.0)
+        self.insert(
+            EPISODES, episode=group, group=group, attempt=1, start=1, seed=group, admitted_at=0.0,
+            played_at=1.0, reward=0.0, success=False, turns=1, prompt_tokens=1,
+            generated_tokens=1, version_min=version, version_max=version, turn_rewards=[],
+            turn_states=[],
+        )  # fmt: skip
+
+    def reasons(self) -> dict[int, str]:
+        """Why groups ended, of those that did."""
+        query = select(GROUPS.c.group, GROUPS.c.reason).where(GROUPS.c.outcome.is_not(None))
+        with self._store.transaction() as connection:
+            return {row.group: row.reason for row in connection.execute(query)}
+
+
+def redone(past: Past) -> list[tuple[int, float]]:
+    """Until which version, and with which learning rate."""
+    return [(until, settings["learning_rate"]) for until, settings in past.with_other_settings]
+
+
+def test_batches_are_redone_with_the_settings_of_the_start_that_trained_them(tmp_path):
+    run = Run(tmp_path)
+    run.batch(0)
+    run.batch(1)
+    usual = load("frozen_lake").trainer.learning_rate
+    assert redone(run.start()) == []
+    assert redone(run.start(**SLOW)) == [(2, usual)]
+    assert redone(run.start(**SLOW)) == [(2, usual)], "also after a kill before that was saved"
+    run.batch(2)
+    past = run.start()
+    assert redone(past) == [(2, usual), (3, 1e-6)]
+    assert past.redo == [0, 1, 2]
+    assert redone(run.start(**SLOW)) == [(2, usual)], "the last has the present ones"
+
+
+def test_what_weights_sampled_that_will_not_be_again_begins_anew(tmp_path):
+    run = Run(tmp_path)
+    run.batch(0)
+    run.batch(1, done=False)  # its step is done anew
+    run.ready(5, version=1)
+    run.ready(6, version=2)
+    same = run.start()
+    assert [group.group for group in same.restored.groups] == [5, 6]
+    other = run.start(**SLOW)
+    assert [group.group for group in other.restored.groups] == [5]
+    assert run.reasons() == {6: "abandoned"}
+    assert other.again == [6]
+
+
+def test_groups_that_can_not_go_on_begin_anew_once(tmp_path):
+    run = Run(tmp_path)
+    run.ready(5, version=0)
+    past = run.start(group_size=4)
+    assert not past.restored.groups
+    assert (past.again, past.dispatched) == ([5], [5])
+    assert run.reasons() == {5: "settings_changed"}
+    run.insert(GROUPS, group=6, start=2, seed=5, options={}, begun_at=0.0)
+    past = run.start(group_size=4)
+    assert [group.group for group in past.restored.groups] == [6]
+    assert past.again == []
+
+
+def test_tasks_of_another_source_begin_anew_and_that_is_said(tmp_path, caplog):
+    run = Run(tmp_path)
+    run.ready(5, version=0)
+    past = run.start(**{"env.options.size": 5})
+    assert past.again == [5]
+    assert run.reasons() == {5: "source_changed"}
+    assert (
+        "tasks are other ones than before, and groups begin anew: env.options.size" in caplog.text
+    )
