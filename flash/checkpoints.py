@@ -13,6 +13,7 @@ import asyncio
 import logging
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
@@ -130,18 +131,21 @@ class Rescue:
     def __init__(self, checkpoints: Checkpoints, trainer: SavingTrainer) -> None:
         self._checkpoints = checkpoints
         self._trainer = trainer
-        self._watching = False
+        self._steps_done: Callable[[], int] = lambda: 0
 
-    def watch(self) -> None:
-        """From now on there is something to save."""
-        self._watching = True
+    def watch(self, steps_done: Callable[[], int]) -> None:
+        """From now on there is something to save, if the last step of the trainer is all done.
+
+        If not, a resume does the rest of that step, from the checkpoint before and the log.
+        """
+        self._steps_done = steps_done
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         version = self._trainer.version
-        if not isinstance(error, Exception) or not self._watching or not version:
+        if not isinstance(error, Exception) or not version or version != self._steps_done():
             return
         if not self._trainer.can_save:
             return

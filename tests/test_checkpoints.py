@@ -191,8 +191,16 @@ async def test_the_newest_two_spare_ones_are_kept_and_all_that_were_asked_for(tm
 async def fails(run: Path, trainer: FakeTrainer, error: BaseException) -> None:
     """A run whose parts fail."""
     async with Rescue(new(run), trainer) as rescue:
-        rescue.watch()
+        rescue.watch(lambda: trainer.version)
         raise error
+
+
+async def test_a_run_that_fails_in_the_middle_of_a_step_leaves_that_to_the_log(tmp_path):
+    with pytest.raises(InferenceFailure):
+        async with Rescue(new(tmp_path), FakeTrainer(5)) as rescue:
+            rescue.watch(lambda: 4)
+            raise InferenceFailure("no worker is left for the evaluation")
+    assert newest_checkpoint(tmp_path) is None
 
 
 async def test_a_run_that_fails_before_it_is_ready_is_not_saved(tmp_path):

@@ -177,7 +177,7 @@ async def _open(
                 observer=observers,
                 stop=stop,
             )
-            rescue.watch()
+            rescue.watch(lambda: progress.steps_done)
             async with progress.ticking(), evaluations:
                 yield Training(
                     config=config,

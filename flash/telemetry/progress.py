@@ -115,13 +115,12 @@ class Progress(Observer):
     async def summarise(self, *, stopped: bool) -> dict[str, Any]:
         """Writes summary.json and report.png; returns the summary."""
         evaluations = [line for line in self._lines if "eval/success_rate" in line]
-        last = self._lines[-1] if self._lines else {}
         summary = {
             "folder": str(self._folder.path),
             "env": self._config.env.name,
             "alpha": self._config.alpha,
             "seed": self._config.seed,
-            "steps": last.get("step", 0),
+            "steps": self.steps_done,
             "stopped": stopped,
             "time_s": self._clock() - self._began,
             "eval_tasks": self._config.eval.tasks,
@@ -136,6 +135,12 @@ class Progress(Observer):
         # Drawing takes seconds; the loop is still serving its last agents.
         await asyncio.to_thread(write_report, self._folder.path)
         return summary
+
+    @property
+    def steps_done(self) -> int:
+        """The last step whose line is written."""
+        step: int = self._lines[-1]["step"] if self._lines else 0
+        return step
 
     @property
     def metrics(self) -> Mapping[str, Any]:
@@ -153,7 +158,7 @@ class Progress(Observer):
             line["eval/success_rate"] for line in self._lines if "eval/success_rate" in line
         ]
         return Snapshot(
-            step=last.get("step", 0),
+            step=self.steps_done,
             steps=self._config.steps,
             policy_version=self._hub.version,
             time_s=self._clock() - self._began,
