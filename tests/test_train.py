@@ -16,6 +16,7 @@ from flash.cli.main import run as flash
 from flash.errors import RolloutFailure
 from flash.evaluate import evaluate
 from flash.hub.embedded_pool import EmbeddedPool
+from flash.parts.model import prepared_model
 from flash.system.machine import has_vllm
 from flash.telemetry.folder import read_lines
 from flash.trainer.config import TrainerConfig
@@ -75,11 +76,13 @@ async def test_a_run_that_is_stopped_before_any_episode_has_nothing_to_go_on_wit
         await run(tiny("frozen_lake", tmp_path, name="r", **{"checkpoint.resume": True}))
 
 
-@pytest.mark.parametrize("wait", [2, 3], ids=["start of the parts", "first evaluation"])
-async def test_a_run_that_is_stopped_before_its_first_step_goes_on_with_its_episodes(
-    wait, tmp_path
-):
-    assert await run(tiny("frozen_lake", tmp_path, name="r"), SetAtWait(wait)) is None
+async def test_a_run_that_is_stopped_while_its_parts_start_leaves_no_checkpoint(tmp_path):
+    assert await run(tiny("frozen_lake", tmp_path, name="r"), SetAtWait(2)) is None
+    assert not list(tmp_path.glob("r/checkpoints/*"))
+
+
+async def test_a_run_that_is_stopped_in_its_first_evaluation_goes_on_with_its_episodes(tmp_path):
+    assert await run(tiny("frozen_lake", tmp_path, name="r"), SetAtWait(3)) is None
     assert not list(tmp_path.glob("r/checkpoints/*"))
     summary = await run(tiny("frozen_lake", tmp_path, name="r", **{"checkpoint.resume": True}))
     assert summary["steps"] == 3
@@ -140,7 +143,7 @@ async def test_workers_that_run_already_get_the_weights_that_a_resume_has_redone
     options = {"name": "r", "eval_every": 0}
     await run(tiny("frozen_lake", tmp_path, **options, steps=2))
     shutil.rmtree(tmp_path / "r" / "checkpoints")
-    (policy,) = (tmp_path / ".small_policies").glob("frozen_lake-*")
+    policy = await prepared_model(tiny("frozen_lake", tmp_path), lambda *_: None)
     worker = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "flash.worker", f"--model={policy}",
         stdout=asyncio.subprocess.PIPE, env=os.environ | {"FLASH_WORKER_API_KEY": "sesame"},
