@@ -1,7 +1,8 @@
 """One transaction for what happened: all of it or nothing, once, and by one owner only."""
 
-import multiprocessing
+import contextlib
 import sqlite3
+import subprocess
 import uuid
 
 import pytest
@@ -187,30 +188,40 @@ def test_what_was_cut_off_as_the_tables_were_made_is_no_half_database(url, monke
     open_engine(url).dispose()
 
 
-def _open(url, run, barrier, tell):
-    barrier.wait()
-    try:
-        store = Store(url, run=run, name="run")
-        tell.put(store.run)
-        store.close()
-    except Exception as error:
-        tell.put(repr(error))
+_OPEN = """
+import sys
+from flash.log.store import Store
+
+url, run = sys.argv[1:]
+print("here", flush=True)
+sys.stdin.readline()
+store = Store(url, run=run, name="run")
+print(store.run)
+store.close()
+"""
 
 
 @pytest.mark.slow
 def test_processes_that_open_a_new_database_at_once_all_find_it_whole(url):
-    context = multiprocessing.get_context("spawn")
-    barrier, told = context.Barrier(3), context.Queue()
-    processes = [
-        context.Process(target=_open, args=(url, f"{number:032}", barrier, told))
-        for number in range(3)
-    ]
-    for process in processes:
-        process.start()
-    numbers = {told.get(timeout=60) for _ in processes}
-    for process in processes:
-        process.join()
-    assert numbers == {1, 2, 3}
+    with contextlib.ExitStack() as ended:
+        processes = [
+            ended.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", _OPEN, url, f"{number:032}"],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+            )  # fmt: skip
+            for number in range(3)
+        ]
+        for process in processes:
+            assert process.stdout.readline() == "here\n"
+        for process in processes:
+            process.stdin.write("now\n")
+            process.stdin.flush()
+        numbers = {process.communicate(timeout=60)[0].strip() for process in processes}
+    assert numbers == {"1", "2", "3"}
 
 
 # ── what the database does ───────────────────────────────────────────────────────────────────
