@@ -3,6 +3,7 @@
 import contextlib
 import sqlite3
 import subprocess
+import sys
 import uuid
 
 import pytest
@@ -212,7 +213,7 @@ def test_processes_that_open_a_new_database_at_once_all_find_it_whole(url):
                     stdout=subprocess.PIPE,
                     text=True,
                 )
-            )  # fmt: skip
+            )
             for number in range(3)
         ]
         for process in processes:
