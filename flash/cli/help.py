@@ -118,7 +118,7 @@ _USAGE = {
     "plan": ("FILE.yaml --gpus N [--field.sub value …]", _PLAN),
 }
 
-_FIELDS = {"simulate": Scenario, "plan": Scenario, "replay": Retraining}
+_FIELDS: dict[str, type[BaseModel]] = {"simulate": Scenario, "plan": Scenario, "replay": Retraining}
 _NO_FIELDS = ("show", "export")
 
 
@@ -177,7 +177,7 @@ def fields_help(model: type[BaseModel], section: str = "") -> str:
     if inside:
         lines += ["", "  what varies is a number, or a mapping of:"]
         lines += [f"    {n:10}{i.description}" for n, i in Distribution.model_fields.items()]
-    elif not section:
+    elif model is configuration.Config and not section:
         lines += ["", "presets: " + ", ".join(sorted(configuration.presets()))]
     return "\n".join(lines)
 

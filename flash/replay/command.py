@@ -35,7 +35,7 @@ def show(
         decode = decoder_of(run)
         console = Console()
         if console.is_terminal and not as_json:
-            console.print(legend(colour))
+            console.print(legend(colour), soft_wrap=True)
         for number, episode in enumerate(episodes):
             if as_json:
                 _print_json(as_data(episode, decode))
@@ -65,7 +65,8 @@ async def retrain(
 
     def tell(told: Step | Compared) -> None:
         if as_json:
-            _print_json(asdict(told))
+            where = {"checkpoint": str(told.checkpoint)} if isinstance(told, Compared) else {}
+            _print_json(asdict(told) | where)
         elif isinstance(told, Step):
             print(_row(told.number, told.metrics, told.logged), flush=True)
         elif told.equal:

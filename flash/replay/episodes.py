@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from sqlalchemy import Row, Select, func, select
 
+from flash.command_line import nearest
 from flash.conversation import SpokenTurn, spoken_turns
 from flash.log.reading import Reader
 from flash.log.schema import EPISODES
@@ -130,11 +131,12 @@ class EpisodeReader(Reader):
             return found
         query = select(EPISODES.c.reason).where(EPISODES.c.outcome == "dropped")
         reasons = Counter(row.reason for row in self._rows(query))
-        told = ", ".join(f"{name} ({count})" for name, count in reasons.most_common())
+        if not reasons:
+            raise ValueError("--dropped: no episode was dropped: leave it out")
+        there_are = ", ".join(f"{name} ({count})" for name, count in reasons.most_common())
         raise ValueError(
-            f"--dropped {reason}: none was dropped for that; there are {told}"
-            if told
-            else "--dropped: no episode was dropped: leave it out"
+            f"--dropped {reason}: no episode was dropped for that: "
+            f"{nearest(reason, reasons, f'there are {there_are}')}"
         )
 
     def page(self, which: Which, *, after: int, most: int) -> list[LoggedEpisode]:
@@ -162,7 +164,7 @@ class EpisodeReader(Reader):
     def _found(self, query: Select[Any], missing: str, column: Any) -> list[LoggedEpisode]:
         if found := self._whole(self._rows(query)):
             return found
-        ((first, last),) = self._rows(select(func.min(column), func.max(column)))
+        first, last = tuple(self._rows(select(func.min(column), func.max(column)))[0])
         known = "it is empty so far" if first is None else f"it has {first} to {last}"
         raise ValueError(f"{missing}: {known}")
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from flash.log.columns import plain
-from flash.replay.episodes import LoggedEpisode
+from flash.replay.episodes import LoggedEpisode, Which
 from flash.replay.logged_run import LoggedRun
 from flash.replay.text import Decoder
 from flash.system import machine
@@ -91,7 +91,7 @@ def _pages(run: LoggedRun, episodes: str) -> Iterator[list[LoggedEpisode]]:
     after = -1
     while True:
         with run.reading() as reader:
-            which = "trained" if episodes == "trained" else "ended"
+            which: Which = "trained" if episodes == "trained" else "ended"
             page = reader.page(which, after=after, most=_PAGE)
         if not page:
             return

@@ -128,7 +128,7 @@ def _head(episode: LoggedEpisode) -> Iterator[Text]:
     if episode.continues is not None:
         about.append(f"goes on from episode {episode.continues}")
     if episode.version_min is not None:
-        about.append(f"versions {_range(episode.version_min, episode.version_max)}")
+        about.append(_versions(episode.version_min, episode.version_max or episode.version_min))
     if episode.generated_tokens is not None:
         about.append(f"{_count(episode.generated_tokens, 'token')} sampled")
     if episode.prompt_tokens is not None:
@@ -159,7 +159,7 @@ def _about_said(episode: LoggedEpisode, turn: LoggedTurn) -> str:
     spoken = turn.spoken
     about = [_count(len(spoken.said), "token")]
     if spoken.versions:
-        about.append(f"version {_range(min(spoken.versions), max(spoken.versions))}")
+        about.append(_versions(min(spoken.versions), max(spoken.versions)))
     if spoken.logprobs:
         about.append(f"logprob {math.fsum(spoken.logprobs) / len(spoken.logprobs):.3f} a token")
     if (took_s := episode.took_s(turn)) is not None:
@@ -203,5 +203,5 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
-def _range(first: int, last: int | None) -> str:
-    return str(first) if last is None or first == last else f"{first} to {last}"
+def _versions(first: int, last: int) -> str:
+    return f"version {first}" if first == last else f"versions {first} to {last}"

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import inspect
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 
 from flash import registry
@@ -115,9 +115,7 @@ async def rescore(run: LoggedRun, function: str, decode: Decoder) -> Rescored:
     if failed and not episodes:
         raise RewardFailure(f"the reward failed for each of {failed} episodes: {why_failed}")
     if not episodes:
-        raise ValueError(
-            f"{run.path} has no episode that came to its end: there is nothing to score"
-        )
+        raise ValueError(f"{run.path} has no episode that came to its end: nothing to score")
     compared = {number: group for number, group in groups.items() if group.episodes > 1}
     return Rescored(
         episodes=episodes,
@@ -166,7 +164,9 @@ async def _scorer(name: str) -> AsyncIterator[Scorer]:
             yield processes
 
 
-async def _changes(run: LoggedRun, scorer: Scorer, decode: Decoder) -> AsyncIterator[Change | str]:
+async def _changes(
+    run: LoggedRun, scorer: Scorer, decode: Decoder
+) -> AsyncGenerator[Change | str, None]:
     """Of each episode, in the order of their numbers; or why its reward failed."""
     of_env = run.config.get("reward", {}).get("name", "env") == "env"
 

@@ -67,14 +67,18 @@ class Plan:
     def describe(self, changes: Mapping[str, Any]) -> str:
         """What is trained, and how, in two lines."""
         where = self.checkpoint.name if self.checkpoint else "the first model"
+        first, last = self.legs[0].first, self.legs[-1].until - 1
+        which = f"batch of version {first}"
+        if last > first:
+            which = f"batches of versions {first} to {last}"
         given = ", ".join(f"{name} {shown(value)}" for name, value in changes.items())
-        how = f"with {given}" if given else "with the settings that they were trained with"
+        how = f"with {given}" if given else "with the settings of the run"
         advantages = "as they were handed over"
         if not all(leg.as_logged for leg in self.legs):
             advantages = "computed again, from rewards and states as logged"
         return (
-            f"batches of versions {self.legs[0].first} to {self.legs[-1].until - 1} from {where}, "
-            f"{how}\nadvantages {advantages}; batches, rewards and the engine's logprobs as logged"
+            f"{which} from {where}, {how}\n"
+            f"advantages {advantages}; batches, rewards and the engine's logprobs as logged"
         )
 
 
