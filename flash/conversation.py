@@ -9,6 +9,7 @@ import contextlib
 import inspect
 import secrets
 from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -75,6 +76,44 @@ class TokenSequence:
             temperatures=np.array(self._temperatures[:end], dtype=np.float32),
             turns=np.array(self._turns[:end], dtype=np.int64),
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpokenTurn:
+    """One response of a policy, and what it read since the one before; the last three lists have
+    one length."""
+
+    read: list[int]
+    said: list[int]
+    logprobs: list[float]
+    versions: list[int]
+
+
+def spoken_turns(sequences: Sequence[SampledSequence]) -> list[SpokenTurn]:
+    """The responses of an episode, in their order.
+
+    A sequence that begins with all of the one before it goes on from there: a sample of a later
+    turn has the turns before it as its prompt.
+    """
+    turns: list[SpokenTurn] = []
+    known: list[int] = []
+    for sequence in sequences:
+        token_ids = sequence.token_ids.tolist()
+        end = len(known) if token_ids[: len(known)] == known else 0
+        read: list[int] = []
+        for sampled, run in sequence.runs(end):
+            start, end = end, end + len(run)
+            if not sampled:
+                read = run
+                continue
+            logprobs, versions = sequence.logprobs[start:end], sequence.versions[start:end]
+            turns.append(
+                SpokenTurn(
+                    read=read, said=run, logprobs=logprobs.tolist(), versions=versions.tolist()
+                )
+            )
+        known = token_ids
+    return turns
 
 
 class ChatTemplate:

@@ -1,9 +1,6 @@
 """`flash eval`: how a run, or one checkpoint of it, does on held-out tasks."""
 
-import contextlib
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ from flash.evaluation.result import Evaluation
 from flash.parts.model import check_model_files
 from flash.parts.open import open_parts
 from flash.system import machine
+from flash.system.own_logs import own_logs
 from flash.trainer.checkpoint import MODEL_FOLDER, checkpoint_version
 from flash.types import Weights
 
@@ -43,7 +41,7 @@ async def evaluate(
     async def weights() -> Weights:
         return Weights(version=version, path=model)
 
-    with _own_logs() as log_dir:
+    with own_logs("flash-eval-") as log_dir:
         async with (
             open_parts(
                 config, model=str(model), version=version, weights=weights, log_dir=log_dir, say=say
@@ -58,18 +56,3 @@ async def evaluate(
                 max_attempts=config.rollout.max_attempts,
                 stall_timeout_s=config.rollout.stall_timeout_s,
             )
-
-
-@contextlib.contextmanager
-def _own_logs() -> Iterator[Path]:
-    """None of the run's, which may be going on; kept if an error may name what is in there."""
-    folder = Path(tempfile.mkdtemp(prefix="flash-eval-"))
-    failed = False
-    try:
-        yield folder
-    except Exception:
-        failed = True
-        raise
-    finally:
-        if not failed:
-            shutil.rmtree(folder)

@@ -1,7 +1,7 @@
-"""What each command does: train, eval, show, simulate, plan, worker."""
+"""What each command does: train, eval, show, replay, export, simulate, plan, worker."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,94 @@ def _show(arguments: Sequence[str]) -> None:
     from flash.telemetry.transcripts import shown
 
     print(shown(Path(source), options.step))
+
+
+def _replay(arguments: Sequence[str]) -> None:
+    parser = Options("flash replay", add_help=False)
+    parser.add_argument("--episode", type=int)
+    parser.add_argument("--group", type=int)
+    parser.add_argument("--worst", action="store_true")
+    parser.add_argument("--dropped", nargs="?", const="", metavar="REASON")
+    parser.add_argument("--colour", choices=("logprob", "version"))
+    parser.add_argument("--rescore", metavar="MODULE:FUNCTION")
+    parser.add_argument("--retrain", action="store_true")
+    parser.add_argument("--from", dest="checkpoint", metavar="CHECKPOINT")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--log.url", dest="url", default="")
+    options, words = parser.parse_known_args(arguments)
+    from flash.replay.fields import Retraining
+
+    sources, changes = split_words(words, Retraining, parser.names())
+    source = only(sources, "a run's folder")
+    if source is None:
+        first = ", and only then --dropped" if options.dropped else ""
+        raise ValueError(f"flash replay what? Give a run's folder: runs/NAME{first}")
+    _check_replay(options, changes)
+    from flash.replay import command
+
+    run, common = Path(source), {"url": options.url, "as_json": options.json}
+    if options.rescore is not None:
+        run_loop(command.rescore(run, options.rescore, **common))
+    elif options.retrain:
+        checkpoint = options.checkpoint or ""
+        run_loop(command.retrain(run, changes, checkpoint=checkpoint, **common))
+    else:
+        command.show(run, _chosen(options), colour=options.colour or "logprob", **common)
+
+
+def _check_replay(options: Any, changes: Mapping[str, Any]) -> None:
+    """ValueError for options that are not of one replay."""
+    given = [
+        f"--{name}"
+        for name in ("episode", "group", "worst", "dropped", "rescore", "retrain")
+        if getattr(options, name) not in (None, False)
+    ]
+    if len(given) > 1:
+        raise ValueError(f"{given[0]} and {given[1]}: give one of them")
+    if options.colour and (options.json or options.retrain or options.rescore is not None):
+        other = "--json" if options.json else given[0]
+        raise ValueError(f"--colour {options.colour} with {other}, which has none: leave it out")
+    if options.retrain:
+        return
+    if options.checkpoint is not None:
+        raise ValueError(f"--from {options.checkpoint} is of --retrain: give that too")
+    for name in changes:
+        raise ValueError(f"--{name} is of --retrain: give that too, or leave it out")
+
+
+def _chosen(options: Any) -> Callable[[Any], Any]:
+    """What finds the episodes, of an EpisodeReader."""
+    if options.episode is not None:
+        return lambda reader: reader.episode(options.episode)
+    if options.group is not None:
+        return lambda reader: reader.group(options.group)
+    if options.dropped is not None:
+        return lambda reader: reader.newest_dropped(options.dropped)
+    if options.worst:
+        return lambda reader: reader.worst_trained()
+    return lambda reader: reader.newest_trained()
+
+
+def _export(arguments: Sequence[str]) -> None:
+    parser = Options("flash export", add_help=False)
+    parser.add_argument("--format", choices=("jsonl", "parquet"))
+    parser.add_argument("--episodes", choices=("trained", "all"), default="trained")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--log.url", dest="url", default="")
+    options, words = parser.parse_known_args(arguments)
+    for name in (word.partition("=")[0] for word in words if word.startswith("-")):
+        parser.error(f"{name} is unknown: {nearest(name, parser.names(), 'leave it out')}")
+    source = only(words, "a run's folder")
+    if source is None or options.format is None:
+        raise ValueError(
+            "flash export what? Give a run's folder and --format jsonl or --format parquet"
+        )
+    from flash.replay import command
+
+    command.export(
+        Path(source), url=options.url, format=options.format, episodes=options.episodes,
+        out=options.out,
+    )  # fmt: skip
 
 
 def _simulate(arguments: Sequence[str]) -> None:
@@ -148,6 +236,8 @@ BY_NAME: dict[str, Callable[[Sequence[str]], None]] = {
     "train": _train,
     "eval": _eval,
     "show": _show,
+    "replay": _replay,
+    "export": _export,
     "simulate": _simulate,
     "plan": _plan,
     "worker": _worker,

@@ -11,6 +11,7 @@ from pydantic_core import PydanticUndefined
 
 from flash import config as configuration
 from flash.command_line import nearest
+from flash.replay.fields import Retraining
 from flash.simulate.distributions import Distribution
 from flash.simulate.hardware import GPUS
 from flash.simulate.scenario import NOT_SIMULATED, Scenario
@@ -44,6 +45,41 @@ _SHOW = """\
 What the policy read and said, and its rewards, as the run's transcripts.jsonl has it; `transcripts`
 in the run's configuration says of how many episodes of a step.
 """
+_REPLAY = """\
+  flash replay runs/alfworld                   the newest episode that was trained
+  flash replay runs/alfworld --episode 17 --colour version
+  flash replay runs/alfworld --dropped stale --json
+  flash replay runs/alfworld --rescore my_rewards:brief
+  flash replay runs/alfworld --retrain --trainer.learning_rate 1e-4
+  flash replay runs/alfworld --retrain --from step_000010
+
+  --episode N             that episode
+  --group N               all of that group
+  --worst                 the trained one of the lowest reward
+  --dropped [REASON]      the newest that was dropped, for that reason or any
+  --colour WHAT           of sampled tokens in a terminal: logprob or version [logprob]
+  --rescore MODULE:NAME   a reward, a function of the episode (flash.types.Transcript), on all that
+                          were played: what it would have changed
+  --retrain               the logged batches through the trainer again, with its settings as they
+                          were or as they are given; numbers beside those logged
+  --from CHECKPOINT       where --retrain begins, as step_000010 [the first model]
+  --json                  the same as data
+  --log.url URL           of the run's log, where its folder does not keep it
+
+A run that is going on may be looked at, and nothing is written to its folder.
+"""
+_EXPORT = """\
+  flash export runs/alfworld --format parquet
+  flash export runs/alfworld --format jsonl --episodes all --out episodes.jsonl
+
+  --format WHAT           jsonl or parquet
+  --episodes WHICH        trained, or all that ended [trained]
+  --out FILE              [dataset_trained.parquet, and so on, in the run's folder]
+  --log.url URL           of the run's log, where its folder does not keep it
+
+A row is an episode: its task, outcome, reward and versions; what was read and said in turns and as
+messages; tokens, logprobs, versions and loss mask of each sequence.
+"""
 _SIMULATE = """\
   flash simulate scenario.yaml
   flash simulate scenario.yaml --alpha 2 --workers.count 24 --timeline
@@ -73,19 +109,27 @@ _USAGE = {
     "train": ("[PRESET|FILE.yaml] [--field.sub value …]", _TRAIN),
     "eval": ("RUN|CHECKPOINT [--field.sub value …]", _EVAL),
     "show": ("RUN [--step N]", _SHOW),
+    "replay": (
+        "RUN [--episode N|--group N|--worst|--dropped [REASON]|--rescore …|--retrain]",
+        _REPLAY,
+    ),
+    "export": ("RUN --format jsonl|parquet", _EXPORT),
     "simulate": ("FILE.yaml [--field.sub value …]", _SIMULATE),
     "plan": ("FILE.yaml --gpus N [--field.sub value …]", _PLAN),
 }
 
+_FIELDS: dict[str, type[BaseModel]] = {"simulate": Scenario, "plan": Scenario, "replay": Retraining}
+_NO_FIELDS = ("show", "export")
+
 
 def of(command: str, about: str, words: Sequence[str]) -> str:
     """What a command takes; with a section's name, the fields of that section alone."""
-    model = Scenario if command in ("simulate", "plan") else configuration.Config
+    model = _FIELDS.get(command, configuration.Config)
     if words:
         return _section_help(model, words[0].removeprefix("--"))
     usage, text = _USAGE[command]
     text = text.replace("GPU_NAMES", ", ".join(GPUS))
-    fields = "" if command == "show" else f"\n{fields_help(model)}"
+    fields = "" if command in _NO_FIELDS else f"\n{fields_help(model)}"
     return f"usage: flash {command} {usage}\n\n{about}\n\n{text}{fields}"
 
 
@@ -133,7 +177,7 @@ def fields_help(model: type[BaseModel], section: str = "") -> str:
     if inside:
         lines += ["", "  what varies is a number, or a mapping of:"]
         lines += [f"    {n:10}{i.description}" for n, i in Distribution.model_fields.items()]
-    elif not section:
+    elif model is configuration.Config and not section:
         lines += ["", "presets: " + ", ".join(sorted(configuration.presets()))]
     return "\n".join(lines)
 

@@ -16,6 +16,8 @@ COMMANDS = {
     "train": "Train a policy by asynchronous reinforcement learning.",
     "eval": "Measure a run, or one checkpoint of it, on held-out tasks.",
     "show": "Print what was said in some episodes of a run.",
+    "replay": "Look at a run's episodes turn by turn; score or train them again, otherwise.",
+    "export": "Write a run's episodes to a file, as a dataset.",
     "simulate": "Simulate a run on a cluster: the engine's own hub, loop and agents in virtual "
     "time.",
     "plan": "Search how to split GPUs between workers and trainer, and the alpha to allow, by "

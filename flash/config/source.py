@@ -28,9 +28,15 @@ def load(source: str | None, overrides: Mapping[str, Any] | None = None) -> Conf
     Raises ValueError with a line for each mistake: the field, the value and the remedy.
     """
     settings = without_aliases(_read(source)) if source is not None else {}
-    for name, value in each_once(without_aliases(overrides or {})):
+    return parse(changed(settings, overrides or {}))
+
+
+def changed(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested plain values with some changed, by dotted name. ValueError for a field given twice."""
+    settings = dict(settings)
+    for name, value in each_once(without_aliases(changes)):
         _set(settings, name.split("."), value)
-    return parse(settings)
+    return settings
 
 
 def parse(settings: Mapping[str, Any]) -> Config:

@@ -8,6 +8,7 @@ from flash.config.fields import RunFields
 from flash.config.model import SMALL, check_model, read_config
 from flash.positions import check_positions
 from flash.system import machine
+from flash.trainer.config import TrainerConfig
 from flash.trainer.objectives.settings import SETTINGS, Supervised
 
 
@@ -32,7 +33,7 @@ def check_together(config: RunFields) -> None:
             f"more, or trainer.advantages=reinforce, which compares those of the batch"
         )
     _check_rollout(config)
-    _check_staleness(config)
+    check_staleness(config.trainer, alpha=config.alpha)
     if (reference := config.trainer.kl.reference) is not None:
         try:
             check_model(reference)
@@ -113,9 +114,9 @@ def _check_rollout(config: RunFields) -> None:
         )
 
 
-def _check_staleness(config: RunFields) -> None:
+def check_staleness(trainer: TrainerConfig, *, alpha: float) -> None:
     """An objective that is wrong for stale tokens gets none, unless that is asked for."""
-    objective = config.trainer.objective
+    objective = trainer.objective
     name = f"trainer.objective.name={objective.name}"
     if isinstance(objective, Supervised):
         raise ValueError(
@@ -128,15 +129,15 @@ def _check_staleness(config: RunFields) -> None:
         "use an objective that corrects (tis, decoupled_ppo, …), or "
         "trainer.objective.allow_stale=true to study what that does"
     )
-    if config.alpha >= 1:
+    if alpha >= 1:
         raise ValueError(
-            f"{name} with alpha={config.alpha:g}: tokens up to {math.floor(config.alpha)} versions "
+            f"{name} with alpha={alpha:g}: tokens up to {math.floor(alpha)} versions "
             f"old would be trained as if they were new, because {objective.cannot_correct}: "
             f"set alpha=0, {remedy}"
         )
-    if config.trainer.mini_batches > 1:
+    if trainer.mini_batches > 1:
         raise ValueError(
-            f"{name} with trainer.mini_batches={config.trainer.mini_batches}: all but the first "
+            f"{name} with trainer.mini_batches={trainer.mini_batches}: all but the first "
             f"mini-batch come from weights before its own, because "
             f"{objective.cannot_correct}: set trainer.mini_batches=1, {remedy}"
         )

@@ -156,9 +156,17 @@ class Reader:
 
     def histories(self, episodes: Sequence[int]) -> dict[int, History]:
         """What had been said in each of these episodes."""
-        steps: dict[int, list[tuple[int, Observation | Sampled]]] = defaultdict(list)
+        timed = self.timed_histories(episodes)
+        return {episode: [step for _, step in said] for episode, said in timed.items()}
+
+    def timed_histories(
+        self, episodes: Sequence[int]
+    ) -> dict[int, list[tuple[float, Observation | Sampled]]]:
+        """Likewise, and when. What the policy said is kept here of episodes that came to no end
+        only: of the others `sequences` has it."""
+        steps: dict[int, list[tuple[int, float, Observation | Sampled]]] = defaultdict(list)
         for row in self._in(select(OBSERVATIONS), OBSERVATIONS.c.episode, episodes):
-            steps[row.episode].append((row.step, observation_of(row)))
+            steps[row.episode].append((row.step, row.at, observation_of(row)))
         for row in self._in(select(COMPLETIONS), COMPLETIONS.c.episode, episodes):
             completion = Completion(
                 token_ids=row.token_ids.tolist(),
@@ -169,9 +177,9 @@ class Reader:
                 worker=row.worker,
             )
             sampled = Sampled(prompt_sum=row.prompt_sum, completion=completion)
-            steps[row.episode].append((row.step, sampled))
+            steps[row.episode].append((row.step, row.at, sampled))
         return {
-            episode: [step for _, step in sorted(said, key=lambda numbered: numbered[0])]
+            episode: [(at, step) for _, at, step in sorted(said, key=lambda numbered: numbered[0])]
             for episode, said in steps.items()
         }
 
@@ -181,6 +189,11 @@ class Reader:
         """The rows with one of these values; a database takes so many at a time only."""
         for first in range(0, len(values), MANY):
             yield from self._rows(query.where(column.in_(values[first : first + MANY])))
+
+    def tasks(self, groups: Sequence[int]) -> dict[int, Task]:
+        """Of each of these groups."""
+        rows = self._in(select(GROUPS), GROUPS.c.group, groups)
+        return {row.group: Task(row.seed, row.options) for row in rows}
 
     # ── groups on their way ──────────────────────────────────────────────────────────────────
 
@@ -221,10 +234,12 @@ class Reader:
 
     def whole_batches(self, version: int) -> dict[int, int]:
         """The versions, from that one on, whose batch was handed over to its last part, in order;
-        and the start in which each was."""
+        and the start that first trained each, or else handed it over."""
         query = select(BATCHES.c.version, BATCHES.c.start).order_by(BATCHES.c.version)
         rows = self._rows(query.where(BATCHES.c.last, BATCHES.c.version >= version))
-        return {row.version: row.start for row in rows}
+        start_of = {row.version: row.start for row in rows}
+        trained_by = {row.step - 1: row.start for row in self.steps()}
+        return {number: trained_by.get(number, start) for number, start in start_of.items()}
 
     def has_samples(self, version: int) -> bool:
         """Whether the log has the tokens of all samples of that version's batch."""

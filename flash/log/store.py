@@ -89,17 +89,20 @@ class Store:
     @functools.cached_property
     def run(self) -> int:
         """The run's number in this database; it is there from then on."""
-        number = select(RUNS.c.run).where(RUNS.c.uuid == self._uuid)
-        with self.transaction() as connection:
-            found = connection.scalar(number)
+        found = self.find()
         if found is None:
             insert = sqlite.insert if self.engine.dialect.name == "sqlite" else postgresql.insert
             row = {"uuid": self._uuid, "name": self._name, "owner": self._owner, "commits": 0}
             with self.transaction() as connection:
                 connection.execute(insert(RUNS).values(row).on_conflict_do_nothing())
-                found = connection.scalar(number)
+            found = self.find()
         assert found is not None
-        return int(found)
+        return found
+
+    def find(self) -> int | None:
+        """The run's number, if this database has the run."""
+        with self.transaction() as connection:
+            return connection.scalar(select(RUNS.c.run).where(RUNS.c.uuid == self._uuid))
 
     def own(self) -> None:
         """From now on nobody else's commits are taken, of those who owned the run before."""

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 _FIRST_BACKOFF_S = 0.5
 
+Decode = Callable[[Sequence[int]], str]
+
 
 class Scorer(Protocol):
     """Computes a reward.
@@ -67,7 +69,7 @@ class RewardStage:
         self,
         scorer: Scorer,
         *,
-        decode: Callable[[Sequence[int]], str],
+        decode: Decode,
         concurrency: int = 16,
         timeout_s: float = 60.0,
         retries: int = 1,
@@ -86,7 +88,7 @@ class RewardStage:
     async def __call__(self, episode: Episode, trajectory: Trajectory) -> Trajectory:
         """The trajectory with its reward. RewardFailure once every attempt has failed."""
         with episode.stage("reward"):
-            transcript = self._transcript(episode.task, trajectory)
+            transcript = transcript_of(episode.task, trajectory, self._decode)
             async with self._room:
                 reward, success = await self._score(episode, transcript)
         return replace(
@@ -102,30 +104,39 @@ class RewardStage:
             if attempt:
                 await asyncio.sleep(_FIRST_BACKOFF_S * 2 ** (attempt - 1))
             try:
-                answer = await self._scorer(transcript, timeout_s=self._timeout_s)
-                return outcome(answer, "the reward")
-            except TimeoutError as error:
-                why = f"it took longer than timeout_s={self._timeout_s:g}"
-                cause: Exception = error
-            except Exception as error:  # the boundary to the user's function
-                if isinstance(error, FlashError) and not isinstance(error, EpisodeFailure):
-                    raise  # nobody's fault here: no worker is left, say
-                why, cause = str(error), error
-                if not isinstance(error, RewardFailure):
-                    why = f"it {raised(error)}"
-            logger.warning("the reward of %s, attempt %d: %s", episode.session, attempt + 1, why)
+                return await scored(self._scorer, transcript, timeout_s=self._timeout_s)
+            except RewardFailure as failure:
+                cause = failure
+            logger.warning("the reward of %s, attempt %d: %s", episode.session, attempt + 1, cause)
         raise RewardFailure(
-            f"the reward failed {self._retries + 1} times; the last time: {why}"
+            f"the reward failed {self._retries + 1} times; the last time: {cause}"
         ) from cause
 
-    def _transcript(self, task: Task, trajectory: Trajectory) -> Transcript:
-        sequences = trajectory.sequences
-        return Transcript(
-            task=task,
-            text="\n\n".join(self._decode(s.token_ids.tolist()) for s in sequences),
-            responses=tuple(
-                self._decode(ids) for s in sequences for sampled, ids in s.runs() if sampled
-            ),
-            reward=trajectory.reward,
-            success=trajectory.success,
-        )
+
+async def scored(
+    scorer: Scorer, transcript: Transcript, *, timeout_s: float
+) -> tuple[float, bool | None]:
+    """Reward and, if it is told, success, by one attempt. RewardFailure for what goes wrong in it;
+    what is nobody's fault here passes: no worker is left, say."""
+    try:
+        return outcome(await scorer(transcript, timeout_s=timeout_s), "the reward")
+    except TimeoutError as error:
+        raise RewardFailure(f"it took longer than timeout_s={timeout_s:g}") from error
+    except Exception as error:  # the boundary to the user's function
+        if isinstance(error, RewardFailure):
+            raise
+        if isinstance(error, FlashError) and not isinstance(error, EpisodeFailure):
+            raise
+        raise RewardFailure(f"it {raised(error)}") from error
+
+
+def transcript_of(task: Task, trajectory: Trajectory, decode: Decode) -> Transcript:
+    """An episode as a scorer sees it."""
+    sequences = trajectory.sequences
+    return Transcript(
+        task=task,
+        text="\n\n".join(decode(s.token_ids.tolist()) for s in sequences),
+        responses=tuple(decode(ids) for s in sequences for sampled, ids in s.runs() if sampled),
+        reward=trajectory.reward,
+        success=trajectory.success,
+    )

@@ -24,7 +24,7 @@ def samples_of(
             samples += [
                 Sample.extending(
                     sequence,
-                    advantage=_of_tokens(of_episode, sequence),
+                    advantage=of_tokens(of_episode, sequence),
                     reward=trajectory.reward,
                     turn_rewards=trajectory.turn_rewards,
                     group=group.id,
@@ -71,7 +71,7 @@ def _trajectory(episode: Episode) -> Trajectory:
     return episode.trajectory
 
 
-def _of_tokens(
+def of_tokens(
     advantage: NDArray[np.float64] | float, sequence: SampledSequence
 ) -> float | NDArray[np.float32]:
     """One number for the sequence; or, of one for each turn, that of each token's turn, [S]."""

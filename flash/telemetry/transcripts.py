@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from flash.conversation import spoken_turns
 from flash.rollout.episode import Episode
 from flash.rollout.observer import Observer
 from flash.rollout.record import EpisodeRecord
@@ -74,30 +75,18 @@ class Transcripts(Observer):
 
 
 def _turns(trajectory: Trajectory, decode: Decode) -> list[dict[str, Any]]:
-    turns: list[tuple[list[int], list[int]]] = []
-    known: list[int] = []
-    for sequence in trajectory.sequences:
-        # A sample of a later turn has the turns before it as its prompt.
-        token_ids = sequence.token_ids.tolist()
-        start = len(known) if token_ids[: len(known)] == known else 0
-        read: list[int] = []
-        for sampled, run in sequence.runs(start):
-            if sampled:
-                turns.append((read, run))
-            else:
-                read = run
-        known = token_ids
+    turns = spoken_turns(trajectory.sequences)
     most = max(2, _MOST_TOKENS // max(1, 2 * len(turns)))
-    if sum(len(read) + len(said) for read, said in turns) <= _MOST_TOKENS:
+    if sum(len(turn.read) + len(turn.said) for turn in turns) <= _MOST_TOKENS:
         most = _MOST_TOKENS
     rewards = trajectory.turn_rewards if len(trajectory.turn_rewards) == len(turns) else ()
     return [
         {
-            "read": _text(read, decode, most),
-            "said": _text(said, decode, most),
+            "read": _text(turn.read, decode, most),
+            "said": _text(turn.said, decode, most),
             "reward": rewards[number] if rewards else None,
         }
-        for number, (read, said) in enumerate(islice(turns, _MOST_TOKENS // 2))
+        for number, turn in enumerate(islice(turns, _MOST_TOKENS // 2))
     ]
 
 
@@ -148,14 +137,14 @@ def _page(line: Mapping[str, Any]) -> str:
         reward = "" if turn["reward"] is None else f", reward {turn['reward']:g}"
         parts += [
             f"─── turn {number}, read",
-            _printable(turn["read"]),
+            printable(turn["read"]),
             f"─── turn {number}, said{reward}",
-            _printable(turn["said"]),
+            printable(turn["said"]),
         ]
     return "\n".join(parts)
 
 
-def _printable(text: Iterable[str]) -> str:
+def printable(text: Iterable[str]) -> str:
     """Nothing that was said moves the cursor, or hides what stands before it."""
     return "".join(
         letter if letter in "\n\t" or letter.isprintable() else ascii(letter)[1:-1]

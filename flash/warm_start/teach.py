@@ -63,7 +63,7 @@ async def small_model(
                 f"with; set model to a path or a hub name instead"
             )
     teacher = cast(Teachable, env)
-    kept = cache_dir / _key(env_key, policy, warm_start, seed)
+    kept = cache_dir / folder_name(env_key, policy, warm_start, seed)
     if kept.exists():
         logger.info("the small policy of these settings is there already: %s", kept)
         return kept
@@ -179,9 +179,10 @@ def _batches(
                 batch = []
 
 
-def _key(
+def folder_name(
     env_key: Mapping[str, Any], policy: PolicyConfig, warm_start: WarmStartConfig, seed: int
 ) -> str:
+    """Of the small policy of these settings, among those that are kept."""
     settings = {
         "env": dict(env_key),
         "chat_template": small_policy.CHAT_TEMPLATE,  # is saved with the tokenizer

@@ -91,13 +91,10 @@ def test_a_door_whose_port_is_in_use_is_found_before_anything_starts(capsys, tmp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "flash what? Give a command: train, eval, show, simulate, plan, worker; or --help"),
+        ([], f"flash what? Give a command: {', '.join(cli.COMMANDS)}; or --help"),
         (["trian"], "'trian' is no command: did you mean train?"),
         (["--versoin"], "'--versoin' is no command: did you mean --version?"),
-        (
-            ["fly"],
-            "'fly' is no command: there are train, eval, show, simulate, plan, worker, and --help",
-        ),
+        (["fly"], f"'fly' is no command: there are {', '.join(cli.COMMANDS)}, and --help"),
         (["train", "--help", "engin"], "--help 'engin' is no section: did you mean engine?"),
         (["train", "--help", "xyz"], "--help 'xyz' is no section: there are env, engine, agent"),
         (["worker"], "the following arguments are required: --model; see flash worker --help"),

@@ -35,8 +35,10 @@ class Run:
             BATCHES, version=version, part=0, start=self._starts, at=0.0, last=True, metrics={}
         )
         if done:
-            step = version + 1
-            self.insert(STEPS, step=step, start=self._starts, at=0.0, metrics={"step": step})
+            self.step(version + 1)
+
+    def step(self, number: int) -> None:
+        self.insert(STEPS, step=number, start=self._starts, at=0.0, metrics={"step": number})
 
     def ready(self, group: int, *, version: int) -> None:
         """An episode of a group on its way."""
@@ -73,6 +75,15 @@ def test_batches_are_redone_with_the_settings_of_the_start_that_trained_them(tmp
     assert redone(past) == [(2, usual), (3, 1e-6)]
     assert past.redo == [0, 1, 2]
     assert redone(run.start(**SLOW)) == [(2, usual)], "the last has the present ones"
+
+
+def test_a_batch_that_lay_ready_at_a_kill_is_redone_as_the_next_start_trained_it(tmp_path):
+    run = Run(tmp_path)
+    run.batch(0, done=False)
+    run.start(**SLOW)
+    run.step(1)
+    assert redone(run.start(**SLOW)) == []
+    assert redone(run.start()) == [(1, 1e-6)]
 
 
 def test_what_weights_sampled_that_will_not_be_again_begins_anew(tmp_path):

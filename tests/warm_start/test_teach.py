@@ -10,7 +10,7 @@ import pytest
 from flash.fakes import fake_sample
 from flash.types import Observation, Sample, Turn
 from flash.warm_start.config import PolicyConfig, WarmStartConfig
-from flash.warm_start.teach import _batches, _key, small_model
+from flash.warm_start.teach import _batches, folder_name, small_model
 
 POLICY = PolicyConfig(layers=1, hidden_size=8, heads=2, max_tokens=16)
 
@@ -53,7 +53,7 @@ async def make(cache_dir, *, env=None, style=DumbStyle, on_progress=lambda *_: N
 
 def key(*, env=None, seed=0, layers=1, **warm_start):
     options = {"size": 4, "ice": 0.2} if env is None else env
-    return _key(
+    return folder_name(
         {"name": "maze", "options": options},
         POLICY.model_copy(update={"layers": layers}),
         WarmStartConfig(**warm_start),
