@@ -5,7 +5,8 @@
                          └── the next ones gather ────┴─► who waited for the commit is called
 
 An episode counts as ready, and a batch goes to the trainer, when what was told of it is committed.
-The loop never waits for the disk: while one transaction is written the next one gathers.
+The loop never waits for the disk: while one transaction is written the next one gathers; and a
+while longer, unless somebody waits for it.
 """
 
 import asyncio
@@ -47,6 +48,7 @@ from flash.types import Batch, Completion, GenerateRequest, Observation, Sample
 
 logger = logging.getLogger(__name__)
 
+_GATHERS_S = 0.025  # a commit costs a millisecond of a core, and a wait for the disk
 _RETRY_S = 1.0
 _LONGEST_RETRY_S = 10.0
 
@@ -90,7 +92,8 @@ class Log(Observer):
         self._now = now
         self._max_lag_s = max_lag_s
         self._timeout_s = timeout_s
-        self._clock = asyncio.get_running_loop().time
+        self._loop = asyncio.get_running_loop()
+        self._clock = self._loop.time
         self._pending: list[Change] = []
         self._pending_since = 0.0
         self._waiting: list[Callable[[], None]] = []  # for the pending ones
@@ -139,6 +142,7 @@ class Log(Observer):
         """Calls once all that was told until now is committed; at once if it is."""
         if self._pending:
             self._waiting.append(then)
+            self._wake.set()
         elif self._writing is not None:
             self._writing.append(then)
         elif self._failure is None:
@@ -172,7 +176,7 @@ class Log(Observer):
                 await self._wake.wait()
                 if not self._closing:
                     self._wake.clear()
-                while self._pending:
+                if self._pending:
                     await self._write_pending()
         except Exception as error:  # what waits for a commit must hear that none will come
             failure = error if isinstance(error, LogFailure) else LogFailure(f"the log: {error!r}")
@@ -223,7 +227,7 @@ class Log(Observer):
             return
         if not self._pending:
             self._pending_since = self._clock()
-            self._wake.set()
+            self._loop.call_later(_GATHERS_S, self._wake.set)
         self._pending.append(Change(verb, table, values))  # type: ignore[arg-type]
 
     # ── what it hears of ─────────────────────────────────────────────────────────────────────
