@@ -77,7 +77,7 @@ async def retrain(
     with open_run(path, url=url) as run:
         planned = plan(run, changes, checkpoint=checkpoint)
         if not as_json:
-            print(planned.describe(changes))
+            print(planned.describe())
             print(_heads())
         await retrain(run, planned, tell)
 

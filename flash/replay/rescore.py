@@ -98,7 +98,7 @@ async def rescore(run: LoggedRun, function: str, decode: Decoder) -> Rescored:
     why_failed = ""
     async with (
         _scorer(function) as scorer,
-        contextlib.aclosing(_changes(run, scorer, decode)) as (changes),
+        contextlib.aclosing(_changes(run, scorer, decode)) as changes,
     ):
         async for change in changes:
             if isinstance(change, str):

@@ -12,9 +12,11 @@ what the engine said of their tokens stay as logged.
 """
 
 import asyncio
+import contextlib
+import logging
 import math
 import tempfile
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -56,22 +58,24 @@ class Leg:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What is to be trained. `checkpoint` is where it begins, if not at the first model."""
+    """What is to be trained. `checkpoint` is where it begins, if not at the first model;
+    `changes` are to the trainer's fields."""
 
     model: str
     seed: int
     checkpoint: Path | None
+    changes: Mapping[str, Any]
     legs: Sequence[Leg]
     logged: Mapping[int, Mapping[str, Any]]  # the metrics of each step
 
-    def describe(self, changes: Mapping[str, Any]) -> str:
+    def describe(self) -> str:
         """What is trained, and how, in two lines."""
         where = self.checkpoint.name if self.checkpoint else "the first model"
         first, last = self.legs[0].first, self.legs[-1].until - 1
         which = f"batch of version {first}"
         if last > first:
             which = f"batches of versions {first} to {last}"
-        given = ", ".join(f"{name} {shown(value)}" for name, value in changes.items())
+        given = ", ".join(f"{name} {shown(value)}" for name, value in self.changes.items())
         how = f"with {given}" if given else "with the settings of the run"
         advantages = "as they were handed over"
         if not all(leg.as_logged for leg in self.legs):
@@ -128,7 +132,12 @@ def plan(run: LoggedRun, changes: Mapping[str, Any], *, checkpoint: str) -> Plan
     else:
         model = first_model(run)
     return Plan(
-        model=model, seed=run.config.get("seed", 0), checkpoint=path, legs=legs, logged=logged
+        model=model,
+        seed=run.config.get("seed", 0),
+        checkpoint=path,
+        changes=changes,
+        legs=legs,
+        logged=logged,
     )
 
 
@@ -139,6 +148,7 @@ async def retrain(run: LoggedRun, plan: Plan, tell: Callable[[Step | Compared], 
     with (
         own_logs("flash-retrain-") as log_dir,
         tempfile.TemporaryDirectory(prefix="flash-retrain-") as kept,
+        _other_weights() if plan.changes else contextlib.nullcontext(),
     ):
         begin = plan.checkpoint
         for number, leg in enumerate(plan.legs):
@@ -155,6 +165,21 @@ async def retrain(run: LoggedRun, plan: Plan, tell: Callable[[Step | Compared], 
                 if leg is not plan.legs[-1]:
                     begin = Path(kept) / f"leg_{number}"
                     await trainer.save_checkpoint(begin)
+
+
+@contextlib.contextmanager
+def _other_weights() -> Iterator[None]:
+    """The engine sampled from other weights than those of the block, and nobody need be warned."""
+    told = logging.getLogger(Trainer.__module__)
+
+    def is_of_something_else(record: logging.LogRecord) -> bool:
+        return "mismatch/kl_fresh" not in record.getMessage()
+
+    told.addFilter(is_of_something_else)
+    try:
+        yield
+    finally:
+        told.removeFilter(is_of_something_else)
 
 
 class _Told:
