@@ -48,7 +48,7 @@ from flash.types import Batch, Completion, GenerateRequest, Observation, Sample
 
 logger = logging.getLogger(__name__)
 
-_GATHERS_S = 0.025  # a commit costs a millisecond of a core, and a wait for the disk
+_GATHERS_S = 0.01  # a commit costs a millisecond of a core, and a wait for the disk
 _RETRY_S = 1.0
 _LONGEST_RETRY_S = 10.0
 
