@@ -1,10 +1,15 @@
 """Settings of the durable log."""
 
+import re
 from typing import Any
 
 from pydantic import Field, SecretStr, field_validator
 
 from flash.section import Secret, Section
+
+ALL = "all"
+TRAINED = "trained"
+_UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 class LogConfig(Section):
@@ -21,6 +26,23 @@ class LogConfig(Section):
     timeout_s: float = Field(
         300.0, gt=0, description="while it can't be written; past it the run ends, to be resumed"
     )
+    keep: str = Field(
+        ALL,
+        description="what stays in it: all; trained: of episodes that were not trained how they "
+        "ended, without tokens and texts; a size, as 20 GB: what no resume needs goes, oldest "
+        "first, where it would be larger",
+    )
+
+    @field_validator("keep", mode="before")
+    @classmethod
+    def _is_known(cls, value: object) -> str:
+        if isinstance(value, str) and value in (ALL, TRAINED):
+            return value
+        if not isinstance(value, str) or not bytes_of(value):
+            raise ValueError(
+                "must be all, trained, or a size with its unit, MB, GB or TB, as in 20 GB"
+            )
+        return value
 
     @field_validator("url")
     @classmethod
@@ -32,3 +54,9 @@ class LogConfig(Section):
                 "folder has an SQLite file"
             )
         return value
+
+
+def bytes_of(size: str) -> int:
+    """What a size such as 20 GB comes to; 0 if it is none."""
+    read = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?(MB|GB|TB)", size.strip(), re.IGNORECASE)
+    return int(float(read[1]) * _UNITS[read[2].upper()]) if read else 0

@@ -175,8 +175,54 @@ class Store:
             cause = " ".join(str(error).split())
             raise LogFailure(f"the log {shown(self.url)} can't hold a row: {cause}") from error
 
+    def bytes_in_pages(self) -> int | None:
+        """What SQLite's pages in use take; None of a database whose pages are not the run's own."""
+        if self.engine.dialect.name != "sqlite":
+            return None
+        with self.transaction() as connection:
+            pages, free, page_bytes = _pages(connection)
+        return (pages - free) * page_bytes
+
+    def give_back(self, most: int, *, leave: float) -> bool:
+        """Makes SQLite's file smaller, by so many free pages at most; whether there are more.
+
+        That share of its pages may stay free. PostgreSQL's autovacuum sees to its own.
+        """
+        if self.engine.dialect.name != "sqlite":
+            return False
+        with self.transaction() as connection:
+            pages, free, page_bytes = _pages(connection)
+        too_many = free - int(leave * pages)
+        if too_many > 0:
+            self._pragma(f"incremental_vacuum({min(most, too_many)})")
+        if too_many > most:
+            return True
+        if os.stat(str(self.engine.url.database)).st_size > (pages - too_many) * page_bytes:
+            # It is as long as it was until then. Who reads just now is not waited for.
+            self._pragma("wal_checkpoint(PASSIVE)")
+        return False
+
+    def _pragma(self, what: str) -> None:
+        """In a transaction of its own, to its end: a row a page, of which `execute` takes one."""
+        connection = self.engine.raw_connection()
+        try:
+            connection.cursor().executescript(f"PRAGMA {what}")
+        except sqlite3.OperationalError as error:
+            raise StoreError(str(error)) from error
+        finally:
+            connection.close()
+
     def close(self) -> None:
         self.engine.dispose()
+
+
+def _pages(connection: Connection) -> tuple[int, int, int]:
+    """How many SQLite has, how many of them are free, and how large one is."""
+    pages, free, page_bytes = (
+        int(connection.exec_driver_sql(f"PRAGMA {name}").scalar_one())
+        for name in ("page_count", "freelist_count", "page_size")
+    )
+    return pages, free, page_bytes
 
 
 def _file_of(engine: Engine) -> tuple[int, int] | None:

@@ -2,16 +2,18 @@
 
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flash.checkpoints import Checkpoint, Checkpoints, Rescue, newest_checkpoint
+from flash.checkpoints import Checkpoint, Checkpoints, Rescue, newest_checkpoint, whole_versions
 from flash.config import Config
 from flash.evaluation.evaluations import Evaluations
 from flash.hub.hub import InferenceHub
 from flash.hub.publisher import PROBE_TOKENS
+from flash.log.keeping import first_needed
 from flash.log.log import Log
 from flash.log.past import Past
 from flash.log.run_log import RunLog
@@ -91,8 +93,12 @@ async def open_training(
         if folder.resumes:
             folder.go_on(past)
             view.say(past.describe())
+
+        def needed_from() -> int:
+            return first_needed(whole_versions(folder.path), reach=math.ceil(config.alpha))
+
         async with (
-            run_log.writing(past, alpha=adaptive.state) as log,
+            run_log.writing(past, alpha=adaptive.state, needed_from=needed_from) as log,
             _open(config, model, folder, view, stop, run_log, past, log, adaptive) as run,
         ):
             yield run
