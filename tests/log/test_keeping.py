@@ -1,6 +1,7 @@
 """What of a log goes, what never does, and that its file is smaller then."""
 
 import asyncio
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,10 @@ from flash.log.schema import (
     STEPS,
 )
 from flash.log.store import Change, Store, StoreError, sqlite_url
+from flash.train import train
 from flash.types import Batch
 from flash.virtual_time import in_virtual_time
+from tests.tiny_runs import tiny
 
 TOKENS = 2000
 CONFIG = load("frozen_lake", {"group_size": 2, "batch_size": 2})
@@ -410,3 +413,31 @@ def test_a_size_is_a_number_with_its_unit(size, bytes_):
 def test_what_is_no_size_is_refused(keep):
     with pytest.raises(ValueError, match="must be all, trained, or a size with its unit"):
         LogConfig(keep=keep)
+
+
+# ── a whole run ──────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.slow
+async def test_a_run_that_keeps_next_to_nothing_goes_on_from_either_checkpoint(tmp_path, caplog):
+    def config(**changes):
+        little = {"log.keep": "0.001 MB", "checkpoint.every": 1, "eval_every": 100}
+        return tiny("frozen_lake", tmp_path, name="run", **little, **changes)
+
+    await train(config(steps=4), stop=asyncio.Event())
+    store = Store(sqlite_url(tmp_path / "run"), run=(tmp_path / "run/log.id").read_text(), name="")
+    with store.transaction() as connection:
+        reader = Reader(connection, store.run)
+        assert [reader.has_samples(version) for version in range(4)] == [False, False, True, True]
+    (tmp_path / "run/checkpoints/step_000004/trainer.json").unlink()  # α=1: version 2 is of use
+    await train(config(steps=6, **{"checkpoint.resume": True}), stop=asyncio.Event())
+    assert "no longer" not in caplog.text
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
+    assert steps[-6:] == [1, 2, 3, 4, 5, 6]
+    with store.transaction() as connection:
+        trained = connection.scalar(
+            select(func.count()).where(EPISODES.c.outcome == "trained", EPISODES.c.reward >= 0)
+        )
+    assert trained == 6 * 16, "each is counted still"
+    store.close()
