@@ -23,9 +23,11 @@ from flash.rollout.adaptive import AdaptiveAlpha
 from flash.rollout.loop import RolloutLoop
 from flash.rollout.observer import Observer, Observers
 from flash.rollout.tasks import Tasks
+from flash.system.machine import gpus
 from flash.telemetry.folder import RunFolder
 from flash.telemetry.live import View
 from flash.telemetry.progress import Progress
+from flash.telemetry.redone import RedoneSteps
 from flash.telemetry.transcripts import Transcripts
 from flash.trainer.advantages import make_advantages
 from flash.trainer.config import TrainerConfig
@@ -86,8 +88,11 @@ async def open_training(
         past = await run_log.take_over(
             checkpoint=folder.version if folder.resumes else None, config=folder.config
         )
+        redone = RedoneSteps(past.steps, exact=config.trainer.dtype != "bfloat16" and not gpus())
         for until, settings in past.with_other_settings:
-            past = await _redo_as_logged(config, model, folder, run_log, past, until, settings)
+            past = await _redo_as_logged(
+                config, model, folder, run_log, past, until, settings, redone
+            )
         if past.alpha is not None:
             adaptive.restore(past.alpha)
         if folder.resumes:
@@ -99,7 +104,7 @@ async def open_training(
 
         async with (
             run_log.writing(past, alpha=adaptive.state, needed_from=needed_from) as log,
-            _open(config, model, folder, view, stop, run_log, past, log, adaptive) as run,
+            _open(config, model, folder, view, stop, run_log, past, log, adaptive, redone) as run,
         ):
             yield run
 
@@ -115,15 +120,16 @@ async def _open(
     past: Past,
     log: Log,
     adaptive: AdaptiveAlpha,
+    redone: RedoneSteps,
 ) -> AsyncIterator[Training]:
-    observers = Observers([log, folder])
+    observers = Observers([log, folder, redone])
     checkpoints = Checkpoints(
         folder.path,
         resumed=folder.checkpoint,
         every_s=60 * config.checkpoint.minutes,
         observer=observers,
     )
-    trainer = _trainer(config, config.trainer, model, folder, run_log, past)
+    trainer = _trainer(config, config.trainer, model, folder, run_log, past, redone)
     async with (
         trainer.starting(),
         Rescue(checkpoints, trainer) as rescue,
@@ -168,6 +174,8 @@ async def _open(
         log.fail_with(rollouts.fail)
         async with rollouts:
             await trainer.ready()
+            if told := redone.describe():
+                view.say(told)
             progress = Progress(
                 config, folder, view, hub=parts.hub, rollouts=rollouts, hosts=agents.hosts,
                 log=log, observer=observers,
@@ -206,6 +214,7 @@ def _trainer(
     folder: RunFolder,
     run_log: RunLog,
     past: Past,
+    redone: RedoneSteps,
 ) -> LastingTrainer:
     """It begins where the run stood, by the log's batches since the checkpoint."""
 
@@ -226,6 +235,7 @@ def _trainer(
         newest=newest,
         max_restarts=settings.max_restarts,
         version=past.version,
+        redone=redone.redone,
     )
 
 
@@ -237,12 +247,14 @@ async def _redo_as_logged(
     past: Past,
     until: int,
     settings: Mapping[str, Any],
+    redone: RedoneSteps,
 ) -> Past:
     """Trains the batches before that version with the settings that they were trained with, and
     saves that: others hold from there on."""
     left = [version for version in past.redo if version >= until]
     done = replace(past, redo=[version for version in past.redo if version < until])
-    trainer = _trainer(config, TrainerConfig.model_validate(settings), model, folder, run_log, done)
+    as_logged = TrainerConfig.model_validate(settings)
+    trainer = _trainer(config, as_logged, model, folder, run_log, done, redone)
     checkpoints = Checkpoints(
         folder.path, resumed=folder.checkpoint, every_s=0, observer=Observer()
     )

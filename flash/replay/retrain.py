@@ -204,7 +204,7 @@ class _Told:
     async def add(self, part: Batch) -> None:
         await self._trainer.add(part)
 
-    async def step(self, batch: Batch) -> None:
+    async def step(self, batch: Batch) -> Mapping[str, float]:
         metrics = await self._trainer.step(batch)
         self.version = self._trainer.version
         self._tell(Step(self.version, metrics, self._plan.logged.get(self.version, {})))
@@ -213,6 +213,7 @@ class _Told:
             model = self._own[0] / MODEL_FOLDER
             equal, difference = await asyncio.to_thread(_compare, self._folder, model)
             self._tell(Compared(self._own[0], equal, difference))
+        return metrics
 
 
 class _Batches:
