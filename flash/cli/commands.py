@@ -9,6 +9,7 @@ from flash import config as configuration
 from flash.cli.event_loop import run_loop
 from flash.cli.words import listed, only, split_words, swept
 from flash.command_line import Options, nearest
+from flash.section import revealed
 from flash.system import machine
 
 # Imported where they are needed: mistakes must not wait for torch, or for what simulates.
@@ -21,6 +22,10 @@ def _train(arguments: Sequence[str]) -> None:
     configuration.check_capacity(config, machine.capacity())
     if config.uses_environment:
         configuration.try_environment(config.env)
+    if url := revealed(config.log.url):
+        from flash.log.store import open_engine
+
+        open_engine(url).dispose()
     if port := config.engine.door_port:
         machine.check_port("127.0.0.1", port, f"engine.door_port={port}")
     from flash.train import train

@@ -1,7 +1,6 @@
 """Settings of the durable log."""
 
 import re
-from typing import Any
 
 from pydantic import Field, SecretStr, field_validator
 
@@ -47,12 +46,9 @@ class LogConfig(Section):
     @field_validator("url")
     @classmethod
     def _is_of_postgres(cls, value: SecretStr) -> SecretStr:
-        url: Any = value.get_secret_value()
-        if url and not url.startswith(("$", "postgresql://", "postgres://")):
-            raise ValueError(
-                "must be a URL of PostgreSQL, postgresql://user@host/database; left out, the run's "
-                "folder has an SQLite file"
-            )
+        url = value.get_secret_value()
+        if url and not url.startswith("$"):
+            check_url(url)
         return value
 
 
@@ -60,3 +56,26 @@ def bytes_of(size: str) -> int:
     """What a size such as 20 GB comes to; 0 if it is none."""
     read = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?(MB|GB|TB)", size.strip(), re.IGNORECASE)
     return int(float(read[1]) * _UNITS[read[2].upper()]) if read else 0
+
+
+def check_url(url: str) -> None:
+    """ValueError for one that is not of PostgreSQL, or can't be read as it was meant."""
+    if not url.startswith(("postgresql://", "postgres://")):
+        raise ValueError(
+            f"log.url={shown(url)!r}: must be a URL of PostgreSQL, "
+            f"postgresql://user@host/database; left out, the run's folder has an SQLite file"
+        )
+    user, at, rest = url.partition("://")[2].partition("?")[0].partition("@")
+    if at and ("/" in user or "@" in rest):
+        raise ValueError(
+            f"log.url={shown(url)!r}: it can't be told where its password ends: write an @ in it "
+            f"as %40 and a / as %2F"
+        )
+
+
+def shown(url: str) -> str:
+    """Without its password."""
+    if url.startswith("sqlite:///"):
+        return url.removeprefix("sqlite:///")
+    url = re.sub(r"(?<=[?&]password=)[^&]*", "…", url)
+    return re.sub(r"^(\w+:/*)?.*@", lambda found: f"{found[1] or ''}…@", url)

@@ -12,12 +12,12 @@ from typing import Self, TypeVar
 
 from flash.config import Config
 from flash.errors import LogFailure
-from flash.log.config import ALL, LogConfig
+from flash.log.config import ALL, LogConfig, shown
 from flash.log.keeping import Keeping
 from flash.log.log import Log
 from flash.log.past import Past, take_over
 from flash.log.reading import Reader
-from flash.log.store import Change, Store, StoreError, shown, sqlite_url
+from flash.log.store import Change, Store, StoreError, sqlite_url
 from flash.rollout.adaptive import AlphaState
 from flash.section import revealed
 from flash.system.durable import write_whole

@@ -38,19 +38,29 @@ from sqlalchemy.exc import (
     DataError,
     DBAPIError,
     IntegrityError,
-    NoSuchModuleError,
     ProgrammingError,
     SQLAlchemyError,
     StatementError,
 )
 
 from flash.errors import LogFailure
+from flash.log.config import check_url, shown
 from flash.log.schema import METADATA, RUNS
 
 SQLITE_FILE = "log.sqlite"
 _MIGRATIONS = Path(__file__).with_name("migrations")
 _BUSY_S = 30.0  # another process may read, or be vacuuming
 _LOCK = 0x666C617368  # of PostgreSQL, while the schema changes
+_REMEDIES = {
+    "password authentication failed|no password supplied": "give the right one, in PGPASSWORD, in "
+    "~/.pgpass, or in a variable that holds the whole URL, $NAME",
+    'role ".*" does not exist': "make it (createuser), or name another user",
+    'database ".*" does not exist': "make it (createdb), or name another",
+    "resolve host|translate host name": "correct the name of the host",
+    "Connection refused|timeout": "start PostgreSQL there, or give the host and port where it runs",
+    "No such file": "start PostgreSQL, or give the host where it runs, "
+    "postgresql://user@host/database",
+}
 _OURS = IntegrityError, ProgrammingError, DataError  # which a second try can't mend
 
 
@@ -240,18 +250,17 @@ def sqlite_url(run: Path) -> str:
     return f"sqlite:///{(run / SQLITE_FILE).absolute()}"
 
 
-def shown(url: str) -> str:
-    """Without its password."""
-    url = re.sub(r"(?<=[?&]password=)[^&]*", "…", url.removeprefix("sqlite:///"))
-    return re.sub(r"(?<=://).*@", "…@", url)
-
-
 def open_engine(url: str) -> Engine:
     """A database with the present schema; ValueError if there can be none at this URL."""
+    if not url.startswith("sqlite:///"):
+        check_url(url)
     try:
         engine = create_engine(_with_driver(url), connect_args=_connect_args(url))
-    except (ArgumentError, NoSuchModuleError) as error:
-        raise ValueError(f"log.url={shown(url)!r} is no URL of a database: {error}") from error
+    except (ArgumentError, ValueError) as error:  # a port that is no number is the latter
+        raise ValueError(
+            f"log.url={shown(url)!r} is no URL of a database ({error}): write "
+            f"postgresql://user@host:5432/database"
+        ) from error
     except ImportError as error:  # of psycopg, or of the library that it needs
         raise ValueError(
             f"log.url={shown(url)!r} needs psycopg, which can't be imported: "
@@ -260,17 +269,23 @@ def open_engine(url: str) -> Engine:
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _set_up_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
-    elif engine.dialect.name != "postgresql":
-        raise ValueError(
-            f"log.url={shown(url)!r} is of another database: give sqlite:/// or postgresql://"
-        )
     try:
         _bring_up_to_date(engine)
     except (SQLAlchemyError, ValueError) as error:
         engine.dispose()
         cause = " ".join(str(getattr(error, "orig", error)).split())
+        if engine.dialect.name == "postgresql" and isinstance(error, DBAPIError):
+            cause = f"{cause.partition(' Is the server running')[0]}: {_remedy(cause)}"
         raise ValueError(f"log.url={shown(url)!r}: {cause}") from error
     return engine
+
+
+def _remedy(cause: str) -> str:
+    """What can be done where PostgreSQL can't be reached, or lets nobody in."""
+    return next(
+        (remedy for said, remedy in _REMEDIES.items() if re.search(said, cause)),
+        "correct it, postgresql://user@host/database",
+    )
 
 
 def _with_driver(url: str) -> str:
