@@ -3,13 +3,14 @@
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from flash.checkpoints import Checkpoint, Checkpoints, Rescue, newest_checkpoint, whole_versions
 from flash.config import Config
+from flash.errors import TrainerFailure
 from flash.evaluation.evaluations import Evaluations
 from flash.hub.hub import InferenceHub
 from flash.hub.publisher import PROBE_TOKENS
@@ -41,6 +42,8 @@ class Training:
 
     config: Config
     has_begun: bool  # its first policy was evaluated
+    began_at: int  # the version that this start goes on from
+    ended_there: int  # starts before, in a row, whose batch of that version never came to its step
     checkpoints: Checkpoints
     adaptive_alpha: AdaptiveAlpha
     trainer: LastingTrainer
@@ -54,6 +57,22 @@ class Training:
         """What is evaluated is published before."""
         every = self.config.publish_every
         return step % every == 0 or self.evaluations.due_after(step)
+
+    @contextlib.contextmanager
+    def training_on(self, version: int) -> Iterator[None]:
+        """What the trainer raises over that batch tells if a resume alone will not help."""
+        try:
+            yield
+        except (TrainerFailure, ValueError) as failure:
+            if version == self.began_at and self.ended_there:
+                failure.add_note(
+                    f"the batch of version {version} is where {self.ended_there + 1} starts in a "
+                    f"row have ended, this one included, and --resume trains it again: change what "
+                    f"it fails for, as trainer.tokens_per_micro_batch where memory is short, or "
+                    f"trainer.objective; or start anew under another name, with --model of a "
+                    f"checkpoint's model/ folder"
+                )
+            raise
 
     async def save_after(self, step: int) -> None:
         """The checkpoint of that step, if one is due."""
@@ -196,6 +215,8 @@ async def _open(
                 yield Training(
                     config=config,
                     has_begun=past.has_begun,
+                    began_at=past.version,
+                    ended_there=past.ended_here,
                     checkpoints=checkpoints,
                     adaptive_alpha=adaptive,
                     trainer=trainer,
