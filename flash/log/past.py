@@ -183,8 +183,7 @@ def _ended_at(version: int, batches: Mapping[int, int], starts: Sequence[Start])
     """Of the starts, which ended with that batch handed over and without its step."""
     if version not in batches:
         return 0
-    later = [s for s in starts if s.start > batches[version] and s.version == version]
-    return 1 + len(later)
+    return 1 + sum(start.start > batches[version] for start in starts)
 
 
 def _trains_otherwise(start: Start, config: Config) -> bool:
