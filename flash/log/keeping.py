@@ -86,7 +86,7 @@ class Keeping:
         try:
             changes = next(self._pass, None)
         except BaseException:
-            self._pass = None
+            self._pass, self._measured = None, 0
             raise
         if changes is None:
             self._pass = None

@@ -267,10 +267,14 @@ def test_a_resume_from_an_older_checkpoint_does_the_steps_anew_and_says_so(run, 
 def test_an_episode_that_a_needed_batch_has_too_stays(run):
     for version in range(4):
         run.trained(version)
-    run.batch(4, [0, 7])
+    run.batch(4, [0, 1, 7])
     run.write()
     run.tidy("0.001 MB", needed_from=4)
-    assert run.kept() == {0, 7}
+    assert run.kept() == {0, 1, 7}
+    with run.store.transaction() as connection:
+        reader = Reader(connection, run.store.run)
+        # Of version 0 the tokens are there still, by another batch, and the advantages are not.
+        assert [reader.has_samples(v) for v in range(5)] == [False, False, False, False, True]
 
 
 @pytest.mark.parametrize(
