@@ -243,8 +243,8 @@ class Reader:
 
     def has_samples(self, version: int) -> bool:
         """Whether the log has the tokens and advantages of all samples of that version's batch."""
-        query = select(SAMPLES.c.episode, SAMPLES.c.number, SAMPLES.c.advantage)
-        samples = self._rows(query.where(SAMPLES.c.version == version))
+        of_samples = select(SAMPLES.c.episode, SAMPLES.c.number, SAMPLES.c.advantage)
+        samples = self._rows(of_samples.where(SAMPLES.c.version == version))
         if not all(len(row.advantage) for row in samples):
             return False
         wanted = {(row.episode, row.number) for row in samples}
