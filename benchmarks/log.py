@@ -6,8 +6,9 @@ of a run.
 
 Episodes come as fast as the log commits them, 64 at a time; meanwhile a timer tells how late the
 event loop is. SQLite lies in a folder for temporary files; PostgreSQL is measured where `--url`
-names one. With --run a preset is trained, and what its log takes is timed from within: two whole
-runs, with a log and without, differ by more than that from each other anyway.
+names one. None of the episodes is trained: with `log.keep=trained` all tokens go again, with a size
+those that are more. With --run a preset is trained, and what its log takes is timed from within:
+two whole runs, with a log and without, differ by more than that from each other anyway.
 """
 
 import argparse
@@ -30,6 +31,8 @@ from flash.config import load
 from flash.errors import first_error
 from flash.fakes import FakeWorker
 from flash.hub.hub import InferenceHub
+from flash.log.config import ALL, TRAINED
+from flash.log.keeping import Keeping
 from flash.log.log import Log
 from flash.log.store import SQLITE_FILE, Store, sqlite_url
 from flash.rollout.episode import Episode
@@ -40,6 +43,7 @@ from flash.types import SampledSequence, Task, Trajectory
 
 _AT_ONCE = 64
 _TICK_S = 0.001
+_TIDY_EVERY = 8  # of these: much more often than a run does
 
 
 def trajectory(tokens: int, rng: np.random.Generator) -> Trajectory:
@@ -78,14 +82,16 @@ async def lateness() -> AsyncIterator[list[float]]:
             ticking.cancel()
 
 
-async def measure(url: str, episodes: int, tokens: int) -> tuple[float, list[float]]:
+async def measure(url: str, episodes: int, tokens: int, keep: str) -> tuple[float, list[float]]:
     """Episodes a second, and how late the event loop was meanwhile."""
     store = Store(url, run=uuid.uuid4().hex, name="benchmark")
     store.own()
     rng = np.random.default_rng(0)
     played = [trajectory(tokens, rng) for _ in range(_AT_ONCE)]
+    keeping = Keeping(store, keep, needed_from=lambda: 0)
     log = Log(
         lambda changes: asyncio.to_thread(store.commit, changes),
+        tidy=None if keep == ALL else lambda: asyncio.to_thread(keeping.bite),
         start=1,
         now=time.time,
         max_lag_s=60,
@@ -101,7 +107,11 @@ async def measure(url: str, episodes: int, tokens: int) -> tuple[float, list[flo
                 episode.finish(ending)
                 log.played(episode)
                 log.ended(episode, EpisodeRecord.of(episode, "dropped", "stale"))
+                if number % 8 == 7:
+                    log.given_up(episode.group, "stale")
                 await asyncio.sleep(0)
+            if first // _AT_ONCE % _TIDY_EVERY == 0:
+                log.saved(Path(f"step_{first}"))
             await log.committed()
         elapsed_s = time.perf_counter() - began
     store.close()
@@ -112,7 +122,7 @@ def shown(name: str, told: tuple[float, list[float]], bytes_a_token: str) -> str
     rate, late = told
     p50, p99 = np.percentile(late, [50, 99]) * 1000
     return (
-        f"{name:10} {rate:10,.0f} {bytes_a_token:>11} {p50:11.1f} {p99:5.1f} {max(late) * 1e3:5.0f}"
+        f"{name:18} {rate:10,.0f} {bytes_a_token:>11} {p50:11.1f} {p99:5.1f} {max(late) * 1e3:5.0f}"
     )
 
 
@@ -194,6 +204,10 @@ def measure_run(preset: str, steps: int) -> str:
     )
 
 
+def _name(database: str, keep: str) -> str:
+    return database if keep == ALL else f"  keep {keep}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--episodes", type=int, default=4000)
@@ -202,16 +216,20 @@ def main() -> None:
     parser.add_argument("--run", metavar="PRESET", help="to be trained, in its folder under runs/")
     parser.add_argument("--steps", type=int, default=20, help="of that run")
     options = parser.parse_args()
-    run: Callable[[str], tuple[float, list[float]]] = lambda url: uvloop.run(  # noqa: E731
-        measure(url, options.episodes, options.tokens)
-    )
-    print("log        episodes/s bytes/token late p50 ms   p99   max")
-    with tempfile.TemporaryDirectory() as folder:
-        told = run(sqlite_url(Path(folder)))
-        size = (Path(folder) / SQLITE_FILE).stat().st_size
-        print(shown("SQLite", told, f"{size / options.episodes / options.tokens:.1f}"))
-    if options.url:
-        print(shown("PostgreSQL", run(options.url), "-"))
+    tokens = options.episodes * options.tokens
+    half = f"{2.5 * tokens / 1e6:.1f} MB"
+
+    def run(url: str, keep: str = ALL) -> tuple[float, list[float]]:
+        return uvloop.run(measure(url, options.episodes, options.tokens, keep))
+
+    print("log                episodes/s bytes/token late p50 ms   p99   max")
+    for keep in (ALL, TRAINED, half):
+        with tempfile.TemporaryDirectory() as folder:
+            told = run(sqlite_url(Path(folder)), keep)
+            size = (Path(folder) / SQLITE_FILE).stat().st_size
+            print(shown(_name("SQLite", keep), told, f"{size / tokens:.1f}"))
+    for keep in (ALL, TRAINED, half) if options.url else ():
+        print(shown(_name("PostgreSQL", keep), run(options.url, keep), "-"))
     if options.run:
         print(measure_run(options.run, options.steps))
 

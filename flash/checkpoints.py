@@ -10,6 +10,7 @@ it is read, and the one before it is taken.
 """
 
 import asyncio
+import contextlib
 import logging
 import re
 import shutil
@@ -71,6 +72,15 @@ def newest_checkpoint(run: Path) -> Checkpoint | None:
             f"with --model of a model/ folder there that still loads ({'; '.join(damaged)})"
         )
     return None
+
+
+def whole_versions(run: Path) -> list[int]:
+    """The versions of its whole checkpoints."""
+    versions = []
+    for path in _paths(run):
+        with contextlib.suppress(ValueError):
+            versions.append(_read(path).version)
+    return sorted(versions)
 
 
 class Checkpoints:

@@ -58,7 +58,9 @@ async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any] | None
                 batch = await _next_batch(run, stop)
                 if batch is None:
                     break
-                tell.trained(await trainer.step(batch))
+                with run.training_on(batch.version):
+                    metrics = await trainer.step(batch)
+                tell.trained(metrics)
                 step = trainer.version
                 if run.publishes_after(step):
                     await rollouts.publish(await trainer.export_weights())
@@ -88,7 +90,8 @@ async def _next_batch(run: Training, stop: asyncio.Event) -> Batch | None:
     if not run.config.stream:
         return await unless(stop, run.rollouts.next_batch())
     while (part := await unless(stop, run.rollouts.next_part())) is not None and not part.last:
-        await run.trainer.add(part)
+        with run.training_on(part.version):
+            await run.trainer.add(part)
         run.observers.trained({})
     return part
 

@@ -9,6 +9,7 @@ from flash import config as configuration
 from flash.cli.event_loop import run_loop
 from flash.cli.words import listed, only, split_words, swept
 from flash.command_line import Options, nearest
+from flash.section import revealed
 from flash.system import machine
 
 # Imported where they are needed: mistakes must not wait for torch, or for what simulates.
@@ -21,6 +22,10 @@ def _train(arguments: Sequence[str]) -> None:
     configuration.check_capacity(config, machine.capacity())
     if config.uses_environment:
         configuration.try_environment(config.env)
+    if url := revealed(config.log.url):
+        from flash.log.store import open_engine
+
+        open_engine(url).dispose()
     if port := config.engine.door_port:
         machine.check_port("127.0.0.1", port, f"engine.door_port={port}")
     from flash.train import train
@@ -28,7 +33,7 @@ def _train(arguments: Sequence[str]) -> None:
     stop = asyncio.Event()
     summary = run_loop(train(config, stop=stop), stop=stop)
     if summary is None:
-        print("stopped before the first step: nothing was trained")
+        print(_stopped_early(config))
         return
     first, last = summary["eval_success_rate_first"], summary["eval_success_rate_last"]
     print(f"{summary['folder']}: {summary['steps']} steps in {summary['time_s']:.0f} s")
@@ -38,6 +43,18 @@ def _train(arguments: Sequence[str]) -> None:
             f"{first:.1%} → {last:.1%} ({100 * (last - first):+.1f} points), "
             f"alpha={config.alpha:g}, seed={config.seed}"
         )
+
+
+def _stopped_early(config: configuration.Config) -> str:
+    """What there is after a stop before a step of this start."""
+    if not config.checkpoint.resume:
+        return "stopped before the first step: nothing was trained"
+    from flash.telemetry.folder import steps_done
+
+    run = config.runs_dir / config.name
+    step = steps_done(run)
+    where = f"stands at step {step}" if step else "has no step yet"
+    return f"stopped before it went on: {run} {where}, as before; --resume goes on from there"
 
 
 def _eval(arguments: Sequence[str]) -> None:

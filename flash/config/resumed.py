@@ -59,7 +59,7 @@ KINDS: Final[Mapping[str, Kind]] = {
             *_of("trainer", "ranks threads tokens_per_micro_batch gradient_checkpointing"),
             *_of("trainer", "start_timeout_s step_timeout_s max_restarts"),
             *_of("eval", "mode workers"),
-            *_of("log", "max_lag_s timeout_s"),
+            *_of("log", "keep max_lag_s timeout_s"),
         ),
         "free",
     ),

@@ -10,7 +10,9 @@ while longer, unless somebody waits for it.
 """
 
 import asyncio
+import contextlib
 import logging
+import math
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -51,6 +53,8 @@ logger = logging.getLogger(__name__)
 _GATHERS_S = 0.01  # a commit costs a millisecond of a core, and a wait for the disk
 _RETRY_S = 1.0
 _LONGEST_RETRY_S = 10.0
+_TIDY_EVERY = 1000  # commits
+_TIDY_AT_END_S = 10.0
 
 Commit = Callable[[Sequence[Change]], Awaitable[None]]
 
@@ -65,6 +69,9 @@ class Log(Observer):
         known_version: batches before that are in the log.
         open_groups: that an earlier start began.
         alpha: what decides α, as it stands.
+        tidy: what of the log is to be deleted next, a bite of it, perhaps nothing; None when there
+            is no more for now. A bite is taken between two commits, from the first one on, again
+            each `_TIDY_EVERY` of them and after each checkpoint.
         now: seconds since 1970, at any time of the event loop's clock.
         max_lag_s: past it nothing new begins.
         timeout_s: past it what can't be written ends the run.
@@ -79,6 +86,7 @@ class Log(Observer):
         known_version: int = 0,
         open_groups: Iterable[int] = (),
         alpha: Callable[[], AlphaState | None] = lambda: None,
+        tidy: Callable[[], Awaitable[Sequence[Change] | None]] | None = None,
         now: Callable[[], float],
         max_lag_s: float,
         timeout_s: float,
@@ -89,6 +97,10 @@ class Log(Observer):
         self._publishes, self._evaluations, self._checkpoints = first_numbers
         self._known_version = known_version
         self._alpha = alpha
+        self._tidy = tidy
+        self._tidies = False  # now
+        self._tidies_until = math.inf
+        self._commits = 0
         self._now = now
         self._max_lag_s = max_lag_s
         self._timeout_s = timeout_s
@@ -167,17 +179,22 @@ class Log(Observer):
     async def __aexit__(self, *exc_info: object) -> None:
         """All that was told is on disk, or can't be."""
         self._closing = True
+        self._tidies_until = self._clock() + _TIDY_AT_END_S
         self._wake.set()
         await self._tasks.__aexit__(None, None, None)
 
     async def _write(self) -> None:
         try:
-            while self._pending or not self._closing:
+            while self._pending or self._tidies or not self._closing:
                 await self._wake.wait()
                 if not self._closing:
                     self._wake.clear()
                 if self._pending:
                     await self._write_pending()
+                while self._tidies:
+                    await self._take_a_bite()
+                    if self._wake.is_set():
+                        break
         except Exception as error:  # what waits for a commit must hear that none will come
             failure = error if isinstance(error, LogFailure) else LogFailure(f"the log: {error!r}")
             failure.__cause__ = None if failure is error else error
@@ -194,6 +211,24 @@ class Log(Observer):
         self._most_lag_s = max(self._most_lag_s, self._clock() - self._writing_since)
         for then in waiting:
             then()
+        if self._commits % _TIDY_EVERY == 0:
+            self._start_to_tidy()
+        self._commits += 1
+
+    def _start_to_tidy(self) -> None:
+        self._tidies = self._tidy is not None
+
+    async def _take_a_bite(self) -> None:
+        """It must be written like all else: of what may have been, no other may come next."""
+        assert self._tidy is not None
+        bite = None
+        if self._clock() < self._tidies_until:
+            # If it can't be read for longer, the next commit finds that out.
+            with contextlib.suppress(StoreError):
+                bite = await self._tidy()
+        self._tidies = bite is not None
+        if bite:
+            await self._commit(bite)
 
     async def _commit(self, changes: Sequence[Change]) -> None:
         """Again and again, until it is done or `timeout_s` are over."""
@@ -366,6 +401,7 @@ class Log(Observer):
             version=int(checkpoint.name.rpartition("_")[2]), path=str(checkpoint),
         )  # fmt: skip
         self._checkpoints += 1
+        self._start_to_tidy()
 
 
 def _advantage(sample: Sample) -> NDArray[np.float64]:

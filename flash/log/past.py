@@ -50,6 +50,8 @@ class Past:
         with_other_settings: of those of `redo` before a version, the settings of the trainer that
             they were trained with, one after another; the rest have the present ones.
         restored: what rollout goes on with; its batches come after those of `redo`.
+        ended_here: how many starts before, in a row, ended at the first of these batches: it was
+            handed over, and its step never came.
         again: seeds of tasks that had begun, and are to begin anew.
         dispatched: the seeds of all tasks that began.
         steps: the line of each step that was done.
@@ -61,6 +63,7 @@ class Past:
     redo: Sequence[int] = ()
     with_other_settings: Sequence[tuple[int, Mapping[str, Any]]] = ()
     restored: Restored = _NOTHING
+    ended_here: int = 0
     again: Sequence[int] = ()
     dispatched: Sequence[int] = ()
     alpha: AlphaState | None = None
@@ -156,6 +159,7 @@ def _read(reader: Reader, checkpoint: int, config: Config) -> Past:
             ],
             first_ids=reader.first_ids(),
         ),
+        ended_here=_ended_at(done, batches, starts),
         again=reader.to_begin_anew(),
         dispatched=reader.dispatched(),
         alpha=alpha and msgspec.convert(alpha, AlphaState),
@@ -173,6 +177,13 @@ def _with_other_settings(
     last = max((version for version, start in redo.items() if start in others), default=-1)
     until = {start: version + 1 for version, start in redo.items() if version <= last}
     return [(end, configs[start]["trainer"]) for start, end in until.items()]
+
+
+def _ended_at(version: int, batches: Mapping[int, int], starts: Sequence[Start]) -> int:
+    """Of the starts, which ended with that batch handed over and without its step."""
+    if version not in batches:
+        return 0
+    return 1 + sum(start.start > batches[version] for start in starts)
 
 
 def _trains_otherwise(start: Start, config: Config) -> bool:

@@ -242,9 +242,12 @@ class Reader:
         return {number: trained_by.get(number, start) for number, start in start_of.items()}
 
     def has_samples(self, version: int) -> bool:
-        """Whether the log has the tokens of all samples of that version's batch."""
-        query = select(SAMPLES.c.episode, SAMPLES.c.number).where(SAMPLES.c.version == version)
-        wanted = {(row.episode, row.number) for row in self._rows(query)}
+        """Whether the log has the tokens and advantages of all samples of that version's batch."""
+        of_samples = select(SAMPLES.c.episode, SAMPLES.c.number, SAMPLES.c.advantage)
+        samples = self._rows(of_samples.where(SAMPLES.c.version == version))
+        if not all(len(row.advantage) for row in samples):
+            return False
+        wanted = {(row.episode, row.number) for row in samples}
         query = select(SEQUENCES.c.episode, SEQUENCES.c.number)
         episodes = sorted({episode for episode, _ in wanted})
         rows = self._in(query, SEQUENCES.c.episode, episodes)

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -12,11 +12,12 @@ from typing import Self, TypeVar
 
 from flash.config import Config
 from flash.errors import LogFailure
-from flash.log.config import LogConfig
+from flash.log.config import ALL, LogConfig, shown
+from flash.log.keeping import Keeping
 from flash.log.log import Log
 from flash.log.past import Past, take_over
 from flash.log.reading import Reader
-from flash.log.store import Store, StoreError, shown, sqlite_url
+from flash.log.store import Change, Store, StoreError, sqlite_url
 from flash.rollout.adaptive import AlphaState
 from flash.section import revealed
 from flash.system.durable import write_whole
@@ -68,10 +69,17 @@ class RunLog:
         return await self._read(take)
 
     @contextlib.asynccontextmanager
-    async def writing(self, past: Past, *, alpha: Callable[[], AlphaState]) -> AsyncIterator[Log]:
+    async def writing(
+        self,
+        past: Past,
+        *,
+        alpha: Callable[[], AlphaState],
+        needed_from: Callable[[], int] = lambda: 0,
+    ) -> AsyncIterator[Log]:
         """Writes what is told to the Log until the block ends, and all of it then.
 
-        `alpha` says how what decides α stands.
+        `alpha` says how what decides α stands, `needed_from` which batches may be of use still; it
+        is called in a thread.
         """
         loop_s = asyncio.get_running_loop().time
         began_at, began_s = time.time(), loop_s()
@@ -82,12 +90,22 @@ class RunLog:
             known_version=past.logged_version,
             open_groups=[group.group for group in past.restored.groups],
             alpha=alpha,
+            tidy=self._tidy(needed_from),
             now=lambda: began_at + loop_s() - began_s,
             max_lag_s=self._settings.max_lag_s,
             timeout_s=self._settings.timeout_s,
         )
         async with log:
             yield log
+
+    def _tidy(
+        self, needed_from: Callable[[], int]
+    ) -> Callable[[], Awaitable[Sequence[Change] | None]] | None:
+        """What makes room in the log, if anything does."""
+        if self._settings.keep == ALL:
+            return None
+        keeping = Keeping(self._store, self._settings.keep, needed_from=needed_from)
+        return lambda: self._do(keeping.bite)
 
     async def batches(self, version: int) -> AsyncIterator[list[Batch]]:
         """See `flash.trainer.redo.BatchLog`."""

@@ -38,19 +38,29 @@ from sqlalchemy.exc import (
     DataError,
     DBAPIError,
     IntegrityError,
-    NoSuchModuleError,
     ProgrammingError,
     SQLAlchemyError,
     StatementError,
 )
 
 from flash.errors import LogFailure
+from flash.log.config import check_url, shown
 from flash.log.schema import METADATA, RUNS
 
 SQLITE_FILE = "log.sqlite"
 _MIGRATIONS = Path(__file__).with_name("migrations")
 _BUSY_S = 30.0  # another process may read, or be vacuuming
 _LOCK = 0x666C617368  # of PostgreSQL, while the schema changes
+_REMEDIES = {
+    "password authentication failed|no password supplied": "give the right one, in PGPASSWORD, in "
+    "~/.pgpass, or in a variable that holds the whole URL, $NAME",
+    'role ".*" does not exist': "make it (createuser), or name another user",
+    'database ".*" does not exist': "make it (createdb), or name another",
+    "resolve host|translate host name": "correct the name of the host",
+    "Connection refused|timeout": "start PostgreSQL there, or give the host and port where it runs",
+    "No such file": "start PostgreSQL, or give the host where it runs, "
+    "postgresql://user@host/database",
+}
 _OURS = IntegrityError, ProgrammingError, DataError  # which a second try can't mend
 
 
@@ -175,8 +185,54 @@ class Store:
             cause = " ".join(str(error).split())
             raise LogFailure(f"the log {shown(self.url)} can't hold a row: {cause}") from error
 
+    def bytes_in_pages(self) -> int | None:
+        """What SQLite's pages in use take; None of a database whose pages are not the run's own."""
+        if self.engine.dialect.name != "sqlite":
+            return None
+        with self.transaction() as connection:
+            pages, free, page_bytes = _pages(connection)
+        return (pages - free) * page_bytes
+
+    def give_back(self, most: int, *, leave: float) -> bool:
+        """Makes SQLite's file smaller, by so many free pages at most; whether there are more.
+
+        That share of its pages may stay free. PostgreSQL's autovacuum sees to its own.
+        """
+        if self.engine.dialect.name != "sqlite":
+            return False
+        with self.transaction() as connection:
+            pages, free, page_bytes = _pages(connection)
+        too_many = free - int(leave * pages)
+        if too_many > 0:
+            self._pragma(f"incremental_vacuum({min(most, too_many)})")
+        if too_many > most:
+            return True
+        if os.stat(str(self.engine.url.database)).st_size > (pages - too_many) * page_bytes:
+            # It is as long as it was until then. Who reads just now is not waited for.
+            self._pragma("wal_checkpoint(PASSIVE)")
+        return False
+
+    def _pragma(self, what: str) -> None:
+        """In a transaction of its own, to its end: a row a page, of which `execute` takes one."""
+        connection = self.engine.raw_connection()
+        try:
+            connection.cursor().executescript(f"PRAGMA {what}")
+        except sqlite3.OperationalError as error:
+            raise StoreError(str(error)) from error
+        finally:
+            connection.close()
+
     def close(self) -> None:
         self.engine.dispose()
+
+
+def _pages(connection: Connection) -> tuple[int, int, int]:
+    """How many SQLite has, how many of them are free, and how large one is."""
+    pages, free, page_bytes = (
+        int(connection.exec_driver_sql(f"PRAGMA {name}").scalar_one())
+        for name in ("page_count", "freelist_count", "page_size")
+    )
+    return pages, free, page_bytes
 
 
 def _file_of(engine: Engine) -> tuple[int, int] | None:
@@ -194,18 +250,17 @@ def sqlite_url(run: Path) -> str:
     return f"sqlite:///{(run / SQLITE_FILE).absolute()}"
 
 
-def shown(url: str) -> str:
-    """Without its password."""
-    url = re.sub(r"(?<=[?&]password=)[^&]*", "…", url.removeprefix("sqlite:///"))
-    return re.sub(r"(?<=://).*@", "…@", url)
-
-
 def open_engine(url: str) -> Engine:
     """A database with the present schema; ValueError if there can be none at this URL."""
+    if not url.startswith("sqlite:///"):
+        check_url(url)
     try:
         engine = create_engine(_with_driver(url), connect_args=_connect_args(url))
-    except (ArgumentError, NoSuchModuleError) as error:
-        raise ValueError(f"log.url={shown(url)!r} is no URL of a database: {error}") from error
+    except (ArgumentError, ValueError) as error:  # a port that is no number is the latter
+        raise ValueError(
+            f"log.url={shown(url)!r} is no URL of a database ({error}): write "
+            f"postgresql://user@host:5432/database"
+        ) from error
     except ImportError as error:  # of psycopg, or of the library that it needs
         raise ValueError(
             f"log.url={shown(url)!r} needs psycopg, which can't be imported: "
@@ -214,17 +269,23 @@ def open_engine(url: str) -> Engine:
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _set_up_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
-    elif engine.dialect.name != "postgresql":
-        raise ValueError(
-            f"log.url={shown(url)!r} is of another database: give sqlite:/// or postgresql://"
-        )
     try:
         _bring_up_to_date(engine)
     except (SQLAlchemyError, ValueError) as error:
         engine.dispose()
         cause = " ".join(str(getattr(error, "orig", error)).split())
+        if engine.dialect.name == "postgresql" and isinstance(error, DBAPIError):
+            cause = f"{cause.partition(' Is the server running')[0]}: {_remedy(cause)}"
         raise ValueError(f"log.url={shown(url)!r}: {cause}") from error
     return engine
+
+
+def _remedy(cause: str) -> str:
+    """What can be done where PostgreSQL can't be reached, or lets nobody in."""
+    return next(
+        (remedy for said, remedy in _REMEDIES.items() if re.search(said, cause)),
+        "correct it, postgresql://user@host/database",
+    )
 
 
 def _with_driver(url: str) -> str:

@@ -2,16 +2,19 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+import math
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flash.checkpoints import Checkpoint, Checkpoints, Rescue, newest_checkpoint
+from flash.checkpoints import Checkpoint, Checkpoints, Rescue, newest_checkpoint, whole_versions
 from flash.config import Config
+from flash.errors import TrainerFailure
 from flash.evaluation.evaluations import Evaluations
 from flash.hub.hub import InferenceHub
 from flash.hub.publisher import PROBE_TOKENS
+from flash.log.keeping import first_needed
 from flash.log.log import Log
 from flash.log.past import Past
 from flash.log.run_log import RunLog
@@ -21,9 +24,11 @@ from flash.rollout.adaptive import AdaptiveAlpha
 from flash.rollout.loop import RolloutLoop
 from flash.rollout.observer import Observer, Observers
 from flash.rollout.tasks import Tasks
+from flash.system.machine import gpus
 from flash.telemetry.folder import RunFolder
 from flash.telemetry.live import View
 from flash.telemetry.progress import Progress
+from flash.telemetry.redone import RedoneSteps
 from flash.telemetry.transcripts import Transcripts
 from flash.trainer.advantages import make_advantages
 from flash.trainer.config import TrainerConfig
@@ -37,6 +42,8 @@ class Training:
 
     config: Config
     has_begun: bool  # its first policy was evaluated
+    began_at: int  # the version that this start goes on from
+    ended_there: int  # starts before, in a row, whose batch of that version never came to its step
     checkpoints: Checkpoints
     adaptive_alpha: AdaptiveAlpha
     trainer: LastingTrainer
@@ -50,6 +57,22 @@ class Training:
         """What is evaluated is published before."""
         every = self.config.publish_every
         return step % every == 0 or self.evaluations.due_after(step)
+
+    @contextlib.contextmanager
+    def training_on(self, version: int) -> Iterator[None]:
+        """What the trainer raises over that batch tells if a resume alone will not help."""
+        try:
+            yield
+        except (TrainerFailure, ValueError) as failure:
+            if version == self.began_at and self.ended_there:
+                failure.add_note(
+                    f"the batch of version {version} is where {self.ended_there + 1} starts in a "
+                    f"row have ended, this one included, and --resume trains it again: change what "
+                    f"it fails for, as trainer.tokens_per_micro_batch where memory is short, or "
+                    f"trainer.objective; or start anew under another name, with --model of a "
+                    f"checkpoint's model/ folder"
+                )
+            raise
 
     async def save_after(self, step: int) -> None:
         """The checkpoint of that step, if one is due."""
@@ -84,16 +107,23 @@ async def open_training(
         past = await run_log.take_over(
             checkpoint=folder.version if folder.resumes else None, config=folder.config
         )
+        redone = RedoneSteps(past.steps, exact=config.trainer.dtype != "bfloat16" and not gpus())
         for until, settings in past.with_other_settings:
-            past = await _redo_as_logged(config, model, folder, run_log, past, until, settings)
+            past = await _redo_as_logged(
+                config, model, folder, run_log, past, until, settings, redone
+            )
         if past.alpha is not None:
             adaptive.restore(past.alpha)
         if folder.resumes:
             folder.go_on(past)
             view.say(past.describe())
+
+        def needed_from() -> int:
+            return first_needed(whole_versions(folder.path), reach=math.ceil(config.alpha))
+
         async with (
-            run_log.writing(past, alpha=adaptive.state) as log,
-            _open(config, model, folder, view, stop, run_log, past, log, adaptive) as run,
+            run_log.writing(past, alpha=adaptive.state, needed_from=needed_from) as log,
+            _open(config, model, folder, view, stop, run_log, past, log, adaptive, redone) as run,
         ):
             yield run
 
@@ -109,15 +139,16 @@ async def _open(
     past: Past,
     log: Log,
     adaptive: AdaptiveAlpha,
+    redone: RedoneSteps,
 ) -> AsyncIterator[Training]:
-    observers = Observers([log, folder])
+    observers = Observers([log, folder, redone])
     checkpoints = Checkpoints(
         folder.path,
         resumed=folder.checkpoint,
         every_s=60 * config.checkpoint.minutes,
         observer=observers,
     )
-    trainer = _trainer(config, config.trainer, model, folder, run_log, past)
+    trainer = _trainer(config, config.trainer, model, folder, run_log, past, redone)
     async with (
         trainer.starting(),
         Rescue(checkpoints, trainer) as rescue,
@@ -162,6 +193,8 @@ async def _open(
         log.fail_with(rollouts.fail)
         async with rollouts:
             await trainer.ready()
+            if told := redone.describe():
+                view.say(told)
             progress = Progress(
                 config, folder, view, hub=parts.hub, rollouts=rollouts, hosts=agents.hosts,
                 log=log, observer=observers,
@@ -182,6 +215,8 @@ async def _open(
                 yield Training(
                     config=config,
                     has_begun=past.has_begun,
+                    began_at=past.version,
+                    ended_there=past.ended_here,
                     checkpoints=checkpoints,
                     adaptive_alpha=adaptive,
                     trainer=trainer,
@@ -200,6 +235,7 @@ def _trainer(
     folder: RunFolder,
     run_log: RunLog,
     past: Past,
+    redone: RedoneSteps,
 ) -> LastingTrainer:
     """It begins where the run stood, by the log's batches since the checkpoint."""
 
@@ -220,6 +256,7 @@ def _trainer(
         newest=newest,
         max_restarts=settings.max_restarts,
         version=past.version,
+        redone=redone.redone,
     )
 
 
@@ -231,12 +268,14 @@ async def _redo_as_logged(
     past: Past,
     until: int,
     settings: Mapping[str, Any],
+    redone: RedoneSteps,
 ) -> Past:
     """Trains the batches before that version with the settings that they were trained with, and
     saves that: others hold from there on."""
     left = [version for version in past.redo if version >= until]
     done = replace(past, redo=[version for version in past.redo if version < until])
-    trainer = _trainer(config, TrainerConfig.model_validate(settings), model, folder, run_log, done)
+    as_logged = TrainerConfig.model_validate(settings)
+    trainer = _trainer(config, as_logged, model, folder, run_log, done, redone)
     checkpoints = Checkpoints(
         folder.path, resumed=folder.checkpoint, every_s=0, observer=Observer()
     )

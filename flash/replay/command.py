@@ -87,8 +87,11 @@ def export(path: Path, *, url: str, format: str, episodes: str, out: Path | None
     from flash.replay.export import export
 
     with open_run(path, url=url) as run:
-        written, count = export(run, decoder_of(run), format=format, episodes=episodes, out=out)
-    print(f"{written}: {count} {'episode' if count == 1 else 'episodes'}")
+        written, count, gone = export(
+            run, decoder_of(run), format=format, episodes=episodes, out=out
+        )
+    left_out = f"; {gone} more are no longer in the log (log.keep)" if gone else ""
+    print(f"{written}: {count} {'episode' if count == 1 else 'episodes'}{left_out}")
 
 
 def _heads() -> str:

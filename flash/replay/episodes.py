@@ -46,7 +46,7 @@ class LoggedTurn:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoggedEpisode:
     """An episode, however far it came. Times are seconds since 1970; `outcome` is empty while it
-    has none. `sequences` are there once it came to its end."""
+    has none. `sequences` are there once it came to its end, unless they have gone since."""
 
     episode: int
     group: int
@@ -77,6 +77,11 @@ class LoggedEpisode:
         if turn.before is None or turn.after is None:
             return None
         return self.seen[turn.after].at - self.seen[turn.before].at
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether all that was said and observed in it has gone from the log (`log.keep`)."""
+        return bool(self.generated_tokens) and not (self.sequences or self.turns or self.seen)
 
     @property
     def trajectory(self) -> Trajectory | None:

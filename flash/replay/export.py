@@ -1,6 +1,6 @@
 """A run's episodes as a dataset, a page of them at a time, so that any run goes through.
 
-A row is an episode:
+A row is an episode that the log has the tokens of still:
 
 episode, group, attempt, seed, options    the task's options as JSON
 outcome, reason, reward, success, turn_rewards
@@ -39,30 +39,38 @@ class _Writer(Protocol):
 
 def export(
     run: LoggedRun, decode: Decoder, *, format: str, episodes: str, out: Path | None
-) -> tuple[Path, int]:
-    """Writes episodes to a file; returns it, and how many they are.
+) -> tuple[Path, int, int]:
+    """Writes episodes to a file; returns it, how many they are, and how many more have gone from
+    the log (`log.keep`).
 
     Args:
         format: jsonl or parquet.
         episodes: trained, or all: those that ended in any way.
         out: by default a file in the run's folder.
 
-    The file is whole when it has its name. ValueError if nothing ended so, if `out` can't be
-    written, or if what the format needs is not installed.
+    The file is whole when it has its name. ValueError if nothing ended so, or all of it has gone,
+    if `out` can't be written, or if what the format needs is not installed.
     """
     path = _checked(out or run.path / f"{_OWN_NAMES}{episodes}.{format}", run)
     make: Callable[[Path], _Writer] = _Jsonl if format == "jsonl" else _Parquet
     partial = path.with_name(f".{path.name}.partial")
-    count = 0
+    count = gone = 0
     try:
         writer = make(partial)
         try:
-            for page in _pages(run, episodes):
+            for whole in _pages(run, episodes):
+                page = [episode for episode in whole if not episode.is_gone]
+                gone += len(whole) - len(page)
                 tokens = sum(s.num_tokens for episode in page for s in episode.sequences)
                 writer.add([_row(episode, decode) for episode in page], tokens)
                 count += len(page)
         finally:
             writer.close()
+        if gone and not count:
+            raise ValueError(
+                f"the tokens of all {gone} episodes of {run.path} are no longer in the log "
+                f"(log.keep): nothing to export"
+            )
         if not count:
             raise ValueError(
                 f"{run.path} has no episode that {'ended' if episodes == 'all' else 'was trained'} "
@@ -71,7 +79,7 @@ def export(
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    return path, count
+    return path, count, gone
 
 
 def _checked(path: Path, run: LoggedRun) -> Path:

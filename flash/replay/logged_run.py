@@ -9,9 +9,9 @@ from typing import Any
 from flash.config import SMALL, validated
 from flash.config.source import read_mapping
 from flash.errors import LogFailure
-from flash.log.config import LogConfig
+from flash.log.config import LogConfig, shown
 from flash.log.run_log import ID_FILE
-from flash.log.store import SQLITE_FILE, Store, StoreError, shown, sqlite_url
+from flash.log.store import SQLITE_FILE, Store, StoreError, sqlite_url
 from flash.replay.episodes import EpisodeReader
 from flash.section import Section, revealed
 from flash.warm_start.config import PolicyConfig, WarmStartConfig

@@ -12,6 +12,7 @@ from flash.replay.episodes import LoggedEpisode, LoggedTurn
 from flash.replay.text import Decoder
 from flash.telemetry.transcripts import printable
 
+GONE = "what was read and said is no longer in the log (log.keep)"
 Colour = Literal["logprob", "version"]
 
 _LIKELY_TO_UNLIKELY = ((0.9, "green"), (0.5, "yellow"), (0.1, "dark_orange"), (0.0, "bold red"))
@@ -41,7 +42,8 @@ def legend(colour: Colour) -> Text:
 
 def as_data(episode: LoggedEpisode, decode: Decoder) -> dict[str, Any]:
     """The same as plain data. A turn's `observation` is the place of what answered to it, among
-    `observations`; `read` is null where the log has no tokens of it."""
+    `observations`; `read` is null where the log has no tokens of it; `gone`: it has nothing of
+    the episode any more but how it ended."""
     return {
         "episode": episode.episode,
         "group": episode.group,
@@ -63,6 +65,7 @@ def as_data(episode: LoggedEpisode, decode: Decoder) -> dict[str, Any]:
         "version_min": episode.version_min,
         "version_max": episode.version_max,
         "trained_at_version": episode.trained_at_version,
+        "gone": episode.is_gone,
         "turns": [
             {
                 "read": decode(turn.spoken.read) if turn.spoken.read else None,
@@ -95,6 +98,8 @@ def as_data(episode: LoggedEpisode, decode: Decoder) -> dict[str, Any]:
 
 def _lines(episode: LoggedEpisode, decode: Decoder, colour: Colour) -> Iterator[Text]:
     yield from _head(episode)
+    if episode.is_gone:
+        yield Text(GONE)
     told: set[int] = set()
     for number, turn in enumerate(episode.turns, start=1):
         if turn.spoken.read:

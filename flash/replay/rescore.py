@@ -49,6 +49,7 @@ class Rescored:
     became equal, in `gained` they ceased to be. `largest` are the largest changes first."""
 
     episodes: int
+    gone: int  # of which the log has no tokens any more
     failed: int
     why_failed: str  # the first of them
     mean_before: float
@@ -86,14 +87,15 @@ class _Group:
 
 
 async def rescore(run: LoggedRun, function: str, decode: Decoder) -> Rescored:
-    """Scores every episode that came to its end. One whose reward fails is counted, and left out.
+    """Scores every episode that came to its end. One whose reward fails, or that has gone from the
+    log, is counted and left out.
 
     ValueError for what can't be a reward, or if there is nothing to score; RewardFailure if each
     one fails.
     """
     groups: dict[int, _Group] = {}
     largest: list[Change] = []
-    episodes = changed = failed = 0
+    episodes = changed = failed = gone = 0
     sum_before = sum_after = 0.0
     why_failed = ""
     async with (
@@ -101,6 +103,9 @@ async def rescore(run: LoggedRun, function: str, decode: Decoder) -> Rescored:
         contextlib.aclosing(_changes(run, scorer, decode)) as changes,
     ):
         async for change in changes:
+            if change is None:
+                gone += 1
+                continue
             if isinstance(change, str):
                 failed += 1
                 why_failed = why_failed or change
@@ -114,11 +119,17 @@ async def rescore(run: LoggedRun, function: str, decode: Decoder) -> Rescored:
                 largest = sorted([*largest, change], key=_largest_first)[:_LARGEST]
     if failed and not episodes:
         raise RewardFailure(f"the reward failed for each of {failed} episodes: {why_failed}")
+    if gone and not episodes:
+        raise ValueError(
+            f"the tokens of all {gone} episodes of {run.path} are no longer in the log (log.keep): "
+            f"nothing to score"
+        )
     if not episodes:
         raise ValueError(f"{run.path} has no episode that came to its end: nothing to score")
     compared = {number: group for number, group in groups.items() if group.episodes > 1}
     return Rescored(
         episodes=episodes,
+        gone=gone,
         failed=failed,
         why_failed=why_failed,
         mean_before=sum_before / episodes,
@@ -141,6 +152,8 @@ def table(rescored: Rescored, function: str) -> str:
         f"{'groups that lost spread':24}{_of_groups(r.lost, r.groups)}",
         f"{'groups that gained it':24}{_of_groups(r.gained, r.groups)}",
     ]
+    if r.gone:
+        lines.append(f"{'no longer in the log':24}{r.gone}, and left out (log.keep)")
     if r.failed:
         lines.append(f"{'failed, and left out':24}{r.failed}, the first: {r.why_failed}")
     if r.largest:
@@ -166,11 +179,14 @@ async def _scorer(name: str) -> AsyncIterator[Scorer]:
 
 async def _changes(
     run: LoggedRun, scorer: Scorer, decode: Decoder
-) -> AsyncGenerator[Change | str, None]:
-    """Of each episode, in the order of their numbers; or why its reward failed."""
+) -> AsyncGenerator[Change | str | None, None]:
+    """Of each episode, in the order of their numbers; or why its reward failed; None of one that
+    the log has no tokens of any more."""
     of_env = run.config.get("reward", {}).get("name", "env") == "env"
 
-    async def change(episode: LoggedEpisode) -> Change | str:
+    async def change(episode: LoggedEpisode) -> Change | str | None:
+        if episode.is_gone:
+            return None
         played = _as_played(episode, of_env)
         transcript = transcript_of(episode.task, played, decode)
         try:

@@ -144,6 +144,7 @@ def plan(run: LoggedRun, changes: Mapping[str, Any], *, checkpoint: str) -> Plan
 async def retrain(run: LoggedRun, plan: Plan, tell: Callable[[Step | Compared], None]) -> None:
     """Trains all of it, and tells of each step. ValueError for what can't be trained on,
     TrainerFailure as a step raises it."""
+    await asyncio.to_thread(_check_samples, run, plan.legs[0].first)
     own = await asyncio.to_thread(_newest_within, run, plan)
     with (
         own_logs("flash-retrain-") as log_dir,
@@ -203,7 +204,7 @@ class _Told:
     async def add(self, part: Batch) -> None:
         await self._trainer.add(part)
 
-    async def step(self, batch: Batch) -> None:
+    async def step(self, batch: Batch) -> Mapping[str, float]:
         metrics = await self._trainer.step(batch)
         self.version = self._trainer.version
         self._tell(Step(self.version, metrics, self._plan.logged.get(self.version, {})))
@@ -212,6 +213,7 @@ class _Told:
             model = self._own[0] / MODEL_FOLDER
             equal, difference = await asyncio.to_thread(_compare, self._folder, model)
             self._tell(Compared(self._own[0], equal, difference))
+        return metrics
 
 
 class _Batches:
@@ -227,12 +229,8 @@ class _Batches:
 
     def _parts(self, version: int) -> list[Batch]:
         settings = self._leg.settings
+        _check_samples(self._run, version)
         with self._run.reading() as reader:
-            if not reader.has_samples(version):
-                raise ValueError(
-                    f"the log has the samples of version {version} no longer: begin at a later "
-                    f"checkpoint of the run (--from step_NUMBER)"
-                )
             parts = reader.batch(version)
             if len(parts) > 1 and (settings.mini_batches > 1 or settings.advantages.needs_batch):
                 whole = [sample for part in parts for sample in part.samples]
@@ -242,6 +240,17 @@ class _Batches:
             episodes = sorted({sample.episode for part in parts for sample in part.samples})
             states = reader.states(episodes)
         return [replace(p, samples=_with_advantages(p.samples, states, settings)) for p in parts]
+
+
+def _check_samples(run: LoggedRun, version: int) -> None:
+    """ValueError if that batch can't be trained again."""
+    with run.reading() as reader:
+        has_samples = reader.has_samples(version)
+    if not has_samples:
+        raise ValueError(
+            f"the log has the samples of version {version} no longer: begin at a later checkpoint "
+            f"of the run (--from step_NUMBER)"
+        )
 
 
 def _with_advantages(

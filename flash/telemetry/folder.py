@@ -290,6 +290,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def steps_done(run: Path) -> int:
+    """The last step whose line a run's folder has."""
+    return max((line["step"] for line in read_lines(run / "metrics.jsonl")), default=0)
+
+
 def _lines(path: Path) -> IO[str]:
     """The file, to add lines to."""
     if path.exists():

@@ -17,7 +17,7 @@ from typing import Self, TypeVar
 
 from flash.errors import TrainerFailure
 from flash.trainer.checkpoint import checkpoint_version
-from flash.trainer.redo import BatchLog, redo
+from flash.trainer.redo import BatchLog, Tell, redo, tell_nobody
 from flash.trainer.trainer import Trainer
 from flash.types import Batch, TrainerState, Weights
 
@@ -40,6 +40,7 @@ class LastingTrainer:
         max_restarts: so many in a row, without a step between them.
         version: where it shall stand when it has begun: the log is redone until there. By default
             the trainer's own.
+        redone: is told of each step that is trained again.
 
     What its first start raises it raises at once. A ValueError, of a sample that can't be trained
     on, is nothing that other ranks would mend.
@@ -53,6 +54,7 @@ class LastingTrainer:
         newest: Callable[[], Path | None],
         max_restarts: int,
         version: int | None = None,
+        redone: Tell = tell_nobody,
     ) -> None:
         self.version = trainer.version if version is None else version
         self.model = trainer.model
@@ -61,6 +63,7 @@ class LastingTrainer:
         self._log = log
         self._newest = newest
         self._max_restarts = max_restarts
+        self._redone = redone
         self._in_a_row = 0
         self._parts: list[Batch] = []  # of the next batch, so far
         self._failure: TrainerFailure | None = None  # of the ranks there are
@@ -167,7 +170,7 @@ class LastingTrainer:
             if failure is not None:
                 await self._restart(failure)
             if self._behind:
-                await redo(self._trainer, self._log, self.version)
+                await redo(self._trainer, self._log, self.version, tell=self._redone)
                 for part in self._parts:
                     await self._trainer.add(part)
                 self._behind = False

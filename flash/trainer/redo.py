@@ -5,10 +5,13 @@ how many threads a rank has (`trainer.threads`), the kind of CPU, torch and tran
 depends on nothing else, as long as a loss of a user's own doesn't.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Protocol
 
 from flash.types import Batch
+
+Tell = Callable[[int, Mapping[str, float]], None]
+"""Of a step that was trained again: its number, and what it came to."""
 
 
 class BatchLog(Protocol):
@@ -30,10 +33,14 @@ class Redone(Protocol):
 
     async def add(self, part: Batch) -> None: ...
 
-    async def step(self, batch: Batch) -> object: ...
+    async def step(self, batch: Batch) -> Mapping[str, float]: ...
 
 
-async def redo(trainer: Redone, log: BatchLog, until: int) -> None:
+def tell_nobody(step: int, metrics: Mapping[str, float]) -> None:
+    """For those who need not know."""
+
+
+async def redo(trainer: Redone, log: BatchLog, until: int, *, tell: Tell = tell_nobody) -> None:
     """Trains what the log has, from the trainer's version on, until its version is `until`.
 
     The ranks must have begun from a checkpoint of that version, or from the first model. Raises
@@ -47,7 +54,8 @@ async def redo(trainer: Redone, log: BatchLog, until: int) -> None:
                 break
             for part in parts:
                 await trainer.add(part)
-            await trainer.step(last)
+            metrics = await trainer.step(last)
+            tell(trainer.version, metrics)
             if trainer.version == until:
                 return
     raise ValueError(

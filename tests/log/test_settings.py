@@ -122,3 +122,15 @@ def test_tasks_of_another_source_begin_anew_and_that_is_said(tmp_path, caplog):
     assert (
         "tasks are other ones than before, and groups begin anew: env.options.size" in caplog.text
     )
+
+
+def test_how_many_starts_in_a_row_ended_at_a_batch_is_known(tmp_path):
+    run = Run(tmp_path)
+    run.batch(0)
+    assert run.start().ended_here == 0
+    run.batch(1, done=False)
+    assert [run.start().ended_here for _ in range(3)] == [1, 2, 3]
+    run.step(2)
+    assert run.start().ended_here == 0
+    run.batch(2, done=False)
+    assert run.start().ended_here == 1

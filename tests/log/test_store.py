@@ -16,8 +16,9 @@ from sqlalchemy.exc import OperationalError
 
 from flash.errors import LogFailure
 from flash.log import store as store_module
+from flash.log.config import shown
 from flash.log.schema import GROUPS, METADATA
-from flash.log.store import Change, Store, StoreError, open_engine, shown, sqlite_url
+from flash.log.store import Change, Store, StoreError, open_engine, sqlite_url
 
 
 def group(number, **values):
