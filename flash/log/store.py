@@ -52,6 +52,16 @@ _MIGRATIONS = Path(__file__).with_name("migrations")
 _BUSY_S = 30.0  # another process may read, or be vacuuming
 _LOCK = 0x666C617368  # of PostgreSQL, while the schema changes
 _OURS = IntegrityError, ProgrammingError, DataError  # which a second try can't mend
+# One commit more of an owner, after so many.
+_COUNT = (
+    update(RUNS)
+    .where(
+        RUNS.c.run == bindparam("of"),
+        RUNS.c.owner == bindparam("by"),
+        RUNS.c.commits == bindparam("after"),
+    )
+    .values(commits=RUNS.c.commits + 1)
+)
 
 
 class Change(NamedTuple):
@@ -117,15 +127,8 @@ class Store:
         Raises StoreError if it could not be done, LogFailure if it never can.
         """
         with self.transaction() as connection:
-            counted = connection.execute(
-                update(RUNS)
-                .where(
-                    RUNS.c.run == self.run,
-                    RUNS.c.owner == self._owner,
-                    RUNS.c.commits == self._commits,
-                )
-                .values(commits=self._commits + 1)
-            )
+            mine = {"of": self.run, "by": self._owner, "after": self._commits}
+            counted = connection.execute(_COUNT, mine)
             if counted.rowcount == 1:
                 self._write(connection, changes)
             elif not self._was_committed(connection):
