@@ -15,6 +15,7 @@ class FakeEnvs:
         turns: how many steps an episode has (min, max).
         step_s: seconds a reset or a step takes.
         fail_rate, hang_rate: the chance of a call to raise EnvFailure, or never to return.
+        deterministic: a task and the actions decide what is observed, and nothing else.
     """
 
     def __init__(
@@ -25,10 +26,12 @@ class FakeEnvs:
         step_s: tuple[float, float] = (0.0, 1.0),
         fail_rate: float = 0.0,
         hang_rate: float = 0.0,
+        deterministic: bool = False,
     ) -> None:
         self.open_now = 0
         self.turns = turns
         self.rng = random.Random(seed)
+        self.deterministic = deterministic
         self._step_s = step_s
         self._fail_rate = fail_rate
         self._hang_rate = hang_rate
@@ -48,21 +51,25 @@ class FakeEnvs:
 
 
 class _FakeEnv:
-    deterministic = False  # chance is shared by all that are open
-
     def __init__(self, envs: FakeEnvs) -> None:
+        self.deterministic = envs.deterministic
         self._envs = envs
-        self._left = envs.rng.randint(*envs.turns)
+        self._rng = envs.rng  # chance is shared by all that are open
+        self._left = 0
 
     async def reset(self, task: Task) -> Observation:
+        if self.deterministic:
+            self._rng = random.Random(task.seed)
+        self._left = self._rng.randint(*self._envs.turns)
         await self._envs.take_time()
         return Observation(text=f"task {task.seed}")
 
     async def step(self, action: str) -> Observation:
         await self._envs.take_time()
         self._left -= 1
-        reward = float(self._envs.rng.random() < 0.5) if self._left == 0 else 0.0
-        return Observation(text="next", reward=reward, terminated=self._left == 0)
+        reward = float(self._rng.random() < 0.5) if self._left == 0 else 0.0
+        text = f"after {action}" if self.deterministic else "next"
+        return Observation(text=text, reward=reward, terminated=self._left == 0)
 
     def close(self) -> None:
         self._envs.open_now -= 1

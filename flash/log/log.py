@@ -176,12 +176,14 @@ class Log(Observer):
         self._tasks.create_task(self._write(), name="log")
         return self
 
-    async def __aexit__(self, *exc_info: object) -> None:
-        """All that was told is on disk, or can't be."""
+    async def __aexit__(self, kind: object, error: object, trace: object) -> None:
+        """All that was told is on disk; LogFailure if it can't be, and nothing else is wrong."""
         self._closing = True
         self._tidies_until = self._clock() + _TIDY_AT_END_S
         self._wake.set()
         await self._tasks.__aexit__(None, None, None)
+        if self._failure is not None and error is None:
+            raise self._failure
 
     async def _write(self) -> None:
         try:

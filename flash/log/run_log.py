@@ -5,7 +5,7 @@ import contextlib
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Self, TypeVar
@@ -36,13 +36,23 @@ class RunLog:
     ...     async with run_log.writing(past, alpha=adaptive.state) as log:
     ...         ...  # log is one of the run's observers
 
+    `store` and `thread` are for other disks than this machine's, and other clocks.
+
     Raises ValueError for a database that can't be used, and LogFailure when it no longer can be.
     """
 
-    def __init__(self, run: Path, settings: LogConfig) -> None:
+    def __init__(
+        self,
+        run: Path,
+        settings: LogConfig,
+        *,
+        store: Callable[..., Store] = Store,
+        thread: Executor | None = None,
+    ) -> None:
         self._run = run
         self._settings = settings
-        self._thread = ThreadPoolExecutor(1, "log")
+        self._make_store = store
+        self._thread = thread or ThreadPoolExecutor(1, "log")
 
     async def __aenter__(self) -> Self:
         try:
@@ -57,7 +67,7 @@ class RunLog:
         if not path.exists():
             write_whole(path, uuid.uuid4().hex.encode())
         url = revealed(self._settings.url) or sqlite_url(self._run)
-        return Store(url, run=path.read_text(), name=self._run.name)
+        return self._make_store(url, run=path.read_text(), name=self._run.name)
 
     async def __aexit__(self, *exc_info: object) -> None:
         await self._do(self._store.close)

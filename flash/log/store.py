@@ -62,6 +62,16 @@ _REMEDIES = {
     "postgresql://user@host/database",
 }
 _OURS = IntegrityError, ProgrammingError, DataError  # which a second try can't mend
+# One commit more of an owner, after so many.
+_COUNT = (
+    update(RUNS)
+    .where(
+        RUNS.c.run == bindparam("of"),
+        RUNS.c.owner == bindparam("by"),
+        RUNS.c.commits == bindparam("after"),
+    )
+    .values(commits=RUNS.c.commits + 1)
+)
 
 
 class Change(NamedTuple):
@@ -127,15 +137,8 @@ class Store:
         Raises StoreError if it could not be done, LogFailure if it never can.
         """
         with self.transaction() as connection:
-            counted = connection.execute(
-                update(RUNS)
-                .where(
-                    RUNS.c.run == self.run,
-                    RUNS.c.owner == self._owner,
-                    RUNS.c.commits == self._commits,
-                )
-                .values(commits=self._commits + 1)
-            )
+            mine = {"of": self.run, "by": self._owner, "after": self._commits}
+            counted = connection.execute(_COUNT, mine)
             if counted.rowcount == 1:
                 self._write(connection, changes)
             elif not self._was_committed(connection):

@@ -30,6 +30,7 @@ class Admission:
         episodes: int,
     ) -> None:
         self.exhausted = False  # the tasks have ended
+        self.new_groups = True  # whether they may begin
         self._tasks = iter(tasks)
         self._groups = groups
         self._slots = slots
@@ -76,7 +77,7 @@ class Admission:
                 group.due -= 1
                 return group, episode
             self._due.popleft()
-        if not self._has_slot() or not self._may_begin(next_version):
+        if not self.new_groups or not self._has_slot() or not self._may_begin(next_version):
             return None
         task = next(self._tasks, None)
         if task is None:

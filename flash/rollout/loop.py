@@ -19,7 +19,7 @@ import contextlib
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, Self
@@ -176,11 +176,12 @@ class RolloutLoop:
             trainer=trainer,
             on_stalled=self._observers.stalled,
         )
-        self._restored = restored
         self._to_train = deque(restored.batches)
+        self._to_restore = deque(restored.groups)
         self._open = False
         self._paused = False
         self._taken: list[Group] = []  # parts of the next batch
+        self._uncommitted: Batch | None = None  # chosen, and not handed over yet
         self._next_version = hub.version  # at which the next batch will be trained
         self._started_this_turn = 0
         self._waits_for_log = False
@@ -196,10 +197,7 @@ class RolloutLoop:
             if batch.last:
                 self._slots.hold(batch.version, self._groups_per_batch)
                 self._next_version = batch.version + 1
-        for group in self._restored.groups:
-            self._restore(group)
-        self._cancel_redundant()
-        self._evict_stale()
+        self._restore_groups()
         self._open = True
         self._admit()
         return self
@@ -225,12 +223,7 @@ class RolloutLoop:
         if self._taken:
             raise ValueError("a batch was begun with next_part: take its other parts likewise")
         with self.activity.call("next_batch"):
-            batch = await self._next(self._groups_per_batch)
-            while not batch.last:  # it was handed over in parts before the run ended
-                part = await self._next(self._groups_per_batch)
-                batch = replace(part, samples=[*batch.samples, *part.samples])
-            await self._log.committed()
-            return batch
+            return await self._next_committed(self._next_whole)
 
     async def next_part(self) -> Batch:
         """As `next_batch`, but waits for one complete group only, and hands over all there are.
@@ -239,9 +232,22 @@ class RolloutLoop:
         its episodes are not counted as trained, and nothing of it is lost if no more are taken.
         """
         with self.activity.call("next_part"):
-            part = await self._next(1)
-            await self._log.committed()
-            return part
+            return await self._next_committed(partial(self._next, 1))
+
+    async def _next_committed(self, choose: Callable[[], Awaitable[Batch]]) -> Batch:
+        """Of a call that was cancelled meanwhile the next one gets what was chosen."""
+        if self._uncommitted is None:
+            self._uncommitted = await choose()
+        await self._log.committed()
+        batch, self._uncommitted = self._uncommitted, None
+        return batch
+
+    async def _next_whole(self) -> Batch:
+        batch = await self._next(self._groups_per_batch)
+        while not batch.last:  # it was handed over in parts before the run ended
+            part = await self._next(self._groups_per_batch)
+            batch = replace(part, samples=[*batch.samples, *part.samples])
+        return batch
 
     async def _next(self, at_least: int) -> Batch:
         while True:
@@ -364,6 +370,7 @@ class RolloutLoop:
             self._admit_after_commit()
             return
         try:
+            self._restore_groups()
             while (
                 self._started_this_turn < _STARTS_A_TURN
                 and self._failure is None
@@ -447,6 +454,18 @@ class RolloutLoop:
             self._after_completion(group)
         self._admit()
         self._progress.set()
+
+    def _restore_groups(self) -> None:
+        """Goes on with those that there is room for: with a smaller α than they began under not
+        all of them, and what is ready of some would leave no slot to what others lack."""
+        while self._to_restore:
+            more = self._group_size * (len(self._groups) + 1)
+            if self._groups and self._slots.held + more > self._slots.limit:
+                break
+            self._restore(self._to_restore.popleft())
+            self._cancel_redundant()
+            self._evict_stale()
+        self._admission.new_groups = not self._to_restore
 
     def _restore(self, restored: OpenGroup) -> None:
         """Goes on with a group that was on its way when the run ended."""

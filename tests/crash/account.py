@@ -20,7 +20,7 @@ from flash.log import schema
 from flash.seeds import TRAINING_SEEDS, first_task
 
 # A group that came to nothing for one of these has its task trained in another.
-BEGUN_ANEW = ("abandoned", "source_changed")
+BEGUN_ANEW = ("abandoned", "source_changed", "settings_changed")
 # What a run leaves to its next start; the log has no outcome of it.
 LEFT = ("shutdown", "over")
 # Why a ready episode may end without being trained.
@@ -136,10 +136,15 @@ def compare(before: Snapshot, after: Books) -> Account:
 
 def violations(books: Books, run: Path, settings: dict[str, Any]) -> Iterable[str]:
     """What the run that has ended broke of what is promised."""
+    yield from log_violations(books, settings)
+    yield from _of_files(books, run, settings)
+
+
+def log_violations(books: Books, settings: dict[str, Any]) -> Iterable[str]:
+    """Likewise, as far as its log tells."""
     yield from _of_batches(books, settings)
     yield from _of_outcomes(books)
     yield from _of_tasks(books, settings)
-    yield from _of_files(books, run, settings)
 
 
 def _of_batches(books: Books, settings: dict[str, Any]) -> Iterable[str]:

@@ -114,6 +114,7 @@ class Schedule:
         self.tell_s = rng.choice([None, 0.2, 1.0])
         self.turns = rng.choice([(1, 1), (1, 4)])
         self.samples = rng.choice(["whole", "turns"])
+        self.deterministic = False
         self.steps = 6
         for name, value in settings.items():
             if name in ("rates", "steps"):
@@ -132,12 +133,16 @@ class Schedule:
 
     def run(self) -> list[tuple[Any, ...]]:
         try:
-            with _quiet():
+            with quiet():
                 virtual_time.run(self._run())
         except Exception as error:
             cause = f"{type(error).__name__}: {error}"
             raise Violation(f"seed {self.seed} ({self.settings}, {self.rates}): {cause}") from error
         return self.trace
+
+    @property
+    def ends(self) -> Counter[str]:
+        return Counter({self.outcome: 1})
 
     def digest(self) -> str:
         return hashlib.sha256(repr(self.trace).encode()).hexdigest()
@@ -150,11 +155,13 @@ class Schedule:
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(self._on_loop_error)
+        self._others = asyncio.all_tasks()
         self.loop_errors: list[str] = []
         self.chance = Faults(f"trainer {self.seed}", self.rates, self.say)
         self.envs = FaultyEnvs(
-            faults=self._faults("env"), seed=self.seed, turns=self.turns, step_s=(0.0, 2.0)
-        )
+            faults=self._faults("env"), seed=self.seed, turns=self.turns, step_s=(0.0, 2.0),
+            deterministic=self.deterministic,
+        )  # fmt: skip
         self.workers = [
             self.worker_class(
                 f"w{i}", seed=self.rng.randrange(10**6), faults=self._faults(f"worker {i}"),
@@ -162,7 +169,7 @@ class Schedule:
             )
             for i in range(self.workers_wanted)
         ]  # fmt: skip
-        life = loop.create_task(self._live(), name="the run")
+        self._life = life = loop.create_task(self._live(), name="the run")
         if self.chance.draw("run_cancelled"):
             loop.call_later(self.rng.uniform(0, 60), self._cancel_after_turns, life, 5)
         try:
@@ -185,27 +192,16 @@ class Schedule:
             task.cancel()
 
     async def _live(self) -> None:
-        source: Any = self.workers
-        if self.pooled:
-            source = FakePool(self.workers, start_s=20.0)
-            for worker in self.workers:
-                worker.pool = source
-        self._agents = itertools.count()
         tasks = 2 * self.settings["batch_size"] if self.chance.draw("tasks_end") else 10**9
         async with (
-            InferenceHub(
-                source, max_running=self.max_running, request_timeout_s=60.0,
-                control_timeout_s=30.0, recovery_timeout_s=300.0, progress_timeout_s=25.0,
-                update_mode=self.update_mode,
-            ) as self.hub,
+            self._new_hub() as self.hub,
             self._drained(),
             self._asked_beside(),
             RolloutLoop(
                 self.hub,
-                agent=self._make_agent,
                 tasks=(Task(seed) for seed in range(tasks)),
                 observers=[_Heard(self._on_episode)],
-                **loop_options(stall_timeout_s=STALL_TIMEOUT_S, **self.settings),
+                **self._loop_options(),
             ) as self.rollouts,
             asyncio.TaskGroup() as beside,
         ):  # fmt: skip
@@ -222,6 +218,25 @@ class Schedule:
             if publishing is not None:
                 await publishing
             monitor.cancel()
+
+    def _new_hub(self, version: int = 0) -> InferenceHub:
+        source: Any = self.workers
+        if self.pooled:
+            source = FakePool(self.workers, start_s=20.0)
+            for worker in self.workers:
+                worker.pool = source
+        return InferenceHub(
+            source, max_running=self.max_running, request_timeout_s=60.0, control_timeout_s=30.0,
+            recovery_timeout_s=300.0, progress_timeout_s=25.0, update_mode=self.update_mode,
+            version=version,
+        )  # fmt: skip
+
+    def _loop_options(self) -> dict[str, Any]:
+        self._agents = itertools.count()
+        return {
+            "agent": self._make_agent,
+            **loop_options(stall_timeout_s=STALL_TIMEOUT_S, **self.settings),
+        }
 
     @contextlib.asynccontextmanager
     async def _asked_beside(self) -> AsyncIterator[None]:
@@ -304,9 +319,13 @@ class Schedule:
                     part = await (
                         self.rollouts.next_part() if self.streams else self.rollouts.next_batch()
                     )
+                    self._on_part(part)
                     samples += part.samples
                     if part.last:
                         return replace(part, samples=samples)
+
+    def _on_part(self, part: Batch) -> None:
+        """What the trainer is given."""
 
     async def _cancellable(self, coroutine: Any, kind: str) -> bool:
         """Whether it came to its end."""
@@ -373,7 +392,7 @@ class Schedule:
 
     def _check_batch(self, batch: Batch) -> None:
         self.say("batch", batch.version, [sample.episode for sample in batch.samples])
-        assert batch.version == len(self.batches)
+        assert batch.version == self._expected_version()
         episodes = Counter((sample.group, sample.episode) for sample in batch.samples)
         assert len(episodes) == self.settings["batch_size"]
         assert self.samples == "turns" or set(episodes.values()) == {1}
@@ -387,10 +406,23 @@ class Schedule:
             sampled = np.flatnonzero(sample.loss_mask)
             for at in sampled.tolist():
                 told = sample.logprobs[at], sample.versions[at], sample.token_ids[at - 1]
-                # Popped, so that a token that is trained twice is found as well.
-                true = self.truth.tokens.pop(int(sample.token_ids[at]), None)
+                true = self._take_truth(int(sample.token_ids[at]), batch)
                 assert told == true, f"invariant 4: truth: trained on {told}, sampled {true}"
         self.batches.append(batch)
+
+    def _handed_over(self) -> list[set[int]]:
+        """The episodes of each batch."""
+        return [{sample.episode for sample in batch.samples} for batch in self.batches]
+
+    def _waits_for_the_slow(self) -> bool:
+        return self.settings["on_stale"] == "wait" and self.settings["alpha"] % 1 == 0
+
+    def _expected_version(self) -> int:
+        return len(self.batches)
+
+    def _take_truth(self, token: int, batch: Batch) -> tuple[np.float32, int, int] | None:
+        """What is true of a token that is trained; found once, so that a second time is noticed."""
+        return self.truth.tokens.pop(token, None)
 
     @contextlib.asynccontextmanager
     async def _drained(self) -> AsyncIterator[None]:
@@ -439,7 +471,7 @@ class Schedule:
         ):
             for worker in self.workers:
                 assert set(worker.cancelled) <= set(worker.aborted), "invariant 6: not aborted"
-        left = asyncio.all_tasks() - {asyncio.current_task()}
+        left = asyncio.all_tasks() - self._others
         assert not left, f"invariant 6: {left}"
         if not hasattr(self, "rollouts"):
             return
@@ -453,10 +485,9 @@ class Schedule:
         wasted = sum(r.generated_tokens for r in self.records if r.outcome != "trained")
         assert ledger.waste_tokens == wasted
         trained = Counter(r.episode for r in self.records if r.outcome == "trained")
-        handed_over = ({sample.episode for sample in batch.samples} for batch in self.batches)
-        assert trained == Counter(itertools.chain.from_iterable(handed_over))
+        assert trained == Counter(itertools.chain.from_iterable(self._handed_over()))
         settings = self.settings
-        if settings["on_stale"] == "wait" and settings["alpha"] % 1 == 0:
+        if self._waits_for_the_slow():
             stale = ledger.outcomes["cancelled", "stale"] + ledger.outcomes["dropped", "stale"]
             assert not stale or settings.get("redundant_groups"), "it was not waited for"
         if not self.rates:
@@ -480,7 +511,7 @@ def _every_third(group: Sequence[Trajectory]) -> bool:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Thousands of planned failures, each with a warning."""
     logger = logging.getLogger("flash")
     level = logger.level

@@ -1,31 +1,38 @@
 """Schedules by the thousand, side by side on the cores.
 
-    python -m tests.faults.soak [-n 1000] [--first 0] [--seed SEED]
+    python -m tests.faults.soak [-n 1000] [--first 0] [--kind plain|logged] [--seed SEED]
 
-Prints the seeds that fail and how the others ended; `--seed` replays one, with its trace.
+plain: a run with faults. logged: one that is killed again and again, with its log on a disk that
+goes wrong; these take longer, and there are a tenth as many. Prints the seeds that fail and how the
+others ended; `--seed` replays one, with its trace.
 """
 
 import argparse
+import functools
 import multiprocessing
 import sys
 import time
 from collections import Counter
 
+from tests.faults.logged import LoggedSchedule
 from tests.faults.schedule import Schedule, Violation
 
+KINDS = {"plain": Schedule, "logged": LoggedSchedule}
+SHARES = {"plain": 1, "logged": 10}  # of so many schedules one
 
-def outcome(seed: int) -> tuple[int, str, str]:
-    """How a schedule ended, and the violation, if any."""
-    schedule = Schedule(seed)
+
+def outcome(kind: str, seed: int) -> tuple[Counter[str], str]:
+    """How each start of a schedule ended, and the violation, if any."""
+    schedule = KINDS[kind](seed)
     try:
         schedule.run()
     except Violation as violation:
-        return seed, "violation", str(violation)
-    return seed, schedule.outcome, ""
+        return Counter({"violation": 1}), str(violation)
+    return schedule.ends, ""
 
 
-def replay(seed: int) -> None:
-    schedule = Schedule(seed)
+def replay(kind: str, seed: int) -> None:
+    schedule = KINDS[kind](seed)
     try:
         schedule.run()
     finally:
@@ -38,21 +45,28 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-n", type=int, default=1000, help="how many schedules")
     parser.add_argument("--first", type=int, default=0, help="the first one's seed")
+    parser.add_argument("--kind", choices=KINDS, help="only these")
     parser.add_argument("--seed", type=int, help="replay this one")
     options = parser.parse_args()
     if options.seed is not None:
-        replay(options.seed)
+        replay(options.kind or "plain", options.seed)
         return 0
-    began = time.perf_counter()
-    outcomes: Counter[str] = Counter()
-    seeds = range(options.first, options.first + options.n)
-    with multiprocessing.get_context("spawn").Pool() as pool:
-        for _, ended, violation in pool.imap_unordered(outcome, seeds, chunksize=20):
-            outcomes[ended] += 1
-            if violation:
-                print(violation, flush=True)
-    print(f"{options.n} schedules in {time.perf_counter() - began:.0f} s: {dict(outcomes)}")
-    return 1 if outcomes["violation"] else 0
+    broken = 0
+    for kind in [options.kind] if options.kind else KINDS:
+        began = time.perf_counter()
+        ends: Counter[str] = Counter()
+        n = options.n if options.kind else -(-options.n // SHARES[kind])
+        seeds = range(options.first, options.first + n)
+        with multiprocessing.get_context("spawn").Pool() as pool:
+            run = functools.partial(outcome, kind)
+            for ended, violation in pool.imap_unordered(run, seeds, chunksize=20):
+                ends += ended
+                if violation:
+                    print(f"--kind {kind}: {violation}", flush=True)
+        took_s = time.perf_counter() - began
+        print(f"{n} {kind} schedules in {took_s:.0f} s: {dict(sorted(ends.items()))}")
+        broken += ends["violation"]
+    return 1 if broken else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Invariants 1-6 of the loop, hub and agents, on schedules in which anything may fail.
 
-A seed that fails is in the error: `python -m tests.faults.soak --seed SEED` replays it.
+A seed that fails is in the error: `python -m tests.faults.soak --seed SEED` replays it. Likewise,
+with `--kind logged`, what is promised of a run that is killed while its disk goes wrong.
 """
 
 import os
@@ -13,7 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.faults.disk import AILMENTS, FaultyStore
 from tests.faults.faulty import FaultyWorker
+from tests.faults.logged import ENDS, LoggedSchedule
 from tests.faults.schedule import RATES, Schedule, Violation
 
 ROOT = Path(__file__).parents[2]
@@ -111,3 +114,61 @@ def test_an_answer_that_is_made_up_is_noticed():
 
     with pytest.raises(Violation, match="invariant 4: truth"):
         Schedules(7, rates={"answer_false": 1.0}).run()
+
+
+@pytest.mark.parametrize(
+    "first",
+    [pytest.param(n, marks=[pytest.mark.slow] if n else []) for n in range(0, 60, 6)],
+)
+def test_nothing_is_lost_whatever_fails_and_whoever_dies(first):
+    for seed in range(first, first + 6):
+        schedule = LoggedSchedule(seed)
+        schedule.run()
+        assert schedule.outcome == "trained"
+
+
+@pytest.mark.parametrize("kind", [*AILMENTS, "disk_slow", "log_unreadable", "rank_dies"])
+def test_nothing_is_lost_where_one_kind_of_fault_of_the_log_is_frequent(kind):
+    rates = {kind: 0.1 if kind == "log_unreadable" else 0.3, "checkpoint": 0.5}
+    schedule = LoggedSchedule(3, rates=rates)
+    schedule.run()
+    assert any(entry[1:] == ("fault", kind) for entry in schedule.trace), "it never happened"
+
+
+@pytest.mark.parametrize("end", [end for end in ENDS if end])
+def test_nothing_is_lost_where_every_start_ends_alike(end):
+    schedule = LoggedSchedule(1, end=end, rates={"checkpoint": 0.5})
+    schedule.run()
+    assert any(end.replace("_", " ") in ended for ended in schedule.ends), schedule.ends
+
+
+def test_a_disk_that_stays_broken_ends_its_start_by_name_and_the_next_goes_on():
+    schedule = LoggedSchedule(3, end="", rates={"disk_full": 0.1, "disk_forever": 1.0})
+    schedule.run()
+    assert schedule.ends["LogFailure"]
+    assert schedule.outcome == "trained"
+
+
+def test_a_disk_that_lies_about_what_it_has_taken_is_noticed():
+    """The checks of a log are not idle."""
+
+    class Lying(FaultyStore):
+        def commit(self, changes):
+            self._lied = getattr(self, "_lied", 0) + 1
+            if self._lied % 7:
+                super().commit(changes)
+
+    class Schedules(LoggedSchedule):
+        store_class = Lying
+
+    with pytest.raises(Violation, match="not committed|without its tokens"):
+        Schedules(3, rates={}).run()
+
+
+def test_the_same_seed_kills_and_fails_alike():
+    digests = []
+    for _ in range(2):
+        schedule = LoggedSchedule(4)
+        schedule.run()
+        digests.append(schedule.digest())
+    assert digests[0] == digests[1]

@@ -153,12 +153,10 @@ async def test_nothing_begins_while_the_disk_is_slow_or_fails_and_all_goes_on_th
 async def test_a_disk_that_stays_full_ends_the_run_by_name_after_its_time():
     disk = Disk()
     disk.ails = "database or disk is full"
-    async with logged(disk) as (loop, _):
-        with pytest.raises(
-            LogFailure, match=r"for 60 s \(log.timeout_s\): database or disk is full"
-        ):
+    with pytest.raises(LogFailure, match=r"for 60 s \(log.timeout_s\): database or disk is full"):
+        async with logged(disk) as (loop, _):
             await loop.next_batch()
-        assert asyncio.get_running_loop().time() == pytest.approx(60, abs=1)
+    assert asyncio.get_running_loop().time() == pytest.approx(60, abs=1)
     assert disk.commits == []
 
 
@@ -169,8 +167,8 @@ async def test_whatever_the_writer_raises_is_heard_by_what_waits_for_a_commit():
 
     disk = Disk()
     disk.commit = commit
-    async with logged(disk) as (loop, _):
-        with pytest.raises(LogFailure, match="ZeroDivisionError"):
+    with pytest.raises(LogFailure, match="ZeroDivisionError"):
+        async with logged(disk) as (loop, _):
             await loop.next_batch()
 
 
@@ -189,10 +187,10 @@ async def test_what_is_told_before_the_log_is_left_is_on_disk_and_a_shutdown_is_
 @in_virtual_time
 async def test_a_batch_whose_commit_fails_is_not_handed_over():
     disk = Disk()
-    async with logged(disk) as (loop, _):
-        await asyncio.sleep(5)  # a batch is ready
-        disk.ails = "input/output error"
-        with pytest.raises(LogFailure, match="input/output error"):
+    with pytest.raises(LogFailure, match="input/output error"):
+        async with logged(disk) as (loop, _):
+            await asyncio.sleep(5)  # a batch is ready
+            disk.ails = "input/output error"
             await loop.next_batch()
 
 
@@ -202,3 +200,37 @@ async def test_what_is_told_in_the_moment_the_log_is_left_is_on_disk():
     async with Log(disk.commit, start=1, now=lambda: 0.0, max_lag_s=10, timeout_s=60) as log:
         log.given_up(3, "stale")
     assert disk.rows(GROUPS, group=3, reason="stale")
+
+
+@in_virtual_time
+async def test_a_call_that_is_given_up_during_the_commit_loses_no_batch():
+    disk = Disk()
+    async with logged(disk) as (loop, _):
+        await asyncio.sleep(5)  # a batch is ready
+        disk.seconds = 5.0
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(1):
+                await loop.next_batch()
+        assert [(await loop.next_batch()).version for _ in range(2)] == [0, 1]
+    assert len(disk.rows(BATCHES)) == 2
+
+
+@in_virtual_time
+async def test_a_run_that_has_done_all_hears_that_the_end_of_it_is_not_on_disk():
+    disk = Disk()
+    with pytest.raises(LogFailure, match="disk is full"):
+        async with logged(disk) as (loop, _):
+            await loop.next_batch()
+            disk.ails = "database or disk is full"
+            await loop.publish(weights(1))
+
+
+@in_virtual_time
+async def test_a_run_that_fails_fails_with_its_own_cause_whatever_the_log_says():
+    disk = Disk()
+    with pytest.raises(ZeroDivisionError):
+        async with logged(disk) as (loop, _):
+            await loop.next_batch()
+            disk.ails = "database or disk is full"
+            await loop.publish(weights(1))
+            raise ZeroDivisionError

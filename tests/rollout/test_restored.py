@@ -128,3 +128,20 @@ async def test_at_alpha_zero_nothing_begins_until_the_batch_is_trained():
         assert loop.ledger.running == 0
         await loop.publish(weights(1))
         assert loop.ledger.running == 4
+
+
+@in_virtual_time
+async def test_with_a_smaller_alpha_than_before_groups_go_on_one_after_another_and_none_blocks():
+    """Under α=1 four groups were half done; of α=0 their ready halves would take all slots."""
+    groups = [
+        OpenGroup(group=n, task=Task(n), ready=[ready(n)], due=[DueEpisode()]) for n in range(4)
+    ]
+    restored = Restored(groups=groups, first_ids=(20, 4))
+    async with resumed(restored, alpha=0, stall_timeout_s=100) as (loop, observer):
+        trained = []
+        for version in (1, 2, 3):
+            trained.append({sample.group for sample in (await loop.next_batch()).samples})
+            assert loop.ledger.running + loop.ledger.ready == 0
+            await loop.publish(weights(version))
+    assert trained == [{0, 1}, {2, 3}, {4, 5}]
+    assert {record.group for record in observer.records if record.reason == "shutdown"} <= {6, 7}
