@@ -79,11 +79,7 @@ AnyPriority = Annotated[LinearDecay | AgeDecay | FunctionPriority, Field(discrim
 
 
 class ReuseConfig(Section):
-    """Trains groups more than once, where a batch would wait for others; on if uses is 2 or more.
-
-    A group is trained again while all its tokens are within alpha, and `uses - 1` of alpha's
-    versions are left to that: rollout runs so much less ahead.
-    """
+    """Trains groups again, within alpha, where a batch would wait; on if uses is 2 or more."""
 
     uses: int = Field(1, ge=1, description="batches that a group is in at most; 1: off")
     share: float = Field(
@@ -104,11 +100,6 @@ class ReuseConfig(Section):
     def is_on(self) -> bool:
         return self.uses > 1
 
-    @property
-    def versions(self) -> int:
-        """Of alpha's, those that are left to reuse."""
-        return self.uses - 1
-
     def groups(self, groups_per_batch: int) -> int:
         """How many of a batch may have been trained before."""
         return math.floor(self.share * groups_per_batch + 1e-9) if self.is_on else 0
@@ -117,13 +108,12 @@ class ReuseConfig(Section):
         """ValueError if no group, or none so often, could be trained again."""
         if not self.is_on:
             return
-        if self.versions > alpha:
+        if self.uses - 1 > alpha:
             most = math.floor(alpha) + 1
-            lower = f"uses to {most}" if most > 1 else "uses to 1, which is off"
             raise ValueError(
-                f"rollout.reuse.uses={self.uses} with alpha={alpha:g}: the tokens of a group are "
-                f"within alpha for {most} batch{'es' if most > 1 else ''}: set alpha to "
-                f"{self.versions} or more, or {lower}"
+                f"rollout.reuse.uses={self.uses} with alpha={alpha:g}: no token is within alpha "
+                f"for more than {most} batch{'es' if most > 1 else ''}: set alpha to "
+                f"{self.uses - 1} or more, or uses to {most}{' (off)' if most == 1 else ''}"
             )
         if not self.groups(groups_per_batch):
             raise ValueError(

@@ -153,7 +153,6 @@ class RolloutLoop:
             group_size=group_size,
             alpha=alpha,
             reused_groups=self._reuse.most,
-            reuse_versions=settings.reuse.versions,
             redundant_groups=settings.redundant_groups,
             redundant_episodes=settings.redundant_episodes,
             last_version=last_version,

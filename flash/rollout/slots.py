@@ -4,10 +4,10 @@ A slot is room for one sample that a batch will take. Spare episodes of a group 
 redundant groups have slots of their own, so redundancy never makes rollout run further ahead: as
 soon as enough groups are complete to fill every batch that α allows, no other is needed.
 
-A group that is trained again holds none. Where that may be, the room is for the fresh groups of as
-many batches as tokens can wait for before their first use, and for those that the next batch lacks
-until then. With more under way than batches take, Little's law makes them too old: N groups, of
-which a batch takes F, are trained N/F - 1 versions after they began, on average.
+A group that is trained again holds none. Where that may be, the room is for (1+α) times the fresh
+groups that a batch takes at least, F, and for those that the next batch lacks besides. More would
+grow too old (Little's law: of N groups under way, of which each batch takes F, one is trained
+N/F - 1 versions after it began, on average), and none would be young enough to be trained again.
 """
 
 import math
@@ -18,11 +18,8 @@ from typing import Protocol
 class Slots:
     """Counts in groups and samples; knows nothing of single episodes.
 
-    `capacity` is (1+α)·batch: the samples on their way that a batch can take.
-
-    Args:
-        reused_groups: so many of a batch may have been trained before.
-        reuse_versions: so many of α's versions are left to that.
+    `capacity` is (1+α)·batch: the samples on their way that a batch can take. It is less where
+    `reused_groups` of a batch may have been trained before.
     """
 
     def __init__(
@@ -35,11 +32,9 @@ class Slots:
         redundant_episodes: int,
         last_version: int | None,
         reused_groups: int = 0,
-        reuse_versions: int = 0,
     ) -> None:
         self._groups_per_batch = groups_per_batch
         self._fresh_groups = groups_per_batch - reused_groups
-        self._reuse_versions = reuse_versions
         self._lacking = reused_groups
         self._group_size = group_size
         self._redundant_groups = redundant_groups
@@ -62,8 +57,7 @@ class Slots:
     def use_alpha(self, alpha: float) -> None:
         """From now on no more begins than this α has room for; `capacity` is still the bound's,
         so that what is under way already is not taken for redundant."""
-        batches = 1 + max(0.0, alpha - self._reuse_versions)
-        self._room = math.floor(batches * self._fresh_groups * self._group_size)
+        self._room = math.floor((1 + alpha) * self._fresh_groups * self._group_size)
 
     @property
     def limit(self) -> int:
