@@ -227,9 +227,9 @@ class Reader:
     def used_groups(
         self, version: int, *, alpha: float, most_uses: int, since_start: int
     ) -> list[UsedGroup]:
-        """Those of the batches before that version that may be in it too, or in later ones.
+        """Those of the batches before that version that may be young enough to be in it too.
 
-        That is for groups that began in `since_start` or later, whose tokens the log has still.
+        Of groups that began in `since_start` or later, and whose tokens the log has still.
         """
         # What is young enough still was in no batch before these.
         query = select(SAMPLES.c.version, SAMPLES.c.group, SAMPLES.c.episode, SAMPLES.c.number)
@@ -249,10 +249,7 @@ class Reader:
         found = []
         for group in self._in(select(GROUPS), GROUPS.c.group, few):
             rows = sorted(members[group.group], key=lambda row: place.get(row.episode, -1))
-            oldest = min(
-                (row.version_min for row in rows if row.version_min is not None), default=version
-            )
-            if group.start < since_start or version - oldest > alpha:
+            if group.start < since_start:
                 continue
             sequences = self.sequences([row.episode for row in rows])
             if all(len(sequences[row.episode]) >= len(numbers[row.episode]) for row in rows):

@@ -57,7 +57,10 @@ class Slots:
     def use_alpha(self, alpha: float) -> None:
         """From now on no more begins than this α has room for; `capacity` is still the bound's,
         so that what is under way already is not taken for redundant."""
-        self._room = math.floor((1 + alpha) * self._fresh_groups * self._group_size)
+        # Half a group would keep a place, under on_stale=wait, that a trained one could fill.
+        least = self._group_size if self._fresh_groups < self._groups_per_batch else 1
+        room = math.floor((1 + alpha) * self._fresh_groups * self._group_size)
+        self._room = room - room % least
 
     @property
     def limit(self) -> int:

@@ -140,14 +140,15 @@ async def test_numbers_of_episodes_are_of_those_that_are_new():
     assert (first.metrics["reward/mean"], second.metrics["reward/mean"]) == (1, 0)
 
 
+@pytest.mark.parametrize(("uses_", "alpha"), [(2, 4), (3, 2)])
 @in_virtual_time
-async def test_no_group_is_trained_more_often_than_allowed_or_with_a_token_past_alpha():
-    reuse = {"uses": 3, "share": 0.75}
-    async with rollouts(of_groups({}, 5.0), reuse=reuse, alpha=2) as loop:
+async def test_no_group_is_trained_more_often_than_allowed_or_with_a_token_past_alpha(uses_, alpha):
+    reuse = {"uses": uses_, "share": 0.75}
+    async with rollouts(of_groups({}, 5.0), reuse=reuse, alpha=alpha) as loop:
         batches = await train(loop, 40)
         uses = Counter(group for batch in batches for group in groups(batch))
-        assert max(uses.values()) == 3
-        assert max(batch.metrics["staleness/max"] for batch in batches) == 2
+        assert max(uses.values()) == uses_
+        assert max(batch.metrics["staleness/max"] for batch in batches) <= alpha
         shares = [batch.metrics["reuse/share"] for batch in batches]
         assert max(shares) == 0.75
         assert loop.ledger.reused == 2 * (sum(uses.values()) - len(uses))
@@ -159,6 +160,7 @@ async def test_as_much_is_under_way_as_batches_take_of_fresh_groups_and_as_the_n
     async with rollouts(of_groups({0: 1, 1: 1, 2: 1, 3: 1}, NEVER_S)) as loop:
         assert loop.ledger.running == 2 * (3 * 2 + 2), "no group can be trained again yet"
         await loop.next_batch()
+        assert loop.ledger.running == 2 * (3 * 2 - 2), "the batch has the slots of its least"
         await loop.publish(weights(1))
         assert loop.ledger.running == 2 * 3 * 2
 
@@ -320,6 +322,8 @@ async def test_what_is_kept_is_bounded_by_alpha():
                 group.members[0].finish(played(version))
             reuse.trained(batch, version=version)
             assert len(reuse) <= 3 * 4
+        assert len(reuse.choose(2, version=50)) == 2
+        assert reuse.choose(2, version=60) == [], "all are too old for a later batch"
 
 
 def test_no_slots_are_held_by_what_is_trained_again():
@@ -334,6 +338,16 @@ def test_no_slots_are_held_by_what_is_trained_again():
     assert slots.held == 2 * 2
     slots.expect(1)
     assert slots.limit == 2 * (2 * 2 + 1)
+
+
+def test_no_room_is_left_to_half_a_group_where_trained_ones_can_fill_a_batch():
+    """It could not come to its end before a publish, and under `wait` the batch would be kept
+    for it."""
+    sizes = {"groups_per_batch": 4, "group_size": 4, "alpha": 2.5, "last_version": None}
+    none = {"redundant_groups": 0, "redundant_episodes": 0}
+    slots = Slots(reused_groups=3, **sizes, **none)
+    slots.expect(3)
+    assert slots.limit == 4 * 3
 
 
 def used(group: int, *, uses: int, version: int = 0) -> UsedGroup:
@@ -353,14 +367,14 @@ def used(group: int, *, uses: int, version: int = 0) -> UsedGroup:
 @in_virtual_time
 async def test_a_loop_that_goes_on_has_what_may_be_trained_again_and_counts_its_uses():
     restored = Restored(
-        reusable=[used(3, uses=2), used(4, uses=1), used(5, uses=1)], first_ids=(100, 50)
+        reusable=[used(3, uses=1), used(4, uses=1), used(5, uses=2)], first_ids=(100, 50)
     )
     times = {50: 1, 51: 1, 52: 2, 53: 2, 54: 2}
     reuse = {"uses": 3, "share": 0.5}
     async with rollouts(of_groups(times, NEVER_S), reuse=reuse, restored=restored) as loop:
         first, second = await train(loop, 2)
-        assert groups(first) == [50, 51, 5, 4]
-        assert [sample.episode for sample in first.samples[4:]] == [10, 11, 8, 9]
+        assert groups(first) == [50, 51, 4, 3]
+        assert [sample.episode for sample in first.samples[4:]] == [8, 9, 6, 7]
         assert loop.ledger.reused == 4 + 2
         assert groups(second) == [52, 53, 54, 51], "version 0 as well, and used least"
 
