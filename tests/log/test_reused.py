@@ -149,8 +149,8 @@ async def test_what_began_under_other_settings_of_a_group_is_not_trained_again(t
     await batches_of(run, run.take_over(resume=False), 1)
     known = [group.group for group in run.take_over().restored.reusable]
     assert known == [0, 1, 2, 3]
+    off = run.take_over(**{"rollout.reuse.uses": 1})
+    assert not off.restored.reusable
     changed = {"agent.max_turns": 3} | {"reward": {"name": "process", "run": "math:floor"}}
     assert not run.take_over(**changed).restored.reusable
     assert not run.take_over(**changed).restored.reusable, "nor at the next resume"
-    off = run.take_over(**{"rollout.reuse.uses": 1})
-    assert not off.restored.reusable
