@@ -114,6 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--steps", type=int, default=Job.steps)
+    parser.add_argument("--train_s", type=float, default=Job.train_s, help="a step, virtual time")
+    parser.add_argument("--uses", type=int, default=Job.uses, help="rollout.reuse.uses")
     parser.add_argument("--jobs", type=int, default=1, help="cells side by side, a core each")
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where results go")
     parser.add_argument("--picture", type=Path, default=RESULTS / "staleness.png")
@@ -122,7 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arms = OBJECTIVES if options.arms == "all" else options.arms.split(",")
         alphas = [int(alpha) for alpha in options.alphas.split(",")]
         cells = list(grid(options.modes.split(","), arms, alphas, options.seeds))
-        run(cells, job=Job(steps=options.steps), folder=options.folder, jobs=options.jobs)
+        job = Job(steps=options.steps, train_s=options.train_s, uses=options.uses)
+        run(cells, job=job, folder=options.folder, jobs=options.jobs)
     summary = summarise(options.folder / "cells")
     print(table(summary))
     (options.folder / "summary.json").write_text(json.dumps(summary) + "\n")

@@ -29,7 +29,7 @@ from flash import InferenceHub, InlineEnvs, RolloutLoop, Task, virtual_time
 from flash.agents import EnvironmentAgent, PlainStyle
 from flash.evaluation.play import play
 from flash.rollout.adaptive import AdaptiveAlpha
-from flash.rollout.config import RolloutSettings
+from flash.rollout.config import ReuseConfig, RolloutSettings
 from flash.trainer.advantages import Advantages, make_advantages
 from flash.trainer.config import TrainerConfig
 from flash.trainer.packing import divide
@@ -60,6 +60,7 @@ class Job:
     train_s: float = 1.5
     env_s: float = 1.0
     env_sigma: float = 1.2
+    uses: int = 1  # rollout.reuse.uses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +126,10 @@ async def _run(cell: Cell, job: Job, model: Path) -> dict[str, Any]:
                 group_size=job.group_size,
                 alpha=cell.alpha - lag,
                 advantages=_advantages(cell, config),
-                settings=RolloutSettings(stall_timeout_s=_FOREVER_S),
+                settings=RolloutSettings(
+                    stall_timeout_s=_FOREVER_S,
+                    reuse=ReuseConfig(uses=job.uses if cell.mode != "forced" else 1),
+                ),
             ) as rollouts,
         ):
             for step in range(job.steps):

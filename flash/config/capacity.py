@@ -115,10 +115,11 @@ def _memory(config: Config, has: Capacity, *, trains: bool) -> Iterator[tuple[st
 
 
 def _episodes(config: Config) -> int:
-    """How many are under way at most."""
+    """How many are under way, or kept for reuse, at most."""
     groups = config.batch_size // config.group_size + config.rollout.redundant_groups
     per_group = config.group_size + config.rollout.redundant_episodes
-    return int(groups * per_group + config.alpha * config.batch_size)
+    kept = (1 + config.alpha) * config.batch_size if config.rollout.reuse.is_on else 0
+    return int(groups * per_group + config.alpha * config.batch_size + kept)
 
 
 def _workers(config: Config) -> int:

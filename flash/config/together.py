@@ -83,6 +83,8 @@ def _check_lengths(config: RunFields) -> None:
 
 def _check_rollout(config: RunFields) -> None:
     """That episodes can end in batches, and be fresh enough for them."""
+    groups = config.batch_size // config.group_size
+    config.rollout.reuse.check(alpha=config.alpha, groups_per_batch=groups)
     if config.rollout.adaptive_alpha.is_on and not config.alpha:
         raise ValueError(
             "rollout.adaptive_alpha with alpha=0: there is nothing to follow: set alpha to the "

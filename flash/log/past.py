@@ -120,7 +120,7 @@ def take_over(store: Store, *, checkpoint: int | None, config: Config) -> Past:
         reader = Reader(connection, store.run)
         past = Past(start=len(reader.starts()) + 1)
         if checkpoint is not None:
-            past = _read(reader, checkpoint, config)
+            past = _read(reader, checkpoint, config, source)
             _interrupt(connection, store.run)
             past = replace(past, records=[EpisodeRecord.of_row(row) for row in reader.ended()])
         connection.execute(
@@ -137,7 +137,7 @@ def take_over(store: Store, *, checkpoint: int | None, config: Config) -> Past:
     return past
 
 
-def _read(reader: Reader, checkpoint: int, config: Config) -> Past:
+def _read(reader: Reader, checkpoint: int, config: Config, source: str) -> Past:
     starts = reader.starts()
     steps = reader.steps()
     done = max((row.step for row in steps), default=0)
@@ -153,6 +153,12 @@ def _read(reader: Reader, checkpoint: int, config: Config) -> Past:
             groups=reader.open_groups(
                 episodes=config.group_size + config.rollout.redundant_episodes,
                 max_attempts=config.rollout.max_attempts,
+            ),
+            reusable=reader.used_groups(
+                max(batches, default=checkpoint - 1) + 1,
+                alpha=config.alpha,
+                most_uses=config.rollout.reuse.uses,
+                since_start=_first_alike(starts, config, source),
             ),
             batches=[
                 part for version in batches if version >= done for part in reader.batch(version)
@@ -203,12 +209,17 @@ def _interrupt(connection: Connection, run: int) -> None:
     )
 
 
-def _why_anew(last: Start, config: Config, source: str) -> str:
-    """The reason that groups on their way end for; empty if they go on."""
-    if changed := changed_source(last.source, source):
-        logger.warning("tasks are other ones than before, and groups begin anew: %s", changed)
+def _why_anew(before: Start, config: Config, source: str) -> str:
+    """The reason that groups of an earlier start end for; empty if they go on."""
+    if changed_source(before.source, source):
         return SOURCE_CHANGED
-    return SETTINGS_CHANGED if groups_begin_anew(differences(last.config, config)) else ""
+    return SETTINGS_CHANGED if groups_begin_anew(differences(before.config, config)) else ""
+
+
+def _first_alike(starts: Sequence[Start], config: Config, source: str) -> int:
+    """The first start of those at whose end groups would have gone on until now."""
+    others = [start.start for start in starts if _why_anew(start, config, source)]
+    return max(others, default=0) + 1
 
 
 def _mend(store: Store, checkpoint: int, config: Config, source: str) -> None:
@@ -246,6 +257,10 @@ def _mend(store: Store, checkpoint: int, config: Config, source: str) -> None:
         newest = reached if again_the_same else min(reached, done)
         _give_up(connection, run, reader.open_groups_beyond(newest), ABANDONED)
         if starts and (reason := _why_anew(starts[-1], config, source)):
+            if changed := changed_source(starts[-1].source, source):
+                logger.warning(
+                    "tasks are other ones than before, and groups begin anew: %s", changed
+                )
             _give_up(connection, run, reader.open_group_ids(), reason)
 
 

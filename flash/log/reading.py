@@ -24,7 +24,7 @@ from flash.log.schema import (
     STEPS,
 )
 from flash.rollout.history import History, Sampled
-from flash.rollout.restored import DueEpisode, OpenGroup, ReadyEpisode
+from flash.rollout.restored import DueEpisode, OpenGroup, ReadyEpisode, UsedGroup
 from flash.types import Batch, Completion, Observation, Sample, SampledSequence, Task, Trajectory
 
 # Episodes that ended so have a successor: they were no failures, nor did their group need no more.
@@ -213,13 +213,7 @@ class Reader:
                 group=group.group,
                 task=Task(group.seed, group.options),
                 ready=[
-                    ReadyEpisode(
-                        episode=row.episode,
-                        attempt=row.attempt,
-                        trajectory=_trajectory(row, played[row.episode]),
-                        prompt_tokens=row.prompt_tokens,
-                        generated_tokens=row.generated_tokens,
-                    )
+                    _ready(row, played[row.episode])
                     for row in sorted(members[group.group], key=_played_at)
                     if _is_ready(row)
                 ],
@@ -229,6 +223,45 @@ class Reader:
             )
             for group in groups
         ]
+
+    def used_groups(
+        self, version: int, *, alpha: float, most_uses: int, since_start: int
+    ) -> list[UsedGroup]:
+        """Those of the batches before that version that may be young enough to be in it too.
+
+        Of groups that began in `since_start` or later, and whose tokens the log has still.
+        """
+        # What is young enough still was in no batch before these.
+        query = select(SAMPLES.c.version, SAMPLES.c.group, SAMPLES.c.episode, SAMPLES.c.number)
+        query = query.where(SAMPLES.c.version >= version - alpha, SAMPLES.c.version < version)
+        query = query.order_by(SAMPLES.c.version, SAMPLES.c.part, SAMPLES.c.position)
+        batches: dict[int, set[int]] = defaultdict(set)
+        numbers: dict[int, set[int]] = defaultdict(set)
+        for row in self._rows(query):
+            batches[row.group].add(row.version)
+            numbers[row.episode].add(row.number)
+        few = sorted(group for group, of_group in batches.items() if len(of_group) < most_uses)
+        place = {episode: number for number, episode in enumerate(numbers)}
+        members: dict[int, list[Row[Any]]] = {group: [] for group in few}
+        query = select(EPISODES).where(EPISODES.c.outcome == "trained")
+        for row in self._in(query, EPISODES.c.group, few):
+            members[row.group].append(row)
+        found = []
+        for group in self._in(select(GROUPS), GROUPS.c.group, few):
+            rows = sorted(members[group.group], key=lambda row: place.get(row.episode, -1))
+            if group.start < since_start:
+                continue
+            sequences = self.sequences([row.episode for row in rows])
+            if all(len(sequences[row.episode]) >= len(numbers[row.episode]) for row in rows):
+                found.append(
+                    UsedGroup(
+                        group=group.group,
+                        task=Task(group.seed, group.options),
+                        episodes=[_ready(row, sequences[row.episode]) for row in rows],
+                        uses=len(batches[group.group]),
+                    )
+                )
+        return found
 
     # ── batches ──────────────────────────────────────────────────────────────────────────────
 
@@ -350,6 +383,16 @@ def _due(
             due[row.attempt] += 1
     others = [DueEpisode(attempt=attempt) for attempt, count in due.items() for _ in range(count)]
     return cut_off + others
+
+
+def _ready(row: Row[Any], sequences: list[SampledSequence]) -> ReadyEpisode:
+    return ReadyEpisode(
+        episode=row.episode,
+        attempt=row.attempt,
+        trajectory=_trajectory(row, sequences),
+        prompt_tokens=row.prompt_tokens,
+        generated_tokens=row.generated_tokens,
+    )
 
 
 def _trajectory(row: Row[Any], sequences: list[SampledSequence]) -> Trajectory:

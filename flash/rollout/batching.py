@@ -32,17 +32,23 @@ def samples_of(
                 )
                 for sequence in trajectory.sequences
             ]
-    ages = _ages(samples, version)
+    ages = token_ages(samples, version)
     oldest = ages.max() if ages.size else 0
     assert oldest <= alpha, f"a token is {oldest} versions old"
     return samples
 
 
-def metrics_of(groups: Sequence[Group], *, version: int) -> dict[str, Any]:
-    """What is known of a batch at hand-over; ages are per token, in versions."""
+def metrics_of(
+    groups: Sequence[Group], again: Sequence[Group] = (), *, version: int
+) -> dict[str, Any]:
+    """What is known of a batch at hand-over; ages are per token, in versions.
+
+    Those groups that were trained before count for the ages only.
+    """
     episodes = [member for group in groups for member in group.members.values()]
     ended = [_trajectory(episode) for episode in episodes]
-    ages = _ages([sequence for t in ended for sequence in t.sequences], version)
+    trained = [*ended, *(t for group in again for t in trajectories(group))]
+    ages = token_ages([sequence for t in trained for sequence in t.sequences], version)
 
     def mean_seconds(stage: str) -> float:
         return float(np.mean([episode.seconds.get(stage, 0.0) for episode in episodes]))
@@ -81,7 +87,7 @@ def of_tokens(
     return np.asarray(of_turns[sequence.turns])
 
 
-def _ages(sequences: Sequence[SampledSequence], version: int) -> NDArray[np.int64]:
-    """Of the sampled tokens."""
+def token_ages(sequences: Sequence[SampledSequence], version: int) -> NDArray[np.int64]:
+    """Of the sampled tokens, at that version."""
     versions = [sequence.sampled_versions() for sequence in sequences]
     return version - np.concatenate(versions) if versions else np.zeros(0, np.int64)

@@ -1,9 +1,12 @@
 """Settings of the rollout: which episodes begin, and what becomes of them."""
 
-from typing import Annotated, Literal
+import inspect
+import math
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from flash import registry
 from flash.section import Names, Section
 
 
@@ -39,6 +42,85 @@ class AdaptiveAlphaConfig(Section):
     @property
     def is_on(self) -> bool:
         return self.min_ess is not None or self.max_kl is not None
+
+
+class LinearDecay(Section):
+    """New ones first, and each use makes older; as in Trinity-RFT."""
+
+    name: Literal["linear_decay"] = "linear_decay"
+    decay: float = Field(2.0, ge=0, description="versions that each use makes a group older by")
+
+
+class AgeDecay(Section):
+    """Groups of unequal rewards first, while they are new. Ma et al. 2026 (FreshPER)."""
+
+    name: Literal["age_decay"] = "age_decay"
+    tau: float = Field(1.0, gt=0, description="versions in which a priority falls to 1/e")
+
+
+class FunctionPriority(Section):
+    """A priority of your own."""
+
+    name: Literal["function"] = "function"
+    run: str = Field(description="module:name, a function of a TrainedGroup that gives a number")
+
+    @model_validator(mode="after")
+    def _is_a_function(self) -> Self:
+        found = registry.function(self.run, "rollout.reuse.priority.run", of="a TrainedGroup")
+        if inspect.iscoroutinefunction(found):
+            raise ValueError(
+                f"rollout.reuse.priority.run={self.run!r} is a coroutine function, and its answer "
+                f"is not waited for: write def"
+            )
+        return self
+
+
+AnyPriority = Annotated[LinearDecay | AgeDecay | FunctionPriority, Field(discriminator="name")]
+
+
+class ReuseConfig(Section):
+    """Trains groups again, within alpha, where a batch would wait; on if uses is 2 or more."""
+
+    uses: int = Field(1, ge=1, description="batches that a group is in at most; 1: off")
+    share: float = Field(
+        0.5, gt=0, lt=1, description="of a batch's groups, that may have been trained before"
+    )
+    priority: AnyPriority = Field(
+        LinearDecay(), description="which of them are trained again first, by name"
+    )
+
+    @field_validator("priority", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"name": value}
+        return {"name": "linear_decay", **value} if isinstance(value, dict) else value
+
+    @property
+    def is_on(self) -> bool:
+        return self.uses > 1
+
+    def groups(self, groups_per_batch: int) -> int:
+        """How many of a batch may have been trained before."""
+        return math.floor(self.share * groups_per_batch + 1e-9) if self.is_on else 0
+
+    def check(self, *, alpha: float, groups_per_batch: int) -> None:
+        """ValueError if no group, or none so often, could be trained again."""
+        if not self.is_on:
+            return
+        if self.uses - 1 > alpha:
+            most = math.floor(alpha) + 1
+            raise ValueError(
+                f"rollout.reuse.uses={self.uses} with alpha={alpha:g}: no token is within alpha "
+                f"for more than {most} batch{'es' if most > 1 else ''}: set alpha to "
+                f"{self.uses - 1} or more, or uses to {most}{' (off)' if most == 1 else ''}"
+            )
+        if not self.groups(groups_per_batch):
+            raise ValueError(
+                f"rollout.reuse.share={self.share:g} of the {groups_per_batch} "
+                f"group{'s' if groups_per_batch > 1 else ''} in a batch is none: raise it, or "
+                f"batch_size"
+            )
 
 
 class RolloutSettings(Section):
@@ -88,3 +170,4 @@ class RolloutSettings(Section):
         "its worker anew; what neither can help ends the run",
     )
     adaptive_alpha: AdaptiveAlphaConfig = AdaptiveAlphaConfig()
+    reuse: ReuseConfig = ReuseConfig()

@@ -10,9 +10,15 @@ from flash.types import Outcome
 
 
 class Ledger(Observer):
-    """Counts episodes; invariant 2: admitted = running + ready + ended, at every moment."""
+    """Counts episodes; invariant 2: admitted = running + ready + ended, at every moment.
 
-    def __init__(self) -> None:
+    An episode's outcome is that of its first use. Further ones are counted apart, and are never
+    more than `most_uses` allows.
+    """
+
+    def __init__(self, *, most_uses: int = 1) -> None:
+        self._most_uses = most_uses
+        self.reused = 0
         self.begun = 0
         self.running = 0
         self.ready = 0
@@ -41,6 +47,10 @@ class Ledger(Observer):
             self.waste_env_s += stages_s.get("env", 0.0) + stages_s.get("agent", 0.0)
         self.check()
 
+    def trained_again(self, episode: Episode, uses: int) -> None:
+        assert 1 < uses <= self._most_uses, f"{episode.describe()} is trained {uses} times"
+        self.reused += 1
+
     def check(self) -> None:
         """Invariant 2; holds between any two awaits."""
         assert self.running >= 0
@@ -62,6 +72,7 @@ class Ledger(Observer):
             "episodes/running": self.running,
             "episodes/ready": self.ready,
             "episodes/trained": self.count("trained"),
+            "episodes/reused": self.reused,
             "episodes/dropped": self.count("dropped"),
             "episodes/failed": self.count("failed"),
             "episodes/cancelled": self.count("cancelled"),

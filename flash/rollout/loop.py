@@ -4,6 +4,7 @@
                   ▲                                          │           │
                   └────────── regenerate / replace ◄── eviction (α)      │
                   └────────── slots freed by publish ◄───────────────────┘
+                                                         Reuse ◄─►┘ trained before
 
 Everything here runs between two awaits of one event loop; the only waits are `next_batch` (for
 an episode to end) and `publish` (for the hub). What always holds:
@@ -38,7 +39,8 @@ from flash.rollout.groups import Group, Groups
 from flash.rollout.ledger import Ledger
 from flash.rollout.observer import Observer, Observers
 from flash.rollout.record import EpisodeRecord
-from flash.rollout.restored import DueEpisode, OpenGroup, Restored
+from flash.rollout.restored import DueEpisode, OpenGroup, ReadyEpisode, Restored, UsedGroup
+from flash.rollout.reuse import Reuse
 from flash.rollout.slots import BatchSchedule, QueueSchedule, Slots
 from flash.rollout.staleness import choose_groups, stale_episodes
 from flash.rollout.stall.activity import Activity
@@ -130,7 +132,7 @@ class RolloutLoop:
         self.hub = hub
         self.alpha = alpha
         self.settings = settings
-        self.ledger = Ledger()
+        self.ledger = Ledger(most_uses=settings.reuse.uses)
         self.activity = Activity()
         self._bias = LengthBias()
         self._books = Observers([self.ledger, self._bias, self.activity])
@@ -145,10 +147,12 @@ class RolloutLoop:
             [*map(find_filter, settings.filters), *filters],
             at_most=settings.max_filtered * self._groups_per_batch,
         )
+        self._reuse = Reuse(settings.reuse, alpha=alpha, groups_per_batch=self._groups_per_batch)
         self._slots = Slots(
             groups_per_batch=self._groups_per_batch,
             group_size=group_size,
             alpha=alpha,
+            reused_groups=self._reuse.most,
             redundant_groups=settings.redundant_groups,
             redundant_episodes=settings.redundant_episodes,
             last_version=last_version,
@@ -178,6 +182,7 @@ class RolloutLoop:
         )
         self._to_train = deque(restored.batches)
         self._to_restore = deque(restored.groups)
+        self._reusable = restored.reusable
         self._open = False
         self._paused = False
         self._taken: list[Group] = []  # parts of the next batch
@@ -195,8 +200,11 @@ class RolloutLoop:
         await self._watchdog.__aenter__()
         for batch in self._to_train:
             if batch.last:
-                self._slots.hold(batch.version, self._groups_per_batch)
+                self._slots.hold(batch.version)
                 self._next_version = batch.version + 1
+        for used in self._reusable:
+            self._restore_used(used)
+        self._expect_reuse()
         self._restore_groups()
         self._open = True
         self._admit()
@@ -218,7 +226,8 @@ class RolloutLoop:
         """Waits for enough complete, fresh groups; consumes them, oldest first.
 
         What unblocks it: an episode that ends. What it never waits for: a running group while
-        enough others are complete, unless `on_stale` is `wait` and it would grow too old.
+        enough others are complete, unless `on_stale` is `wait` and it would grow too old. With
+        `settings.reuse` groups that were trained before take the places that are left.
         """
         if self._taken:
             raise ValueError("a batch was begun with next_part: take its other parts likewise")
@@ -256,13 +265,15 @@ class RolloutLoop:
             if self._to_train:  # it was handed over before the run ended
                 self._observers.handed_over(batch := self._to_train.popleft())
                 return batch
-            if len(chosen := self._choose(at_least)) >= at_least:
-                return self._hand_over(chosen)
+            fresh, again = self._choose(at_least)
+            if len(fresh) + len(again) >= at_least:
+                return self._hand_over(fresh, again)
             left = len(self._groups)
-            if self._admission.exhausted and not self._admission and left < self._groups_per_batch:
+            needed = self._groups_per_batch - self._reuse.available(self._next_version)
+            if self._admission.exhausted and not self._admission and left < needed:
                 raise RolloutFailure(
                     f"the tasks have ended with {left} groups left, and a batch takes "
-                    f"{self._groups_per_batch}: give more tasks, or ask for fewer batches"
+                    f"{needed}: give more tasks, or ask for fewer batches"
                 )
             self._progress.clear()
             await self._progress.wait()
@@ -278,6 +289,7 @@ class RolloutLoop:
             self._next_version = max(self._next_version, weights.version)
             report = await self.hub.publish(weights)
             self._slots.release(weights.version)
+            self._expect_reuse()
             self._observers.published(report)
             self._evict_stale()
             self._admit()
@@ -471,12 +483,7 @@ class RolloutLoop:
         """Goes on with a group that was on its way when the run ended."""
         group = self._groups.restore(restored.group, restored.task, size=self._group_size)
         for ready in restored.ready:
-            episode = Episode(
-                ready.episode, group.task, hub=self.hub, group=group.id, attempt=ready.attempt
-            )
-            episode.prompt_tokens = ready.prompt_tokens
-            episode.generated_tokens = ready.generated_tokens
-            episode.turns = ready.trajectory.turns
+            episode = self._restored_episode(group, ready)
             self._books.admitted(episode)
             episode.finish(ready.trajectory)
             self._books.played(episode)
@@ -490,6 +497,22 @@ class RolloutLoop:
             self._after_completion(group)
         elif len(group.members) + group.due < group.size:
             self._give_up(group, "group_failed")  # fewer attempts are allowed than before
+
+    def _restore_used(self, used: UsedGroup) -> None:
+        group = Group(used.group, used.task, self._group_size)
+        for ready in used.episodes:
+            episode = group.members[ready.episode] = self._restored_episode(group, ready)
+            episode.finish(ready.trajectory)
+        self._reuse.keep(group, used.uses)
+
+    def _restored_episode(self, group: Group, ready: ReadyEpisode) -> Episode:
+        episode = Episode(
+            ready.episode, group.task, hub=self.hub, group=group.id, attempt=ready.attempt
+        )
+        episode.prompt_tokens = ready.prompt_tokens
+        episode.generated_tokens = ready.generated_tokens
+        episode.turns = ready.trajectory.turns
+        return episode
 
     def _after_completion(self, group: Group) -> None:
         """The group's spares are cancelled; then it is kept or dropped; then others may be."""
@@ -580,15 +603,20 @@ class RolloutLoop:
                 self._restart(group, member)
                 self._discard(member, "stale")
 
-    def _choose(self, at_least: int) -> list[Group]:
-        """Complete groups for the next batch, as many as it has room for."""
+    def _expect_reuse(self) -> None:
+        self._slots.expect(self._reuse.available(self._next_version))
+
+    def _choose(self, at_least: int) -> tuple[list[Group], list[Group]]:
+        """Complete groups for the next batch, as many as it has room for; and, if these are not
+        enough and that makes it whole, some that were trained before."""
         wanted = self._groups_per_batch - len(self._taken)
-        if self._groups.complete - len(self._taken) < at_least:
-            return []
+        lacking = wanted - self._reuse.available(self._next_version)
+        if self._groups.complete - len(self._taken) < min(at_least, lacking):
+            return [], []
         # An episode that was admitted in time may have sampled late, from old weights.
         self._evict_stale()
         left = [group for group in self._groups if group not in self._taken]
-        return choose_groups(
+        fresh, kept = choose_groups(
             left,
             wanted,
             version=self._next_version,
@@ -599,13 +627,17 @@ class RolloutLoop:
                 else None
             ),
         )
+        again = self._reuse.choose(wanted - len(fresh), version=self._next_version)
+        return fresh, [] if kept else again
 
-    def _hand_over(self, chosen: list[Group]) -> Batch:
+    def _hand_over(self, fresh: list[Group], again: list[Group]) -> Batch:
         version = self._next_version
-        samples = samples_of(chosen, version=version, alpha=self.alpha, advantages=self._advantages)
-        self._taken += chosen
-        if len(self._taken) < self._groups_per_batch:
-            metrics = metrics_of(chosen, version=version)
+        samples = samples_of(
+            [*fresh, *again], version=version, alpha=self.alpha, advantages=self._advantages
+        )
+        self._taken += fresh
+        if len(self._taken) + len(again) < self._groups_per_batch:
+            metrics = metrics_of(fresh, version=version)
             batch = Batch(samples=samples, version=version, last=False, metrics=metrics)
             self._observers.handed_over(batch)
             return batch
@@ -614,12 +646,21 @@ class RolloutLoop:
             self._groups.close(group)
             for member in group.members.values():
                 self._end(member, "trained", version=version)
-        metrics = metrics_of(whole, version=version) | self._bias.metrics()
+        for group in again:
+            for member in group.members.values():
+                self._observers.trained_again(member, self._reuse.uses(group) + 1)
+        metrics = (
+            metrics_of(whole, again, version=version)
+            | self._bias.metrics()
+            | self._reuse.metrics(again, version=version)
+        )
         batch = Batch(samples=samples, version=version, metrics=metrics)
         self._observers.handed_over(batch)
-        self._slots.hold(version, len(whole))
+        self._slots.hold(version)
+        self._reuse.trained([*whole, *again], version=version)
         self._filters.batch_done()
         self._next_version += 1
+        self._expect_reuse()
         self._cancel_redundant()
         self._evict_stale()  # at once: what is doomed should not sample while the trainer trains
         self._admit()

@@ -44,6 +44,9 @@ class Observer:
     def ended(self, episode: Episode, record: EpisodeRecord) -> None:
         """It has its one outcome."""
 
+    def trained_again(self, episode: Episode, uses: int) -> None:
+        """It ended as `trained` before, and is in one more batch: in so many by now."""
+
     def given_up(self, group: int, reason: str) -> None:
         """Nothing more becomes of a group; its episodes end, each by itself."""
 
@@ -109,6 +112,9 @@ class Observers(Observer):
 
     def ended(self, episode: Episode, record: EpisodeRecord) -> None:
         self._tell(lambda observer: observer.ended(episode, record))
+
+    def trained_again(self, episode: Episode, uses: int) -> None:
+        self._tell(lambda observer: observer.trained_again(episode, uses))
 
     def given_up(self, group: int, reason: str) -> None:
         self._tell(lambda observer: observer.given_up(group, reason))

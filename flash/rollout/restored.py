@@ -48,13 +48,25 @@ class OpenGroup:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UsedGroup:
+    """A group that was in so many batches, and may be in others."""
+
+    group: int
+    task: Task
+    episodes: Sequence[ReadyEpisode]
+    uses: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Restored:
     """Where a loop goes on.
 
-    `batches` were handed over, and are to be trained still, in this order: each in its parts.
-    `first_ids` are of an episode and of a group, from which new ones are counted.
+    `batches` were handed over, and are to be trained still, in this order: each in its parts; they
+    count as uses of `reusable`. `first_ids` are of an episode and of a group, from which new ones
+    are counted.
     """
 
     groups: Sequence[OpenGroup] = ()
+    reusable: Sequence[UsedGroup] = ()
     batches: Sequence[Batch] = ()
     first_ids: tuple[int, int] = (0, 0)

@@ -3,6 +3,11 @@
 A slot is room for one sample that a batch will take. Spare episodes of a group take none, and
 redundant groups have slots of their own, so redundancy never makes rollout run further ahead: as
 soon as enough groups are complete to fill every batch that α allows, no other is needed.
+
+A group that is trained again holds none. Where that may be, the room is for (1+α) times the fresh
+groups that a batch takes at least, F, and for those that the next batch lacks besides. More would
+grow too old (Little's law: of N groups under way, of which each batch takes F, one is trained
+N/F - 1 versions after it began, on average), and none would be young enough to be trained again.
 """
 
 import math
@@ -13,7 +18,8 @@ from typing import Protocol
 class Slots:
     """Counts in groups and samples; knows nothing of single episodes.
 
-    `capacity` is (1+α)·batch: the samples on their way that a batch can take.
+    `capacity` is (1+α)·batch: the samples on their way that a batch can take. It is less where
+    `reused_groups` of a batch may have been trained before.
     """
 
     def __init__(
@@ -25,15 +31,18 @@ class Slots:
         redundant_groups: int,
         redundant_episodes: int,
         last_version: int | None,
+        reused_groups: int = 0,
     ) -> None:
-        self.capacity = math.floor((1 + alpha) * groups_per_batch * group_size)
         self._groups_per_batch = groups_per_batch
+        self._fresh_groups = groups_per_batch - reused_groups
+        self._lacking = reused_groups
         self._group_size = group_size
         self._redundant_groups = redundant_groups
         self.use_alpha(alpha)
+        self.capacity = self._room + reused_groups * group_size
         self._last_version = last_version
         self._spares = math.ceil(self.limit / group_size) * redundant_episodes
-        self._held: deque[tuple[int, int]] = deque()  # (version, groups): handed over, unpublished
+        self._held: deque[int] = deque()  # versions of batches: handed over, unpublished
 
     @property
     def most_episodes(self) -> int:
@@ -48,16 +57,27 @@ class Slots:
     def use_alpha(self, alpha: float) -> None:
         """From now on no more begins than this α has room for; `capacity` is still the bound's,
         so that what is under way already is not taken for redundant."""
-        room = math.floor((1 + alpha) * self._groups_per_batch * self._group_size)
-        self.limit = room + self._redundant_groups * self._group_size
+        # Half a group would keep a place, under on_stale=wait, that a trained one could fill.
+        least = self._group_size if self._fresh_groups < self._groups_per_batch else 1
+        room = math.floor((1 + alpha) * self._fresh_groups * self._group_size)
+        self._room = room - room % least
 
-    def hold(self, version: int, groups: int) -> None:
+    @property
+    def limit(self) -> int:
+        """So many samples are under way at most, those of redundant groups with them."""
+        return self._room + (self._lacking + self._redundant_groups) * self._group_size
+
+    def expect(self, reusable: int) -> None:
+        """So many groups can fill places of the next batch that fresh ones do not."""
+        self._lacking = self._groups_per_batch - self._fresh_groups - reusable
+
+    def hold(self, version: int) -> None:
         """A batch for that version was handed over."""
-        self._held.append((version, groups))
+        self._held.append(version)
 
     def release(self, published: int) -> None:
         """Weights of that version were published."""
-        while self._held and self._held[0][0] < published:
+        while self._held and self._held[0] < published:
             self._held.popleft()
 
     def needed(self, *, complete: int, next_version: int) -> int:
@@ -78,7 +98,7 @@ class Slots:
         return needed + self._redundant_groups - (under_way - complete) if needed > 0 else 0
 
     def _held_groups(self) -> int:
-        return sum(groups for _, groups in self._held)
+        return self._fresh_groups * len(self._held)
 
 
 class GroupSchedule(Protocol):

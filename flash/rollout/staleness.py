@@ -23,8 +23,9 @@ def choose_groups(
     version: int,
     alpha: float,
     wait_for: tuple[int, int] | None = None,
-) -> list[Group]:
+) -> tuple[list[Group], int]:
     """The complete ones of `groups` for a batch for this version, oldest first; `wanted` at most.
+    And how many of the other places are kept for groups that are not complete.
 
     With `wait_for`, the groups of a batch and the version that is published now, nobody is
     overtaken who would find no place later: of those that must be in one of the next h batches,
@@ -41,9 +42,10 @@ def choose_groups(
             ready = [group for group in due if group.complete and group not in chosen]
             chosen.update(ready[:needed])
             places += needed
+    kept = places - len(chosen)
     others = [group for group in groups if group.complete and group not in chosen]
     chosen.update(others[: wanted - places])
-    return [group for group in groups if group in chosen]
+    return [group for group in groups if group in chosen], kept
 
 
 def _last(group: Group, alpha: float, published: int) -> int:

@@ -101,6 +101,8 @@ def check_memory(scenario: Scenario, workers: int, field: str) -> None:
     groups = scenario.batch_size // scenario.group_size + rollout.redundant_groups
     episodes = groups * (scenario.group_size + rollout.redundant_episodes)
     episodes += int(scenario.alpha * scenario.batch_size)
+    if rollout.reuse.is_on:
+        episodes += int((1 + scenario.alpha) * scenario.batch_size)
     for fields, wanted in (
         (field, workers * _WORKER_BYTES),
         (f"batch_size={scenario.batch_size} with alpha={scenario.alpha:g} and rollout's "

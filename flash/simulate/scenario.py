@@ -142,6 +142,8 @@ class Scenario(Section):
                 f"batch_size={self.batch_size} is not divisible by group_size={self.group_size}: "
                 f"use {below or self.group_size} or {below + self.group_size}"
             )
+        groups = self.batch_size // self.group_size
+        self.rollout.reuse.check(alpha=self.alpha, groups_per_batch=groups)
         if self.publish_every - 1 > self.alpha:
             raise ValueError(
                 f"publish_every={self.publish_every} with alpha={self.alpha:g}: set alpha to "

@@ -28,6 +28,8 @@ class Promises(Schedule):
     """A Schedule with a log. Who makes it a start of a run gives it `of_run`, `disk`, `looks`, a
     connection of its own to the log, and `_books`, the log as it was when it was taken over."""
 
+    reuses = 0.0  # a token is trained once here; see tests/log/test_reused.py
+
     def _check_past(self, past: Past) -> None:
         """What it goes on with is what was committed."""
         run, before = self.of_run, self._books.snapshot()

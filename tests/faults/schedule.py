@@ -78,6 +78,7 @@ class Schedule:
     """See above. `rates` and `steps` replace what is drawn; so does any setting of the loop."""
 
     worker_class = FaultyWorker
+    reuses = 0.3  # of the seeds that may
 
     def __init__(self, seed: int, **settings: Any) -> None:
         self.seed = seed
@@ -123,6 +124,7 @@ class Schedule:
                 self.settings[name] = value
         self.publish_every = min(self.publish_every, 1 + int(self.settings["alpha"]))
         self.settings["batch_size"] = groups * self.settings["group_size"]
+        self._draw_reuse(random.Random(f"reuse {seed}"), groups)
 
         self.trace: list[tuple[Any, ...]] = []
         self.records: list[EpisodeRecord] = []
@@ -130,6 +132,16 @@ class Schedule:
         self.held: dict[int, int] = {}  # samples handed over, by version, until the publish
         self.truth = Truth()
         self.outcome = "not run"
+
+    def _draw_reuse(self, rng: random.Random, groups: int) -> None:
+        versions = int(self.settings["alpha"])
+        if rng.random() < self.reuses and versions and groups > 1:
+            self.settings["reuse"] = {
+                "uses": 1 + rng.randint(1, versions),
+                "share": rng.choice([0.5, 0.75]),
+                "priority": rng.choice(["linear_decay", "age_decay"]),
+            }
+        self.most_uses = self.settings.get("reuse", {}).get("uses", 1)
 
     def run(self) -> list[tuple[Any, ...]]:
         try:
@@ -286,8 +298,9 @@ class Schedule:
 
     async def _train(self) -> None:
         batch = await self._next_batch()
+        again = self._trained_before(batch)
         self._check_batch(batch)
-        self.held[batch.version] = self.settings["batch_size"]
+        self.held[batch.version] = self.settings["batch_size"] - len(again)
         if self.chance.draw("trainer_dies"):
             raise TrainerFailure("planned")
         slow = self.chance.draw("trainer_slow") is not None
@@ -390,6 +403,17 @@ class Schedule:
         )
         return bool(free and hub.queued and self.settings.get("replicate", True))
 
+    def _trained_before(self, batch: Batch) -> set[int]:
+        """The episodes of it that were in other batches; their tokens are known again."""
+        uses = Counter(itertools.chain.from_iterable(_episodes(b) for b in self.batches))
+        again = {episode for episode in _episodes(batch) if uses[episode]}
+        assert all(uses[episode] < self.most_uses for episode in again), "used too often"
+        for sample in itertools.chain.from_iterable(b.samples for b in self.batches):
+            for at in np.flatnonzero(sample.loss_mask) if sample.episode in again else ():
+                true = sample.logprobs[at], sample.versions[at], sample.token_ids[at - 1]
+                self.truth.tokens[int(sample.token_ids[at])] = true
+        return again
+
     def _check_batch(self, batch: Batch) -> None:
         self.say("batch", batch.version, [sample.episode for sample in batch.samples])
         assert batch.version == self._expected_version()
@@ -412,7 +436,7 @@ class Schedule:
 
     def _handed_over(self) -> list[set[int]]:
         """The episodes of each batch."""
-        return [{sample.episode for sample in batch.samples} for batch in self.batches]
+        return [_episodes(batch) for batch in self.batches]
 
     def _waits_for_the_slow(self) -> bool:
         return self.settings["on_stale"] == "wait" and self.settings["alpha"] % 1 == 0
@@ -485,7 +509,9 @@ class Schedule:
         wasted = sum(r.generated_tokens for r in self.records if r.outcome != "trained")
         assert ledger.waste_tokens == wasted
         trained = Counter(r.episode for r in self.records if r.outcome == "trained")
-        assert trained == Counter(itertools.chain.from_iterable(self._handed_over()))
+        handed_over = Counter(itertools.chain.from_iterable(self._handed_over()))
+        assert trained == Counter(dict.fromkeys(handed_over, 1))
+        assert ledger.reused == handed_over.total() - trained.total()
         settings = self.settings
         if self._waits_for_the_slow():
             stale = ledger.outcomes["cancelled", "stale"] + ledger.outcomes["dropped", "stale"]
@@ -493,6 +519,10 @@ class Schedule:
         if not self.rates:
             assert self.outcome == "trained"
             assert not ledger.count("failed")
+
+
+def _episodes(batch: Batch) -> set[int]:
+    return {sample.episode for sample in batch.samples}
 
 
 class _Heard(Observer):

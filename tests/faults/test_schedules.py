@@ -46,6 +46,17 @@ def test_the_invariants_hold_where_one_kind_of_fault_is_frequent(kind):
     assert any(entry[1:] == ("fault", kind) for entry in schedule.trace), "it never happened"
 
 
+def test_the_invariants_hold_where_many_groups_are_trained_again():
+    class Schedules(Schedule):
+        reuses = 1.0
+
+    reused = 0
+    for seed in [*range(30), 191]:
+        (schedule := Schedules(seed)).run()
+        reused += schedule.rollouts.ledger.reused
+    assert reused > 100
+
+
 def test_without_faults_no_episode_fails_and_all_batches_are_trained():
     for seed in range(10):
         schedule = Schedule(seed, rates={})

@@ -14,7 +14,7 @@ def group(number, *, oldest, complete):
 
 
 def chosen(groups, wanted, **options):
-    return [group.id for group in choose_groups(groups, wanted, **options)]
+    return [group.id for group in choose_groups(groups, wanted, **options)[0]]
 
 
 def test_the_oldest_complete_groups_are_chosen_and_nobody_is_waited_for():
