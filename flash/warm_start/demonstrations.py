@@ -9,8 +9,6 @@ Observation tokens are worth training on too: names are first learned by reading
 from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
-
 from flash.types import PromptStyle, Sample, Turn
 
 
@@ -49,16 +47,4 @@ def to_sample(
         weights += [observation_weight] * len(prompt)
         weights += [action_weight if turn.imitate else 0.0] * len(action)
         of_turns += [-1] * len(prompt) + [number] * len(action)
-    return Sample(
-        token_ids=np.array(token_ids, dtype=np.int64),
-        loss_mask=np.array(weights, dtype=np.float32),
-        logprobs=np.zeros(len(token_ids), dtype=np.float32),
-        versions=np.full(len(token_ids), -1, dtype=np.int64),
-        temperatures=np.ones(len(token_ids), dtype=np.float32),
-        turns=np.array(of_turns, dtype=np.int64),
-        advantage=0.0,
-        reward=0.0,
-        turn_rewards=(),
-        group=episode,
-        episode=episode,
-    )
+    return Sample.supervised(token_ids, weights, turns=of_turns, episode=episode)
