@@ -1,5 +1,6 @@
 """Settings of the rollout: which episodes begin, and what becomes of them."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
@@ -39,6 +40,24 @@ class AdaptiveAlphaConfig(Section):
     @property
     def is_on(self) -> bool:
         return self.min_ess is not None or self.max_kl is not None
+
+
+class ExpertConfig(Section):
+    """What others wrote, imitated beside the policy's own samples; on if a file is given."""
+
+    file: Path | None = Field(
+        None,
+        description="trajectories, JSON lines or Parquet: rows of flash export, or `messages`",
+    )
+    episodes: int = Field(
+        8, ge=1, description="of the file in each batch, beside its batch_size own ones"
+    )
+    weight: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="μ in the loss: (1 - μ) · the policy's own + μ · -log π of the expert's words",
+    )
 
 
 class RolloutSettings(Section):
@@ -88,3 +107,4 @@ class RolloutSettings(Section):
         "its worker anew; what neither can help ends the run",
     )
     adaptive_alpha: AdaptiveAlphaConfig = AdaptiveAlphaConfig()
+    expert: ExpertConfig = ExpertConfig()

@@ -196,10 +196,16 @@ def test_each_optimizer_step_has_some_of_the_experts_and_one_without_is_the_poli
 async def test_two_ranks_imitate_as_one_does_and_the_critic_learns_nothing_of_it(
     tmp_path: Path, model: Path, samples_of: SamplesOf, expert: list[Sample]
 ) -> None:
-    given = Batch(samples=samples_of(7), version=0, expert=share_of(expert))
+    unread = replace(expert[0], loss_mask=0 * expert[0].loss_mask)  # has nothing to learn
+    given = Batch(samples=samples_of(7), version=0, expert=share_of([*expert, unread]))
     told, scores = {}, {}
     settings = CONFIG.model_copy(
-        update={"advantages": Gae(), "mini_batches": 2, "critic": CriticConfig(learning_rate=1e-2)}
+        update={
+            "advantages": Gae(),
+            "mini_batches": 2,
+            "critic": CriticConfig(learning_rate=1e-2),
+            "aggregation": "sequence_mean",
+        }
     )
     for case, ranks, batch in (
         ("one", 1, given),
@@ -219,6 +225,27 @@ async def test_two_ranks_imitate_as_one_does_and_the_critic_learns_nothing_of_it
     assert not any(name.startswith("expert/") for name in told["none"])
     for name in ("critic/loss", "critic/value_mean", "critic/return_mean", "tokens/trained"):
         assert told["one"][name] == told["none"][name], name
+
+
+@pytest.mark.slow
+async def test_two_ranks_imitate_beside_a_batch_in_parts_as_beside_a_whole_one(
+    tmp_path: Path, model: Path, samples_of: SamplesOf, expert: list[Sample]
+) -> None:
+    config = CONFIG.model_copy(update={"ranks": 2, "tokens_per_micro_batch": 50})
+    own, told, scores = samples_of(7), [], []
+    for cuts in ([own], [own[:1], own[1:4], own[4:]]):
+        parts = [Batch(samples=cut, version=0, last=cut is cuts[-1]) for cut in cuts]
+        parts[-1] = replace(parts[-1], expert=share_of(expert))
+        async with Trainer(
+            model=model, config=config, run_dir=tmp_path / str(len(cuts))
+        ) as trainer:
+            for part in parts[:-1]:
+                await trainer.add(part)
+            told.append(await trainer.step(parts[-1]))
+            scores.append(await trainer.score(range(20)))
+        del told[-1]["time/train_s"]
+    assert told[1] == pytest.approx(told[0], rel=1e-5, abs=1e-7)
+    assert scores[1] == pytest.approx(scores[0], rel=1e-5)
 
 
 async def test_what_can_not_be_imitated_is_named(
