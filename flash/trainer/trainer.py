@@ -193,7 +193,8 @@ class Trainer:
     async def step(self, batch: Batch) -> dict[str, float]:
         """Train one batch: the next version. Returns means over its trained tokens.
 
-        With the last part of a batch whose other parts were given to `add`: trains all of it.
+        What its `expert` wrote is imitated beside its samples. With the last part of a batch whose
+        other parts were given to `add`: trains all of it.
         Raises ValueError for samples that can't be trained on, naming the episode.
         """
         started = asyncio.get_running_loop().time()
@@ -442,7 +443,7 @@ def _imitated(expert: ExpertShare | None) -> list[Sample]:
         for number, sequence in enumerate(expert.sequences)
     ]
     for sequence, sample in zip(expert.sequences, samples, strict=True):
-        _check(sample, sequence.source)
+        _check(sample, sequence.source or f"sequence {sample.episode} of the expert's")
     return [sample for sample in samples if (sample.loss_mask[1:] > 0).any()]
 
 

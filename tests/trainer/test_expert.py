@@ -259,5 +259,9 @@ async def test_what_can_not_be_imitated_is_named(
     share = share_of([expert[0], replace(expert[1], loss_mask=-expert[1].loss_mask)])
     with pytest.raises(ValueError, match=r"e\.jsonl:1: the loss mask must be finite"):
         await trainer.step(replace(given, expert=share))
+    nameless = replace(share.sequences[1], source="")
+    share = ExpertShare(sequences=[share.sequences[0], nameless], weight=WEIGHT)
+    with pytest.raises(ValueError, match="sequence 1 of the expert's: the loss mask must be"):
+        await trainer.step(replace(given, expert=share))
     with pytest.raises(ValueError, match="comes with its last part"):
         await trainer.add(replace(given, last=False, expert=share_of(expert)))
