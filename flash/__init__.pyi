@@ -37,6 +37,8 @@ from .types import AsyncEnv as AsyncEnv
 from .types import Batch as Batch
 from .types import Completion as Completion
 from .types import EnvSource as EnvSource
+from .types import ExpertSequence as ExpertSequence
+from .types import ExpertShare as ExpertShare
 from .types import GenerateRequest as GenerateRequest
 from .types import Observation as Observation
 from .types import PromptStyle as PromptStyle

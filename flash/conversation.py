@@ -160,6 +160,19 @@ class ChatTemplate:
         """
         return self._encode(self.render(messages, shown))
 
+    def words(self, text: str) -> list[int]:
+        """Tokens that an assistant samples to say that text, with the one that ends its turn."""
+        token_ids = self._encode(text)
+        # Some tokenizers put a space before what begins a text, and in a line of its own none.
+        line, before = self._encode(f"\n{text}"), self._encode("\n")
+        within = line[len(before) :]
+        if line[: len(before)] == before and self._says(within) == self._says(token_ids):
+            token_ids = within
+        return [*token_ids, *self.stop_token_ids[:1]]
+
+    def _says(self, token_ids: Sequence[int]) -> str:
+        return "".join(self._tokenizer.decode(list(token_ids)).split())
+
     def between(
         self,
         before: Sequence[Message],

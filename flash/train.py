@@ -58,9 +58,7 @@ async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any] | None
                 batch = await _next_batch(run, stop)
                 if batch is None:
                     break
-                with run.training_on(batch.version):
-                    metrics = await trainer.step(batch)
-                tell.trained(metrics)
+                tell.trained(await run.step(batch))
                 step = trainer.version
                 if run.publishes_after(step):
                     await rollouts.publish(await trainer.export_weights())
@@ -90,8 +88,7 @@ async def _next_batch(run: Training, stop: asyncio.Event) -> Batch | None:
     if not run.config.stream:
         return await unless(stop, run.rollouts.next_batch())
     while (part := await unless(stop, run.rollouts.next_part())) is not None and not part.last:
-        with run.training_on(part.version):
-            await run.trainer.add(part)
+        await run.add(part)
         run.observers.trained({})
     return part
 

@@ -287,18 +287,69 @@ class Sample(SampledSequence):
     group: int
     episode: int
 
+    @classmethod
+    def supervised(
+        cls,
+        token_ids: Sequence[int] | NDArray[np.integer[Any]],
+        loss_mask: Sequence[float] | NDArray[np.float32],
+        *,
+        turns: Sequence[int] | None = None,
+        episode: int,
+    ) -> Self:
+        """One that nobody sampled, of all its tokens; `episode` is what errors name it by."""
+        tokens = len(token_ids)
+        return cls(
+            token_ids=np.array(token_ids, dtype=np.int64),
+            loss_mask=np.array(loss_mask, dtype=np.float32),
+            logprobs=np.zeros(tokens, dtype=np.float32),
+            versions=np.full(tokens, -1, dtype=np.int64),
+            temperatures=np.ones(tokens, dtype=np.float32),
+            turns=np.full(tokens, -1) if turns is None else np.array(turns, dtype=np.int64),
+            advantage=0.0,
+            reward=0.0,
+            turn_rewards=(),
+            group=episode,
+            episode=episode,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertSequence:
+    """Tokens that others than the policy wrote, to be imitated; both arrays are [S].
+
+    `loss_mask` is what a token counts in the loss, at least 0: 1 on the expert's own words, 0 on
+    what it read. `source` is what errors and the log name the sequence by.
+    """
+
+    token_ids: NDArray[np.int64]
+    loss_mask: NDArray[np.float32]
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertShare:
+    """What a batch imitates, and its `weight` μ in the loss, from 0 to below 1.
+
+    loss = (1 - μ) · that of the policy's own samples + μ · -log π of the expert's tokens
+    """
+
+    sequences: Sequence[ExpertSequence]
+    weight: float
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """Whole groups, to be trained at policy version `version`.
 
-    A batch may come in parts; then the last of them has the numbers of all.
+    A batch may come in parts; then the last of them has the numbers of all, and the `expert`'s
+    share. That one is no part of `samples`: it has no age, no reward and no advantage.
     """
 
     samples: list[Sample]
     version: int
     last: bool = True
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    expert: ExpertShare | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

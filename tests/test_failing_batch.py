@@ -1,9 +1,11 @@
 """A batch whose training fails each time: a resume alone does not help, and that is said."""
 
+from collections.abc import Awaitable, Callable
+
 import pytest
 
 from flash.errors import TrainerFailure
-from flash.parts.training import Training
+from flash.types import Batch
 from tests.test_checkpoints import training
 from tests.tiny_runs import run, tiny
 
@@ -13,20 +15,29 @@ def loss(batch):
 """
 
 
-def fails(resumed: Training, version: int) -> list[str]:
-    """The notes of a failure over that batch."""
-    with pytest.raises(TrainerFailure) as caught, resumed.training_on(version):
+class FailingTrainer:
+    async def step(self, batch: Batch) -> dict[str, float]:
         raise TrainerFailure("trainer rank 0 was killed")
+
+    add = step
+
+
+async def notes_of(call: Callable[[Batch], Awaitable[object]], version: int) -> list[str]:
+    """Of the failure over that batch, or over a part of it."""
+    with pytest.raises(TrainerFailure) as caught:
+        await call(Batch(samples=[], version=version))
     return getattr(caught.value, "__notes__", [])
 
 
-def test_only_where_starts_ended_before_is_it_said():
-    resumed = training(began_at=7, ended_there=2)
-    (note,) = fails(resumed, 7)
-    assert note.startswith("the batch of version 7 is where 3 starts in a row have ended, this one")
-    assert "change what it fails for, as trainer.tokens_per_micro_batch" in note
-    assert fails(resumed, 8) == []
-    assert fails(training(began_at=7, ended_there=0), 7) == []
+async def test_only_where_starts_ended_before_is_it_said():
+    resumed = training(trainer=FailingTrainer(), began_at=7, ended_there=2)
+    for call in (resumed.step, resumed.add):
+        (note,) = await notes_of(call, 7)
+        assert note.startswith("the batch of version 7 is where 3 starts in a row have ended, this")
+        assert "change what it fails for, as trainer.tokens_per_micro_batch" in note
+        assert await notes_of(call, 8) == []
+    first = training(trainer=FailingTrainer(), began_at=7, ended_there=0)
+    assert await notes_of(first.step, 7) == []
 
 
 @pytest.mark.slow

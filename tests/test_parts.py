@@ -19,6 +19,7 @@ from flash.fakes import FakeWorker
 from flash.hub.hub import InferenceHub
 from flash.parts.agents import open_agents
 from flash.parts.door import open_door
+from flash.parts.expert import expert_of
 from flash.parts.model import load_tokenizer, make_style, prepared_model
 from flash.parts.workers import gap_limit, open_hub
 from flash.seeds import HELDOUT_SEEDS
@@ -41,6 +42,33 @@ def broken_model(folder):
     small_policy.create(folder, ["a", "b"], layers=1, hidden_size=8, heads=2)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+
+
+def test_an_experts_file_is_read_for_the_model_and_must_have_enough(tmp_path):
+    words = ["go", "north", "a", "room"]
+    model = str(small_policy.create(tmp_path / "m", words, layers=1, hidden_size=8, heads=2))
+    said = {"role": "assistant", "content": "go north"}
+    row = {"messages": [{"role": "user", "content": "a room"}, said]}
+    path = tmp_path / "e.jsonl"
+    path.write_text(f"{json.dumps(row)}\n" * 3)
+    changes = {"rollout.expert.file": str(path), "rollout.expert.episodes": 2, "model": model}
+    assert expert_of(load("frozen_lake", {"model": model}), model) is None
+    expert = expert_of(load("frozen_lake", changes), model)
+    share = expert(0)
+    assert (len(share.sequences), share.weight) == (2, 0.1)
+    tokenizer = load_tokenizer(model)
+    for sequence in share.sequences:
+        assert tokenizer.decode(sequence.token_ids) == "a room <act> go north <stop>"
+        learned = sequence.token_ids[sequence.loss_mask > 0]
+        assert tokenizer.decode(learned) == "go north <stop>"
+    with pytest.raises(
+        ValueError, match=r"^rollout\.expert\.episodes=4 exceeds the 3 trajectories"
+    ):
+        expert_of(load("frozen_lake", changes | {"rollout.expert.episodes": 4}), model)
+    sequence = {"token_ids": [1, len(tokenizer)], "loss_mask": [0, 1]}
+    path.write_text(json.dumps({"sequences": [sequence]}))
+    with pytest.raises(ValueError, match=f"token {len(tokenizer)} is none of the model's"):
+        expert_of(load("frozen_lake", changes), model)
 
 
 async def test_a_run_refuses_a_model_that_lacks_layers_before_it_starts_anything(tmp_path):

@@ -28,6 +28,10 @@ def _train(arguments: Sequence[str]) -> None:
         open_engine(url).dispose()
     if port := config.engine.door_port:
         machine.check_port("127.0.0.1", port, f"engine.door_port={port}")
+    if (expert := config.rollout.expert.file) is not None:
+        from flash.rollout.expert_file import check_file
+
+        check_file(expert)
     from flash.train import train
 
     stop = asyncio.Event()

@@ -37,7 +37,7 @@ KINDS: Final[Mapping[str, Kind]] = {
             *_of("agent", "max_turns max_tokens max_sequence_tokens temperature"),
             *_of("reward", "name run url model prompt max_score max_tokens"),
             *_of("rollout", "schedule redundant_groups redundant_episodes filters on_stale"),
-            *_of("rollout", "max_attempts max_regenerations adaptive_alpha reuse"),
+            *_of("rollout", "max_attempts max_regenerations adaptive_alpha reuse expert"),
             *_of("trainer", "objective advantages kl critic aggregation fixed_length"),
             *_of("trainer", "entropy_bonus learning_rate warmup_steps decay_steps weight_decay"),
             *_of("trainer", "betas max_grad_norm mini_batches dtype"),

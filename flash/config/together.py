@@ -103,6 +103,13 @@ def _check_rollout(config: RunFields) -> None:
             f"no group can be trained before the last has finished: use grpo or rloo without "
             f"whiten, or stream=false"
         )
+    expert = config.rollout.expert
+    if expert.file is not None and expert.episodes < config.trainer.mini_batches:
+        raise ValueError(
+            f"rollout.expert.episodes={expert.episodes} with trainer.mini_batches="
+            f"{config.trainer.mini_batches}: each of these imitates some: use "
+            f"{config.trainer.mini_batches} episodes or more, or fewer mini-batches"
+        )
     if config.publish_every - 1 > config.alpha:
         raise ValueError(
             f"publish_every={config.publish_every} with alpha={config.alpha:g}: at the last step "

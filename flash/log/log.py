@@ -11,6 +11,7 @@ while longer, unless somebody waits for it.
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import math
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -31,6 +32,8 @@ from flash.log.schema import (
     COMPLETIONS,
     EPISODES,
     EVALUATIONS,
+    EXPERT,
+    EXPERT_SAMPLES,
     GROUPS,
     OBSERVATIONS,
     PUBLISHES,
@@ -46,7 +49,14 @@ from flash.rollout.history import prompt_sum
 from flash.rollout.observer import Observer
 from flash.rollout.record import EpisodeRecord
 from flash.stop import unless
-from flash.types import Batch, Completion, GenerateRequest, Observation, Sample
+from flash.types import (
+    Batch,
+    Completion,
+    ExpertSequence,
+    GenerateRequest,
+    Observation,
+    Sample,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +78,7 @@ class Log(Observer):
         first_numbers: of a publish, an evaluation and a checkpoint.
         known_version: batches before that are in the log.
         open_groups: that an earlier start began.
+        known_expert: digests of what was imitated before.
         alpha: what decides α, as it stands.
         tidy: what of the log is to be deleted next, a bite of it, perhaps nothing; None when there
             is no more for now. A bite is taken between two commits, from the first one on, again
@@ -85,6 +96,7 @@ class Log(Observer):
         first_numbers: tuple[int, int, int] = (0, 0, 0),
         known_version: int = 0,
         open_groups: Iterable[int] = (),
+        known_expert: Iterable[str] = (),
         alpha: Callable[[], AlphaState | None] = lambda: None,
         tidy: Callable[[], Awaitable[Sequence[Change] | None]] | None = None,
         now: Callable[[], float],
@@ -120,6 +132,7 @@ class Log(Observer):
         self._closing = False
         self._groups = set(open_groups)
         self._trained_groups: set[int] = set()
+        self._known_expert = set(known_expert)
         self._steps: dict[int, int] = {}  # of each episode under way, what it is at
         self._parts = 0  # of the next batch
 
@@ -362,6 +375,7 @@ class Log(Observer):
         self._add(
             "insert", BATCHES, version=batch.version, part=part, start=self._start,
             at=self._now(), last=batch.last, metrics=dict(batch.metrics),
+            expert_weight=batch.expert and batch.expert.weight,
         )  # fmt: skip
         numbers: dict[int, int] = {}
         for position, sample in enumerate(batch.samples):
@@ -371,9 +385,25 @@ class Log(Observer):
                 episode=sample.episode, number=number, group=sample.group,
                 advantage=_advantage(sample), reward=sample.reward,
             )  # fmt: skip
+        for position, sequence in enumerate(batch.expert.sequences if batch.expert else ()):
+            self._add(
+                "insert", EXPERT_SAMPLES, version=batch.version, part=part, position=position,
+                digest=self._expert(sequence),
+            )  # fmt: skip
         for group in sorted(self._trained_groups):
             self._end_group(group, "trained", "")
         self._trained_groups.clear()
+
+    def _expert(self, sequence: ExpertSequence) -> str:
+        """Its digest; the sequence itself is written once, however often it is imitated."""
+        digest = digest_of(sequence)
+        if digest not in self._known_expert:
+            self._known_expert.add(digest)
+            self._add(
+                "insert", EXPERT, digest=digest, source=sequence.source,
+                token_ids=sequence.token_ids, loss_mask=sequence.loss_mask,
+            )  # fmt: skip
+        return digest
 
     def published(self, report: PublishReport) -> None:
         self._add(
@@ -404,6 +434,14 @@ class Log(Observer):
         )  # fmt: skip
         self._checkpoints += 1
         self._start_to_tidy()
+
+
+def digest_of(sequence: ExpertSequence) -> str:
+    """Of its tokens and what each counts."""
+    token_ids = np.ascontiguousarray(sequence.token_ids, "<i8")
+    digest = hashlib.blake2b(token_ids.tobytes(), digest_size=16)
+    digest.update(np.ascontiguousarray(sequence.loss_mask, "<f4").tobytes())
+    return digest.hexdigest()
 
 
 def _advantage(sample: Sample) -> NDArray[np.float64]:

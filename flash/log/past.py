@@ -28,7 +28,7 @@ from flash.log.reading import (
     Reader,
     Start,
 )
-from flash.log.schema import BATCHES, EPISODES, GROUPS, SAMPLES, STARTS, STEPS
+from flash.log.schema import BATCHES, EPISODES, EXPERT_SAMPLES, GROUPS, SAMPLES, STARTS, STEPS
 from flash.log.store import Store
 from flash.rollout.adaptive import AlphaState
 from flash.rollout.record import EpisodeRecord
@@ -56,6 +56,7 @@ class Past:
         dispatched: the seeds of all tasks that began.
         steps: the line of each step that was done.
         records: what became of each episode that ended.
+        known_expert: digests of what was imitated.
     """
 
     start: int = 1
@@ -69,6 +70,7 @@ class Past:
     alpha: AlphaState | None = None
     steps: Sequence[Mapping[str, Any]] = ()
     records: Sequence[EpisodeRecord] = ()
+    known_expert: Sequence[str] = ()
     first_numbers: tuple[int, int, int] = (0, 0, 0)
 
     @property
@@ -171,6 +173,7 @@ def _read(reader: Reader, checkpoint: int, config: Config, source: str) -> Past:
         alpha=alpha and msgspec.convert(alpha, AlphaState),
         steps=[row.metrics for row in steps],
         first_numbers=reader.first_numbers(),
+        known_expert=reader.known_expert(),
     )
 
 
@@ -246,9 +249,10 @@ def _mend(store: Store, checkpoint: int, config: Config, source: str) -> None:
             reached += 1
         if known > reached:
             _tell_of_lost(reached, known)
-        for table, number in ((BATCHES, "version"), (SAMPLES, "version"), (STEPS, "step")):
-            first = reached + (table is STEPS)  # the step that makes version v is step v
-            connection.execute(delete(table).where(table.c.run == run, table.c[number] >= first))
+        for table in (BATCHES, SAMPLES, EXPERT_SAMPLES):
+            connection.execute(delete(table).where(table.c.run == run, table.c.version >= reached))
+        # The step that makes version v is step v.
+        connection.execute(delete(STEPS).where(STEPS.c.run == run, STEPS.c.step > reached))
         _give_up(connection, run, reader.groups_trained_from(reached), ABANDONED)
         # A step that was not done is done with the present settings, and makes other weights then.
         done = max([checkpoint, *(row.step for row in reader.steps())])

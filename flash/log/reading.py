@@ -15,6 +15,8 @@ from flash.log.schema import (
     COMPLETIONS,
     EPISODES,
     EVALUATIONS,
+    EXPERT,
+    EXPERT_SAMPLES,
     GROUPS,
     OBSERVATIONS,
     PUBLISHES,
@@ -25,7 +27,17 @@ from flash.log.schema import (
 )
 from flash.rollout.history import History, Sampled
 from flash.rollout.restored import DueEpisode, OpenGroup, ReadyEpisode, UsedGroup
-from flash.types import Batch, Completion, Observation, Sample, SampledSequence, Task, Trajectory
+from flash.types import (
+    Batch,
+    Completion,
+    ExpertSequence,
+    ExpertShare,
+    Observation,
+    Sample,
+    SampledSequence,
+    Task,
+    Trajectory,
+)
 
 # Episodes that ended so have a successor: they were no failures, nor did their group need no more.
 INTERRUPTED = "interrupted"
@@ -184,7 +196,7 @@ class Reader:
         }
 
     def _in(
-        self, query: Select[Any], column: ColumnElement[Any], values: Sequence[int]
+        self, query: Select[Any], column: ColumnElement[Any], values: Sequence[Any]
     ) -> Iterator[Row[Any]]:
         """The rows with one of these values; a database takes so many at a time only."""
         for first in range(0, len(values), MANY):
@@ -284,7 +296,11 @@ class Reader:
         query = select(SEQUENCES.c.episode, SEQUENCES.c.number)
         episodes = sorted({episode for episode, _ in wanted})
         rows = self._in(query, SEQUENCES.c.episode, episodes)
-        return wanted <= {(row.episode, row.number) for row in rows}
+        if not wanted <= {(row.episode, row.number) for row in rows}:
+            return False
+        query = select(EXPERT_SAMPLES.c.digest).where(EXPERT_SAMPLES.c.version == version)
+        imitated = {row.digest for row in self._rows(query)}
+        return imitated <= {*self._expert_sequences(sorted(imitated))}
 
     def batch(self, version: int) -> list[Batch]:
         """The parts that were handed over for that version; one, unless it was streamed."""
@@ -310,11 +326,46 @@ class Reader:
                     episode=row.episode,
                 )
             )
+        expert = self._expert(version)
         parts = select(BATCHES).where(BATCHES.c.version == version).order_by(BATCHES.c.part)
         return [
-            Batch(samples=of_parts[row.part], version=version, last=row.last, metrics=row.metrics)
+            Batch(
+                samples=of_parts[row.part],
+                version=version,
+                last=row.last,
+                metrics=row.metrics,
+                expert=(
+                    None
+                    if row.expert_weight is None
+                    else ExpertShare(sequences=expert[row.part], weight=row.expert_weight)
+                ),
+            )
             for row in self._rows(parts)
         ]
+
+    def _expert(self, version: int) -> dict[int, list[ExpertSequence]]:
+        """What each part of that version's batch imitates."""
+        query = select(EXPERT_SAMPLES).where(EXPERT_SAMPLES.c.version == version)
+        rows = self._rows(query.order_by(EXPERT_SAMPLES.c.part, EXPERT_SAMPLES.c.position))
+        written = self._expert_sequences(sorted({row.digest for row in rows}))
+        of_parts: dict[int, list[ExpertSequence]] = defaultdict(list)
+        for row in rows:
+            of_parts[row.part].append(written[row.digest])
+        return of_parts
+
+    def _expert_sequences(self, digests: Sequence[str]) -> dict[str, ExpertSequence]:
+        return {
+            row.digest: ExpertSequence(
+                token_ids=row.token_ids.astype(np.int64),
+                loss_mask=row.loss_mask,
+                source=row.source,
+            )
+            for row in self._in(select(EXPERT), EXPERT.c.digest, digests)
+        }
+
+    def known_expert(self) -> list[str]:
+        """The digests of all that was ever imitated."""
+        return [row.digest for row in self._rows(select(EXPERT.c.digest))]
 
 
 def observation_of(row: Row[Any]) -> Observation:

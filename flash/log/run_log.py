@@ -99,6 +99,7 @@ class RunLog:
             first_numbers=past.first_numbers,
             known_version=past.logged_version,
             open_groups=[group.group for group in past.restored.groups],
+            known_expert=past.known_expert,
             alpha=alpha,
             tidy=self._tidy(needed_from),
             now=lambda: began_at + loop_s() - began_s,

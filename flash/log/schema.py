@@ -137,6 +137,7 @@ BATCHES = _of_run(
     Column("at", Float(53), nullable=False),
     Column("last", Boolean, nullable=False),
     Column("metrics", Json, nullable=False),
+    Column("expert_weight", Float(53)),
 )
 SAMPLES = _of_run(
     "samples",
@@ -148,6 +149,20 @@ SAMPLES = _of_run(
     Column("group", BigInteger, nullable=False),
     Column("advantage", Array("<f8"), nullable=False),
     Column("reward", Float(53), nullable=False),
+)
+EXPERT = _of_run(
+    "expert",
+    Column("digest", String(32), primary_key=True),
+    Column("source", Words, nullable=False),
+    Column("token_ids", Array("<i4"), nullable=False),
+    Column("loss_mask", Array("<f4"), nullable=False),
+)
+EXPERT_SAMPLES = _of_run(
+    "expert_samples",
+    _key("version"),
+    _key("part"),
+    _key("position"),
+    Column("digest", String(32), nullable=False),
 )
 PUBLISHES = _of_run(
     "publishes",

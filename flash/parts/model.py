@@ -61,6 +61,13 @@ def load_tokenizer(model: str) -> Any:
     return tokenizer
 
 
+def vocabulary_of(model: str) -> int:
+    """How many tokens the model knows."""
+    from transformers import AutoConfig  # noqa: PLC0415  (seconds to import)
+
+    return int(AutoConfig.from_pretrained(model).get_text_config().vocab_size)
+
+
 async def check_model_files(model: str, *, field: str = "model") -> None:
     """ValueError for a model whose files are not whole, don't fit together, or can't be trained."""
     from flash.trainer.model_files import check_files  # noqa: PLC0415  (seconds to import)

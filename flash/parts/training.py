@@ -18,9 +18,11 @@ from flash.log.keeping import first_needed
 from flash.log.log import Log
 from flash.log.past import Past
 from flash.log.run_log import RunLog
+from flash.parts.expert import expert_of
 from flash.parts.model import self_test_text
 from flash.parts.open import open_parts
 from flash.rollout.adaptive import AdaptiveAlpha
+from flash.rollout.expert import ShuffledExpert
 from flash.rollout.loop import RolloutLoop
 from flash.rollout.observer import Observer, Observers
 from flash.rollout.tasks import Tasks
@@ -34,6 +36,7 @@ from flash.trainer.advantages import make_advantages
 from flash.trainer.config import TrainerConfig
 from flash.trainer.lasting import LastingTrainer
 from flash.trainer.trainer import Trainer
+from flash.types import Batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +61,18 @@ class Training:
         every = self.config.publish_every
         return step % every == 0 or self.evaluations.due_after(step)
 
+    async def step(self, batch: Batch) -> dict[str, float]:
+        """Trains a batch, or the last part of one."""
+        with self._told_of_failures(batch.version):
+            return await self.trainer.step(batch)
+
+    async def add(self, part: Batch) -> None:
+        """Computes the gradient of a part that is not the last."""
+        with self._told_of_failures(part.version):
+            await self.trainer.add(part)
+
     @contextlib.contextmanager
-    def training_on(self, version: int) -> Iterator[None]:
+    def _told_of_failures(self, version: int) -> Iterator[None]:
         """What the trainer raises over that batch tells if a resume alone will not help."""
         try:
             yield
@@ -103,6 +116,7 @@ async def open_training(
     that goes on, as soon as the trainer is where it was.
     """
     adaptive = _adaptive_alpha(config)
+    expert = await asyncio.to_thread(expert_of, config, model)
     async with RunLog(folder.path, config.log) as run_log:
         past = await run_log.take_over(
             checkpoint=folder.version if folder.resumes else None, config=folder.config
@@ -123,7 +137,9 @@ async def open_training(
 
         async with (
             run_log.writing(past, alpha=adaptive.state, needed_from=needed_from) as log,
-            _open(config, model, folder, view, stop, run_log, past, log, adaptive, redone) as run,
+            _open(
+                config, model, folder, view, stop, run_log, past, log, adaptive, redone, expert
+            ) as run,
         ):
             yield run
 
@@ -140,6 +156,7 @@ async def _open(
     log: Log,
     adaptive: AdaptiveAlpha,
     redone: RedoneSteps,
+    expert: ShuffledExpert | None,
 ) -> AsyncIterator[Training]:
     observers = Observers([log, folder, redone])
     checkpoints = Checkpoints(
@@ -186,6 +203,7 @@ async def _open(
             restored=past.restored,
             observers=[observers],
             log=log,
+            expert=expert,
             trainer=trainer.state,
             caller_timeout_s=config.trainer.between_batches_s,
         )

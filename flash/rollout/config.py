@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
@@ -123,6 +124,24 @@ class ReuseConfig(Section):
             )
 
 
+class ExpertConfig(Section):
+    """What others wrote, imitated beside the policy's own samples; on if a file is given."""
+
+    file: Path | None = Field(
+        None,
+        description="trajectories, JSON lines or Parquet: rows of flash export, or `messages`",
+    )
+    episodes: int = Field(
+        8, ge=1, description="of the file in each batch, beside its batch_size own ones"
+    )
+    weight: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="μ in the loss: (1 - μ) · the policy's own + μ · -log π of the expert's words",
+    )
+
+
 class RolloutSettings(Section):
     """Which episodes begin, and what becomes of those that fail, grow old or teach nothing."""
 
@@ -171,3 +190,4 @@ class RolloutSettings(Section):
     )
     adaptive_alpha: AdaptiveAlphaConfig = AdaptiveAlphaConfig()
     reuse: ReuseConfig = ReuseConfig()
+    expert: ExpertConfig = ExpertConfig()

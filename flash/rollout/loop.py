@@ -47,7 +47,7 @@ from flash.rollout.stall.activity import Activity
 from flash.rollout.stall.diagnosis import AdmissionState
 from flash.rollout.stall.watchdog import PAUSE, RestartingHub, Watchdog
 from flash.trainer.advantages import Advantages, grpo, per_group
-from flash.types import Batch, Outcome, Task, TrainerState, Trajectory, Weights
+from flash.types import Batch, ExpertShare, Outcome, Task, TrainerState, Trajectory, Weights
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +95,7 @@ class RolloutLoop:
         observers: hear of each event.
         log: one of the observers, which makes what it is told outlive a crash. An episode counts
             as ready, and a batch is handed over, when the log has committed it.
+        expert: what the batch of a version imitates beside its samples; asked once for each.
         trainer, caller_timeout_s: what the trainer is at, if anybody knows; how long the caller
             may do neither of the loop's calls. See `Watchdog`.
 
@@ -120,6 +121,7 @@ class RolloutLoop:
         restored: Restored = _NOTHING,
         observers: Iterable[Observer] = (),
         log: CommitLog | None = None,
+        expert: Callable[[int], ExpertShare] | None = None,
         trainer: Callable[[], TrainerState] | None = None,
         caller_timeout_s: float = 3600.0,
     ) -> None:
@@ -138,6 +140,7 @@ class RolloutLoop:
         self._books = Observers([self.ledger, self._bias, self.activity])
         self._observers = Observers([self._books, Observers(observers, on_error=self.fail)])
         self._log = log or NoLog()
+        self._expert = expert
         self._crew = crew or _agents(agent, hub, together=not settings.replicate)
         self._crew.report_to(on_end=self._on_end, on_fatal=self.fail, witness=self._observers)
         self._advantages = advantages
@@ -654,7 +657,8 @@ class RolloutLoop:
             | self._bias.metrics()
             | self._reuse.metrics(again, version=version)
         )
-        batch = Batch(samples=samples, version=version, metrics=metrics)
+        expert = None if self._expert is None else self._expert(version)
+        batch = Batch(samples=samples, version=version, metrics=metrics, expert=expert)
         self._observers.handed_over(batch)
         self._slots.hold(version)
         self._reuse.trained([*whole, *again], version=version)

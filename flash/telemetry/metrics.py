@@ -73,6 +73,8 @@ MORE_METRICS = {
     "mismatch/kl_stale": "KL(behaviour ‖ proximal) of older tokens: staleness as well",
     "kl_reference": "KL(policy ‖ reference) in nats a token, k3 estimate",
     "entropy": "of the policy's choice of each trained token, in nats",
+    "expert/loss": "-log π of an expert's tokens; `loss` is of the own samples; both unweighted",
+    "expert/tokens": "of an expert, imitated in this batch; `tokens/trained` are the policy's own",
     "learning_rate": "of the last optimizer step",
     "critic/loss": "of values against returns, mean over mini-batches",
     "critic/clip_fraction": "share of tokens whose value the clip stopped",

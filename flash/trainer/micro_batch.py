@@ -14,19 +14,7 @@ from flash.trainer.values import ValuedSample
 from flash.types import Sample
 
 # A rank without samples passes something too, because every pass is a collective.
-_NOTHING = Sample(
-    token_ids=np.zeros(2, np.int64),
-    loss_mask=np.zeros(2, np.float32),
-    logprobs=np.zeros(2, np.float32),
-    versions=np.full(2, -1, np.int64),
-    temperatures=np.ones(2, np.float32),
-    turns=np.full(2, -1, np.int64),
-    advantage=0.0,
-    reward=0.0,
-    turn_rewards=(),
-    group=-1,
-    episode=-1,
-)
+_NOTHING = Sample.supervised([0, 0], [0, 0], episode=-1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

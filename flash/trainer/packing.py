@@ -21,14 +21,24 @@ class MiniBatchShare:
 
     `scales[micro][sample]` is what a trained token's loss is multiplied by, besides its mask,
     before all are added up: over the micro-batches and ranks the sum is the mini-batch's loss.
+    Of what an expert wrote, `weight` is its μ; the policy's own samples have the rest.
     """
 
     micro_batches: list[list[Sample]]
     scales: list[list[float]]
+    weight: float = 1.0
+
+
+NOTHING = MiniBatchShare([], [], 0.0)
 
 
 def divide(
-    samples: Sequence[Sample], config: TrainerConfig, *, part: bool = False
+    samples: Sequence[Sample],
+    config: TrainerConfig,
+    *,
+    part: bool = False,
+    mini_batches: int | None = None,
+    weight: float = 1.0,
 ) -> list[list[MiniBatchShare]]:
     """`divide[rank]` is what that rank trains on, a share of each optimizer step.
 
@@ -37,7 +47,7 @@ def divide(
     scales_of = scales_of_part if part else scales
     planned = plan(
         [sample.num_tokens for sample in samples],
-        mini_batches=config.mini_batches,
+        mini_batches=mini_batches or config.mini_batches,
         ranks=config.ranks,
         tokens_per_micro_batch=config.tokens_of_pass,
     )
@@ -52,9 +62,19 @@ def divide(
                 MiniBatchShare(
                     [[samples[i] for i in micro] for micro in micros],
                     [[scale[i] for i in micro] for micro in micros],
+                    weight,
                 )
             )
     return shares
+
+
+def divide_expert(
+    samples: Sequence[Sample], weight: float, config: TrainerConfig, *, mini_batches: int
+) -> list[list[MiniBatchShare]]:
+    """As `divide`, of what an expert wrote, for as many optimizer steps as the policy's own
+    samples make. With fewer samples than that the last of them have none, and weight 0."""
+    shares = divide(samples, config, mini_batches=mini_batches, weight=weight)
+    return [share + [NOTHING] * (mini_batches - len(share)) for share in shares]
 
 
 def denominator_of(samples: Sequence[Sample], config: TrainerConfig) -> float:

@@ -31,7 +31,7 @@ from flash.trainer.fused import fuse
 from flash.trainer.micro_batch import MicroBatch, pack
 from flash.trainer.objectives.choose import make_objective
 from flash.trainer.objectives.regularisers import kl_estimate, kl_loss, kl_penalty
-from flash.trainer.packing import MiniBatchShare
+from flash.trainer.packing import NOTHING, MiniBatchShare
 from flash.trainer.room import tokens_with_room
 from flash.trainer.save import save_model
 from flash.trainer.scorer import TokenScorer
@@ -162,16 +162,17 @@ class Rank:
             found.append(np.split(found_T, ends[:-1]) if samples else [])
         return found
 
-    def step(self, mini_batches: list[MiniBatchShare], version: int) -> dict[str, float]:
-        """One optimizer step a mini-batch; the metrics are over all tokens of the batch."""
+    def step(
+        self,
+        mini_batches: Sequence[MiniBatchShare],
+        version: int,
+        expert: Sequence[MiniBatchShare] = (),
+    ) -> dict[str, float]:
+        """One optimizer step a mini-batch, each with its share of what an expert wrote, if there
+        is any; the metrics are over all tokens of the batch."""
         self._seed_step(version)
-        packed = [
-            [
-                pack(samples, scales, version=version, device=self._device)
-                for samples, scales in zip(mini.micro_batches, mini.scales, strict=True)
-            ]
-            for mini in mini_batches
-        ]
+        expert = expert or [NOTHING] * len(mini_batches)
+        packed = [self._packed(mini, version) for mini in mini_batches]
         # What the first optimizer step computes is proximal already; only for later ones is there
         # something to compute before the weights change.
         proximal = [
@@ -181,15 +182,18 @@ class Rank:
             ]
             for number, micros in enumerate(packed)
         ]
-        statistics = StepStatistics(self._device)
+        statistics, of_expert = StepStatistics(self._device), StepStatistics(self._device)
         told: list[dict[str, float]] = []
         learning_rate = 0.0
         critic_alone = self._critic is not None and version < self._config.critic.warmup_batches
-        for number, (micros, proximal_of_mini) in enumerate(zip(packed, proximal, strict=True)):
+        for number, (micros, proximal_of_mini, imitated) in enumerate(
+            zip(packed, proximal, expert, strict=True)
+        ):
             for micro, proximal_T in zip(micros, proximal_of_mini, strict=True):
                 loss = self._loss(micro, proximal_T, number, len(packed), statistics)
                 # FSDP averages gradients over ranks; ours is a sum over all tokens.
-                (loss * self._ranks).backward()
+                (loss * (1 - imitated.weight) * self._ranks).backward()
+            self._imitate(imitated, of_expert)
             told.append({"grad_norm": clip_gradient(self._scorer, self._config)})
             if not critic_alone:
                 learning_rate = self._update()
@@ -198,6 +202,7 @@ class Rank:
                 told[-1] |= self._critic.step(micros)
         return {
             **statistics.metrics(len(packed)),
+            **_metrics_of_expert(of_expert, expert),
             **{name: float(np.mean([mini[name] for mini in told])) for name in told[0]},
             "learning_rate": learning_rate,  # of the last of them
         }
@@ -208,24 +213,32 @@ class Rank:
             self._seed_step(version)
             self._optimizer.zero_grad(set_to_none=True)
             self._of_parts = StepStatistics(self._device)
-        for samples, scales in zip(part.micro_batches, part.scales, strict=True):
-            micro = pack(samples, scales, version=version, device=self._device)
+        for micro in self._packed(part, version):
             loss = self._loss(micro, None, 0, 1, self._of_parts)
             (loss * self._ranks).backward()
 
-    def finish(self, denominator: float) -> dict[str, float]:
-        """The optimizer step of the batch whose parts were added; metrics as of `step`."""
+    def finish(self, denominator: float, expert: MiniBatchShare = NOTHING) -> dict[str, float]:
+        """The optimizer step of the batch whose parts were added, and of what an expert wrote;
+        metrics as of `step`."""
         for parameter in self._scorer.parameters():
             if parameter.grad is not None:
-                parameter.grad.div_(denominator)
+                parameter.grad.div_(denominator / (1 - expert.weight))
+        of_expert = StepStatistics(self._device)
+        self._imitate(expert, of_expert)
         norm, learning_rate = clip_gradient(self._scorer, self._config), self._update()
         self._optimizer.zero_grad(set_to_none=True)
-        metrics = self._of_parts.metrics(denominator)
+        metrics = self._of_parts.metrics(denominator) | _metrics_of_expert(of_expert, [expert])
         return {**metrics, "grad_norm": norm, "learning_rate": learning_rate}
 
     def _seed_step(self, version: int) -> None:
         """A loss that draws random numbers draws the same ones when a batch is trained again."""
         torch.manual_seed(derived(self._seed, f"step {version}"))
+
+    def _packed(self, mini: MiniBatchShare, version: int) -> list[MicroBatch]:
+        return [
+            pack(samples, scales, version=version, device=self._device)
+            for samples, scales in zip(mini.micro_batches, mini.scales, strict=True)
+        ]
 
     def _update(self) -> float:
         """One optimizer step; its learning rate."""
@@ -281,6 +294,14 @@ class Rank:
             more=more,
         )
         return (loss_T * micro.loss_weights_T).sum()
+
+    def _imitate(self, expert: MiniBatchShare, statistics: StepStatistics) -> None:
+        """Adds to the gradient that of -log π of what an expert wrote, times its weight."""
+        for micro in self._packed(expert, version=0):  # nobody sampled it: it has no age
+            loss_T = -self._scorer(micro.token_ids_N, micro.lengths, micro.trained_T)
+            statistics.add_loss(micro, loss_T)
+            loss: Any = (loss_T * micro.loss_weights_T).sum()
+            (loss * expert.weight * self._ranks).backward()
 
     def score(self, token_ids: Sequence[int]) -> list[float]:
         """Logprobs of `token_ids[1:]` under the present weights."""
@@ -342,6 +363,14 @@ class Rank:
 def _loopback() -> str:
     """The name of the interface that leads to this machine alone."""
     return next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+
+
+def _metrics_of_expert(
+    statistics: StepStatistics, expert: Sequence[MiniBatchShare]
+) -> dict[str, float]:
+    """The mean over the mini-batches that imitate something; nothing if none does."""
+    losses = sum(bool(mini.micro_batches) for mini in expert)
+    return {"expert/loss": statistics.metrics(losses)["loss"]} if losses else {}
 
 
 def _learning_rate(done: int, config: TrainerConfig) -> float:

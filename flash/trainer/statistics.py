@@ -41,7 +41,7 @@ class StepStatistics:
 
         `total_loss_T` is the objective's with what was added; `more` has other values by token.
         """
-        self._loss += (total_loss_T.detach().double() * micro.loss_weights_T).sum()
+        self.add_loss(micro, total_loss_T)
         mask_T = micro.mask_T.double()
         for name, value_T in more.items():
             self._add(name, value_T, mask_T)
@@ -71,6 +71,10 @@ class StepStatistics:
         if proximal_known and bool(fresh_T.any()):
             gap_T = (proximal_T - behaviour_T).abs()
             self._gap = torch.maximum(self._gap, gap_T[fresh_T].max())
+
+    def add_loss(self, micro: MicroBatch, loss_T: Tensor) -> None:
+        """One micro-batch of which nothing but the loss is told."""
+        self._loss += (loss_T.detach().double() * micro.loss_weights_T).sum()
 
     def metrics(self, losses: float) -> dict[str, float]:
         """Names as in flash.telemetry.metrics; without those that no token of the step tells.

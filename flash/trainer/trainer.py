@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,23 @@ from flash.trainer.advantage_settings import Gae
 from flash.trainer.advantages import Floats
 from flash.trainer.checkpoint import CRITIC_FILE, MODEL_FOLDER, checkpoint_version
 from flash.trainer.config import TrainerConfig
-from flash.trainer.packing import denominator_of, divide, plan
+from flash.trainer.packing import (
+    MiniBatchShare,
+    denominator_of,
+    divide,
+    divide_expert,
+    plan,
+)
 from flash.trainer.scratch import Scratch
 from flash.trainer.values import less_penalties, with_values
-from flash.types import Batch, Sample, SampledSequence, TrainerState, Weights
+from flash.types import (
+    Batch,
+    ExpertShare,
+    Sample,
+    SampledSequence,
+    TrainerState,
+    Weights,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -180,18 +193,23 @@ class Trainer:
     async def step(self, batch: Batch) -> dict[str, float]:
         """Train one batch: the next version. Returns means over its trained tokens.
 
-        With the last part of a batch whose other parts were given to `add`: trains all of it.
+        What its `expert` wrote is imitated beside its samples. With the last part of a batch whose
+        other parts were given to `add`: trains all of it.
         Raises ValueError for samples that can't be trained on, naming the episode.
         """
         started = asyncio.get_running_loop().time()
+        imitated = _imitated(batch.expert)
         if self._parts:
-            await self.add(batch)
+            await self.add(replace(batch, expert=None))
+            expert = self._expert(batch.expert, imitated, mini_batches=1)
             metrics, *_ = await self._call_each(
-                "finish", [(self._denominator,)] * self.config.ranks
+                "finish", [(self._denominator, of_expert) for (of_expert,) in expert]
             )
             trained, self._parts = self._parts_tokens, 0
         else:
-            metrics, trained = await self._step(self._trainable(batch))
+            metrics, trained = await self._step(self._trainable(batch), batch.expert, imitated)
+        if imitated:
+            metrics["expert/tokens"] = _trained_tokens(imitated)
         self.version += 1
         if (mismatch := metrics.get("mismatch/kl_fresh", 0.0)) > _MISMATCH_ALARM:
             logger.warning(
@@ -215,6 +233,8 @@ class Trainer:
                 f"{self.config.advantages.name}: a batch can come in parts only as one mini-batch "
                 f"with advantages of single groups: give the whole batch to step"
             )
+        if part.expert is not None:
+            raise ValueError("an expert's share of a batch comes with its last part: give it there")
         samples = self._trainable(part)
         if not samples:
             return
@@ -239,8 +259,10 @@ class Trainer:
             _check(sample)
         return [sample for sample in batch.samples if (sample.loss_mask[1:] > 0).any()]
 
-    async def _step(self, samples: Sequence[Sample]) -> tuple[dict[str, float], int]:
-        """The step of a batch that came whole, and how many tokens it trained."""
+    async def _step(
+        self, samples: Sequence[Sample], expert: ExpertShare | None, imitated: Sequence[Sample]
+    ) -> tuple[dict[str, float], int]:
+        """The step of a batch that came whole, and how many of its own tokens it trained."""
         if not samples:
             raise ValueError(
                 "no token to train on: the loss mask of every sample of the batch is 0 (the first "
@@ -254,8 +276,19 @@ class Trainer:
             penalties = await self._of_samples("penalties", samples)
             samples = less_penalties(samples, penalties, self.config)
         shares = divide(samples, self.config)
-        metrics, *_ = await self._call_each("step", [(share, self.version) for share in shares])
+        of_expert = self._expert(expert, imitated, mini_batches=len(shares[0]))
+        metrics, *_ = await self._call_each(
+            "step",
+            [(own, self.version, of) for own, of in zip(shares, of_expert, strict=True)],
+        )
         return {**metrics, **of_critic}, _trained_tokens(samples)
+
+    def _expert(
+        self, expert: ExpertShare | None, imitated: Sequence[Sample], *, mini_batches: int
+    ) -> list[list[MiniBatchShare]]:
+        """Each rank's share of what is imitated, for each optimizer step."""
+        weight = 0.0 if expert is None else expert.weight
+        return divide_expert(imitated, weight, self.config, mini_batches=mini_batches)
 
     async def _size_passes(self) -> None:
         """Before the first step, when all that shares a GPU with the ranks is there: how many
@@ -397,28 +430,45 @@ def _trained_tokens(samples: Sequence[Sample]) -> int:
     return int(sum((sample.loss_mask[1:] > 0).sum() for sample in samples))
 
 
-def _check(sample: Sample) -> None:
+def _imitated(expert: ExpertShare | None) -> list[Sample]:
+    """What an expert wrote, as samples, without those that have no token to imitate."""
+    if expert is None:
+        return []
+    if not 0 <= expert.weight < 1:
+        raise ValueError(
+            f"the expert's weight is {expert.weight:g}: it must be at least 0 and below 1"
+        )
+    samples = [
+        Sample.supervised(sequence.token_ids, sequence.loss_mask, episode=number)
+        for number, sequence in enumerate(expert.sequences)
+    ]
+    for sequence, sample in zip(expert.sequences, samples, strict=True):
+        _check(sample, sequence.source or f"sequence {sample.episode} of the expert's")
+    return [sample for sample in samples if (sample.loss_mask[1:] > 0).any()]
+
+
+def _check(sample: Sample, source: str = "") -> None:
+    name = source or f"episode {sample.episode}"
     lengths = {field.name: len(getattr(sample, field.name)) for field in fields(SampledSequence)}
     if set(lengths.values()) != {sample.num_tokens} or not sample.num_tokens:
         told = ", ".join(f"{name} {length}" for name, length in lengths.items())
         raise ValueError(
-            f"episode {sample.episode}: the arrays have the lengths {told}; they must be equal, "
-            f"and above 0"
+            f"{name}: the arrays have the lengths {told}; they must be equal, and above 0"
         )
     if not np.isfinite(sample.logprobs).all() or not np.isfinite(sample.advantage).all():
-        raise ValueError(f"episode {sample.episode}: a logprob or the advantage is not finite")
+        raise ValueError(f"{name}: a logprob or the advantage is not finite")
     if not np.isfinite([sample.reward, *sample.turn_rewards]).all():
-        raise ValueError(f"episode {sample.episode}: a reward is not finite")
+        raise ValueError(f"{name}: a reward is not finite")
     if np.shape(sample.advantage) not in ((), sample.token_ids.shape):
         raise ValueError(
-            f"episode {sample.episode}: the advantage has the shape {np.shape(sample.advantage)}; "
+            f"{name}: the advantage has the shape {np.shape(sample.advantage)}; "
             f"it must be one number, or one for each of the {sample.num_tokens} tokens"
         )
     unfit = ~((sample.temperatures > 0) & (sample.temperatures < np.inf))
     if unfit.any():
         raise ValueError(
-            f"episode {sample.episode}: sampled at temperature {sample.temperatures[unfit][0]:g}; "
+            f"{name}: sampled at temperature {sample.temperatures[unfit][0]:g}; "
             f"only what was sampled at a temperature above 0 has logprobs to train on"
         )
     if not np.isfinite(sample.loss_mask).all() or (sample.loss_mask < 0).any():
-        raise ValueError(f"episode {sample.episode}: the loss mask must be finite and at least 0")
+        raise ValueError(f"{name}: the loss mask must be finite and at least 0")

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -206,6 +207,45 @@ async def test_with_nothing_changed_it_comes_to_the_same_weights_and_numbers(fin
         for name in ("loss", "grad_norm", "kl_behaviour", "weight/ess"):
             assert step.metrics[name] == step.logged[name], name
         assert step.metrics["grad_norm"] > 0
+
+
+@pytest.fixture(scope="module")
+def imitating(finished, runs):
+    """Three steps, then one more that imitates nothing, when the expert's file is gone; a file of
+    another run's episodes, in batches that came in parts."""
+    path = runs / "expert.jsonl"
+    cli.run(["export", str(finished), "--format", "jsonl", "--out", str(path)])
+    settings = SETTINGS | {
+        "stream": True,
+        "rollout.expert.file": str(path),
+        "rollout.expert.episodes": 5,
+        "rollout.expert.weight": 0.3,
+    }
+    asyncio.run(run(tiny("frozen_lake", runs, name="imitating", **settings)))
+    path.unlink()
+    shutil.rmtree(runs / "imitating" / "checkpoints")  # so that all is redone
+    more = {"steps": 4, "checkpoint.resume": True, "rollout.expert.file": None}
+    asyncio.run(run(tiny("frozen_lake", runs, name="imitating", **settings | more)))
+    return runs / "imitating"
+
+
+@pytest.mark.slow
+async def test_what_was_imitated_is_imitated_again_whatever_became_of_its_file(imitating):
+    with open_run(imitating) as opened, opened.reading() as reader:
+        shares = [reader.batch(version)[-1].expert for version in range(4)]
+    assert [share and (len(share.sequences), share.weight) for share in shares] == [
+        (5, 0.3), (5, 0.3), (5, 0.3), None,
+    ]  # fmt: skip
+    # To the same weights as the resume, which redid three of the steps and saved the fourth.
+    steps, compared = await trained_again(imitating)
+    assert (compared.checkpoint.name, compared.equal) == ("step_000004", True)
+    for step in steps:
+        assert step.metrics.get("expert/loss") == step.logged.get("expert/loss")
+        assert step.metrics["grad_norm"] == step.logged["grad_norm"]
+    assert ["expert/loss" in step.metrics for step in steps] == [True, True, True, False]
+    tokens = [int((s.loss_mask[1:] > 0).sum()) for s in shares[0].sequences]
+    assert steps[0].logged["expert/tokens"] == sum(tokens)
+    assert all(step.logged["staleness/max"] <= 1 for step in steps)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from flash.trainer.config import CriticConfig, TrainerConfig
 from flash.trainer.objectives.settings import Function, KlSettings
 from flash.trainer.redo import redo
 from flash.trainer.trainer import Trainer
-from flash.types import Batch, Sample
+from flash.types import Batch, ExpertSequence, ExpertShare, Sample
 
 SamplesOf = Callable[..., list[Sample]]
 SaveModel = Callable[..., Path]
@@ -44,6 +44,8 @@ CASES: Mapping[str, Mapping[str, Any]] = {
     },
     "a loss that draws": {"ranks": 2},
     "parts": {"ranks": 2, "tokens_per_micro_batch": 60},
+    "expert": {"ranks": 2, "mini_batches": 2, "tokens_per_micro_batch": 60},
+    "parts, expert": {"ranks": 2, "tokens_per_micro_batch": 60},
 }  # fmt: skip
 
 
@@ -53,8 +55,16 @@ def given(case: str, samples_of: SamplesOf) -> list[list[Batch]]:
     for version in range(STEPS):
         samples = samples_of(7 + version, seed=version, version=version)
         samples = [replace(s, reward=float(s.episode % 3)) for s in samples]
-        cuts = [samples[:2], samples[2:5], samples[5:]] if case == "parts" else [samples]
-        batches.append([Batch(samples=cut, version=version, last=cut is cuts[-1]) for cut in cuts])
+        cuts = [samples[:2], samples[2:5], samples[5:]] if "parts" in case else [samples]
+        parts = [Batch(samples=cut, version=version, last=cut is cuts[-1]) for cut in cuts]
+        if "expert" in case:
+            written = [
+                ExpertSequence(token_ids=s.token_ids, loss_mask=s.loss_mask)
+                for s in samples_of(3, seed=20 + version)
+            ]
+            share = ExpertShare(sequences=written, weight=0.1 * (version + 1))
+            parts[-1] = replace(parts[-1], expert=share)
+        batches.append(parts)
     return batches
 
 
