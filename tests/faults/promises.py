@@ -46,7 +46,10 @@ class Promises(Schedule):
         assert past.start == len(starts) + 1
         was = starts[-1].config if starts else self.config.model_dump(mode="json")
         newest = past.logged_version
-        if was["trainer"]["learning_rate"] != self.rate:
+        not_done = [row.start for row in self._books.of(schema.BATCHES) if row.version >= done]
+        since = min(not_done, default=len(starts))
+        rates = {row.config["trainer"]["learning_rate"] for row in starts[since - 1 :]}
+        if rates - {self.rate}:
             newest = min(newest, done)
             for version in [version for version in run.weights if version > newest]:
                 del run.weights[version]
