@@ -257,7 +257,8 @@ def _mend(store: Store, checkpoint: int, config: Config, source: str) -> None:
         # A step that was not done is done with the present settings, and makes other weights then.
         done = max([checkpoint, *(row.step for row in reader.steps())])
         starts = reader.starts()
-        again_the_same = not (starts and _trains_otherwise(starts[-1], config))
+        since = min((whole[version] for version in range(done, reached)), default=len(starts))
+        again_the_same = not any(_trains_otherwise(start, config) for start in starts[since - 1 :])
         newest = reached if again_the_same else min(reached, done)
         _give_up(connection, run, reader.open_groups_beyond(newest), ABANDONED)
         if starts and (reason := _why_anew(starts[-1], config, source)):

@@ -475,7 +475,8 @@ class RolloutLoop:
         all of them, and what is ready of some would leave no slot to what others lack."""
         while self._to_restore:
             more = self._group_size * (len(self._groups) + 1)
-            if self._groups and self._slots.held + more > self._slots.limit:
+            held = self._slots.held
+            if (self._groups or held) and held + more > self._slots.limit:
                 break
             self._restore(self._to_restore.popleft())
             self._cancel_redundant()

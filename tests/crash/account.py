@@ -141,7 +141,7 @@ def violations(books: Books, run: Path, settings: dict[str, Any]) -> Iterable[st
 
 
 def log_violations(books: Books, settings: dict[str, Any]) -> Iterable[str]:
-    """Likewise, as far as its log tells."""
+    """Likewise, as far as its log tells; the tasks of `left` would have begun anew next."""
     yield from _of_batches(books, settings)
     yield from _of_outcomes(books)
     yield from _of_tasks(books, settings)
@@ -227,7 +227,7 @@ def _of_tasks(books: Books, settings: dict[str, Any]) -> Iterable[str]:
             if outcome != "dropped" or reason not in BEGUN_ANEW:
                 yield f"doubled: task {place} began again after {outcome} {reason}"
         outcome, reason = outcomes[-1]
-        if reason in BEGUN_ANEW:
+        if reason in BEGUN_ANEW and groups[-1].seed not in settings.get("left", ()):
             yield f"lost: task {place} was given up ({reason}), and never began again"
         if outcome == "dropped" and not reason:
             yield f"task {place} was dropped for no reason"

@@ -16,7 +16,7 @@ import random
 import shutil
 import sqlite3
 import tempfile
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,7 @@ class LoggedSchedule:
         books = Books("", folder)
         settings = {
             **start.settings, "seed": 0, "steps": start.steps, "alpha": self.most_alpha,
+            "left": list(start.again),
         }  # fmt: skip
         broken = list(log_violations(books, settings))
         for snapshot in self.snapshots:
@@ -269,6 +270,8 @@ class Start(Promises):
         self._note_published(self._first_version, self._first_weights)
         self._steps_done = 0
         self._logged_version = past.logged_version
+        self.again = deque(past.again)
+        self._first_group = past.restored.first_ids[1]
         async with self._rescuing(log), self._new_hub(self._first_version) as self.hub:
             if self.hub.version < past.version:
                 self._note_published(self.trainer.version, self.trainer.weights)

@@ -48,7 +48,10 @@ class Promises(Schedule):
         assert past.start == len(starts) + 1
         was = starts[-1].config if starts else self.config.model_dump(mode="json")
         newest = past.logged_version
-        if was["trainer"]["learning_rate"] != self.rate:
+        not_done = [row.start for row in self._books.of(schema.BATCHES) if row.version >= done]
+        since = min(not_done, default=len(starts))
+        rates = {row.config["trainer"]["learning_rate"] for row in starts[since - 1 :]}
+        if rates - {self.rate}:
             newest = min(newest, done)
             for version in [version for version in run.weights if version > newest]:
                 del run.weights[version]
@@ -206,6 +209,13 @@ class Promises(Schedule):
         lag_s = 0.0 if trying is None else now - trying
         assert lag_s <= self.log_config.max_lag_s, f"an episode begins at a lag of {lag_s:.0f} s"
 
+    def check_task(self, episode: Episode) -> None:
+        """What is to begin anew does so before all others, in its order."""
+        if episode.group == self._first_group:
+            self._first_group += 1
+            if self.again:
+                assert episode.task.seed == self.again.popleft(), "it is not its turn"
+
     def expect_history(self, episode: Episode) -> None:
         """What had been said in the episode that it continues, or in one before that."""
         before, longest = episode.continues, []
@@ -242,6 +252,7 @@ class Heard(Observer):
 
     def admitted(self, episode: Episode) -> None:
         self._start.check_admission(episode)
+        self._start.check_task(episode)
         self._start.expect_history(episode)
 
     def begun_anew(self, episode: Episode) -> None:

@@ -183,3 +183,16 @@ def test_the_same_seed_kills_and_fails_alike():
         schedule.run()
         digests.append(schedule.digest())
     assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize(
+    "seed",
+    [
+        pytest.param(
+            2052, id="a step that two starts trained with other settings, and none logged"
+        ),
+        pytest.param(2110, id="a batch to train and ready groups beside it, at alpha 0"),
+    ],
+)
+def test_what_a_schedule_found_stays_mended(seed):
+    LoggedSchedule(seed).run()

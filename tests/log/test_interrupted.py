@@ -109,3 +109,9 @@ def test_what_was_interrupted_has_its_record_at_once(run):
         (0, "cancelled", "interrupted"),
         (1, "cancelled", "interrupted"),
     ]
+
+
+def test_an_episode_that_failed_is_due_as_another_attempt(run):
+    failed = {"episode": 0, "ended_at": 1.0, "outcome": "failed", "reason": "env"}
+    run.store.commit([Change("update", EPISODES, failed)])
+    assert [(due.attempt, due.episode) for due in run.resume()] == [(1, 1), (2, None)]
