@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import sqlite3
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,10 +22,13 @@ from flash.rollout.restored import ReadyEpisode, Restored, UsedGroup
 from flash.rollout.reuse import Reuse, TrainedGroup, find_priority
 from flash.rollout.slots import Slots
 from flash.simulate import Scenario, simulate
+from flash.telemetry.folder import read_lines
 from flash.types import Batch, Task
 from flash.virtual_time import in_virtual_time
+from tests.rollout.slow_lake import SlowLake
 from tests.rollout.test_crew import played
 from tests.steady import weights
+from tests.tiny_runs import run, tiny
 
 NEVER_S = 1e6
 ON = {"uses": 2, "share": 0.5}
@@ -400,3 +405,25 @@ def test_a_simulated_run_that_waits_for_rollout_samples_less_for_as_many_steps()
     assert with_it.trained < 0.8 * without.trained
     assert with_it.time_s < without.time_s
     assert with_it.staleness_max <= 2
+
+
+@pytest.mark.slow
+async def test_a_run_whose_rollout_is_slow_trains_episodes_again_as_its_log_says(tmp_path):
+    changes = {
+        "env.name": f"{SlowLake.__module__}:{SlowLake.__name__}",
+        "steps": 6,
+        "alpha": 2,
+        "eval_every": 0,
+        "rollout.reuse.uses": 2,
+    }
+    summary = await run(tiny("frozen_lake", tmp_path, **changes))
+    folder = Path(summary["folder"])
+    last = read_lines(folder / "metrics.jsonl")[-1]
+    with contextlib.closing(sqlite3.connect(folder / "log.sqlite")) as log:
+        uses = "SELECT episode, count(DISTINCT version) FROM samples GROUP BY episode"
+        used = dict(log.execute(uses).fetchall())
+    assert max(used.values()) == 2
+    assert last["episodes/trained"] == len(used) < 6 * 16
+    assert last["episodes/trained"] + last["episodes/reused"] == sum(used.values()) == 6 * 16
+    assert summary["staleness_max"] <= 2
+    assert summary["outcomes"]["trained"] == len(used)
