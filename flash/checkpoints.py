@@ -74,6 +74,16 @@ def newest_checkpoint(run: Path) -> Checkpoint | None:
     return None
 
 
+def checkpoint_to_go_on_from(run: Path) -> Checkpoint | None:
+    """The newest whole one; None if there is none, for the log has what was trained since the
+    first model. If all are damaged that is said."""
+    try:
+        return newest_checkpoint(run)
+    except ValueError as error:
+        logger.warning("%s; or all that the log has is trained again, from the start", error)
+        return None
+
+
 def whole_versions(run: Path) -> list[int]:
     """The versions of its whole checkpoints."""
     versions = []

@@ -10,7 +10,12 @@ from typing import Any
 import pytest
 from transformers import MistralConfig
 
-from flash.checkpoints import Checkpoints, Rescue, newest_checkpoint
+from flash.checkpoints import (
+    Checkpoints,
+    Rescue,
+    checkpoint_to_go_on_from,
+    newest_checkpoint,
+)
 from flash.config import load
 from flash.errors import InferenceFailure, TrainerFailure
 from flash.parts.training import Training
@@ -119,6 +124,16 @@ def test_if_none_is_whole_all_are_named_with_the_remedy(tmp_path):
     with pytest.raises(ValueError, match="is whole: start anew under another name") as caught:
         newest_checkpoint(tmp_path)
     assert str(caught.value).count("optimizer.pt is missing") == 2
+
+
+def test_a_run_without_a_whole_one_goes_on_from_the_first_model_and_that_is_said(tmp_path, caplog):
+    assert checkpoint_to_go_on_from(tmp_path) is None
+    assert not caplog.messages
+    whole = fake_checkpoint(tmp_path, 1)
+    assert checkpoint_to_go_on_from(tmp_path).path == whole
+    (whole / "optimizer.pt").unlink()
+    assert checkpoint_to_go_on_from(tmp_path) is None
+    assert "or all that the log has is trained again, from the start" in caplog.text
 
 
 def test_what_is_half_written_is_no_checkpoint(tmp_path):

@@ -119,8 +119,10 @@ class RunLog:
         return lambda: self._do(keeping.bite)
 
     async def batches(self, version: int) -> AsyncIterator[list[Batch]]:
-        """See `flash.trainer.redo.BatchLog`."""
+        """See `flash.trainer.redo.BatchLog`; up to one that it has the samples of no longer."""
         for whole in await self._ask(lambda reader: reader.whole_batches(version)):
+            if not await self._ask(partial(Reader.has_samples, version=whole)):
+                return
             yield await self._ask(partial(Reader.batch, version=whole))
 
     async def _ask(self, question: Callable[[Reader], _T]) -> _T:

@@ -8,7 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flash.checkpoints import Checkpoint, Checkpoints, Rescue, newest_checkpoint, whole_versions
+from flash.checkpoints import (
+    Checkpoint,
+    Checkpoints,
+    Rescue,
+    checkpoint_to_go_on_from,
+    whole_versions,
+)
 from flash.config import Config
 from flash.errors import TrainerFailure
 from flash.evaluation.evaluations import Evaluations
@@ -258,7 +264,7 @@ def _trainer(
     """It begins where the run stood, by the log's batches since the checkpoint."""
 
     def newest() -> Path | None:
-        found = newest_checkpoint(folder.path)
+        found = checkpoint_to_go_on_from(folder.path)
         return found.path if found else None
 
     trainer = Trainer(

@@ -32,7 +32,7 @@ from typing import IO, Any, Self
 
 import yaml
 
-from flash.checkpoints import Checkpoint, newest_checkpoint
+from flash.checkpoints import Checkpoint, checkpoint_to_go_on_from
 from flash.config import Config
 from flash.config.resumed import Difference, check_resumed, differences, told
 from flash.config.source import read_mapping
@@ -138,10 +138,7 @@ class RunFolder(Observer):
             self.changed = differences(read_mapping(before, "env: NAME"), self.config)
             check_resumed(self.changed)
         self.resumes = True
-        try:
-            self.checkpoint = newest_checkpoint(self.path)
-        except ValueError as error:
-            logger.warning("%s; or all that the log has is trained again, from the start", error)
+        self.checkpoint = checkpoint_to_go_on_from(self.path)
 
     def _nothing_to_resume(self) -> str:
         return (

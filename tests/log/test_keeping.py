@@ -17,6 +17,7 @@ from flash.log.keeping import Keeping, first_needed
 from flash.log.log import Log
 from flash.log.past import take_over
 from flash.log.reading import Reader
+from flash.log.run_log import ID_FILE, RunLog
 from flash.log.schema import (
     BATCHES,
     COMPLETIONS,
@@ -262,6 +263,20 @@ def test_a_resume_from_an_older_checkpoint_does_the_steps_anew_and_says_so(run, 
     assert (past.redo, past.version) == ([], 2)
     assert "the samples of version 2 no longer: the steps from 3 to 10 are done anew" in caplog.text
     assert past.again == list(range(2, 10)), "their tasks begin anew"
+
+
+async def test_what_is_redone_ends_before_a_batch_that_has_gone(run, tmp_path):
+    """For a trainer that begins at the first model because no checkpoint is whole."""
+    for version in range(4):
+        run.trained(version)
+    run.write()
+    (tmp_path / ID_FILE).write_text("a" * 32)
+    async with RunLog(tmp_path, CONFIG.log, store=lambda *args, **named: run.store) as log:
+        found = [last.version async for *_, last in log.batches(0)]
+        assert found == [0, 1, 2, 3]
+        run.tidy("0.001 MB", needed_from=2)
+        assert [last.version async for *_, last in log.batches(0)] == []
+        assert [last.version async for *_, last in log.batches(2)] == [2, 3]
 
 
 def test_an_episode_that_a_needed_batch_has_too_stays(run):
