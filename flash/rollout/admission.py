@@ -38,16 +38,18 @@ class Admission:
         self._ledger = ledger
         self._group_size = group_size
         self._episodes = episodes
+        self._again: deque[tuple[Group, DueEpisode]] = deque()  # in the places of others
         self._due: deque[tuple[Group, DueEpisode]] = deque()
 
     def __len__(self) -> int:
         """Episodes that groups under way still lack."""
-        return len(self._due)
+        return len(self._again) + len(self._due)
 
     def start_again(self, group: Group, attempt: int) -> None:
-        """One more episode of this group, before all others."""
+        """One more episode of this group, before all others: a group that has begun comes to its
+        end, also where α is so low by now that it would not begin."""
         group.due += 1
-        self._due.appendleft((group, DueEpisode(attempt=attempt)))
+        self._again.appendleft((group, DueEpisode(attempt=attempt)))
 
     def restore(self, group: Group, due: Iterable[DueEpisode]) -> None:
         """These episodes of a group, after those that are due already."""
@@ -58,6 +60,7 @@ class Admission:
     def cancel(self, group: Group) -> None:
         """No more episodes of this group."""
         if group.due:
+            self._again = deque(start for start in self._again if start[0] is not group)
             self._due = deque(start for start in self._due if start[0] is not group)
             group.due = 0
 
@@ -66,18 +69,21 @@ class Admission:
 
         `next_version` is the one at which the next batch will be trained.
         """
-        if self._ledger.running + self._ledger.ready >= self._slots.most_episodes:
-            return None
-        while self._due:
-            group, episode = self._due[0]
-            if group in self._groups:
-                if len(group.members) < group.size and not self._has_slot():
-                    return None
-                self._due.popleft()
-                group.due -= 1
-                return group, episode
-            self._due.popleft()
-        if not self.new_groups or not self._has_slot() or not self._may_begin(next_version):
+        for due, limit in (
+            (self._again, self._slots.highest_limit),
+            (self._due, self._slots.limit),
+        ):
+            while due:
+                group = due[0][0]
+                if group in self._groups:
+                    if not self._has_slot(limit, spare=len(group.members) >= group.size):
+                        return None
+                    group.due -= 1
+                    return due.popleft()
+                due.popleft()
+        if not (
+            self.new_groups and self._has_slot(self._slots.limit) and self._may_begin(next_version)
+        ):
             return None
         task = next(self._tasks, None)
         if task is None:
@@ -88,9 +94,12 @@ class Admission:
         self._due.extend([(group, DueEpisode())] * self._episodes)
         return self.next_start(next_version)
 
-    def _has_slot(self) -> bool:
-        under_way = self._ledger.running + self._ledger.ready - self._groups.spares
-        return under_way + self._slots.held < self._slots.limit
+    def _has_slot(self, limit: int, *, spare: bool = False) -> bool:
+        """Whether there is room for another episode, with so many slots in all."""
+        under_way = self._ledger.running + self._ledger.ready
+        if under_way >= limit + self._slots.spares:
+            return False
+        return spare or under_way - self._groups.spares + self._slots.held < limit
 
     def _may_begin(self, next_version: int) -> bool:
         wanted = self._slots.wanted(

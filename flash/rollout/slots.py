@@ -41,13 +41,13 @@ class Slots:
         self.use_alpha(alpha)
         self.capacity = self._room + reused_groups * group_size
         self._last_version = last_version
-        self._spares = math.ceil(self.limit / group_size) * redundant_episodes
+        self.spares = math.ceil(self.limit / group_size) * redundant_episodes
         self._held: deque[int] = deque()  # versions of batches: handed over, unpublished
 
     @property
     def most_episodes(self) -> int:
         """So many run or are ready at most, spare ones with them."""
-        return self.limit + self._spares
+        return self.limit + self.spares
 
     @property
     def held(self) -> int:
@@ -66,6 +66,11 @@ class Slots:
     def limit(self) -> int:
         """So many samples are under way at most, those of redundant groups with them."""
         return self._room + (self._lacking + self._redundant_groups) * self._group_size
+
+    @property
+    def highest_limit(self) -> int:
+        """The limit of the bound's α."""
+        return self.capacity + self._redundant_groups * self._group_size
 
     def expect(self, reusable: int) -> None:
         """So many groups can fill places of the next batch that fresh ones do not."""

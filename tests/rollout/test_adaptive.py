@@ -7,12 +7,15 @@ import pytest
 
 from flash.agents.environment_agent import EnvironmentAgent
 from flash.config import parse
-from flash.fakes import FakeEnvs, FakeStyle, FakeWorker
+from flash.errors import EnvFailure
+from flash.fakes import FakeCrew, FakeEnvs, FakeStyle, FakeWorker
 from flash.hub.hub import InferenceHub
 from flash.rollout.adaptive import AdaptiveAlpha, AlphaState
+from flash.rollout.config import RolloutSettings
 from flash.rollout.loop import RolloutLoop
 from flash.types import Task
 from flash.virtual_time import in_virtual_time
+from tests.rollout.test_crew import played
 from tests.steady import weights
 
 
@@ -151,3 +154,25 @@ async def test_a_loop_may_begin_with_less_than_its_bound_and_can_not_be_given_mo
             assert loop.ledger.running == 6
         with pytest.raises(ValueError, match=r"alpha=5 .* bound of 4"):
             loop.use_alpha(5)
+
+
+@in_virtual_time
+async def test_with_less_alpha_in_force_groups_that_have_begun_come_to_their_ends():
+    """One episode of each fails meanwhile, and what is ready alone is more than there is room
+    for now."""
+    async with InferenceHub([FakeWorker("w")]) as hub:
+        crew = FakeCrew(
+            hub,
+            lambda e: EnvFailure("lost") if e.id % 2 and e.attempt == 1 else played(hub.version),
+        )
+        async with RolloutLoop(
+            hub, crew=crew, tasks=map(Task, range(10**6)), batch_size=4, group_size=2, alpha=4,
+            settings=RolloutSettings(stall_timeout_s=60),
+        ) as loop:  # fmt: skip
+            await asyncio.sleep(0.5)
+            assert len(crew.begun) == loop.capacity == 20
+            loop.use_alpha(0)
+            async with asyncio.timeout(10):
+                batch = await loop.next_batch()
+            assert {sample.episode for sample in batch.samples if sample.episode >= 20}
+            assert {e.group for e in crew.begun} == set(range(10)), "and no other begins"
