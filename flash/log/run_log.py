@@ -46,12 +46,12 @@ class RunLog:
         run: Path,
         settings: LogConfig,
         *,
-        store: Callable[..., Store] = Store,
+        store: Callable[..., Store] | None = None,
         thread: Executor | None = None,
     ) -> None:
         self._run = run
         self._settings = settings
-        self._make_store = store
+        self._make_store = store or Store
         self._thread = thread or ThreadPoolExecutor(1, "log")
 
     async def __aenter__(self) -> Self:

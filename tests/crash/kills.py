@@ -333,6 +333,8 @@ class KilledRun:
             else:
                 self._switch.write_text(place)
         self._process.wait(_START_S)
+        if kill.role == "commit" and self._code == 0 and kill.step + 1 < self._steps:
+            raise Failed("the run came to its end, and none of its commits died")
         return self._code != 0 or (kill.role == "stop" and not self._is_done())
 
     def _is_done(self) -> bool:

@@ -224,6 +224,7 @@ class Start(Promises):
         self._kept: dict[
             int, list[int]
         ] = {}  # the tokens that an episode of this start begins with
+        self.log_gave_up = False
         checkpoint = None
         if self.number:
             versions = sorted({0, *self.of_run.checkpoints})
@@ -243,6 +244,10 @@ class Start(Promises):
             with contextlib.closing(sqlite3.connect(self.folder / "log.sqlite")) as self.looks:
                 async with run_log.writing(past, alpha=alpha.state) as log:
                     await self._go_on(run_log, past, log)
+
+    def _given_up(self, failure: Exception) -> None:
+        self.log_gave_up = True
+        self.rollouts.fail(failure)
 
     def _new_trainer(self, version: int) -> "_Trainer":
         weights = self.of_run.checkpoints.get(version, "")
@@ -289,7 +294,7 @@ class Start(Promises):
                 ) as self.rollouts,
                 asyncio.TaskGroup() as beside,
             ):
-                log.fail_with(self.rollouts.fail)
+                log.fail_with(self._given_up)
                 monitor = beside.create_task(self._monitor(), name="monitor")
                 while self.trainer.version < self.steps:
                     await self._train()

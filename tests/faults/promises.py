@@ -176,7 +176,7 @@ class Promises(Schedule):
             while True:
                 self._check_ready()
                 trying = self.disk.trying_since
-                if trying is not None and not self._is_over:
+                if trying is not None and not self._is_over and not self.log_gave_up:
                     tried_s = asyncio.get_running_loop().time() - trying
                     assert tried_s < self.log_config.timeout_s + 3 * LONGEST_S, "nobody gives up"
                 await asyncio.sleep(0.5)
