@@ -69,7 +69,8 @@ class Postgres:
                     raise
                 time.sleep(0.1)
             else:
-                return
+                break
+        self._server.ensure_postgres_running()  # it is told that there is a server to end
 
     def _connected(self) -> psycopg.Connection:
         return psycopg.connect(self.url, autocommit=True)
