@@ -185,7 +185,8 @@ class RolloutLoop:
         )
         self._to_train = deque(restored.batches)
         self._to_restore = deque(restored.groups)
-        self._reusable = restored.reusable
+        for used in restored.reusable:
+            self._restore_used(used)
         self._open = False
         self._paused = False
         self._taken: list[Group] = []  # parts of the next batch
@@ -205,8 +206,6 @@ class RolloutLoop:
             if batch.last:
                 self._slots.hold(batch.version)
                 self._next_version = batch.version + 1
-        for used in self._reusable:
-            self._restore_used(used)
         self._expect_reuse()
         self._restore_groups()
         self._open = True
