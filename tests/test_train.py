@@ -21,9 +21,11 @@ from flash.system.machine import has_vllm
 from flash.telemetry.folder import read_lines
 from flash.trainer.config import TrainerConfig
 from flash.trainer.trainer import Trainer
+from flash.types import Batch
 from flash.warm_start.small_policy import create
 from tests.processes import Watch
 from tests.tiny_runs import OUTCOMES, run, tiny
+from tests.trainer.test_lasting import ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -176,6 +178,30 @@ async def test_a_run_that_fails_is_saved_and_goes_on_from_there(tmp_path, monkey
     assert summary["steps"] == 3
     lines = read_lines(tmp_path / "r" / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2, 3], "none was trained twice"
+
+
+async def test_a_rank_that_dies_where_no_checkpoint_is_whole_is_replaced_from_the_first_model(
+    tmp_path, monkeypatch, caplog
+):
+    train = Trainer.step
+    damaged = []
+
+    async def step(trainer: Trainer, batch: Batch) -> dict[str, float]:
+        saved = [*(tmp_path / "r" / "checkpoints").glob("*/optimizer.pt")]
+        if len(saved) == 2 and not damaged:
+            damaged.extend(saved)
+            for path in damaged:
+                path.write_bytes(b"")
+            ranks()[0].kill()
+        return await train(trainer, batch)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    options = {"name": "r", "eval_every": 0, "checkpoint.every": 1}
+    summary = await run(tiny("frozen_lake", tmp_path, **options))
+    assert (len(damaged), summary["steps"]) == (2, 3)
+    assert "from the first model, batches to train again: 2" in caplog.text
+    lines = read_lines(tmp_path / "r" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
 
 
 FILTER = """
