@@ -45,15 +45,13 @@ from flash.log.store import Change, StoreError
 from flash.rollout.adaptive import AlphaState
 from flash.rollout.committed import LEFT
 from flash.rollout.episode import Episode
-from flash.rollout.history import prompt_sum
+from flash.rollout.history import Sampled
 from flash.rollout.observer import Observer
 from flash.rollout.record import EpisodeRecord
 from flash.stop import unless
 from flash.types import (
     Batch,
-    Completion,
     ExpertSequence,
-    GenerateRequest,
     Observation,
     Sample,
 )
@@ -302,10 +300,11 @@ class Log(Observer):
             truncated=observation.truncated, info=dict(observation.info),
         )  # fmt: skip
 
-    def sampled(self, episode: Episode, request: GenerateRequest, completion: Completion) -> None:
+    def sampled(self, episode: Episode, step: Sampled) -> None:
+        completion = step.completion
         self._add(
             "insert", COMPLETIONS, episode=episode.id, step=self._step(episode), at=self._now(),
-            prompt_sum=prompt_sum(request.token_ids), token_ids=completion.token_ids,
+            prompt_sum=step.prompt_sum, token_ids=completion.token_ids,
             logprobs=completion.logprobs, versions=completion.versions,
             temperature=completion.temperature, finish_reason=completion.finish_reason,
             worker=completion.worker,

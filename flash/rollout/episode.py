@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from flash.errors import EpisodeFailure, HistoryDiverged
-from flash.rollout.history import History, Replay
+from flash.rollout.history import History, Replay, Sampled, prompt_sum
 from flash.types import (
     Completion,
     GenerateRequest,
@@ -37,9 +37,7 @@ class Witness(Protocol):
 
     def observed(self, episode: "Episode", observation: Observation) -> None: ...
 
-    def sampled(
-        self, episode: "Episode", request: GenerateRequest, completion: Completion
-    ) -> None: ...
+    def sampled(self, episode: "Episode", step: Sampled) -> None: ...
 
     def begun_anew(self, episode: "Episode") -> None: ...
 
@@ -137,7 +135,8 @@ class Episode:
             self._note_version(min(completion.versions))
             self.newest_version = max(self.newest_version or 0, *completion.versions)
         if self._witness is not None:
-            self._witness.sampled(self, request, completion)
+            step = Sampled(prompt_sum=prompt_sum(token_ids), completion=completion)
+            self._witness.sampled(self, step)
         return completion
 
     def observe(self, observation: Observation) -> None:

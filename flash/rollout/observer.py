@@ -13,8 +13,9 @@ from typing import Any
 from flash.evaluation.result import Evaluation
 from flash.hub.reports import PublishReport
 from flash.rollout.episode import Episode
+from flash.rollout.history import Sampled
 from flash.rollout.record import EpisodeRecord
-from flash.types import Batch, Completion, GenerateRequest, Observation
+from flash.types import Batch, Observation
 
 
 class Observer:
@@ -30,8 +31,8 @@ class Observer:
     def observed(self, episode: Episode, observation: Observation) -> None:
         """Its environment has answered; the first time to the reset."""
 
-    def sampled(self, episode: Episode, request: GenerateRequest, completion: Completion) -> None:
-        """The policy has answered. `request.token_ids` may grow after this call."""
+    def sampled(self, episode: Episode, step: Sampled) -> None:
+        """The policy has answered."""
 
     def begun_anew(self, episode: Episode) -> None:
         """It could not go on from its history: what was observed and sampled in it until now is
@@ -101,8 +102,8 @@ class Observers(Observer):
     def observed(self, episode: Episode, observation: Observation) -> None:
         self._tell(lambda observer: observer.observed(episode, observation))
 
-    def sampled(self, episode: Episode, request: GenerateRequest, completion: Completion) -> None:
-        self._tell(lambda observer: observer.sampled(episode, request, completion))
+    def sampled(self, episode: Episode, step: Sampled) -> None:
+        self._tell(lambda observer: observer.sampled(episode, step))
 
     def begun_anew(self, episode: Episode) -> None:
         self._tell(lambda observer: observer.begun_anew(episode))

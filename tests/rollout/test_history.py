@@ -18,7 +18,7 @@ from flash.errors import AgentFailure
 from flash.fakes import FakeStyle
 from flash.rollout.crew import AgentCrew
 from flash.rollout.episode import Episode
-from flash.rollout.history import Sampled, difference, prompt_sum
+from flash.rollout.history import difference
 from flash.types import (
     Completion,
     Observation,
@@ -48,8 +48,8 @@ class Log:
     def observed(self, episode, observation):
         self.said.append(observation)
 
-    def sampled(self, episode, request, completion):
-        self.said.append(Sampled(prompt_sum=prompt_sum(request.token_ids), completion=completion))
+    def sampled(self, episode, step):
+        self.said.append(step)
 
     def begun_anew(self, episode):
         self.forgotten.append(self.said)
@@ -410,8 +410,8 @@ async def test_a_long_history_lets_others_run_between_its_turns():
     turns = []
 
     class Watched(Log):
-        def sampled(self, episode, request, completion):
-            super().sampled(episode, request, completion)
+        def sampled(self, episode, step):
+            super().sampled(episode, step)
             turns.append(beats)
 
     beats = 0
