@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from flash.log.columns import plain
+from flash.plain import plain
 from flash.replay.episodes import EpisodeReader, LoggedEpisode
 from flash.replay.logged_run import open_run
 from flash.replay.page import Colour, as_data, legend, print_page

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from flash.log.columns import plain
+from flash.plain import plain
 from flash.replay.episodes import LoggedEpisode, Which
 from flash.replay.logged_run import LoggedRun
 from flash.replay.text import Decoder

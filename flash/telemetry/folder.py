@@ -36,9 +36,9 @@ from flash.checkpoints import Checkpoint, checkpoint_to_go_on_from
 from flash.config import Config
 from flash.config.resumed import Difference, check_resumed, differences, told
 from flash.config.source import read_mapping
-from flash.log.columns import plain
 from flash.log.past import Past
 from flash.log.run_log import ID_FILE
+from flash.plain import plain
 from flash.rollout.episode import Episode
 from flash.rollout.observer import Observer
 from flash.rollout.record import EpisodeRecord

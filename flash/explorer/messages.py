@@ -1,0 +1,306 @@
+"""What a controller and its explorers say to each other: data in one schema, never code.
+
+    explorer                     controller
+    Hello      who I am, what    Welcome   the run, what of that you may keep
+               I hold            Refused   why not
+    News       steps, ends       Begin     play this episode
+    Room       what else I'd take GiveUp   of that one nothing is wanted
+    Leaving    nothing more      Settled   these are safe, or nobody wants them: forget them
+    Score      what would the    Scored    this
+               trainer say?      Publish   new weights
+    Trouble    I can't go on     RunOver   you are not needed any more
+
+Each side sends them in frames (link.py). An explorer's connection may end at any moment; the next
+one begins with Hello, which says all that the controller may not have heard.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+from msgspec import Struct
+
+from flash.hub.reports import HubStats
+from flash.plain import hashable, plain
+from flash.rollout.history import Sampled
+from flash.types import Observation, Task, Trajectory
+
+PROTOCOL = 1
+
+
+class Told(Struct, frozen=True, tag=True, array_like=True):
+    """The environment answered; `info` is packed, because it may hold what can't be sent."""
+
+    text: str
+    reward: float
+    terminated: bool
+    truncated: bool
+    info: msgspec.Raw
+
+    @classmethod
+    def of(cls, observation: Observation) -> "Told":
+        return cls(
+            _sent(observation.text),
+            float(observation.reward),
+            bool(observation.terminated),
+            bool(observation.truncated),
+            _packed(dict(observation.info)),
+        )
+
+    def observation(self) -> Observation:
+        return Observation(
+            text=self.text,
+            reward=self.reward,
+            terminated=self.terminated,
+            truncated=self.truncated,
+            info=msgspec.msgpack.decode(self.info),
+        )
+
+
+class Said(Struct, frozen=True, tag=True, array_like=True):
+    """The policy answered."""
+
+    step: Sampled
+
+
+class Began(Struct, frozen=True, tag=True, array_like=True):
+    """A worker of that version began to sample for the episode: no token of it can be older."""
+
+    version: int
+
+
+class Anew(Struct, frozen=True, tag=True, array_like=True):
+    """It starts over: what was told of it until now is no part of it."""
+
+
+class Ended(Struct, frozen=True, tag=True, kw_only=True):
+    """It came to its end, or failed (`failure` is then its kind, and `words` why), or was given up.
+
+    Its counts, and the seconds that it took by stage.
+    """
+
+    trajectory: Trajectory | None = None
+    failure: str = ""
+    words: str = ""
+    prompt_tokens: int
+    generated_tokens: int
+    turns: int
+    seconds: dict[str, float]
+
+
+Step = Told | Said | Began | Anew | Ended
+
+
+# ── from an explorer ─────────────────────────────────────────────────────────────────────────
+
+
+class Holding(Struct, frozen=True):
+    """An episode that the explorer plays, or has played: who gave it, and how many steps it has."""
+
+    controller: str
+    episode: int
+    steps: int
+    ended: bool
+
+
+class Hello(Struct, frozen=True, tag=True):
+    """The first message. `process` is of each start of an explorer another, `name` is not."""
+
+    protocol: int
+    version: str
+    name: str
+    process: str
+    run: str  # whose episodes these are; empty before the first
+    holds: list[Holding]
+    where: str  # the machine, in words
+
+
+class News(Struct, frozen=True, tag=True, array_like=True):
+    """What happened in an episode: its steps from number `first` on."""
+
+    episode: int
+    first: int
+    steps: list[Step]
+
+
+class Room(Struct, frozen=True, tag=True, array_like=True):
+    """So many more episodes may come, and are sampled by that version; `begun` of the Begins on
+    this connection are counted already."""
+
+    version: int
+    room: int
+    begun: int
+
+
+class State(Struct, frozen=True, tag=True):
+    """How the explorer stands. `stages`: of each episode that runs what it is at."""
+
+    doing: str
+    stats: HubStats | None
+    stages: dict[int, str]
+
+
+class Leaving(Struct, frozen=True, tag=True):
+    """Give me nothing more; `returned` is not played to its end here."""
+
+    returned: list[int]
+
+
+class Score(Struct, frozen=True, tag=True):
+    """What are the trainer's logprobs of these tokens, if it has that version still?"""
+
+    number: int
+    version: int
+    token_ids: list[int]
+
+
+class Trouble(Struct, frozen=True, tag=True):
+    """What no episode can be blamed for. `fatal`: the policy is not what it should be."""
+
+    kind: Literal["inference", "publish", "other"]
+    words: str
+
+
+FromExplorer = Hello | News | Room | State | Leaving | Score | Trouble
+
+
+# ── from the controller ──────────────────────────────────────────────────────────────────────
+
+
+class Files(Struct, frozen=True):
+    """A folder of weights: where it is if you share the disk, or what to ask for.
+
+    `files`: of each file its size and the SHA-256 of its pieces of `piece` bytes. `key` opens them
+    at every URL of `sources`.
+    """
+
+    path: str
+    key: str
+    piece: int
+    files: dict[str, tuple[int, list[bytes]]]
+    sources: list[str]
+
+
+class Publish(Struct, frozen=True, tag=True):
+    """From now on sample with these weights. `probe`: compare them with the trainer."""
+
+    version: int
+    files: Files
+    probe: bool
+
+
+class Kept(Struct, frozen=True):
+    """Of what was held: go on with `held` as `episode`, and tell its steps from `first` on."""
+
+    held: Holding
+    episode: int
+    first: int
+
+
+class Welcome(Struct, frozen=True, tag=True):
+    """The run. All that is held and not kept, nobody wants any more.
+
+    `controller` is another one after each of its starts; `config` is the run's, in plain data.
+    `model` is what workers start with, at `version`; `weights` come after.
+    """
+
+    run: str
+    name: str
+    controller: str
+    config: dict[str, Any]
+    where: str
+    model: str
+    model_files: Files | None
+    version: int
+    lease_s: float
+    keeps: list[Kept]
+
+
+class Refused(Struct, frozen=True, tag=True):
+    """No; `final` says that asking again is of no use."""
+
+    why: str
+    final: bool
+
+
+class Begin(Struct, frozen=True, tag=True):
+    """Play this, from where `history` ends if you can."""
+
+    episode: int
+    task: Task
+    group: int
+    attempt: int
+    heldout: bool
+    history: list[Told | Said]
+
+
+class GiveUp(Struct, frozen=True, tag=True, array_like=True):
+    episode: int
+    reason: str
+
+
+class Settled(Struct, frozen=True, tag=True, array_like=True):
+    episodes: list[int]
+
+
+class Scored(Struct, frozen=True, tag=True, array_like=True):
+    number: int
+    logprobs: list[float] | None
+
+
+class RunOver(Struct, frozen=True, tag=True, array_like=True):
+    """`again`: it may go on; `why` is told."""
+
+    why: str
+    again: bool
+
+
+FromController = Welcome | Refused | Begin | GiveUp | Settled | Publish | Scored | RunOver
+
+
+def _pack(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.tobytes()
+    raise NotImplementedError(type(value))
+
+
+def _unpack(kind: Any, value: Any) -> Any:
+    if getattr(kind, "__origin__", None) is np.ndarray:
+        dtype = kind.__args__[1].__args__[0]
+        return np.frombuffer(value, dtype)
+    return hashable(value)
+
+
+def _sent(text: str) -> str:
+    """Half a surrogate pair is no text elsewhere."""
+    return text if text.isascii() else text.encode(errors="replace").decode()
+
+
+def _packed(info: dict[str, Any]) -> msgspec.Raw:
+    try:
+        return msgspec.Raw(msgspec.msgpack.encode(info))
+    except (TypeError, ValueError, OverflowError, RecursionError):
+        return msgspec.Raw(msgspec.msgpack.encode(plain(info)))
+
+
+encoder = msgspec.msgpack.Encoder(enc_hook=_pack)
+
+
+def decoder(kind: Any) -> msgspec.msgpack.Decoder[Any]:
+    """Of messages of that kind; MsgspecError for what is none."""
+    return msgspec.msgpack.Decoder(kind, dec_hook=_unpack)
+
+
+def history_of(steps: Sequence[Step]) -> list[Observation | Sampled]:
+    """What was observed and said since the episode began, or began anew."""
+    history: list[Observation | Sampled] = []
+    for step in steps:
+        match step:
+            case Told():
+                history.append(step.observation())
+            case Said():
+                history.append(step.step)
+            case Anew():
+                history.clear()
+    return history
