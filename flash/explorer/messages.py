@@ -169,17 +169,12 @@ FromExplorer = Hello | News | Room | State | Leaving | Score | Trouble
 
 
 class Files(Struct, frozen=True):
-    """A folder of weights: where it is if you share the disk, or what to ask for.
-
-    `files`: of each file its size and the SHA-256 of its pieces of `piece` bytes. `key` opens them
-    at every URL of `sources`.
-    """
+    """A folder of a model: at `path`, for who shares the disk and finds what `stamp` says there; or
+    to be had by HTTP from the controller, under `key`. See files.py."""
 
     path: str
+    stamp: str
     key: str
-    piece: int
-    files: dict[str, tuple[int, list[bytes]]]
-    sources: list[str]
 
 
 class Publish(Struct, frozen=True, tag=True):

@@ -18,6 +18,8 @@ class FakeCrew:
         seconds: how long it takes.
     """
 
+    waits_for = ""
+
     def __init__(
         self,
         hub: Generator,
@@ -38,6 +40,7 @@ class FakeCrew:
         on_end: Callable[[Episode, EpisodeEnd], None],
         on_fatal: Callable[[Exception], None],
         witness: Witness | None = None,
+        oldest_wanted: Callable[[], int] = lambda: 0,
     ) -> None:
         self._on_end, self._on_fatal, self._witness = on_end, on_fatal, witness
 
@@ -56,6 +59,7 @@ class FakeCrew:
         group: int = -1,
         attempt: int = 1,
         history: History = (),
+        continues: int | None = None,
     ) -> Episode:
         episode = Episode(
             episode_id,
@@ -64,6 +68,7 @@ class FakeCrew:
             group=group,
             attempt=attempt,
             history=history,
+            continues=continues,
             witness=self._witness,
         )
         self.begun.append(episode)

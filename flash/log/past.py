@@ -21,7 +21,6 @@ from flash.config.resumed import differences, groups_begin_anew, training_settin
 from flash.config.task_source import changed_source, source_of
 from flash.log.reading import (
     ABANDONED,
-    INTERRUPTED,
     MANY,
     SETTINGS_CHANGED,
     SOURCE_CHANGED,
@@ -31,6 +30,7 @@ from flash.log.reading import (
 from flash.log.schema import BATCHES, EPISODES, EXPERT_SAMPLES, GROUPS, SAMPLES, STARTS, STEPS
 from flash.log.store import Store
 from flash.rollout.adaptive import AlphaState
+from flash.rollout.committed import INTERRUPTED
 from flash.rollout.record import EpisodeRecord
 from flash.rollout.restored import Restored
 

@@ -25,6 +25,7 @@ from flash.log.schema import (
     STARTS,
     STEPS,
 )
+from flash.rollout.committed import INTERRUPTED
 from flash.rollout.history import History, Sampled
 from flash.rollout.restored import DueEpisode, OpenGroup, ReadyEpisode, UsedGroup
 from flash.types import (
@@ -40,7 +41,6 @@ from flash.types import (
 )
 
 # Episodes that ended so have a successor: they were no failures, nor did their group need no more.
-INTERRUPTED = "interrupted"
 _BEGUN_AGAIN = ("stale", "stall", INTERRUPTED)
 
 # Reasons of groups whose tasks begin anew.

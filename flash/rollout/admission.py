@@ -45,11 +45,11 @@ class Admission:
         """Episodes that groups under way still lack."""
         return len(self._again) + len(self._due)
 
-    def start_again(self, group: Group, attempt: int) -> None:
+    def start_again(self, group: Group, due: DueEpisode) -> None:
         """One more episode of this group, before all others: a group that has begun comes to its
         end, also where α is so low by now that it would not begin."""
         group.due += 1
-        self._again.appendleft((group, DueEpisode(attempt=attempt)))
+        self._again.appendleft((group, due))
 
     def restore(self, group: Group, due: Iterable[DueEpisode]) -> None:
         """These episodes of a group, after those that are due already."""

@@ -3,6 +3,9 @@
 from collections.abc import Callable
 from typing import Protocol
 
+INTERRUPTED = "interrupted"
+"""Reason of what was cut off where it was played, and goes on as another episode."""
+
 SHUTDOWN = "shutdown"
 OVER = "over"
 LEFT = (SHUTDOWN, OVER)

@@ -46,8 +46,16 @@ class Crew(Protocol):
         on_end: Callable[[Episode, EpisodeEnd], None],
         on_fatal: Callable[[Exception], None],
         witness: Witness | None = None,
+        oldest_wanted: Callable[[], int] = lambda: 0,
     ) -> None:
-        """Before it is entered: who is told."""
+        """Before it is entered: who is told, and who knows which version's tokens are of use yet:
+        what none but older weights could play is better not begun."""
+        ...
+
+    @property
+    def waits_for(self) -> str:
+        """What is to come before anything can be played, and may take its time; empty if nothing
+        is."""
         ...
 
     async def __aenter__(self) -> Self: ...
@@ -62,9 +70,10 @@ class Crew(Protocol):
         group: int = -1,
         attempt: int = 1,
         history: History = (),
+        continues: int | None = None,
     ) -> Episode:
         """An episode of that task, which is played from now on, if it can from where `history`
-        ends. Raises if none can begin."""
+        ends: that of the episode that it `continues`. Raises if none can begin."""
         ...
 
     def give_up(self, episode: Episode, reason: str) -> None:
@@ -99,6 +108,8 @@ class AgentCrew:
         together: the first responses of a group's episodes all come from one worker.
     """
 
+    waits_for = ""
+
     def __init__(
         self, make_agent: AgentFactory, hub: SessionHub, *, together: bool = False
     ) -> None:
@@ -117,6 +128,7 @@ class AgentCrew:
         on_end: Callable[[Episode, EpisodeEnd], None],
         on_fatal: Callable[[Exception], None],
         witness: Witness | None = None,
+        oldest_wanted: Callable[[], int] = lambda: 0,
     ) -> None:
         self._on_end, self._on_fatal, self._witness = on_end, on_fatal, witness
 
@@ -149,9 +161,9 @@ class AgentCrew:
         group: int = -1,
         attempt: int = 1,
         history: History = (),
+        continues: int | None = None,
     ) -> Episode:
         """Gives the episode to an idle agent, or to a new one; raises what making one raises."""
-        assert not self._closing
         episode = Episode(
             episode_id,
             task,
@@ -160,8 +172,15 @@ class AgentCrew:
             attempt=attempt,
             together=self._together,
             history=history,
+            continues=continues,
             witness=self._witness,
         )
+        self.play(episode)
+        return episode
+
+    def play(self, episode: Episode) -> None:
+        """As `begin`, an episode that is there."""
+        assert not self._closing
         if self._idle:
             seat = self._idle.pop()
         else:
@@ -170,7 +189,6 @@ class AgentCrew:
         seat.episode = episode
         self._busy[episode.id] = seat
         seat.agent.mailbox.put_nowait(Start(episode))
-        return episode
 
     def give_up(self, episode: Episode, reason: str) -> None:
         if episode.cancel_reason is None:

@@ -43,7 +43,7 @@ class Witness(Protocol):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Stage:
+class Stage:
     name: str
 
 
@@ -70,19 +70,20 @@ class Episode:
         attempt: int = 1,
         together: bool = False,
         history: History = (),
+        continues: int | None = None,
         witness: Witness | None = None,
     ) -> None:
         self.id = episode_id
         self.task = task
         self.group = group
         self.attempt = attempt
-        self.continues: int | None = None  # the episode in whose place it began after a crash
+        self.continues = continues  # the episode that was cut off, and in whose place it begins
         self.clock = asyncio.get_running_loop().time
         self.admitted_at = self.clock()
         self.ended_at: float | None = None
         self.stage_since = self.admitted_at
         self.seconds: dict[str, float] = {}
-        self._stages = [_Stage("start")]
+        self._stages = [Stage("start")]
         self._reset_counts()
         self.trajectory: Trajectory | None = None
         self.ready = False  # it has one, which no crash can lose
@@ -184,14 +185,14 @@ class Episode:
         Time counts for one stage only: the one that began last, of those within each other and
         of those side by side.
         """
-        stage = _Stage(name)
+        stage = Stage(name)
         self._switch(stage, begins=True)
         try:
             yield
         finally:
             self._switch(stage, begins=False)
 
-    def _switch(self, stage: _Stage, *, begins: bool) -> None:
+    def _switch(self, stage: Stage, *, begins: bool) -> None:
         now, before = self.clock(), self._stages[-1]
         if begins:
             self._stages.append(stage)
@@ -210,7 +211,7 @@ class Episode:
         versions = [int(v) for s in trajectory.sequences for v in s.sampled_versions()]
         if versions:
             self.oldest_version, self.newest_version = min(versions), max(versions)
-        self._switch(_Stage("ready"), begins=True)
+        self._switch(Stage("ready"), begins=True)
 
     def end(self) -> float:
         """Nothing more becomes of it; returns when that was. What it waited ready is `wait`."""
@@ -255,7 +256,10 @@ Message = Start | Abort | Stop
 
 @dataclass(frozen=True, slots=True)
 class Cancelled:
-    """The episode was given up on request."""
+    """The episode was given up on request, or was cut off; `history` is what was said in it, from
+    where another can go on."""
+
+    history: History = ()
 
 
 EpisodeEnd = Trajectory | EpisodeFailure | Cancelled

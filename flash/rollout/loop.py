@@ -30,7 +30,7 @@ from flash.hub.reports import PublishReport
 from flash.rollout.admission import Admission
 from flash.rollout.batching import metrics_of, samples_of, trajectories
 from flash.rollout.bias import LengthBias
-from flash.rollout.committed import OVER, SHUTDOWN, CommitLog, NoLog
+from flash.rollout.committed import INTERRUPTED, OVER, SHUTDOWN, CommitLog, NoLog
 from flash.rollout.config import RolloutSettings
 from flash.rollout.crew import AgentCrew, Crew, SessionHub
 from flash.rollout.episode import AgentFactory, Cancelled, Episode, EpisodeEnd
@@ -142,7 +142,12 @@ class RolloutLoop:
         self._log = log or NoLog()
         self._expert = expert
         self._crew = crew or _agents(agent, hub, together=not settings.replicate)
-        self._crew.report_to(on_end=self._on_end, on_fatal=self.fail, witness=self._observers)
+        self._crew.report_to(
+            on_end=self._on_end,
+            on_fatal=self.fail,
+            witness=self._observers,
+            oldest_wanted=lambda: math.ceil(self._next_version - self.alpha),
+        )
         self._advantages = advantages
         self._group_size = group_size
         self._groups_per_batch = batch_size // group_size
@@ -419,8 +424,8 @@ class RolloutLoop:
             group=group.id,
             attempt=due.attempt,
             history=due.history if fresh else (),
+            continues=due.episode,
         )
-        episode.continues = due.episode
         self._next_episode += 1
         self._groups.add(group, episode)
         self._observers.admitted(episode)
@@ -451,7 +456,7 @@ class RolloutLoop:
         elif isinstance(end, Cancelled):
             self._end(episode, "cancelled", episode.cancel_reason or SHUTDOWN)
             if group is not None:
-                self._restart(group, episode)
+                self._restart(group, episode, end)
         else:
             self._end(episode, "failed", end.kind)
             if group is not None:
@@ -555,15 +560,18 @@ class RolloutLoop:
             error.__cause__ = failure
             self.fail(error)
         elif episode.attempt < self.settings.max_attempts:
-            self._admission.start_again(group, episode.attempt + 1)
+            self._admission.start_again(group, DueEpisode(attempt=episode.attempt + 1))
         elif len(group.members) + group.due < group.size:
             logger.warning("group %d is given up after %d attempts", group.id, episode.attempt)
             self._give_up(group, "group_failed")
 
-    def _restart(self, group: Group, episode: Episode) -> None:
+    def _restart(self, group: Group, episode: Episode, cut_off: Cancelled | None = None) -> None:
         """In the place of an episode that is no failure: it does not count as an attempt."""
         self._groups.remove(group, episode)
-        self._admission.start_again(group, episode.attempt)
+        due = DueEpisode(attempt=episode.attempt)
+        if cut_off is not None and episode.cancel_reason == INTERRUPTED:
+            due = replace(due, episode=episode.id, history=cut_off.history)
+        self._admission.start_again(group, due)
 
     def _give_up(self, group: Group, reason: str) -> None:
         """Drops the group's ready episodes, cancels the running ones; its slots become free."""
