@@ -1,8 +1,8 @@
 """How a model's files come to explorers that do not share the controller's disk.
 
-    Files.path is here, and is what `stamp` says? ─► nothing to do
-    else ─► GET /files/KEY           the manifest: sizes, checksums of pieces; who has all of it
-            GET /files/KEY/NAME      a piece of a file, by Range, from the controller or a peer
+Files.path is here, and is what `stamp` says? ─► nothing to do
+else ─► GET /files/KEY           the manifest: sizes, checksums of pieces; who has all of it
+        GET /files/KEY/NAME      a piece of a file, by Range, from the controller or a peer
 """
 
 import hashlib

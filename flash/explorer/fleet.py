@@ -18,6 +18,7 @@ import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Self
 
 from flash.errors import FlashError, PublishFailure
@@ -467,10 +468,13 @@ class Fleet:
             end = play.episode.follow(step)
             if end is not None:
                 del explorer.plays[news.episode]
-                explorer.played += 1
-                play.explorer = None
-                play.on_end(play.episode, end)
-                self._after_commit(lambda: self._settle(explorer, news.episode))
+                if isinstance(end, Cancelled) and play.episode.cancel_reason is None:
+                    self._cut_off(play)  # nobody has asked for that: its crew is at its end
+                else:
+                    explorer.played += 1
+                    play.explorer = None
+                    play.on_end(play.episode, end)
+                self._after_commit(partial(self._settle, explorer, news.episode))
                 return
 
     def _settle(self, explorer: Explorer, episode: int) -> None:

@@ -101,6 +101,10 @@ class Link(Generic[T]):
             self._lose(f"{_MOST_PENDING} messages wait for the other side to read")
         self._wake.set()
 
+    def poke(self) -> None:
+        """Makes a frame soon, for what `before_frame` adds to it."""
+        self._wake.set()
+
     async def flush(self) -> None:
         """Sends what is gathered."""
         with contextlib.suppress(LinkLost):

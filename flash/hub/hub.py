@@ -222,6 +222,12 @@ class InferenceHub:
         """No more requests of this session will come."""
         self._queue.forget(session)
 
+    @property
+    def room(self) -> int:
+        """So many more requests its workers could have in hand; below 0 where some wait."""
+        free = (self._max_running - slot.running for slot in self._slots if slot.accepting)
+        return sum(free) - len(self._queue)
+
     def stats(self) -> HubStats:
         """A snapshot."""
         return HubStats(

@@ -195,6 +195,13 @@ class AgentCrew:
             episode.cancel_reason = reason
             self._busy[episode.id].agent.mailbox.put_nowait(Abort(episode))
 
+    @property
+    def starting(self) -> int:
+        """Episodes that have asked for no tokens yet, and soon will."""
+        return sum(
+            episode.turns == 0 and episode.stage_name != "generate" for episode in self.episodes()
+        )
+
     def episodes(self) -> list[Episode]:
         return [seat.episode for seat in self._busy.values() if seat.episode is not None]
 
