@@ -16,7 +16,7 @@ import asyncio
 import logging
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self
@@ -37,6 +37,7 @@ from flash.explorer.messages import (
     News,
     Publish,
     Refused,
+    Returned,
     Room,
     RunOver,
     Said,
@@ -123,7 +124,8 @@ class Fleet:
         due: episodes that the run's last start gave to explorers, perhaps: one that a FleetCrew
             continues waits `lease_s` for who holds it.
         after_commit: calls once what was told of an episode can't be lost any more.
-        publish: the weights that explorers are to have, or None; told to each that comes.
+        version: that is published.
+        publish: its weights, told to each that comes; None if they are what workers start with.
         score: the trainer's logprobs of tokens at a version, or None.
         on_fatal: is told what ends the run.
     """
@@ -135,8 +137,9 @@ class Fleet:
         lease_s: float,
         due: Collection[int] = (),
         after_commit: Callable[[Callable[[], None]], None] = lambda then: then(),
+        version: Callable[[], int] = lambda: 0,
         publish: Callable[[], Publish | None] = lambda: None,
-        score: Callable[[Score], "asyncio.Future[list[float] | None]"] | None = None,
+        score: Callable[[Score], Awaitable[list[float] | None]] | None = None,
         on_fatal: Callable[[Exception], None] = lambda error: None,
     ) -> None:
         self.explorers: dict[str, Explorer] = {}
@@ -146,6 +149,7 @@ class Fleet:
         self._lease_s = lease_s
         self._due = set(due)
         self._after_commit = after_commit
+        self._version = version
         self._publish = publish
         self._score = score
         self._on_fatal = on_fatal
@@ -342,6 +346,7 @@ class Fleet:
                 model=run.model,
                 model_files=run.model_files,
                 version=run.version,
+                published=self._version(),
                 lease_s=self._lease_s,
                 keeps=keeps,
             )
@@ -363,14 +368,14 @@ class Fleet:
         before, explorer.plays = explorer.plays, {}
         keeps: list[Kept] = []
         lost: list[Play] = []
-        for held in holds:
+        late = 0
+        for held in (one for one in holds if one.run == self._run.id):
             if held.controller == self._controller:
                 play = before.pop(held.episode, None)
             else:
                 play = self._claimable.pop(held.episode, None)
             if play is None:
-                if held.ended:
-                    self.counts["late"] += 1
+                late += held.ended
                 continue
             first = len(play.steps)
             if held.steps < first:  # it knows less than it told
@@ -385,7 +390,8 @@ class Fleet:
             else:  # its Begin was lost
                 play.explorer = None
                 self._waiting.appendleft(play)
-        if late := sum(held.ended for held in holds) - sum(kept.held.ended for kept in keeps):
+        self.counts["late"] += late
+        if late:
             logger.warning(
                 "explorer %s came back with %d episodes that are not its own any more: refused",
                 explorer.name, late,
@@ -447,7 +453,8 @@ class Fleet:
                         play.episode.is_at(stage)
             case Leaving():
                 explorer.leaving = True
-                for episode in message.returned:
+            case Returned():
+                for episode in message.episodes:
                     if (play := explorer.plays.pop(episode, None)) is not None:
                         self.counts["handed_back"] += 1
                         self._cut_off(play)

@@ -101,6 +101,11 @@ class Link(Generic[T]):
             self._lose(f"{_MOST_PENDING} messages wait for the other side to read")
         self._wake.set()
 
+    def use_deadline(self, deadline_s: float) -> None:
+        """From now on."""
+        self._deadline_s = deadline_s
+        self.poke()
+
     def poke(self) -> None:
         """Makes a frame soon, for what `before_frame` adds to it."""
         self._wake.set()
@@ -146,9 +151,9 @@ class Link(Generic[T]):
         return frame
 
     async def _write(self) -> None:
-        beat_s = self._deadline_s / _BEATS
         try:
             while self._lost is None:
+                beat_s = self._deadline_s / _BEATS
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(beat_s):
                         await self._wake.wait()

@@ -5,6 +5,7 @@
                I hold            Refused   why not
     News       steps, ends       Begin     play this episode
     Room       what else I'd take GiveUp   of that one nothing is wanted
+    Returned   not played here
     Leaving    nothing more      Settled   these are safe, or nobody wants them: forget them
     Score      what would the    Scored    this
                trainer say?      Publish   new weights
@@ -74,7 +75,7 @@ class Anew(Struct, frozen=True, tag=True, array_like=True):
     """It starts over: what was told of it until now is no part of it."""
 
 
-class Ended(Struct, frozen=True, tag=True, kw_only=True):
+class Ended(Struct, frozen=True, tag=True, array_like=True, kw_only=True):
     """It came to its end, or failed (`failure` is then its kind, and `words` why), or was given up.
 
     Its counts, and the seconds that it took by stage.
@@ -98,20 +99,20 @@ Step = Told | Said | Began | Anew | Ended
 class Holding(Struct, frozen=True):
     """An episode that the explorer plays, or has played: who gave it, and how many steps it has."""
 
+    run: str
     controller: str
     episode: int
     steps: int
     ended: bool
 
 
-class Hello(Struct, frozen=True, tag=True):
+class Hello(Struct, frozen=True, tag=True, array_like=True):
     """The first message. `process` is of each start of an explorer another, `name` is not."""
 
     protocol: int
     version: str
     name: str
     process: str
-    run: str  # whose episodes these are; empty before the first
     holds: list[Holding]
     where: str  # the machine, in words
 
@@ -133,7 +134,7 @@ class Room(Struct, frozen=True, tag=True, array_like=True):
     begun: int
 
 
-class State(Struct, frozen=True, tag=True):
+class State(Struct, frozen=True, tag=True, array_like=True):
     """How the explorer stands. `stages`: of each episode that runs what it is at."""
 
     doing: str
@@ -141,13 +142,17 @@ class State(Struct, frozen=True, tag=True):
     stages: dict[int, str]
 
 
-class Leaving(Struct, frozen=True, tag=True):
-    """Give me nothing more; `returned` is not played to its end here."""
-
-    returned: list[int]
+class Leaving(Struct, frozen=True, tag=True, array_like=True):
+    """Give me nothing more."""
 
 
-class Score(Struct, frozen=True, tag=True):
+class Returned(Struct, frozen=True, tag=True, array_like=True):
+    """These are not played to their ends here."""
+
+    episodes: list[int]
+
+
+class Score(Struct, frozen=True, tag=True, array_like=True):
     """What are the trainer's logprobs of these tokens, if it has that version still?"""
 
     number: int
@@ -155,14 +160,14 @@ class Score(Struct, frozen=True, tag=True):
     token_ids: list[int]
 
 
-class Trouble(Struct, frozen=True, tag=True):
+class Trouble(Struct, frozen=True, tag=True, array_like=True):
     """What no episode can be blamed for. `fatal`: the policy is not what it should be."""
 
     kind: Literal["inference", "publish", "other"]
     words: str
 
 
-FromExplorer = Hello | News | Room | State | Leaving | Score | Trouble
+FromExplorer = Hello | News | Room | State | Leaving | Returned | Score | Trouble
 
 
 # ── from the controller ──────────────────────────────────────────────────────────────────────
@@ -177,7 +182,7 @@ class Files(Struct, frozen=True):
     key: str
 
 
-class Publish(Struct, frozen=True, tag=True):
+class Publish(Struct, frozen=True, tag=True, array_like=True):
     """From now on sample with these weights. `probe`: compare them with the trainer."""
 
     version: int
@@ -193,11 +198,11 @@ class Kept(Struct, frozen=True):
     first: int
 
 
-class Welcome(Struct, frozen=True, tag=True):
+class Welcome(Struct, frozen=True, tag=True, array_like=True):
     """The run. All that is held and not kept, nobody wants any more.
 
     `controller` is another one after each of its starts; `config` is the run's, in plain data.
-    `model` is what workers start with, at `version`; `weights` come after.
+    `model` is what workers start with, at `version`; that of `published` comes after.
     """
 
     run: str
@@ -208,18 +213,19 @@ class Welcome(Struct, frozen=True, tag=True):
     model: str
     model_files: Files | None
     version: int
+    published: int
     lease_s: float
     keeps: list[Kept]
 
 
-class Refused(Struct, frozen=True, tag=True):
+class Refused(Struct, frozen=True, tag=True, array_like=True):
     """No; `final` says that asking again is of no use."""
 
     why: str
     final: bool
 
 
-class Begin(Struct, frozen=True, tag=True):
+class Begin(Struct, frozen=True, tag=True, array_like=True):
     """Play this, from where `history` ends if you can."""
 
     episode: int

@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from flash.errors import EpisodeFailure
 from flash.explorer.link import Link
@@ -21,17 +22,18 @@ from flash.explorer.messages import (
     Ended,
     FromController,
     Holding,
-    Kept,
     Leaving,
     News,
+    Returned,
     Room,
     Said,
     State,
     Step,
     Told,
+    Welcome,
     history_of,
 )
-from flash.explorer.spool import Spool, Spooled
+from flash.explorer.spool import Spooled
 from flash.hub.reports import HubStats
 from flash.plain import packable
 from flash.rollout.crew import AgentCrew
@@ -48,12 +50,13 @@ _TELLS_EVERY_S = 1.0
 class _Held:
     """An episode: whose, what happened in it, and how much of that the controller knows."""
 
+    run: str
     controller: str
     number: int
     steps: list[Step] = field(default_factory=list)
     told: int = 0
     ended: bool = False
-    heldout: bool = False
+    crew: AgentCrew | None = None  # that plays it, while it does
     episode: Episode | None = None
     wanted: bool = True
     spooled: bool = False
@@ -61,18 +64,24 @@ class _Held:
     stage: str = ""  # as told
 
 
+class Spool(Protocol):
+    """What the player keeps what it finished in, where nobody can be told."""
+
+    def load(self) -> list[Spooled]: ...
+
+    def add(self, spooled: Spooled) -> None: ...
+
+    def remove(self, controller: str, episode: int) -> None: ...
+
+
 class Player:
     """Plays what is begun with its crews, once it has some.
 
-    Args:
-        spool: what outlives a link, and this process.
-        room: how many more episodes the crews can have in hand.
-        version, stats: of the hub.
-        on_trouble: is told what no episode can be blamed for.
+    `spool` is for what must outlive a link, and this process.
     """
 
-    def __init__(self, spool: Spool, *, run: str = "") -> None:
-        self.run = run
+    def __init__(self, spool: Spool) -> None:
+        self._run = ""
         self._spool = spool
         self._held: dict[tuple[str, int], _Held] = {}
         self._by_local: dict[int, _Held] = {}
@@ -98,11 +107,19 @@ class Player:
         stats: Callable[[], HubStats],
         on_fatal: Callable[[Exception], None],
     ) -> None:
-        """From now on it plays with these: of training, of evaluations (True)."""
+        """From now on it plays with these: of training, of evaluations (True).
+
+        `room`: how many more episodes they can have in hand; `version`, `stats`: of their hub.
+        """
         self._crews, self._room, self._version, self._stats = crews, room, version, stats
-        for heldout, crew in crews.items():
-            crew.report_to(on_end=self._on_end, on_fatal=on_fatal, witness=_Witness(self, heldout))
+        for crew in crews.values():
+            crew.report_to(on_end=self._on_end, on_fatal=on_fatal, witness=_Witness(self))
         self.doing = ""
+
+    @property
+    def version(self) -> int:
+        """Of its hub; -1 before it has one."""
+        return self._version() if self._crews else -1
 
     @property
     def running(self) -> int:
@@ -113,27 +130,34 @@ class Player:
 
     def load(self) -> None:
         """What an earlier start of this explorer finished. Blocks."""
-        for spooled in self._spool.load(self.run):
+        for spooled in self._spool.load():
             held = _Held(
-                spooled.controller, spooled.episode, spooled.steps, ended=True, spooled=True
+                spooled.run,
+                spooled.controller,
+                spooled.episode,
+                spooled.steps,
+                ended=True,
+                spooled=True,
             )
             self._held[held.controller, held.number] = held
 
     def holds(self) -> list[Holding]:
         return [
-            Holding(held.controller, held.number, len(held.steps), held.ended)
+            Holding(held.run, held.controller, held.number, len(held.steps), held.ended)
             for held in self._held.values()
             if held.wanted
         ]
 
-    def attach(self, link: Link[FromController], controller: str, keeps: Iterable[Kept]) -> None:
+    def attach(self, link: Link[FromController], welcome: Welcome) -> None:
         """A controller that has said what it wants of what is held."""
-        kept = {(keep.held.controller, keep.held.episode): keep for keep in keeps}
+        kept = {(keep.held.controller, keep.held.episode): keep for keep in welcome.keeps}
+        controller = welcome.controller
         before, self._held = self._held, {}
         for key, held in before.items():
             keep = kept.get(key)
             if keep is None:
-                self._forget(held)
+                if held.run == welcome.run:  # else it waits on disk for its own
+                    self._forget(held)
                 continue
             if (controller, keep.episode) != key:
                 self._unspool(held)
@@ -141,11 +165,11 @@ class Player:
             held.told = keep.first
             self._held[controller, held.number] = held
             self._unsent[held] = None
-        self._link, self._controller = link, controller
+        self._link, self._run, self._controller = link, welcome.run, controller
         self._begun, self._room_told = 0, None
         link.before_frame = self._tell
         if self._leaving:
-            link.send(Leaving([]))
+            link.send(Leaving())
         self.tell_state()
 
     def detach(self) -> None:
@@ -160,14 +184,15 @@ class Player:
         """Takes nothing more."""
         self._leaving = True
         if self._link is not None:
-            self._link.send(Leaving([]))
+            self._link.send(Leaving())
 
     def hand_back(self) -> None:
-        """What is not at its end is not played to it here."""
+        """What is not at its end is not played to it here, nor is anything until it has crews."""
+        self._crews = {}
         running = [held for held in self._held.values() if not held.ended]
         if self._link is not None:
             self._tell()
-            self._link.send(Leaving([held.number for held in running]))
+            self._link.send(Returned([held.number for held in running]))
         for held in running:
             self._forget(held)
             self._held.pop((held.controller, held.number), None)
@@ -186,10 +211,11 @@ class Player:
 
     def begin(self, message: Begin) -> None:
         self._begun += 1
-        held = _Held(self._controller, message.episode, heldout=message.heldout)
+        crew = self._crews[message.heldout]
+        held = _Held(self._run, self._controller, message.episode, crew=crew)
         local, self._next_local = self._next_local, self._next_local + 1
         self._held[held.controller, held.number] = self._by_local[local] = held
-        held.episode = self._crews[message.heldout].begin(
+        held.episode = crew.begin(
             local,
             message.task,
             group=message.group,
@@ -199,8 +225,8 @@ class Player:
 
     def give_up(self, number: int, reason: str) -> None:
         held = self._held.get((self._controller, number))
-        if held is not None and held.episode is not None and not held.ended:
-            self._crews[held.heldout].give_up(held.episode, reason)
+        if held is not None and not held.ended:
+            _give_up(held, reason)
 
     def settled(self, numbers: Iterable[int]) -> None:
         for number in numbers:
@@ -265,7 +291,7 @@ class Player:
     def _on_end(self, episode: Episode, end: EpisodeEnd) -> None:
         self.add(episode, _ended(episode, end))
         held = self._by_local.pop(episode.id)
-        held.episode = None
+        held.episode = held.crew = None
         self._changed.set()
 
     def _keep(self, held: _Held) -> None:
@@ -274,7 +300,7 @@ class Player:
             self._held.pop((held.controller, held.number), None)  # it was given up
             return
         held.spooled = True
-        self._spool.add(Spooled(self.run, held.controller, held.number, held.steps))
+        self._spool.add(Spooled(held.run, held.controller, held.number, held.steps))
 
     def _unspool(self, held: _Held) -> None:
         if held.spooled:
@@ -286,15 +312,19 @@ class Player:
         held.wanted = False
         self._unsent.pop(held, None)
         self._unspool(held)
-        if held.episode is not None:
-            self._crews[held.heldout].give_up(held.episode, "unwanted")
+        _give_up(held, "unwanted")
         self._changed.set()
+
+
+def _give_up(held: _Held, reason: str) -> None:
+    if held.episode is not None and held.crew is not None:
+        held.crew.give_up(held.episode, reason)
 
 
 class _Witness:
     """Hears what is said in episodes, for a player."""
 
-    def __init__(self, player: Player, heldout: bool) -> None:
+    def __init__(self, player: Player) -> None:
         self._player = player
 
     def observed(self, episode: Episode, observation: Observation) -> None:

@@ -37,20 +37,15 @@ class Spool:
         self._loop = asyncio.get_running_loop()
         self._troubled = False
 
-    def load(self, run: str) -> list[Spooled]:
-        """What is kept of that run; of others nothing is of use any more. Blocks."""
+    def load(self) -> list[Spooled]:
+        """All that is kept. Blocks."""
         found: list[Spooled] = []
         decode = decoder(Spooled).decode
         for path in sorted(self._folder.glob("*.msgpack")):
             try:
-                spooled: Spooled = decode(path.read_bytes())
+                found.append(decode(path.read_bytes()))
             except (OSError, msgspec.MsgspecError) as error:
                 logger.warning("%s can't be read, and is left out: %s", path, error)
-                continue
-            if spooled.run == run:
-                found.append(spooled)
-            else:
-                path.unlink(missing_ok=True)
         return found
 
     def add(self, spooled: Spooled) -> None:

@@ -11,6 +11,7 @@ from flash.fakes.environments import FakeEnvs, FakeStyle
 from flash.fakes.observer import KeepingObserver
 from flash.fakes.routes import worker_app
 from flash.fakes.samples import fake_sample
+from flash.fakes.wires import FakeWires
 from flash.fakes.worker import FakePool, FakeWorker
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "FakeEnvs",
     "FakePool",
     "FakeStyle",
+    "FakeWires",
     "FakeWorker",
     "KeepingObserver",
     "fake_sample",

@@ -7,6 +7,7 @@ more closes the one that is oldest: who has a key shows it at once, so it is nev
 
 import asyncio
 import ipaddress
+import ssl
 from collections.abc import Hashable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -40,7 +41,9 @@ class Listener:
         self._runner: web.AppRunner | None = None
         self._server: asyncio.Server | None = None
 
-    async def start(self, app: web.Application, **options: Any) -> str:
+    async def start(
+        self, app: web.Application, *, tls: ssl.SSLContext | None = None, **options: Any
+    ) -> str:
         """The URL. OSError if nobody can listen there. `options` are of aiohttp's RequestHandler.
 
         A client that goes away takes its request with it. No log of paths: they may hold keys.
@@ -54,9 +57,11 @@ class Listener:
             self._host,
             self._port,
             backlog=_BACKLOG,
+            ssl=tls,
         )
         port = self._server.sockets[0].getsockname()[1]
-        return f"http://{f'[{self._host}]' if ':' in self._host else self._host}:{port}"
+        scheme = "http" if tls is None else "https"
+        return f"{scheme}://{f'[{self._host}]' if ':' in self._host else self._host}:{port}"
 
     async def close(self) -> None:
         if self._server is not None:

@@ -11,6 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
+def where() -> str:
+    """This machine, in a word."""
+    return socket.gethostname()
+
+
 def has_vllm() -> bool:
     """Whether some build of vLLM is installed."""
     return importlib.util.find_spec("vllm") is not None

@@ -1,0 +1,231 @@
+"""An explorer's side of its links: one after the other, as long as it lives."""
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from flash.errors import (
+    FlashError,
+    InferenceFailure,
+    PublishFailure,
+    first_error,
+    one_line,
+)
+from flash.explorer.gate import NotTheController
+from flash.explorer.link import Link, LinkLost, Wire
+from flash.explorer.messages import (
+    PROTOCOL,
+    Begin,
+    Files,
+    FromController,
+    GiveUp,
+    Hello,
+    Publish,
+    Refused,
+    RunOver,
+    Scored,
+    Settled,
+    Trouble,
+    Welcome,
+)
+from flash.explorer.player import Player
+from flash.hub.hub import InferenceHub
+from flash.system.machine import where
+from flash.types import Weights
+
+_FIRST_DEADLINE_S = 30.0  # until the controller has told its own
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 15.0
+
+
+class RunIsOver(Exception):
+    """The controller needs no explorers any more."""
+
+
+class Connection:
+    """Keeps a link to the controller, again and again, and passes on what it says.
+
+    Args:
+        name: what the explorer is called.
+        connect: gives a wire to the controller; NotTheController if there is none now.
+        have: gives the folder of a model on this machine; ValueError if it can't be had.
+        say: is told what the user should know.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        player: Player,
+        *,
+        connect: Callable[[], AbstractAsyncContextManager[Wire]],
+        have: Callable[[Files], Awaitable[Path]],
+        say: Callable[[str], None],
+    ) -> None:
+        self.name = name
+        self._connect = connect
+        self._have = have
+        self._player = player
+        self._say = say
+        self._process = uuid.uuid4().hex
+        self._link: Link[FromController] | None = None
+        self._welcome: Welcome | None = None
+        self._played_for: dict[str, Any] | None = None  # with which configuration
+        self._changed = asyncio.Event()
+        self._weights: Publish | None = None
+        self._news_of_weights = asyncio.Event()
+        self._questions: dict[int, asyncio.Future[list[float] | None]] = {}
+        self._failure: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
+
+    @contextlib.asynccontextmanager
+    async def kept(self) -> AsyncIterator[None]:
+        """While the block runs; what ends it for good comes out of it."""
+        with first_error():
+            async with asyncio.TaskGroup() as tasks:
+                keeping = tasks.create_task(self._keep(), name="connection")
+                failing = tasks.create_task(self._raise_failure(), name="failure")
+                yield
+                keeping.cancel()
+                failing.cancel()
+
+    def fail(self, error: Exception) -> None:
+        """What no episode can be blamed for: tells the controller, and ends the block."""
+        kind: Literal["inference", "publish", "other"] = "other"
+        if isinstance(error, PublishFailure):
+            kind = "publish"
+        elif isinstance(error, InferenceFailure):
+            kind = "inference"
+        if self._link is not None:
+            self._link.send(Trouble(kind, one_line(error)))
+        if not self._failure.done():
+            self._failure.set_result(error)
+
+    async def _raise_failure(self) -> None:
+        raise await self._failure
+
+    async def welcomed(self) -> Welcome:
+        """The run, as soon as its controller has told of one that is not as the last one was."""
+        await self.changes()
+        assert self._welcome is not None
+        self._played_for = self._welcome.config
+        return self._welcome
+
+    async def changes(self) -> bool:
+        """Waits until the run is not as the last one that was returned."""
+        while self._welcome is None or self._played_for == self._welcome.config:
+            self._changed.clear()
+            await self._changed.wait()
+        return True
+
+    async def flush(self) -> None:
+        if self._link is not None:
+            await self._link.flush()
+
+    # ── new weights ──────────────────────────────────────────────────────────────────────────
+
+    @contextlib.asynccontextmanager
+    async def publishing_to(self, hub: InferenceHub) -> AsyncIterator[None]:
+        publishing = asyncio.create_task(self._publish_to(hub), name="publish")
+        try:
+            yield
+        finally:
+            publishing.cancel()
+            await asyncio.wait((publishing,))
+
+    async def _publish_to(self, hub: InferenceHub) -> None:
+        """The newest weights, whenever there are newer ones."""
+        while True:
+            newest = self._weights
+            if newest is None or newest.version <= hub.version:
+                self._news_of_weights.clear()
+                await self._news_of_weights.wait()
+                continue
+            try:
+                path = await self._have(newest.files)
+                await hub.publish(Weights(version=newest.version, path=path))
+            except (FlashError, ValueError) as error:
+                self.fail(error)
+                return
+            self._player.tell_state()
+
+    # ── the link ─────────────────────────────────────────────────────────────────────────────
+
+    async def _keep(self) -> None:
+        pause_s, said = _FIRST_PAUSE_S, False
+        while True:
+            try:
+                async with (
+                    self._connect() as wire,
+                    Link[FromController](
+                        wire, FromController, deadline_s=_FIRST_DEADLINE_S
+                    ) as link,
+                ):
+                    pause_s, said = _FIRST_PAUSE_S, False
+                    await self._serve(link)
+            except NotTheController as refusal:
+                if not refusal.again:
+                    raise ValueError(str(refusal)) from refusal
+                if not said:
+                    self._say(f"waiting for the run's controller: {refusal}")
+                said = True
+            except LinkLost as lost:
+                self._say(f"the controller is away ({lost}): {self._player.running} episodes go on")
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    async def _serve(self, link: Link[FromController]) -> None:
+        link.send(self._hello())
+        messages = link.messages()
+        first = await anext(messages)
+        if isinstance(first, Refused):
+            raise (ValueError if first.final else LinkLost)(first.why)
+        if not isinstance(first, Welcome):
+            raise LinkLost("the first message of a controller must be Welcome")
+        await self._enter(link, first)
+        try:
+            async for message in messages:
+                self._hear(message)
+        finally:
+            self._link = None
+            self._player.detach()
+
+    async def _enter(self, link: Link[FromController], welcome: Welcome) -> None:
+        link.use_deadline(welcome.lease_s)
+        self._link, self._welcome = link, welcome
+        if self._player.version > welcome.published:  # a run that has lost what it had published
+            self._played_for = None
+        self._player.attach(link, welcome)
+        self._changed.set()
+
+    def _hello(self) -> Hello:
+        return Hello(
+            protocol=PROTOCOL,
+            version=metadata.version("flash-rl"),
+            name=self.name,
+            process=self._process,
+            holds=self._player.holds(),
+            where=where(),
+        )
+
+    def _hear(self, message: FromController) -> None:
+        match message:
+            case Begin():
+                self._player.begin(message)
+            case GiveUp():
+                self._player.give_up(message.episode, message.reason)
+            case Settled():
+                self._player.settled(message.episodes)
+            case Publish():
+                self._weights = message
+                self._news_of_weights.set()
+            case Scored():
+                asked = self._questions.pop(message.number, None)
+                if asked is not None and not asked.done():
+                    asked.set_result(message.logprobs)
+            case RunOver():
+                if not message.again:
+                    raise RunIsOver(message.why)
+                raise LinkLost(message.why)

@@ -1,0 +1,198 @@
+"""`flash explore`: joins a run, plays what it is given, and leaves when it is asked to.
+
+where is the run? ─► join ─► Welcome: its configuration ─► hub, workers, environments
+                      ▲                                          │
+                      └── the link is lost: again, with what     ▼
+                          is held, while episodes go on       Player
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import ssl
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import msgspec
+
+from flash import config as configuration
+from flash.config import Config
+from flash.config.source import changed
+from flash.explorer.connection import Connection, RunIsOver
+from flash.explorer.files import is_here
+from flash.explorer.gate import NotTheController, joined
+from flash.explorer.link import Wire
+from flash.explorer.messages import (
+    Files,
+    Welcome,
+)
+from flash.explorer.player import Player
+from flash.explorer.playing import play
+from flash.explorer.spool import Spool
+from flash.parts.open import open_parts
+from flash.rollout.crew import AgentCrew
+from flash.stop import unless
+from flash.system import machine
+from flash.types import Weights
+
+logger = logging.getLogger(__name__)
+
+ADDRESS_FILE = "explorers.json"  # in a run's folder: where its explorers come in, and the token
+
+# What may be otherwise where an explorer runs: nothing of it changes what is learned.
+LOCAL = ("engine", "env.hosts", "reward.concurrency", "reward.api_key", "reward.url")
+
+
+class Address(msgspec.Struct):
+    """Where a run's explorers come in."""
+
+    url: str
+    token: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What `flash explore` is told."""
+
+    source: str  # a URL, or the run's folder
+    token: str = ""
+    name: str = ""
+    folder: Path | None = None
+    ca: Path | None = None
+    drain_s: float = 120.0
+    overrides: Mapping[str, Any]
+
+
+async def explore(
+    options: Options, *, stop: asyncio.Event, say: Callable[[str], None] = print
+) -> None:
+    """Plays for the run until that is over, or until `stop` is set and what runs has ended.
+
+    Raises ValueError for what the user got wrong, FlashError if it can't go on.
+    """
+    name = options.name or f"{machine.where()}-{os.getpid()}"
+    parent = Path() if "://" in options.source else Path(options.source)
+    folder = options.folder or parent / "explorers" / name
+    tls = _trusted(options.ca)
+    async with contextlib.AsyncExitStack() as opened:
+        spool = Spool(folder / "spool")
+        opened.push_async_callback(spool.close)
+        session = await opened.enter_async_context(aiohttp.ClientSession())
+
+        @contextlib.asynccontextmanager
+        async def connect() -> AsyncIterator[Wire]:
+            address = await asyncio.to_thread(address_of, options)
+            async with joined(session, address.url, address.token, tls=tls) as wire:
+                yield wire
+
+        player = Player(spool)
+        await asyncio.to_thread(player.load)
+        connection = Connection(name, player, connect=connect, have=_folder_of, say=say)
+        try:
+            async with connection.kept():
+                while (welcome := await unless(stop, connection.welcomed())) is not None:
+                    await _play_for(options, welcome, connection, player, folder, stop, say)
+        except RunIsOver as over:
+            say(f"{name}: {over}")
+
+
+async def _play_for(
+    options: Options,
+    welcome: Welcome,
+    connection: Connection,
+    player: Player,
+    folder: Path,
+    stop: asyncio.Event,
+    say: Callable[[str], None],
+) -> None:
+    """Plays for a run as long as it stays as it is, or until `stop` is set."""
+    config = local_config(welcome, options.overrides)
+    configuration.check_capacity(config, machine.capacity(), trains=False)
+    player.doing = "starts its workers"
+    model = welcome.model if welcome.model_files is None else await _folder_of(welcome.model_files)
+
+    async def weights() -> Weights:
+        return Weights(version=welcome.version, path=Path(model))
+
+    async with (
+        open_parts(
+            config,
+            model=str(model),
+            version=welcome.version,
+            weights=weights,
+            log_dir=folder / "logs",
+            say=say,
+        ) as parts,
+        parts.agents() as agents,
+        parts.agents(heldout=True) as heldout_agents,
+    ):
+        say(f"plays for run {welcome.name} as {connection.name}")
+        await play(
+            player,
+            connection,
+            parts.hub,
+            AgentCrew(agents.make, parts.hub, together=not config.rollout.replicate),
+            AgentCrew(heldout_agents.make, parts.hub),
+            stop=stop,
+            drain_s=options.drain_s,
+            say=say,
+        )
+
+
+async def _folder_of(files: Files) -> Path:
+    """Where a model is on this machine. ValueError if it can't be had."""
+    if is_here(files.path, files.stamp):
+        return Path(files.path)
+    raise ValueError(f"{files.path} is on the controller's disk, which is not shared with this one")
+
+
+def local_config(welcome: Welcome, overrides: Mapping[str, Any]) -> Config:
+    """The run's configuration as it holds at an explorer. ValueError for what is not its own."""
+    for field in overrides:
+        if not any(f"{field}.".startswith(f"{name}.") for name in LOCAL):
+            raise ValueError(
+                f"--{field} is the run's, for all its explorers: change it there; an explorer may "
+                f"have its own {', '.join(LOCAL)}"
+            )
+    settings = dict(welcome.config)
+    engine = dict(settings["engine"])
+    # The run's own workers, ports and GPUs are none of ours; what it has none of, we have one of.
+    engine |= {"urls": [], "door_port": None, "transport": "disk", "devices": []}
+    engine["workers"] = engine["workers"] or 1
+    if engine["kind"] == "urls":
+        engine["kind"] = "auto"
+    if welcome.where != machine.where():  # there are no trainer's ranks to leave some to
+        engine["devices"] = machine.gpus()
+    settings["engine"] = engine
+    return configuration.parse(changed(settings, overrides))
+
+
+def address_of(options: Options) -> Address:
+    """By the URL, or by what the run's folder says; NotTheController if it does not yet. Blocks."""
+    if "://" in options.source:
+        if not options.token:
+            raise ValueError(
+                f"--token is missing: {ADDRESS_FILE} in the run's folder has it; give it as $NAME "
+                f"of a variable that holds it"
+            )
+        return Address(options.source, options.token)
+    path = Path(options.source) / ADDRESS_FILE
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Address)
+    except FileNotFoundError:
+        raise NotTheController(f"{path} is not there", again=True) from None
+    except (OSError, msgspec.MsgspecError) as error:
+        raise ValueError(f"{path} can't be read: {error}") from error
+
+
+def _trusted(ca: Path | None) -> ssl.SSLContext | None:
+    if ca is None:
+        return None
+    try:
+        return ssl.create_default_context(cafile=str(ca))
+    except (OSError, ssl.SSLError) as error:
+        raise ValueError(f"--ca {ca}: {error}: name the certificate's file, in PEM") from error

@@ -1,0 +1,134 @@
+"""The hub of a run with explorers: its policy is theirs, and that of workers here if there are."""
+
+import contextlib
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from flash.errors import InferenceFailure
+from flash.explorer.fleet import Fleet
+from flash.explorer.messages import Files, Publish, Score
+from flash.hub.hub import InferenceHub
+from flash.hub.publisher import PROBE_PROMPT
+from flash.hub.reports import HubStats, PublishReport, WorkerStats
+from flash.types import Completion, GenerateRequest, Weights
+
+_SESSION = "episode-"
+
+
+class FleetHub:
+    """Publishes to all, and waits for the workers here alone: what an explorer lacks the weights
+    for, it is not given.
+
+    Args:
+        local: over the workers here, if there are any.
+        version: of the weights that everybody starts with.
+        offer: lets explorers have a folder of weights.
+    """
+
+    def __init__(
+        self, local: InferenceHub | None, *, version: int, offer: Callable[[Path], Awaitable[Files]]
+    ) -> None:
+        self.local = local
+        self._version = version
+        self._offer = offer
+        self._weights: Weights | None = None
+        self._message: Publish | None = None
+        self._publishes = 0
+
+    def over(self, fleet: Fleet) -> None:
+        """Whom it publishes to."""
+        self._fleet = fleet
+
+    @property
+    def version(self) -> int:
+        """The policy version that was published last."""
+        return self._version if self.local is None else self.local.version
+
+    @property
+    def message(self) -> Publish | None:
+        """What an explorer that comes now is told of the weights."""
+        return self._message
+
+    async def publish(self, weights: Weights) -> PublishReport:
+        """Makes these weights the policy; errors are those of the hub here."""
+        if weights.version <= self.version:
+            raise ValueError(
+                f"version {weights.version} is not newer than the published {self.version}"
+            )
+        files = await self._offer(weights.path)
+        self._weights = weights
+        self._message = Publish(weights.version, files, probe=weights.score is not None)
+        self._fleet.publish(self._message)
+        self._publishes += 1
+        if self.local is not None:
+            return await self.local.publish(weights)
+        self._version = weights.version
+        return PublishReport(
+            version=weights.version, gap_max=math.nan, paused_s=0.0, workers=0, per_worker=()
+        )
+
+    async def score(self, question: Score) -> list[float] | None:
+        """The trainer's logprobs, if its weights are still of that version."""
+        weights = self._weights
+        if weights is None or weights.score is None or weights.version != question.version:
+            return None
+        return [float(logprob) for logprob in await weights.score(question.token_ids)]
+
+    async def generate(
+        self,
+        request: GenerateRequest,
+        on_start: Callable[[int], None] | None = None,
+        on_sampled: Callable[[int], None] | None = None,
+    ) -> Completion:
+        return await self._here().generate(request, on_start, on_sampled)
+
+    def forget(self, session: str) -> None:
+        if self.local is not None:
+            self.local.forget(session)
+
+    async def probe(self, weights: Weights, prompt: Sequence[int] = PROBE_PROMPT) -> float:
+        """As of the hub here; nan if there is none."""
+        return math.nan if self.local is None else await self.local.probe(weights, prompt)
+
+    @contextlib.asynccontextmanager
+    async def lend(self, workers: int) -> AsyncIterator[InferenceHub]:
+        async with self._here().lend(workers) as share:
+            yield share
+
+    def stats(self) -> HubStats:
+        """The sums of all; workers of explorers are named after these."""
+        told = self._fleet.stats()
+        parts = [*told.values()] if self.local is None else [self.local.stats(), *told.values()]
+        workers: list[WorkerStats] = [] if self.local is None else [*self.local.stats().workers]
+        for name, stats in told.items():
+            workers += (replace(each, name=f"{name}: {each.name}") for each in stats.workers)
+        return HubStats(
+            version=self.version,
+            queued=sum(part.queued for part in parts),
+            running=sum(part.running for part in parts),
+            prompt_tokens=sum(part.prompt_tokens for part in parts),
+            generated_tokens=sum(part.generated_tokens for part in parts),
+            requests=sum(part.requests for part in parts),
+            retries=sum(part.retries for part in parts),
+            publishes=self._publishes,
+            paused_s=sum(part.paused_s for part in parts),
+            workers=tuple(workers),
+        )
+
+    def whereabouts(self, session: str) -> str:
+        episode = session.removeprefix(_SESSION)
+        with contextlib.suppress(ValueError):
+            if explorer := self._fleet.where_is(int(episode)):
+                return explorer
+        return "" if self.local is None else self.local.whereabouts(session)
+
+    def give_up(self, worker: str, why: str) -> None:
+        if self.local is not None:
+            self.local.give_up(worker, why)
+
+    def _here(self) -> InferenceHub:
+        if self.local is None:
+            raise InferenceFailure("there are no workers here (engine.workers=0), but at explorers")
+        return self.local
