@@ -59,6 +59,7 @@ from flash.rollout.history import History, Sampled
 logger = logging.getLogger(__name__)
 
 _HELLO_S = 10.0
+_TAKEN_KEPT = 10_000
 _LOOK_AGAIN_S = 0.05  # at whether there is room here
 
 
@@ -92,6 +93,7 @@ class Explorer:
     begun: int = 0  # on this link
     leaving: bool = False
     plays: dict[int, Play] = field(default_factory=dict)
+    taken: dict[int, None] = field(default_factory=dict)  # of which it may not know that they are
     state: State = State("starts", None, {})  # noqa: RUF009  (frozen)
     lease: asyncio.TimerHandle | None = None
     played: int = 0
@@ -375,7 +377,7 @@ class Fleet:
             else:
                 play = self._claimable.pop(held.episode, None)
             if play is None:
-                late += held.ended
+                late += held.ended and held.episode not in explorer.taken
                 continue
             first = len(play.steps)
             if held.steps < first:  # it knows less than it told
@@ -481,6 +483,9 @@ class Fleet:
                     explorer.played += 1
                     play.explorer = None
                     play.on_end(play.episode, end)
+                explorer.taken[news.episode] = None
+                if len(explorer.taken) > _TAKEN_KEPT:
+                    del explorer.taken[next(iter(explorer.taken))]
                 self._after_commit(partial(self._settle, explorer, news.episode))
                 return
 

@@ -332,6 +332,11 @@ class RolloutLoop:
         return self._slots.most_episodes
 
     @property
+    def crew_waits_for(self) -> str:
+        """What must come before any episode can be played, and may take its time; often nothing."""
+        return self._crew.waits_for
+
+    @property
     def crashes(self) -> int:
         """Agents that crashed and were replaced."""
         return self._crew.crashes

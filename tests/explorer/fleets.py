@@ -87,6 +87,7 @@ class Explorer:
         self, wires: FakeWires, name: str = "x", *, envs=None, workers=2, **options
     ) -> None:
         self.name = name
+        self.drain_s = options.pop("drain_s", 60.0)
         self.stop = asyncio.Event()
         self.said: list[str] = []
         self.disk = options.pop("disk", Disk())
@@ -122,7 +123,7 @@ class Explorer:
                 await play(
                     self.player, self.connection, self.hub,
                     AgentCrew(agent, self.hub), AgentCrew(agent, self.hub),
-                    stop=self.stop, drain_s=60, say=self.said.append,
+                    stop=self.stop, drain_s=self.drain_s, say=self.said.append,
                 )  # fmt: skip
 
     async def kill(self) -> None:

@@ -2,9 +2,7 @@
 
 import asyncio
 
-import pytest
-
-from flash.fakes import FakeWires, KeepingObserver
+from flash.fakes import FakeEnvs, FakeWires, KeepingObserver
 from flash.virtual_time import in_virtual_time
 from tests.explorer.fleets import Controller, Explorer
 from tests.steady import weights
@@ -30,3 +28,142 @@ async def test_explorers_play_a_run():
     assert all(e.task.done() for e in explorers)
     assert loop.ledger.count("trained") == 40
     loop.ledger.check()
+
+
+@in_virtual_time
+async def test_what_a_killed_explorer_held_goes_on_elsewhere_from_where_it_was():
+    wires, kept = FakeWires(), KeepingObserver()
+    controller = Controller(wires, observers=[kept])
+    envs = {"turns": (6, 6), "step_s": (1, 1), "deterministic": True}
+    async with controller.running(lease_s=20) as loop:
+        a = Explorer(wires, "a", envs=FakeEnvs(**envs)).start()
+        await asyncio.sleep(4.5)
+        held = list(controller.fleet.explorers["a"].plays)
+        assert len(held) == loop.capacity
+        await a.kill()
+        Explorer(wires, "b", envs=FakeEnvs(**envs)).start()
+        await asyncio.sleep(10)
+        assert set(loop.under_way()) == {loop.under_way()[n] for n in range(len(held))}
+        assert controller.fleet.counts["losses"] == 0  # its lease is not over
+        await train(loop, [1])
+        assert controller.fleet.counts["losses"] == 1
+    cut = [record for record in kept.records if record.reason == "interrupted"]
+    assert [record.episode for record in cut] == held
+    assert all(record.outcome == "cancelled" for record in cut)
+    trained = [record for record in kept.records if record.outcome == "trained"]
+    assert len(trained) == 8
+    assert all(record.turns == 6 for record in trained)
+    # What was said before the kill was said by a, and is not sampled again.
+    assert controller.fleet.counts["cut_off"] == len(held)
+    loop.ledger.check()
+
+
+@in_virtual_time
+async def test_an_explorer_that_comes_back_in_time_goes_on_with_what_it_held():
+    wires, kept = FakeWires(), KeepingObserver()
+    controller = Controller(wires, observers=[kept])
+    async with controller.running(lease_s=30) as loop:
+        Explorer(wires, "a").start()
+        await train(loop, [1])
+        for version in range(2, 8):
+            wires.cut()
+            await train(loop, [version])
+        fleet = controller.fleet
+        assert fleet.counts["returns"] >= 6
+        assert (fleet.counts["losses"], fleet.counts["late"]) == (0, 0)
+    assert not any(record.reason == "interrupted" for record in kept.records)
+    assert len({r.episode for r in kept.records}) == len(kept.records)
+
+
+@in_virtual_time
+async def test_a_lost_explorers_late_answers_are_refused():
+    wires, kept = FakeWires(), KeepingObserver()
+    controller = Controller(wires, observers=[kept])
+    slow = FakeEnvs(turns=(3, 3), step_s=(3, 3))
+    async with controller.running(lease_s=5) as loop:
+        a = Explorer(wires, "a", envs=slow).start()
+        await asyncio.sleep(4)
+        wires.parted = True
+        await asyncio.sleep(20)
+        assert controller.fleet.counts["losses"] == 1
+        assert len(a.disk.kept) == 16  # it has finished all of them meanwhile, and kept them
+        wires.parted = False
+        await train(loop, [1, 2])
+        assert controller.fleet.counts["late"] == 16
+        assert a.disk.kept == {}
+    trained = [record for record in kept.records if record.outcome == "trained"]
+    assert len(trained) == len({record.episode for record in trained}) == 16
+    loop.ledger.check()
+
+
+@in_virtual_time
+async def test_what_an_explorer_finished_alone_counts_when_it_is_back_within_its_lease():
+    wires, kept = FakeWires(), KeepingObserver()
+    controller = Controller(wires, observers=[kept])
+    slow = FakeEnvs(turns=(3, 3), step_s=(3, 3))
+    async with controller.running(lease_s=60) as loop:
+        a = Explorer(wires, "a", envs=slow).start()
+        await asyncio.sleep(4)
+        wires.cut()
+        wires.parted = True
+        await asyncio.sleep(20)
+        assert len(a.disk.kept) == 16
+        assert loop.ledger.ready == 0
+        wires.parted = False
+        await train(loop, [1])
+        await asyncio.sleep(1)
+        assert a.disk.kept == {}
+    assert {record.reason for record in kept.records} <= {"", "shutdown"}
+
+
+@in_virtual_time
+async def test_an_explorer_that_leaves_ends_what_it_plays_or_hands_it_back():
+    wires, kept = FakeWires(), KeepingObserver()
+    controller = Controller(wires, observers=[kept])
+    slow = FakeEnvs(turns=(30, 30), step_s=(1, 1), deterministic=True)
+    async with controller.running() as loop:
+        a = Explorer(wires, "a").start()
+        b = Explorer(wires, "b", envs=slow, drain_s=2).start()
+        await asyncio.sleep(10)
+        a.stop.set()
+        await asyncio.wait((a.task,), timeout=100)
+        assert a.task.done()
+        assert controller.fleet.counts["handed_back"] == 0
+        b.stop.set()
+        Explorer(wires, "c").start()
+        await asyncio.wait((b.task,), timeout=10)
+        assert b.task.done()
+        assert controller.fleet.counts["drains"] == 2
+        assert controller.fleet.counts["handed_back"] > 0
+        await train(loop, [1, 2])
+    assert controller.fleet.counts["losses"] == 0
+    loop.ledger.check()
+
+
+@in_virtual_time
+async def test_an_explorer_whose_weights_are_too_old_is_given_nothing():
+    wires = FakeWires()
+    controller = Controller(wires, alpha=0)
+    async with controller.running() as loop:
+        Explorer(wires, "fast", workers=1).start()
+        slow = Explorer(wires, "slow", workers=1, worker={"load_s": (1000, 1000)}).start()
+        await train(loop, [1])
+        played = controller.fleet.explorers["slow"].played
+        assert played > 0
+        await train(loop, range(2, 10))
+        assert slow.hub.version == 0
+        assert controller.fleet.explorers["slow"].played == played
+        assert asyncio.get_running_loop().time() < 500  # it delayed nobody
+
+
+@in_virtual_time
+async def test_explorers_may_start_before_the_controller():
+    wires = FakeWires()
+    a = Explorer(wires, "a").start()
+    await asyncio.sleep(100)
+    assert a.said == ["waiting for the run's controller: nobody is there"]
+    controller = Controller(wires)
+    async with controller.running() as loop:
+        assert loop.crew_waits_for.startswith("an explorer")
+        await train(loop, [1])
+        assert loop.crew_waits_for == ""
