@@ -48,7 +48,7 @@ class FakeWires:
         try:
             yield here
         finally:
-            here.cut()
+            await here.close()
             await asyncio.wait((serving,))
 
     async def _serve(self, wire: "FakeWire") -> None:
@@ -56,7 +56,7 @@ class FakeWires:
         try:
             await self.welcome(wire)
         finally:
-            wire.cut()
+            await wire.close()
 
     def cut(self) -> None:
         """All connections."""
@@ -119,12 +119,18 @@ class FakeWire:
         return frame
 
     async def close(self) -> None:
-        self.cut()
+        """The other end hears of it after all that was sent."""
+        self.end()
+        loop = asyncio.get_running_loop()
+        loop.call_at(max(self._last_at, loop.time()), self.other.end)
 
     def cut(self) -> None:
-        """Both ends hear of it."""
-        for end in (self, self.other):
-            if not end._over:
-                end._over = True
-                end._frames.put_nowait(None)
-                self._wires.forget(end)
+        """Both ends hear of it at once, and what was on its way is lost."""
+        self.end()
+        self.other.end()
+
+    def end(self) -> None:
+        if not self._over:
+            self._over = True
+            self._frames.put_nowait(None)
+            self._wires.forget(self)
