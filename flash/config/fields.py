@@ -12,6 +12,7 @@ from flash.config.model import SMALL, check_model
 from flash.config.names import BARE, without_aliases
 from flash.environments.config import EnvConfig
 from flash.evaluation.config import EvalConfig
+from flash.explorer.config import ExplorersConfig
 from flash.hub.config import EngineConfig
 from flash.log.config import LogConfig
 from flash.reward.config import AnyReward, EnvReward
@@ -81,6 +82,7 @@ class RunFields(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    explorers: ExplorersConfig = ExplorersConfig()
 
     @model_validator(mode="before")
     @classmethod

@@ -60,6 +60,7 @@ KINDS: Final[Mapping[str, Kind]] = {
             *_of("trainer", "start_timeout_s step_timeout_s max_restarts"),
             *_of("eval", "mode workers"),
             *_of("log", "keep max_lag_s timeout_s"),
+            "explorers",
         ),
         "free",
     ),

@@ -26,6 +26,7 @@ def check_together(config: RunFields) -> None:
             f"{config.batch_size}: use fewer"
         )
     _check_share(config)
+    _check_workers(config)
     if config.group_size < 2 and config.trainer.advantages.compares:
         raise ValueError(
             f"group_size={config.group_size} with trainer.advantages.name="
@@ -57,6 +58,27 @@ def check_together(config: RunFields) -> None:
         check_arguments(make, config.env.options | config.env.eval_options, "env.eval_options")
     style = registry.style(config.agent.style)
     check_arguments(style, config.agent.style_options, "agent.style_options")
+
+
+def _check_workers(config: RunFields) -> None:
+    """That somebody plays."""
+    if config.engine.workers or config.engine.urls:
+        return
+    if not config.explorers.may_come:
+        raise ValueError(
+            "engine.workers=0 with explorers.expected=0: nobody would play: start workers, or let "
+            "explorers come"
+        )
+    if config.eval.mode == "beside":
+        raise ValueError(
+            "eval.mode=beside with engine.workers=0: there are no workers here to lend: use "
+            "eval.mode=pause"
+        )
+    if config.engine.door_port is not None:
+        raise ValueError(
+            f"engine.door_port={config.engine.door_port} with engine.workers=0: behind that door "
+            f"would be no worker: leave it out"
+        )
 
 
 def _check_lengths(config: RunFields) -> None:

@@ -1,6 +1,7 @@
 """The evaluations of a run: when they are due, and whether rollout waits for them."""
 
 import asyncio
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from typing import Protocol, Self
@@ -10,6 +11,7 @@ from flash.evaluation.background import BackgroundEvaluation
 from flash.evaluation.config import EvalConfig
 from flash.evaluation.play import EvaluationHub, heldout_tasks, play
 from flash.evaluation.result import Evaluation
+from flash.rollout.crew import Crew
 from flash.rollout.episode import AgentFactory
 from flash.rollout.loop import RolloutLoop
 from flash.rollout.observer import Observer
@@ -32,6 +34,7 @@ class Evaluations:
         every, last: one is due each `every` steps (0: at no step), and after the last.
         observer: is told of each.
         stop: when it is set, what is played is given up.
+        crew: makes who plays with rollout paused, in the place of agents of that kind.
     """
 
     def __init__(
@@ -45,7 +48,9 @@ class Evaluations:
         last: int,
         observer: Observer,
         stop: asyncio.Event,
+        crew: Callable[[], Crew] | None = None,
     ) -> None:
+        self._crew = crew
         self._settings = settings
         self._rollouts = rollouts
         self._hub = hub
@@ -67,7 +72,8 @@ class Evaluations:
     async def now(self) -> bool:
         """Evaluates the present policy with rollout paused. Whether that came to its end."""
         with self._rollouts.paused():
-            evaluation = await unless(self._stop, self._play(self._hub))
+            crew = None if self._crew is None else self._crew()
+            evaluation = await unless(self._stop, self._play(self._hub, crew))
         if evaluation is not None:
             self._observer.evaluated(evaluation)
         return evaluation is not None
@@ -96,7 +102,7 @@ class Evaluations:
         async with self._hub.lend(self._settings.workers) as share:
             return replace(await self._play(share), paused=False)
 
-    async def _play(self, hub: EvaluationHub) -> Evaluation:
+    async def _play(self, hub: EvaluationHub, crew: Crew | None = None) -> Evaluation:
         settings = self._rollouts.settings
         try:
             return await play(
@@ -106,6 +112,7 @@ class Evaluations:
                 concurrency=self._rollouts.capacity,
                 max_attempts=settings.max_attempts,
                 stall_timeout_s=settings.stall_timeout_s,
+                crew=crew,
             )
         except RolloutStall as stall:
             self._observer.stalled(str(stall))

@@ -1,6 +1,7 @@
 """Plays tasks to their ends with the current policy, trains nothing."""
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -9,7 +10,8 @@ import numpy as np
 from flash.errors import EpisodeFailure, RolloutFailure
 from flash.evaluation.config import EvalConfig
 from flash.evaluation.result import Evaluation
-from flash.rollout.crew import AgentCrew, SessionHub
+from flash.rollout.committed import INTERRUPTED
+from flash.rollout.crew import AgentCrew, Crew, SessionHub
 from flash.rollout.episode import AgentFactory, Episode, EpisodeEnd
 from flash.rollout.stall.diagnosis import InspectedHub, stall_of
 from flash.seeds import HELDOUT_SEEDS
@@ -33,8 +35,11 @@ async def play(
     concurrency: int,
     max_attempts: int = 3,
     stall_timeout_s: float = 600.0,
+    crew: Crew | None = None,
 ) -> Evaluation:
     """One episode for each task, `concurrency` at a time; failed ones are tried again.
+
+    A `crew` plays in the place of agents of that kind.
 
     They train nothing, and are in no ledger.
 
@@ -43,6 +48,7 @@ async def play(
     """
     clock = asyncio.get_running_loop().time
     started = clock()
+    players: Crew = crew or AgentCrew(agent, hub)
     waiting = [(index, task, 1) for index, task in enumerate(tasks)][::-1]
     trajectories: list[Trajectory] = []
     failures: list[EpisodeFailure] = []
@@ -56,7 +62,7 @@ async def play(
             index, task, attempt = waiting.pop()
             running += 1
             # Negative, so that no session of an evaluation is one of a training episode.
-            crew.begin(-1 - index, task, attempt=attempt)
+            players.begin(-1 - index, task, attempt=attempt)
 
     def on_end(episode: Episode, end: EpisodeEnd) -> None:
         nonlocal running
@@ -68,6 +74,8 @@ async def play(
                 waiting.append((-1 - episode.id, episode.task, episode.attempt + 1))
             else:
                 failures.append(end)
+        elif episode.cancel_reason == INTERRUPTED:
+            waiting.append((-1 - episode.id, episode.task, episode.attempt))
         start_more()
         progress.set()
 
@@ -75,18 +83,17 @@ async def play(
         fatal.append(error)
         progress.set()
 
-    crew = AgentCrew(agent, hub)
-    crew.report_to(on_end=on_end, on_fatal=on_fatal)
-    async with crew:
+    players.report_to(on_end=on_end, on_fatal=on_fatal)
+    async with players:
         try:
             start_more()
             while running and not fatal:
                 progress.clear()
-                async with asyncio.timeout(stall_timeout_s):
-                    await progress.wait()
-        except TimeoutError:
-            episodes = crew.episodes()
-            raise stall_of("evaluation", hub, episodes, for_s=stall_timeout_s) from None
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(stall_timeout_s):
+                        await progress.wait()
+                if not (progress.is_set() or players.waits_for):
+                    raise stall_of("evaluation", hub, players.episodes(), for_s=stall_timeout_s)
         finally:
             waiting.clear()  # an episode that is cancelled now has no successor
     if fatal:

@@ -24,6 +24,7 @@ class FleetCrew:
         local, room: the agents of this process, and how many more episodes they can have in hand.
         together: as for AgentCrew.
         heldout: the episodes are of an evaluation.
+        version: what is older must not sample; by default that is the caller's to say.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class FleetCrew:
         room: Callable[[], int] = lambda: 0,
         together: bool = False,
         heldout: bool = False,
+        version: Callable[[], int] | None = None,
     ) -> None:
         self._fleet = fleet
         self._hub = hub
@@ -42,6 +44,7 @@ class FleetCrew:
         self._room = room
         self._together = together
         self._heldout = heldout
+        self._version = version
         self._plays: dict[int, Play] = {}
         self._left = asyncio.Event()
 
@@ -62,7 +65,8 @@ class FleetCrew:
         oldest_wanted: Callable[[], int] = lambda: 0,
     ) -> None:
         self._on_end, self._on_fatal = on_end, on_fatal
-        self._witness, self._oldest_wanted = witness, oldest_wanted
+        self._witness, self._oldest_wanted = witness, self._version or oldest_wanted
+        self._fleet.on_fatal = on_fatal
         if self._local is not None:
             self._local.report_to(on_end=self._end, on_fatal=on_fatal, witness=witness)
 

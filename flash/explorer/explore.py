@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import msgspec
 
 from flash import config as configuration
 from flash.config import Config
 from flash.config.source import changed
+from flash.explorer.address import ADDRESS_FILE, Address
 from flash.explorer.connection import Connection, RunIsOver
 from flash.explorer.files import is_here
 from flash.explorer.gate import NotTheController, joined
@@ -41,17 +41,8 @@ from flash.types import Weights
 
 logger = logging.getLogger(__name__)
 
-ADDRESS_FILE = "explorers.json"  # in a run's folder: where its explorers come in, and the token
-
 # What may be otherwise where an explorer runs: nothing of it changes what is learned.
 LOCAL = ("engine", "env.hosts", "reward.concurrency", "reward.api_key", "reward.url")
-
-
-class Address(msgspec.Struct):
-    """Where a run's explorers come in."""
-
-    url: str
-    token: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +76,7 @@ async def explore(
 
         @contextlib.asynccontextmanager
         async def connect() -> AsyncIterator[Wire]:
-            address = await asyncio.to_thread(address_of, options)
+            address = _address_of(options)
             async with joined(session, address.url, address.token, tls=tls) as wire:
                 yield wire
 
@@ -171,22 +162,14 @@ def local_config(welcome: Welcome, overrides: Mapping[str, Any]) -> Config:
     return configuration.parse(changed(settings, overrides))
 
 
-def address_of(options: Options) -> Address:
-    """By the URL, or by what the run's folder says; NotTheController if it does not yet. Blocks."""
-    if "://" in options.source:
-        if not options.token:
-            raise ValueError(
-                f"--token is missing: {ADDRESS_FILE} in the run's folder has it; give it as $NAME "
-                f"of a variable that holds it"
-            )
-        return Address(options.source, options.token)
-    path = Path(options.source) / ADDRESS_FILE
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=Address)
-    except FileNotFoundError:
-        raise NotTheController(f"{path} is not there", again=True) from None
-    except (OSError, msgspec.MsgspecError) as error:
-        raise ValueError(f"{path} can't be read: {error}") from error
+def _address_of(options: Options) -> Address:
+    """By the URL, or by what the run's folder says; NotTheController if it does not yet."""
+    if "://" not in options.source:
+        address = Address.read(Path(options.source))
+        if address is None:
+            raise NotTheController(f"{options.source} has no {ADDRESS_FILE} yet", again=True)
+        return address
+    return Address(options.source, options.token)
 
 
 def _trusted(ca: Path | None) -> ssl.SSLContext | None:

@@ -5,8 +5,11 @@ else ─► GET /files/KEY           the manifest: sizes, checksums of pieces; w
         GET /files/KEY/NAME      a piece of a file, by Range, from the controller or a peer
 """
 
+import asyncio
 import hashlib
 from pathlib import Path
+
+from flash.explorer.messages import Files
 
 
 def stamp_of(folder: Path) -> str:
@@ -17,6 +20,12 @@ def stamp_of(folder: Path) -> str:
             about = path.stat()
             told.update(f"{path.name}\0{about.st_size}\0{about.st_mtime_ns}\n".encode())
     return told.hexdigest()
+
+
+async def offered(folder: Path) -> Files:
+    """What an explorer is told of a folder here."""
+    whole = await asyncio.to_thread(folder.resolve)
+    return Files(path=str(whole), stamp=await asyncio.to_thread(stamp_of, whole), key="")
 
 
 def is_here(path: str, stamp: str) -> bool:

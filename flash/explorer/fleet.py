@@ -13,6 +13,7 @@ no episode is played by two that both count. The loop behind knows none of this:
 """
 
 import asyncio
+import itertools
 import logging
 import uuid
 from collections import Counter, deque
@@ -59,14 +60,17 @@ from flash.rollout.history import History, Sampled
 logger = logging.getLogger(__name__)
 
 _HELLO_S = 10.0
-_TAKEN_KEPT = 10_000
+_LOST_KEPT = 10_000  # numbers of episodes
 _LOOK_AGAIN_S = 0.05  # at whether there is room here
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Play:
-    """An episode to be played here or at an explorer, and what was told of it from there."""
+    """An episode to be played here or at an explorer, and what was told of it from there.
 
+    `number`: what the fleet calls it; those of training are called as in the run."""
+
+    number: int = 0
     episode: RemoteEpisode
     heldout: bool
     oldest_wanted: Callable[[], int]
@@ -93,7 +97,6 @@ class Explorer:
     begun: int = 0  # on this link
     leaving: bool = False
     plays: dict[int, Play] = field(default_factory=dict)
-    taken: dict[int, None] = field(default_factory=dict)  # of which it may not know that they are
     state: State = State("starts", None, {})  # noqa: RUF009  (frozen)
     lease: asyncio.TimerHandle | None = None
     played: int = 0
@@ -129,7 +132,6 @@ class Fleet:
         version: that is published.
         publish: its weights, told to each that comes; None if they are what workers start with.
         score: the trainer's logprobs of tokens at a version, or None.
-        on_fatal: is told what ends the run.
     """
 
     def __init__(
@@ -142,9 +144,9 @@ class Fleet:
         version: Callable[[], int] = lambda: 0,
         publish: Callable[[], Publish | None] = lambda: None,
         score: Callable[[Score], Awaitable[list[float] | None]] | None = None,
-        on_fatal: Callable[[Exception], None] = lambda error: None,
     ) -> None:
         self.explorers: dict[str, Explorer] = {}
+        self.on_fatal: Callable[[Exception], None] = lambda error: None
         self.counts: Counter[str] = Counter()  # of joins, returns, drains, losses, late answers
         self._run = run
         self._controller = uuid.uuid4().hex
@@ -154,10 +156,11 @@ class Fleet:
         self._version = version
         self._publish = publish
         self._score = score
-        self._on_fatal = on_fatal
         self._waiting: deque[Play] = deque()
         self._claimable: dict[int, Play] = {}  # by the episode that they continue
         self._tasks = asyncio.TaskGroup()
+        self._lost: dict[int, bool] = {}  # whose late answers are refused
+        self._heldout = itertools.count(1)
         self._looks_again = False
         self._closed = False
 
@@ -184,6 +187,7 @@ class Fleet:
 
     def begin(self, play: Play) -> None:
         """To be played as soon as there is room for it."""
+        play.number = -next(self._heldout) if play.heldout else play.episode.id
         continues = play.episode.continues
         if continues in self._due:
             self._due.discard(continues)
@@ -197,7 +201,7 @@ class Fleet:
         """Nothing is wanted of it any more; its end is reported."""
         explorer = play.explorer
         if explorer is not None and explorer.link is not None:
-            explorer.link.send(GiveUp(play.episode.id, play.episode.cancel_reason or ""))
+            explorer.link.send(GiveUp(play.number, play.episode.cancel_reason or ""))
             return
         self.drop(play)
         self._loop.call_soon(play.on_end, play.episode, Cancelled())
@@ -205,7 +209,7 @@ class Fleet:
     def drop(self, play: Play) -> None:
         """Whatever comes of it is refused."""
         if play.explorer is not None:
-            del play.explorer.plays[play.episode.id]
+            del play.explorer.plays[play.number]
             play.explorer = None
         elif play in self._waiting:
             self._waiting.remove(play)
@@ -250,12 +254,12 @@ class Fleet:
         assert explorer.link is not None
         explorer.room -= 1
         explorer.begun += 1
-        explorer.plays[play.episode.id] = play
+        explorer.plays[play.number] = play
         play.explorer = explorer
         episode = play.episode
         explorer.link.send(
             Begin(
-                episode=episode.id,
+                episode=play.number,
                 task=episode.task,
                 group=episode.group,
                 attempt=episode.attempt,
@@ -354,9 +358,9 @@ class Fleet:
             )
         )
         for kept in keeps:
-            episode = explorer.plays[kept.episode].episode
-            if episode.cancel_reason is not None:
-                link.send(GiveUp(episode.id, episode.cancel_reason))
+            reason = explorer.plays[kept.episode].episode.cancel_reason
+            if reason is not None:
+                link.send(GiveUp(kept.episode, reason))
         if (weights := self._publish()) is not None:
             link.send(weights)
         for play in lost:
@@ -377,15 +381,15 @@ class Fleet:
             else:
                 play = self._claimable.pop(held.episode, None)
             if play is None:
-                late += held.ended and held.episode not in explorer.taken
+                late += held.ended and self._lost.pop(held.episode, False)
                 continue
             first = len(play.steps)
             if held.steps < first:  # it knows less than it told
                 lost.append(play)
                 continue
             play.explorer = explorer
-            explorer.plays[play.episode.id] = play
-            keeps.append(Kept(held, play.episode.id, first))
+            explorer.plays[play.number] = play
+            keeps.append(Kept(held, play.number, first))
         for play in before.values():
             if play.steps or play.episode.cancel_reason is not None:
                 lost.append(play)
@@ -428,7 +432,10 @@ class Fleet:
         )  # fmt: skip
         plays, explorer.plays = explorer.plays, {}
         for play in plays.values():
+            self._lost[play.number] = True
             self._cut_off(play)
+        while len(self._lost) > _LOST_KEPT:
+            del self._lost[next(iter(self._lost))]
 
     def _cut_off(self, play: Play) -> None:
         play.explorer = None
@@ -483,9 +490,6 @@ class Fleet:
                     explorer.played += 1
                     play.explorer = None
                     play.on_end(play.episode, end)
-                explorer.taken[news.episode] = None
-                if len(explorer.taken) > _TAKEN_KEPT:
-                    del explorer.taken[next(iter(explorer.taken))]
                 self._after_commit(partial(self._settle, explorer, news.episode))
                 return
 
@@ -502,7 +506,7 @@ class Fleet:
         error: FlashError
         if trouble.kind == "publish":
             error = PublishFailure(f"explorer {explorer.name}: {trouble.words}")
-            self._on_fatal(error)
+            self.on_fatal(error)
         else:
             logger.warning("explorer %s can't go on: %s", explorer.name, trouble.words)
 

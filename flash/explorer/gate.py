@@ -14,7 +14,7 @@ import hashlib
 import hmac
 import secrets
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -51,26 +51,19 @@ class NotTheController(Exception):
 
 
 class Gate:
-    """Lets those in who have the token; `welcome` has each one's wire until it returns.
-
-    `files` answers a request for a file to whoever has its key.
-    """
+    """Lets those in who have the token; `welcome` has each one's wire until it returns."""
 
     def __init__(
         self,
         token: str,
         welcome: Callable[[Wire], Awaitable[None]],
         *,
-        files: Callable[[web.Request], Awaitable[web.StreamResponse]],
-        status: Callable[[], Mapping[str, Any]],
         host: str,
         port: int,
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self._token = token
         self._welcome = welcome
-        self._files = files
-        self._status = status
         self._listener = Listener(host, port)
         self._tls = tls
         self._nonces: dict[str, str] = {}
@@ -80,7 +73,6 @@ class Gate:
         app = web.Application(client_max_size=_LARGEST_BODY)
         app.router.add_post(_PATH, self._open)
         app.router.add_get(_PATH, self._enter)
-        app.router.add_get("/files/{file}", self._files)
         return await self._listener.start(app, tls=self._tls)
 
     async def close(self) -> None:

@@ -22,7 +22,11 @@ class EngineConfig(Section):
         description="auto: urls if any are given, else vllm where it is installed and has a GPU, "
         "else embedded workers",
     )
-    workers: int = Field(1, ge=1, description="embedded workers or vLLM servers to start")
+    workers: int = Field(
+        1,
+        ge=0,
+        description="embedded workers or vLLM servers to start; 0: none here, explorers play",
+    )
     urls: tuple[str, ...] = Field(
         (), description="workers that run already, vLLM or embedded; with commas between"
     )

@@ -18,6 +18,7 @@ from flash.checkpoints import (
 from flash.config import Config
 from flash.errors import TrainerFailure
 from flash.evaluation.evaluations import Evaluations
+from flash.explorer.hub import FleetHub
 from flash.hub.hub import InferenceHub
 from flash.hub.publisher import PROBE_TOKENS
 from flash.log.keeping import first_needed
@@ -26,7 +27,7 @@ from flash.log.past import Past
 from flash.log.run_log import RunLog
 from flash.parts.expert import expert_of
 from flash.parts.model import self_test_text
-from flash.parts.open import open_parts
+from flash.parts.players import open_players
 from flash.rollout.adaptive import AdaptiveAlpha
 from flash.rollout.expert import ShuffledExpert
 from flash.rollout.loop import RolloutLoop
@@ -56,7 +57,7 @@ class Training:
     checkpoints: Checkpoints
     adaptive_alpha: AdaptiveAlpha
     trainer: LastingTrainer
-    hub: InferenceHub
+    hub: InferenceHub | FleetHub
     rollouts: RolloutLoop
     evaluations: Evaluations
     progress: Progress
@@ -175,28 +176,28 @@ async def _open(
     async with (
         trainer.starting(),
         Rescue(checkpoints, trainer) as rescue,
-        open_parts(
+        open_players(
             config,
             model=trainer.model,
             # The run's own workers start with what the trainer does; others are given what is now.
             version=past.version if config.engine.urls else past.checkpoint,
             weights=trainer.first_weights,
-            log_dir=folder.logs,
+            folder=folder.path,
             say=view.say,
-            door_file=folder.logs / "door.json",
-        ) as parts,
-        parts.agents() as agents,
-        parts.agents(heldout=True) as heldout_agents,
+            due=past.restored.cut_off,
+            after_commit=log.after_commit,
+            is_over=lambda: trainer.version >= config.steps,
+        ) as players,
     ):
-        decode = parts.tokenizer.decode
+        decode = players.tokenizer.decode
         per_step, steps = config.transcripts, config.steps
         observers.add(Transcripts(folder.transcript, decode=decode, per_step=per_step, steps=steps))
-        if parts.hub.version < past.version:
+        if players.hub.version < past.version:
             await trainer.ready()
-            await parts.hub.publish(await trainer.export_weights())
+            await players.hub.publish(await trainer.export_weights())
         rollouts = RolloutLoop(
-            parts.hub,
-            agent=agents.make,
+            players.hub,
+            crew=players.crew,
             tasks=Tasks(config.seed, dispatched=past.dispatched, again=past.again),
             batch_size=config.batch_size,
             group_size=config.group_size,
@@ -220,15 +221,16 @@ async def _open(
             if told := redone.describe():
                 view.say(told)
             progress = Progress(
-                config, folder, view, hub=parts.hub, rollouts=rollouts, hosts=agents.hosts,
+                config, folder, view, hub=players.hub, rollouts=rollouts, hosts=players.hosts,
                 log=log, observer=observers,
             )  # fmt: skip
             observers.add(progress)
             evaluations = Evaluations(
                 config.eval,
                 rollouts,
-                hub=parts.hub,
-                agent=heldout_agents.make,
+                hub=players.hub,
+                agent=players.heldout,
+                crew=players.examined,
                 every=config.eval_every,
                 last=config.steps,
                 observer=observers,
@@ -244,7 +246,7 @@ async def _open(
                     checkpoints=checkpoints,
                     adaptive_alpha=adaptive,
                     trainer=trainer,
-                    hub=parts.hub,
+                    hub=players.hub,
                     rollouts=rollouts,
                     evaluations=evaluations,
                     progress=progress,

@@ -70,3 +70,9 @@ class Restored:
     reusable: Sequence[UsedGroup] = ()
     batches: Sequence[Batch] = ()
     first_ids: tuple[int, int] = (0, 0)
+
+    @property
+    def cut_off(self) -> list[int]:
+        """Episodes that were under way, and are due."""
+        due = (each.episode for group in self.groups for each in group.due)
+        return [episode for episode in due if episode is not None]

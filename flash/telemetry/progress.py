@@ -11,6 +11,7 @@ from flash.config import Config
 from flash.environments.hosts import EnvHosts
 from flash.errors import first_error
 from flash.evaluation.result import Evaluation
+from flash.explorer.hub import FleetHub
 from flash.hub.hub import InferenceHub
 from flash.hub.reports import PublishReport
 from flash.log.log import Log
@@ -33,7 +34,7 @@ class Progress(Observer):
         folder: RunFolder,
         view: View,
         *,
-        hub: InferenceHub,
+        hub: InferenceHub | FleetHub,
         rollouts: RolloutLoop,
         hosts: EnvHosts | None,
         log: Log,
@@ -206,7 +207,9 @@ class Progress(Observer):
         before, now = self._totals, self._busy_and_tokens()
         workers, hosts, tokens = (b - a for a, b in zip(before, now, strict=True))
         self._metrics["idle/trainer"] = self._metrics["time/wait_batch_s"] / elapsed
-        self._metrics["idle/workers"] = 1 - workers / elapsed / len(self._hub.stats().workers)
+        count = max(1, len(self._hub.stats().workers))
+        # What explorers tell of is a second old, and they come and go.
+        self._metrics["idle/workers"] = min(1.0, max(0.0, 1 - workers / elapsed / count))
         self._metrics["idle/env_hosts"] = (
             # A call counts when it ends, so one of before the step may be longer than the step.
             max(0.0, 1 - hosts / elapsed / self._config.env.hosts) if self._hosts else None

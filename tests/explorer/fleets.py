@@ -97,7 +97,7 @@ class Explorer:
         self.connection = Connection(
             name, self.player, connect=wires.connect, have=have, say=self.said.append
         )
-        self.envs = envs or FakeEnvs(seed=hash(name) % 1000)
+        self.envs = envs or FakeEnvs(seed=sum(name.encode()))
         self.pool = [
             FakeWorker(f"{name} {n}", seed=n, tokens=(1, 8), **options.pop("worker", {}))
             for n in range(workers)

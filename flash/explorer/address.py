@@ -1,0 +1,39 @@
+"""Where a run's explorers come in: a file in its folder, which only its owner can read."""
+
+from pathlib import Path
+from typing import Self
+
+import msgspec
+
+from flash.section import is_url
+
+ADDRESS_FILE = "explorers.json"
+
+
+class Address(msgspec.Struct, frozen=True):
+    """A controller's URL, and the token of its run."""
+
+    url: str
+    token: str
+
+    @classmethod
+    def read(cls, run: Path) -> Self | None:
+        """None if the run has not told yet. ValueError for a file that says something else."""
+        path = run / ADDRESS_FILE
+        try:
+            address = msgspec.json.decode(path.read_bytes(), type=cls)
+        except FileNotFoundError:
+            return None
+        except (OSError, msgspec.MsgspecError) as error:
+            raise ValueError(f"{path} can't be read: {error}") from error
+        if not is_url(address.url):
+            raise ValueError(f"{path}: url={address.url!r} is none: remove that file")
+        return address
+
+    def write(self, run: Path) -> None:
+        """Whole, in the place of what was there."""
+        partial = run / f".{ADDRESS_FILE}.partial"
+        partial.unlink(missing_ok=True)
+        partial.touch(mode=0o600)
+        partial.write_bytes(msgspec.json.encode(self))
+        partial.replace(run / ADDRESS_FILE)

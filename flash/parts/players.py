@@ -1,0 +1,207 @@
+"""Who plays the episodes of a run: agents of this process, explorers, or both."""
+
+import contextlib
+import secrets
+import socket
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from flash.config import Config
+from flash.environments.hosts import EnvHosts
+from flash.explorer.address import Address
+from flash.explorer.config import ExplorersConfig
+from flash.explorer.crew import FleetCrew
+from flash.explorer.files import offered
+from flash.explorer.fleet import Fleet, Run
+from flash.explorer.gate import Gate
+from flash.explorer.hub import FleetHub
+from flash.hub.hub import InferenceHub
+from flash.log.run_log import ID_FILE
+from flash.parts.model import load_tokenizer
+from flash.parts.open import open_parts
+from flash.rollout.crew import AgentCrew, Crew
+from flash.rollout.episode import AgentFactory
+from flash.section import revealed
+from flash.system import machine
+from flash.types import Weights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Players:
+    """They are open.
+
+    `crew` plays what is trained. An evaluation is played by agents that `heldout` makes, on any
+    hub; or, with rollout paused, by who `examined` makes, if it is there.
+    """
+
+    hub: InferenceHub | FleetHub
+    crew: Crew
+    heldout: AgentFactory
+    examined: Callable[[], Crew] | None
+    tokenizer: Any
+    hosts: EnvHosts | None
+    fleet: Fleet | None = None
+
+
+@contextlib.asynccontextmanager
+async def open_players(
+    config: Config,
+    *,
+    model: str,
+    version: int,
+    weights: Callable[[], Awaitable[Weights]],
+    folder: Path,
+    say: Callable[[str], None],
+    due: Collection[int],
+    after_commit: Callable[[Callable[[], None]], None],
+    is_over: Callable[[], bool],
+) -> AsyncIterator[Players]:
+    """Those of a configuration; of `model`, at that version.
+
+    `due`: episodes of the run's last start that explorers may hold, if it had some. `is_over`:
+    whether the run has come to its end, when these are closed.
+    """
+    before = Address.read(folder)
+    async with contextlib.AsyncExitStack() as opened:
+        parts, hosts = None, None
+        local, heldout = None, _nobody
+        if config.engine.workers or config.engine.urls:
+            parts = await opened.enter_async_context(
+                open_parts(
+                    config,
+                    model=model,
+                    version=version,
+                    weights=weights,
+                    log_dir=folder / "logs",
+                    say=say,
+                    door_file=folder / "logs" / "door.json",
+                )
+            )
+            agents = await opened.enter_async_context(parts.agents())
+            heldout_agents = await opened.enter_async_context(parts.agents(heldout=True))
+            local = AgentCrew(agents.make, parts.hub, together=not config.rollout.replicate)
+            heldout, hosts = heldout_agents.make, agents.hosts
+        if not config.explorers.may_come:
+            assert parts is not None and local is not None
+            yield Players(
+                hub=parts.hub, crew=local, heldout=heldout, examined=None,
+                tokenizer=parts.tokenizer, hosts=hosts,
+            )  # fmt: skip
+            return
+        hub = FleetHub(None if parts is None else parts.hub, version=version, offer=offered)
+        fleet = Fleet(
+            await _run(config, folder, model=model, version=version),
+            lease_s=config.explorers.lease_s,
+            due=due if before else (),
+            after_commit=after_commit,
+            version=lambda: hub.version,
+            publish=lambda: hub.message,
+            score=hub.score,
+        )
+        hub.over(fleet)
+        await opened.enter_async_context(fleet)
+        await opened.enter_async_context(_open_gate(config.explorers, fleet, folder, before, say))
+
+        async def dismiss() -> None:
+            over = is_over()
+            await fleet.close("the run is over" if over else "the run has stopped", again=not over)
+
+        opened.push_async_callback(dismiss)
+        yield Players(
+            hub=hub,
+            crew=_crew(config, fleet, hub, local),
+            heldout=heldout,
+            examined=lambda: _heldout_crew(fleet, hub, heldout),
+            tokenizer=load_tokenizer(model) if parts is None else parts.tokenizer,
+            hosts=hosts,
+            fleet=fleet,
+        )
+
+
+def _crew(config: Config, fleet: Fleet, hub: FleetHub, local: AgentCrew | None) -> FleetCrew:
+    return FleetCrew(
+        fleet, hub, local=local, room=_room(hub, local), together=not config.rollout.replicate
+    )
+
+
+def _heldout_crew(fleet: Fleet, hub: FleetHub, agent: AgentFactory) -> FleetCrew:
+    """All that it plays is sampled by the newest weights."""
+    local = None if hub.local is None else AgentCrew(agent, hub.local)
+    return FleetCrew(
+        fleet, hub, local=local, room=_room(hub, local), heldout=True, version=lambda: hub.version
+    )
+
+
+def _room(hub: FleetHub, crew: AgentCrew | None) -> Callable[[], int]:
+    """How many more episodes the workers here can have in hand."""
+    if hub.local is None or crew is None:
+        return lambda: 0
+    here = hub.local
+    return lambda: here.room - crew.starting
+
+
+def _nobody() -> Any:
+    raise AssertionError("no agent plays here: there are no workers")
+
+
+async def _run(config: Config, folder: Path, *, model: str, version: int) -> Run:
+    local = Path(model)
+    return Run(
+        id=(folder / ID_FILE).read_text(),
+        name=config.name,
+        config=config.model_dump(mode="json"),
+        where=machine.where(),
+        model=model,
+        model_files=await offered(local) if local.is_dir() else None,
+        version=version,
+    )
+
+
+@contextlib.asynccontextmanager
+async def _open_gate(
+    settings: ExplorersConfig,
+    fleet: Fleet,
+    folder: Path,
+    before: Address | None,
+    say: Callable[[str], None],
+) -> AsyncIterator[None]:
+    """Where explorers come in; it is told in the run's folder, and is the same after a resume."""
+    token = revealed(settings.token) or (before.token if before else secrets.token_urlsafe(24))
+    port = settings.port or (urlsplit(before.url).port if before else 0) or 0
+    tls = _tls(settings)
+    gate = Gate(token, fleet.welcome, host=settings.host, port=port, tls=tls)
+    try:
+        url = await gate.start()
+    except OSError as error:
+        if settings.port or not port:
+            raise ValueError(
+                f"explorers.host={settings.host!r} with explorers.port={port}: {error}: name "
+                f"another address of this machine, or another port"
+            ) from error
+        gate = Gate(token, fleet.welcome, host=settings.host, port=0, tls=tls)
+        url = await gate.start()
+    url = url.replace("//0.0.0.0:", f"//{socket.gethostname()}:")
+    Address(url, token).write(folder)
+    say(f"explorers: flash explore {folder}, or flash explore {url} --token …")
+    try:
+        yield
+    finally:
+        await gate.close()
+
+
+def _tls(settings: ExplorersConfig) -> ssl.SSLContext | None:
+    if settings.certificate is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(settings.certificate, settings.key)
+    except (OSError, ssl.SSLError) as error:
+        raise ValueError(
+            f"explorers.certificate={str(settings.certificate)!r} with explorers.key="
+            f"{str(settings.key)!r}: {error}: both must be PEM, and of each other"
+        ) from error
+    return context
