@@ -1,4 +1,4 @@
-"""What each command does: train, eval, show, replay, export, simulate, plan, worker."""
+"""What each command does: train, eval, show, replay, export, explore, simulate, plan, worker."""
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
@@ -175,6 +175,28 @@ def _export(arguments: Sequence[str]) -> None:
     )  # fmt: skip
 
 
+def _explore(arguments: Sequence[str]) -> None:
+    parser = Options("flash explore", add_help=False)
+    parser.add_argument("--token", default="")
+    parser.add_argument("--name", default="")
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--ca", type=Path)
+    parser.add_argument("--drain_s", type=float, default=120.0)
+    options, words = parser.parse_known_args(arguments)
+    sources, overrides = split_words(words, options=parser.names())
+    source = only(sources, "a run's folder, or its controller's URL")
+    if source is None:
+        raise ValueError("flash explore what? Give a run's folder, runs/NAME, or a URL and --token")
+    from flash.explorer.explore import checked, explore
+
+    told = checked(
+        source=source, token=options.token, name=options.name, folder=options.folder,
+        ca=options.ca, drain_s=options.drain_s, overrides=overrides,
+    )  # fmt: skip
+    stop = asyncio.Event()
+    run_loop(explore(told, stop=stop), stop=stop)
+
+
 def _simulate(arguments: Sequence[str]) -> None:
     from flash.simulate.scenario import Scenario
     from flash.simulate.scenario import load as load_scenario
@@ -259,6 +281,7 @@ BY_NAME: dict[str, Callable[[Sequence[str]], None]] = {
     "show": _show,
     "replay": _replay,
     "export": _export,
+    "explore": _explore,
     "simulate": _simulate,
     "plan": _plan,
     "worker": _worker,

@@ -68,6 +68,22 @@ _REPLAY = """\
 
 A run that is going on may be looked at, and nothing is written to its folder.
 """
+_EXPLORE = """\
+  flash explore runs/alfworld                  of a run on this machine, or a shared disk
+  flash explore http://host:8765 --token '$TOKEN' --name spot-7 --engine.workers 8
+
+  --token TOKEN           of the run, as its explorers.json has it; $NAME: of a variable
+  --name NAME             what the run calls it; what it finished alone is handed in by the next
+                          start of that name [host and process]
+  --folder DIR            for logs, and for what it finished alone [explorers/NAME, in the run's
+                          folder if it is given]
+  --ca FILE               the controller's certificate, or who vouches for it, in PEM
+  --drain_s SECONDS       for episodes to come to their ends when it leaves [120]
+
+The run must let explorers in: --explorers.expected 1. They may start before it. SIGTERM or Ctrl-C
+ends what is played, or hands it back, and leaves; once more hands back at once. The run's
+configuration says all but: engine, env.hosts, reward.concurrency, reward.api_key, reward.url.
+"""
 _EXPORT = """\
   flash export runs/alfworld --format parquet
   flash export runs/alfworld --format jsonl --episodes all --out episodes.jsonl
@@ -113,6 +129,7 @@ _USAGE = {
         "RUN [--episode N|--group N|--worst|--dropped [REASON]|--rescore …|--retrain]",
         _REPLAY,
     ),
+    "explore": ("RUN|URL [--field value …]", _EXPLORE),
     "export": ("RUN --format jsonl|parquet", _EXPORT),
     "simulate": ("FILE.yaml [--field.sub value …]", _SIMULATE),
     "plan": ("FILE.yaml --gpus N [--field.sub value …]", _PLAN),

@@ -9,9 +9,11 @@ where is the run? ─► join ─► Welcome: its configuration ─► hub, work
 import asyncio
 import contextlib
 import logging
+import math
 import os
+import re
 import ssl
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from flash.explorer.playing import play
 from flash.explorer.spool import Spool
 from flash.parts.open import open_parts
 from flash.rollout.crew import AgentCrew
+from flash.section import is_url
 from flash.stop import unless
 from flash.system import machine
 from flash.types import Weights
@@ -56,6 +59,42 @@ class Options:
     ca: Path | None = None
     drain_s: float = 120.0
     overrides: Mapping[str, Any]
+
+
+def checked(*, token: str, **options: Any) -> Options:
+    """ValueError for options that can't be."""
+    told = Options(token=_revealed(token), **options)
+    if "://" in told.source:
+        if not is_url(told.source):
+            raise ValueError(f"{told.source!r} is not a URL: write http://host:port")
+        if not told.token:
+            raise ValueError(
+                f"--token is missing: {ADDRESS_FILE} in the run's folder has it; give it as "
+                f"--token '$NAME', of a variable that holds it"
+            )
+    elif told.token:
+        raise ValueError("--token goes with a URL: the run's folder has it; leave it out")
+    elif not Path(told.source).is_dir() and Path(told.source).exists():
+        raise ValueError(f"{told.source} is no folder of a run: give runs/NAME, or a URL")
+    if told.name and not re.fullmatch(r"\w[\w.-]{,99}", told.name):
+        raise ValueError(
+            f"--name {told.name}: must be at most 100 letters, digits, '.', '_' and '-'"
+        )
+    if not (math.isfinite(told.drain_s) and told.drain_s >= 0):
+        raise ValueError(f"--drain_s {told.drain_s:g}: must be a number of seconds, at least 0")
+    _trusted(told.ca)
+    check_local(told.overrides)
+    return told
+
+
+def _revealed(token: str) -> str:
+    if not token.startswith("$"):
+        return token
+    if not os.environ.get(token[1:]):
+        raise ValueError(
+            f"--token {token}: there is no environment variable {token[1:]}: export it"
+        )
+    return os.environ[token[1:]]
 
 
 async def explore(
@@ -141,14 +180,18 @@ async def _folder_of(files: Files) -> Path:
     raise ValueError(f"{files.path} is on the controller's disk, which is not shared with this one")
 
 
-def local_config(welcome: Welcome, overrides: Mapping[str, Any]) -> Config:
-    """The run's configuration as it holds at an explorer. ValueError for what is not its own."""
+def check_local(overrides: Iterable[str]) -> None:
+    """ValueError for a field that is not an explorer's own."""
     for field in overrides:
         if not any(f"{field}.".startswith(f"{name}.") for name in LOCAL):
             raise ValueError(
                 f"--{field} is the run's, for all its explorers: change it there; an explorer may "
                 f"have its own {', '.join(LOCAL)}"
             )
+
+
+def local_config(welcome: Welcome, overrides: Mapping[str, Any]) -> Config:
+    """The run's configuration as it holds at an explorer."""
     settings = dict(welcome.config)
     engine = dict(settings["engine"])
     # The run's own workers, ports and GPUs are none of ours; what it has none of, we have one of.

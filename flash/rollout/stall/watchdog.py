@@ -7,8 +7,8 @@
 
 The caller's begins anew with each call that the trainer is at, because these have deadlines of
 their own, and a trainer that starts anew makes many. A wait for a batch has stalled where nothing
-moved for so long, or where all that ended had grown stale. Remedies that bring no gain are not
-tried for ever.
+moved for so long, or where all that ended had grown stale; not while the crew waits for what may
+take its time, as explorers to come. Remedies that bring no gain are not tried for ever.
 """
 
 import asyncio
@@ -48,6 +48,9 @@ class WatchedLoop(InspectedLoop, Protocol):
 
     @property
     def hub(self) -> RestartingHub: ...
+
+    @property
+    def crew_waits_for(self) -> str: ...
 
     def replace(self, episode: Episode) -> None:
         """Cancel it, if it still counts, and start its task again."""
@@ -140,6 +143,8 @@ class Watchdog:
         since = max(call.since, self._acted_at)
         if call.name == "publish":
             return since
+        if self._loop.crew_waits_for:
+            return _now()
         if fruitless(self._loop):
             return max(since, activity.gained_at)
         running = self._loop.under_way()
