@@ -1,0 +1,135 @@
+"""Where explorers come in: who is let in, and whom an explorer believes. On loopback."""
+
+import asyncio
+import contextlib
+import ssl
+
+import aiohttp
+import pytest
+import trustme
+
+from flash.explorer.gate import Gate, NotTheController, joined
+from flash.explorer.link import LinkLost
+
+
+@contextlib.asynccontextmanager
+async def gate(token="secret", **options):
+    came = asyncio.Queue()
+
+    async def welcome(wire):
+        over = asyncio.Event()
+        came.put_nowait((wire, over))
+        await over.wait()
+
+    opened = Gate(token, welcome, host="127.0.0.1", port=0, **options)
+    url = await opened.start()
+    try:
+        yield url, came
+    finally:
+        await opened.close()
+
+
+async def test_both_sides_have_the_token_and_it_is_never_sent():
+    async with gate() as (url, came), aiohttp.ClientSession() as session:
+        async with joined(session, url, "secret") as wire:
+            theirs, over = await came.get()
+            await wire.send(b"x" * 10_000_000)
+            assert len(await theirs.receive()) == 10_000_000
+            await theirs.send(b"back")
+            assert await wire.receive() == b"back"
+            over.set()
+            with pytest.raises(LinkLost):
+                await wire.receive()
+
+
+async def test_an_explorer_with_another_token_believes_nobody_and_is_let_in_nowhere():
+    async with gate() as (url, came), aiohttp.ClientSession() as session:
+        with pytest.raises(NotTheController, match="another token") as refusal:
+            async with joined(session, url, "wrong"):
+                pass
+        assert not refusal.value.again
+        # One that does not look is not let in either.
+        async with session.post(f"{url}/explorers", json={"nonce": "0" * 64}) as response:
+            nonce = (await response.json())["nonce"]
+        for proof in ("", "0" * 64, "ä"):
+            headers = {"X-Flash-Nonce": nonce, "X-Flash-Proof": proof}
+            with pytest.raises(aiohttp.WSServerHandshakeError, match="403"):
+                await session.ws_connect(f"{url}/explorers", headers=headers)
+        assert came.empty()
+
+
+async def test_a_proof_opens_one_connection_only():
+    seen = {}
+
+    async def spy(session, context, params):
+        seen.update({n: v for n, v in params.headers.items() if n.startswith("X-Flash")})
+
+    trace = aiohttp.TraceConfig()
+    trace.on_request_start.append(spy)
+    async with gate() as (url, came), aiohttp.ClientSession(trace_configs=[trace]) as session:
+        async with joined(session, url, "secret"):
+            (await came.get())[1].set()
+        assert "secret" not in str(seen)
+        with pytest.raises(aiohttp.WSServerHandshakeError, match="403"):
+            await session.ws_connect(f"{url}/explorers", headers=seen)
+
+
+async def test_web_pages_are_not_answered():
+    async with gate() as (url, came), aiohttp.ClientSession() as session:
+        for headers in ({"Origin": "http://evil.example"}, {"Host": "evil.example"}):
+            async with session.post(f"{url}/explorers", json={"nonce": "0"}, headers=headers) as r:
+                assert r.status == 403
+            async with session.get(f"{url}/explorers", headers=headers) as r:
+                assert r.status == 403
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b'{"nonce": 3}', b"[" * 3000])
+async def test_a_body_that_is_none_is_refused(body):
+    async with gate() as (url, _), aiohttp.ClientSession() as session:
+        async with session.post(f"{url}/explorers", data=body) as response:
+            assert response.status == 400
+        async with session.post(f"{url}/explorers", data=b"x" * 10_000) as response:
+            assert response.status == 413
+
+
+async def test_something_else_than_a_controller_is_told_so():
+    async def nonsense(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi")
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(nonsense, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with server, aiohttp.ClientSession() as session:
+        with pytest.raises(NotTheController, match="is no controller"):
+            async with joined(session, f"http://127.0.0.1:{port}", "secret"):
+                pass
+    async with aiohttp.ClientSession() as session:
+        with pytest.raises(NotTheController, match="nobody answers") as refusal:
+            async with joined(session, f"http://127.0.0.1:{port}", "secret"):
+                pass
+        assert refusal.value.again
+
+
+async def test_with_a_certificate_both_speak_tls(tmp_path):
+    authority, other = trustme.CA(), trustme.CA()
+    files = {}
+    for name, whose in (("ca", authority), ("other", other)):
+        files[name] = tmp_path / f"{name}.pem"
+        whose.cert_pem.write_to_path(str(files[name]))
+    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("127.0.0.1").configure_cert(server)
+    async with gate(tls=server) as (url, came), aiohttp.ClientSession() as session:
+        assert url.startswith("https://")
+        tls = ssl.create_default_context(cafile=str(files["ca"]))
+        async with joined(session, url, "secret", tls=tls) as wire:
+            theirs, over = await came.get()
+            await wire.send(b"x")
+            assert await theirs.receive() == b"x"
+            over.set()
+        for untrusted in (None, ssl.create_default_context(cafile=str(files["other"]))):
+            with pytest.raises(NotTheController, match="--ca") as refusal:
+                async with joined(session, url, "secret", tls=untrusted):
+                    pass
+            assert not refusal.value.again
