@@ -1,4 +1,4 @@
-"""What each command does: train, eval, show, replay, export, explore, simulate, plan, worker."""
+"""What each command does."""
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
@@ -197,6 +197,20 @@ def _explore(arguments: Sequence[str]) -> None:
     run_loop(explore(told, stop=stop), stop=stop)
 
 
+def _status(arguments: Sequence[str]) -> None:
+    parser = Options("flash status", add_help=False)
+    parser.add_argument("--json", action="store_true")
+    options, words = parser.parse_known_args(arguments)
+    for name in (word.partition("=")[0] for word in words if word.startswith("-")):
+        parser.error(f"{name} is unknown: {nearest(name, parser.names(), 'leave it out')}")
+    source = only(words, "a run's folder")
+    if source is None:
+        raise ValueError("flash status what? Give a run's folder: runs/NAME")
+    from flash.telemetry.status import show
+
+    show(Path(source), as_json=options.json)
+
+
 def _simulate(arguments: Sequence[str]) -> None:
     from flash.simulate.scenario import Scenario
     from flash.simulate.scenario import load as load_scenario
@@ -282,6 +296,7 @@ BY_NAME: dict[str, Callable[[Sequence[str]], None]] = {
     "replay": _replay,
     "export": _export,
     "explore": _explore,
+    "status": _status,
     "simulate": _simulate,
     "plan": _plan,
     "worker": _worker,

@@ -84,6 +84,14 @@ The run must let explorers in: --explorers.expected 1. They may start before it.
 ends what is played, or hands it back, and leaves; once more hands back at once. The run's
 configuration says all but: engine, env.hosts, reward.concurrency, reward.api_key, reward.url.
 """
+_STATUS = """\
+  flash status runs/alfworld
+
+  --json                  the same as data
+
+A line for each role: where it is, the version it has, what it does a second, what it is at and
+what it waits for. The run writes it to status.json every two seconds.
+"""
 _EXPORT = """\
   flash export runs/alfworld --format parquet
   flash export runs/alfworld --format jsonl --episodes all --out episodes.jsonl
@@ -130,6 +138,7 @@ _USAGE = {
         _REPLAY,
     ),
     "explore": ("RUN|URL [--field value …]", _EXPLORE),
+    "status": ("RUN [--json]", _STATUS),
     "export": ("RUN --format jsonl|parquet", _EXPORT),
     "simulate": ("FILE.yaml [--field.sub value …]", _SIMULATE),
     "plan": ("FILE.yaml --gpus N [--field.sub value …]", _PLAN),

@@ -19,6 +19,7 @@ COMMANDS = {
     "replay": "Look at a run's episodes turn by turn; score or train them again, otherwise.",
     "export": "Write a run's episodes to a file, as a dataset.",
     "explore": "Play episodes for a run, from this machine: join it, and leave it, at any time.",
+    "status": "Print what every part of a run does now, and what it waits for.",
     "simulate": "Simulate a run on a cluster: the engine's own hub, loop and agents in virtual "
     "time.",
     "plan": "Search how to split GPUs between workers and trainer, and the alpha to allow, by "

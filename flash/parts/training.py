@@ -38,6 +38,7 @@ from flash.telemetry.folder import RunFolder
 from flash.telemetry.live import View
 from flash.telemetry.progress import Progress
 from flash.telemetry.redone import RedoneSteps
+from flash.telemetry.status import StatusFile
 from flash.telemetry.transcripts import Transcripts
 from flash.trainer.advantages import make_advantages
 from flash.trainer.config import TrainerConfig
@@ -237,7 +238,11 @@ async def _open(
                 stop=stop,
             )
             rescue.watch(lambda: progress.steps_done)
-            async with progress.ticking(), evaluations:
+            status = StatusFile(
+                folder.path, hub=players.hub, rollouts=rollouts, trainer=trainer.state, log=log,
+                fleet=players.fleet, step=lambda: trainer.version, steps=config.steps,
+            )  # fmt: skip
+            async with progress.ticking(), status.kept(), evaluations:
                 yield Training(
                     config=config,
                     has_begun=past.has_begun,
