@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from importlib import metadata
 from pathlib import Path
@@ -38,6 +38,12 @@ from flash.hub.hub import InferenceHub
 from flash.system.machine import where
 from flash.types import Weights
 
+# What an explorer does not go by: with others of these it plays on.
+_NOT_OF_PLAYERS = (
+    *("name", "runs_dir", "steps", "alpha", "batch_size", "group_size", "stream", "publish_every"),
+    *("eval_every", "transcripts", "trainer", "policy", "warm_start", "checkpoint", "log"),
+    *("explorers",),
+)
 _FIRST_DEADLINE_S = 30.0  # until the controller has told its own
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 15.0
 
@@ -73,7 +79,7 @@ class Connection:
         self._process = uuid.uuid4().hex
         self._link: Link[FromController] | None = None
         self._welcome: Welcome | None = None
-        self._played_for: dict[str, Any] | None = None  # with which configuration
+        self._played_for: Mapping[str, Any] | None = None  # with which configuration
         self._changed = asyncio.Event()
         self._weights: Publish | None = None
         self._news_of_weights = asyncio.Event()
@@ -110,12 +116,12 @@ class Connection:
         """The run, as soon as its controller has told of one that is not as the last one was."""
         await self.changes()
         assert self._welcome is not None
-        self._played_for = self._welcome.config
+        self._played_for = _of_players(self._welcome.config)
         return self._welcome
 
     async def changes(self) -> bool:
         """Waits until the run is not as the last one that was returned."""
-        while self._welcome is None or self._played_for == self._welcome.config:
+        while self._welcome is None or self._played_for == _of_players(self._welcome.config):
             self._changed.clear()
             await self._changed.wait()
         return True
@@ -229,3 +235,7 @@ class Connection:
                 if not message.again:
                     raise RunIsOver(message.why)
                 raise LinkLost(message.why)
+
+
+def _of_players(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {name: value for name, value in config.items() if name not in _NOT_OF_PLAYERS}

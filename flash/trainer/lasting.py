@@ -69,6 +69,7 @@ class LastingTrainer:
         self._failure: TrainerFailure | None = None  # of the ranks there are
         self._behind = self.version != trainer.version
         self._given_up: TrainerFailure | None = None
+        self._exported: Weights | None = None
         self._one_at_a_time = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
@@ -113,9 +114,12 @@ class LastingTrainer:
         self._parts.append(part)
 
     async def export_weights(self) -> Weights:
-        """As `Trainer.export_weights`; the files stay whichever ranks die."""
-        weights = await self._call(self._trainer.export_weights)
-        return replace(weights, score=self.score)
+        """As `Trainer.export_weights`, once for each version; the files stay whichever ranks die,
+        until the export of the version after next."""
+        if self._exported is None or self._exported.version != self.version:
+            weights = await self._call(self._trainer.export_weights)
+            self._exported = replace(weights, score=self.score)
+        return self._exported
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
         """As `Trainer.score`."""
