@@ -5,6 +5,7 @@ import secrets
 import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ class Players:
     """They are open.
 
     `crew` plays what is trained. An evaluation is played by agents that `heldout` makes, on any
-    hub; or, with rollout paused, by who `examined` makes, if it is there.
+    hub; or, with rollout paused, by who `examined` makes, if it is there. Explorers come in while a
+    `gate` is open: not before the loop knows what it goes on with.
     """
 
     hub: InferenceHub | FleetHub
@@ -45,6 +47,7 @@ class Players:
     tokenizer: Any
     hosts: EnvHosts | None
     fleet: Fleet | None = None
+    gate: Callable[[], AbstractAsyncContextManager[None]] = contextlib.nullcontext
 
 
 @contextlib.asynccontextmanager
@@ -63,7 +66,7 @@ async def open_players(
     """Those of a configuration; of `model`, at that version.
 
     `due`: episodes of the run's last start that explorers may hold, if it had some. `is_over`:
-    whether the run has come to its end, when these are closed.
+    whether the run has come to its end, when its gate closes.
     """
     before = Address.read(folder)
     async with contextlib.AsyncExitStack() as opened:
@@ -104,13 +107,6 @@ async def open_players(
         )
         hub.over(fleet)
         await opened.enter_async_context(fleet)
-        await opened.enter_async_context(_open_gate(config.explorers, fleet, folder, before, say))
-
-        async def dismiss() -> None:
-            over = is_over()
-            await fleet.close("the run is over" if over else "the run has stopped", again=not over)
-
-        opened.push_async_callback(dismiss)
         yield Players(
             hub=hub,
             crew=_crew(config, fleet, hub, local),
@@ -119,6 +115,7 @@ async def open_players(
             tokenizer=load_tokenizer(model) if parts is None else parts.tokenizer,
             hosts=hosts,
             fleet=fleet,
+            gate=lambda: _open_gate(config.explorers, fleet, folder, before, is_over, say),
         )
 
 
@@ -167,6 +164,7 @@ async def _open_gate(
     fleet: Fleet,
     folder: Path,
     before: Address | None,
+    is_over: Callable[[], bool],
     say: Callable[[str], None],
 ) -> AsyncIterator[None]:
     """Where explorers come in; it is told in the run's folder, and is the same after a resume."""
@@ -190,6 +188,8 @@ async def _open_gate(
     try:
         yield
     finally:
+        over = is_over()
+        await fleet.close("the run is over" if over else "the run has stopped", again=not over)
         await gate.close()
 
 

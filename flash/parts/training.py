@@ -217,7 +217,7 @@ async def _open(
         )
         rollouts.use_alpha(adaptive.alpha)
         log.fail_with(rollouts.fail)
-        async with rollouts:
+        async with rollouts, players.gate():
             await trainer.ready()
             if told := redone.describe():
                 view.say(told)

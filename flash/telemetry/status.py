@@ -137,8 +137,11 @@ class StatusFile:
             ready=ledger.ready,
             capacity=self._rollouts.capacity,
             ages={str(age): n for age, n in sorted(Counter(self._rollouts.ages()).items())},
-            roles=[self._of_controller(), self._of_trainer(), *self._of_players()],
+            roles=[] if ended else self._roles(),
         )
+
+    def _roles(self) -> list[Role]:
+        return [self._of_controller(), self._of_trainer(), *self._of_players()]
 
     def _of_controller(self) -> Role:
         admission = self._rollouts.admission_state()

@@ -30,16 +30,19 @@ async def gate(token="secret", **options):
 
 
 async def test_both_sides_have_the_token_and_it_is_never_sent():
-    async with gate() as (url, came), aiohttp.ClientSession() as session:
-        async with joined(session, url, "secret") as wire:
-            theirs, over = await came.get()
-            await wire.send(b"x" * 10_000_000)
-            assert len(await theirs.receive()) == 10_000_000
-            await theirs.send(b"back")
-            assert await wire.receive() == b"back"
-            over.set()
-            with pytest.raises(LinkLost):
-                await wire.receive()
+    async with (
+        gate() as (url, came),
+        aiohttp.ClientSession() as session,
+        joined(session, url, "secret") as wire,
+    ):
+        theirs, over = await came.get()
+        await wire.send(b"x" * 10_000_000)
+        assert len(await theirs.receive()) == 10_000_000
+        await theirs.send(b"back")
+        assert await wire.receive() == b"back"
+        over.set()
+        with pytest.raises(LinkLost):
+            await wire.receive()
 
 
 async def test_an_explorer_with_another_token_believes_nobody_and_is_let_in_nowhere():
@@ -75,7 +78,7 @@ async def test_a_proof_opens_one_connection_only():
 
 
 async def test_web_pages_are_not_answered():
-    async with gate() as (url, came), aiohttp.ClientSession() as session:
+    async with gate() as (url, _), aiohttp.ClientSession() as session:
         for headers in ({"Origin": "http://evil.example"}, {"Host": "evil.example"}):
             async with session.post(f"{url}/explorers", json={"nonce": "0"}, headers=headers) as r:
                 assert r.status == 403

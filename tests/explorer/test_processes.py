@@ -1,0 +1,120 @@
+"""Runs whose explorers are processes: killed, asked to leave, left alone; all parts real."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from flash.rollout.committed import INTERRUPTED
+from flash.telemetry.folder import read_lines
+from flash.telemetry.status import Status
+from tests.tiny_runs import OUTCOMES, run, tiny
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+CLUSTER = {"explorers.expected": 2, "engine.workers": 0, "explorers.lease_s": 6}
+
+
+@contextlib.asynccontextmanager
+async def flash(*words):
+    """A command, killed in the end if it runs still."""
+    process = await asyncio.create_subprocess_exec(
+        Path(sys.executable).with_name("flash"), *map(str, words),
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+async def steps(folder, count, *unless):
+    """Waits for so many steps of the run."""
+    path = folder / "metrics.jsonl"
+    while max((line["step"] for line in read_lines(path)), default=0) < count:
+        for task in unless:
+            assert not task.done(), task
+        await asyncio.sleep(0.1)
+
+
+def check(folder, *, alpha=1):
+    """What always holds of a run that has ended."""
+    lines = read_lines(folder / "metrics.jsonl")
+    for line in lines[1:]:
+        assert line["staleness/max"] <= alpha
+        counts = {name: line[f"episodes/{name}"] for name in OUTCOMES}
+        assert counts.pop("admitted") == sum(counts.values())
+    records = read_lines(folder / "episodes.jsonl")
+    trained = [record["episode"] for record in records if record["outcome"] == "trained"]
+    assert len(trained) == len(set(trained)) == 16 * lines[-1]["step"] > 0
+    return records
+
+
+async def test_a_killed_explorers_episodes_are_played_by_another_and_one_that_leaves_costs_none(
+    tmp_path,
+):
+    folder = tmp_path / "r"
+    async with flash("explore", folder, "--name", "a") as a, flash("explore", folder) as b:
+        config = tiny("frozen_lake", tmp_path, name="r", **CLUSTER, steps=1000, eval_every=0)
+        stop = asyncio.Event()
+        running = asyncio.create_task(run(config, stop))
+        await steps(folder, 2, running)
+        a.send_signal(signal.SIGKILL)
+        async with flash("explore", folder, "--name", "c") as c:
+            while not any(role.role == "explorer c" and role.version for role in roles(folder)):
+                assert not running.done()
+                await asyncio.sleep(0.1)
+            b.send_signal(signal.SIGTERM)
+            out, _ = await b.communicate()
+            assert b.returncode == 0, out
+            await steps(folder, 2 + Status.read(folder).step, running)
+            stop.set()
+            await running
+            c.send_signal(signal.SIGTERM)
+            out, _ = await c.communicate()
+            assert c.returncode == 0, out
+            assert b"the run has stopped" in out
+    records = check(folder)
+    lost = [record for record in records if record["reason"] == INTERRUPTED]
+    assert {record["outcome"] for record in lost} == {"cancelled"}
+    assert Status.read(folder).ended
+
+
+async def test_a_controller_that_is_killed_finds_its_explorers_and_what_they_finished(tmp_path):
+    folder = tmp_path / "r"
+    async with flash("explore", folder, "--name", "a") as a:
+        words = [word for name, value in CLUSTER.items() for word in (f"--{name}", value)]
+        words += ["--runs_dir", tmp_path, "--name", "r", "--eval_every", 0]
+        words += ["--steps", 40, "--batch_size", 16, "--group_size", 4, "--eval.tasks", 8]
+        words += ["--policy.layers", 1, "--policy.hidden_size", 32, "--warm_start.steps", 3]
+        words += ["--warm_start.demonstrations", 12]
+        async with flash("train", "frozen_lake", *words) as train:
+            await steps(folder, 3)
+            train.kill()
+            await train.wait()
+        before = max(line["step"] for line in read_lines(folder / "metrics.jsonl"))
+        assert before < 40
+        assert a.returncode is None
+        async with flash(
+            "train", folder / "config.yaml", "--steps", before + 3, "--resume"
+        ) as again:
+            out, _ = await again.communicate()
+            assert again.returncode == 0, out.decode()
+        out, _ = await a.communicate()
+        assert a.returncode == 0, out.decode()
+        assert out.count(b"plays for run r as a") == 1  # it has gone on with the workers it had
+    check(folder)
+
+
+def roles(folder):
+    try:
+        return Status.read(folder).roles
+    except ValueError:
+        return []
