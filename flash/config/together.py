@@ -69,11 +69,6 @@ def _check_workers(config: RunFields) -> None:
             "engine.workers=0 with explorers.expected=0: nobody would play: start workers, or let "
             "explorers come"
         )
-    if config.eval.mode == "beside":
-        raise ValueError(
-            "eval.mode=beside with engine.workers=0: there are no workers here to lend: use "
-            "eval.mode=pause"
-        )
     if config.engine.door_port is not None:
         raise ValueError(
             f"engine.door_port={config.engine.door_port} with engine.workers=0: behind that door "

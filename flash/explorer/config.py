@@ -36,7 +36,8 @@ class ExplorersConfig(Section):
         description="an explorer that is not heard of for so long has lost the episodes it plays",
     )
     certificate: Path | None = Field(
-        None, description="the controller's, in PEM, for TLS; explorers take --ca"
+        None,
+        description="the controller's, in PEM, for TLS; an explorer is told whom to trust by its own option ca",
     )
     key: Path | None = Field(None, description="the certificate's private key, in PEM")
 
