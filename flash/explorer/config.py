@@ -37,7 +37,7 @@ class ExplorersConfig(Section):
     )
     certificate: Path | None = Field(
         None,
-        description="the controller's, in PEM, for TLS; an explorer is told whom to trust by its own option ca",
+        description="the controller's, in PEM, for TLS",
     )
     key: Path | None = Field(None, description="the certificate's private key, in PEM")
 
