@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -280,3 +280,5 @@ class Agent(Protocol):
 
 
 AgentFactory = Callable[[], Agent]
+AgentFactories = AgentFactory | Mapping[str, AgentFactory]
+"""For all tasks, or for those of each task set, by its name."""
