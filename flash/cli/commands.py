@@ -20,8 +20,7 @@ def _train(arguments: Sequence[str]) -> None:
     sources, overrides = split_words(arguments)
     config = configuration.load(only(sources, "a preset or a YAML file"), overrides)
     configuration.check_capacity(config, machine.capacity())
-    if config.uses_environment:
-        configuration.try_environment(config.env)
+    configuration.try_environments(config)
     if url := revealed(config.log.url):
         from flash.log.store import open_engine
 

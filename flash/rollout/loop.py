@@ -27,7 +27,7 @@ from typing import Any, Protocol, Self
 
 from flash.errors import EpisodeFailure, RolloutFailure
 from flash.hub.reports import PublishReport
-from flash.rollout.batching import metrics_of, samples_of, trajectories
+from flash.rollout.batching import metrics_of, metrics_of_sets, samples_of, trajectories
 from flash.rollout.bias import LengthBias
 from flash.rollout.committed import INTERRUPTED, OVER, SHUTDOWN, CommitLog, NoLog
 from flash.rollout.config import RolloutSettings
@@ -694,6 +694,7 @@ class RolloutLoop:
                 self._observers.trained_again(member, uses + 1)
         metrics = (
             metrics_of(whole, again, version=version)
+            | metrics_of_sets(whole)
             | self._bias.metrics()
             | self._shares.reuse_metrics(again, version=version)
         )

@@ -286,7 +286,7 @@ class Start(Promises):
                 self._asked_beside(),
                 RolloutLoop(
                     self.hub,
-                    tasks=Tasks(0, dispatched=past.dispatched, again=past.again),
+                    tasks=past.tasks(0),
                     restored=past.restored,
                     observers=[log, Heard(self)],
                     log=log,

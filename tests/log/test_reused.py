@@ -68,7 +68,7 @@ class Run:
                 await hub.publish(weights(past.version))
             crew = FakeCrew(hub, lambda episode: _play(hub, episode), seconds=_seconds)
             async with RolloutLoop(
-                hub, crew=crew, tasks=Tasks(0, dispatched=past.dispatched, again=past.again),
+                hub, crew=crew, tasks=past.tasks(0),
                 batch_size=8, group_size=2, alpha=2, settings=self.config.rollout,
                 restored=past.restored, observers=[self.log], log=self.log,
             ) as loop:  # fmt: skip
