@@ -90,6 +90,9 @@ class Task:
     options: Mapping[str, Any] = field(default_factory=dict)
     task_set: str = ""
 
+    def __str__(self) -> str:
+        return f"seed {self.seed}" + (f" of {self.task_set}" if self.task_set else "")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:

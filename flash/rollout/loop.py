@@ -611,9 +611,9 @@ class RolloutLoop:
             group.regenerations += bool(old)
             if group.regenerations > self.settings.max_regenerations:
                 logger.warning(
-                    "group %d (seed %d) was too slow for alpha=%g %d times and is given up "
+                    "group %d (%s) was too slow for alpha=%g %d times and is given up "
                     "(rollout.max_regenerations); rollout.on_stale=wait would wait for it",
-                    group.id, group.task.seed, self.alpha, group.regenerations,
+                    group.id, group.task, self.alpha, group.regenerations,
                 )  # fmt: skip
                 self._give_up(group, "too_slow")
                 continue

@@ -30,7 +30,6 @@ from flash.log.past import Past
 from flash.log.run_log import RunLog
 from flash.rollout.adaptive import AdaptiveAlpha
 from flash.rollout.loop import RolloutLoop
-from flash.rollout.tasks import Tasks
 from flash.trainer.redo import redo
 from flash.types import Batch, Weights
 from tests.crash.account import Books, Snapshot, compare, log_violations

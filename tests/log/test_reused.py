@@ -20,7 +20,6 @@ from flash.log.schema import EPISODES, SEQUENCES
 from flash.log.store import Change, Store, sqlite_url
 from flash.rollout.episode import Episode
 from flash.rollout.loop import RolloutLoop
-from flash.rollout.tasks import Tasks
 from flash.types import Batch
 from flash.virtual_time import in_virtual_time
 from tests.rollout.test_crew import played
