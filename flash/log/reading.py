@@ -107,7 +107,7 @@ class Reader:
         query = select(GROUPS.c.task_set, GROUPS.c.seed).order_by(GROUPS.c.group)
         for row in self._rows(query):
             found[row.task_set].append(row.seed)
-        return found
+        return dict(found)
 
     def to_begin_anew(self) -> dict[str, list[int]]:
         """The seeds of tasks whose group came to nothing, and which have not begun again since; by
@@ -118,7 +118,7 @@ class Reader:
         for (task_set, seed), reason in last.items():
             if reason in _ANEW:
                 found[task_set].append(seed)
-        return found
+        return dict(found)
 
     def groups_trained_from(self, version: int) -> list[int]:
         """Those that were trained at that version or later."""

@@ -12,7 +12,7 @@ class EpisodeRecord:
     """An ended episode, as `episodes.jsonl` keeps it. Times are in seconds."""
 
     episode: int
-    task_set: str
+    task_set: str = ""
     seed: int
     group: int
     attempt: int
