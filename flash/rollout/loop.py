@@ -20,7 +20,7 @@ import contextlib
 import logging
 import math
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, Self
@@ -147,13 +147,6 @@ class RolloutLoop:
         self._observers = Observers([self._books, Observers(observers, on_error=self.fail)])
         self._log = log or NoLog()
         self._expert = expert
-        self._crew = crew or _agents(agent, hub, together=not settings.replicate)
-        self._crew.report_to(
-            on_end=self._on_end,
-            on_fatal=self.fail,
-            witness=self._observers,
-            oldest_wanted=lambda: math.ceil(self._next_version - self.alpha),
-        )
         self._advantages = advantages
         self._next_episode, first_group = restored.first_ids
         self._groups = Groups(first_group)
@@ -172,6 +165,14 @@ class RolloutLoop:
                 f"samples together"
             )
         self._groups_per_batch = self._shares.groups_per_batch
+        together = not settings.replicate
+        self._crew = crew or _agents(agent, hub, together=together, shares=self._shares)
+        self._crew.report_to(
+            on_end=self._on_end,
+            on_fatal=self.fail,
+            witness=self._observers,
+            oldest_wanted=lambda: math.ceil(self._next_version - self.alpha),
+        )
         self._watchdog = Watchdog(
             self,
             stall_timeout_s=settings.stall_timeout_s,
@@ -711,7 +712,14 @@ class RolloutLoop:
         return batch
 
 
-def _agents(agent: AgentFactories | None, hub: SessionHub, *, together: bool) -> Crew:
+def _agents(
+    agent: AgentFactories | None, hub: SessionHub, *, together: bool, shares: Shares
+) -> Crew:
     if agent is None:
         raise ValueError("nobody plays: give agent=, which makes agents, or a crew=")
+    names = [share.name for share in shares]
+    if isinstance(agent, Mapping) and {*agent} != {*names}:
+        raise ValueError(
+            f"agent= makes agents for {[*agent]}, and tasks are of {names}: give one for each set"
+        )
     return AgentCrew(agent, hub, together=together)
