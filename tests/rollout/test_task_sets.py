@@ -234,6 +234,30 @@ async def test_a_group_is_trained_again_in_a_place_of_its_own_set():
 
 
 @in_virtual_time
+async def test_no_part_but_the_last_has_groups_that_were_trained_before():
+    """They fill the places of their set, and another set's are not filled yet."""
+
+    def seconds(episode):
+        ready_after = {"a": [1.0, 1.0, 5.0], "b": [1.0, 1.0, 50.0]}[episode.task.task_set]
+        return dict(enumerate(ready_after)).get(episode.task.seed, 60.0)
+
+    sets = task_set("a", 2, 2), task_set("b", 2, 2)
+    reuse = {"reuse": {"uses": 2, "share": 0.5}}
+    async with loop_of(*sets, seconds=seconds, alpha=2, settings=reuse) as (loop, _, kept):
+        before = await loop.next_batch()
+        await loop.publish(weights(1))
+        part = await loop.next_part()
+        assert (len(part.samples), part.last) == (2, False)
+        last = await loop.next_part()
+        assert (len(last.samples), last.last) == (6, True)
+        again = {s.group for s in before.samples} & {s.group for s in last.samples}
+        assert Counter(record.task_set for record in kept.records if record.group in again) == {
+            "a": 2,
+            "b": 2,
+        }
+
+
+@in_virtual_time
 async def test_agents_of_a_set_play_its_tasks_alone():
     opened: Counter[str] = Counter()
 
