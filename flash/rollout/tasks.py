@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from flash.rollout.filters import GroupFilter
-from flash.seeds import TRAINING_SEEDS, derived, first_task
+from flash.seeds import TRAINING_SEEDS, first_task
 from flash.types import Task
 
 
@@ -45,7 +45,7 @@ class Tasks:
         again: Iterable[int] = (),
     ) -> None:
         """`dispatched` and `again` are seeds of tasks."""
-        first = first_task(derived(seed, f"task set {task_set}") if task_set else seed)
+        first = first_task(seed, task_set)
         self._task_set = task_set
         begun = [(task - first) % TRAINING_SEEDS + 1 for task in dispatched]
         self._again = deque(again)
