@@ -9,6 +9,7 @@ What it sampled is what the door recorded, under the same α, deadlines and ledg
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn, Protocol
 
 from flash.answers import failing_as
@@ -128,7 +129,7 @@ class ExternalAgent(Actor):
         return answer
 
     async def _run(self, session: Session, task: Task) -> Any:
-        task = Task(task.seed, {**self._options, **task.options})
+        task = replace(task, options={**self._options, **task.options})
         with failing_as(AgentFailure, "the agent"):
             return await self._act(base_url=session.base_url, api_key=session.api_key, task=task)
 

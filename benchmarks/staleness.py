@@ -29,7 +29,7 @@ from study.sorting import SortingEnv
 from flash.agents import PlainStyle
 from flash.system.quiet import no_progress_bars
 from flash.warm_start.config import PolicyConfig, WarmStartConfig
-from flash.warm_start.teach import small_model
+from flash.warm_start.teach import key_of, small_model
 
 RESULTS = Path(__file__).parent / "results" / "staleness"
 OBJECTIVES = (
@@ -69,8 +69,8 @@ def run_and_keep(cell: Cell, *, job: Job, model: Path, folder: Path) -> str:
 async def prepared_model(folder: Path) -> Path:
     """The policy that all cells start from; made once."""
     return await small_model(
-        env=SortingEnv(),
-        env_key={"name": "sorting", "options": {}},
+        envs=[SortingEnv()],
+        env_key=key_of([{"name": "sorting"}]),
         make_style=PlainStyle,
         policy=PolicyConfig(layers=2, hidden_size=64, heads=2, max_tokens=64),
         warm_start=WarmStartConfig(

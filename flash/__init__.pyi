@@ -29,6 +29,7 @@ from .rollout.episode import Episode as Episode
 from .rollout.loop import RolloutLoop as RolloutLoop
 from .rollout.observer import Observer as Observer
 from .rollout.record import EpisodeRecord as EpisodeRecord
+from .rollout.tasks import TaskSet as TaskSet
 from .trainer.config import TrainerConfig as TrainerConfig
 from .trainer.objectives.token_batch import TokenBatch as TokenBatch
 from .trainer.objectives.token_batch import TokenLoss as TokenLoss

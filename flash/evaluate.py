@@ -51,7 +51,7 @@ async def evaluate(
             return await play(
                 parts.hub,
                 agents.make,
-                heldout_tasks(config.eval),
+                heldout_tasks(config.eval, config.sets),
                 concurrency=config.engine.max_running,
                 max_attempts=config.rollout.max_attempts,
                 stall_timeout_s=config.rollout.stall_timeout_s,

@@ -15,12 +15,15 @@ LARGEST: Final = (1 << 63) - 1  # of a run; torch takes no more
 _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / φ
 
 
-def first_task(run_seed: int) -> int:
-    """The seed of a run's first task; the next ones follow it, and wrap at TRAINING_SEEDS.
+def first_task(run_seed: int, task_set: str = "") -> int:
+    """The seed of a run's first task, or of its task set's first; the next ones follow it, and
+    wrap at TRAINING_SEEDS.
 
     Multiples of the golden ratio keep any number of points apart (Knuth, vol. 3, 6.4): of the run
     seeds 0 to 1000 no two are within 400,000 tasks of each other.
     """
+    if task_set:
+        run_seed = derived(run_seed, f"task set {task_set}")
     return (run_seed * _GOLDEN % (1 << 64)) >> 34
 
 

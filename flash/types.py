@@ -82,11 +82,16 @@ class Weights:
 class Task:
     """What an environment is reset to; the episodes of a group share it.
 
-    `seed` goes to `reset(seed=…)`, `options` to `reset(options=…)`.
+    `seed` goes to `reset(seed=…)`, `options` to `reset(options=…)`. `task_set` names the set that
+    it is of, where a run has several.
     """
 
     seed: int
     options: Mapping[str, Any] = field(default_factory=dict)
+    task_set: str = ""
+
+    def __str__(self) -> str:
+        return f"seed {self.seed}" + (f" of {self.task_set}" if self.task_set else "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from flash.evaluate import evaluate
 from flash.evaluation.play import heldout_tasks
 from flash.fakes import FakeWorker
 from flash.hub.hub import InferenceHub
-from flash.parts.agents import open_agents
+from flash.parts.agents import Playing, open_agents
 from flash.parts.door import open_door
 from flash.parts.expert import expert_of
 from flash.parts.model import load_tokenizer, make_style, prepared_model
@@ -121,12 +121,14 @@ async def test_a_model_that_can_not_chat_has_no_door_for_an_agent_of_ones_own():
 
 async def test_an_open_door_alone_makes_nobody_elses_agents(tmp_path):
     config = load("frozen_lake", {"engine.door_port": 0})
-    parts = {"style": None, "door": object(), "reward": None, "log_dir": tmp_path}
-    async with open_agents(config, **parts) as agents:
-        assert type(agents.make()) is EnvironmentAgent
-    config = load("frozen_lake", {"agent.run": ["sh", "agent.sh"]})
-    async with open_agents(config, **parts) as agents:
-        assert type(agents.make()) is ExternalAgent
+    own = load("frozen_lake", {"agent.run": ["sh", "agent.sh"]})
+    sets = {
+        name: Playing(config=each, style=None, reward=None, log_dir=tmp_path)
+        for name, each in {"ours": config, "own": own}.items()
+    }
+    async with open_agents(sets, door=object()) as agents:
+        assert type(agents.make["ours"]()) is EnvironmentAgent
+        assert type(agents.make["own"]()) is ExternalAgent
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ from flash.errors import RolloutFailure
 from flash.evaluate import evaluate
 from flash.hub.embedded_pool import EmbeddedPool
 from flash.parts.model import prepared_model
+from flash.replay.logged_run import open_run
+from flash.seeds import first_task
 from flash.system.machine import has_vllm
 from flash.telemetry.folder import read_lines
 from flash.trainer.config import TrainerConfig
@@ -261,6 +263,46 @@ async def test_a_command_that_knows_a_base_url_only_is_trained_and_evaluated(tmp
     assert len(told) <= 32, "as many as run together"
     evaluation = await evaluate(folder, {"eval.tasks": 4})
     assert (evaluation.episodes, evaluation.success_rate) == (4, 1.0)
+
+
+async def test_two_task_sets_are_one_run_and_go_on_in_their_own_order_after_a_resume(tmp_path):
+    sets = {
+        "task_sets.small": {"group_size": 2},
+        "task_sets.large": {
+            "env": {"name": "frozen_lake", "options": {"size": 5}, "hosts": 1},
+            "agent": {"temperature": 1.3},
+        },
+    }
+    await run(tiny("frozen_lake", tmp_path, steps=2, **sets))
+    again = {"steps": 3, "checkpoint.resume": True}
+    summary = await run(tiny("frozen_lake", tmp_path, **again, **sets))
+    folder = tmp_path / "frozen_lake"
+    assert summary["eval_tasks"] == 2 * 8
+    episodes = read_lines(folder / "episodes.jsonl")
+    trained = [line for line in episodes if line["outcome"] == "trained"]
+    for version in range(3):
+        of_batch = [line for line in trained if line["trained_at_version"] == version]
+        groups = {(line["task_set"], line["group"]) for line in of_batch}
+        assert Counter(name for name, _ in groups) == {"small": 4, "large": 2}
+        assert Counter(line["task_set"] for line in of_batch) == {"small": 8, "large": 8}
+    for name in ("small", "large"):
+        seeds = {line["group"]: line["seed"] for line in trained if line["task_set"] == name}
+        assert list(seeds.values()) == list(
+            range(first_task(0, name), first_task(0, name) + len(seeds))
+        )
+    for line in read_lines(folder / "metrics.jsonl")[1:]:
+        assert line["reward/mean"] == (line["reward/mean/small"] + line["reward/mean/large"]) / 2
+        assert line["share/small"] + line["share/large"] == pytest.approx(1)
+    assert {"eval/success_rate/small", "eval/reward_mean/large"} <= line.keys()
+    assert (folder / "logs" / "large" / "env_host_0.log").exists()
+    with open_run(folder) as logged, logged.reading() as reader:
+        temperatures = {
+            (episode.task.task_set, round(float(temperature), 3))
+            for episode in reader.page("trained", after=-1, most=100)
+            for sequence in episode.sequences
+            for temperature in sequence.temperatures[sequence.loss_mask > 0]
+        }
+    assert temperatures == {("small", 1.0), ("large", 1.3)}
 
 
 async def test_environments_in_host_processes_and_two_trainer_ranks(tmp_path):

@@ -20,8 +20,7 @@ def _train(arguments: Sequence[str]) -> None:
     sources, overrides = split_words(arguments)
     config = configuration.load(only(sources, "a preset or a YAML file"), overrides)
     configuration.check_capacity(config, machine.capacity())
-    if config.uses_environment:
-        configuration.try_environment(config.env)
+    configuration.try_environments(config)
     if url := revealed(config.log.url):
         from flash.log.store import open_engine
 
@@ -76,6 +75,7 @@ def _eval(arguments: Sequence[str]) -> None:
 def _show(arguments: Sequence[str]) -> None:
     parser = Options("flash show", add_help=False)
     parser.add_argument("--step", type=int)
+    parser.add_argument("--task-set", dest="task_set")
     options, words = parser.parse_known_args(arguments)
     for name in (word for word in words if word.startswith("-")):
         parser.error(f"{name} is unknown: {nearest(name, parser.names(), 'leave it out')}")
@@ -84,7 +84,7 @@ def _show(arguments: Sequence[str]) -> None:
         raise ValueError("flash show what? Give a run's folder: runs/NAME")
     from flash.telemetry.transcripts import shown
 
-    print(shown(Path(source), options.step))
+    print(shown(Path(source), options.step, options.task_set))
 
 
 def _replay(arguments: Sequence[str]) -> None:
@@ -93,6 +93,7 @@ def _replay(arguments: Sequence[str]) -> None:
     parser.add_argument("--group", type=int)
     parser.add_argument("--worst", action="store_true")
     parser.add_argument("--dropped", nargs="?", const="", metavar="REASON")
+    parser.add_argument("--task-set", dest="task_set", metavar="NAME")
     parser.add_argument("--colour", choices=("logprob", "version"))
     parser.add_argument("--rescore", metavar="MODULE:FUNCTION")
     parser.add_argument("--retrain", action="store_true")
@@ -132,6 +133,8 @@ def _check_replay(options: Any, changes: Mapping[str, Any]) -> None:
     if options.colour and (options.json or options.retrain or options.rescore is not None):
         other = "--json" if options.json else given[0]
         raise ValueError(f"--colour {options.colour} with {other}, which has none: leave it out")
+    if options.task_set is not None and given and given[0] not in ("--worst", "--dropped"):
+        raise ValueError(f"--task-set {options.task_set} with {given[0]}: give one of them")
     if options.retrain:
         return
     if options.checkpoint is not None:
@@ -146,11 +149,15 @@ def _chosen(options: Any) -> Callable[[Any], Any]:
         return lambda reader: reader.episode(options.episode)
     if options.group is not None:
         return lambda reader: reader.group(options.group)
-    if options.dropped is not None:
-        return lambda reader: reader.newest_dropped(options.dropped)
-    if options.worst:
-        return lambda reader: reader.worst_trained()
-    return lambda reader: reader.newest_trained()
+
+    def choose(reader: Any) -> Any:
+        if options.task_set is not None:
+            reader = reader.of_set(options.task_set)
+        if options.dropped is not None:
+            return reader.newest_dropped(options.dropped)
+        return reader.worst_trained() if options.worst else reader.newest_trained()
+
+    return choose
 
 
 def _export(arguments: Sequence[str]) -> None:

@@ -41,6 +41,7 @@ _SHOW = """\
   flash show runs/alfworld --step 20
 
   --step N                those of that step [the last one]
+  --task-set NAME         those of that task set only
 
 What the policy read and said, and its rewards, as the run's transcripts.jsonl has it; `transcripts`
 in the run's configuration says of how many episodes of a step.
@@ -57,6 +58,7 @@ _REPLAY = """\
   --group N               all of that group
   --worst                 the trained one of the lowest reward
   --dropped [REASON]      the newest that was dropped, for that reason or any
+  --task-set NAME         of that task set only; also with --worst and --dropped
   --colour WHAT           of sampled tokens in a terminal: logprob or version [logprob]
   --rescore MODULE:NAME   a reward, a function of the episode (flash.types.Transcript), on all that
                           were played: what it would have changed

@@ -9,7 +9,7 @@ source.py     a preset or YAML file, with the command line's changes
 capacity.py   whether this machine has what it takes
 """
 
-from flash.config.callables import try_environment
+from flash.config.callables import try_environment, try_environments
 from flash.config.capacity import check_capacity
 from flash.config.listing import fields, variants
 from flash.config.mistakes import validated
@@ -26,6 +26,7 @@ __all__ = [
     "parse",
     "presets",
     "try_environment",
+    "try_environments",
     "validated",
     "variants",
 ]

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -89,15 +89,6 @@ class AgentConfig(Section):
             if not given and name not in os.environ:
                 raise ValueError(f"{name} is not set here: export it, or write {name}=value")
         return value
-
-    @model_validator(mode="after")
-    def _env_has_a_command(self) -> Self:
-        if self.env and (not self.run or isinstance(self.run, str)):
-            raise ValueError(
-                f"agent.env={list(self.env)} is for agents that are commands, and agent.run="
-                f"{self.run!r} is none: leave it out"
-            )
-        return self
 
     @field_validator("ignore")
     @classmethod

@@ -14,8 +14,15 @@ from flash.errors import EnvFailure
 
 
 def check_run(config: RunFields) -> None:
-    """That the user's agent can be started, and that no setting speaks of ours."""
+    """That the user's agent can be started, and that no setting speaks of another's."""
     run = config.agent.run
+    if config.agent.env and (not run or isinstance(run, str)):
+        raise ValueError(
+            f"agent.env={list(config.agent.env)} is for agents that are commands, and agent.run="
+            f"{run!r} is none: leave it out"
+        )
+    if not run:
+        return
     if isinstance(run, tuple):
         if shutil.which(run[0]) is None:
             raise ValueError(
@@ -69,11 +76,23 @@ def check_arguments(make: Any, options: Mapping[str, Any], field: str) -> None:
             raise ValueError(f"{field}.{name} is not an argument of the {what}: {hint}")
 
 
-def try_environment(env: EnvConfig) -> None:
-    """Makes the environment once for training and once for evaluation, to see that it can be.
+def try_environments(config: RunFields) -> None:
+    """Makes each environment once for training and once for evaluation, to see that it can be.
 
-    Takes seconds where it imports much. ValueError says what its constructor objects to.
+    Takes seconds where they import much. ValueError says what a constructor objects to.
     """
+    for name, of_set in config.sets.items():
+        if not of_set.uses_environment:
+            continue
+        try:
+            try_environment(of_set.env)
+        except ValueError as error:
+            if not name:
+                raise
+            raise ValueError(f"task_sets.{name}: {error}") from error
+
+
+def try_environment(env: EnvConfig) -> None:
     from flash.environments import boundary  # noqa: PLC0415  (imports gymnasium)
 
     make = registry.environment(env.name)

@@ -58,9 +58,11 @@ def _processes(config: Config, *, trains: bool) -> Iterator[tuple[str, int, floa
         yield "engine.workers", config.engine.workers, _TORCH_PROCESS
     if trains:
         yield "trainer.ranks", config.trainer.ranks, _TORCH_PROCESS
-    yield "env.hosts", config.env.hosts, _PLAIN_PROCESS
-    if isinstance(config.reward, ProcessReward):
-        yield "reward.concurrency", config.reward.concurrency, _PLAIN_PROCESS
+    sets = config.sets.values()
+    yield "env.hosts", sum(of_set.env.hosts for of_set in sets), _PLAIN_PROCESS
+    rewards = [of_set.reward for of_set in sets if isinstance(of_set.reward, ProcessReward)]
+    if rewards:
+        yield "reward.concurrency", sum(each.concurrency for each in rewards), _PLAIN_PROCESS
 
 
 def _check_gpus(config: Config, has: Capacity, *, trains: bool) -> None:
@@ -92,7 +94,7 @@ def _memory(config: Config, has: Capacity, *, trains: bool) -> Iterator[tuple[st
             f"rollout.redundant_episodes={rollout.redundant_episodes}",
             _episodes(config) * _EPISODE,
         )
-    yield f"eval.tasks={config.eval.tasks}", config.eval.tasks * _RECORD
+    yield f"eval.tasks={config.eval.tasks}", config.eval.tasks * len(config.sets) * _RECORD
     small = config.model == SMALL
     if small:
         yield (
@@ -116,6 +118,10 @@ def _memory(config: Config, has: Capacity, *, trains: bool) -> Iterator[tuple[st
 
 def _episodes(config: Config) -> int:
     """How many are under way, or kept for reuse, at most."""
+    return sum(_episodes_of_set(of_set) for of_set in config.sets.values())
+
+
+def _episodes_of_set(config: Config) -> int:
     groups = config.batch_size // config.group_size + config.rollout.redundant_groups
     per_group = config.group_size + config.rollout.redundant_episodes
     kept = (1 + config.alpha) * config.batch_size if config.rollout.reuse.is_on else 0

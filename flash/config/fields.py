@@ -3,13 +3,14 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from flash.config.agent import AgentConfig
 from flash.config.model import SMALL, check_model
 from flash.config.names import BARE, without_aliases
+from flash.config.task_sets import TaskSetConfig, check_names, groups_of_sets
 from flash.environments.config import EnvConfig
 from flash.evaluation.config import EvalConfig
 from flash.explorer.config import ExplorersConfig
@@ -75,6 +76,11 @@ class RunFields(Section):
     reward: AnyReward = Field(
         EnvReward(), description="env: the environment's own; or a stage after the last turn"
     )
+    task_sets: dict[str, TaskSetConfig] = Field(
+        {},
+        description="several kinds of tasks in one run, NAME: {weight, env, agent, reward, "
+        "group_size, filters}; what a set does not say is as in the run",
+    )
     rollout: RolloutSettings = RolloutSettings()
     trainer: TrainerConfig = TrainerConfig()
     policy: PolicyConfig = PolicyConfig()
@@ -110,7 +116,42 @@ class RunFields(Section):
             check_model(value)
         return value
 
+    @field_validator("task_sets")
+    @classmethod
+    def _sets_can_be_told_apart(cls, value: dict[str, TaskSetConfig]) -> dict[str, TaskSetConfig]:
+        check_names(value)
+        return value
+
     @property
     def uses_environment(self) -> bool:
         """An agent of the user's own has a world of its own; but a small policy has a teacher."""
         return not self.agent.run or self.model == SMALL
+
+    @property
+    def sets(self) -> Mapping[str, Self]:
+        """Each task set by its name, as if it were a run of its own with its part of the batch; a
+        run without sets is one without a name. ValueError for what can't be."""
+        if not self.task_sets:
+            return {"": self}
+        sizes = {name: self._group_size_of(of_set) for name, of_set in self.task_sets.items()}
+        weights = {name: of_set.weight for name, of_set in self.task_sets.items()}
+        groups = groups_of_sets(self.batch_size, weights, sizes)
+        return {name: self._as_run(name, batch_size=groups[name] * sizes[name]) for name in groups}
+
+    def _group_size_of(self, of_set: TaskSetConfig) -> int:
+        return of_set.group_size or self.group_size
+
+    def _as_run(self, name: str, *, batch_size: int) -> Self:
+        of_set = self.task_sets[name]
+        own: dict[str, Any] = {"task_sets": {}, "batch_size": batch_size}
+        own["group_size"] = self._group_size_of(of_set)
+        if of_set.env is not None:
+            own["env"] = of_set.env
+        if of_set.has("reward"):
+            own["reward"] = of_set.reward
+        if of_set.has("filters"):
+            own["rollout"] = self.rollout.model_copy(update={"filters": of_set.filters})
+        if of_set.has("agent"):
+            given = {field: getattr(of_set.agent, field) for field in of_set.agent.model_fields_set}
+            own["agent"] = self.agent.model_copy(update=given)
+        return self.model_copy(update=own)

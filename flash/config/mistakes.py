@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from flash.config.listing import fields, variants
 from flash.config.names import ALIASES
 from flash.config.run import Config
+from flash.config.task_sets import TaskSetConfig
 from flash.section import BOOL_FOR_NUMBER
 
 _M = TypeVar("_M", bound=BaseModel)
@@ -40,12 +41,20 @@ def validated(model: type[_M], settings: Mapping[str, Any]) -> _M:
     try:
         return model.model_validate(settings)
     except ValidationError as errors:
-        lines = [_line(error, model) for error in errors.errors()]
+        lines = [_mistake(error, model) for error in errors.errors()]
         raise ValueError("\n".join(lines)) from None
 
 
+def _mistake(error: Any, model: type[BaseModel]) -> str:
+    """One mistake in one line; of a task set as of a model of its own."""
+    section, *inside = error["loc"] or ("",)
+    if model is not Config or section != "task_sets" or len(inside) < 2:
+        return _line(error, model)
+    name, *field = inside
+    return f"task_sets.{name}.{_line({**error, 'loc': tuple(field)}, TaskSetConfig)}"
+
+
 def _line(error: Any, model: type[BaseModel]) -> str:
-    """One mistake in one line."""
     name, variant = _name_and_variant(error["loc"], model)
     given = error["input"]
     if error["type"] == BOOL_FOR_NUMBER:

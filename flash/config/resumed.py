@@ -30,7 +30,7 @@ KINDS: Final[Mapping[str, Kind]] = {
     **dict.fromkeys(("model", "seed", "policy", "warm_start", "log.url"), "fixed"),
     **dict.fromkeys(
         (
-            *["alpha", "batch_size", "group_size", "publish_every"],
+            *["alpha", "batch_size", "group_size", "publish_every", "task_sets"],
             *_of("env", "name options eval_options"),
             *_of("engine", "dtype update_mode vllm_args"),
             *_of("agent", "run env ignore samples style style_options"),
@@ -81,6 +81,7 @@ _OF_A_GROUP = (
     *("group_size", "env.name", "env.options", "reward"),
     *_of("agent", "run samples style style_options"),
 )
+_SETS = "task_sets"
 
 
 class Difference(NamedTuple):
@@ -135,7 +136,11 @@ def training_settings_differ(found: Iterable[Difference]) -> bool:
 def groups_begin_anew(found: Iterable[Difference]) -> bool:
     """Whether groups that were under way, or ready, can't be gone on with: they have another size,
     or their next episodes would not be like their first."""
-    return any(_is_in(field, name) for field, *_ in found for name in _OF_A_GROUP)
+    return any(
+        _is_in(field := _of_run(difference.field), name) or field == _SETS
+        for difference in found
+        for name in _OF_A_GROUP
+    )
 
 
 def shown(value: Any) -> str:
@@ -150,7 +155,18 @@ def shown(value: Any) -> str:
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
 
 
+def _of_run(field: str) -> str:
+    """The field of a run that a task set's stands for; `task_sets` if it is all of a set."""
+    if not _is_in(field, _SETS):
+        return field
+    own = ".".join(field.split(".")[2:])
+    return {"": _SETS, "weight": "batch_size", "filters": "rollout.filters"}.get(own, own)
+
+
 def _kind(field: str, was: Any, now: Any, of_small: bool) -> Kind:
+    field = _of_run(field)
+    if field == _SETS and of_small:
+        return "fixed"
     if any(_is_in(field, name) for name in _OF_SMALL):
         if of_small:
             return "fixed"
@@ -184,14 +200,24 @@ def _pairs(
             else:
                 yield from _pairs(was, part, f"{field}.")
         elif isinstance(value, Mapping) and isinstance(was, Mapping):
-            for key in dict.fromkeys((*value, *was)):
-                if (key in was, was.get(key)) != (key in value, value.get(key)):
-                    yield f"{field}.{key}", was.get(key), value.get(key)
+            yield from _entries(was, value, field)
         elif was != value:
             yield field, was, value
     for name in before:
         if name not in values:
             yield f"{prefix}{name}", before[name], None
+
+
+def _entries(
+    before: Mapping[str, Any], now: Mapping[str, Any], field: str
+) -> Iterator[tuple[str, Any, Any]]:
+    """Likewise of plain values."""
+    for key in dict.fromkeys((*now, *before)):
+        was, value = before.get(key), now.get(key)
+        if isinstance(was, Mapping) and isinstance(value, Mapping):
+            yield from _entries(was, value, f"{field}.{key}")
+        elif (key in before, was) != (key in now, value):
+            yield f"{field}.{key}", was, value
 
 
 def _section(name: str, value: Any) -> Mapping[str, Any]:

@@ -43,11 +43,13 @@ def source_of(config: RunFields) -> str:
     It reads such files, so call it in a thread: 100,000 questions take 20 ms. Of a file above 64
     MiB it reads as much, in places; of a folder the names and sizes.
     """
-    values = {
-        "env.name": config.env.name,
-        **dict(_leaves("env.options", config.env.model_dump(mode="json")["options"])),
-        **dict(_leaves("agent.run", config.agent.run)),
-    }
+    values: dict[str, Any] = {}
+    for name, of_set in config.sets.items():
+        prefix = f"task_sets.{name}." if name else ""
+        values[f"{prefix}env.name"] = of_set.env.name
+        options = of_set.env.model_dump(mode="json")["options"]
+        values |= dict(_leaves(f"{prefix}env.options", options))
+        values |= dict(_leaves(f"{prefix}agent.run", of_set.agent.run))
     contents = {
         field: content
         for field, value in values.items()

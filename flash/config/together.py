@@ -14,7 +14,7 @@ from flash.trainer.objectives.settings import SETTINGS, Supervised
 
 def check_together(config: RunFields) -> None:
     """ValueError for the first of the sections' disagreements."""
-    if config.batch_size % config.group_size:
+    if not config.task_sets and config.batch_size % config.group_size:
         below = config.batch_size - config.batch_size % config.group_size
         raise ValueError(
             f"batch_size={config.batch_size} is not divisible by group_size={config.group_size}: "
@@ -27,12 +27,6 @@ def check_together(config: RunFields) -> None:
         )
     _check_share(config)
     _check_workers(config)
-    if config.group_size < 2 and config.trainer.advantages.compares:
-        raise ValueError(
-            f"group_size={config.group_size} with trainer.advantages.name="
-            f"{config.trainer.advantages.name}, which compares the episodes of a group: use 2 or "
-            f"more, or trainer.advantages=reinforce, which compares those of the batch"
-        )
     _check_rollout(config)
     check_staleness(config.trainer, alpha=config.alpha)
     if (reference := config.trainer.kl.reference) is not None:
@@ -42,7 +36,6 @@ def check_together(config: RunFields) -> None:
             raise ValueError(f"trainer.kl.reference={reference!r}: {error}") from None
     if config.engine.transport == "nccl":
         _check_gpus_apart(config)
-    _check_lengths(config)
     head = config.policy.hidden_size // config.policy.heads
     if config.engine.kind == "vllm" and config.model == SMALL and not machine.gpus() and head % 32:
         raise ValueError(
@@ -50,8 +43,37 @@ def check_together(config: RunFields) -> None:
             f"{config.policy.heads} gives heads of {head}; vLLM on a CPU takes 32, 64, 96, …: "
             f"change one of them"
         )
-    if config.agent.run:
-        check_run(config)
+    for name, of_set in config.sets.items():
+        try:
+            _check_set(of_set, longest=config.agent.max_sequence_tokens)
+        except ValueError as error:
+            if not name:
+                raise
+            raise ValueError(f"task_sets.{name}: {error}") from None
+
+
+def _check_set(config: RunFields, *, longest: int) -> None:
+    """What the tasks of a set must agree on, or those of a run that has one only."""
+    if config.group_size < 2 and config.trainer.advantages.compares:
+        raise ValueError(
+            f"group_size={config.group_size} with trainer.advantages.name="
+            f"{config.trainer.advantages.name}, which compares the episodes of a group: use 2 or "
+            f"more, or trainer.advantages=reinforce, which compares those of the batch"
+        )
+    if config.group_size < 2 and "equal_rewards" in config.rollout.filters:
+        raise ValueError(
+            f"rollout.filters=equal_rewards with group_size={config.group_size} would drop every "
+            f"group: use a group_size of 2 or more, or leave the filter out"
+        )
+    groups = config.batch_size // config.group_size
+    config.rollout.reuse.check(alpha=config.alpha, groups_per_batch=groups)
+    if config.agent.max_sequence_tokens > longest:
+        raise ValueError(
+            f"agent.max_sequence_tokens={config.agent.max_sequence_tokens} exceeds the run's, "
+            f"{longest}, which the workers are made for: raise that one"
+        )
+    _check_lengths(config)
+    check_run(config)
     if config.uses_environment:
         make = registry.environment(config.env.name)
         check_arguments(make, config.env.options, "env.options")
@@ -100,8 +122,6 @@ def _check_lengths(config: RunFields) -> None:
 
 def _check_rollout(config: RunFields) -> None:
     """That episodes can end in batches, and be fresh enough for them."""
-    groups = config.batch_size // config.group_size
-    config.rollout.reuse.check(alpha=config.alpha, groups_per_batch=groups)
     if config.rollout.adaptive_alpha.is_on and not config.alpha:
         raise ValueError(
             "rollout.adaptive_alpha with alpha=0: there is nothing to follow: set alpha to the "
@@ -132,11 +152,6 @@ def _check_rollout(config: RunFields) -> None:
             f"publish_every={config.publish_every} with alpha={config.alpha:g}: at the last step "
             f"before a publish every token is {config.publish_every - 1} versions old or older: "
             f"set alpha to {config.publish_every - 1} or more, or publish more often"
-        )
-    if config.group_size < 2 and "equal_rewards" in config.rollout.filters:
-        raise ValueError(
-            f"rollout.filters=equal_rewards with group_size={config.group_size} would drop every "
-            f"group: use a group_size of 2 or more, or leave the filter out"
         )
 
 

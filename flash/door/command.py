@@ -30,10 +30,11 @@ class CommandAgent:
     """Runs the command for one episode, with what it needs to know in its environment variables.
 
     OPENAI_BASE_URL and OPENAI_API_KEY, which OpenAI's clients read by themselves, and FLASH_TASK,
-    as `{"seed": …, "options": {…}}`. Of this process's environment it has where programs and files
-    are and how people here write, and what `env` lists as NAME or NAME=value: no keys that it was
-    not meant to have. The last line of its output is its answer, in JSON; what it
-    writes to stderr goes to `<name>_<n>.log`, n below the number of those that run together.
+    as `{"seed": …, "options": {…}}`, with the `task_set` if the task is of one. Of this process's
+    environment it has where programs and files are and how people here write, and what `env` lists
+    as NAME or NAME=value: no keys that it was not meant to have. The last line of its output is its
+    answer, in JSON; what it writes to stderr goes to `<name>_<n>.log`, n below the number of those
+    that run together.
 
     A cancelled call, and the end of this process whatever its cause, end the command with
     everything that it started, in sessions of their own too.
@@ -56,7 +57,9 @@ class CommandAgent:
 
     async def __call__(self, *, base_url: str, api_key: str, task: Task) -> Any:
         """The answer. AgentFailure for an exit code but 0, RewardFailure for what is no JSON."""
-        known = {"seed": task.seed, "options": dict(task.options)}
+        known: dict[str, Any] = {"seed": task.seed, "options": dict(task.options)}
+        if task.task_set:
+            known["task_set"] = task.task_set
         variables = {
             "OPENAI_BASE_URL": base_url,
             "OPENAI_API_KEY": api_key,

@@ -60,6 +60,9 @@ class EnvHosts:
             task.cancel()
         await self._tasks.__aexit__(None, None, None)
 
+    def __len__(self) -> int:
+        return len(self._hosts)
+
     async def open(self) -> AsyncEnv:
         """A new environment, on the host that holds the fewest."""
         host = min(self._hosts, key=lambda host: host.open_envs)

@@ -1,7 +1,7 @@
 """The evaluations of a run: when they are due, and whether rollout waits for them."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from typing import Protocol, Self
@@ -12,7 +12,7 @@ from flash.evaluation.config import EvalConfig
 from flash.evaluation.play import EvaluationHub, heldout_tasks, play
 from flash.evaluation.result import Evaluation
 from flash.rollout.crew import Crew
-from flash.rollout.episode import AgentFactory
+from flash.rollout.episode import AgentFactories
 from flash.rollout.loop import RolloutLoop
 from flash.rollout.observer import Observer
 from flash.stop import unless
@@ -31,6 +31,7 @@ class Evaluations:
 
     Args:
         rollouts: what is paused.
+        task_sets: the names of those whose held-out tasks are played.
         every, last: one is due each `every` steps (0: at no step), and after the last.
         observer: is told of each.
         stop: when it is set, what is played is given up.
@@ -43,7 +44,8 @@ class Evaluations:
         rollouts: RolloutLoop,
         *,
         hub: LendingHub,
-        agent: AgentFactory,
+        agent: AgentFactories,
+        task_sets: Iterable[str] = ("",),
         every: int,
         last: int,
         observer: Observer,
@@ -57,7 +59,7 @@ class Evaluations:
         self._agent = agent
         self._every = every
         self._last = last
-        self._tasks = heldout_tasks(settings)
+        self._tasks = heldout_tasks(settings, task_sets)
         self._observer = observer
         self._stop = stop
         self._background = BackgroundEvaluation(observer.evaluated)

@@ -2,25 +2,31 @@
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from flash.errors import EpisodeFailure, RolloutFailure
 from flash.evaluation.config import EvalConfig
-from flash.evaluation.result import Evaluation
+from flash.evaluation.result import Evaluation, Score
 from flash.rollout.committed import INTERRUPTED
 from flash.rollout.crew import AgentCrew, Crew, SessionHub
-from flash.rollout.episode import AgentFactory, Episode, EpisodeEnd
+from flash.rollout.episode import AgentFactories, Episode, EpisodeEnd
 from flash.rollout.stall.diagnosis import InspectedHub, stall_of
 from flash.seeds import HELDOUT_SEEDS
 from flash.types import Task, Trajectory
 
 
-def heldout_tasks(settings: EvalConfig) -> list[Task]:
-    """The same for every run, so that runs can be compared; no run trains on their seeds."""
-    return [Task(seed) for seed in HELDOUT_SEEDS[: settings.tasks]]
+def heldout_tasks(settings: EvalConfig, task_sets: Iterable[str] = ("",)) -> list[Task]:
+    """The same for every run, so that runs can be compared; no run trains on their seeds.
+
+    As many of each task set.
+    """
+    seeds = HELDOUT_SEEDS[: settings.tasks]
+    names = [*task_sets]
+    return [Task(seed, task_set=name) for seed in seeds for name in names]
 
 
 class EvaluationHub(SessionHub, InspectedHub, Protocol):
@@ -29,7 +35,7 @@ class EvaluationHub(SessionHub, InspectedHub, Protocol):
 
 async def play(
     hub: EvaluationHub,
-    agent: AgentFactory,
+    agent: AgentFactories,
     tasks: Sequence[Task],
     *,
     concurrency: int,
@@ -50,7 +56,7 @@ async def play(
     started = clock()
     players: Crew = crew or AgentCrew(agent, hub)
     waiting = [(index, task, 1) for index, task in enumerate(tasks)][::-1]
-    trajectories: list[Trajectory] = []
+    played: dict[str, list[Trajectory]] = defaultdict(list)  # by task set
     failures: list[EpisodeFailure] = []
     fatal: list[Exception] = []
     running = 0
@@ -68,7 +74,7 @@ async def play(
         nonlocal running
         running -= 1
         if isinstance(end, Trajectory):
-            trajectories.append(end)
+            played[episode.task.task_set].append(end)
         elif isinstance(end, EpisodeFailure):
             if episode.attempt < max_attempts:
                 waiting.append((-1 - episode.id, episode.task, episode.attempt + 1))
@@ -98,24 +104,36 @@ async def play(
             waiting.clear()  # an episode that is cancelled now has no successor
     if fatal:
         raise fatal[0]
-    if not trajectories:
+    return _evaluation(played, failures, time_s=clock() - started)
+
+
+def _evaluation(
+    played: Mapping[str, Sequence[Trajectory]],
+    failures: Sequence[EpisodeFailure],
+    *,
+    time_s: float,
+) -> Evaluation:
+    """Of episodes by their task set, and of those that failed to the last."""
+    if not played:
         cause = failures[-1] if failures else None
-        raise RolloutFailure(f"evaluation: all {len(tasks)} tasks failed: {cause}") from cause
+        raise RolloutFailure(f"evaluation: all {len(failures)} tasks failed: {cause}") from cause
+    trajectories = [t for of_set in played.values() for t in of_set]
+    versions = (s.sampled_versions() for t in trajectories for s in t.sequences)
+    whole = _score(trajectories)
     return Evaluation(
-        success_rate=float(np.mean([t.success for t in trajectories])),
-        reward_mean=float(np.mean([t.reward for t in trajectories])),
+        success_rate=whole.success_rate,
+        reward_mean=whole.reward_mean,
         turns_mean=float(np.mean([t.turns for t in trajectories])),
         episodes=len(trajectories),
         failed=len(failures),
-        time_s=clock() - started,
-        versions=tuple(
-            sorted(
-                {
-                    int(version)
-                    for trajectory in trajectories
-                    for sequence in trajectory.sequences
-                    for version in sequence.sampled_versions()
-                }
-            )
-        ),
+        time_s=time_s,
+        versions=tuple(sorted({int(version) for of_one in versions for version in of_one})),
+        task_sets={name: _score(of_set) for name, of_set in played.items() if name},
+    )
+
+
+def _score(trajectories: Sequence[Trajectory]) -> Score:
+    return Score(
+        success_rate=float(np.mean([t.success for t in trajectories])),
+        reward_mean=float(np.mean([t.reward for t in trajectories])),
     )

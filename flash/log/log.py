@@ -285,12 +285,13 @@ class Log(Observer):
         if episode.group not in self._groups:
             self._groups.add(episode.group)
             self._add(
-                "insert", GROUPS, group=episode.group, start=self._start, seed=task.seed,
-                options=dict(task.options), begun_at=at,
+                "insert", GROUPS, group=episode.group, start=self._start, task_set=task.task_set,
+                seed=task.seed, options=dict(task.options), begun_at=at,
             )  # fmt: skip
         self._add(
             "insert", EPISODES, episode=episode.id, group=episode.group, attempt=episode.attempt,
-            start=self._start, continues=episode.continues, seed=task.seed, admitted_at=at,
+            start=self._start, continues=episode.continues, task_set=task.task_set,
+            seed=task.seed, admitted_at=at,
         )  # fmt: skip
 
     def observed(self, episode: Episode, observation: Observation) -> None:

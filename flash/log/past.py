@@ -9,7 +9,7 @@ newest checkpoint ─ c ─┬─ redone ─┬─ to train ─┬─ ready, cut
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from typing import Any
 
@@ -33,6 +33,7 @@ from flash.rollout.adaptive import AlphaState
 from flash.rollout.committed import INTERRUPTED
 from flash.rollout.record import EpisodeRecord
 from flash.rollout.restored import Restored
+from flash.rollout.tasks import Tasks
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +53,8 @@ class Past:
         restored: what rollout goes on with; its batches come after those of `redo`.
         ended_here: how many starts before, in a row, ended at the first of these batches: it was
             handed over, and its step never came.
-        again: seeds of tasks that had begun, and are to begin anew.
-        dispatched: the seeds of all tasks that began.
+        again: seeds of tasks that had begun, and are to begin anew; by task set.
+        dispatched: the seeds of all tasks that began; likewise.
         steps: the line of each step that was done.
         records: what became of each episode that ended.
         known_expert: digests of what was imitated.
@@ -65,13 +66,18 @@ class Past:
     with_other_settings: Sequence[tuple[int, Mapping[str, Any]]] = ()
     restored: Restored = _NOTHING
     ended_here: int = 0
-    again: Sequence[int] = ()
-    dispatched: Sequence[int] = ()
+    again: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    dispatched: Mapping[str, Sequence[int]] = field(default_factory=dict)
     alpha: AlphaState | None = None
     steps: Sequence[Mapping[str, Any]] = ()
     records: Sequence[EpisodeRecord] = ()
     known_expert: Sequence[str] = ()
     first_numbers: tuple[int, int, int] = (0, 0, 0)
+
+    def tasks(self, seed: int, *, task_set: str = "") -> Tasks:
+        """Of a run of that seed: those that are still to begin."""
+        begun, again = self.dispatched.get(task_set, ()), self.again.get(task_set, ())
+        return Tasks(seed, task_set=task_set, dispatched=begun, again=again)
 
     @property
     def version(self) -> int:
@@ -153,7 +159,10 @@ def _read(reader: Reader, checkpoint: int, config: Config, source: str) -> Past:
         with_other_settings=_with_other_settings(redo, starts, config),
         restored=Restored(
             groups=reader.open_groups(
-                episodes=config.group_size + config.rollout.redundant_episodes,
+                episodes={
+                    name: of_set.group_size + config.rollout.redundant_episodes
+                    for name, of_set in config.sets.items()
+                },
                 max_attempts=config.rollout.max_attempts,
             ),
             reusable=reader.used_groups(

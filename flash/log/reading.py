@@ -101,15 +101,24 @@ class Reader:
         )
         return publish, evaluation, checkpoint
 
-    def dispatched(self) -> list[int]:
-        """The seeds of all tasks that began, in the order in which they did."""
-        return [row.seed for row in self._rows(select(GROUPS.c.seed).order_by(GROUPS.c.group))]
+    def dispatched(self) -> dict[str, list[int]]:
+        """The seeds of all tasks that began, in the order in which they did, by task set."""
+        found: dict[str, list[int]] = defaultdict(list)
+        query = select(GROUPS.c.task_set, GROUPS.c.seed).order_by(GROUPS.c.group)
+        for row in self._rows(query):
+            found[row.task_set].append(row.seed)
+        return dict(found)
 
-    def to_begin_anew(self) -> list[int]:
-        """The seeds of tasks whose group came to nothing, and which have not begun again since."""
-        query = select(GROUPS.c.seed, GROUPS.c.reason).order_by(GROUPS.c.group)
-        last = {row.seed: row.reason for row in self._rows(query)}
-        return [seed for seed, reason in last.items() if reason in _ANEW]
+    def to_begin_anew(self) -> dict[str, list[int]]:
+        """The seeds of tasks whose group came to nothing, and which have not begun again since; by
+        task set."""
+        query = select(GROUPS.c.task_set, GROUPS.c.seed, GROUPS.c.reason).order_by(GROUPS.c.group)
+        last = {(row.task_set, row.seed): row.reason for row in self._rows(query)}
+        found: dict[str, list[int]] = defaultdict(list)
+        for (task_set, seed), reason in last.items():
+            if reason in _ANEW:
+                found[task_set].append(seed)
+        return dict(found)
 
     def groups_trained_from(self, version: int) -> list[int]:
         """Those that were trained at that version or later."""
@@ -205,12 +214,13 @@ class Reader:
     def tasks(self, groups: Sequence[int]) -> dict[int, Task]:
         """Of each of these groups."""
         rows = self._in(select(GROUPS), GROUPS.c.group, groups)
-        return {row.group: Task(row.seed, row.options) for row in rows}
+        return {row.group: _task(row) for row in rows}
 
     # ── groups on their way ──────────────────────────────────────────────────────────────────
 
-    def open_groups(self, *, episodes: int, max_attempts: int) -> list[OpenGroup]:
-        """Those that ended in no way, of which so many episodes begin; oldest first."""
+    def open_groups(self, *, episodes: Mapping[str, int], max_attempts: int) -> list[OpenGroup]:
+        """Those that ended in no way, oldest first; `episodes` says how many begin of a group of
+        each task set."""
         query = select(GROUPS).where(GROUPS.c.outcome.is_(None)).order_by(GROUPS.c.group)
         groups = list(self._rows(query))
         members: dict[int, list[Row[Any]]] = defaultdict(list)
@@ -223,14 +233,17 @@ class Reader:
         return [
             OpenGroup(
                 group=group.group,
-                task=Task(group.seed, group.options),
+                task=_task(group),
                 ready=[
                     _ready(row, played[row.episode])
                     for row in sorted(members[group.group], key=_played_at)
                     if _is_ready(row)
                 ],
                 due=_due(
-                    members[group.group], histories, episodes=episodes, max_attempts=max_attempts
+                    members[group.group],
+                    histories,
+                    episodes=episodes[group.task_set],
+                    max_attempts=max_attempts,
                 ),
             )
             for group in groups
@@ -268,7 +281,7 @@ class Reader:
                 found.append(
                     UsedGroup(
                         group=group.group,
-                        task=Task(group.seed, group.options),
+                        task=_task(group),
                         episodes=[_ready(row, sequences[row.episode]) for row in rows],
                         uses=len(batches[group.group]),
                     )
@@ -377,6 +390,10 @@ def observation_of(row: Row[Any]) -> Observation:
         truncated=row.truncated,
         info=row.info,
     )
+
+
+def _task(group: Row[Any]) -> Task:
+    return Task(group.seed, group.options, group.task_set)
 
 
 def _after(last: int | None) -> int:

@@ -61,6 +61,7 @@ GROUPS = _of_run(
     "groups",
     _key("group"),
     Column("start", Integer, nullable=False),
+    Column("task_set", Words, nullable=False, server_default=""),
     Column("seed", BigInteger, nullable=False),
     Column("options", Json, nullable=False),
     Column("begun_at", Float(53), nullable=False),
@@ -76,6 +77,7 @@ EPISODES = _of_run(
     Column("attempt", Integer, nullable=False),
     Column("start", Integer, nullable=False),
     Column("continues", BigInteger),  # an episode that was cut off
+    Column("task_set", Words, nullable=False, server_default=""),
     Column("seed", BigInteger, nullable=False),
     Column("admitted_at", Float(53), nullable=False),
     Column("played_at", Float(53)),

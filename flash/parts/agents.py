@@ -1,7 +1,7 @@
 """The agents of a run and their environments: those that train, or those on held-out tasks."""
 
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,55 +19,56 @@ from flash.types import EnvSource, PromptStyle
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Agents:
-    """Makes agents, in environments that are open. `hosts`: the processes these run in, if any."""
+class Playing:
+    """What the tasks of a set are played with: their configuration, the prompt style, a reward
+    stage if the reward is not the environment's own, and the folder of their processes' logs."""
 
-    make: AgentFactory
-    hosts: EnvHosts | None = None
+    config: Config
+    style: PromptStyle
+    reward: RewardStage | None
+    log_dir: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agents:
+    """Makes agents, for each task set, in environments that are open. `hosts`: the processes these
+    run in, if any do."""
+
+    make: Mapping[str, AgentFactory]
+    hosts: Sequence[EnvHosts] = ()
 
 
 @contextlib.asynccontextmanager
 async def open_agents(
-    config: Config,
-    *,
-    style: PromptStyle,
-    door: Door | None,
-    reward: RewardStage | None,
-    log_dir: Path,
-    heldout: bool = False,
+    sets: Mapping[str, Playing], *, door: Door | None, heldout: bool = False
 ) -> AsyncIterator[Agents]:
     """Opens environments of the training or the held-out kind, for agents that act in them."""
-    async with _open_envs(config, log_dir, heldout=heldout) as envs:
-        make = _factory(
-            config,
-            envs=envs,
-            style=style,
-            door=door,
-            reward=reward,
-            log_dir=log_dir,
-            heldout=heldout,
+    async with contextlib.AsyncExitStack() as opened:
+        envs = {
+            name: await opened.enter_async_context(_open_envs(playing, heldout=heldout))
+            for name, playing in sets.items()
+        }
+        yield Agents(
+            make={
+                name: _factory(playing, envs=envs[name], door=door, heldout=heldout)
+                for name, playing in sets.items()
+            },
+            hosts=[source for source in envs.values() if isinstance(source, EnvHosts)],
         )
-        yield Agents(make=make, hosts=envs if isinstance(envs, EnvHosts) else None)
 
 
 def _factory(
-    config: Config,
-    *,
-    envs: EnvSource | None,
-    style: PromptStyle,
-    door: Door | None,
-    reward: RewardStage | None,
-    log_dir: Path,
-    heldout: bool,
+    playing: Playing, *, envs: EnvSource | None, door: Door | None, heldout: bool
 ) -> AgentFactory:
     """Makes agents; found by name, because `flash` does not import `flash.agents`."""
+    config = playing.config
     settings = config.agent
     common = {
         "max_tokens": settings.max_tokens,
         "max_sequence_tokens": settings.max_sequence_tokens,
         "temperature": config.eval.temperature if heldout else settings.temperature,
         "episode_timeout_s": settings.episode_timeout_s,
-        "reward_stage": reward,
+        "reward_stage": playing.reward,
     }
     if settings.run:
         assert door is not None, "it is open wherever an agent of the user's own runs"
@@ -77,12 +78,12 @@ def _factory(
             act = registry.function(settings.run, "agent.run")
         else:
             name = "heldout_agent" if heldout else "agent"
-            act = CommandAgent(settings.run, log_dir=log_dir, name=name, env=settings.env)
+            act = CommandAgent(settings.run, log_dir=playing.log_dir, name=name, env=settings.env)
         return lambda: external(door=door, act=act, options=options, **common)
     agent = registry.agent("environment")
     return lambda: agent(
         envs=envs,
-        style=style,
+        style=playing.style,
         max_turns=settings.max_turns,
         samples=settings.samples,
         # A host that hangs is found by its own deadline first, which can tell who was working.
@@ -92,13 +93,12 @@ def _factory(
 
 
 @contextlib.asynccontextmanager
-async def _open_envs(
-    config: Config, log_dir: Path, *, heldout: bool
-) -> AsyncIterator[EnvSource | None]:
+async def _open_envs(playing: Playing, *, heldout: bool) -> AsyncIterator[EnvSource | None]:
     """Environments of the training or the held-out kind; in hosts if any are configured.
 
     None for an agent of the user's own, which brings its world along.
     """
+    config = playing.config
     if config.agent.run:
         yield None
         return
@@ -112,7 +112,7 @@ async def _open_envs(
         options,
         hosts=config.env.hosts,
         call_timeout_s=config.agent.step_timeout_s,
-        log_dir=log_dir,
+        log_dir=playing.log_dir,
     ) as hosts:
         yield hosts
 

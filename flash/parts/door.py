@@ -21,16 +21,18 @@ async def open_door(
     token are in that file, which only its owner can read.
     """
     port = config.engine.door_port if told_in is not None else None
-    if not config.agent.run and port is None:
+    agents = [of_set.agent for of_set in config.sets.values()]
+    has_own = any(agent.run for agent in agents)
+    if not has_own and port is None:
         yield None
         return
-    if config.agent.run and not getattr(tokenizer, "chat_template", None):
+    if has_own and not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             f"model={config.model!r} has no chat template, so an agent can't chat with it "
             f"(agent.run): use an instruction-tuned model"
         )
     # Whatever it takes the model for, there is one only.
-    ignore = {"model", *config.agent.ignore}
+    ignore = {"model"}.union(*(agent.ignore for agent in agents))
     async with Door(
         hub, tokenizer=tokenizer, model="policy", ignore=ignore, port=port or 0
     ) as door:

@@ -10,7 +10,7 @@ from flash import registry
 from flash.config import SMALL, Config
 from flash.positions import check_positions
 from flash.types import PromptStyle
-from flash.warm_start.teach import OnProgress, small_model
+from flash.warm_start.teach import OnProgress, key_of, small_model
 
 
 async def prepared_model(config: Config, on_progress: OnProgress) -> str:
@@ -33,9 +33,9 @@ async def prepared_model(config: Config, on_progress: OnProgress) -> str:
         )
         await check_model_files(config.model)
         return config.model
-    env_key = {"name": config.env.name, "options": config.env.options}
+    env_key = key_of(of_set.env.model_dump() for of_set in config.sets.values())
     path = await small_model(
-        env=registry.environment(config.env.name)(**config.env.options),
+        envs=[registry.environment(env["name"])(**env["options"]) for env in env_key],
         env_key=env_key,
         make_style=lambda tokenizer: make_style(config, tokenizer),
         policy=config.policy,

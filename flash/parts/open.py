@@ -1,13 +1,13 @@
 """What a run and `flash eval` share: the hub and all that plays episodes with it.
 
 Config ─► workers.py  hub       ─┐
-       ─► model.py    tokenizer, style
+       ─► model.py    tokenizer, styles
        ─► door.py     door       ├─► agents.py   agents in their environments
-       ─► reward.py   reward    ─┘
+       ─► reward.py   rewards   ─┘
 """
 
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,37 +15,26 @@ from typing import Any
 from flash.config import Config
 from flash.door import Door
 from flash.hub.hub import InferenceHub
-from flash.parts.agents import Agents, open_agents
+from flash.parts.agents import Agents, Playing, open_agents
 from flash.parts.door import open_door
 from flash.parts.model import load_tokenizer, make_style
 from flash.parts.reward import open_reward
 from flash.parts.workers import open_hub
-from flash.reward.stage import RewardStage
-from flash.types import PromptStyle, Weights
+from flash.types import Weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
     """They are open; `agents` opens the environments that a kind of episodes needs as well."""
 
-    config: Config
     hub: InferenceHub
     tokenizer: Any
-    style: PromptStyle
     door: Door | None
-    reward: RewardStage | None
-    log_dir: Path
+    sets: Mapping[str, Playing]
 
     def agents(self, *, heldout: bool = False) -> contextlib.AbstractAsyncContextManager[Agents]:
         """Agents that train, or those of an evaluation."""
-        return open_agents(
-            self.config,
-            style=self.style,
-            door=self.door,
-            reward=self.reward,
-            log_dir=self.log_dir,
-            heldout=heldout,
-        )
+        return open_agents(self.sets, door=self.door, heldout=heldout)
 
 
 @contextlib.asynccontextmanager
@@ -70,15 +59,19 @@ async def open_parts(
     Raises ValueError for what the model or the machine can't do.
     """
     tokenizer = load_tokenizer(model)
-    style = make_style(config, tokenizer)
+    styles = {name: make_style(of_set, tokenizer) for name, of_set in config.sets.items()}
     async with (
         open_hub(
             config, model=model, version=version, weights=weights, log_dir=log_dir, say=say
         ) as hub,
         open_door(config, hub, tokenizer=tokenizer, told_in=door_file) as door,
-        open_reward(config, hub, tokenizer=tokenizer, log_dir=log_dir) as reward,
+        contextlib.AsyncExitStack() as opened,
     ):
-        yield Parts(
-            config=config, hub=hub, tokenizer=tokenizer, style=style, door=door, reward=reward,
-            log_dir=log_dir,
-        )  # fmt: skip
+        sets = {}
+        for name, of_set in config.sets.items():
+            logs = log_dir / name  # of a set without a name it is the run's
+            reward = await opened.enter_async_context(
+                open_reward(of_set, hub, tokenizer=tokenizer, log_dir=logs)
+            )
+            sets[name] = Playing(config=of_set, style=styles[name], reward=reward, log_dir=logs)
+        yield Parts(hub=hub, tokenizer=tokenizer, door=door, sets=sets)

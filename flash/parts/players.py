@@ -4,7 +4,7 @@ import contextlib
 import secrets
 import socket
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +23,9 @@ from flash.explorer.hub import FleetHub
 from flash.hub.hub import InferenceHub
 from flash.log.run_log import ID_FILE
 from flash.parts.model import load_tokenizer
-from flash.parts.open import open_parts
+from flash.parts.open import Parts, open_parts
 from flash.rollout.crew import AgentCrew, Crew
-from flash.rollout.episode import AgentFactory
+from flash.rollout.episode import AgentFactories
 from flash.section import revealed
 from flash.system import machine
 from flash.types import Weights
@@ -42,10 +42,10 @@ class Players:
 
     hub: InferenceHub | FleetHub
     crew: Crew
-    heldout: AgentFactory
+    heldout: AgentFactories
     examined: Callable[[], Crew] | None
     tokenizer: Any
-    hosts: EnvHosts | None
+    hosts: Sequence[EnvHosts]
     fleet: Fleet | None = None
     gate: Callable[[], AbstractAsyncContextManager[None]] = contextlib.nullcontext
 
@@ -70,8 +70,10 @@ async def open_players(
     """
     before = Address.read(folder)
     async with contextlib.AsyncExitStack() as opened:
-        parts, hosts = None, None
-        local, heldout = None, _nobody
+        parts: Parts | None = None
+        hosts: Sequence[EnvHosts] = ()
+        local: AgentCrew | None = None
+        heldout: AgentFactories = _nobody
         if config.engine.workers or config.engine.urls:
             parts = await opened.enter_async_context(
                 open_parts(
@@ -125,7 +127,7 @@ def _crew(config: Config, fleet: Fleet, hub: FleetHub, local: AgentCrew | None) 
     )
 
 
-def _heldout_crew(fleet: Fleet, hub: FleetHub, agent: AgentFactory) -> FleetCrew:
+def _heldout_crew(fleet: Fleet, hub: FleetHub, agent: AgentFactories) -> FleetCrew:
     """All that it plays is sampled by the newest weights."""
     local = None if hub.local is None else AgentCrew(agent, hub.local)
     return FleetCrew(

@@ -30,9 +30,10 @@ from flash.parts.model import self_test_text
 from flash.parts.players import open_players
 from flash.rollout.adaptive import AdaptiveAlpha
 from flash.rollout.expert import ShuffledExpert
+from flash.rollout.filters import find_filter
 from flash.rollout.loop import RolloutLoop
 from flash.rollout.observer import Observer, Observers
-from flash.rollout.tasks import Tasks
+from flash.rollout.tasks import TaskSet
 from flash.system.machine import gpus
 from flash.telemetry.folder import RunFolder
 from flash.telemetry.live import View
@@ -199,9 +200,8 @@ async def _open(
         rollouts = RolloutLoop(
             players.hub,
             crew=players.crew,
-            tasks=Tasks(config.seed, dispatched=past.dispatched, again=past.again),
+            task_sets=_task_sets(config, past),
             batch_size=config.batch_size,
-            group_size=config.group_size,
             alpha=config.alpha,
             settings=config.rollout,
             advantages=make_advantages(
@@ -232,6 +232,7 @@ async def _open(
                 hub=players.hub,
                 agent=players.heldout,
                 crew=players.examined,
+                task_sets=config.sets,
                 every=config.eval_every,
                 last=config.steps,
                 observer=observers,
@@ -257,6 +258,20 @@ async def _open(
                     progress=progress,
                     observers=observers,
                 )
+
+
+def _task_sets(config: Config, past: Past) -> list[TaskSet]:
+    """Those of the run, each from where it was left off."""
+    return [
+        TaskSet(
+            name=name,
+            tasks=past.tasks(config.seed, task_set=name),
+            groups_per_batch=of_set.batch_size // of_set.group_size,
+            group_size=of_set.group_size,
+            filters=[find_filter(each) for each in of_set.rollout.filters],
+        )
+        for name, of_set in config.sets.items()
+    ]
 
 
 def _trainer(

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from sqlalchemy import Row, Select, func, select
 
@@ -12,7 +12,7 @@ from flash.conversation import SpokenTurn, spoken_turns
 from flash.log.reading import Reader
 from flash.log.schema import EPISODES
 from flash.rollout.history import Sampled
-from flash.types import Observation, SampledSequence, Task, Trajectory
+from flash.types import Observation, Outcome, SampledSequence, Task, Trajectory
 
 Which = Literal["trained", "ended", "played"]
 
@@ -100,6 +100,8 @@ class LoggedEpisode:
 class EpisodeReader(Reader):
     """A reader that also looks episodes up."""
 
+    _task_set: str | None = None  # of which it chooses
+
     def episode(self, number: int) -> list[LoggedEpisode]:
         """ValueError if there is none of that number."""
         return self._found(
@@ -116,26 +118,45 @@ class EpisodeReader(Reader):
             EPISODES.c.group,
         )
 
+    def of_set(self, task_set: str) -> Self:
+        """Chooses among the episodes of that task set only. ValueError if there are none."""
+        names = [row.task_set for row in self._rows(select(EPISODES.c.task_set).distinct())]
+        if task_set not in names:
+            known = ", ".join(sorted(filter(None, names)))
+            raise ValueError(
+                f"--task-set {task_set}: the log has no episode of it: "
+                + (f"there are {known}" if known else "the run has no task sets")
+            )
+        self._task_set = task_set
+        return self
+
+    def _ended(self, outcome: Outcome) -> Select[Any]:
+        query = select(EPISODES).where(EPISODES.c.outcome == outcome)
+        return (
+            query if self._task_set is None else query.where(EPISODES.c.task_set == self._task_set)
+        )
+
     def newest_trained(self) -> list[LoggedEpisode]:
         """ValueError if none was trained yet."""
-        newest = _trained().order_by(
+        newest = self._ended("trained").order_by(
             EPISODES.c.trained_at_version.desc(), EPISODES.c.ended_at.desc(), _NEWEST
         )
         return self._first(newest) or self._nothing_trained()
 
     def worst_trained(self) -> list[LoggedEpisode]:
         """That of the lowest reward; of several the newest. ValueError if none was trained yet."""
-        worst = _trained().where(EPISODES.c.reward.is_not(None))
+        worst = self._ended("trained").where(EPISODES.c.reward.is_not(None))
         return self._first(worst.order_by(EPISODES.c.reward, _NEWEST)) or self._nothing_trained()
 
     def newest_dropped(self, reason: str) -> list[LoggedEpisode]:
         """Of those that were dropped for that reason, or for any. ValueError if there is none."""
-        dropped = select(EPISODES).where(EPISODES.c.outcome == "dropped")
+        dropped = self._ended("dropped")
         chosen = dropped.where(EPISODES.c.reason == reason) if reason else dropped
         if found := self._first(chosen.order_by(EPISODES.c.ended_at.desc(), _NEWEST)):
             return found
-        query = select(EPISODES.c.reason).where(EPISODES.c.outcome == "dropped")
-        reasons = Counter(row.reason for row in self._rows(query))
+        reasons = Counter(
+            row.reason for row in self._rows(dropped.with_only_columns(EPISODES.c.reason))
+        )
         if not reasons:
             raise ValueError("--dropped: no episode was dropped: leave it out")
         there_are = ", ".join(f"{name} ({count})" for name, count in reasons.most_common())
@@ -195,10 +216,6 @@ class EpisodeReader(Reader):
 
 
 _NEWEST = EPISODES.c.episode.desc()
-
-
-def _trained() -> Select[Any]:
-    return select(EPISODES).where(EPISODES.c.outcome == "trained")
 
 
 def _episode(

@@ -2,7 +2,8 @@
 
 A row is an episode that the log has the tokens of still:
 
-episode, group, attempt, seed, options    the task's options as JSON
+episode, group, attempt
+task_set, seed, options                   the task's set, empty if there are none; options as JSON
 outcome, reason, reward, success, turn_rewards
 version_min, version_max                  of its sampled tokens
 trained_at_version                        null if it was not trained
@@ -112,6 +113,7 @@ def _row(episode: LoggedEpisode, decode: Decoder) -> dict[str, Any]:
         "episode": episode.episode,
         "group": episode.group,
         "attempt": episode.attempt,
+        "task_set": episode.task.task_set,
         "seed": episode.task.seed,
         "options": json.dumps(plain(episode.task.options)),
         "outcome": episode.outcome,
@@ -218,6 +220,7 @@ def _schema(arrow: Any) -> Any:
             "episode": integer,
             "group": integer,
             "attempt": arrow.int32(),
+            "task_set": text,
             "seed": integer,
             "options": text,
             "outcome": text,

@@ -83,11 +83,12 @@ def first_model(run: LoggedRun) -> str:
         local = Path(model).expanduser()
         return str(local) if local.is_dir() else model
     # Imports what trains it.
-    from flash.warm_start.teach import folder_name  # noqa: PLC0415
+    from flash.warm_start.teach import folder_name, key_of  # noqa: PLC0415
 
     config = run.config
+    sets: Mapping[str, Any] = config.get("task_sets") or {"": {}}
     name = folder_name(
-        {"name": config["env"]["name"], "options": config["env"].get("options", {})},
+        key_of(of_set.get("env", config["env"]) for of_set in sets.values()),
         PolicyConfig.model_validate(config.get("policy", {})),
         WarmStartConfig.model_validate(config.get("warm_start", {})),
         config.get("seed", 0),

@@ -50,6 +50,7 @@ def as_data(episode: LoggedEpisode, decode: Decoder) -> dict[str, Any]:
         "attempt": episode.attempt,
         "start": episode.start,
         "continues": episode.continues,
+        "task_set": episode.task.task_set,
         "seed": episode.task.seed,
         "options": episode.task.options,
         "outcome": episode.outcome,
@@ -125,8 +126,8 @@ def _head(episode: LoggedEpisode) -> Iterator[Text]:
     reward = "" if episode.reward is None else f", reward {episode.reward:g}"
     success = ", success" if episode.success else ""
     yield _rule(
-        f"episode {episode.episode} of group {episode.group}, attempt {episode.attempt}, seed "
-        f"{episode.task.seed}{options}: {_outcome(episode)}{reward}{success}",
+        f"episode {episode.episode} of group {episode.group}, attempt {episode.attempt}, "
+        f"{episode.task}{options}: {_outcome(episode)}{reward}{success}",
         mark="═══",
     )
     about = []

@@ -182,12 +182,11 @@ async def _changes(
 ) -> AsyncGenerator[Change | str | None, None]:
     """Of each episode, in the order of their numbers; or why its reward failed; None of one that
     the log has no tokens of any more."""
-    of_env = run.config.get("reward", {}).get("name", "env") == "env"
 
     async def change(episode: LoggedEpisode) -> Change | str | None:
         if episode.is_gone:
             return None
-        played = _as_played(episode, of_env)
+        played = _as_played(episode, _has_reward_of_env(run, episode.task.task_set))
         transcript = transcript_of(episode.task, played, decode)
         try:
             reward, _ = await scored(scorer, transcript, timeout_s=_TIMEOUT_S)
@@ -211,6 +210,12 @@ async def _changes(
 def _page(run: LoggedRun, after: int) -> list[LoggedEpisode]:
     with run.reading() as reader:
         return reader.page("played", after=after, most=_PAGE)
+
+
+def _has_reward_of_env(run: LoggedRun, task_set: str) -> bool:
+    of_set = run.config.get("task_sets", {}).get(task_set, {})
+    reward = of_set.get("reward", run.config.get("reward", {}))
+    return bool(reward.get("name", "env") == "env")
 
 
 def _as_played(episode: LoggedEpisode, of_env: bool) -> Trajectory:

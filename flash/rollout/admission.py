@@ -1,7 +1,8 @@
-"""Which episode begins next, and whether there is room for it. Invariant 3."""
+"""Which episode of a task set begins next, and whether there is room for it. Invariant 3."""
 
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import replace
 
 from flash.rollout.groups import Group, Groups
 from flash.rollout.ledger import Ledger
@@ -15,6 +16,7 @@ class Admission:
 
     Args:
         tasks: where new groups come from, in order; may be endless.
+        task_set: whose tasks these are.
         group_size, episodes: a group needs so many, and so many begin.
     """
 
@@ -23,6 +25,7 @@ class Admission:
         tasks: Iterable[Task],
         groups: Groups,
         *,
+        task_set: str,
         slots: Slots,
         schedule: GroupSchedule,
         ledger: Ledger,
@@ -32,6 +35,7 @@ class Admission:
         self.exhausted = False  # the tasks have ended
         self.new_groups = True  # whether they may begin
         self._tasks = iter(tasks)
+        self._task_set = task_set
         self._groups = groups
         self._slots = slots
         self._schedule = schedule
@@ -89,6 +93,8 @@ class Admission:
         if task is None:
             self.exhausted = True
             return None
+        if task.task_set != self._task_set:
+            task = replace(task, task_set=self._task_set)
         group = self._groups.begin(task, size=self._group_size, episodes=self._episodes)
         self._schedule.began()
         self._due.extend([(group, DueEpisode())] * self._episodes)
@@ -96,15 +102,21 @@ class Admission:
 
     def _has_slot(self, limit: int, *, spare: bool = False) -> bool:
         """Whether there is room for another episode, with so many slots in all."""
-        under_way = self._ledger.running + self._ledger.ready
+        under_way = self._running + self._ledger.ready_of[self._task_set]
         if under_way >= limit + self._slots.spares:
             return False
-        return spare or under_way - self._groups.spares + self._slots.held < limit
+        spares = self._groups.counts(self._task_set).spares
+        return spare or under_way - spares + self._slots.held < limit
 
     def _may_begin(self, next_version: int) -> bool:
+        counts = self._groups.counts(self._task_set)
         wanted = self._slots.wanted(
-            under_way=len(self._groups),
-            complete=self._groups.complete,
+            under_way=counts.groups,
+            complete=counts.complete,
             next_version=next_version,
         )
-        return wanted > 0 and self._schedule.allows(wanted, running=self._ledger.running)
+        return wanted > 0 and self._schedule.allows(wanted, running=self._running)
+
+    @property
+    def _running(self) -> int:
+        return self._ledger.running_of[self._task_set]

@@ -1,5 +1,6 @@
 """From complete groups to the batch that the trainer gets: samples, advantages, numbers."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,6 +66,28 @@ def metrics_of(
         "time/agent_s": mean_seconds("agent"),
         "time/reward_s": mean_seconds("reward"),
     }
+
+
+def metrics_of_sets(groups: Sequence[Group]) -> dict[str, Any]:
+    """The same of each task set, by its name; `share/*` is of the sampled tokens."""
+    by_set: dict[str, list[Trajectory]] = defaultdict(list)
+    for group in groups:
+        by_set[group.task.task_set] += trajectories(group)
+    if not any(by_set):
+        return {}
+    tokens = {
+        name: sum(int((s.loss_mask > 0).sum()) for t in ended for s in t.sequences)
+        for name, ended in by_set.items()
+    }
+    metrics: dict[str, Any] = {}
+    for name, ended in by_set.items():
+        metrics |= {
+            f"reward/mean/{name}": float(np.mean([t.reward for t in ended])),
+            f"success_rate/{name}": float(np.mean([t.success for t in ended])),
+            f"turns/mean/{name}": float(np.mean([t.turns for t in ended])),
+            f"share/{name}": tokens[name] / max(1, sum(tokens.values())),
+        }
+    return metrics
 
 
 def trajectories(group: Group) -> list[Trajectory]:

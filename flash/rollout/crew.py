@@ -1,8 +1,10 @@
 """What plays episodes: a crew of supervised agents, each with one episode at a time."""
 
 import asyncio
+import itertools
 import logging
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, Self
 
@@ -10,7 +12,7 @@ from flash.errors import AgentFailure, EpisodeFailure, FlashError
 from flash.rollout.episode import (
     Abort,
     Agent,
-    AgentFactory,
+    AgentFactories,
     Cancelled,
     Episode,
     EpisodeEnd,
@@ -94,6 +96,7 @@ class SessionHub(Generator, Protocol):
 @dataclass(slots=True, eq=False)
 class _Seat:
     agent: Agent
+    task_set: str
     episode: Episode | None = None
     task: asyncio.Task[None] | None = field(default=None)
 
@@ -105,19 +108,20 @@ class AgentCrew:
     agents. One that crashes fails its episode and is replaced.
 
     Args:
+        make_agent: for all tasks, or by the name of a task set: then an agent plays that one only.
         together: the first responses of a group's episodes all come from one worker.
     """
 
     waits_for = ""
 
     def __init__(
-        self, make_agent: AgentFactory, hub: SessionHub, *, together: bool = False
+        self, make_agent: AgentFactories, hub: SessionHub, *, together: bool = False
     ) -> None:
         self.crashes = 0
         self._make_agent = make_agent
         self._hub = hub
         self._together = together
-        self._idle: list[_Seat] = []
+        self._idle: dict[str, list[_Seat]] = defaultdict(list)  # by task set
         self._busy: dict[int, _Seat] = {}
         self._tasks = asyncio.TaskGroup()
         self._closing = False
@@ -139,7 +143,7 @@ class AgentCrew:
     async def __aexit__(self, *exc_info: object) -> None:
         """Every agent is asked to stop; after a grace they are cancelled."""
         self._closing = True
-        seats = [*self._idle, *self._busy.values()]
+        seats = [*itertools.chain(*self._idle.values()), *self._busy.values()]
         for seat in seats:
             seat.agent.mailbox.put_nowait(Stop())
         tasks = [seat.task for seat in seats if seat.task is not None]
@@ -181,14 +185,19 @@ class AgentCrew:
     def play(self, episode: Episode) -> None:
         """As `begin`, an episode that is there."""
         assert not self._closing
-        if self._idle:
-            seat = self._idle.pop()
+        task_set = episode.task.task_set
+        if idle := self._idle[task_set]:
+            seat = idle.pop()
         else:
-            seat = _Seat(self._make_agent())
+            seat = _Seat(self._new_agent(task_set), task_set)
             seat.task = self._tasks.create_task(self._supervise(seat), name="agent seat")
         seat.episode = episode
         self._busy[episode.id] = seat
         seat.agent.mailbox.put_nowait(Start(episode))
+
+    def _new_agent(self, task_set: str) -> Agent:
+        make = self._make_agent
+        return make[task_set]() if isinstance(make, Mapping) else make()
 
     def give_up(self, episode: Episode, reason: str) -> None:
         if episode.cancel_reason is None:
@@ -211,7 +220,7 @@ class AgentCrew:
         def report(episode: Episode, end: EpisodeEnd) -> None:
             if seat.episode is not episode:
                 raise AgentFailure(f"reported episode {episode.id}, which it was not given")
-            self._idle.append(seat)
+            self._idle[seat.task_set].append(seat)
             self._release(seat, end)
 
         try:
@@ -233,7 +242,7 @@ class AgentCrew:
             exc_info=cause,
         )
         if seat.episode is None:
-            self._idle.remove(seat)
+            self._idle[seat.task_set].remove(seat)
         else:
             self._release(seat, _as_failure(cause))
 

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -159,9 +159,9 @@ class Episode:
     def begin_anew(self, why: HistoryDiverged) -> None:
         """Forgets the history and all that was counted; the time that was spent stays spent."""
         logger.warning(
-            "episode %d (seed %d, group %d, attempt %d) starts over, after %d turns of its "
+            "episode %d (%s, group %d, attempt %d) starts over, after %d turns of its "
             "history: %s",
-            self.id, self.task.seed, self.group, self.attempt, self.turns, why,
+            self.id, self.task, self.group, self.attempt, self.turns, why,
         )  # fmt: skip
         self._history, self._replay = (), Replay()
         self._reset_counts()
@@ -224,7 +224,7 @@ class Episode:
         """Who it is, what it does and since when: for logs and for errors about stalls."""
         since = self.clock() - self.stage_since
         return (
-            f"episode {self.id} (seed {self.task.seed}, group {self.group}, attempt "
+            f"episode {self.id} ({self.task}, group {self.group}, attempt "
             f"{self.attempt}) in stage '{self.stage_name}' for {since:.1f} s"
         )
 
@@ -280,3 +280,5 @@ class Agent(Protocol):
 
 
 AgentFactory = Callable[[], Agent]
+AgentFactories = AgentFactory | Mapping[str, AgentFactory]
+"""For all tasks, or for those of each task set, by its name."""

@@ -45,14 +45,15 @@ def find_filter(name: str) -> GroupFilter:
 
 
 class Filters:
-    """Judges complete groups, one filter after another.
+    """Judges complete groups of one task set, one filter after another.
 
     Raises RolloutFailure when more than `at_most` groups are dropped for one batch, or when a
     filter raises or answers neither true nor false.
     """
 
-    def __init__(self, filters: Sequence[GroupFilter], *, at_most: int) -> None:
+    def __init__(self, filters: Sequence[GroupFilter], *, at_most: int, task_set: str = "") -> None:
         self._filters = filters
+        self._of = f" of task set {task_set}" if task_set else ""
         self._at_most = at_most
         self._dropped = self._kept = 0
 
@@ -73,10 +74,10 @@ class Filters:
                 self._dropped += 1
                 if self._dropped > self._at_most:
                     raise RolloutFailure(
-                        f"rollout.filters dropped {self._dropped} groups and kept {self._kept} "
-                        f"since the last batch, the last one by {name}; rollout.max_filtered "
-                        f"allows {self._at_most} a batch: take tasks that the policy solves now "
-                        f"and then, or raise it"
+                        f"rollout.filters dropped {self._dropped} groups{self._of} and kept "
+                        f"{self._kept} since the last batch, the last one by {name}; "
+                        f"rollout.max_filtered allows {self._at_most} a batch: take tasks that the "
+                        f"policy solves now and then, or raise it"
                     )
                 return f"filtered:{name}"
         self._kept += 1

@@ -1,5 +1,6 @@
 """The groups on their way into a batch, and what they add up to."""
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -35,13 +36,21 @@ class Group:
         return min(versions, default=None)
 
 
+@dataclass(slots=True)
+class Counts:
+    """Of the groups of one task set, kept as their members change."""
+
+    groups: int = 0
+    complete: int = 0
+    spares: int = 0
+
+
 class Groups:
-    """In the order of their tasks. `complete` and `spares` are sums, kept as members change."""
+    """In the order of their tasks, those of all task sets."""
 
     def __init__(self, first_id: int = 0) -> None:
-        self.complete = 0
-        self.spares = 0
         self._groups: dict[int, Group] = {}
+        self._counts: dict[str, Counts] = defaultdict(Counts)
         self._next_id = first_id
 
     def __len__(self) -> int:
@@ -56,21 +65,29 @@ class Groups:
     def get(self, group_id: int) -> Group | None:
         return self._groups.get(group_id)
 
+    def counts(self, task_set: str) -> Counts:
+        """Of that task set; read them when you need them."""
+        return self._counts[task_set]
+
     def begin(self, task: Task, *, size: int, episodes: int) -> Group:
         """A new group, of which so many episodes are to begin."""
-        group = Group(self._next_id, task, size, due=episodes)
+        group = self._hold(Group(self._next_id, task, size, due=episodes))
         self._next_id += 1
-        self._groups[group.id] = group
         return group
 
     def restore(self, group_id: int, task: Task, *, size: int) -> Group:
         """A group that had begun when the run ended."""
-        group = self._groups[group_id] = Group(group_id, task, size)
+        return self._hold(Group(group_id, task, size))
+
+    def _hold(self, group: Group) -> Group:
+        self._groups[group.id] = group
+        self._counts[group.task.task_set].groups += 1
         return group
 
     def close(self, group: Group) -> None:
         """It is on its way no longer; its members are as they were."""
         del self._groups[group.id]
+        self._counts[group.task.task_set].groups -= 1
         self._count(group, -1)
 
     def add(self, group: Group, episode: Episode) -> None:
@@ -92,5 +109,6 @@ class Groups:
         self._count(group, +1)
 
     def _count(self, group: Group, sign: int) -> None:
-        self.complete += sign * group.complete
-        self.spares += sign * group.spares
+        counts = self._counts[group.task.task_set]
+        counts.complete += sign * group.complete
+        counts.spares += sign * group.spares

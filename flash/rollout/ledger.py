@@ -13,33 +13,39 @@ class Ledger(Observer):
     """Counts episodes; invariant 2: admitted = running + ready + ended, at every moment.
 
     An episode's outcome is that of its first use. Further ones are counted apart, and are never
-    more than `most_uses` allows.
+    more than `most_uses` allows. Those that run or are ready are counted by task set.
     """
 
     def __init__(self, *, most_uses: int = 1) -> None:
         self._most_uses = most_uses
         self.reused = 0
         self.begun = 0
-        self.running = 0
-        self.ready = 0
+        self.running_of: Counter[str] = Counter()
+        self.ready_of: Counter[str] = Counter()
         self.outcomes: Counter[tuple[Outcome, str]] = Counter()
         self.waste_tokens = 0
         self.waste_env_s = 0.0
 
+    @property
+    def running(self) -> int:
+        return self.running_of.total()
+
+    @property
+    def ready(self) -> int:
+        return self.ready_of.total()
+
     def admitted(self, episode: Episode) -> None:
         self.begun += 1
-        self.running += 1
+        self.running_of[episode.task.task_set] += 1
 
     def played(self, episode: Episode) -> None:
         if episode.trajectory is not None:
-            self.running -= 1
-            self.ready += 1
+            self.running_of[episode.task.task_set] -= 1
+            self.ready_of[episode.task.task_set] += 1
 
     def ended(self, episode: Episode, record: EpisodeRecord) -> None:
-        if episode.trajectory is None:
-            self.running -= 1
-        else:
-            self.ready -= 1
+        counted = self.running_of if episode.trajectory is None else self.ready_of
+        counted[episode.task.task_set] -= 1
         self.outcomes[record.outcome, record.reason] += 1
         if record.outcome != "trained":
             self.waste_tokens += record.generated_tokens
@@ -53,8 +59,8 @@ class Ledger(Observer):
 
     def check(self) -> None:
         """Invariant 2; holds between any two awaits."""
-        assert self.running >= 0
-        assert self.ready >= 0
+        assert min(self.running_of.values(), default=0) >= 0
+        assert min(self.ready_of.values(), default=0) >= 0
         assert self.begun == self.running + self.ready + self.outcomes.total()
 
     def count(self, outcome: Outcome) -> int:

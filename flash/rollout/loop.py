@@ -19,33 +19,32 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, Self
 
 from flash.errors import EpisodeFailure, RolloutFailure
 from flash.hub.reports import PublishReport
-from flash.rollout.admission import Admission
-from flash.rollout.batching import metrics_of, samples_of, trajectories
+from flash.rollout.batching import metrics_of, metrics_of_sets, samples_of, trajectories
 from flash.rollout.bias import LengthBias
 from flash.rollout.committed import INTERRUPTED, OVER, SHUTDOWN, CommitLog, NoLog
 from flash.rollout.config import RolloutSettings
 from flash.rollout.crew import AgentCrew, Crew, SessionHub
-from flash.rollout.episode import AgentFactory, Cancelled, Episode, EpisodeEnd
-from flash.rollout.filters import Filters, GroupFilter, find_filter
+from flash.rollout.episode import AgentFactories, Cancelled, Episode, EpisodeEnd
+from flash.rollout.filters import GroupFilter, find_filter
 from flash.rollout.groups import Group, Groups
 from flash.rollout.ledger import Ledger
 from flash.rollout.observer import Observer, Observers
 from flash.rollout.record import EpisodeRecord
 from flash.rollout.restored import DueEpisode, OpenGroup, ReadyEpisode, Restored, UsedGroup
-from flash.rollout.reuse import Reuse
-from flash.rollout.slots import BatchSchedule, QueueSchedule, Slots
+from flash.rollout.shares import Share, Shares
 from flash.rollout.staleness import choose_groups, stale_episodes
 from flash.rollout.stall.activity import Activity
 from flash.rollout.stall.diagnosis import AdmissionState
 from flash.rollout.stall.watchdog import PAUSE, RestartingHub, Watchdog
+from flash.rollout.tasks import TaskSet
 from flash.trainer.advantages import Advantages, grpo, per_group
 from flash.types import Batch, ExpertShare, Outcome, Task, TrainerState, Trajectory, Weights
 
@@ -76,10 +75,13 @@ class RolloutLoop:
 
     Args:
         hub: answers the agents' requests and publishes weights.
-        agent: makes an actor; called once for each episode that runs at the same time.
+        agent: makes an actor; called once for each episode that runs at the same time. With task
+            sets it may be a mapping: from the name of a set to what makes its agents.
         crew: plays the episodes, in the place of agents in this process.
         tasks: where groups come from, in order; may be endless.
         batch_size: samples in a batch, a multiple of `group_size`.
+        task_sets: several kinds of tasks, in the place of `tasks` and `group_size`; their groups in
+            a batch must be of `batch_size` samples together.
         alpha: the asynchronous ratio. A token sampled by version u is trained at version v only
             if v - u ≤ alpha, and (1+alpha)·batch_size samples at most are under way. 0 is
             synchronous. A fraction adds room for work, not for age.
@@ -108,11 +110,12 @@ class RolloutLoop:
         self,
         hub: RolloutHub,
         *,
-        agent: AgentFactory | None = None,
+        agent: AgentFactories | None = None,
         crew: Crew | None = None,
-        tasks: Iterable[Task],
+        tasks: Iterable[Task] = (),
         batch_size: int,
-        group_size: int,
+        group_size: int = 1,
+        task_sets: Sequence[TaskSet] = (),
         alpha: float = 1.0,
         settings: RolloutSettings = RolloutSettings(),  # noqa: B008  (frozen)
         filters: Sequence[GroupFilter] = (),
@@ -129,6 +132,9 @@ class RolloutLoop:
             raise ValueError(
                 f"batch_size={batch_size} must be a positive multiple of group_size={group_size}"
             )
+        whole = TaskSet(
+            name="", tasks=tasks, groups_per_batch=batch_size // group_size, group_size=group_size
+        )
         if not (math.isfinite(alpha) and alpha >= 0):
             raise ValueError(f"alpha={alpha} must be a number of at least 0; 0 is synchronous")
         self.hub = hub
@@ -141,44 +147,31 @@ class RolloutLoop:
         self._observers = Observers([self._books, Observers(observers, on_error=self.fail)])
         self._log = log or NoLog()
         self._expert = expert
-        self._crew = crew or _agents(agent, hub, together=not settings.replicate)
+        self._advantages = advantages
+        self._next_episode, first_group = restored.first_ids
+        self._groups = Groups(first_group)
+        self._shares = Shares(
+            task_sets or [whole],
+            self._groups,
+            settings=settings,
+            filters=[*map(find_filter, settings.filters), *filters],
+            alpha=alpha,
+            last_version=last_version,
+            ledger=self.ledger,
+        )
+        if self._shares.batch_size != batch_size:
+            raise ValueError(
+                f"batch_size={batch_size}: the groups of task_sets are {self._shares.batch_size} "
+                f"samples together"
+            )
+        self._groups_per_batch = self._shares.groups_per_batch
+        together = not settings.replicate
+        self._crew = crew or _agents(agent, hub, together=together, shares=self._shares)
         self._crew.report_to(
             on_end=self._on_end,
             on_fatal=self.fail,
             witness=self._observers,
             oldest_wanted=lambda: math.ceil(self._next_version - self.alpha),
-        )
-        self._advantages = advantages
-        self._group_size = group_size
-        self._groups_per_batch = batch_size // group_size
-        self._filters = Filters(
-            [*map(find_filter, settings.filters), *filters],
-            at_most=settings.max_filtered * self._groups_per_batch,
-        )
-        self._reuse = Reuse(settings.reuse, alpha=alpha, groups_per_batch=self._groups_per_batch)
-        self._slots = Slots(
-            groups_per_batch=self._groups_per_batch,
-            group_size=group_size,
-            alpha=alpha,
-            reused_groups=self._reuse.most,
-            redundant_groups=settings.redundant_groups,
-            redundant_episodes=settings.redundant_episodes,
-            last_version=last_version,
-        )
-        self._next_episode, first_group = restored.first_ids
-        self._groups = Groups(first_group)
-        self._admission = Admission(
-            tasks,
-            self._groups,
-            slots=self._slots,
-            schedule=(
-                QueueSchedule()
-                if settings.schedule == "queue"
-                else BatchSchedule(self._groups_per_batch + settings.redundant_groups)
-            ),
-            ledger=self.ledger,
-            group_size=group_size,
-            episodes=group_size + settings.redundant_episodes,
         )
         self._watchdog = Watchdog(
             self,
@@ -189,7 +182,8 @@ class RolloutLoop:
             on_stalled=self._observers.stalled,
         )
         self._to_train = deque(restored.batches)
-        self._to_restore = deque(restored.groups)
+        for group in restored.groups:
+            self._shares.of(group.task).to_restore.append(group)
         for used in restored.reusable:
             self._restore_used(used)
         self._open = False
@@ -209,7 +203,7 @@ class RolloutLoop:
         await self._watchdog.__aenter__()
         for batch in self._to_train:
             if batch.last:
-                self._slots.hold(batch.version)
+                self._shares.hold(batch.version)
                 self._next_version = batch.version + 1
         self._expect_reuse()
         self._restore_groups()
@@ -275,15 +269,20 @@ class RolloutLoop:
             fresh, again = self._choose(at_least)
             if len(fresh) + len(again) >= at_least:
                 return self._hand_over(fresh, again)
-            left = len(self._groups)
-            needed = self._groups_per_batch - self._reuse.available(self._next_version)
-            if self._admission.exhausted and not self._admission and left < needed:
-                raise RolloutFailure(
-                    f"the tasks have ended with {left} groups left, and a batch takes "
-                    f"{needed}: give more tasks, or ask for fewer batches"
-                )
+            for share in self._shares:
+                self._check_tasks(share)
             self._progress.clear()
             await self._progress.wait()
+
+    def _check_tasks(self, share: Share) -> None:
+        """RolloutFailure if there are too few for the next batch."""
+        left, needed = share.counts.groups, share.needed(self._next_version)
+        if share.admission.exhausted and not share.admission and left < needed:
+            of = f" of task set {share.name}" if share.name else ""
+            raise RolloutFailure(
+                f"the tasks{of} have ended with {left} groups left, and a batch takes "
+                f"{needed}: give more tasks, or ask for fewer batches"
+            )
 
     async def publish(self, weights: Weights) -> PublishReport:
         """Make these weights the policy, then free the slots of the batches they were made from.
@@ -295,7 +294,7 @@ class RolloutLoop:
         with self.activity.call("publish"):
             self._next_version = max(self._next_version, weights.version)
             report = await self.hub.publish(weights)
-            self._slots.release(weights.version)
+            self._shares.release(weights.version)
             self._expect_reuse()
             self._observers.published(report)
             self._evict_stale()
@@ -307,7 +306,7 @@ class RolloutLoop:
         if not 0 <= alpha <= self.alpha:
             raise ValueError(f"alpha={alpha} must be from 0 to the loop's bound of {self.alpha:g}")
         self.alpha_in_force = alpha
-        self._slots.use_alpha(alpha)
+        self._shares.use_alpha(alpha)
         self._admit()
 
     @contextlib.contextmanager
@@ -329,7 +328,7 @@ class RolloutLoop:
     @property
     def capacity(self) -> int:
         """So many episodes run or are ready at most."""
-        return self._slots.most_episodes
+        return self._shares.most_episodes
 
     @property
     def crew_waits_for(self) -> str:
@@ -361,8 +360,8 @@ class RolloutLoop:
         return AdmissionState(
             next_version=self._next_version,
             fresh=self._fresh_enough,
-            due=len(self._admission),
-            unpublished=self._slots.held,
+            due=self._shares.due,
+            unpublished=self._shares.held,
             log=self._log.blocked,
         )
 
@@ -398,12 +397,12 @@ class RolloutLoop:
             while (
                 self._started_this_turn < _STARTS_A_TURN
                 and self._failure is None
-                and (start := self._admission.next_start(self._next_version)) is not None
+                and (start := self._shares.next_start(self._next_version)) is not None
             ):
                 self._start(*start)
         except Exception as error:  # of the tasks or of the agent's making: nobody awaits this
             self.fail(error)
-        if self._admission.exhausted:
+        if any(share.admission.exhausted for share in self._shares):
             self._progress.set()
 
     def _admit_after_commit(self) -> None:
@@ -482,19 +481,17 @@ class RolloutLoop:
     def _restore_groups(self) -> None:
         """Goes on with those that there is room for: with a smaller α than they began under not
         all of them, and what is ready of some would leave no slot to what others lack."""
-        while self._to_restore:
-            more = self._group_size * (len(self._groups) + 1)
-            held = self._slots.held
-            if (self._groups or held) and held + more > self._slots.limit:
-                break
-            self._restore(self._to_restore.popleft())
-            self._cancel_redundant()
-            self._evict_stale()
-        self._admission.new_groups = not self._to_restore
+        for share in self._shares:
+            while share.can_restore:
+                self._restore(share.to_restore.popleft())
+                self._cancel_redundant()
+                self._evict_stale()
+            share.admission.new_groups = not share.to_restore
 
     def _restore(self, restored: OpenGroup) -> None:
         """Goes on with a group that was on its way when the run ended."""
-        group = self._groups.restore(restored.group, restored.task, size=self._group_size)
+        share = self._shares.of(restored.task)
+        group = self._groups.restore(restored.group, restored.task, size=share.group_size)
         for ready in restored.ready:
             episode = self._restored_episode(group, ready)
             self._books.admitted(episode)
@@ -505,18 +502,19 @@ class RolloutLoop:
                 continue
             self._groups.add(group, episode)
             self._groups.finish(group, episode)
-        self._admission.restore(group, restored.due)
+        share.admission.restore(group, restored.due)
         if group.complete:
             self._after_completion(group)
         elif len(group.members) + group.due < group.size:
             self._give_up(group, "group_failed")  # fewer attempts are allowed than before
 
     def _restore_used(self, used: UsedGroup) -> None:
-        group = Group(used.group, used.task, self._group_size)
+        share = self._shares.of(used.task)
+        group = Group(used.group, used.task, share.group_size)
         for ready in used.episodes:
             episode = group.members[ready.episode] = self._restored_episode(group, ready)
             episode.finish(ready.trajectory)
-        self._reuse.keep(group, used.uses)
+        share.reuse.keep(group, used.uses)
 
     def _restored_episode(self, group: Group, ready: ReadyEpisode) -> Episode:
         episode = Episode(
@@ -533,9 +531,10 @@ class RolloutLoop:
             if not member.ready:
                 self._groups.remove(group, member)
                 self._discard(member, "redundant")
-        self._admission.cancel(group)
+        share = self._shares.of(group.task)
+        share.admission.cancel(group)
         try:
-            reason = self._filters.reason_to_drop(trajectories(group))
+            reason = share.filters.reason_to_drop(trajectories(group))
         except RolloutFailure as failure:
             self.fail(failure)
             return
@@ -545,11 +544,14 @@ class RolloutLoop:
 
     def _cancel_redundant(self) -> None:
         """Gives up what runs for nothing: complete groups fill every batch that they could."""
-        complete = self._groups.complete
-        if self._slots.needed(complete=complete, next_version=self._next_version) <= 0:
-            reason = "redundant" if self._slots.room(complete=complete) <= 0 else OVER
-            for group in [group for group in self._groups if not group.complete]:
-                self._give_up(group, reason)
+        for share in self._shares:
+            complete, slots = share.counts.complete, share.slots
+            if slots.needed(complete=complete, next_version=self._next_version) > 0:
+                continue
+            reason = "redundant" if slots.room(complete=complete) <= 0 else OVER
+            for group in list(self._groups):
+                if group.task.task_set == share.name and not group.complete:
+                    self._give_up(group, reason)
 
     def _after_failure(self, group: Group, episode: Episode, failure: EpisodeFailure) -> None:
         logger.warning("%s failed: %s", episode.describe(), failure)
@@ -565,7 +567,8 @@ class RolloutLoop:
             error.__cause__ = failure
             self.fail(error)
         elif episode.attempt < self.settings.max_attempts:
-            self._admission.start_again(group, DueEpisode(attempt=episode.attempt + 1))
+            due = DueEpisode(attempt=episode.attempt + 1)
+            self._shares.of(group.task).admission.start_again(group, due)
         elif len(group.members) + group.due < group.size:
             logger.warning("group %d is given up after %d attempts", group.id, episode.attempt)
             self._give_up(group, "group_failed")
@@ -576,7 +579,7 @@ class RolloutLoop:
         due = DueEpisode(attempt=episode.attempt)
         if cut_off is not None and episode.cancel_reason == INTERRUPTED:
             due = replace(due, episode=episode.id, history=cut_off.history)
-        self._admission.start_again(group, due)
+        self._shares.of(group.task).admission.start_again(group, due)
 
     def _give_up(self, group: Group, reason: str) -> None:
         """Drops the group's ready episodes, cancels the running ones; its slots become free."""
@@ -609,9 +612,9 @@ class RolloutLoop:
             group.regenerations += bool(old)
             if group.regenerations > self.settings.max_regenerations:
                 logger.warning(
-                    "group %d (seed %d) was too slow for alpha=%g %d times and is given up "
+                    "group %d (%s) was too slow for alpha=%g %d times and is given up "
                     "(rollout.max_regenerations); rollout.on_stale=wait would wait for it",
-                    group.id, group.task.seed, self.alpha, group.regenerations,
+                    group.id, group.task, self.alpha, group.regenerations,
                 )  # fmt: skip
                 self._give_up(group, "too_slow")
                 continue
@@ -620,31 +623,55 @@ class RolloutLoop:
                 self._discard(member, "stale")
 
     def _expect_reuse(self) -> None:
-        self._slots.expect(self._reuse.available(self._next_version))
+        self._shares.expect_reuse(self._next_version)
 
     def _choose(self, at_least: int) -> tuple[list[Group], list[Group]]:
         """Complete groups for the next batch, as many as it has room for; and, if these are not
         enough and that makes it whole, some that were trained before."""
-        wanted = self._groups_per_batch - len(self._taken)
-        lacking = wanted - self._reuse.available(self._next_version)
-        if self._groups.complete - len(self._taken) < min(at_least, lacking):
+        wanted = self._wanted()
+        if not self._may_be_enough(at_least, wanted):
             return [], []
         # An episode that was admitted in time may have sampled late, from old weights.
         self._evict_stale()
         left = [group for group in self._groups if group not in self._taken]
-        fresh, kept = choose_groups(
-            left,
-            wanted,
-            version=self._next_version,
-            alpha=self.alpha,
-            wait_for=(
-                (self._groups_per_batch, self.hub.version)
-                if self.settings.on_stale == "wait"
-                else None
-            ),
-        )
-        again = self._reuse.choose(wanted - len(fresh), version=self._next_version)
-        return fresh, [] if kept else again
+        fresh: list[Group] = []
+        again: list[Group] = []
+        for share in self._shares:
+            chosen, kept = choose_groups(
+                [group for group in left if group.task.task_set == share.name],
+                wanted[share.name],
+                version=self._next_version,
+                alpha=self.alpha,
+                wait_for=(
+                    (share.groups_per_batch, self.hub.version)
+                    if self.settings.on_stale == "wait"
+                    else None
+                ),
+            )
+            fresh += chosen
+            if not kept:
+                lacking = wanted[share.name] - len(chosen)
+                again += share.reuse.choose(lacking, version=self._next_version)
+        if len(fresh) + len(again) < wanted.total():
+            again = []
+        return sorted(fresh, key=lambda group: group.id), again
+
+    def _wanted(self) -> Counter[str]:
+        """Groups of each task set that the next batch has not yet."""
+        wanted = Counter({share.name: share.groups_per_batch for share in self._shares})
+        wanted.subtract(group.task.task_set for group in self._taken)
+        return wanted
+
+    def _may_be_enough(self, at_least: int, wanted: Counter[str]) -> bool:
+        """Whether so many groups are complete, or all are there that the batch has not yet, with
+        those that were trained before."""
+        fresh = again = 0
+        for share in self._shares:
+            taken = share.groups_per_batch - wanted[share.name]
+            complete = min(wanted[share.name], share.counts.complete - taken)
+            fresh += complete
+            again += min(wanted[share.name] - complete, share.reuse.available(self._next_version))
+        return fresh >= at_least or fresh + again >= wanted.total()
 
     def _hand_over(self, fresh: list[Group], again: list[Group]) -> Batch:
         version = self._next_version
@@ -664,18 +691,19 @@ class RolloutLoop:
                 self._end(member, "trained", version=version)
         for group in again:
             for member in group.members.values():
-                self._observers.trained_again(member, self._reuse.uses(group) + 1)
+                uses = self._shares.of(group.task).reuse.uses(group)
+                self._observers.trained_again(member, uses + 1)
         metrics = (
             metrics_of(whole, again, version=version)
+            | metrics_of_sets(whole)
             | self._bias.metrics()
-            | self._reuse.metrics(again, version=version)
+            | self._shares.reuse_metrics(again, version=version)
         )
         expert = None if self._expert is None else self._expert(version)
         batch = Batch(samples=samples, version=version, metrics=metrics, expert=expert)
         self._observers.handed_over(batch)
-        self._slots.hold(version)
-        self._reuse.trained([*whole, *again], version=version)
-        self._filters.batch_done()
+        self._shares.hold(version)
+        self._shares.trained([*whole, *again], version=version)
         self._next_version += 1
         self._expect_reuse()
         self._cancel_redundant()
@@ -684,7 +712,14 @@ class RolloutLoop:
         return batch
 
 
-def _agents(agent: AgentFactory | None, hub: SessionHub, *, together: bool) -> Crew:
+def _agents(
+    agent: AgentFactories | None, hub: SessionHub, *, together: bool, shares: Shares
+) -> Crew:
     if agent is None:
         raise ValueError("nobody plays: give agent=, which makes agents, or a crew=")
+    names = [share.name for share in shares]
+    if isinstance(agent, Mapping) and {*agent} != {*names}:
+        raise ValueError(
+            f"agent= makes agents for {[*agent]}, and tasks are of {names}: give one for each set"
+        )
     return AgentCrew(agent, hub, together=together)

@@ -12,6 +12,7 @@ class EpisodeRecord:
     """An ended episode, as `episodes.jsonl` keeps it. Times are in seconds."""
 
     episode: int
+    task_set: str = ""
     seed: int
     group: int
     attempt: int
@@ -39,6 +40,7 @@ class EpisodeRecord:
         trajectory = episode.trajectory
         return cls(
             episode=episode.id,
+            task_set=episode.task.task_set,
             seed=episode.task.seed,
             group=episode.group,
             attempt=episode.attempt,
@@ -62,6 +64,7 @@ class EpisodeRecord:
         """That of an episode in the log (`flash.log.schema.EPISODES`), whose times are dates."""
         return cls(
             episode=row.episode,
+            task_set=row.task_set,
             seed=row.seed,
             group=row.group,
             attempt=row.attempt,

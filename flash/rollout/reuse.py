@@ -74,6 +74,18 @@ def _of_users(priority: Priority, name: str, group: TrainedGroup) -> float:
     return float(found)
 
 
+def metrics_of_reused(
+    again: Sequence[Group], *, version: int, groups_per_batch: int
+) -> dict[str, Any]:
+    """The `reuse/*` metrics of a batch for that version with these groups."""
+    of_groups = [t for group in again for t in trajectories(group)]
+    ages = token_ages([s for t in of_groups for s in t.sequences], version)
+    return {
+        "reuse/share": len(again) / groups_per_batch,
+        "reuse/age_mean": float(ages.mean()) if ages.size else 0.0,
+    }
+
+
 class Reuse:
     """Keeps what was trained for as long as it may be trained again.
 
@@ -83,7 +95,6 @@ class Reuse:
     def __init__(self, settings: ReuseConfig, *, alpha: float, groups_per_batch: int) -> None:
         settings.check(alpha=alpha, groups_per_batch=groups_per_batch)
         self.most = settings.groups(groups_per_batch)
-        self._groups_per_batch = groups_per_batch
         self._most_uses = settings.uses
         self._alpha = alpha
         self._priority = find_priority(settings.priority)
@@ -123,17 +134,6 @@ class Reuse:
     def keep(self, group: Group, uses: int) -> None:
         """It was in so many batches."""
         self._kept[group] = uses
-
-    def metrics(self, again: Sequence[Group], *, version: int) -> dict[str, Any]:
-        """The `reuse/*` metrics of a batch with these groups; none if that can't be."""
-        if not self.most:
-            return {}
-        of_groups = [t for group in again for t in trajectories(group)]
-        ages = token_ages([s for t in of_groups for s in t.sequences], version)
-        return {
-            "reuse/share": len(again) / self._groups_per_batch,
-            "reuse/age_mean": float(ages.mean()) if ages.size else 0.0,
-        }
 
     def _is_fresh(self, group: Group, version: int) -> bool:
         return not stale_episodes(group, version=version, alpha=self._alpha)

@@ -56,7 +56,13 @@ MORE_METRICS = {
     "eval/episodes": "that came to their ends",
     "eval/failed": "tasks given up after their last attempt",
     "eval/time_s": "the evaluation took",
+    "eval/success_rate/NAME": "of the held-out tasks of that task set",
+    "eval/reward_mean/NAME": "likewise",
     "turns/mean": "of the trained episodes",
+    "reward/mean/NAME": "of the trained episodes of that task set",
+    "success_rate/NAME": "likewise",
+    "turns/mean/NAME": "likewise",
+    "share/NAME": "of the batch's sampled tokens, that are of that task set",
     "reuse/share": "of the batch's groups, that were trained before",
     "reuse/age_mean": "of the tokens of these, in versions; 0 if there are none",
     "ratio/mean": "policy / proximal policy, mean over tokens whose proximal logprob is known",
@@ -83,4 +89,4 @@ MORE_METRICS = {
     "critic/return_mean": "what it is taught, mean over trained tokens",
     "critic/explained_variance": "of the returns by the critic: 1 knows all, 0 a constant does it",
 }
-"""In lines with an evaluation, and what the objective in use adds."""
+"""In lines with an evaluation, and what the objective in use adds; NAME is that of a task set."""

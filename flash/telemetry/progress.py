@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import math
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from flash.config import Config
@@ -36,7 +36,7 @@ class Progress(Observer):
         *,
         hub: InferenceHub | FleetHub,
         rollouts: RolloutLoop,
-        hosts: EnvHosts | None,
+        hosts: Sequence[EnvHosts],
         log: Log,
         observer: Observer,
     ) -> None:
@@ -46,6 +46,7 @@ class Progress(Observer):
         self._hub = hub
         self._rollouts = rollouts
         self._hosts = hosts
+        self._count = sum(len(of_set) for of_set in hosts)
         self._log = log
         self._observer = observer
         self._clock = asyncio.get_running_loop().time
@@ -124,7 +125,7 @@ class Progress(Observer):
             "steps": self.steps_done,
             "stopped": stopped,
             "time_s": self._clock() - self._began,
-            "eval_tasks": self._config.eval.tasks,
+            "eval_tasks": self._config.eval.tasks * len(self._config.sets),
             "eval_success_rate_first": _value(evaluations[:1], "eval/success_rate"),
             "eval_success_rate_last": _value(evaluations[-1:], "eval/success_rate"),
             "staleness_max": max((line.get("staleness/max", 0) for line in self._lines), default=0),
@@ -212,7 +213,7 @@ class Progress(Observer):
         self._metrics["idle/workers"] = min(1.0, max(0.0, 1 - workers / elapsed / count))
         self._metrics["idle/env_hosts"] = (
             # A call counts when it ends, so one of before the step may be longer than the step.
-            max(0.0, 1 - hosts / elapsed / self._config.env.hosts) if self._hosts else None
+            max(0.0, 1 - hosts / elapsed / self._count) if self._hosts else None
         )
         self._metrics["tokens_per_s"] = tokens / elapsed
 
@@ -220,7 +221,7 @@ class Progress(Observer):
         stats = self._hub.stats()
         return (
             sum(worker.busy_s for worker in stats.workers),
-            self._hosts.busy_s if self._hosts else 0.0,
+            sum(of_set.busy_s for of_set in self._hosts),
             stats.generated_tokens,
         )
 

@@ -1,7 +1,7 @@
 """What was said in a run, of a few episodes of each step: a line each of transcripts.jsonl.
 
-    {"step": 3, "episode": 17, "group": 4, "seed": 12, "options": {}, "reward": 1.0,
-     "success": true, "turns": [{"read": "…", "said": "…", "reward": 1.0}, …]}
+    {"step": 3, "episode": 17, "group": 4, "task_set": "", "seed": 12, "options": {},
+     "reward": 1.0, "success": true, "turns": [{"read": "…", "said": "…", "reward": 1.0}, …]}
 
 `step` is the one that trained it; `read` is what the policy read since its last words, as its
 tokenizer writes the tokens, special ones too; a turn's `reward` is null where the agent tells none.
@@ -18,7 +18,7 @@ from flash.rollout.episode import Episode
 from flash.rollout.observer import Observer
 from flash.rollout.record import EpisodeRecord
 from flash.telemetry.folder import TRANSCRIPTS_FILE, read_lines
-from flash.types import Trajectory
+from flash.types import Task, Trajectory
 
 _MOST_EPISODES = 2000  # of a run, so that its file has some 50 MB at most
 _MOST_TOKENS = 4000  # of an episode; decoded in the event loop, in about 1 ms
@@ -65,6 +65,7 @@ class Transcripts(Observer):
                 "step": version + 1,
                 "episode": record.episode,
                 "group": record.group,
+                "task_set": record.task_set,
                 "seed": record.seed,
                 "options": {name: str(value) for name, value in episode.task.options.items()},
                 "reward": record.reward,
@@ -100,19 +101,33 @@ def _text(token_ids: list[int], decode: Decode, most: int) -> str:
     return f"{first} […{left_out} tokens…] {last}"
 
 
-def shown(run: Path, step: int | None) -> str:
+def shown(run: Path, step: int | None, task_set: str | None = None) -> str:
     """The transcripts of a step of a run, to be read; by default those of the last that has some.
 
-    ValueError if there are none.
+    With `task_set` those of that set only. ValueError if there are none.
     """
     path = run / TRANSCRIPTS_FILE
     if not path.exists():
         raise ValueError(f"{path} is not there: give the folder of a run, runs/NAME")
     lines = read_lines(path)
     try:
-        return _of_step(path, lines, step)
+        return _of_step(path, _of_set(path, lines, task_set), step)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not as a run writes it: {error!r}") from error
+
+
+def _of_set(
+    path: Path, lines: Sequence[Mapping[str, Any]], task_set: str | None
+) -> Sequence[Mapping[str, Any]]:
+    if task_set is None:
+        return lines
+    of_sets: dict[str, list[Mapping[str, Any]]] = {}
+    for line in lines:
+        of_sets.setdefault(line.get("task_set", ""), []).append(line)
+    if task_set not in of_sets:
+        known = ", ".join(filter(None, of_sets)) or "no task set"
+        raise ValueError(f"--task-set {task_set}: {path} has transcripts of {known}")
+    return of_sets[task_set]
 
 
 def _of_step(path: Path, lines: Sequence[Mapping[str, Any]], step: int | None) -> str:
@@ -129,9 +144,10 @@ def _of_step(path: Path, lines: Sequence[Mapping[str, Any]], step: int | None) -
 def _page(line: Mapping[str, Any]) -> str:
     options = f", options {line['options']}" if line["options"] else ""
     ended = ", success" if line["success"] else ""
+    task = Task(line["seed"], task_set=line.get("task_set", ""))
     parts = [
         f"═══ step {line['step']}, episode {line['episode']} of group {line['group']}, "
-        f"seed {line['seed']}{options}: reward {line['reward']:g}{ended}"
+        f"{task}{options}: reward {line['reward']:g}{ended}"
     ]
     for number, turn in enumerate(line["turns"], start=1):
         reward = "" if turn["reward"] is None else f", reward {turn['reward']:g}"

@@ -7,13 +7,14 @@ directory, so the second run starts at once.
 import asyncio
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import os
 import random
 import reprlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -36,8 +37,8 @@ OnProgress = Callable[[str, int, int, Mapping[str, float]], None]
 
 async def small_model(
     *,
-    env: object,
-    env_key: Mapping[str, Any],
+    envs: Sequence[object],
+    env_key: Sequence[Mapping[str, Any]],
     make_style: Callable[[Any], PromptStyle],
     policy: PolicyConfig,
     warm_start: WarmStartConfig,
@@ -46,23 +47,24 @@ async def small_model(
     cache_dir: Path,
     on_progress: OnProgress,
 ) -> Path:
-    """The directory of the small policy for this environment; made and trained unless it is there.
+    """The directory of the small policy for these environments; made and trained unless it is
+    there. It has the words of all, and each teaches in its turn.
 
     Args:
-        env: must be Teachable.
-        env_key: its name and options; with the settings and the seed they name the directory.
+        envs: each must be Teachable.
+        env_key: see `key_of`; with the settings and the seed it names the directory.
         make_style: the prompt style for a tokenizer; must be a TeachingStyle.
         on_progress: called with what is done, how much of it, of how much, and metrics.
 
-    Raises ValueError if the environment or the style can't teach.
+    Raises ValueError if an environment or the style can't teach.
     """
-    for method in ("vocabulary", "demonstrate"):
+    for env, method in itertools.product(envs, ("vocabulary", "demonstrate")):
         if not hasattr(env, method):
             raise ValueError(
                 f"model=small: {type(env).__name__} has no method {method!r} to teach a policy "
                 f"with; set model to a path or a hub name instead"
             )
-    teacher = cast(Teachable, env)
+    teachers = cast(Sequence[Teachable], envs)
     kept = cache_dir / folder_name(env_key, policy, warm_start, seed)
     if kept.exists():
         logger.info("the small policy of these settings is there already: %s", kept)
@@ -72,7 +74,8 @@ async def small_model(
     try:
         model = working / "untaught"
         create = functools.partial(small_policy.create, seed=seed, **policy.model_dump())
-        await _in_thread(create, model, _asked(teacher, "vocabulary", of=str))
+        words = [word for each in teachers for word in _asked(each, "vocabulary", of=str)]
+        await _in_thread(create, model, words)
         if warm_start.steps:
             config = TrainerConfig(
                 objective=Supervised(),
@@ -81,7 +84,7 @@ async def small_model(
                 decay_steps=warm_start.steps,
                 threads=threads,
             )
-            model = await _teach(model, teacher, make_style, warm_start, config, seed, on_progress)
+            model = await _teach(model, teachers, make_style, warm_start, config, seed, on_progress)
         # Renamed only now, so that a run that is stopped leaves nothing half-taught behind.
         try:
             model.rename(kept)
@@ -123,7 +126,7 @@ async def _in_thread(function: Callable[..., object], *arguments: object) -> Non
 
 async def _teach(
     model: Path,
-    teacher: Teachable,
+    teachers: Sequence[Teachable],
     make_style: Callable[[Any], PromptStyle],
     settings: WarmStartConfig,
     config: TrainerConfig,
@@ -141,6 +144,7 @@ async def _teach(
         )
     samples: list[Sample] = []
     for index in range(settings.demonstrations):
+        teacher = teachers[index % len(teachers)]
         # In a thread, because an expert's episode takes milliseconds to seconds.
         turns = await asyncio.to_thread(
             _asked, teacher, "demonstrate", Task(DEMONSTRATION_SEEDS[index]), of=Turn
@@ -179,12 +183,23 @@ def _batches(
                 batch = []
 
 
+def key_of(envs: Iterable[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
+    """What a small policy is made from: `name` and `options` of environments, each once, in an
+    order that is always the same."""
+    found = [{"name": env["name"], "options": env.get("options", {})} for env in envs]
+    by_text = {json.dumps(env, sort_keys=True, default=str): env for env in found}
+    return tuple(by_text[text] for text in sorted(by_text))
+
+
 def folder_name(
-    env_key: Mapping[str, Any], policy: PolicyConfig, warm_start: WarmStartConfig, seed: int
+    env_key: Sequence[Mapping[str, Any]],
+    policy: PolicyConfig,
+    warm_start: WarmStartConfig,
+    seed: int,
 ) -> str:
     """Of the small policy of these settings, among those that are kept."""
     settings = {
-        "env": dict(env_key),
+        "env": dict(env_key[0]) if len(env_key) == 1 else [dict(env) for env in env_key],
         "chat_template": small_policy.CHAT_TEMPLATE,  # is saved with the tokenizer
         "policy": policy.model_dump(mode="json"),
         "warm_start": warm_start.model_dump(mode="json"),
@@ -192,4 +207,4 @@ def folder_name(
     }
     # An option may be what JSON does not know: a date, as YAML has them.
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
-    return f"{env_key['name']}-{digest[:12]}"
+    return f"{'+'.join(dict.fromkeys(env['name'] for env in env_key))}-{digest[:12]}"

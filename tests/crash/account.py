@@ -155,6 +155,10 @@ def _of_batches(books: Books, settings: dict[str, Any]) -> Iterable[str]:
     for row in books.of(schema.SEQUENCES):
         sequences[row.episode][row.number] = row
     episodes = {row.episode: row for row in books.of(schema.EPISODES)}
+    set_of = {row.group: row.task_set for row in books.of(schema.GROUPS)}
+    # Of each task set its groups in a batch, and their size.
+    size = settings["group_size"]
+    sets = settings.get("sets", {"": (settings["batch_size"] // size, size)})
     trained_at: dict[int, int] = {}
     for version, samples in batches.items():
         of_groups: dict[int, set[int]] = defaultdict(set)
@@ -171,10 +175,11 @@ def _of_batches(books: Books, settings: dict[str, Any]) -> Iterable[str]:
                 yield f"version {version}: episode {episode} has a token of {sampled.min()}"
             if len(sampled) and sampled.max() > version:
                 yield f"version {version}: episode {episode} has a token of {sampled.max()}"
-        if len(of_groups) != settings["batch_size"] // settings["group_size"]:
-            yield f"version {version}: {len(of_groups)} groups"
+        task_sets = Counter(set_of[group] for group in of_groups)
+        if task_sets != {name: groups for name, (groups, _) in sets.items()}:
+            yield f"version {version}: {dict(task_sets)} groups"
         for group, members in of_groups.items():
-            if len(members) != settings["group_size"]:
+            if len(members) != sets[set_of[group]][1]:
                 yield f"version {version}: group {group} has {len(members)} episodes"
             for episode in members:
                 row = episodes[episode]
@@ -213,9 +218,19 @@ def _of_outcomes(books: Books) -> Iterable[str]:
 
 
 def _of_tasks(books: Books, settings: dict[str, Any]) -> Iterable[str]:
-    of_seed: dict[int, list[Row[Any]]] = defaultdict(list)
+    of_sets: dict[str, list[Row[Any]]] = defaultdict(list)
     for row in books.of(schema.GROUPS):
-        of_seed[(row.seed - first_task(settings["seed"])) % TRAINING_SEEDS].append(row)
+        of_sets[row.task_set].append(row)
+    for name, rows in of_sets.items():
+        first = first_task(settings["seed"], name)
+        left = [task.seed for task in settings.get("left", ()) if task.task_set == name]
+        yield from _of_set(rows, first=first, left=left)
+
+
+def _of_set(rows: Iterable[Row[Any]], *, first: int, left: Iterable[int]) -> Iterable[str]:
+    of_seed: dict[int, list[Row[Any]]] = defaultdict(list)
+    for row in rows:
+        of_seed[(row.seed - first) % TRAINING_SEEDS].append(row)
     if sorted(of_seed) != list(range(len(of_seed))):
         missing = sorted(set(range(max(of_seed) + 1)) - set(of_seed))
         yield f"lost: the tasks {missing} of {len(of_seed)} never began"
@@ -227,7 +242,7 @@ def _of_tasks(books: Books, settings: dict[str, Any]) -> Iterable[str]:
             if outcome != "dropped" or reason not in BEGUN_ANEW:
                 yield f"doubled: task {place} began again after {outcome} {reason}"
         outcome, reason = outcomes[-1]
-        if reason in BEGUN_ANEW and groups[-1].seed not in settings.get("left", ()):
+        if reason in BEGUN_ANEW and groups[-1].seed not in left:
             yield f"lost: task {place} was given up ({reason}), and never began again"
         if outcome == "dropped" and not reason:
             yield f"task {place} was dropped for no reason"

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from functools import partial
 from pathlib import Path
 
 from flash.agents.environment_agent import EnvironmentAgent
@@ -88,6 +89,7 @@ class Explorer:
     ) -> None:
         self.name = name
         self.drain_s = options.pop("drain_s", 60.0)
+        self.task_sets = options.pop("task_sets", {})  # by name: the longest response
         self.stop = asyncio.Event()
         self.said: list[str] = []
         self.disk = options.pop("disk", Disk())
@@ -117,12 +119,15 @@ class Explorer:
             await self.connection.welcomed()
             async with InferenceHub(self.pool, max_running=4, **self.options) as self.hub:
 
-                def agent():
-                    return EnvironmentAgent(envs=self.envs, style=FakeStyle(), max_tokens=8)
+                def agent(max_tokens=8):
+                    return EnvironmentAgent(
+                        envs=self.envs, style=FakeStyle(), max_tokens=max_tokens
+                    )
 
+                of_sets = {name: partial(agent, most) for name, most in self.task_sets.items()}
                 await play(
                     self.player, self.connection, self.hub,
-                    AgentCrew(agent, self.hub), AgentCrew(agent, self.hub),
+                    AgentCrew(of_sets or agent, self.hub), AgentCrew(of_sets or agent, self.hub),
                     stop=self.stop, drain_s=self.drain_s, say=self.said.append,
                 )  # fmt: skip
 

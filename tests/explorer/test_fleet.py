@@ -3,6 +3,8 @@
 import asyncio
 
 from flash.fakes import FakeEnvs, FakeWires, KeepingObserver
+from flash.rollout.tasks import TaskSet
+from flash.types import Task
 from flash.virtual_time import in_virtual_time
 from tests.explorer.fleets import Controller, Explorer
 from tests.steady import weights
@@ -28,6 +30,28 @@ async def test_explorers_play_a_run():
     assert all(e.task.done() for e in explorers)
     assert loop.ledger.count("trained") == 40
     loop.ledger.check()
+
+
+@in_virtual_time
+async def test_explorers_play_each_task_set_with_its_own_agents():
+    wires, kept = FakeWires(), KeepingObserver()
+    sets = [
+        TaskSet(name=name, tasks=map(Task, range(1000)), groups_per_batch=1, group_size=4)
+        for name in ("brief", "long")
+    ]
+    controller = Controller(wires, observers=[kept], task_sets=sets)
+    async with controller.running() as loop:
+        explorers = [
+            Explorer(wires, name, task_sets={"brief": 1, "long": 8}).start() for name in "ab"
+        ]
+        await train(loop, range(1, 4))
+    await asyncio.wait([e.task for e in explorers], timeout=60)
+    said = {"brief": 0.0, "long": 0.0}
+    for record in [record for record in kept.records if record.outcome == "trained"]:
+        a_turn = record.generated_tokens / record.turns
+        said[record.task_set] = max(said[record.task_set], a_turn)
+    assert said["brief"] == 1
+    assert said["long"] > 1
 
 
 @in_virtual_time

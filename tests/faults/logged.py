@@ -30,9 +30,8 @@ from flash.log.past import Past
 from flash.log.run_log import RunLog
 from flash.rollout.adaptive import AdaptiveAlpha
 from flash.rollout.loop import RolloutLoop
-from flash.rollout.tasks import Tasks
 from flash.trainer.redo import redo
-from flash.types import Batch, Weights
+from flash.types import Batch, Task, Weights
 from tests.crash.account import Books, Snapshot, compare, log_violations
 from tests.faults.disk import AILMENTS, Disk, FaultyStore, copy, copy_torn
 from tests.faults.faulty import Faults, Truth
@@ -56,6 +55,7 @@ class LoggedSchedule:
     drawn."""
 
     store_class = FaultyStore
+    several = 0.0  # of the seeds: of several task sets
 
     def __init__(self, seed: int, *, end: str | None = None, **settings: Any) -> None:
         self.seed = seed
@@ -109,13 +109,20 @@ class LoggedSchedule:
         books = Books("", folder)
         settings = {
             **start.settings, "seed": 0, "steps": start.steps, "alpha": self.most_alpha,
-            "left": list(start.again),
+            "left": [Task(s, task_set=of) for of, seeds in start.again.items() for s in seeds],
+            "sets": start.sets,
         }  # fmt: skip
         broken = list(log_violations(books, settings))
         for snapshot in self.snapshots:
             account = compare(snapshot, books)
             broken += account.lost + account.doubled
         assert not broken, broken
+
+
+class LoggedSets(LoggedSchedule):
+    """Each of several task sets."""
+
+    several = 1.0
 
 
 class Start(Promises):
@@ -130,6 +137,7 @@ class Start(Promises):
         last: bool,
         before: "Start | None",
     ) -> None:
+        self.several = run.several
         super().__init__(run.seed, **run.given)
         self.of_run = run
         self.number = number
@@ -146,8 +154,9 @@ class Start(Promises):
 
     def _plan(self, rng: random.Random, last: bool) -> None:
         run = self.of_run
-        group_size = self.settings["group_size"]
-        self.settings["batch_size"] = min(2 * group_size, self.settings["batch_size"])
+        most = 2 if len(self.sets) == 1 else 1
+        self.sets = {name: (min(most, groups), size) for name, (groups, size) in self.sets.items()}
+        self.settings["batch_size"] = sum(groups * size for groups, size in self.sets.values())
         self.rates.pop("tasks_end", None)
         self.end = ""
         if last:
@@ -177,9 +186,8 @@ class Start(Promises):
             self.settings["last_version"] = self.steps
         run.settings, run.rates = self.settings, self.rates
         self.config = _config(
-            self.settings["group_size"], self.settings["batch_size"],
-            self.settings.get("redundant_episodes", 0), self.samples, self.rate,
-            run.choices["source"],
+            tuple(self.sets.items()), self.settings.get("redundant_episodes", 0), self.samples,
+            self.rate, run.choices["source"],
         )  # fmt: skip
         self.log_config = LogConfig(
             max_lag_s=rng.choice([2.0, 10.0, 30.0]), timeout_s=rng.choice([20.0, 60.0, 300.0])
@@ -275,7 +283,7 @@ class Start(Promises):
         self._note_published(self._first_version, self._first_weights)
         self._steps_done = 0
         self._logged_version = past.logged_version
-        self.again = deque(past.again)
+        self.again = {name: deque(seeds) for name, seeds in past.again.items()}
         self._first_group = past.restored.first_ids[1]
         async with self._rescuing(log), self._new_hub(self._first_version) as self.hub:
             if self.hub.version < past.version:
@@ -286,7 +294,9 @@ class Start(Promises):
                 self._asked_beside(),
                 RolloutLoop(
                     self.hub,
-                    tasks=Tasks(0, dispatched=past.dispatched, again=past.again),
+                    task_sets=self._task_sets(
+                        {name: past.tasks(0, task_set=name) for name in self.sets}
+                    ),
                     restored=past.restored,
                     observers=[log, Heard(self)],
                     log=log,
@@ -415,11 +425,9 @@ class Start(Promises):
 
     def _most_under_way(self) -> int:
         """With what was ready under the largest α that the run has had."""
-        of_group = self.settings["group_size"]
-        more = math.ceil(
-            (self.of_run.most_alpha - self.settings["alpha"]) * self.settings["batch_size"]
-        )
-        return super()._most_under_way() + more + math.ceil(more / of_group) * of_group
+        alphas = self.of_run.most_alpha - self.settings["alpha"]
+        more = [(math.ceil(alphas * groups * size), size) for groups, size in self.sets.values()]
+        return super()._most_under_way() + sum(n + math.ceil(n / size) * size for n, size in more)
 
     def _check_end(self) -> None:
         if not self.dead and self._before is None and self.end != "taken_over":
@@ -467,12 +475,18 @@ class _Trainer:
 
 @functools.lru_cache
 def _config(
-    group_size: int, batch_size: int, redundant: int, samples: str, rate: float, source: int
-) -> Config:
+    sets: tuple[tuple[str, tuple[int, int]], ...], redundant: int, samples: str, rate: float,
+    source: int,
+) -> Config:  # fmt: skip
+    several = {
+        f"task_sets.{name}": {"weight": groups * size, "group_size": size}
+        for name, (groups, size) in sets if name
+    }  # fmt: skip
     return load(
         "frozen_lake",
         {
-            "group_size": group_size, "batch_size": batch_size,
+            "group_size": sets[0][1][1], **several,
+            "batch_size": sum(groups * size for _, (groups, size) in sets),
             "rollout.redundant_episodes": redundant, "agent.samples": samples,
             "trainer.learning_rate": rate, "env.options.size": [4, 5][source],
         },

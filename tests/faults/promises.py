@@ -81,7 +81,7 @@ class Promises(Schedule):
                 assert newest_token > newest, f"episode {episode} was ready, and is not"
         for group in restored.groups:
             rows = [row for row in episodes.values() if row.group == group.group]
-            wanted = self.settings["group_size"]
+            _, wanted = self.sets[group.task.task_set]
             most = wanted + self.settings.get("redundant_episodes", 0)
             lost = any(row.outcome == "failed" and row.attempt == 3 for row in rows)
             assert lost or len(group.ready) + len(group.due) >= wanted, "an episode is not due"
@@ -89,7 +89,11 @@ class Promises(Schedule):
         first_episode, first_group = restored.first_ids
         assert first_episode == max(before.episodes, default=-1) + 1
         assert first_group == max(before.groups, default=-1) + 1
-        assert list(past.dispatched) == [seed for _, seed in sorted(before.groups.items())]
+        begun: dict[str, list[int]] = {}
+        for row in sorted(self._books.of(schema.GROUPS), key=lambda row: row.group):
+            self._set_of[row.group] = row.task_set
+            begun.setdefault(row.task_set, []).append(row.seed)
+        assert past.dispatched == begun
 
     def _newest_version(self, row: Any) -> int:
         said = [
@@ -213,8 +217,8 @@ class Promises(Schedule):
         """What is to begin anew does so before all others, in its order."""
         if episode.group == self._first_group:
             self._first_group += 1
-            if self.again:
-                assert episode.task.seed == self.again.popleft(), "it is not its turn"
+            if again := self.again.get(episode.task.task_set):
+                assert episode.task.seed == again.popleft(), "it is not its turn"
 
     def expect_history(self, episode: Episode) -> None:
         """What had been said in the episode that it continues, or in one before that."""

@@ -15,7 +15,7 @@ import logging
 import math
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from flash.rollout.episode import Episode
 from flash.rollout.loop import RolloutLoop
 from flash.rollout.observer import Observer
 from flash.rollout.record import EpisodeRecord
+from flash.rollout.tasks import TaskSet
 from flash.types import (
     Batch,
     GenerateRequest,
@@ -79,6 +80,7 @@ class Schedule:
 
     worker_class = FaultyWorker
     reuses = 0.3  # of the seeds that may
+    several = 0.0  # of the seeds: of several task sets
 
     def __init__(self, seed: int, **settings: Any) -> None:
         self.seed = seed
@@ -123,15 +125,25 @@ class Schedule:
             else:
                 self.settings[name] = value
         self.publish_every = min(self.publish_every, 1 + int(self.settings["alpha"]))
-        self.settings["batch_size"] = groups * self.settings["group_size"]
-        self._draw_reuse(random.Random(f"reuse {seed}"), groups)
+        self.sets = self._draw_sets(random.Random(f"sets {seed}"), groups)
+        self.settings["batch_size"] = sum(groups * size for groups, size in self.sets.values())
+        fewest = min(groups for groups, _ in self.sets.values())
+        self._draw_reuse(random.Random(f"reuse {seed}"), fewest)
 
         self.trace: list[tuple[Any, ...]] = []
         self.records: list[EpisodeRecord] = []
         self.batches: list[Batch] = []
+        self._set_of: dict[int, str] = {}  # of each group
         self.held: dict[int, int] = {}  # samples handed over, by version, until the publish
         self.truth = Truth()
         self.outcome = "not run"
+
+    def _draw_sets(self, rng: random.Random, groups: int) -> dict[str, tuple[int, int]]:
+        """Of each task set its groups in a batch, and their size."""
+        if rng.random() >= self.several:
+            return {"": (groups, self.settings["group_size"])}
+        names = ["a", "b", "c"][: rng.choice([2, 2, 3])]
+        return {name: (rng.choice([1, 2, 3]), rng.choice([2, 3, 4])) for name in names}
 
     def _draw_reuse(self, rng: random.Random, groups: int) -> None:
         versions = int(self.settings["alpha"])
@@ -211,7 +223,7 @@ class Schedule:
             self._asked_beside(),
             RolloutLoop(
                 self.hub,
-                tasks=(Task(seed) for seed in range(tasks)),
+                task_sets=self._task_sets({name: map(Task, range(tasks)) for name in self.sets}),
                 observers=[_Heard(self._on_episode)],
                 **self._loop_options(),
             ) as self.rollouts,
@@ -245,10 +257,17 @@ class Schedule:
 
     def _loop_options(self) -> dict[str, Any]:
         self._agents = itertools.count()
+        settings = {name: value for name, value in self.settings.items() if name != "group_size"}
         return {
             "agent": self._make_agent,
-            **loop_options(stall_timeout_s=STALL_TIMEOUT_S, **self.settings),
+            **loop_options(stall_timeout_s=STALL_TIMEOUT_S, **settings),
         }
+
+    def _task_sets(self, tasks: Mapping[str, Iterable[Task]]) -> list[TaskSet]:
+        return [
+            TaskSet(name=name, tasks=tasks[name], groups_per_batch=groups, group_size=size)
+            for name, (groups, size) in self.sets.items()
+        ]
 
     @contextlib.asynccontextmanager
     async def _asked_beside(self) -> AsyncIterator[None]:
@@ -358,6 +377,7 @@ class Schedule:
 
     def _on_episode(self, record: EpisodeRecord) -> None:
         self.records.append(record)
+        self._set_of[record.group] = record.task_set
         self.say("ended", record.episode, record.outcome, record.reason, record.generated_tokens)
 
     def _on_loop_error(self, loop: object, context: dict[str, Any]) -> None:
@@ -384,8 +404,10 @@ class Schedule:
             await asyncio.sleep(0.5)
 
     def _most_under_way(self) -> int:
-        of_group = self.settings["group_size"]
-        slots = int((1 + self.settings["alpha"]) * self.settings["batch_size"])
+        return sum(self._most_of_set(groups, size) for groups, size in self.sets.values())
+
+    def _most_of_set(self, groups: int, of_group: int) -> int:
+        slots = int((1 + self.settings["alpha"]) * groups * of_group)
         slots += self.settings.get("redundant_groups", 0) * of_group
         return slots + math.ceil(slots / of_group) * self.settings.get("redundant_episodes", 0)
 
@@ -421,7 +443,9 @@ class Schedule:
         assert len(episodes) == self.settings["batch_size"]
         assert self.samples == "turns" or set(episodes.values()) == {1}
         sizes = Counter(group for group, _ in episodes)
-        assert set(sizes.values()) == {self.settings["group_size"]}, "a group is handed over whole"
+        of_sets = Counter((self._set_of[group], size) for group, size in sizes.items())
+        mixture = {(name, size): groups for name, (groups, size) in self.sets.items()}
+        assert of_sets == mixture, "whole groups are handed over, so many of each task set"
         for sample in batch.samples:
             ages = batch.version - sample.sampled_versions()
             assert ages.min() >= 0
@@ -519,6 +543,12 @@ class Schedule:
         if not self.rates:
             assert self.outcome == "trained"
             assert not ledger.count("failed")
+
+
+class ScheduleOfSets(Schedule):
+    """Each of several task sets."""
+
+    several = 1.0
 
 
 def _episodes(batch: Batch) -> set[int]:

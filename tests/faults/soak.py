@@ -1,10 +1,11 @@
 """Schedules by the thousand, side by side on the cores.
 
-    python -m tests.faults.soak [-n 1000] [--first 0] [--kind plain|logged] [--seed SEED]
+    python -m tests.faults.soak [-n 1000] [--first 0] [--kind KIND] [--seed SEED]
 
 plain: a run with faults. logged: one that is killed again and again, with its log on a disk that
-goes wrong; these take longer, and there are a tenth as many. Prints the seeds that fail and how the
-others ended; `--seed` replays one, with its trace.
+goes wrong; these take longer, and there are a tenth as many. sets, logged_sets: the same of several
+task sets. Prints the seeds that fail and how the others ended; `--seed` replays one, with its
+trace.
 """
 
 import argparse
@@ -14,11 +15,13 @@ import sys
 import time
 from collections import Counter
 
-from tests.faults.logged import LoggedSchedule
-from tests.faults.schedule import Schedule, Violation
+from tests.faults.logged import LoggedSchedule, LoggedSets
+from tests.faults.schedule import Schedule, ScheduleOfSets, Violation
 
-KINDS = {"plain": Schedule, "logged": LoggedSchedule}
-SHARES = {"plain": 1, "logged": 10}  # of so many schedules one
+KINDS = {
+    "plain": Schedule, "logged": LoggedSchedule, "sets": ScheduleOfSets, "logged_sets": LoggedSets,
+}  # fmt: skip
+SHARES = {"plain": 1, "logged": 10, "sets": 4, "logged_sets": 40}  # of so many schedules one
 
 
 def outcome(kind: str, seed: int) -> tuple[Counter[str], str]:

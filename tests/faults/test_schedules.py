@@ -16,8 +16,8 @@ import pytest
 
 from tests.faults.disk import AILMENTS, FaultyStore
 from tests.faults.faulty import FaultyWorker
-from tests.faults.logged import ENDS, LoggedSchedule
-from tests.faults.schedule import RATES, Schedule, Violation
+from tests.faults.logged import ENDS, LoggedSchedule, LoggedSets
+from tests.faults.schedule import RATES, Schedule, ScheduleOfSets, Violation
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,6 +30,12 @@ def test_the_invariants_hold_whatever_fails(first):
     """`make soak` tries as many as asked; these are the first ones."""
     for seed in range(first, first + 20):
         Schedule(seed).run()
+
+
+@pytest.mark.parametrize("first", [0, pytest.param(20, marks=pytest.mark.slow)])
+def test_the_invariants_hold_for_several_task_sets(first):
+    for seed in range(first, first + 20):
+        ScheduleOfSets(seed).run()
 
 
 @pytest.mark.parametrize("kind", RATES)
@@ -134,6 +140,14 @@ def test_an_answer_that_is_made_up_is_noticed():
 def test_nothing_is_lost_whatever_fails_and_whoever_dies(first):
     for seed in range(first, first + 6):
         schedule = LoggedSchedule(seed)
+        schedule.run()
+        assert schedule.outcome == "trained"
+
+
+@pytest.mark.parametrize("first", [0, pytest.param(6, marks=pytest.mark.slow)])
+def test_nothing_is_lost_of_several_task_sets(first):
+    for seed in range(first, first + 6):
+        schedule = LoggedSets(seed)
         schedule.run()
         assert schedule.outcome == "trained"
 

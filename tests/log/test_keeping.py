@@ -262,7 +262,7 @@ def test_a_resume_from_an_older_checkpoint_does_the_steps_anew_and_says_so(run, 
     past = take_over(run.store, checkpoint=2, config=CONFIG)
     assert (past.redo, past.version) == ([], 2)
     assert "the samples of version 2 no longer: the steps from 3 to 10 are done anew" in caplog.text
-    assert past.again == list(range(2, 10)), "their tasks begin anew"
+    assert past.again == {"": list(range(2, 10))}, "their tasks begin anew"
 
 
 async def test_what_is_redone_ends_before_a_batch_that_has_gone(run, tmp_path):

@@ -20,7 +20,6 @@ from flash.log.schema import EPISODES, SEQUENCES
 from flash.log.store import Change, Store, sqlite_url
 from flash.rollout.episode import Episode
 from flash.rollout.loop import RolloutLoop
-from flash.rollout.tasks import Tasks
 from flash.types import Batch
 from flash.virtual_time import in_virtual_time
 from tests.rollout.test_crew import played
@@ -68,7 +67,7 @@ class Run:
                 await hub.publish(weights(past.version))
             crew = FakeCrew(hub, lambda episode: _play(hub, episode), seconds=_seconds)
             async with RolloutLoop(
-                hub, crew=crew, tasks=Tasks(0, dispatched=past.dispatched, again=past.again),
+                hub, crew=crew, tasks=past.tasks(0),
                 batch_size=8, group_size=2, alpha=2, settings=self.config.rollout,
                 restored=past.restored, observers=[self.log], log=self.log,
             ) as loop:  # fmt: skip

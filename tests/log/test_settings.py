@@ -97,7 +97,7 @@ def test_what_weights_sampled_that_will_not_be_again_begins_anew(tmp_path):
     other = run.start(**SLOW)
     assert [group.group for group in other.restored.groups] == [5]
     assert run.reasons() == {6: "abandoned"}
-    assert other.again == [6]
+    assert other.again == {"": [6]}
 
 
 def test_groups_that_can_not_go_on_begin_anew_once(tmp_path):
@@ -105,19 +105,19 @@ def test_groups_that_can_not_go_on_begin_anew_once(tmp_path):
     run.ready(5, version=0)
     past = run.start(group_size=4)
     assert not past.restored.groups
-    assert (past.again, past.dispatched) == ([5], [5])
+    assert (past.again, past.dispatched) == ({"": [5]}, {"": [5]})
     assert run.reasons() == {5: "settings_changed"}
     run.insert(GROUPS, group=6, start=2, seed=5, options={}, begun_at=0.0)
     past = run.start(group_size=4)
     assert [group.group for group in past.restored.groups] == [6]
-    assert past.again == []
+    assert past.again == {}
 
 
 def test_tasks_of_another_source_begin_anew_and_that_is_said(tmp_path, caplog):
     run = Run(tmp_path)
     run.ready(5, version=0)
     past = run.start(**{"env.options.size": 5})
-    assert past.again == [5]
+    assert past.again == {"": [5]}
     assert run.reasons() == {5: "source_changed"}
     assert (
         "tasks are other ones than before, and groups begin anew: env.options.size" in caplog.text

@@ -149,6 +149,8 @@ FIRST_SCHEMA = [
     "DROP TABLE expert",
     "DROP TABLE expert_samples",
     "ALTER TABLE batches DROP COLUMN expert_weight",
+    "ALTER TABLE groups DROP COLUMN task_set",
+    "ALTER TABLE episodes DROP COLUMN task_set",
 ]
 
 

@@ -13,6 +13,7 @@ ROW = {
     "episode": 3,
     "group": 1,
     "attempt": 1,
+    "task_set": "",
     "seed": 71,
     "options": '{"size": 4}',
     "outcome": "trained",

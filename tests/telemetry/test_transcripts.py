@@ -62,7 +62,8 @@ def test_a_transcript_tells_what_was_read_and_said_turn_by_turn():
     ended(transcripts, 17, sequence, group=4, version=2, turn_rewards=[0.0, 0.5])
     (line,) = json.loads(json.dumps(lines))
     assert line == {
-        "step": 3, "episode": 17, "group": 4, "seed": 7, "options": {}, "reward": 0.5,
+        "step": 3, "episode": 17, "group": 4, "task_set": "", "seed": 7, "options": {},
+        "reward": 0.5,
         "success": True,
         "turns": [
             {"read": "A room.>", "said": "go north|", "reward": 0.0},

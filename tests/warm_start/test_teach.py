@@ -1,6 +1,7 @@
 """The small policy's folder: what names it, who can't have one, what a stopped run leaves."""
 
 import itertools
+import json
 import random
 import shutil
 import sys
@@ -10,7 +11,7 @@ import pytest
 from flash.fakes import fake_sample
 from flash.types import Observation, Sample, Turn
 from flash.warm_start.config import PolicyConfig, WarmStartConfig
-from flash.warm_start.teach import _batches, folder_name, small_model
+from flash.warm_start.teach import _batches, folder_name, key_of, small_model
 
 POLICY = PolicyConfig(layers=1, hidden_size=8, heads=2, max_tokens=16)
 
@@ -37,10 +38,10 @@ class SpellingStyle(DumbStyle):
         return [1, 0]
 
 
-async def make(cache_dir, *, env=None, style=DumbStyle, on_progress=lambda *_: None, **warm_start):
+async def make(cache_dir, *envs, style=DumbStyle, on_progress=lambda *_: None, **warm_start):
     return await small_model(
-        env=env or TeachingEnv(),
-        env_key={"name": "maze", "options": {}},
+        envs=envs or [TeachingEnv()],
+        env_key=[{"name": "maze", "options": {}}],
         make_style=lambda tokenizer: style(),
         policy=POLICY,
         warm_start=WarmStartConfig(**({"steps": 0} | warm_start)),
@@ -54,7 +55,7 @@ async def make(cache_dir, *, env=None, style=DumbStyle, on_progress=lambda *_: N
 def key(*, env=None, seed=0, layers=1, **warm_start):
     options = {"size": 4, "ice": 0.2} if env is None else env
     return folder_name(
-        {"name": "maze", "options": options},
+        key_of([{"name": "maze", "options": options}]),
         POLICY.model_copy(update={"layers": layers}),
         WarmStartConfig(**warm_start),
         seed,
@@ -97,11 +98,42 @@ async def test_an_environment_that_can_not_teach_is_refused_with_the_remedy(tmp_
     other = {"vocabulary": "demonstrate", "demonstrate": "vocabulary"}[method]
     env = type("SilentEnv", (), {other: lambda self: []})()
     with pytest.raises(ValueError) as caught:
-        await make(tmp_path, env=env)
+        await make(tmp_path, env)
     message = str(caught.value)
     assert f"model=small: SilentEnv has no method {method!r}" in message
     assert "set model to a path or a hub name instead" in message
     assert not list(tmp_path.iterdir())
+
+
+async def test_the_environments_of_several_task_sets_teach_one_policy_in_turn(tmp_path):
+    asked = []
+
+    class Sums(TeachingEnv):
+        def vocabulary(self):
+            return ["one", "two"]
+
+        def demonstrate(self, task):
+            asked.append("sums")
+            return super().demonstrate(task)
+
+    class Maze(TeachingEnv):
+        def demonstrate(self, task):
+            asked.append("maze")
+            return super().demonstrate(task)
+
+    found = await make(tmp_path, Maze(), Sums(), style=SpellingStyle, steps=1, demonstrations=4)
+    assert asked == ["maze", "sums"] * 2
+    tokens = json.loads((found / "tokenizer.json").read_text())["model"]["vocab"]
+    assert {"left", "right", "one", "two"} <= tokens.keys()
+
+
+def test_the_same_environments_in_another_order_or_twice_have_the_same_folder():
+    maze, sums = {"name": "maze", "options": {"size": 4}}, {"name": "sums", "options": {}}
+    assert key_of([maze, sums, maze]) == key_of([sums, maze])
+    assert len(key_of([maze, sums, maze])) == 2
+    settings = POLICY, WarmStartConfig(), 0
+    assert folder_name(key_of([maze, sums]), *settings).startswith("maze+sums-")
+    assert folder_name(key_of([maze]), *settings) != folder_name(key_of([maze, sums]), *settings)
 
 
 class Absent(TeachingEnv):
@@ -144,7 +176,7 @@ class Tells(TeachingEnv):
 )
 async def test_a_teacher_that_fails_is_refused_by_its_method(tmp_path, env, message):
     with pytest.raises(ValueError, match=rf"^model=small: {message}"):
-        await make(tmp_path, env=env(), style=SpellingStyle, steps=1)
+        await make(tmp_path, env(), style=SpellingStyle, steps=1)
     assert not list(tmp_path.iterdir())
 
 
@@ -178,7 +210,7 @@ async def test_of_two_runs_that_teach_the_same_policy_at_once_the_later_takes_th
             (tmp_path / "here" / earlier.name / "mark").touch()
             return super().vocabulary()
 
-    kept = await make(tmp_path / "here", env=SlowEnv())
+    kept = await make(tmp_path / "here", SlowEnv())
     assert (kept / "mark").exists()
     assert list((tmp_path / "here").iterdir()) == [kept]
 
