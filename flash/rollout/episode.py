@@ -208,9 +208,10 @@ class Episode:
     def finish(self, trajectory: Trajectory) -> None:
         """The episode came to its end; its true token versions replace what was estimated."""
         self.trajectory = trajectory
-        versions = [int(v) for s in trajectory.sequences for v in s.sampled_versions()]
+        versions = [v for s in trajectory.sequences if (v := s.sampled_versions()).size]
         if versions:
-            self.oldest_version, self.newest_version = min(versions), max(versions)
+            self.oldest_version = min(int(v.min()) for v in versions)
+            self.newest_version = max(int(v.max()) for v in versions)
         self._switch(Stage("ready"), begins=True)
 
     def end(self) -> float:
