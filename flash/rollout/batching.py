@@ -1,6 +1,7 @@
 """From complete groups to the batch that the trainer gets: samples, advantages, numbers."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,34 +9,68 @@ from numpy.typing import NDArray
 
 from flash.rollout.episode import Episode
 from flash.rollout.groups import Group
-from flash.trainer.advantages import Advantages
+from flash.trainer.advantages import Advantages, OfEpisodes, PerGroup
 from flash.types import Sample, SampledSequence, Trajectory
+
+_SAMPLES_AT_ONCE = 128  # of a hand-over; each takes 30 µs or so, with all who are told of it
+
+
+def parts_of(groups: Iterable[Group]) -> Iterator[list[Group]]:
+    """The groups in parts that are few enough not to hold the event loop for long."""
+    part: list[Group] = []
+    samples = 0
+    for group in groups:
+        of_group = sum(len(trajectory.sequences) for trajectory in trajectories(group))
+        if part and samples + of_group > _SAMPLES_AT_ONCE:
+            yield part
+            part, samples = [], 0
+        part.append(group)
+        samples += of_group
+    if part:
+        yield part
 
 
 def samples_of(
     groups: Sequence[Group], *, version: int, alpha: float, advantages: Advantages
-) -> list[Sample]:
-    """What is to be trained at `version`; checks the age of every token."""
+) -> Generator[None, None, list[Sample]]:
+    """What is to be trained at `version`; checks the age of every token.
+
+    Gives way between parts of the groups. Advantages for which a group is compared with others
+    are computed without a pause.
+    """
     samples: list[Sample] = []
-    computed = advantages([trajectories(group) for group in groups])
-    for group, of_group in zip(groups, computed, strict=True):
-        for member, of_episode in zip(group.members.values(), of_group, strict=True):
-            trajectory = _trajectory(member)
-            samples += [
-                Sample.extending(
-                    sequence,
-                    advantage=of_tokens(of_episode, sequence),
-                    reward=trajectory.reward,
-                    turn_rewards=trajectory.turn_rewards,
-                    group=group.id,
-                    episode=member.id,
-                )
-                for sequence in trajectory.sequences
-            ]
-    ages = token_ages(samples, version)
-    oldest = ages.max() if ages.size else 0
-    assert oldest <= alpha, f"a token is {oldest} versions old"
+    of_batch = None if isinstance(advantages, PerGroup) else _computed(groups, advantages)
+    for part in parts_of(groups):
+        of_part = of_batch or _computed(part, advantages)
+        for group in part:
+            of_group = zip(group.members.values(), of_part[group], strict=True)
+            samples += [s for member, a in of_group for s in _samples(group, member, a)]
+        oldest = Ages(part, version).oldest
+        assert oldest <= alpha, f"a token is {oldest} versions old"
+        yield
     return samples
+
+
+def _computed(groups: Sequence[Group], advantages: Advantages) -> dict[Group, OfEpisodes]:
+    computed = advantages([trajectories(group) for group in groups])
+    return dict(zip(groups, computed, strict=True))
+
+
+def _samples(
+    group: Group, episode: Episode, advantage: NDArray[np.float64] | float
+) -> list[Sample]:
+    trajectory = _trajectory(episode)
+    return [
+        Sample.extending(
+            sequence,
+            advantage=of_tokens(advantage, sequence),
+            reward=trajectory.reward,
+            turn_rewards=trajectory.turn_rewards,
+            group=group.id,
+            episode=episode.id,
+        )
+        for sequence in trajectory.sequences
+    ]
 
 
 def metrics_of(
@@ -47,8 +82,7 @@ def metrics_of(
     """
     episodes = [member for group in groups for member in group.members.values()]
     ended = [_trajectory(episode) for episode in episodes]
-    trained = [*ended, *(t for group in again for t in trajectories(group))]
-    ages = token_ages([sequence for t in trained for sequence in t.sequences], version)
+    ages = Ages([*groups, *again], version)
 
     def mean_seconds(stage: str) -> float:
         return float(np.mean([episode.seconds.get(stage, 0.0) for episode in episodes]))
@@ -57,14 +91,39 @@ def metrics_of(
         "reward/mean": float(np.mean([t.reward for t in ended])),
         "success_rate": float(np.mean([t.success for t in ended])),
         "turns/mean": float(np.mean([t.turns for t in ended])),
-        "staleness/mean": float(ages.mean()) if ages.size else 0.0,
-        "staleness/max": int(ages.max()) if ages.size else 0,
-        "staleness/histogram": np.bincount(ages).tolist() if ages.size else [],
+        "staleness/mean": ages.mean,
+        "staleness/max": ages.oldest,
+        "staleness/histogram": ages.histogram(),
         "time/generate_s": mean_seconds("generate"),
         "time/env_s": mean_seconds("env"),
         "time/agent_s": mean_seconds("agent"),
         "time/reward_s": mean_seconds("reward"),
     }
+
+
+class Ages:
+    """How old the sampled tokens of some complete groups are at a version; all 0 without any."""
+
+    def __init__(self, groups: Iterable[Group], version: int) -> None:
+        self._tokens: Counter[int] = Counter()
+        for group in groups:
+            for member in group.members.values():
+                for sampled_by, count in member.tokens_of.items():
+                    self._tokens[version - sampled_by] += count
+
+    @property
+    def mean(self) -> float:
+        ages = sum(age * count for age, count in self._tokens.items())
+        return ages / self._tokens.total() if self._tokens else 0.0
+
+    @property
+    def oldest(self) -> int:
+        return max(self._tokens, default=0)
+
+    def histogram(self) -> list[int]:
+        """How many tokens are of each age, from 0 on."""
+        assert min(self._tokens, default=0) >= 0, "a token of a version that is not trained yet"
+        return [self._tokens[age] for age in range(self.oldest + 1)] if self._tokens else []
 
 
 def trajectories(group: Group) -> list[Trajectory]:
@@ -85,9 +144,3 @@ def of_tokens(
         return float(advantage)
     of_turns = np.append(advantage, 0.0).astype(np.float32)  # -1, the last, is for other tokens
     return np.asarray(of_turns[sequence.turns])
-
-
-def token_ages(sequences: Sequence[SampledSequence], version: int) -> NDArray[np.int64]:
-    """Of the sampled tokens, at that version."""
-    versions = [sequence.sampled_versions() for sequence in sequences]
-    return version - np.concatenate(versions) if versions else np.zeros(0, np.int64)

@@ -31,16 +31,25 @@ class Group:
     @property
     def oldest_version(self) -> int | None:
         """The version of the oldest token so far; None if there is none."""
-        versions = [m.oldest_version for m in self.members.values() if m.oldest_version is not None]
-        return min(versions, default=None)
+        oldest = None
+        for member in self.members.values():
+            version = member.oldest_version
+            if version is not None and (oldest is None or version < oldest):
+                oldest = version
+        return oldest
 
 
 class Groups:
-    """In the order of their tasks. `complete` and `spares` are sums, kept as members change."""
+    """In the order of their tasks. `complete` and `spares` are sums, kept as members change.
+
+    `changes` counts what may make another choice of groups possible: one is complete, one is on its
+    way no longer, one has lost a member.
+    """
 
     def __init__(self, first_id: int = 0) -> None:
         self.complete = 0
         self.spares = 0
+        self.changes = 0
         self._groups: dict[int, Group] = {}
         self._next_id = first_id
 
@@ -72,6 +81,7 @@ class Groups:
         """It is on its way no longer; its members are as they were."""
         del self._groups[group.id]
         self._count(group, -1)
+        self.changes += 1
 
     def add(self, group: Group, episode: Episode) -> None:
         self._count(group, -1)
@@ -83,6 +93,7 @@ class Groups:
         del group.members[episode.id]
         group.ready -= episode.ready
         self._count(group, +1)
+        self.changes += 1
 
     def finish(self, group: Group, episode: Episode) -> None:
         """This member of it is ready."""
@@ -90,6 +101,7 @@ class Groups:
         episode.ready = True
         group.ready += 1
         self._count(group, +1)
+        self.changes += group.complete
 
     def _count(self, group: Group, sign: int) -> None:
         self.complete += sign * group.complete
