@@ -122,7 +122,7 @@ class Reuse:
             oldest = group.oldest_version
             if uses >= self._most_uses or not self._is_fresh(oldest, version + 1):
                 del self._kept[group]
-                self._of_version[oldest] -= 1
+                self._of_version -= Counter([oldest])  # which forgets a version without any
 
     def keep(self, group: Group, uses: int) -> None:
         """It was in so many batches."""
