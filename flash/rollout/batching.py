@@ -12,6 +12,7 @@ from flash.rollout.groups import Group
 from flash.trainer.advantages import Advantages, OfEpisodes, PerGroup
 from flash.types import Sample, SampledSequence, Trajectory
 
+_STAGES = ("generate", "env", "agent", "reward")
 _SAMPLES_AT_ONCE = 128  # of a hand-over; each takes 30 µs or so, with all who are told of it
 
 
@@ -45,8 +46,9 @@ def samples_of(
         for group in part:
             of_group = zip(group.members.values(), of_part[group], strict=True)
             samples += [s for member, a in of_group for s in _samples(group, member, a)]
-        oldest = Ages(part, version).oldest
-        assert oldest <= alpha, f"a token is {oldest} versions old"
+        ages = Ages(version)
+        ages.add(part)
+        assert ages.oldest <= alpha, f"a token is {ages.oldest} versions old"
         yield
     return samples
 
@@ -73,43 +75,55 @@ def _samples(
     ]
 
 
-def metrics_of(
-    groups: Sequence[Group], again: Sequence[Group] = (), *, version: int
-) -> dict[str, Any]:
-    """What is known of a batch at hand-over; ages are per token, in versions.
+class Numbers:
+    """What is known of a batch at hand-over; its groups are added part by part.
 
-    Those groups that were trained before count for the ages only.
+    Ages are per token, in versions.
     """
-    episodes = [member for group in groups for member in group.members.values()]
-    ended = [_trajectory(episode) for episode in episodes]
-    ages = Ages([*groups, *again], version)
 
-    def mean_seconds(stage: str) -> float:
-        return float(np.mean([episode.seconds.get(stage, 0.0) for episode in episodes]))
+    def __init__(self, version: int) -> None:
+        self._ages = Ages(version)
+        self._ended: list[tuple[float, bool, int]] = []  # reward, success, turns
+        self._seconds: dict[str, list[float]] = {name: [] for name in _STAGES}
 
-    return {
-        "reward/mean": float(np.mean([t.reward for t in ended])),
-        "success_rate": float(np.mean([t.success for t in ended])),
-        "turns/mean": float(np.mean([t.turns for t in ended])),
-        "staleness/mean": ages.mean,
-        "staleness/max": ages.oldest,
-        "staleness/histogram": ages.histogram(),
-        "time/generate_s": mean_seconds("generate"),
-        "time/env_s": mean_seconds("env"),
-        "time/agent_s": mean_seconds("agent"),
-        "time/reward_s": mean_seconds("reward"),
-    }
+    def add(self, groups: Iterable[Group]) -> None:
+        self._ages.add(groups)
+        for group in groups:
+            for member in group.members.values():
+                trajectory = _trajectory(member)
+                self._ended.append((trajectory.reward, trajectory.success, trajectory.turns))
+                for stage, seconds in self._seconds.items():
+                    seconds.append(member.seconds.get(stage, 0.0))
+
+    def add_again(self, groups: Iterable[Group]) -> None:
+        """Groups that were trained before, which count for the ages only."""
+        self._ages.add(groups)
+
+    def metrics(self) -> dict[str, Any]:
+        rewards, successes, turns = zip(*self._ended, strict=True) if self._ended else ((), (), ())
+        return {
+            "reward/mean": float(np.mean(rewards)),
+            "success_rate": float(np.mean(successes)),
+            "turns/mean": float(np.mean(turns)),
+            "staleness/mean": self._ages.mean,
+            "staleness/max": self._ages.oldest,
+            "staleness/histogram": self._ages.histogram(),
+            **{f"time/{stage}_s": float(np.mean(s)) for stage, s in self._seconds.items()},
+        }
 
 
 class Ages:
-    """How old the sampled tokens of some complete groups are at a version; all 0 without any."""
+    """How old the sampled tokens of complete groups are at a version; all 0 without any."""
 
-    def __init__(self, groups: Iterable[Group], version: int) -> None:
+    def __init__(self, version: int) -> None:
+        self._version = version
         self._tokens: Counter[int] = Counter()
+
+    def add(self, groups: Iterable[Group]) -> None:
         for group in groups:
             for member in group.members.values():
                 for sampled_by, count in member.tokens_of.items():
-                    self._tokens[version - sampled_by] += count
+                    self._tokens[self._version - sampled_by] += count
 
     @property
     def mean(self) -> float:

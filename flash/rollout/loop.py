@@ -28,7 +28,7 @@ from typing import Any, Protocol, Self
 from flash.errors import EpisodeFailure, RolloutFailure
 from flash.hub.reports import PublishReport
 from flash.rollout.admission import Admission
-from flash.rollout.batching import metrics_of, parts_of, samples_of, trajectories
+from flash.rollout.batching import Numbers, parts_of, samples_of, trajectories
 from flash.rollout.bias import LengthBias
 from flash.rollout.committed import INTERRUPTED, OVER, SHUTDOWN, CommitLog, NoLog
 from flash.rollout.config import RolloutSettings
@@ -693,30 +693,36 @@ class RolloutLoop:
             samples = yield from samples_of(
                 [*fresh, *again], version=version, alpha=self.alpha, advantages=self._advantages
             )
-            whole = [*self._chosen]
+            whole, numbers = [*self._chosen], Numbers(version)
             if len(whole) + len(again) < self._groups_per_batch:
-                metrics = metrics_of(fresh, version=version)
-                batch = Batch(samples=samples, version=version, last=False, metrics=metrics)
+                for part in parts_of(fresh):
+                    numbers.add(part)
+                    yield
+                batch = Batch(
+                    samples=samples, version=version, last=False, metrics=numbers.metrics()
+                )
                 self._taken = self._chosen
                 self._observers.handed_over(batch)
                 return batch
-            metrics = metrics_of(whole, again, version=version)
-            yield
             self._taken, self._closing = {}, True
             for part in parts_of(whole):
+                numbers.add(part)
                 for group in part:
                     self._groups.close(group)
                     for member in group.members.values():
                         self._end(member, "trained", version=version)
                 yield
             for part in parts_of(again):
+                numbers.add_again(part)
                 for group in part:
                     for member in group.members.values():
                         self._observers.trained_again(member, self._reuse.uses(group) + 1)
                 yield
+            metrics = numbers.metrics()
+            metrics |= self._bias.metrics() | self._reuse.metrics(again, version=version)
+            yield
         finally:
             self._chosen, self._closing = {}, False
-        metrics |= self._bias.metrics() | self._reuse.metrics(again, version=version)
         expert = None if self._expert is None else self._expert(version)
         batch = Batch(samples=samples, version=version, metrics=metrics, expert=expert)
         self._observers.handed_over(batch)

@@ -134,7 +134,8 @@ class Reuse:
         """The `reuse/*` metrics of a batch with these groups; none if that can't be."""
         if not self.most:
             return {}
-        ages = Ages(again, version)
+        ages = Ages(version)
+        ages.add(again)
         return {"reuse/share": len(again) / self._groups_per_batch, "reuse/age_mean": ages.mean}
 
     def _is_fresh(self, oldest: int | None, version: int) -> bool:
