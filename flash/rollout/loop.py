@@ -281,10 +281,11 @@ class RolloutLoop:
             if self._handing_over is None:
                 fresh, again = self._choose(at_least)
                 if len(fresh) + len(again) >= at_least:
-                    self._handing_over = self._hand_over(fresh, again)
+                    self._chosen = dict.fromkeys([*self._taken, *fresh])
+                    self._handing_over = self._hand_over(fresh, again, self._next_version)
+            elif (handed_over := self._hand_over_further()) is not None:
+                return handed_over
             if self._handing_over is not None:
-                if (handed_over := self._hand_over_further()) is not None:
-                    return handed_over
                 await asyncio.sleep(0)
                 continue
             left = len(self._groups)
@@ -681,14 +682,14 @@ class RolloutLoop:
             raise
         return None
 
-    def _hand_over(self, fresh: list[Group], again: list[Group]) -> Generator[None, None, Batch]:
+    def _hand_over(
+        self, fresh: list[Group], again: list[Group], version: int
+    ) -> Generator[None, None, Batch]:
         """Between two of its turns anything may happen but to what was chosen.
 
         While its groups close one by one no episode begins, or it would take the slot of one that
         is in the batch.
         """
-        version = self._next_version
-        self._chosen = dict.fromkeys([*self._taken, *fresh])
         try:
             samples = yield from samples_of(
                 [*fresh, *again], version=version, alpha=self.alpha, advantages=self._advantages

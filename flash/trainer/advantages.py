@@ -196,12 +196,17 @@ def reinforce(groups: Sequence[Group], *, baseline: str) -> list[OfEpisodes]:
 
 def whitened(advantages: list[OfEpisodes], groups: Sequence[Group]) -> list[OfEpisodes]:
     """With mean 0 and deviation 1 over the trained tokens of the batch; all zeros if all equal."""
-    values, counts = [], []
+    values: list[float] = []
+    counts: list[int] = []
     for of_group, group in zip(advantages, groups, strict=True):
         for of_episode, trajectory in zip(of_group, group, strict=True):
-            values.append(np.atleast_1d(of_episode))
-            counts.append(_tokens(trajectory, np.ndim(of_episode) > 0))
-    flat, weights = np.concatenate(values), np.concatenate(counts).astype(float)
+            if np.ndim(of_episode):
+                values += of_episode.tolist()
+                counts += _tokens_of_turns(trajectory)
+            else:
+                values.append(float(of_episode))
+                counts.append(_tokens(trajectory))
+    flat, weights = np.array(values), np.array(counts, dtype=float)
     if not weights.sum():
         return advantages
     mean = np.average(flat, weights=weights)
@@ -249,14 +254,18 @@ def _turn_rewards(trajectory: Trajectory) -> Floats:
     return np.array(trajectory.turn_rewards, dtype=np.float64)
 
 
-def _tokens(trajectory: Trajectory, of_turns: bool) -> NDArray[np.int64]:
-    """Trained tokens of the episode, [1], or of each of its turns, [U]."""
-    if not of_turns:
-        return np.array([sum(np.count_nonzero(s.loss_mask > 0) for s in trajectory.sequences)])
-    counts = np.zeros(len(trajectory.turn_rewards), np.int64)
+def _tokens(trajectory: Trajectory) -> int:
+    """Trained tokens of the episode."""
+    return sum(int(np.count_nonzero(s.loss_mask > 0)) for s in trajectory.sequences)
+
+
+def _tokens_of_turns(trajectory: Trajectory) -> list[int]:
+    """Those of each of its turns, [U]."""
+    counts_U = np.zeros(len(trajectory.turn_rewards), np.int64)
     for sequence in trajectory.sequences:
-        np.add.at(counts, sequence.turns[sequence.loss_mask > 0], 1)
-    return counts
+        np.add.at(counts_U, sequence.turns[sequence.loss_mask > 0], 1)
+    of_turns: list[int] = counts_U.tolist()
+    return of_turns
 
 
 def _compares(members: Sequence[Any] | Floats) -> None:
