@@ -16,6 +16,7 @@ from flash.types import (
     EnvSource,
     Observation,
     PromptStyle,
+    SampledSequence,
     SamplingParams,
     Trajectory,
 )
@@ -97,7 +98,7 @@ class EnvironmentAgent(Actor):
             seen = [await self._within_step("reset", env.reset(episode.task))]
         episode.observe(seen[0])
         conversation = TokenSequence([])
-        turns: list[TokenSequence] = []
+        turns: list[SampledSequence] = []
         prompt: Sequence[int] | None = await self._first_prompt(seen[0])
         while prompt is not None:
             conversation.add_prompt(prompt)
@@ -105,7 +106,7 @@ class EnvironmentAgent(Actor):
             if self._a_sample_a_turn:
                 turn = TokenSequence(conversation.token_ids)
                 turn.add_sampled(completion, turn=episode.turns - 1)
-                turns.append(turn)
+                turns.append(turn.snapshot())
             conversation.add_sampled(completion)
             with episode.stage("env"):
                 action = self._style.action(completion.token_ids)
@@ -118,7 +119,7 @@ class EnvironmentAgent(Actor):
         with episode.stage("reward"):
             reward = await self._reward_of(seen)
         return Trajectory(
-            sequences=[part.snapshot() for part in turns or [conversation]],
+            sequences=turns or [conversation.snapshot()],
             reward=reward,
             turns=episode.turns,
             success=bool(seen[-1].info.get("success", reward > 0)),

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from flash.types import Completion, SampledSequence
 
@@ -33,49 +34,61 @@ def longest_text(max_sequence_tokens: int) -> int:
     return min(CHARS_A_TOKEN * max_sequence_tokens, MAX_CHARS)
 
 
+@dataclass(frozen=True, slots=True)
+class _Sampled:
+    """Where the tokens of a completion lie, and what the engine said of them."""
+
+    start: int
+    end: int
+    logprobs: NDArray[np.float32]
+    versions: NDArray[np.int64]
+    temperature: float
+    turn: int
+
+
 class TokenSequence:
     """Tokens in the order they were seen or sampled, with what the engine said of each."""
 
     def __init__(self, prompt: Sequence[int]) -> None:
         self.token_ids: list[int] = []
-        self._mask: list[float] = []
-        self._logprobs: list[float] = []
-        self._versions: list[int] = []
-        self._temperatures: list[float] = []
-        self._turns: list[int] = []
+        self._sampled: list[_Sampled] = []
         self._turn = 0
         self.add_prompt(prompt)
 
     def add_prompt(self, token_ids: Sequence[int]) -> None:
         self.token_ids += token_ids
-        self._mask += [0.0] * len(token_ids)
-        self._logprobs += [0.0] * len(token_ids)
-        self._versions += [-1] * len(token_ids)
-        self._temperatures += [1.0] * len(token_ids)
-        self._turns += [-1] * len(token_ids)
 
     def add_sampled(self, completion: Completion, *, turn: int | None = None) -> None:
         """`turn` is which response of the episode it is; without it the next one."""
-        self._turn = self._turn if turn is None else turn
+        turn = self._turn if turn is None else turn
+        self._turn = turn + 1
+        start, end = len(self.token_ids), len(self.token_ids) + len(completion.token_ids)
+        if start == end:
+            return
         self.token_ids += completion.token_ids
-        self._mask += [1.0] * len(completion.token_ids)
-        self._logprobs += completion.logprobs
-        self._versions += completion.versions
-        self._temperatures += [completion.temperature] * len(completion.token_ids)
-        self._turns += [self._turn] * len(completion.token_ids)
-        self._turn += 1
+        logprobs = np.array(completion.logprobs, dtype=np.float32)
+        versions = np.array(completion.versions, dtype=np.int64)
+        self._sampled.append(_Sampled(start, end, logprobs, versions, completion.temperature, turn))
 
     def snapshot(self) -> SampledSequence:
         """As arrays, up to the last sampled token: what was read after it trains nothing."""
-        end = max((at + 1 for at, sampled in enumerate(self._mask) if sampled), default=0)
-        return SampledSequence(
+        end = self._sampled[-1].end if self._sampled else 0
+        sequence = SampledSequence(
             token_ids=np.array(self.token_ids[:end], dtype=np.int64),
-            loss_mask=np.array(self._mask[:end], dtype=np.float32),
-            logprobs=np.array(self._logprobs[:end], dtype=np.float32),
-            versions=np.array(self._versions[:end], dtype=np.int64),
-            temperatures=np.array(self._temperatures[:end], dtype=np.float32),
-            turns=np.array(self._turns[:end], dtype=np.int64),
+            loss_mask=np.zeros(end, np.float32),
+            logprobs=np.zeros(end, np.float32),
+            versions=np.full(end, -1, np.int64),
+            temperatures=np.ones(end, np.float32),
+            turns=np.full(end, -1, np.int64),
         )
+        for sampled in self._sampled:
+            span = slice(sampled.start, sampled.end)
+            sequence.loss_mask[span] = 1
+            sequence.logprobs[span] = sampled.logprobs
+            sequence.versions[span] = sampled.versions
+            sequence.temperatures[span] = sampled.temperature
+            sequence.turns[span] = sampled.turn
+        return sequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,6 +31,7 @@ class _Run:
     worked_s: float = 0.0
     versions: list[int] = field(default_factory=list)
     aborted: bool = False
+    changed: asyncio.Event = field(default_factory=asyncio.Event)  # what it goes by
 
     @property
     def left_s(self) -> float:
@@ -107,8 +108,8 @@ class FakeWorker:
         self._failures_planned = 0
         self._lies: list[dict[str, Any]] = []
         self._losses_planned = 0
-        self._changed = asyncio.Event()  # for those that run; each is set once and replaced
-        self._ended = asyncio.Event()  # for those that wait to begin, or for others to end
+        # For those that wait to begin, or for others to end; each is set once and replaced.
+        self._ended = asyncio.Event()
 
     # ── what a test plants ───────────────────────────────────────────────────────────────────
 
@@ -238,16 +239,17 @@ class FakeWorker:
         try:
             while len(run.versions) < wanted and not run.aborted:
                 version, began = self.version, clock()
+                run.changed.clear()
                 if self._hung:
-                    await self._changed.wait()
+                    await run.changed.wait()
                 elif self._frozen:
-                    await self._changed.wait()
+                    await run.changed.wait()
                     run.finish_token(clock() - began)
                 else:
                     with contextlib.suppress(TimeoutError):
                         until_tell = math.inf if self._tell_s is None else self._tell_s
                         async with asyncio.timeout(min(run.left_s, until_tell)):
-                            await self._changed.wait()
+                            await run.changed.wait()
                     run.work(clock() - began, version)
                 known = len(token_ids)
                 for place in range(known, len(run.versions)):
@@ -273,7 +275,8 @@ class FakeWorker:
 
     def _tell(self) -> None:
         """Whoever waits here looks anew at how things are."""
-        self._changed = _fired(self._changed)
+        for run in self._runs.values():
+            run.changed.set()
         self._ended = _fired(self._ended)
 
     def _maybe_fail(self) -> None:

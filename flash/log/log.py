@@ -21,7 +21,7 @@ from typing import Any, Self
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
+from sqlalchemy import Table
 
 from flash.errors import LogFailure
 from flash.evaluation.result import Evaluation
@@ -41,7 +41,7 @@ from flash.log.schema import (
     SEQUENCES,
     STEPS,
 )
-from flash.log.store import Change, StoreError
+from flash.log.store import Change, StoreError, Verb
 from flash.rollout.adaptive import AlphaState
 from flash.rollout.committed import LEFT
 from flash.rollout.episode import Episode
@@ -53,7 +53,6 @@ from flash.types import (
     Batch,
     ExpertSequence,
     Observation,
-    Sample,
 )
 
 logger = logging.getLogger(__name__)
@@ -129,6 +128,7 @@ class Log(Observer):
         self._tasks = asyncio.TaskGroup()
         self._closing = False
         self._groups = set(open_groups)
+        self._trained: list[Change] = []  # of episodes, until their batch is told of
         self._trained_groups: set[int] = set()
         self._known_expert = set(known_expert)
         self._steps: dict[int, int] = {}  # of each episode under way, what it is at
@@ -270,13 +270,16 @@ class Log(Observer):
                 self._trouble = ""
                 return
 
-    def _add(self, verb: str, table: Any, **values: Any) -> None:
-        if self._failure is not None:
+    def _add(self, verb: Verb, table: Table, **values: Any) -> None:
+        self._add_all([Change(verb, table, values)])
+
+    def _add_all(self, changes: Sequence[Change]) -> None:
+        if self._failure is not None or not changes:
             return
         if not self._pending:
             self._pending_since = self._clock()
             self._loop.call_later(_GATHERS_S, self._wake.set)
-        self._pending.append(Change(verb, table, values))  # type: ignore[arg-type]
+        self._pending += changes
 
     # ── what it hears of ─────────────────────────────────────────────────────────────────────
 
@@ -347,16 +350,19 @@ class Log(Observer):
         self._steps.pop(episode.id, None)
         if record.reason in LEFT:
             return  # it has no outcome yet: the next start goes on with it
-        self._add(
-            "update", EPISODES, episode=episode.id, ended_at=self._now(), outcome=record.outcome,
-            reason=record.reason, reward=record.reward, success=record.success,
-            turns=record.turns, prompt_tokens=record.prompt_tokens,
-            generated_tokens=record.generated_tokens, version_min=record.version_min,
-            version_max=record.version_max, trained_at_version=record.trained_at_version,
-            stages_s=record.stages_s,
-        )  # fmt: skip
-        if record.outcome == "trained":
+        outcome = {
+            "episode": episode.id, "ended_at": self._now(), "outcome": record.outcome,
+            "reason": record.reason, "reward": record.reward, "success": record.success,
+            "turns": record.turns, "prompt_tokens": record.prompt_tokens,
+            "generated_tokens": record.generated_tokens, "version_min": record.version_min,
+            "version_max": record.version_max, "trained_at_version": record.trained_at_version,
+            "stages_s": record.stages_s,
+        }  # fmt: skip
+        if record.outcome == "trained":  # of a crash until then, it is as ready as before
+            self._trained.append(Change("update", EPISODES, outcome))
             self._trained_groups.add(record.group)
+        else:
+            self._add("update", EPISODES, **outcome)
 
     def given_up(self, group: int, reason: str) -> None:
         if reason not in LEFT:
@@ -383,8 +389,10 @@ class Log(Observer):
             self._add(
                 "insert", SAMPLES, version=batch.version, part=part, position=position,
                 episode=sample.episode, number=number, group=sample.group,
-                advantage=_advantage(sample), reward=sample.reward,
+                advantage=sample.advantage, reward=sample.reward,
             )  # fmt: skip
+        self._add_all(self._trained)
+        self._trained = []
         for position, sequence in enumerate(batch.expert.sequences if batch.expert else ()):
             self._add(
                 "insert", EXPERT_SAMPLES, version=batch.version, part=part, position=position,
@@ -442,8 +450,3 @@ def digest_of(sequence: ExpertSequence) -> str:
     digest = hashlib.blake2b(token_ids.tobytes(), digest_size=16)
     digest.update(np.ascontiguousarray(sequence.loss_mask, "<f4").tobytes())
     return digest.hexdigest()
-
-
-def _advantage(sample: Sample) -> NDArray[np.float64]:
-    """One number, or one for each token."""
-    return np.atleast_1d(np.asarray(sample.advantage, np.float64))

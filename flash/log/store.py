@@ -74,10 +74,13 @@ _COUNT = (
 )
 
 
+Verb = Literal["insert", "update", "delete"]
+
+
 class Change(NamedTuple):
     """A row to write. Of an update or a delete the key columns in `values` say which rows."""
 
-    verb: Literal["insert", "update", "delete"]
+    verb: Verb
     table: Table
     values: dict[str, Any]
 

@@ -1,7 +1,7 @@
 """From complete groups to the batch that the trainer gets: samples, advantages, numbers."""
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,85 +9,151 @@ from numpy.typing import NDArray
 
 from flash.rollout.episode import Episode
 from flash.rollout.groups import Group
-from flash.trainer.advantages import Advantages
+from flash.trainer.advantages import Advantages, OfEpisodes, PerGroup
 from flash.types import Sample, SampledSequence, Trajectory
+
+_STAGES = ("generate", "env", "agent", "reward")
+_SAMPLES_AT_ONCE = 128  # of a hand-over; each takes 30 µs or so, with all who are told of it
+
+
+def parts_of(groups: Iterable[Group]) -> Iterator[list[Group]]:
+    """The groups in parts that are few enough not to hold the event loop for long."""
+    part: list[Group] = []
+    samples = 0
+    for group in groups:
+        of_group = sum(len(trajectory.sequences) for trajectory in trajectories(group))
+        if part and samples + of_group > _SAMPLES_AT_ONCE:
+            yield part
+            part, samples = [], 0
+        part.append(group)
+        samples += of_group
+    if part:
+        yield part
 
 
 def samples_of(
     groups: Sequence[Group], *, version: int, alpha: float, advantages: Advantages
-) -> list[Sample]:
-    """What is to be trained at `version`; checks the age of every token."""
+) -> Generator[None, None, list[Sample]]:
+    """What is to be trained at `version`; checks the age of every token.
+
+    Gives way between parts of the groups. Advantages for which a group is compared with others
+    are computed without a pause.
+    """
     samples: list[Sample] = []
-    computed = advantages([trajectories(group) for group in groups])
-    for group, of_group in zip(groups, computed, strict=True):
-        for member, of_episode in zip(group.members.values(), of_group, strict=True):
-            trajectory = _trajectory(member)
-            samples += [
-                Sample.extending(
-                    sequence,
-                    advantage=of_tokens(of_episode, sequence),
-                    reward=trajectory.reward,
-                    turn_rewards=trajectory.turn_rewards,
-                    group=group.id,
-                    episode=member.id,
-                )
-                for sequence in trajectory.sequences
-            ]
-    ages = token_ages(samples, version)
-    oldest = ages.max() if ages.size else 0
-    assert oldest <= alpha, f"a token is {oldest} versions old"
+    of_batch = None if isinstance(advantages, PerGroup) else _computed(groups, advantages)
+    for part in parts_of(groups):
+        of_part = of_batch or _computed(part, advantages)
+        for group in part:
+            of_group = zip(group.members.values(), of_part[group], strict=True)
+            samples += [s for member, a in of_group for s in _samples(group, member, a)]
+        ages = Ages(version)
+        ages.add(part)
+        assert ages.oldest <= alpha, f"a token is {ages.oldest} versions old"
+        yield
     return samples
 
 
-def metrics_of(
-    groups: Sequence[Group], again: Sequence[Group] = (), *, version: int
-) -> dict[str, Any]:
-    """What is known of a batch at hand-over; ages are per token, in versions.
+def _computed(groups: Sequence[Group], advantages: Advantages) -> dict[Group, OfEpisodes]:
+    computed = advantages([trajectories(group) for group in groups])
+    return dict(zip(groups, computed, strict=True))
 
-    Those groups that were trained before count for the ages only.
+
+def _samples(
+    group: Group, episode: Episode, advantage: NDArray[np.float64] | float
+) -> list[Sample]:
+    trajectory = _trajectory(episode)
+    return [
+        Sample.extending(
+            sequence,
+            advantage=of_tokens(advantage, sequence),
+            reward=trajectory.reward,
+            turn_rewards=trajectory.turn_rewards,
+            group=group.id,
+            episode=episode.id,
+        )
+        for sequence in trajectory.sequences
+    ]
+
+
+class Numbers:
+    """What is known of a batch at hand-over; its groups are added part by part.
+
+    Ages are per token, in versions. The same of each task set ends in its name; `share/*` is of the
+    sampled tokens.
     """
-    episodes = [member for group in groups for member in group.members.values()]
-    ended = [_trajectory(episode) for episode in episodes]
-    trained = [*ended, *(t for group in again for t in trajectories(group))]
-    ages = token_ages([sequence for t in trained for sequence in t.sequences], version)
 
-    def mean_seconds(stage: str) -> float:
-        return float(np.mean([episode.seconds.get(stage, 0.0) for episode in episodes]))
+    def __init__(self, version: int) -> None:
+        self._ages = Ages(version)
+        # By task set, of each episode: reward, success, turns, sampled tokens.
+        self._ended: dict[str, list[tuple[float, bool, int, int]]] = defaultdict(list)
+        self._seconds: dict[str, list[float]] = {name: [] for name in _STAGES}
 
-    return {
-        "reward/mean": float(np.mean([t.reward for t in ended])),
-        "success_rate": float(np.mean([t.success for t in ended])),
-        "turns/mean": float(np.mean([t.turns for t in ended])),
-        "staleness/mean": float(ages.mean()) if ages.size else 0.0,
-        "staleness/max": int(ages.max()) if ages.size else 0,
-        "staleness/histogram": np.bincount(ages).tolist() if ages.size else [],
-        "time/generate_s": mean_seconds("generate"),
-        "time/env_s": mean_seconds("env"),
-        "time/agent_s": mean_seconds("agent"),
-        "time/reward_s": mean_seconds("reward"),
-    }
+    def add(self, groups: Iterable[Group]) -> None:
+        self._ages.add(groups)
+        for group in groups:
+            of_set = self._ended[group.task.task_set]
+            for member in group.members.values():
+                trajectory = _trajectory(member)
+                tokens = sum(member.tokens_of.values())
+                of_set.append((trajectory.reward, trajectory.success, trajectory.turns, tokens))
+                for stage, seconds in self._seconds.items():
+                    seconds.append(member.seconds.get(stage, 0.0))
 
+    def add_again(self, groups: Iterable[Group]) -> None:
+        """Groups that were trained before, which count for the ages only."""
+        self._ages.add(groups)
 
-def metrics_of_sets(groups: Sequence[Group]) -> dict[str, Any]:
-    """The same of each task set, by its name; `share/*` is of the sampled tokens."""
-    by_set: dict[str, list[Trajectory]] = defaultdict(list)
-    for group in groups:
-        by_set[group.task.task_set] += trajectories(group)
-    if not any(by_set):
-        return {}
-    tokens = {
-        name: sum(int((s.loss_mask > 0).sum()) for t in ended for s in t.sequences)
-        for name, ended in by_set.items()
-    }
-    metrics: dict[str, Any] = {}
-    for name, ended in by_set.items():
-        metrics |= {
-            f"reward/mean/{name}": float(np.mean([t.reward for t in ended])),
-            f"success_rate/{name}": float(np.mean([t.success for t in ended])),
-            f"turns/mean/{name}": float(np.mean([t.turns for t in ended])),
-            f"share/{name}": tokens[name] / max(1, sum(tokens.values())),
+    def metrics(self) -> dict[str, Any]:
+        ended = [of_one for of_set in self._ended.values() for of_one in of_set]
+        tokens = max(1, sum(of_one[-1] for of_one in ended))
+        metrics = _means(ended)
+        for name, of_set in self._ended.items():
+            if name:
+                metrics |= {f"{metric}/{name}": value for metric, value in _means(of_set).items()}
+                metrics[f"share/{name}"] = sum(of_one[-1] for of_one in of_set) / tokens
+        return metrics | {
+            "staleness/mean": self._ages.mean,
+            "staleness/max": self._ages.oldest,
+            "staleness/histogram": self._ages.histogram(),
+            **{f"time/{stage}_s": float(np.mean(s)) for stage, s in self._seconds.items()},
         }
-    return metrics
+
+
+def _means(ended: Sequence[tuple[float, bool, int, int]]) -> dict[str, float]:
+    rewards, successes, turns, _ = zip(*ended, strict=True)
+    return {
+        "reward/mean": float(np.mean(rewards)),
+        "success_rate": float(np.mean(successes)),
+        "turns/mean": float(np.mean(turns)),
+    }
+
+
+class Ages:
+    """How old the sampled tokens of complete groups are at a version; all 0 without any."""
+
+    def __init__(self, version: int) -> None:
+        self._version = version
+        self._tokens: Counter[int] = Counter()
+
+    def add(self, groups: Iterable[Group]) -> None:
+        for group in groups:
+            for member in group.members.values():
+                for sampled_by, count in member.tokens_of.items():
+                    self._tokens[self._version - sampled_by] += count
+
+    @property
+    def mean(self) -> float:
+        ages = sum(age * count for age, count in self._tokens.items())
+        return ages / self._tokens.total() if self._tokens else 0.0
+
+    @property
+    def oldest(self) -> int:
+        return max(self._tokens, default=0)
+
+    def histogram(self) -> list[int]:
+        """How many tokens are of each age, from 0 on."""
+        assert min(self._tokens, default=0) >= 0, "a token of a version that is not trained yet"
+        return [self._tokens[age] for age in range(self.oldest + 1)] if self._tokens else []
 
 
 def trajectories(group: Group) -> list[Trajectory]:
@@ -108,9 +174,3 @@ def of_tokens(
         return float(advantage)
     of_turns = np.append(advantage, 0.0).astype(np.float32)  # -1, the last, is for other tokens
     return np.asarray(of_turns[sequence.turns])
-
-
-def token_ages(sequences: Sequence[SampledSequence], version: int) -> NDArray[np.int64]:
-    """Of the sampled tokens, at that version."""
-    versions = [sequence.sampled_versions() for sequence in sequences]
-    return version - np.concatenate(versions) if versions else np.zeros(0, np.int64)

@@ -10,6 +10,9 @@ Of a response under way, or cut off, those tokens count that its worker has told
 import logging
 import math
 from collections import Counter
+from collections.abc import Collection, Sequence
+
+import numpy as np
 
 from flash.rollout.episode import Episode
 from flash.rollout.observer import Observer
@@ -49,10 +52,9 @@ class LengthBias(Observer):
 
     def metrics(self) -> dict[str, float]:
         """`bias/turns`, `bias/tokens`, `bias/seconds`: trained over admitted, since the start."""
-        so_far = [_lengths_of(episode) for episode in self._running.values()]
+        so_far = _bins_so_far(self._running.values())
         found = {
-            f"bias/{name}": lengths.ratio(Counter(_bin(of[name]) for of in so_far))
-            for name, lengths in self._lengths.items()
+            f"bias/{name}": lengths.ratio(so_far[name]) for name, lengths in self._lengths.items()
         }
         low = min(found.values())
         if low < _ALARM and self._trained >= _ENOUGH and not self._warned:
@@ -107,3 +109,21 @@ def _lengths_of(episode: Episode) -> dict[str, float]:
         "tokens": episode.generated_tokens,
         "seconds": 1000 * (ended_at - episode.admitted_at),
     }
+
+
+def _bins_so_far(running: Collection[Episode]) -> dict[str, Counter[int]]:
+    """Of all that run, at once: there may be ten thousands."""
+    now = next((episode.clock() for episode in running), 0.0)
+    return {
+        "turns": _bins([episode.turns for episode in running]),
+        "tokens": _bins([episode.generated_tokens for episode in running]),
+        "seconds": _bins([1000 * (now - episode.admitted_at) for episode in running]),
+    }
+
+
+def _bins(lengths: Sequence[float]) -> Counter[int]:
+    known = np.array(lengths, dtype=np.float64)
+    bins = np.where(known >= 1, np.rint(np.log(known.clip(1)) / _BIN), -1).astype(int)
+    # From -1 on.
+    counts = np.bincount(bins + 1).tolist()
+    return Counter({number - 1: count for number, count in enumerate(counts) if count})

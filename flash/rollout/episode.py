@@ -3,9 +3,12 @@
 import asyncio
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+import numpy as np
 
 from flash.errors import EpisodeFailure, HistoryDiverged
 from flash.rollout.history import History, Replay, Sampled, prompt_sum
@@ -86,6 +89,7 @@ class Episode:
         self._stages = [Stage("start")]
         self._reset_counts()
         self.trajectory: Trajectory | None = None
+        self.tokens_of: Mapping[int, int] = {}  # how many each version sampled, of all at its end
         self.ready = False  # it has one, which no crash can lose
         self.cancel_reason: str | None = None
         self._hub = hub
@@ -208,9 +212,9 @@ class Episode:
     def finish(self, trajectory: Trajectory) -> None:
         """The episode came to its end; its true token versions replace what was estimated."""
         self.trajectory = trajectory
-        versions = [int(v) for s in trajectory.sequences for v in s.sampled_versions()]
-        if versions:
-            self.oldest_version, self.newest_version = min(versions), max(versions)
+        self.tokens_of = _tokens_of(trajectory)
+        if self.tokens_of:
+            self.oldest_version, self.newest_version = min(self.tokens_of), max(self.tokens_of)
         self._switch(Stage("ready"), begins=True)
 
     def end(self) -> float:
@@ -227,6 +231,17 @@ class Episode:
             f"episode {self.id} ({self.task}, group {self.group}, attempt "
             f"{self.attempt}) in stage '{self.stage_name}' for {since:.1f} s"
         )
+
+
+def _tokens_of(trajectory: Trajectory) -> Counter[int]:
+    counts: Counter[int] = Counter()
+    for sequence in trajectory.sequences:
+        versions = sequence.sampled_versions()
+        if versions.size:
+            first = int(versions.min())
+            sampled = enumerate(np.bincount(versions - first).tolist(), start=first)
+            counts.update({version: count for version, count in sampled if count})
+    return counts
 
 
 # ── the actor's messages ─────────────────────────────────────────────────────────────────────

@@ -32,8 +32,12 @@ class Group:
     @property
     def oldest_version(self) -> int | None:
         """The version of the oldest token so far; None if there is none."""
-        versions = [m.oldest_version for m in self.members.values() if m.oldest_version is not None]
-        return min(versions, default=None)
+        oldest = None
+        for member in self.members.values():
+            version = member.oldest_version
+            if version is not None and (oldest is None or version < oldest):
+                oldest = version
+        return oldest
 
 
 @dataclass(slots=True)
@@ -46,9 +50,14 @@ class Counts:
 
 
 class Groups:
-    """In the order of their tasks, those of all task sets."""
+    """In the order of their tasks, those of all task sets.
+
+    `changes` counts what may make another choice of groups possible: one is complete, one is on its
+    way no longer, one has lost a member.
+    """
 
     def __init__(self, first_id: int = 0) -> None:
+        self.changes = 0
         self._groups: dict[int, Group] = {}
         self._counts: dict[str, Counts] = defaultdict(Counts)
         self._next_id = first_id
@@ -89,6 +98,7 @@ class Groups:
         del self._groups[group.id]
         self._counts[group.task.task_set].groups -= 1
         self._count(group, -1)
+        self.changes += 1
 
     def add(self, group: Group, episode: Episode) -> None:
         self._count(group, -1)
@@ -100,6 +110,7 @@ class Groups:
         del group.members[episode.id]
         group.ready -= episode.ready
         self._count(group, +1)
+        self.changes += 1
 
     def finish(self, group: Group, episode: Episode) -> None:
         """This member of it is ready."""
@@ -107,6 +118,7 @@ class Groups:
         episode.ready = True
         group.ready += 1
         self._count(group, +1)
+        self.changes += group.complete
 
     def _count(self, group: Group, sign: int) -> None:
         counts = self._counts[group.task.task_set]

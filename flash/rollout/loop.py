@@ -20,14 +20,22 @@ import contextlib
 import logging
 import math
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, Self
 
 from flash.errors import EpisodeFailure, RolloutFailure
 from flash.hub.reports import PublishReport
-from flash.rollout.batching import metrics_of, metrics_of_sets, samples_of, trajectories
+from flash.rollout.batching import Numbers, parts_of, samples_of, trajectories
 from flash.rollout.bias import LengthBias
 from flash.rollout.committed import INTERRUPTED, OVER, SHUTDOWN, CommitLog, NoLog
 from flash.rollout.config import RolloutSettings
@@ -188,8 +196,12 @@ class RolloutLoop:
             self._restore_used(used)
         self._open = False
         self._paused = False
-        self._taken: list[Group] = []  # parts of the next batch
-        self._uncommitted: Batch | None = None  # chosen, and not handed over yet
+        self._taken: dict[Group, None] = {}  # of the next batch, handed over as parts of it
+        self._chosen: dict[Group, None] = {}  # those, and what is handed over now
+        self._vain_choice: tuple[int, ...] = ()
+        self._handing_over: Generator[None, None, Batch] | None = None
+        self._closing = False  # what was chosen leaves the groups, one by one
+        self._uncommitted: Batch | None = None  # handed over, but for its commit
         self._next_version = hub.version  # at which the next batch will be trained
         self._started_this_turn = 0
         self._waits_for_log = False
@@ -214,6 +226,8 @@ class RolloutLoop:
     async def __aexit__(self, *exc_info: Any) -> None:
         """Ends what runs (cancelled) and what waits (dropped), for the reason `shutdown`."""
         self._open = False
+        while self._closing:  # whoever waited for that batch was cancelled
+            self._hand_over_further()
         for group in list(self._groups):
             self._give_up(group, SHUTDOWN)
         try:
@@ -230,7 +244,7 @@ class RolloutLoop:
         enough others are complete, unless `on_stale` is `wait` and it would grow too old. With
         `settings.reuse` groups that were trained before take the places that are left.
         """
-        if self._taken:
+        if self._taken and self._handing_over is None:
             raise ValueError("a batch was begun with next_part: take its other parts likewise")
         with self.activity.call("next_batch"):
             return await self._next_committed(self._next_whole)
@@ -245,7 +259,7 @@ class RolloutLoop:
             return await self._next_committed(partial(self._next, 1))
 
     async def _next_committed(self, choose: Callable[[], Awaitable[Batch]]) -> Batch:
-        """Of a call that was cancelled meanwhile the next one gets what was chosen."""
+        """Of a call that was cancelled meanwhile the next one gets what was handed over."""
         if self._uncommitted is None:
             self._uncommitted = await choose()
         await self._log.committed()
@@ -266,9 +280,16 @@ class RolloutLoop:
             if self._to_train:  # it was handed over before the run ended
                 self._observers.handed_over(batch := self._to_train.popleft())
                 return batch
-            fresh, again = self._choose(at_least)
-            if len(fresh) + len(again) >= at_least:
-                return self._hand_over(fresh, again)
+            if self._handing_over is None:
+                fresh, again = self._choose(at_least)
+                if len(fresh) + len(again) >= at_least:
+                    self._chosen = dict.fromkeys([*self._taken, *fresh])
+                    self._handing_over = self._hand_over(fresh, again, self._next_version)
+            elif (handed_over := self._hand_over_further()) is not None:
+                return handed_over
+            if self._handing_over is not None:
+                await asyncio.sleep(0)
+                continue
             for share in self._shares:
                 self._check_tasks(share)
             self._progress.clear()
@@ -387,7 +408,7 @@ class RolloutLoop:
 
         Those of a burst, a few in each turn of the event loop.
         """
-        if not self._open or self._paused or not self._fresh_enough:
+        if not self._open or self._paused or self._closing or not self._fresh_enough:
             return
         if self._log.blocked:
             self._admit_after_commit()
@@ -604,7 +625,8 @@ class RolloutLoop:
 
     def _evict_stale(self) -> None:
         """Gives up every episode that would break the bound in the next batch already."""
-        for group in list(self._groups):
+        safe = self._chosen or self._taken
+        for group in [group for group in self._groups if group not in safe]:
             old = stale_episodes(group, version=self._next_version, alpha=self.alpha)
             if old and self.settings.on_stale == "drop":
                 self._give_up(group, "stale")
@@ -631,6 +653,8 @@ class RolloutLoop:
         wanted = self._wanted()
         if not self._may_be_enough(at_least, wanted):
             return [], []
+        if self._vain_choice == self._choice(at_least):
+            return [], []
         # An episode that was admitted in time may have sampled late, from old weights.
         self._evict_stale()
         left = [group for group in self._groups if group not in self._taken]
@@ -654,6 +678,8 @@ class RolloutLoop:
                 again += share.reuse.choose(lacking, version=self._next_version)
         if len(fresh) + len(again) < wanted.total():
             again = []
+        if len(fresh) + len(again) < at_least:
+            self._vain_choice = self._choice(at_least)
         return sorted(fresh, key=lambda group: group.id), again
 
     def _wanted(self) -> Counter[str]:
@@ -673,38 +699,74 @@ class RolloutLoop:
             again += min(wanted[share.name] - complete, share.reuse.available(self._next_version))
         return fresh >= at_least or fresh + again >= wanted.total()
 
-    def _hand_over(self, fresh: list[Group], again: list[Group]) -> Batch:
-        version = self._next_version
-        samples = samples_of(
-            [*fresh, *again], version=version, alpha=self.alpha, advantages=self._advantages
-        )
-        self._taken += fresh
-        if len(self._taken) + len(again) < self._groups_per_batch:
-            metrics = metrics_of(fresh, version=version)
-            batch = Batch(samples=samples, version=version, last=False, metrics=metrics)
-            self._observers.handed_over(batch)
+    def _choice(self, at_least: int) -> tuple[int, ...]:
+        """What there is to choose from: while it is the same, so is what is chosen."""
+        return at_least, self._groups.changes, self._next_version, self.hub.version
+
+    def _hand_over_further(self) -> Batch | None:
+        """As much as may be done in one turn of the event loop; the batch, if that is all."""
+        assert self._handing_over is not None
+        try:
+            next(self._handing_over)
+        except StopIteration as done:
+            self._handing_over = None
+            batch: Batch = done.value
             return batch
-        whole, self._taken = self._taken, []
-        for group in whole:
-            self._groups.close(group)
-            for member in group.members.values():
-                self._end(member, "trained", version=version)
-        for group in again:
-            for member in group.members.values():
-                uses = self._shares.of(group.task).reuse.uses(group)
-                self._observers.trained_again(member, uses + 1)
-        metrics = (
-            metrics_of(whole, again, version=version)
-            | metrics_of_sets(whole)
-            | self._bias.metrics()
-            | self._shares.reuse_metrics(again, version=version)
-        )
+        except BaseException:
+            self._handing_over = None
+            raise
+        return None
+
+    def _hand_over(
+        self, fresh: list[Group], again: list[Group], version: int
+    ) -> Generator[None, None, Batch]:
+        """Between two of its turns anything may happen but to what was chosen.
+
+        While its groups close one by one no episode begins, or it would take the slot of one that
+        is in the batch.
+        """
+        try:
+            samples = yield from samples_of(
+                [*fresh, *again], version=version, alpha=self.alpha, advantages=self._advantages
+            )
+            whole, numbers = [*self._chosen], Numbers(version)
+            if len(whole) + len(again) < self._shares.groups_per_batch:
+                for part in parts_of(fresh):
+                    numbers.add(part)
+                    yield
+                batch = Batch(
+                    samples=samples, version=version, last=False, metrics=numbers.metrics()
+                )
+                self._taken = self._chosen
+                self._observers.handed_over(batch)
+                return batch
+            self._taken, self._closing = {}, True
+            for part in parts_of(whole):
+                numbers.add(part)
+                for group in part:
+                    self._groups.close(group)
+                    for member in group.members.values():
+                        self._end(member, "trained", version=version)
+                yield
+            for part in parts_of(again):
+                numbers.add_again(part)
+                for group in part:
+                    uses = self._shares.of(group.task).reuse.uses(group)
+                    for member in group.members.values():
+                        self._observers.trained_again(member, uses + 1)
+                yield
+            metrics = numbers.metrics()
+            metrics |= self._bias.metrics()
+            metrics |= self._shares.reuse_metrics(again, version=version)
+            yield
+        finally:
+            self._chosen, self._closing = {}, False
         expert = None if self._expert is None else self._expert(version)
         batch = Batch(samples=samples, version=version, metrics=metrics, expert=expert)
         self._observers.handed_over(batch)
         self._shares.hold(version)
         self._shares.trained([*whole, *again], version=version)
-        self._next_version += 1
+        self._next_version = max(self._next_version, version + 1)
         self._expect_reuse()
         self._cancel_redundant()
         self._evict_stale()  # at once: what is doomed should not sample while the trainer trains

@@ -6,6 +6,7 @@ A group is in it no longer than α versions, so it never holds more than 1+α ba
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,10 +16,9 @@ import numpy as np
 
 from flash import registry
 from flash.errors import RolloutFailure
-from flash.rollout.batching import token_ages, trajectories
+from flash.rollout.batching import Ages, trajectories
 from flash.rollout.config import AgeDecay, AnyPriority, LinearDecay, ReuseConfig
 from flash.rollout.groups import Group
-from flash.rollout.staleness import stale_episodes
 from flash.types import Trajectory
 
 
@@ -78,12 +78,9 @@ def metrics_of_reused(
     again: Sequence[Group], *, version: int, groups_per_batch: int
 ) -> dict[str, Any]:
     """The `reuse/*` metrics of a batch for that version with these groups."""
-    of_groups = [t for group in again for t in trajectories(group)]
-    ages = token_ages([s for t in of_groups for s in t.sequences], version)
-    return {
-        "reuse/share": len(again) / groups_per_batch,
-        "reuse/age_mean": float(ages.mean()) if ages.size else 0.0,
-    }
+    ages = Ages(version)
+    ages.add(again)
+    return {"reuse/share": len(again) / groups_per_batch, "reuse/age_mean": ages.mean}
 
 
 class Reuse:
@@ -99,6 +96,7 @@ class Reuse:
         self._alpha = alpha
         self._priority = find_priority(settings.priority)
         self._kept: dict[Group, int] = {}  # how many batches each was in
+        self._of_version: Counter[int | None] = Counter()  # how many, by their oldest token's
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -109,12 +107,13 @@ class Reuse:
 
     def available(self, version: int) -> int:
         """How many places of a batch for that version can be filled."""
-        return min(self.most, sum(self._is_fresh(group, version) for group in self._kept))
+        counts = self._of_version.items()
+        return min(self.most, sum(count for v, count in counts if self._is_fresh(v, version)))
 
     def choose(self, wanted: int, *, version: int) -> list[Group]:
         """So many for a batch for that version, the highest priorities first; none if there are
         fewer."""
-        fresh = [group for group in self._kept if self._is_fresh(group, version)]
+        fresh = [g for g in self._kept if self._is_fresh(g.oldest_version, version)]
         if not 0 < wanted <= min(self.most, len(fresh)):
             return []
         # Of equal ones the newest: what is chosen never depends on the order in which they came.
@@ -128,15 +127,19 @@ class Reuse:
         for group in groups:
             self.keep(group, self._kept.get(group, 0) + 1)
         for group, uses in list(self._kept.items()):
-            if uses >= self._most_uses or not self._is_fresh(group, version + 1):
+            oldest = group.oldest_version
+            if uses >= self._most_uses or not self._is_fresh(oldest, version + 1):
                 del self._kept[group]
+                self._of_version -= Counter([oldest])  # which forgets a version without any
 
     def keep(self, group: Group, uses: int) -> None:
         """It was in so many batches."""
+        if group not in self._kept:
+            self._of_version[group.oldest_version] += 1
         self._kept[group] = uses
 
-    def _is_fresh(self, group: Group, version: int) -> bool:
-        return not stale_episodes(group, version=version, alpha=self._alpha)
+    def _is_fresh(self, oldest: int | None, version: int) -> bool:
+        return oldest is None or version - oldest <= self._alpha
 
     def _told(self, group: Group, version: int) -> TrainedGroup:
         oldest = group.oldest_version

@@ -9,10 +9,11 @@ from flash.rollout.groups import Group
 
 def stale_episodes(group: Group, *, version: int, alpha: float) -> list[Episode]:
     """The members of which a token would be older than α in a batch for this version."""
+    allowed = version - alpha
     return [
         member
         for member in group.members.values()
-        if member.oldest_version is not None and version - member.oldest_version > alpha
+        if (oldest := member.oldest_version) is not None and oldest < allowed
     ]
 
 
@@ -35,8 +36,9 @@ def choose_groups(
     chosen: set[Group] = set()
     places = 0  # given, or kept for groups that are not complete
     of_batch, published = wait_for or (0, 0)
+    last = [_last(group, alpha, published) for group in groups] if wait_for else []
     for later in range(math.floor(alpha) + 1) if wait_for else ():
-        due = [g for g in groups if _last(g, alpha, published) <= version + later]
+        due = [g for g, until in zip(groups, last, strict=True) if until <= version + later]
         needed = min(len(due) - later * of_batch, wanted) - places
         if needed > 0:
             ready = [group for group in due if group.complete and group not in chosen]

@@ -25,7 +25,6 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -43,6 +42,7 @@ from flash.rollout.episode import Episode
 from flash.rollout.observer import Observer
 from flash.rollout.record import EpisodeRecord
 from flash.system.durable import HeldError, locked, write_whole
+from flash.telemetry.episode_lines import EpisodeLines
 
 TRANSCRIPTS_FILE = "transcripts.jsonl"
 _OF_OUTCOME = ("outcome", "reason", "trained_at_version")
@@ -51,7 +51,8 @@ logger = logging.getLogger(__name__)
 
 
 class RunFolder(Observer):
-    """Writes a run's files; each line is flushed, so that a crash loses none.
+    """Writes a run's files; each line is flushed, so that a crash loses none. Those of episodes are
+    a moment late, and come from a thread; of what a crash loses of them the log has all.
 
     A run never writes into another's folder: if there is a run of that name, this one is
     `<name>-2` and so on. With `checkpoint.resume` it goes on in its own; entering raises ValueError
@@ -89,7 +90,7 @@ class RunFolder(Observer):
         text = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
         write_whole(self.path / "config.yaml", text.encode())
         self._metrics = opened.enter_context(_lines(self.path / "metrics.jsonl"))
-        self._episodes = opened.enter_context(_lines(self.path / "episodes.jsonl"))
+        self._episodes = opened.enter_context(EpisodeLines(_lines(self.path / "episodes.jsonl")))
         self._transcripts = opened.enter_context(_lines(self.path / TRANSCRIPTS_FILE))
         self._board = _Board(self.path)
         opened.callback(self._board.close)
@@ -156,6 +157,7 @@ class RunFolder(Observer):
     def _close(self, error: BaseException | None) -> None:
         with self._opened:
             self._log(error)
+            self.flush()
             names = ("metrics.jsonl", "episodes.jsonl", TRANSCRIPTS_FILE)
             files = [self.path / name for name in names]
             kept = self.resumes or (self.path / "checkpoints").exists()
@@ -201,7 +203,7 @@ class RunFolder(Observer):
         for line in read_lines(self.path / "episodes.jsonl"):
             records.pop(line["episode"], None)
         for record in records.values():
-            _write(self._episodes, asdict(record))
+            self._episodes.add(record)
         _cut(self.path / TRANSCRIPTS_FILE, lambda line: line["step"] > past.logged_version)
         self._board.forget_after(done)
         if news := told(self.changed, first_step=past.version + 1):
@@ -218,8 +220,12 @@ class RunFolder(Observer):
         self._board.add(metrics)
 
     def ended(self, episode: Episode, record: EpisodeRecord) -> None:
-        """One line of episodes.jsonl."""
-        _write(self._episodes, asdict(record))
+        """One line of episodes.jsonl, soon; OSError if one before it could not be written."""
+        self._episodes.add(record)
+
+    def flush(self) -> None:
+        """Waits until every line is in its file."""
+        self._episodes.flush()
 
     def transcript(self, line: Mapping[str, Any]) -> None:
         """One line of transcripts.jsonl."""
@@ -296,7 +302,7 @@ def _lines(path: Path) -> IO[str]:
     """The file, to add lines to."""
     if path.exists():
         _cut(path, lambda _: False)
-    return path.open("a")
+    return path.open("a", encoding="utf-8")
 
 
 def _cut(path: Path, is_over: Callable[[dict[str, Any]], bool]) -> None:

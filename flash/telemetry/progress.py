@@ -135,6 +135,7 @@ class Progress(Observer):
         }
         self._folder.summary(summary)
         # Drawing takes seconds; the loop is still serving its last agents.
+        await asyncio.to_thread(self._folder.flush)
         await asyncio.to_thread(write_report, self._folder.path)
         return summary
 

@@ -10,6 +10,7 @@ are computed there, at the start of a step (`values.py`), and not when a batch i
 """
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -131,9 +132,19 @@ def gae(rewards_T: Floats, values_T: Floats, *, gamma: float, lam: float) -> Flo
 # ── a whole batch ────────────────────────────────────────────────────────────────────────────
 
 
-def per_group(of_group: Callable[[Floats], Floats]) -> Advantages:
+@dataclass(frozen=True, slots=True)
+class PerGroup:
+    """A function of one group as one of the batch, which may be called with any part of it."""
+
+    of_group: Callable[[Group], OfEpisodes]
+
+    def __call__(self, groups: Sequence[Group]) -> list[OfEpisodes]:
+        return [self.of_group(group) for group in groups]
+
+
+def per_group(of_rewards: Callable[[Floats], Floats]) -> PerGroup:
     """A function of the rewards of one group, [G] to [G], as one of the batch."""
-    return lambda groups: [list(of_group(_rewards(group))) for group in groups]
+    return PerGroup(lambda group: list(of_rewards(_rewards(group))))
 
 
 def make_advantages(settings: AdvantageSettings, *, finished: bool = True) -> Advantages:
@@ -141,27 +152,33 @@ def make_advantages(settings: AdvantageSettings, *, finished: bool = True) -> Ad
 
     The last two are left to the trainer unless `finished` (`TrainerConfig.finishes_advantages`).
     """
-    parameters = settings.parameters()
-    of_batch = _OF_BATCH.get(settings.name)
-    of_rewards = _OF_REWARDS.get(settings.name)
-    if of_batch is not None:
-        compute: Advantages = partial(of_batch, **parameters)
-    else:
-        assert of_rewards is not None
-        compute = per_group(partial(of_rewards, **parameters))
-
-    def advantages(groups: Sequence[Group]) -> list[OfEpisodes]:
-        computed = compute(groups)
-        if not finished:
-            return computed
-        if settings.whitens:
-            computed = whitened(computed, groups)
-        if settings.clip is not None:
-            bound = settings.clip
-            computed = [[np.clip(a, -bound, bound) for a in of_group] for of_group in computed]
+    computed = _computed(settings)
+    if not finished:
         return computed
+    whole = partial(_whitened, computed) if settings.whitens else computed
+    if (bound := settings.clip) is None:
+        return whole
 
-    return advantages
+    def clipped(of_group: OfEpisodes) -> OfEpisodes:
+        return [np.clip(of_episode, -bound, bound) for of_episode in of_group]
+
+    if isinstance(whole, PerGroup):
+        of_group = whole.of_group
+        return PerGroup(lambda group: clipped(of_group(group)))
+    return lambda groups: [clipped(of_group) for of_group in whole(groups)]
+
+
+def _computed(settings: AdvantageSettings) -> Advantages:
+    name, parameters = settings.name, settings.parameters()
+    if (of_batch := _OF_BATCH.get(name)) is not None:
+        return partial(of_batch, **parameters)
+    if (of_group := _OF_GROUP.get(name)) is not None:
+        return PerGroup(partial(of_group, **parameters))
+    return per_group(partial(_OF_REWARDS[name], **parameters))
+
+
+def _whitened(computed: Advantages, groups: Sequence[Group]) -> list[OfEpisodes]:
+    return whitened(computed(groups), groups)
 
 
 def reinforce(groups: Sequence[Group], *, baseline: str) -> list[OfEpisodes]:
@@ -179,12 +196,17 @@ def reinforce(groups: Sequence[Group], *, baseline: str) -> list[OfEpisodes]:
 
 def whitened(advantages: list[OfEpisodes], groups: Sequence[Group]) -> list[OfEpisodes]:
     """With mean 0 and deviation 1 over the trained tokens of the batch; all zeros if all equal."""
-    values, counts = [], []
+    values: list[float] = []
+    counts: list[int] = []
     for of_group, group in zip(advantages, groups, strict=True):
         for of_episode, trajectory in zip(of_group, group, strict=True):
-            values.append(np.atleast_1d(of_episode))
-            counts.append(_tokens(trajectory, np.ndim(of_episode) > 0))
-    flat, weights = np.concatenate(values), np.concatenate(counts).astype(float)
+            if np.ndim(of_episode):
+                values += of_episode.tolist()
+                counts += _tokens_of_turns(trajectory)
+            else:
+                values.append(float(of_episode))
+                counts.append(_tokens(trajectory))
+    flat, weights = np.array(values), np.array(counts, dtype=float)
     if not weights.sum():
         return advantages
     mean = np.average(flat, weights=weights)
@@ -193,29 +215,28 @@ def whitened(advantages: list[OfEpisodes], groups: Sequence[Group]) -> list[OfEp
     return [[(of_episode - mean) * scale for of_episode in of_group] for of_group in advantages]
 
 
-def _turn_returns(groups: Sequence[Group], **settings: Any) -> list[OfEpisodes]:
-    return [turn_returns([_turn_rewards(t) for t in group], **settings) for group in groups]
+def _turn_returns(group: Group, **settings: Any) -> OfEpisodes:
+    return turn_returns([_turn_rewards(trajectory) for trajectory in group], **settings)
 
 
-def _gigpo(groups: Sequence[Group], **settings: Any) -> list[OfEpisodes]:
-    return [
-        gigpo(
-            _rewards(group),
-            [_turn_rewards(trajectory) for trajectory in group],
-            [trajectory.turn_states for trajectory in group],
-            **settings,
-        )
-        for group in groups
-    ]
+def _gigpo(group: Group, **settings: Any) -> OfEpisodes:
+    return gigpo(
+        _rewards(group),
+        [_turn_rewards(trajectory) for trajectory in group],
+        [trajectory.turn_states for trajectory in group],
+        **settings,
+    )
 
 
 _OF_REWARDS: dict[str, Callable[..., Floats]] = {"grpo": grpo, "dr_grpo": dr_grpo, "rloo": rloo}
+_OF_GROUP: dict[str, Callable[..., OfEpisodes]] = {
+    "turn_returns": _turn_returns,
+    "gigpo": _gigpo,
+    "gae": lambda group, **_: [np.zeros(()) for _ in group],
+}
 _OF_BATCH: dict[str, Callable[..., list[OfEpisodes]]] = {
     "reinforce": reinforce,
     "reinforce_pp": reinforce,
-    "turn_returns": _turn_returns,
-    "gigpo": _gigpo,
-    "gae": lambda groups, **_: [[np.zeros(()) for _ in group] for group in groups],
 }
 
 
@@ -233,14 +254,18 @@ def _turn_rewards(trajectory: Trajectory) -> Floats:
     return np.array(trajectory.turn_rewards, dtype=np.float64)
 
 
-def _tokens(trajectory: Trajectory, of_turns: bool) -> NDArray[np.int64]:
-    """Trained tokens of the episode, [1], or of each of its turns, [U]."""
-    if not of_turns:
-        return np.array([sum(int((s.loss_mask > 0).sum()) for s in trajectory.sequences)])
-    counts = np.zeros(len(trajectory.turn_rewards), np.int64)
+def _tokens(trajectory: Trajectory) -> int:
+    """Trained tokens of the episode."""
+    return sum(int(np.count_nonzero(s.loss_mask > 0)) for s in trajectory.sequences)
+
+
+def _tokens_of_turns(trajectory: Trajectory) -> list[int]:
+    """Those of each of its turns, [U]."""
+    counts_U = np.zeros(len(trajectory.turn_rewards), np.int64)
     for sequence in trajectory.sequences:
-        np.add.at(counts, sequence.turns[sequence.loss_mask > 0], 1)
-    return counts
+        np.add.at(counts_U, sequence.turns[sequence.loss_mask > 0], 1)
+    of_turns: list[int] = counts_U.tolist()
+    return of_turns
 
 
 def _compares(members: Sequence[Any] | Floats) -> None:

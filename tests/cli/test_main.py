@@ -2,11 +2,13 @@
 
 import asyncio
 import gc
+import itertools
 import socket
 import subprocess
 import sys
 import weakref
 from importlib import metadata
+from types import SimpleNamespace
 
 import pytest
 from pydantic import SecretStr
@@ -241,26 +243,33 @@ def test_help_and_mistakes_wait_for_no_import_that_they_do_not_need(words, unnee
     assert done.stdout.splitlines()[-1] == "light"
 
 
-def test_commands_collect_garbage_by_the_clock_alone():
-    class Loop:
-        def __init__(self):
-            self.itself = self
+class Garbage:
+    def __init__(self):
+        self.itself = self
+
+
+@pytest.mark.parametrize(("takes_s", "every_s"), [(0.1, 300), (2.0, 2000)])
+def test_commands_collect_garbage_by_the_clock_alone(takes_s, every_s, monkeypatch):
+    ticks = itertools.count()
+    clock = SimpleNamespace(perf_counter=lambda: takes_s * next(ticks))
+    monkeypatch.setattr(event_loop, "time", clock)
 
     async def main():
         assert not gc.isenabled()
         event_loop._collect_by_the_clock(asyncio.get_running_loop())
-        for _ in range(2):
-            garbage = weakref.ref(Loop())
-            await asyncio.sleep(event_loop._GARBAGE_EVERY_S - 2)
+        for waits_s in (300, every_s):
+            garbage = weakref.ref(Garbage())
+            await asyncio.sleep(waits_s - 2)
             assert garbage() is not None
             await asyncio.sleep(3)
             assert garbage() is None
 
     async def is_off():
-        return not gc.isenabled()
+        return not gc.isenabled() and gc.get_freeze_count() > 0
 
     assert event_loop.run_loop(is_off())
     assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
     gc.disable()
     try:
         virtual_time.run(main())

@@ -13,7 +13,10 @@ from flash.hub.reports import PublishReport
 from flash.log.log import Log
 from flash.log.schema import BATCHES, EPISODES, GROUPS, PUBLISHES, SAMPLES, SEQUENCES
 from flash.log.store import Change, StoreError
+from flash.rollout.episode import Episode
 from flash.rollout.loop import RolloutLoop
+from flash.rollout.observer import Observer
+from flash.rollout.record import EpisodeRecord
 from flash.types import Task
 from flash.virtual_time import in_virtual_time
 from tests.rollout.test_crew import played
@@ -40,15 +43,27 @@ class Disk:
         return [c for c in changes if c.table is table and values.items() <= c.values.items()]
 
 
+class Hasty(Observer):
+    """Has the log write whenever an episode ends."""
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+
+    def ended(self, episode: Episode, record: EpisodeRecord) -> None:
+        self._log.after_commit(lambda: None)
+
+
 @contextlib.asynccontextmanager
-async def logged(disk: Disk, *, alpha: float = 1) -> AsyncIterator[tuple[RolloutLoop, FakeCrew]]:
-    """Groups of two, batches of four; each episode takes a second."""
+async def logged(
+    disk: Disk, *, alpha: float = 1, batch_size: int = 4
+) -> AsyncIterator[tuple[RolloutLoop, FakeCrew]]:
+    """Groups of two; each episode takes a second."""
     log = Log(disk.commit, start=1, now=lambda: 0.0, max_lag_s=10, timeout_s=60)
     async with InferenceHub([FakeWorker("w")]) as hub, log:
         crew = FakeCrew(hub, lambda episode: played(hub.version))
         async with RolloutLoop(
-            hub, crew=crew, tasks=map(Task, range(10**6)), batch_size=4, group_size=2,
-            alpha=alpha, observers=[log], log=log,
+            hub, crew=crew, tasks=map(Task, range(10**6)), batch_size=batch_size, group_size=2,
+            alpha=alpha, observers=[log, Hasty(log)], log=log,
         ) as loop:  # fmt: skip
             log.fail_with(loop.fail)
             yield loop, crew
@@ -90,15 +105,16 @@ async def test_what_nobody_waits_for_gathers_and_what_somebody_waits_for_is_writ
     assert len(disk.rows(PUBLISHES)) == 101
 
 
+@pytest.mark.parametrize(("seconds", "batch_size"), [(0.3, 4), (0.0, 4), (0.0, 1000)])
 @in_virtual_time
-async def test_a_batch_its_samples_outcomes_and_groups_are_in_one_commit():
+async def test_a_batch_its_samples_outcomes_and_groups_are_in_one_commit(seconds, batch_size):
     disk = Disk()
-    disk.seconds = 0.3
-    async with logged(disk) as (loop, _):
-        for version in range(1, 6):
+    disk.seconds = seconds
+    async with logged(disk, batch_size=batch_size) as (loop, _):
+        for version in range(1, 4):
             await loop.next_batch()
             await loop.publish(weights(version))
-    for version in range(5):
+    for version in range(3):
         (commit,) = [
             commit
             for commit in disk.commits
@@ -109,9 +125,9 @@ async def test_a_batch_its_samples_outcomes_and_groups_are_in_one_commit():
             for change in commit
             if version in (change.values.get("version"), change.values.get("trained_at_version"))
         ]
-        assert (tables.count(SAMPLES), tables.count(EPISODES)) == (4, 4)
+        assert (tables.count(SAMPLES), tables.count(EPISODES)) == (batch_size, batch_size)
         trained = [c for c in commit if c.table is GROUPS and c.values.get("outcome") == "trained"]
-        assert len(trained) == 2
+        assert len(trained) == batch_size // 2
 
 
 def begun_rows(disk: Disk) -> set[object]:

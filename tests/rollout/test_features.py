@@ -5,9 +5,12 @@ import contextlib
 import math
 import random
 from collections import Counter, defaultdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flash import virtual_time
 from flash.agents import Actor, EnvironmentAgent
@@ -15,7 +18,7 @@ from flash.conversation import TokenSequence
 from flash.errors import EnvFailure, RolloutFailure
 from flash.fakes import FakeEnvs, FakeStyle, FakeWorker, KeepingObserver
 from flash.hub.hub import InferenceHub
-from flash.rollout.bias import mean_with_cut_off
+from flash.rollout.bias import LengthBias, mean_with_cut_off
 from flash.rollout.filters import equal_rewards, find_filter
 from flash.rollout.loop import RolloutLoop
 from flash.simulate import Scenario, simulate
@@ -345,7 +348,38 @@ def test_the_mean_length_counts_what_was_cut_off_as_longer():
 
 
 def lengths(*values):
-    return Counter(round(math.log(value) / math.log(1.05)) for value in values)
+    return Counter(round(math.log(v) / math.log(1.05)) if v >= 1 else -1 for v in values)
+
+
+episode_so_far = st.builds(
+    SimpleNamespace,
+    turns=st.integers(0, 50),
+    generated_tokens=st.integers(0, 10**6),
+    admitted_at=st.floats(0, 1000),
+)
+
+
+@given(st.lists(episode_so_far, max_size=20))
+def test_what_runs_still_is_cut_off_where_it_is(running):
+    clock = lambda: 1000.0  # noqa: E731
+    bias = LengthBias()
+    whole = SimpleNamespace(
+        id=-1, trajectory=object(), turns=10, generated_tokens=10, stage_since=10.0, admitted_at=0.0
+    )
+    for number, episode in enumerate([whole, *running]):
+        vars(episode).update(id=number, clock=clock)
+        bias.admitted(episode)
+    bias.played(whole)
+    bias.ended(whole, SimpleNamespace(outcome="trained"))
+    so_far = {
+        "turns": (10, [episode.turns for episode in running]),
+        "tokens": (10, [episode.generated_tokens for episode in running]),
+        "seconds": (10_000, [1000 * (1000 - episode.admitted_at) for episode in running]),
+    }
+    for name, (of_whole, cut_off) in so_far.items():
+        admitted = mean_with_cut_off(lengths(of_whole), lengths(*cut_off))
+        trained = mean_with_cut_off(lengths(of_whole), Counter())
+        assert bias.metrics()[f"bias/{name}"] == pytest.approx(trained / admitted)
 
 
 def test_the_bias_toward_quick_episodes_is_told_and_warned_of(caplog):

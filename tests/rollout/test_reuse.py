@@ -331,6 +331,27 @@ async def test_what_is_kept_is_bounded_by_alpha():
         assert reuse.choose(2, version=60) == [], "all are too old for a later batch"
 
 
+@in_virtual_time
+async def test_only_what_is_kept_and_fresh_is_available_each_group_once():
+    reuse = Reuse(ReuseConfig(uses=2, share=0.9), alpha=2, groups_per_batch=4)
+    async with InferenceHub([FakeWorker("w")]) as hub:
+
+        def group(number, version):
+            made = Group(number, Task(0), 1)
+            made.members[0] = Episode(number, Task(0), hub=hub)
+            made.members[0].finish(played(version))
+            return made
+
+        old, new = group(0, version=0), group(1, version=1)
+        reuse.trained([old], version=1)
+        reuse.trained([new], version=1)
+        assert [reuse.available(version) for version in (2, 3, 4)] == [2, 1, 0]
+        reuse.keep(new, uses=1)
+        assert reuse.available(3) == 1, "the same one"
+        reuse.trained([new], version=2)  # for the last time; the old one would be too old
+        assert (reuse.available(3), len(reuse)) == (0, 0)
+
+
 def test_no_slots_are_held_by_what_is_trained_again():
     slots = Slots(
         groups_per_batch=4, reused_groups=2, group_size=2, alpha=1, redundant_groups=0,

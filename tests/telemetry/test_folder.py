@@ -203,6 +203,12 @@ def test_a_run_that_ends_before_its_first_line_gives_its_name_back(tmp_path):
         assert folder.path.name == "frozen_lake"
 
 
+def test_a_run_that_ends_before_its_first_step_keeps_the_lines_of_its_episodes(tmp_path):
+    with RunFolder(config(tmp_path)) as folder:
+        folder.ended(None, episode(0))
+    assert [line["episode"] for line in read_lines(folder.path / "episodes.jsonl")] == [0]
+
+
 def test_a_run_that_is_killed_before_its_log_begins_gives_its_name_back(tmp_path):
     with RunFolder(config(tmp_path)) as folder:
         shutil.copytree(folder.path, tmp_path / "killed")
