@@ -201,29 +201,40 @@ class Publisher:
             self._queue.dispatch()
 
     async def _probe(self, weights: Weights, prompt: Sequence[int]) -> dict[Slot, float]:
-        """The gap of each worker that could be asked; of none without a `score`."""
-        gaps: dict[Slot, float] = {}
-        for slot in self._slots if weights.score is not None else ():
-            if not slot.healthy or slot.version != weights.version:
-                continue
+        """The gap of each worker that could be asked; of none without a `score`.
+
+        All are asked at the same time, and the trainer is once.
+        """
+        if weights.score is None:
+            return {}
+        answers: dict[Slot, Completion] = {}
+
+        async def ask(slot: Slot) -> None:
             try:
                 partial = PartialCompletion(weights.version, _PROBE_SAMPLING.temperature)
                 answer = await self._ask(slot, prompt, _PROBE_SAMPLING, partial)
                 check_completion(answer, _PROBE_SAMPLING, self._policy.published)
                 if not answer.token_ids:
                     raise WorkerFailure(f"{slot.worker.name} aborted the probe")
+                answers[slot] = answer
             except WorkerFailure as failure:
                 self._exclude(slot, failure)
-                continue
             except BadRequest as error:
                 raise PublishFailure(f"{slot.worker.name} refused the probe: {error}") from error
-            assert weights.score is not None
-            expected = await weights.score([*prompt, *answer.token_ids])
-            gaps[slot] = check_gap(
-                answer,
-                expected[len(prompt) - 1 :],
+
+        able = [s for s in self._slots if s.healthy and s.version == weights.version]
+        await each(able, ask)
+        asked = [slot for slot in able if slot in answers]
+        if not asked:
+            return {}
+        expected = await weights.score([[*prompt, *answers[slot].token_ids] for slot in asked])
+        return {
+            slot: check_gap(
+                answers[slot],
+                logprobs[len(prompt) - 1 :],
                 after=len(prompt),
                 version=weights.version,
                 limit=self._gap_limit,
             )
-        return gaps
+            for slot, logprobs in zip(asked, expected, strict=True)
+        }
