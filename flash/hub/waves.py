@@ -2,7 +2,7 @@
 
     first publish   1, 2, 4, … workers at a time, up to half of the pool
     then            half, and the other half; the next one starts when one has its weights
-    loads that slow one another (one disk, one link): back to half as many, until the next publish
+    loads that slow one another (one disk, one link): back to half as many, for some waves
 
 What a publish costs the workers is the same however many load at a time, but the trainer's slots
 are free only when it is over: docs/performance.md has what was simulated.
@@ -10,13 +10,15 @@ are free only when it is over: docs/performance.md has what was simulated.
 
 import asyncio
 import math
+import statistics
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from flash.errors import PublishFailure, first_error
 from flash.hub.slot import Slot
 
-# Loads beside twice as many others that take longer by this factor wait for one another.
-_SLOWED = 1.5
+# Where twice as many loads at a time take so much longer, they wait for one another: then it is
+# tried again after so many waves, for a worker may be slow for reasons of its own.
+_SLOWED, _WAVES_UNTIL_RETRY = 1.5, 8
 # Each costs about 0.2 ms until it waits: hundreds at a time must not hold the event loop.
 _STARTS_A_TURN = 16
 
@@ -38,17 +40,15 @@ class Waves:
 
     def __init__(self) -> None:
         self._size = 1
-        self._grows = True
-        self._half_s = math.inf  # the quickest load beside half as many others
-        self._quickest_s = math.inf  # of the present size
-        self._loads = 0  # likewise
+        self._waves_until_growth = 0
+        self._half_s = math.inf  # of a load in a wave of half the size
+        self._loads_s: list[float] = []  # of this wave
 
     async def over(self, slots: Iterable[Slot], load: Load, *, most_out: float) -> None:
         """Calls `load` for each, in order, for at most so many at a time.
 
         It tells how long the load alone took, if there was one. Errors are as for `each`.
         """
-        self._grows = True
 
         async def turn(slot: Slot) -> None:
             size = self._size
@@ -60,17 +60,18 @@ class Waves:
 
     def _learn(self, took_s: float, most_out: float) -> None:
         """From a load that began when the present size was in force."""
-        self._quickest_s = min(self._quickest_s, took_s)
-        self._loads += 1
-        if self._loads < self._size:
+        self._loads_s.append(took_s)
+        if len(self._loads_s) < self._size:
             return
-        if self._quickest_s > _SLOWED * self._half_s:
-            self._grows, self._half_s = False, math.inf
-            self._size //= 2
-        elif self._grows and self._size < most_out:
-            self._half_s = self._quickest_s
-            self._size *= 2
-        self._quickest_s, self._loads = math.inf, 0
+        took_s = statistics.median(self._loads_s)
+        self._loads_s = []
+        if took_s > _SLOWED * self._half_s:
+            self._size, self._half_s = self._size // 2, math.inf
+            self._waves_until_growth = _WAVES_UNTIL_RETRY
+        elif self._waves_until_growth:
+            self._waves_until_growth -= 1
+        elif self._size < most_out:
+            self._size, self._half_s = 2 * self._size, took_s
 
 
 async def each(
