@@ -171,7 +171,7 @@ class Publisher:
                 took_s = await self._update(slot, weights, "keep")
             except PublishFailure as failure:
                 logger.warning("%s came back from an evaluation: %s", slot.worker.name, failure)
-        self._queue.dispatch()
+        self._queue.accepts(slot)
         return took_s
 
     async def _update(self, slot: Slot, weights: Weights, mode: UpdateMode) -> float | None:
@@ -198,7 +198,7 @@ class Publisher:
             raise
         finally:
             slot.updating = False
-            self._queue.dispatch()
+            self._queue.accepts(slot)
 
     async def _probe(self, weights: Weights, prompt: Sequence[int]) -> dict[Slot, float]:
         """The gap of each worker that could be asked; of none without a `score`.
