@@ -125,6 +125,8 @@ class Schedule:
         self.publish_every = min(self.publish_every, 1 + int(self.settings["alpha"]))
         self.settings["batch_size"] = groups * self.settings["group_size"]
         self._draw_reuse(random.Random(f"reuse {seed}"), groups)
+        if random.Random(f"pool {seed}").random() < 0.2:
+            self.workers_wanted = 8  # several of which get new weights at the same time
 
         self.trace: list[tuple[Any, ...]] = []
         self.records: list[EpisodeRecord] = []
