@@ -10,17 +10,26 @@ import heapq
 import itertools
 import selectors
 from collections.abc import Callable, Coroutine
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, TypeVarTuple
 
-_Timer = tuple[float, int, asyncio.TimerHandle]  # when it is due, its number
+_SAME_TIME_S = 1e-9  # what sums of the same seconds in another order may differ by
 _CANCELLED_KEPT = 100  # timers, until the heap is made anew without them
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
+_Ts = TypeVarTuple("_Ts")
 
 
 class Deadlock(RuntimeError):
     """Every task waits for another one; in real time the program would hang."""
+
+
+class _Handle(asyncio.TimerHandle):
+    __slots__ = ("waits",)
+    waits: bool  # until it is due
+
+
+_Timer = tuple[float, int, _Handle]  # when it is due, its number
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
@@ -37,6 +46,8 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         self._numbers = itertools.count()
         self._cancelled = 0  # of the timers
         super().__init__(_JumpingSelector(self))
+        loop: Any = self
+        self._call_now: Callable[[asyncio.Handle], None] = loop._ready.append
 
     def time(self) -> float:
         return self._now
@@ -44,18 +55,18 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     def call_at(
         self,
         when: float,
-        callback: Callable[..., object],
-        *args: Any,
+        callback: Callable[[*_Ts], object],
+        *args: *_Ts,
         context: contextvars.Context | None = None,
     ) -> asyncio.TimerHandle:
-        handle = asyncio.TimerHandle(when, callback, args, self, context)
+        handle = _Handle(when, callback, args, self, context)
+        handle.waits = True
         heapq.heappush(self._timers, (when, next(self._numbers), handle))
-        handle._scheduled = True
         return handle
 
-    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
+    def _timer_handle_cancelled(self, handle: "_Handle") -> None:
         """asyncio's handles tell their loop."""
-        if not handle._scheduled:
+        if not handle.waits:
             return
         self._cancelled += 1
         if self._cancelled > max(_CANCELLED_KEPT, len(self._timers) // 2):
@@ -73,13 +84,13 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
             if not timers:
                 return False
             self._now = max(self._now, timers[0][0])
-        while timers and timers[0][0] < self._now + 1e-9:
+        while timers and timers[0][0] < self._now + _SAME_TIME_S:
             _, _, handle = heapq.heappop(timers)
-            handle._scheduled = False
+            handle.waits = False
             if handle.cancelled():
                 self._cancelled -= 1
             else:
-                self._ready.append(handle)
+                self._call_now(handle)
         return True
 
 
@@ -91,9 +102,9 @@ class _JumpingSelector(selectors.DefaultSelector):
         self._loop = loop
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        # A system call would be half of what a turn costs in which nobody from outside is heard.
+        # While anything can run nobody outside is listened to: that would be a system call a turn.
         events = super().select(0) if timeout is None else []
-        if not self._loop.jump(idle=timeout is None and not events) :
+        if not self._loop.jump(idle=timeout is None and not events):
             raise Deadlock("every task waits for another one:\n" + _tasks(self._loop))
         return events
 

@@ -86,7 +86,9 @@ class RequestQueue:
     def _dispatch(self) -> None:
         """Gives room to those that wait, first come first served, a few in a turn of the loop."""
         passed = 0  # they wait for the one worker that their pin allows
-        while (least := self._least_loaded()) is not None and passed < len(self._waiting) and self._started_this_turn < _STARTS_A_TURN:
+        while passed < len(self._waiting) and self._started_this_turn < _STARTS_A_TURN:
+            if (least := self._least_loaded()) is None:
+                return
             waiter = self._waiting[passed]
             if waiter.slot.done():  # its caller was cancelled
                 del self._waiting[passed]

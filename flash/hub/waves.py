@@ -11,7 +11,7 @@ are free only when it is over: docs/performance.md has what was simulated.
 import asyncio
 import math
 import statistics
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable
 
 from flash.errors import PublishFailure, first_error
 from flash.hub.slot import Slot
