@@ -360,6 +360,19 @@ def test_no_forward_of_the_trainer_has_dropout_or_jitter(
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("tokens_per_micro_batch", [None, 16])
+def test_sequences_are_scored_together_as_each_is_alone(
+    tokens_per_micro_batch: int | None, model: Path, tmp_path: Path, reference_logprobs: Reference
+) -> None:
+    config = TrainerConfig(tokens_per_micro_batch=tokens_per_micro_batch)
+    sequences = [range(start, start + length) for start, length in enumerate([5, 9, 2, 20, 3])]
+    with started(model, tmp_path, config) as rank:
+        scored = rank.score(sequences)
+    reference = Model.from_pretrained(model)
+    for sequence, logprobs in zip(sequences, scored, strict=True):
+        assert logprobs == pytest.approx(reference_logprobs(reference, list(sequence)), abs=1e-5)
+
+
 def test_activations_are_computed_again_in_the_backward_pass(
     model: Path, tmp_path: Path, samples_of: SamplesOf
 ) -> None:
