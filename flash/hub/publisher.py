@@ -156,23 +156,21 @@ class Publisher:
         """Lent workers come back, with the present weights."""
         async with self._one_at_a_time:
             # Nobody of the pool stops sampling for them.
-            await self._waves.over(slots, self._bring_back, most_out=math.inf)
+            await each(slots, self._bring_back, room=lambda: self._waves.size)
 
-    async def _bring_back(self, slot: Slot) -> float | None:
+    async def _bring_back(self, slot: Slot) -> None:
         lent, slot.lent = slot.lent, None
         assert lent is not None
         slot.busy_s += lent.busy_s
         if lent.failed and slot.healthy:
             self._exclude(slot, WorkerFailure(f"{slot.worker.name}: {lent.failed}"))
         weights = self._policy.weights
-        took_s = None
         if slot.healthy and weights is not None and slot.version != self._policy.version:
             try:
-                took_s = await self._update(slot, weights, "keep")
+                await self._update(slot, weights, "keep")
             except PublishFailure as failure:
                 logger.warning("%s came back from an evaluation: %s", slot.worker.name, failure)
         self._queue.accepts(slot)
-        return took_s
 
     async def _update(self, slot: Slot, weights: Weights, mode: UpdateMode) -> float | None:
         """Replaces one worker's weights. Afterwards it has them, or is excluded.

@@ -39,39 +39,40 @@ class Waves:
     """Gives workers their turn, and learns from how long their loads take how many bear it."""
 
     def __init__(self) -> None:
-        self._size = 1
+        self.size = 1  # so many at a time are known to be quick, or tried
         self._waves_until_growth = 0
-        self._half_s = math.inf  # of a load in a wave of half the size
+        self._smaller_s = math.inf  # of a load in a wave of about half the size
         self._loads_s: list[float] = []  # of this wave
 
-    async def over(self, slots: Iterable[Slot], load: Load, *, most_out: float) -> None:
+    async def over(self, slots: Iterable[Slot], load: Load, *, most_out: int) -> None:
         """Calls `load` for each, in order, for at most so many at a time.
 
         It tells how long the load alone took, if there was one. Errors are as for `each`.
         """
 
         async def turn(slot: Slot) -> None:
-            size = self._size
+            size = self.size
             took_s = await load(slot)
-            if took_s is not None and size == self._size:
+            if took_s is not None and size == self.size:
                 self._learn(took_s, most_out)
 
-        await each(slots, turn, room=lambda: min(self._size, most_out))
+        await each(slots, turn, room=lambda: min(self.size, most_out))
 
-    def _learn(self, took_s: float, most_out: float) -> None:
+    def _learn(self, took_s: float, most_out: int) -> None:
         """From a load that began when the present size was in force."""
         self._loads_s.append(took_s)
-        if len(self._loads_s) < self._size:
+        size = min(self.size, most_out)
+        if len(self._loads_s) < size:
             return
         took_s = statistics.median(self._loads_s)
         self._loads_s = []
-        if took_s > _SLOWED * self._half_s:
-            self._size, self._half_s = self._size // 2, math.inf
+        if took_s > _SLOWED * self._smaller_s:
+            self.size, self._smaller_s = max(1, size // 2), math.inf
             self._waves_until_growth = _WAVES_UNTIL_RETRY
         elif self._waves_until_growth:
             self._waves_until_growth -= 1
-        elif self._size < most_out:
-            self._size, self._half_s = 2 * self._size, took_s
+        elif self.size < most_out:
+            self.size, self._smaller_s = min(2 * self.size, most_out), took_s
 
 
 async def each(
