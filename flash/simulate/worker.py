@@ -111,13 +111,16 @@ class SimulatedWorker:
             answer = await job.answer
         finally:
             del self._jobs[request_id]
-            if not job.answer.done() or job.answer.cancelled():
+            left = not job.answer.done() or job.answer.cancelled()
+            if left:
                 self._advance()
                 self._remove(job)
                 self._plan()
             if not self._jobs:
                 self._drained.set()
-            if on_tokens is not None and (entries := self._whole_entries(job)):
+            # An answer that comes at once tells of them itself.
+            if on_tokens is not None and (left or self._config.overhead_s):
+                entries = self._whole_entries(job)
                 on_tokens([script.number] * entries, [-1.0] * entries)
         if self._config.overhead_s:
             await asyncio.sleep(self._config.overhead_s)
