@@ -66,13 +66,14 @@ class Completion:
 class Weights:
     """Weights of one policy version: a directory of safetensors in Hugging Face layout.
 
-    `score` gives the trainer's own logprobs of `token_ids[1:]` under these weights; with it,
-    every publish is probed. Without it the probe can't be made and the gap is not known.
+    `score` gives the trainer's own logprobs under these weights of the tokens of each sequence
+    after its first; with it, every publish is probed. Without it the probe can't be made and the
+    gap is not known.
     """
 
     version: int
     path: Path
-    score: Callable[[Sequence[int]], Awaitable[Sequence[float]]] | None = None
+    score: Callable[[Sequence[Sequence[int]]], Awaitable[Sequence[Sequence[float]]]] | None = None
 
 
 # ── environments ─────────────────────────────────────────────────────────────────────────────

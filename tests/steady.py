@@ -16,7 +16,13 @@ def request(max_tokens: int = 10, prompt: int = 5, session: str = "") -> Generat
 
 
 def weights(version: int, score=None) -> Weights:
-    return Weights(version=version, path=Path(f"/fake/{version}"), score=score)
+    """`score` is of one sequence."""
+
+    async def scores(sequences):
+        return [await score(token_ids) for token_ids in sequences]
+
+    path = Path(f"/fake/{version}")
+    return Weights(version=version, path=path, score=scores if score is not None else None)
 
 
 def steady(name: str = "w", kind: type[FakeWorker] = FakeWorker, **options) -> FakeWorker:

@@ -1,4 +1,5 @@
 import asyncio
+import socket
 import time
 
 import pytest
@@ -41,7 +42,7 @@ def test_a_wait_that_nothing_can_end_is_an_error_that_names_the_tasks():
         virtual_time.run(main())
 
 
-def test_ties_are_broken_in_the_same_way_each_time():
+def test_timers_of_the_same_time_are_called_in_the_order_in_which_they_were_set():
     async def main():
         loop, order = asyncio.get_running_loop(), []
         for number in range(100):
@@ -49,9 +50,53 @@ def test_ties_are_broken_in_the_same_way_each_time():
         await asyncio.sleep(0.2)
         return order
 
-    order = virtual_time.run(main())
-    assert sorted(order) == list(range(100))
-    assert virtual_time.run(main()) == order
+    assert virtual_time.run(main()) == list(range(100))
+
+
+def test_cancelled_timers_are_not_called_and_not_kept():
+    async def main():
+        loop, called = asyncio.get_running_loop(), []
+        for _ in range(20):
+            timers = [loop.call_later(1000, called.append, number) for number in range(100)]
+            for timer in timers[1:]:
+                timer.cancel()
+        kept = len(loop._timers)
+        await asyncio.sleep(2000)
+        return kept, called
+
+    kept, called = virtual_time.run(main())
+    assert kept < 300
+    assert called == [0] * 20
+
+
+def test_a_timer_may_be_cancelled_in_the_moment_in_which_it_is_due():
+    async def main():
+        loop, called = asyncio.get_running_loop(), []
+
+        def cancel():
+            late.cancel()
+
+        loop.call_later(1, cancel)
+        late = loop.call_later(1, called.append, "late")
+        await asyncio.sleep(2)
+        late.cancel()
+        return called
+
+    assert virtual_time.run(main()) == []
+
+
+def test_who_is_not_under_virtual_time_is_heard_while_everybody_waits():
+    async def main():
+        heard = []
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            asyncio.get_running_loop().add_reader(ours, lambda: heard.append(ours.recv(1)))
+            theirs.send(b"x")
+            await asyncio.sleep(1)
+            asyncio.get_running_loop().remove_reader(ours)
+        return heard
+
+    assert virtual_time.run(main()) == [b"x"]
 
 
 def test_time_stands_still_while_anything_can_run():

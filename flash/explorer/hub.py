@@ -74,7 +74,8 @@ class FleetHub:
         weights = self._weights
         if weights is None or weights.score is None or weights.version != question.version:
             return None
-        return [float(logprob) for logprob in await weights.score(question.token_ids)]
+        (logprobs,) = await weights.score([question.token_ids])
+        return [float(logprob) for logprob in logprobs]
 
     async def generate(
         self,

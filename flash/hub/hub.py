@@ -5,7 +5,7 @@
         └── tokens, logprobs, versions ┘ aborted by a publish? the rest is asked for again
 
 A request waits here, not in a worker, until a worker has room; so each response is routed when it
-can start, and nothing queues behind a long one. A publish takes the workers one after another.
+can start, and nothing queues behind a long one. A publish takes half of the workers at a time.
 """
 
 import asyncio
@@ -259,7 +259,7 @@ class InferenceHub:
     # ── new weights ──────────────────────────────────────────────────────────────────────────
 
     async def publish(self, weights: Weights) -> PublishReport:
-        """Make these weights the policy of every worker, one after another.
+        """Make these weights the policy of every worker, half of them at a time.
 
         A worker that fails meanwhile is excluded; it has the weights before it comes back. Raises
         ValueError for a version that is not newer, PublishFailure if a worker's logprobs of a

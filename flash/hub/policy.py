@@ -1,5 +1,7 @@
 """What every worker should sample with, and how one worker is given it."""
 
+import asyncio
+
 from flash.hub.slot import Slot
 from flash.types import UpdateMode, Weights
 
@@ -22,13 +24,20 @@ class Policy:
         self.published.add(weights.version)
         self.weights = weights
 
-    async def replace_weights(self, slot: Slot, weights: Weights, mode: UpdateMode) -> None:
-        """Pauses a worker, with what `mode` does to its requests, and leaves it going."""
+    async def replace_weights(self, slot: Slot, weights: Weights, mode: UpdateMode) -> float:
+        """Pauses a worker, with what `mode` does to its requests, and leaves it going.
+
+        Returns how many seconds the load alone took.
+        """
+        clock = asyncio.get_running_loop().time
         await slot.worker.pause(mode)
+        began = clock()
         await slot.worker.load_weights(weights.path)
+        took_s = clock() - began
         await slot.worker.set_version(weights.version)
         slot.version = weights.version
         await slot.worker.resume()
+        return took_s
 
     async def catch_up(self, slot: Slot) -> None:
         """Gives a worker the present weights and version, and leaves it going.

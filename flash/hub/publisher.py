@@ -1,6 +1,7 @@
-"""New weights become the policy of the workers, one after another, and are probed there.
+"""New weights become the policy of the workers, in waves, and are probed there.
 
 publish ──► each worker: pause, load, version, resume ──► probe against the trainer's logprobs
+              │ the least busy first; half of them go on sampling meanwhile
               │ excluded? it catches up before it is back
               │ lent?     it keeps its version, and gets the present one when it is back
 """
@@ -19,6 +20,7 @@ from flash.hub.queue import RequestQueue
 from flash.hub.reports import PublishReport, WorkerPublish
 from flash.hub.response import PartialCompletion
 from flash.hub.slot import Slot
+from flash.hub.waves import Waves, each, spared
 from flash.hub.worker import BadRequest, WorkerFailure
 from flash.types import Completion, SamplingParams, UpdateMode, Weights
 
@@ -68,6 +70,7 @@ class Publisher:
         self._control_timeout_s = control_timeout_s
         self._request_timeout_s = request_timeout_s
         self._gap_limit = gap_limit
+        self._waves = Waves()
         self._one_at_a_time = asyncio.Lock()  # who changes which worker has which version
 
     async def publish(self, weights: Weights) -> PublishReport:
@@ -82,12 +85,20 @@ class Publisher:
                 )
             self._policy.announce(weights)
             paused_s: dict[Slot, float] = {}
-            for slot in self._slots:
+
+            async def update(slot: Slot) -> float | None:
                 # Not those that are out, nor one that came back with these weights just now.
-                if slot.healthy and slot.lent is None and slot.version != weights.version:
-                    started = clock()
-                    await self._update(slot, weights, self._update_mode)
+                if not slot.healthy or slot.lent is not None or slot.version == weights.version:
+                    return None
+                started = clock()
+                try:
+                    return await self._update(slot, weights, self._update_mode)
+                finally:
                     paused_s[slot] = clock() - started
+
+            sampling = sum(slot.healthy and slot.lent is None for slot in self._slots)
+            least_busy_first = sorted(self._slots, key=lambda slot: slot.outstanding_tokens)
+            await self._waves.over(least_busy_first, update, most_out=spared(sampling))
             self._queue.raise_failure()
             self._policy.version = weights.version
             gaps = await self._probe(weights, PROBE_PROMPT)
@@ -139,36 +150,43 @@ class Publisher:
         try:
             yield Loan(lent, version)
         finally:
-            for slot in slots:
-                self._tasks.create_task(self._rejoin(slot), name=f"rejoin {slot.worker.name}")
+            self._tasks.create_task(self._rejoin(slots), name=f"rejoin {len(slots)} workers")
 
-    async def _rejoin(self, slot: Slot) -> None:
-        """A lent worker comes back, with the present weights."""
+    async def _rejoin(self, slots: Sequence[Slot]) -> None:
+        """Lent workers come back, with the present weights."""
         async with self._one_at_a_time:
-            lent, slot.lent = slot.lent, None
-            assert lent is not None
-            slot.busy_s += lent.busy_s
-            if lent.failed and slot.healthy:
-                self._exclude(slot, WorkerFailure(f"{slot.worker.name}: {lent.failed}"))
-            weights = self._policy.weights
-            if slot.healthy and weights is not None and slot.version != self._policy.version:
-                try:
-                    await self._update(slot, weights, "keep")
-                except PublishFailure as failure:
-                    logger.warning("%s came back from an evaluation: %s", slot.worker.name, failure)
-        self._queue.dispatch()
+            # Nobody of the pool stops sampling for them.
+            await each(slots, self._bring_back, room=lambda: self._waves.size)
 
-    async def _update(self, slot: Slot, weights: Weights, mode: UpdateMode) -> None:
-        """Replaces one worker's weights. Afterwards it has them, or is excluded."""
+    async def _bring_back(self, slot: Slot) -> None:
+        lent, slot.lent = slot.lent, None
+        assert lent is not None
+        slot.busy_s += lent.busy_s
+        if lent.failed and slot.healthy:
+            self._exclude(slot, WorkerFailure(f"{slot.worker.name}: {lent.failed}"))
+        weights = self._policy.weights
+        if slot.healthy and weights is not None and slot.version != self._policy.version:
+            try:
+                await self._update(slot, weights, "keep")
+            except PublishFailure as failure:
+                logger.warning("%s came back from an evaluation: %s", slot.worker.name, failure)
+        self._queue.accepts(slot)
+
+    async def _update(self, slot: Slot, weights: Weights, mode: UpdateMode) -> float | None:
+        """Replaces one worker's weights. Afterwards it has them, or is excluded.
+
+        Returns how many seconds its load took.
+        """
         timeout_s = self._control_timeout_s
         if mode == "wait":  # for the requests that it has, as long as each may take
             timeout_s += self._request_timeout_s
         slot.updating = True
         try:
             async with slot.control(timeout_s):
-                await self._policy.replace_weights(slot, weights, mode)
+                return await self._policy.replace_weights(slot, weights, mode)
         except WorkerFailure as failure:
             self._exclude(slot, failure)
+            return None
         except BadRequest as error:
             self._exclude(slot, WorkerFailure(str(error)))
             raise PublishFailure(f"version {weights.version}: {error}") from error
@@ -178,32 +196,43 @@ class Publisher:
             raise
         finally:
             slot.updating = False
-            self._queue.dispatch()
+            self._queue.accepts(slot)
 
     async def _probe(self, weights: Weights, prompt: Sequence[int]) -> dict[Slot, float]:
-        """The gap of each worker that could be asked; of none without a `score`."""
-        gaps: dict[Slot, float] = {}
-        for slot in self._slots if weights.score is not None else ():
-            if not slot.healthy or slot.version != weights.version:
-                continue
+        """The gap of each worker that could be asked; of none without a `score`.
+
+        All are asked at the same time, and the trainer is once.
+        """
+        if weights.score is None:
+            return {}
+        answers: dict[Slot, Completion] = {}
+
+        async def ask(slot: Slot) -> None:
             try:
                 partial = PartialCompletion(weights.version, _PROBE_SAMPLING.temperature)
                 answer = await self._ask(slot, prompt, _PROBE_SAMPLING, partial)
                 check_completion(answer, _PROBE_SAMPLING, self._policy.published)
                 if not answer.token_ids:
                     raise WorkerFailure(f"{slot.worker.name} aborted the probe")
+                answers[slot] = answer
             except WorkerFailure as failure:
                 self._exclude(slot, failure)
-                continue
             except BadRequest as error:
                 raise PublishFailure(f"{slot.worker.name} refused the probe: {error}") from error
-            assert weights.score is not None
-            expected = await weights.score([*prompt, *answer.token_ids])
-            gaps[slot] = check_gap(
-                answer,
-                expected[len(prompt) - 1 :],
+
+        able = [s for s in self._slots if s.healthy and s.version == weights.version]
+        await each(able, ask)
+        asked = [slot for slot in able if slot in answers]
+        if not asked:
+            return {}
+        expected = await weights.score([[*prompt, *answers[slot].token_ids] for slot in asked])
+        return {
+            slot: check_gap(
+                answers[slot],
+                logprobs[len(prompt) - 1 :],
                 after=len(prompt),
                 version=weights.version,
                 limit=self._gap_limit,
             )
-        return gaps
+            for slot, logprobs in zip(asked, expected, strict=True)
+        }

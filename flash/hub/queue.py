@@ -18,6 +18,9 @@ _BUSIER_FACTOR, _BUSIER_REQUESTS = 1.25, 4
 _STARTS_A_TURN = 16
 
 
+_Load = tuple[int, int]  # tokens outstanding at a slot, its place among the slots
+
+
 @dataclass(slots=True, eq=False)
 class _Waiter:
     arrival: int
@@ -29,8 +32,8 @@ class _Waiter:
 class RequestQueue:
     """First come, first served, by whichever of `slots` is best.
 
-    The slots are the hub's own list, which it fills at its start. Who changes whether one accepts
-    calls `dispatch`. Once closed, every caller gets the failure, now and later.
+    The slots are the hub's own list, which it fills at its start. Who lets one accept again calls
+    `accepts`. Once closed, every caller gets the failure, now and later.
     """
 
     def __init__(self, slots: Sequence[Slot], *, max_running: int) -> None:
@@ -41,6 +44,12 @@ class RequestQueue:
         self._waiting: deque[_Waiter] = deque()
         self._started_this_turn = 0
         self._last_slot: OrderedDict[str, Slot] = OrderedDict()  # of a session, of a pin
+        # (outstanding tokens, place) of every slot that accepts and has room, the least loaded
+        # first: among thousands of workers one is found without looking at the others. Those that
+        # accept no more are there until they are first.
+        self._free: list[_Load] = []
+        self._loads: list[_Load | None] = []  # what `_free` has of a slot, by its place
+        self._places: dict[Slot, int] = {}
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -53,7 +62,7 @@ class RequestQueue:
             bisect.insort(self._waiting, waiter, key=lambda other: other.arrival)
         else:
             self._waiting.append(waiter)
-        self.dispatch()
+        self._dispatch()
         try:
             return await waiter.slot
         except asyncio.CancelledError:
@@ -65,20 +74,27 @@ class RequestQueue:
 
     def release(self, slot: Slot, *, cost: int) -> None:
         slot.end(cost)
-        self.dispatch()
+        self._sort(slot)
+        self._dispatch()
 
-    def dispatch(self) -> None:
+    def accepts(self, slot: Slot) -> None:
+        """A worker may take requests again."""
+        self._meet_new_ones()
+        self._sort(slot)
+        self._dispatch()
+
+    def _dispatch(self) -> None:
         """Gives room to those that wait, first come first served, a few in a turn of the loop."""
         passed = 0  # they wait for the one worker that their pin allows
         while passed < len(self._waiting) and self._started_this_turn < _STARTS_A_TURN:
+            if (least := self._least_loaded()) is None:
+                return
             waiter = self._waiting[passed]
             if waiter.slot.done():  # its caller was cancelled
                 del self._waiting[passed]
                 continue
-            slot = self._best(waiter.request)
+            slot = self._best(waiter.request, least)
             if slot is None:
-                if self._pinned_to(waiter.request) is None:
-                    return
                 passed += 1
                 continue
             if self._started_this_turn == 0:
@@ -86,6 +102,7 @@ class RequestQueue:
             self._started_this_turn += 1
             del self._waiting[passed]
             slot.begin(waiter.cost)
+            self._sort(slot)
             for key in (waiter.request.session, waiter.request.pin):
                 if key:
                     self._last_slot[key] = slot
@@ -96,25 +113,46 @@ class RequestQueue:
 
     def _next_turn(self) -> None:
         self._started_this_turn = 0
-        self.dispatch()
+        self._dispatch()
 
-    def _best(self, request: GenerateRequest) -> Slot | None:
-        """The worker that has the prefix, unless it is much busier; else the least loaded."""
+    def _best(self, request: GenerateRequest, least: Slot) -> Slot | None:
+        """The worker that has the prefix, unless it is much busier; else the least loaded. None
+        if its pin allows one alone, which has no room."""
         if (pinned := self._pinned_to(request)) is not None:
             return pinned if pinned.running < self._max_running else None
-        least: Slot | None = None
-        for slot in self._slots:  # a plain loop: hundreds of workers are asked for each request
-            if slot.running == self._max_running or not slot.accepting:
-                continue
-            if least is None or slot.outstanding_tokens < least.outstanding_tokens:
-                least = slot
         last = self._last_slot.get(request.session)
-        if least is None or last is None or last is least:
+        if last is None or last is least:
             return least
         if last.running == self._max_running or not last.accepting:
             return least
         much_busier = last.running > _BUSIER_FACTOR * least.running + _BUSIER_REQUESTS
         return least if much_busier else last
+
+    def _least_loaded(self) -> Slot | None:
+        """Of those that accept and have room; of equals the first."""
+        self._meet_new_ones()
+        while self._free:
+            slot = self._slots[self._free[0][1]]
+            if slot.accepting:
+                return slot
+            self._sort(slot)
+        return None
+
+    def _meet_new_ones(self) -> None:
+        for place in range(len(self._places), len(self._slots)):
+            self._places[self._slots[place]] = place
+            self._loads.append(None)
+            self._sort(self._slots[place])
+
+    def _sort(self, slot: Slot) -> None:
+        """To where its load belongs among the free ones, or out of them."""
+        place = self._places[slot]
+        if (load := self._loads[place]) is not None:
+            del self._free[bisect.bisect_left(self._free, load)]
+        self._loads[place] = None
+        if slot.accepting and slot.running < self._max_running:
+            self._loads[place] = load = (slot.outstanding_tokens, place)
+            bisect.insort(self._free, load)
 
     def _pinned_to(self, request: GenerateRequest) -> Slot | None:
         """The worker that the request must go to, as long as that takes any."""

@@ -117,7 +117,7 @@ class Supervisor:
             if slot.healthy:
                 logger.warning("worker %s is back", slot.worker.name)
                 self._cancel_recovery_deadline()
-                self._queue.dispatch()
+                self._queue.accepts(slot)
                 return
 
     def _restart(self, slot: Slot) -> None:

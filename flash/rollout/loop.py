@@ -308,7 +308,7 @@ class RolloutLoop:
     async def publish(self, weights: Weights) -> PublishReport:
         """Make these weights the policy, then free the slots of the batches they were made from.
 
-        Waits for every worker, one after another; sampling goes on.
+        Waits for every worker; at the others sampling goes on.
         """
         if self._failure is not None:
             raise self._failure

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from flash.config import validated
 from flash.config.source import read_mapping
+from flash.hub.waves import loads_in_a_row
 from flash.rollout.filters import FILTERS
 from flash.simulate.replay import RecordedEpisode, played
 from flash.simulate.run import simulate
@@ -144,13 +145,13 @@ def _prompt_tokens(episodes: Sequence[RecordedEpisode]) -> tuple[float, float]:
 
 
 def _publish_s(steps: Sequence[dict[str, Any]], workers: int) -> tuple[float, float]:
-    """Of one worker's load, and of what comes before the workers' turns."""
+    """Of one worker's load, and of what comes before the workers' loads."""
     paused_s, count = steps[-1]["publish/paused_s"], steps[-1]["publish/count"]
     load_s = paused_s / max(1, count) / workers
     before = [0, *(line["publish/count"] for line in steps)]
     published = [s for s, n in zip(steps, before, strict=False) if s["publish/count"] != n]
     publish_s = fmean(line["time/publish_s"] for line in published or steps)
-    return load_s, max(0.0, publish_s - load_s * workers)
+    return load_s, max(0.0, publish_s - load_s * loads_in_a_row(workers))
 
 
 def _train_s(

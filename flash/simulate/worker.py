@@ -102,20 +102,25 @@ class SimulatedWorker:
             began_s=self._loop.time(),
         )
         self._jobs[request_id] = job
-        self._advance()
         self._waiting.append(job)
-        self._plan()
+        # While a prompt is worked on nothing begins, and what happens next is known.
+        if self._prefilling is None:
+            self._advance()
+            self._plan()
         try:
             answer = await job.answer
         finally:
             del self._jobs[request_id]
-            if not job.answer.done() or job.answer.cancelled():
+            left = not job.answer.done() or job.answer.cancelled()
+            if left:
                 self._advance()
                 self._remove(job)
                 self._plan()
             if not self._jobs:
                 self._drained.set()
-            if on_tokens is not None and (entries := self._whole_entries(job)):
+            # An answer that comes at once tells of them itself.
+            if on_tokens is not None and (left or self._config.overhead_s):
+                entries = self._whole_entries(job)
                 on_tokens([script.number] * entries, [-1.0] * entries)
         if self._config.overhead_s:
             await asyncio.sleep(self._config.overhead_s)
@@ -202,7 +207,8 @@ class SimulatedWorker:
         may_begin = self._prefilling is None and not self._frozen
         if may_begin and self._waiting and self._has_room(self._waiting[0]):
             self._begin(self._waiting.popleft())
-        self._show_load()
+        if self._timeline is not None:
+            self._show_load(self._timeline)
         if self._frozen:
             return
         if self._prefilling is not None:
@@ -334,16 +340,14 @@ class SimulatedWorker:
             )
         )
 
-    def _show_load(self) -> None:
-        if self._timeline is None:
-            return
+    def _show_load(self, timeline: Timeline) -> None:
         if len(self._decoding) != self._shown:
             self._shown = len(self._decoding)
             share = self._context / self._config.kv_tokens
-            self._timeline.running(self.name, self._shown, share)
+            timeline.running(self.name, self._shown, share)
         works = not self._frozen and bool(self._decoding or self._prefilling)
         if works and self._works_since is None:
             self._works_since = self._loop.time()
         elif not works and self._works_since is not None:
-            self._timeline.worker(self.name, "sample", self._works_since)
+            timeline.worker(self.name, "sample", self._works_since)
             self._works_since = None

@@ -121,9 +121,9 @@ class LastingTrainer:
             self._exported = replace(weights, score=self.score)
         return self._exported
 
-    async def score(self, token_ids: Sequence[int]) -> list[float]:
+    async def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """As `Trainer.score`."""
-        return await self._call(lambda: self._trainer.score(token_ids))
+        return await self._call(lambda: self._trainer.score(sequences))
 
     async def save_checkpoint(self, directory: Path) -> None:
         """As `Trainer.save_checkpoint`."""

@@ -100,6 +100,22 @@ def plan(
     ]
 
 
+def in_passes(
+    sequences: Sequence[Sequence[int]], tokens_per_pass: int
+) -> list[list[Sequence[int]]]:
+    """The sequences in their order, in as few passes as that allows; one that is longer than a
+    pass has one of its own."""
+    passes: list[list[Sequence[int]]] = []
+    room = 0
+    for sequence in sequences:
+        if not passes or len(sequence) > room:
+            passes.append([])
+            room = tokens_per_pass
+        passes[-1].append(sequence)
+        room -= len(sequence)
+    return passes
+
+
 def _over_ranks(
     indices: Sequence[int], lengths: Sequence[int], ranks: int, tokens_per_micro_batch: int
 ) -> list[list[Indices]]:

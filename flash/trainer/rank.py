@@ -4,6 +4,7 @@ All ranks get every call at the same time, because each is a collective: step, s
 save. Between calls a rank does nothing.
 """
 
+import itertools
 import logging
 import os
 import shutil
@@ -31,7 +32,7 @@ from flash.trainer.fused import fuse
 from flash.trainer.micro_batch import MicroBatch, pack
 from flash.trainer.objectives.choose import make_objective
 from flash.trainer.objectives.regularisers import kl_estimate, kl_loss, kl_penalty
-from flash.trainer.packing import NOTHING, MiniBatchShare
+from flash.trainer.packing import NOTHING, MiniBatchShare, in_passes
 from flash.trainer.room import tokens_with_room
 from flash.trainer.save import save_model
 from flash.trainer.scorer import TokenScorer
@@ -303,12 +304,19 @@ class Rank:
             loss: Any = (loss_T * micro.loss_weights_T).sum()
             (loss * expert.weight * self._ranks).backward()
 
-    def score(self, token_ids: Sequence[int]) -> list[float]:
-        """Logprobs of `token_ids[1:]` under the present weights."""
-        with torch.no_grad():
-            token_ids_N = torch.tensor(token_ids, device=self._device)
-            scored_T = torch.arange(1, len(token_ids), device=self._device)
-            logprobs: list[float] = self._scorer(token_ids_N, (len(token_ids),), scored_T).tolist()
+    @torch.no_grad()
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Logprobs of the tokens of each after its first, under the present weights."""
+        logprobs: list[list[float]] = []
+        for passed in in_passes(sequences, self._config.tokens_of_pass):
+            lengths = [len(token_ids) for token_ids in passed]
+            first = torch.ones(sum(lengths), dtype=torch.bool, device=self._device)
+            first[[0, *itertools.accumulate(lengths[:-1])]] = False
+            token_ids_N = torch.tensor(list(itertools.chain(*passed)), device=self._device)
+            scored_T = torch.arange(len(token_ids_N), device=self._device)[first]
+            logprobs_T = self._scorer(token_ids_N, lengths, scored_T)
+            each = logprobs_T.split([length - 1 for length in lengths])
+            logprobs += [logprobs_S.tolist() for logprobs_S in each]
         return logprobs
 
     @torch.no_grad()

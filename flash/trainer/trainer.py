@@ -329,9 +329,10 @@ class Trainer:
         dead = ", ".join(child.name for child in self._children if not child.alive)
         return TrainerState(doing=self._doing, since=self._since, dead=dead and f"{dead} ended")
 
-    async def score(self, token_ids: Sequence[int]) -> list[float]:
-        """The trainer's own logprobs of `token_ids[1:]`, under the present weights."""
-        logprobs: list[float] = await self._call("score", list(token_ids))
+    async def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """The trainer's own logprobs of the tokens of each after its first, under the present
+        weights: as few forward passes as hold them all."""
+        logprobs: list[list[float]] = await self._call("score", [list(s) for s in sequences])
         return logprobs
 
     async def export_weights(self) -> Weights:

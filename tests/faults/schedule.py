@@ -129,6 +129,8 @@ class Schedule:
         self.settings["batch_size"] = sum(groups * size for groups, size in self.sets.values())
         fewest = min(groups for groups, _ in self.sets.values())
         self._draw_reuse(random.Random(f"reuse {seed}"), fewest)
+        if random.Random(f"pool {seed}").random() < 0.2:
+            self.workers_wanted = 8  # several of which get new weights at the same time
 
         self.trace: list[tuple[Any, ...]] = []
         self.records: list[EpisodeRecord] = []

@@ -120,7 +120,7 @@ async def test_two_ranks_send_to_vllm_and_one_that_breaks_off_returns_with_what_
             wanted = logprobs(published.path, sequence)[sampled]
             assert answer.logprobs == pytest.approx(wanted, abs=1e-3)
             # Which is not what the trainer has by now.
-            present = (await trainer.score(sequence))[sampled]
+            present = (await trainer.score([sequence]))[0][sampled]
             assert answer.logprobs != pytest.approx(present, abs=1e-2)
 
 

@@ -48,11 +48,14 @@ def request(max_tokens: int = 4) -> GenerateRequest:
 def weights(version: int, model: Path) -> Weights:
     loaded = AutoModelForCausalLM.from_pretrained(model)
 
-    async def score(token_ids):
+    def logprobs(token_ids):
         tokens = torch.tensor([list(token_ids)])
         with torch.no_grad():
             logprobs = loaded(tokens).logits[0, :-1].log_softmax(-1)
         return logprobs.gather(-1, tokens[0, 1:, None])[:, 0].tolist()
+
+    async def score(sequences):
+        return list(map(logprobs, sequences))
 
     return Weights(version=version, path=model, score=score)
 

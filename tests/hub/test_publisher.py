@@ -257,13 +257,14 @@ async def test_a_worker_that_is_excluded_in_its_turn_ends_its_turn():
         workers, request_timeout_s=20, control_timeout_s=1000, update_mode="wait"
     ) as hub:
         call = asyncio.ensure_future(hub.generate(request()))
+        more = asyncio.ensure_future(hub.generate(request(max_tokens=15)))  # b's turn is later
         await asyncio.sleep(0.5)
         workers[0].hang()
         report = await hub.publish(weights(1))  # waits for the request that hangs
         assert now() == 20 + 10 + 1, "its deadline, then all of it at b, then b's load"
         assert report.per_worker[0].paused_s == 19.5
         assert report.workers == 2, "a came back meanwhile, with the new weights"
-        assert (await call).worker == "b"
+        assert (await call).worker == (await more).worker == "b"
         workers[0].wake()
 
 

@@ -112,8 +112,8 @@ def logprobs(model: Path, token_ids: list[int], temperature: float = 1.0) -> lis
 
 
 def weights(version: int, model: Path) -> Weights:
-    async def score(token_ids):
-        return await asyncio.to_thread(logprobs, model, list(token_ids))
+    async def score(sequences):
+        return [await asyncio.to_thread(logprobs, model, list(each)) for each in sequences]
 
     return Weights(version=version, path=model, score=score)
 

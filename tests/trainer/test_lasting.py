@@ -106,11 +106,11 @@ async def test_a_trainer_is_given_up_with_the_cause_after_so_many_restarts_witho
     async with trainer:
         log.handed_over(batch(0, samples_of))
         await killed(0)
-        await trainer.score(range(9))
+        await trainer.score([range(9)])
         assert trainer.state().dead == ""
         await killed(1)
         with pytest.raises(TrainerFailure, match="trainer rank 1") as caught:
-            await trainer.score(range(9))
+            await trainer.score([range(9)])
         assert "1 times without a step (trainer.max_restarts)" in caught.value.__notes__[0]
         assert "trainer rank 1" in trainer.state().dead
         assert not trainer.can_save
@@ -155,7 +155,7 @@ async def test_a_call_in_whose_middle_a_rank_dies_is_made_again(
             exported = await calling("export", trainer.export_weights())
             assert exported.version == 2
             assert exported.score is not None
-            scores = await calling("score", exported.score(range(9)))
+            scores = await calling("score", exported.score([range(9)]))
             await calling("save", trainer.save_checkpoint(saved))
             assert trainer.restarts == dies
             assert [path.name for path in saved.parent.glob("end*")] == ["end"]
@@ -288,11 +288,11 @@ async def test_a_trainer_that_starts_anew_is_told_to_be_at_it_and_not_dead(
     class Restarting(Trainer):
         failures = 1
 
-        async def score(self, token_ids: Any) -> list[float]:
+        async def score(self, sequences: Any) -> list[list[float]]:
             if self.failures:
                 self.failures -= 1
                 raise TrainerFailure("trainer rank 0 was killed")
-            return [0.0]
+            return [[0.0]]
 
         async def restart(self, checkpoint: Path | None) -> None:
             begun.set()
@@ -302,10 +302,10 @@ async def test_a_trainer_that_starts_anew_is_told_to_be_at_it_and_not_dead(
         Restarting(model="none", config=CONFIG, run_dir=tmp_path),
         log=FakeBatchLog(), newest=lambda: None, max_restarts=1,
     )  # fmt: skip
-    scoring = asyncio.ensure_future(trainer.score([1, 2]))
+    scoring = asyncio.ensure_future(trainer.score([[1, 2]]))
     await begun.wait()
     state = trainer.state()
     assert (state.doing, state.dead, trainer.can_save) == ("restart", "", False)
     may_end.set()
-    assert await scoring == [0.0]
+    assert await scoring == [[0.0]]
     assert trainer.state().doing == ""

@@ -8,10 +8,23 @@ from flash.fakes import fake_sample
 from flash.trainer.config import TrainerConfig
 from flash.trainer.objectives.aggregation import scales
 from flash.trainer.objectives.settings import Gspo
-from flash.trainer.packing import divide, plan
+from flash.trainer.packing import divide, in_passes, plan
 from flash.types import Sample
 
 lengths_of_batches = st.lists(st.integers(1, 300), min_size=1, max_size=60)
+
+
+@given(lengths_of_batches, st.integers(1, 500))
+def test_passes_have_every_sequence_in_order_and_no_more_than_one_that_is_too_long(
+    lengths: list[int], budget: int
+) -> None:
+    sequences = [[number] * length for number, length in enumerate(lengths)]
+    passes = in_passes(sequences, budget)
+    assert [sequence for passed in passes for sequence in passed] == sequences
+    for passed, following in zip(passes, [*passes[1:], [[0] * 1000]], strict=True):
+        tokens = sum(map(len, passed))
+        assert tokens <= budget or len(passed) == 1
+        assert tokens + len(following[0]) > budget, "the next one would have had room"
 
 
 @settings(deadline=None)

@@ -99,7 +99,7 @@ async def test_logged_batches_trained_again_make_the_same_weights_to_the_last_bi
     async with Trainer(model=model, config=config, run_dir=tmp_path / "a", seed=3) as trainer:
         for parts in given(case, samples_of):
             at_version.append(await exported(trainer))
-            await trainer.score(range(20))
+            await trainer.score([range(20)])
             if trainer.version == SAVED:
                 await trainer.save_checkpoint(tmp_path / "saved")
             for batch in parts:
