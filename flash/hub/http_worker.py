@@ -19,7 +19,7 @@ _REQUEST_PREFIX = "generate-tokens-"
 _GENERATE = "/inference/v1/generate"
 # A stream costs this process twice the CPU of a whole answer, and vLLM 8% of its speed, with 64
 # tokens in chunks of 16. So it is for answers that are worth keeping when their worker dies.
-_STREAMED_FROM_TOKENS, _STREAM_INTERVAL = 128, 32
+STREAMED_FROM_TOKENS, _STREAM_INTERVAL = 128, 32
 _LONGEST_LINE_BYTES = 1 << 20
 _DATA, _DONE = b"data: ", b"data: [DONE]"
 # vLLM sends this for a logprob that is nan.
@@ -74,7 +74,7 @@ class _Loaded(msgspec.Struct):
     results: list[str]
 
 
-_decode_answer = msgspec.json.Decoder(_Answer).decode
+decode_answer = msgspec.json.Decoder(_Answer).decode
 _decode_loaded = msgspec.json.Decoder(_Loaded).decode
 
 
@@ -105,13 +105,13 @@ class HttpWorker:
             "token_ids": list(token_ids),
             "sampling_params": params,
         }
-        if on_tokens is not None and sampling.max_tokens >= _STREAMED_FROM_TOKENS:
+        if on_tokens is not None and sampling.max_tokens >= STREAMED_FROM_TOKENS:
             params["stream_interval"] = _STREAM_INTERVAL
             body["stream"] = True
             return await self._stream(body, sampling, on_tokens)
         answer = await self._call("POST", _GENERATE, body)
         with self._readable(answer):
-            choice = _decode_answer(answer).choices[0]
+            choice = decode_answer(answer).choices[0]
             return self._completion(choice, choice.token_ids, choice.numbers(), sampling)
 
     async def abort(self, request_id: str) -> None:
@@ -172,7 +172,7 @@ class HttpWorker:
             lines = _events(response) if streams else _whole(response)
             async for line in lines:
                 with self._readable(line):
-                    choice = _decode_answer(line).choices[0]
+                    choice = decode_answer(line).choices[0]
                     numbers = choice.numbers()
                 token_ids += choice.token_ids
                 logprobs += numbers
