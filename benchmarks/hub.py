@@ -31,7 +31,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -44,8 +44,9 @@ import uvloop
 from flash.agents import EnvironmentAgent
 from flash.cli.event_loop import run_loop
 from flash.fakes import FakeEnvs
+from flash.hub.answers import decode_answer
 from flash.hub.embedded_pool import EmbeddedPool
-from flash.hub.http_worker import STREAMED_FROM_TOKENS, HttpWorker, decode_answer
+from flash.hub.http_worker import STREAMED_FROM_TOKENS, HttpWorker
 from flash.hub.hub import InferenceHub
 from flash.hub.pool import ProcessPool
 from flash.hub.vllm_pool import VllmPool
@@ -61,7 +62,7 @@ BETWEEN = [5, 6]  # what is read between two turns
 GROUP, BATCHES = 8, 4  # episodes of a task; batches that are under way
 TICK_S = 0.005
 
-Play = Callable[[], Awaitable[None]]
+Play = Callable[[], Coroutine[Any, Any, None]]
 Row = dict[str, float]
 
 
@@ -232,9 +233,9 @@ class Unchanging(HttpWorker):
 
 def client_of(worker: HttpWorker) -> HttpWorker:
     """Another client of the same server, for the hub to close."""
-    client = Unchanging(worker.name)
-    client.headers = worker.headers
-    return client
+    return Unchanging(
+        worker.name, api_key=worker.headers.get("Authorization", "")[len("Bearer ") :]
+    )
 
 
 def prompt(client: int, length: int) -> list[int]:
