@@ -59,7 +59,7 @@ from flash.warm_start.small_policy import create
 RESULTS = Path(__file__).parent / "results" / "hub.json"
 WORDS = 1000
 BETWEEN = [5, 6]  # what is read between two turns
-GROUP, BATCHES = 8, 4  # episodes of a task; batches that are under way
+GROUP, BATCHES = 8, 2  # episodes of a task; batches that are under way
 TICK_S = 0.005
 
 Play = Callable[[], Coroutine[Any, Any, None]]
@@ -441,6 +441,8 @@ class Instant(asyncio.Protocol):
 
     def _stream(self, number: int) -> None:
         """A chunk a turn of the loop, so that each is a packet of its own."""
+        if self._transport.is_closing():
+            return
         self._transport.write(self.chunks[number])
         if number + 1 < len(self.chunks):
             asyncio.get_running_loop().call_soon(self._stream, number + 1)
