@@ -1,6 +1,5 @@
 """What a worker answers to a request for tokens, on the wire: JSON, whole or in events."""
 
-
 import msgspec
 
 from flash.hub.worker import OnTokens, WorkerFailure
