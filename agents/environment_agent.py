@@ -10,6 +10,7 @@ from flash.conversation import TokenSequence, longest_text
 from flash.errors import AgentFailure, EnvFailure, RewardFailure
 from flash.reward.outcome import outcome
 from flash.rollout.episode import Episode
+from flash.system.deadline import Deadline
 from flash.types import (
     AsyncEnv,
     Completion,
@@ -177,7 +178,7 @@ class EnvironmentAgent(Actor):
 
     async def _within_step(self, what: str, awaitable: Awaitable[_T]) -> _T:
         try:
-            async with asyncio.timeout(self._step_timeout_s):
+            with Deadline(self._step_timeout_s):
                 return await awaitable
         except TimeoutError as error:
             raise EnvFailure(
