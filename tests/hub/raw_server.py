@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 
+
 def answer(body: bytes, *fields: str, status: str = "200 OK") -> bytes:
     """One whole answer with a length."""
     head = [f"HTTP/1.1 {status}", *fields, f"Content-Length: {len(body)}"]
@@ -74,7 +75,7 @@ class RawServer:
 async def raw_server(*answers: bytes, hang_up: bool = False) -> AsyncIterator[RawServer]:
     script = RawServer(*answers, hang_up=hang_up)
     server = await asyncio.start_server(script.talk, "127.0.0.1", 0)
-    script.url = "http://127.0.0.1:%d" % server.sockets[0].getsockname()[1]
+    script.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     try:
         yield script
     finally:

@@ -26,9 +26,10 @@ async def talking(
 
 
 async def test_a_request_says_all_that_a_server_needs():
-    async with talking(
-        answer(b"yes"), path="/a b/", headers={"Authorization": "Bearer key"}
-    ) as (client, server):
+    async with talking(answer(b"yes"), path="/a b/", headers={"Authorization": "Bearer key"}) as (
+        client,
+        server,
+    ):
         assert (await client.send("POST", "/route?mode=keep", b"[1]")).body == b"yes"
         [(_, head, body)] = server.requests
         host = server.url.removeprefix("http://")
@@ -152,7 +153,7 @@ async def test_a_stream_of_events_is_heard_as_it_comes_and_other_bodies_are_kept
     heard: list[bytes] = []
     async with talking(
         chunked(b"one", b"two", fields=EVENTS),
-        chunked(b"whole"),
+        chunked(b"whole", whole=False) + f"0\r\n{EVENTS[0]}\r\n\r\n".encode(),
         answer(b"no", *EVENTS, status="500 Internal Server Error"),
     ) as (client, _):
         assert await client.send("POST", "/", b"1", heard.append) == (200, True, b"")
@@ -207,6 +208,8 @@ async def test_connections_that_idle_are_closed(monkeypatch):
     async with talking(answer(b"1"), answer(b"2")) as (client, server):
         calls = [client.send("POST", "/", b"1") for _ in range(2)]
         await asyncio.gather(*calls)
+        later = [*client._idle][1]
+        later.idle_since += http_client._KEPT_S  # so that the timer passes twice
         await server.wait_until(lambda: server.closed == 2)
         assert not client._idle
         assert not client._open
