@@ -3,9 +3,9 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 
+from flash.deadline import Deadline
 from flash.errors import AgentFailure, DeadlineFailure, EpisodeFailure, HistoryDiverged
 from flash.rollout.episode import Abort, Cancelled, Episode, EpisodeEnd, Message, Start, Stop
-from flash.system.deadline import Deadline
 from flash.types import Trajectory
 
 RewardStage = Callable[[Episode, Trajectory], Awaitable[Trajectory]]

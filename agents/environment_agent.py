@@ -7,10 +7,10 @@ from typing import Any, Literal, TypeVar
 
 from flash.answers import failing_as, shown
 from flash.conversation import TokenSequence, longest_text
+from flash.deadline import Deadline
 from flash.errors import AgentFailure, EnvFailure, RewardFailure
 from flash.reward.outcome import outcome
 from flash.rollout.episode import Episode
-from flash.system.deadline import Deadline
 from flash.types import (
     AsyncEnv,
     Completion,

@@ -6,11 +6,11 @@ import logging
 import uuid
 from collections.abc import Sequence
 
+from flash.deadline import Deadline
 from flash.hub.queue import RequestQueue
 from flash.hub.response import PartialCompletion
 from flash.hub.slot import Slot
 from flash.hub.worker import BadRequest, WorkerFailure
-from flash.system.deadline import Deadline
 from flash.types import Completion, SamplingParams
 
 logger = logging.getLogger(__name__)

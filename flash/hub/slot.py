@@ -5,10 +5,10 @@ import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
+from flash.deadline import Deadline
 from flash.hub.loan import LentWorker
 from flash.hub.reports import WorkerStats
 from flash.hub.worker import Worker, WorkerFailure
-from flash.system.deadline import Deadline
 
 _CONTROL = "control"  # where a request has its id; a worker has one such call at a time
 

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from flash.system.deadline import Deadline
+from flash.deadline import Deadline
 from flash.virtual_time import in_virtual_time
 
 
