@@ -33,8 +33,10 @@ class Deadline:
         self._task, self._cancelling = task, task.cancelling()
         self._loop = task.get_loop()
         self.due = self._loop.time() + self._timeout_s
-        self._line = _line(self._loop, self._timeout_s)
-        self._line.join(self, self._loop)
+        self._line = line = _line(self._loop, self._timeout_s)
+        line.calls[self] = None
+        if not line.timed:
+            line.arm(self._loop, self.due)
         return self
 
     def __exit__(
@@ -44,7 +46,7 @@ class Deadline:
         traceback: TracebackType | None,
     ) -> None:
         self._over = True
-        self._line.leave(self)
+        self._line.calls.pop(self, None)
         # Another request to cancel than this one is somebody else's, and goes on.
         alone = self.expired and self._task.uncancel() <= self._cancelling
         if alone and kind is asyncio.CancelledError:
@@ -63,32 +65,26 @@ class Deadline:
 class _Line:
     """Calls of one length, in the order in which they are due, which is that of their beginning."""
 
-    __slots__ = ("_calls", "_timed")
+    __slots__ = ("calls", "timed")
 
     def __init__(self) -> None:
-        self._calls: dict[Deadline, None] = {}
-        self._timed = False
+        self.calls: dict[Deadline, None] = {}
+        self.timed = False
 
-    def join(self, call: Deadline, loop: asyncio.AbstractEventLoop) -> None:
-        self._calls[call] = None
-        if not self._timed:
-            self._timed = True
-            loop.call_at(call.due, self._look, loop)
-
-    def leave(self, call: Deadline) -> None:
-        self._calls.pop(call, None)
+    def arm(self, loop: asyncio.AbstractEventLoop, due: float) -> None:
+        self.timed = True
+        loop.call_at(due, self._look, loop)
 
     def _look(self, loop: asyncio.AbstractEventLoop) -> None:
         """The timer was for a call that may be over since; it goes on with the one due next."""
-        self._timed = False
+        self.timed = False
         now = loop.time()
-        while self._calls:
-            call = next(iter(self._calls))
+        while self.calls:
+            call = next(iter(self.calls))
             if call.due > now:
-                self._timed = True
-                loop.call_at(call.due, self._look, loop)
+                self.arm(loop, call.due)
                 return
-            del self._calls[call]
+            del self.calls[call]
             call.expire()
 
 

@@ -60,7 +60,7 @@ class Stage:
 
 
 # Their time is told otherwise: nothing happens yet, or the ledger knows how long.
-_NOT_TIMED = ("start", "ready")
+_NOT_TIMED = {"start", "ready"}
 
 
 class Episode:
@@ -201,20 +201,22 @@ class Episode:
 
     def begin_stage(self, stage: Stage) -> None:
         """It is in that one now, and goes back to the one before at its end."""
-        self._leave(self._stages[-1])
+        self._leave(self._stages[-1].name)
         self._stages.append(stage)
 
     def end_stage(self, stage: Stage) -> None:
         """That one is over, whether it began last or not."""
         if self._stages[-1] is stage:
-            self._leave(stage)
-        self._stages.remove(stage)
+            self._leave(stage.name)
+            self._stages.pop()
+        else:
+            self._stages.remove(stage)
 
-    def _leave(self, stage: Stage) -> None:
+    def _leave(self, stage: str) -> None:
         """Another one is timed from now on."""
         now = self.clock()
-        if stage.name not in _NOT_TIMED:
-            self.seconds[stage.name] = self.seconds.get(stage.name, 0.0) + now - self.stage_since
+        if stage not in _NOT_TIMED:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self.stage_since
         self.stage_since = now
 
     def finish(self, trajectory: Trajectory) -> None:
