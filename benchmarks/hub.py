@@ -26,6 +26,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import logging
 import multiprocessing
 import random
 import statistics
@@ -531,6 +532,7 @@ def main() -> None:
         help="requests at one worker at a time; the fake takes all",
     )  # fmt: skip
     options = parser.parse_args()
+    logging.getLogger("flash").setLevel(logging.ERROR)  # blocks end in the middle of a publish
     rows = run_loop(measure(options))
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps({"settings": vars(options), "rows": rows}, indent=2) + "\n")

@@ -17,8 +17,8 @@ from flash.worker.checksum import checksum
 # vLLM puts it before the client's request_id, and abort_requests wants it there.
 _REQUEST_PREFIX = "generate-tokens-"
 _GENERATE = "/inference/v1/generate"
-# A stream costs vLLM 8% of its speed, with 64 tokens in chunks of 16, and this process an eighth
-# more. So it is for answers that are worth keeping when their worker dies.
+# A stream costs this process half as much again as a whole answer, and vLLM 8% of its speed, with
+# 64 tokens in chunks of 16. So it is for answers that are worth keeping when their worker dies.
 STREAMED_FROM_TOKENS, _STREAM_INTERVAL = 128, 32
 _HTTP_REDIRECT, _HTTP_CLIENT_ERROR, _HTTP_SERVER_ERROR = 300, 400, 500
 # Their fault is not the request's: the worker is busy or gone, or lacks our key.
