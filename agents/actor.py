@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 
+from flash.deadline import Deadline
 from flash.errors import AgentFailure, DeadlineFailure, EpisodeFailure, HistoryDiverged
 from flash.rollout.episode import Abort, Cancelled, Episode, EpisodeEnd, Message, Start, Stop
 from flash.types import Trajectory
@@ -54,7 +55,7 @@ class Actor:
     async def _live(self, episode: Episode, report: Callable[[Episode, EpisodeEnd], None]) -> None:
         end: EpisodeEnd
         try:
-            async with asyncio.timeout(self._episode_timeout_s) as deadline:
+            with Deadline(self._episode_timeout_s) as deadline:
                 try:
                     end = await self.play(episode)
                 except HistoryDiverged as difference:
@@ -65,7 +66,7 @@ class Actor:
         except EpisodeFailure as failure:
             end = failure
         except TimeoutError:
-            if not deadline.expired():
+            if not deadline.expired:
                 raise
             end = DeadlineFailure(
                 f"episode_timeout_s={self._episode_timeout_s:g} passed after {episode.turns} turns"

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeVar
 
 from flash.answers import failing_as, shown
 from flash.conversation import TokenSequence, longest_text
+from flash.deadline import Deadline
 from flash.errors import AgentFailure, EnvFailure, RewardFailure
 from flash.reward.outcome import outcome
 from flash.rollout.episode import Episode
@@ -178,7 +179,7 @@ class EnvironmentAgent(Actor):
 
     async def _within_step(self, what: str, awaitable: Awaitable[_T]) -> _T:
         try:
-            async with asyncio.timeout(self._step_timeout_s):
+            with Deadline(self._step_timeout_s):
                 return await awaitable
         except TimeoutError as error:
             raise EnvFailure(

@@ -6,6 +6,7 @@ import logging
 import uuid
 from collections.abc import Sequence
 
+from flash.deadline import Deadline
 from flash.hub.queue import RequestQueue
 from flash.hub.response import PartialCompletion
 from flash.hub.slot import Slot
@@ -61,7 +62,7 @@ class Attempts:
         request_id = f"{self._hub_id}-{next(self._numbers)}"
         answered = False
         try:
-            async with asyncio.timeout(self._request_timeout_s) as deadline:
+            with Deadline(self._request_timeout_s) as deadline:
                 slot.deadlines[request_id] = deadline
                 completion = await slot.worker.generate(request_id, prompt, sampling, on_tokens)
                 slot.progress_at = clock()

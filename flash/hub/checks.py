@@ -11,22 +11,23 @@ from flash.types import Completion, SamplingParams
 
 def check_completion(answer: Completion, sampling: SamplingParams, published: Set[int]) -> None:
     """A worker that answers what can't be true has failed."""
-    lengths = {len(answer.token_ids), len(answer.logprobs), len(answer.versions)}
-    if len(lengths) != 1 or len(answer.token_ids) > sampling.max_tokens:
+    tokens = len(answer.token_ids)
+    if not tokens == len(answer.logprobs) == len(answer.versions) or tokens > sampling.max_tokens:
         raise WorkerBroken(
             f"{answer.worker} answered {len(answer.token_ids)} tokens, {len(answer.logprobs)} "
             f"logprobs, {len(answer.versions)} versions to max_tokens={sampling.max_tokens}"
         )
-    if not all(math.isfinite(logprob) for logprob in answer.logprobs):
+    if not all(map(math.isfinite, answer.logprobs)):
         raise WorkerBroken(f"{answer.worker} answered a logprob that is not finite")
-    if unknown := set(answer.versions) - published:
+    versions = set(answer.versions)
+    if unknown := versions - published:
         raise WorkerBroken(
             f"{answer.worker} answered with policy versions {sorted(unknown)}, which were "
             f"never published to it"
         )
     if not answer.token_ids and answer.finish_reason != "abort":
         raise WorkerBroken(f"{answer.worker} answered no tokens at all")
-    if answer.versions != sorted(answer.versions):
+    if len(versions) > 1 and answer.versions != sorted(answer.versions):
         raise WorkerBroken(f"{answer.worker} answered with policy versions that go back")
 
 

@@ -1,7 +1,7 @@
 """A response on its way: what workers have sampled of it, part by part."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from flash.types import Completion, FinishReason, GenerateRequest, SamplingParams
@@ -60,8 +60,10 @@ class Response:
         self._logprobs: list[float] = []
         self._versions: list[int] = []
 
-    def rest(self) -> tuple[list[int], SamplingParams]:
+    def rest(self) -> tuple[Sequence[int], SamplingParams]:
         """What to ask for next: the prompt with all that there is, and how to go on from it."""
+        if not self._token_ids:
+            return self._request.token_ids, self._request.sampling
         left = self._request.sampling.max_tokens - len(self._token_ids)
         sampling = replace(self._request.sampling, max_tokens=left)
         return [*self._request.token_ids, *self._token_ids], sampling
@@ -73,6 +75,12 @@ class Response:
 
     def add(self, part: Completion, *, worker: str) -> Completion | None:
         """Joins what a worker sampled to the rest; the whole completion once that was all."""
+        temperature = self._request.sampling.temperature
+        if not self._token_ids and part.finish_reason != "abort":  # as nearly always
+            self._count(len(part.token_ids))
+            if part.worker == worker and part.temperature == temperature:
+                return part
+            return replace(part, worker=worker, temperature=temperature)
         self._token_ids += part.token_ids
         self._logprobs += part.logprobs
         self._versions += part.versions
@@ -86,7 +94,7 @@ class Response:
             token_ids=self._token_ids,
             logprobs=self._logprobs,
             versions=self._versions,
-            temperature=self._request.sampling.temperature,
+            temperature=temperature,
             finish_reason=reason,
             worker=worker,
         )

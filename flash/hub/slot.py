@@ -5,6 +5,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
+from flash.deadline import Deadline
 from flash.hub.loan import LentWorker
 from flash.hub.reports import WorkerStats
 from flash.hub.worker import Worker, WorkerFailure
@@ -31,7 +32,7 @@ class Slot:
     progress_at: float = 0.0  # of the last tokens or answer
     progress_timer: asyncio.TimerHandle | None = None
     outstanding_tokens: int = 0
-    deadlines: dict[str, asyncio.Timeout] = field(default_factory=dict)
+    deadlines: dict[str, Deadline] = field(default_factory=dict)
     running: int = 0
     busy_s: float = 0.0
     busy_since: float = 0.0
@@ -60,14 +61,13 @@ class Slot:
     def expire_calls(self) -> None:
         """Ends every call to this worker now, as if it had taken too long."""
         for deadline in self.deadlines.values():
-            if not deadline.expired():
-                deadline.reschedule(_now())
+            deadline.expire_soon()
 
     @contextlib.asynccontextmanager
     async def control(self, timeout_s: float) -> AsyncIterator[None]:
         """Ends a control call with WorkerFailure: in time, or when the worker is excluded."""
         try:
-            async with asyncio.timeout(timeout_s) as deadline:
+            with Deadline(timeout_s) as deadline:
                 self.deadlines[_CONTROL] = deadline
                 try:
                     yield
@@ -81,8 +81,8 @@ class Slot:
 
     def stats(self, now: float, *, request_timeout_s: float) -> WorkerStats:
         """A snapshot."""
-        due = [deadline.when() for key, deadline in self.deadlines.items() if key != _CONTROL]
-        ages_s = [now - (when - request_timeout_s) for when in due if when is not None]
+        due = [deadline.due for key, deadline in self.deadlines.items() if key != _CONTROL]
+        ages_s = [now - (when - request_timeout_s) for when in due]
         lent_s = self.lent.busy_s if self.lent is not None else 0.0
         return WorkerStats(
             name=self.worker.name,

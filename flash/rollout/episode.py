@@ -1,10 +1,9 @@
 """One episode's life, and the messages between the loop and the agent that lives it."""
 
 import asyncio
-import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -45,13 +44,26 @@ class Witness(Protocol):
     def begun_anew(self, episode: "Episode") -> None: ...
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Stage:
-    name: str
+    """What an episode is doing, while the block of `Episode.stage` runs."""
+
+    __slots__ = ("_episode", "name")
+
+    def __init__(self, name: str, episode: "Episode | None" = None) -> None:
+        self.name = name
+        self._episode = episode
+
+    def __enter__(self) -> None:
+        assert self._episode is not None
+        self._episode.begin_stage(self)
+
+    def __exit__(self, *exc_info: object) -> None:
+        assert self._episode is not None
+        self._episode.end_stage(self)
 
 
 # Their time is told otherwise: nothing happens yet, or the ledger knows how long.
-_NOT_TIMED = ("start", "ready")
+_NOT_TIMED = {"start", "ready"}
 
 
 class Episode:
@@ -138,7 +150,8 @@ class Episode:
         count(len(completion.token_ids))
         if completion.versions:
             self._note_version(min(completion.versions))
-            self.newest_version = max(self.newest_version or 0, *completion.versions)
+            newest = max(completion.versions)
+            self.newest_version = max(self.newest_version or 0, newest)
         if self._witness is not None:
             step = Sampled(prompt_sum=prompt_sum(token_ids), completion=completion)
             self._witness.sampled(self, step)
@@ -182,31 +195,32 @@ class Episode:
         """The stage that began last and is not over."""
         return self._stages[-1].name
 
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def stage(self, name: str) -> Stage:
         """Names what the episode is doing, and adds the time it takes to `seconds[name]`.
 
         Time counts for one stage only: the one that began last, of those within each other and
         of those side by side.
         """
-        stage = Stage(name)
-        self._switch(stage, begins=True)
-        try:
-            yield
-        finally:
-            self._switch(stage, begins=False)
+        return Stage(name, self)
 
-    def _switch(self, stage: Stage, *, begins: bool) -> None:
-        now, before = self.clock(), self._stages[-1]
-        if begins:
-            self._stages.append(stage)
+    def begin_stage(self, stage: Stage) -> None:
+        """It is in that one now, and goes back to the one before at its end."""
+        self._leave(self._stages[-1].name)
+        self._stages.append(stage)
+
+    def end_stage(self, stage: Stage) -> None:
+        """That one is over, whether it began last or not."""
+        if self._stages[-1] is stage:
+            self._leave(stage.name)
+            self._stages.pop()
         else:
             self._stages.remove(stage)
-        if self._stages[-1] is before:
-            return
-        if before.name not in _NOT_TIMED:
-            elapsed = now - self.stage_since
-            self.seconds[before.name] = self.seconds.get(before.name, 0.0) + elapsed
+
+    def _leave(self, stage: str) -> None:
+        """Another one is timed from now on."""
+        now = self.clock()
+        if stage not in _NOT_TIMED:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self.stage_since
         self.stage_since = now
 
     def finish(self, trajectory: Trajectory) -> None:
@@ -215,7 +229,7 @@ class Episode:
         self.tokens_of = _tokens_of(trajectory)
         if self.tokens_of:
             self.oldest_version, self.newest_version = min(self.tokens_of), max(self.tokens_of)
-        self._switch(Stage("ready"), begins=True)
+        self.begin_stage(Stage("ready"))
 
     def end(self) -> float:
         """Nothing more becomes of it; returns when that was. What it waited ready is `wait`."""

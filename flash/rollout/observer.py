@@ -91,63 +91,73 @@ class Observers(Observer):
     ) -> None:
         self._observers = list(observers)
         self._on_error = on_error
+        self._hearers: dict[str, list[Callable[..., None]]] = {}
 
     def add(self, observer: Observer) -> None:
         """It hears of what happens from now on."""
         self._observers.append(observer)
+        self._hearers.clear()
 
     def admitted(self, episode: Episode) -> None:
-        self._tell(lambda observer: observer.admitted(episode))
+        self._tell("admitted", episode)
 
     def observed(self, episode: Episode, observation: Observation) -> None:
-        self._tell(lambda observer: observer.observed(episode, observation))
+        self._tell("observed", episode, observation)
 
     def sampled(self, episode: Episode, step: Sampled) -> None:
-        self._tell(lambda observer: observer.sampled(episode, step))
+        self._tell("sampled", episode, step)
 
     def begun_anew(self, episode: Episode) -> None:
-        self._tell(lambda observer: observer.begun_anew(episode))
+        self._tell("begun_anew", episode)
 
     def played(self, episode: Episode) -> None:
-        self._tell(lambda observer: observer.played(episode))
+        self._tell("played", episode)
 
     def ended(self, episode: Episode, record: EpisodeRecord) -> None:
-        self._tell(lambda observer: observer.ended(episode, record))
+        self._tell("ended", episode, record)
 
     def trained_again(self, episode: Episode, uses: int) -> None:
-        self._tell(lambda observer: observer.trained_again(episode, uses))
+        self._tell("trained_again", episode, uses)
 
     def given_up(self, group: int, reason: str) -> None:
-        self._tell(lambda observer: observer.given_up(group, reason))
+        self._tell("given_up", group, reason)
 
     def handed_over(self, batch: Batch) -> None:
-        self._tell(lambda observer: observer.handed_over(batch))
+        self._tell("handed_over", batch)
 
     def trained(self, metrics: Mapping[str, Any]) -> None:
-        self._tell(lambda observer: observer.trained(metrics))
+        self._tell("trained", metrics)
 
     def published(self, report: PublishReport) -> None:
-        self._tell(lambda observer: observer.published(report))
+        self._tell("published", report)
 
     def evaluated(self, evaluation: Evaluation) -> None:
-        self._tell(lambda observer: observer.evaluated(evaluation))
+        self._tell("evaluated", evaluation)
 
     def measured(self, metrics: Mapping[str, Any]) -> None:
-        self._tell(lambda observer: observer.measured(metrics))
+        self._tell("measured", metrics)
 
     def step_done(self, step: int) -> None:
-        self._tell(lambda observer: observer.step_done(step))
+        self._tell("step_done", step)
 
     def saved(self, checkpoint: Path) -> None:
-        self._tell(lambda observer: observer.saved(checkpoint))
+        self._tell("saved", checkpoint)
 
     def stalled(self, report: str) -> None:
-        self._tell(lambda observer: observer.stalled(report))
+        self._tell("stalled", report)
 
-    def _tell(self, event: Callable[[Observer], None]) -> None:
-        for observer in self._observers:
+    def _tell(self, event: str, *of_it: Any) -> None:
+        """Those who do anything at that event: most observers hear of a few alone."""
+        hearers = self._hearers.get(event)
+        if hearers is None:
+            silent = getattr(Observer, event)
+            methods = [getattr(observer, event) for observer in self._observers]
+            hearers = self._hearers[event] = [
+                method for method in methods if getattr(method, "__func__", None) is not silent
+            ]
+        for hear in hearers:
             try:
-                event(observer)
+                hear(*of_it)
             except Exception as error:  # the boundary to the observer's code
                 if self._on_error is None:
                     raise

@@ -1,13 +1,19 @@
 """The HTTP client of the worker protocol, against a server that answers what it is told."""
 
+import contextlib
+import json
+
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from flash.hub.http_worker import HttpWorker
 from flash.hub.worker import BadRequest, WorkerFailure
-from flash.types import SamplingParams
+from flash.types import Completion, SamplingParams
 from flash.worker.checksum import checksum
+from tests.hub.raw_server import answer, chunked, raw_server
+
+EVENTS = ("Content-Type: text/event-stream; charset=utf-8",)
 
 SAMPLING = SamplingParams(max_tokens=3, temperature=0.5, stop_token_ids=(9,))
 GOOD = {
@@ -173,3 +179,113 @@ async def test_weights_that_a_server_can_not_load_say_what_it_must_have(scripted
         WorkerFailure, match=r"500: .* \(it must serve the model that is trained, and"
     ):
         await scripted.worker.load_weights(tmp_path)
+
+
+LONG = SamplingParams(max_tokens=128)
+
+
+def event(tokens: list[int], **more) -> bytes:
+    """A chunk of a stream, without versions unless it is the last."""
+    fields = {"token_ids": tokens, "finish_reason": None, "weight_versions": None, **more}
+    fields["logprobs"] = {"content": [{"logprob": -float(token)} for token in tokens]}
+    return b"data: " + json.dumps({"choices": [fields]}).encode() + b"\n\n"
+
+
+LAST = {"finish_reason": "stop", "weight_versions": [{"version": "4", "start": 0, "end": 3}]}
+STREAM = event([7]) + b": a comment\n\n" + event([8, 9], **LAST) + event([5])
+STREAM += b"data: [DONE]\n\n"
+
+
+@contextlib.asynccontextmanager
+async def streaming(*answers: bytes):
+    """A worker that answers so and hangs up, and what it told before its answer was whole."""
+    async with raw_server(*answers, hang_up=True) as server:
+        worker, told = HttpWorker(server.url), []
+
+        async def generate() -> Completion:
+            return await worker.generate("id", [1], LONG, lambda *new: told.append(new))
+
+        try:
+            yield generate, told, server
+        finally:
+            await worker.close()
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+@pytest.mark.parametrize("cut", [1, 7, 10_000])
+async def test_a_streamed_answer_wherever_it_is_cut(cut, ends):
+    stream = STREAM.replace(b"\n", ends.encode())
+    pieces = [stream[at : at + cut] for at in range(0, len(stream), cut)]
+    async with streaming(chunked(*pieces, fields=EVENTS)) as (generate, told, server):
+        completion = await generate()
+    assert told == [([7], [-7.0]), ([8, 9], [-8.0, -9.0])]
+    assert completion == Completion(
+        token_ids=[7, 8, 9],
+        logprobs=[-7.0, -8.0, -9.0],
+        versions=[4, 4, 4],
+        temperature=1.0,
+        finish_reason="stop",
+        worker=server.url,
+    )
+    asked = json.loads(server.requests[0][2])
+    assert (asked["stream"], asked["sampling_params"]["stream_interval"]) == (True, 32)
+
+
+async def test_short_answers_and_those_that_nobody_listens_to_come_whole():
+    async with raw_server(*[answer(json.dumps(GOOD).encode())] * 2) as server:
+        worker, told = HttpWorker(server.url), []
+        short = SamplingParams(max_tokens=127)
+        await worker.generate("id", [1], short, lambda *new: told.append(new))
+        await worker.generate("id", [1], LONG)
+        await worker.close()
+    assert not told
+    assert [b"stream" in body for _, _, body in server.requests] == [False, False]
+
+
+async def test_a_worker_that_does_not_stream_answers_whole():
+    async with streaming(answer(json.dumps(GOOD).encode())) as (generate, told, _):
+        assert (await generate()).token_ids == [7, 8, 9]
+        assert not told
+
+
+@pytest.mark.parametrize(
+    ("said", "told_of"),
+    [
+        (chunked(event([7]), whole=False, fields=EVENTS), "can't be reached: .*disconnected"),
+        (chunked(event([7]), b"data: [DONE]\n\n", fields=EVENTS), "ended its answer before"),
+        (chunked(event([7]), b'data: {"error": 1}\n\n', fields=EVENTS), "not of this protocol"),
+        (chunked(event([7]), b"data: nonsense\n\n", fields=EVENTS), "not of this protocol"),
+        (chunked(event([7]), b"x" * (1 << 21), fields=EVENTS), "a stream that is too long"),
+        (
+            chunked(event([7]), event([8], finish_reason="stop", weight_versions=[
+                {"version": "4", "start": 0, "end": 3}]), fields=EVENTS),
+            "not of this protocol .*span 0 … 3 of 2 tokens",
+        ),
+    ],
+)  # fmt: skip
+async def test_what_was_told_is_known_of_a_stream_that_breaks_off(said, told_of):
+    async with streaming(said) as (generate, told, _):
+        with pytest.raises(WorkerFailure, match=told_of):
+            await generate()
+        assert told[0] == ([7], [-7.0])
+
+
+async def test_a_stream_that_breaks_off_after_its_last_token_is_whole():
+    said = chunked(event([7]), event([8, 9], **LAST), whole=False, fields=EVENTS)
+    async with streaming(said) as (generate, _, _):
+        assert (await generate()).token_ids == [7, 8, 9]
+
+
+async def test_a_logprob_that_stands_for_nan_is_no_answer():
+    nan = [{"logprob": -1.0}, {"logprob": -9999.0}, {"logprob": -3.0}]
+    said = answer(json.dumps(changed(logprobs={"content": nan})).encode())
+    async with streaming(said) as (generate, _, _):
+        with pytest.raises(WorkerFailure, match="a logprob is nan"):
+            await generate()
+
+
+async def test_a_redirect_is_not_followed(scripted):
+    scripted.status, scripted.answer = 307, "elsewhere"
+    with pytest.raises(WorkerFailure, match="answered 307: elsewhere"):
+        await scripted.worker.generate("id", [1], SAMPLING)
+    assert len(scripted.asked) == 1

@@ -1,6 +1,7 @@
 """A response that several workers sample, part by part."""
 
 from flash.hub.response import Response
+from flash.types import Completion
 from tests.steady import request
 
 
@@ -25,3 +26,17 @@ def test_the_rest_of_a_response_is_asked_for_after_what_there_is():
     assert response.add(partial.as_aborted("a"), worker="a") is None
     prompt, sampling = response.rest()
     assert (prompt, sampling.max_tokens) == ([0, 1, 2, 7, 8], 8)
+
+
+def test_an_answer_that_is_whole_at_once_names_its_worker_and_the_temperature_asked_for():
+    new = []
+    response = Response(request(max_tokens=2), on_new=new.append, on_sampled=None)
+    part = Completion(
+        token_ids=[7, 8], logprobs=[-1.0, -2.0], versions=[4, 4], temperature=9.0,
+        finish_reason="length",
+    )  # fmt: skip
+    whole = response.add(part, worker="a")
+    assert whole is not None
+    assert (whole.token_ids, whole.versions, whole.worker) == ([7, 8], [4, 4], "a")
+    assert whole.temperature == request(max_tokens=2).sampling.temperature
+    assert sum(new) == 2

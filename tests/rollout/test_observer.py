@@ -81,6 +81,15 @@ def test_several_observers_hear_each_event_as_one_would(event):
     assert first.heard == second.heard == [tuple(arguments)]
 
 
+def test_an_observer_that_is_added_late_hears_what_comes_then():
+    late, several = Listing(), Observers([Listing()])
+    late.step_done = late.heard.append
+    several.step_done(1)
+    several.add(late)
+    several.step_done(2)
+    assert late.heard == [2]
+
+
 def test_one_that_raises_keeps_the_others_from_nothing_where_errors_are_taken():
     class Full(Observer):
         def step_done(self, step):
