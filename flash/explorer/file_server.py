@@ -1,0 +1,220 @@
+"""Lets explorers have folders of files: of the controller, and of explorers that relay them."""
+
+import asyncio
+import contextlib
+import hmac
+import logging
+import secrets
+import ssl
+from collections.abc import Callable
+from pathlib import Path
+from typing import Self
+
+import msgspec
+from aiohttp import WSMsgType, web
+
+from flash.explorer.files import (
+    HEARTBEAT_S,
+    ROUTE,
+    Have,
+    Lost,
+    Manifest,
+    Sources,
+    Withdrawn,
+    authorization,
+    contents_of,
+    decode_from_fetcher,
+    encode,
+    manifest_of,
+    stamp_of,
+)
+from flash.explorer.messages import Files
+from flash.explorer.turns import Seat, Turns
+from flash.system.listener import Listener
+
+logger = logging.getLogger(__name__)
+
+_KEY_BYTES = 32
+_LARGEST_MESSAGE = 4096
+_CHUNK_BYTES = 1 << 20
+_SHORTEST_TURN_S = 10.0
+_SLOWEST_BYTES_PER_S = 100e6  # whoever takes files more slowly keeps nobody else waiting
+
+
+class FileServer:
+    """Serves what is offered to whoever has the key of it. Enter it; then `add_to` an app that is
+    served anyway, or `listen`.
+
+    Args:
+        shortest_turn_s: that an explorer has to itself at a source; longer for large folders.
+    """
+
+    def __init__(self, *, shortest_turn_s: float = _SHORTEST_TURN_S) -> None:
+        self._shortest_turn_s = shortest_turn_s
+        self._offers: dict[str, _Offer] = {}
+        self._vouch: Callable[[web.Request], None] = lambda request: None
+        self._listener: Listener | None = None
+        self._tasks = asyncio.TaskGroup()
+
+    async def __aenter__(self) -> Self:
+        await self._tasks.__aenter__()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        for key in list(self._offers):
+            self.withdraw(key)
+        if self._listener is not None:
+            await self._listener.close()
+        await self._tasks.__aexit__(None, None, None)
+
+    def add_to(self, app: web.Application, vouch: Callable[[web.Request], None]) -> None:
+        """Its routes; `vouch` is told of requests that have shown a key."""
+        self._vouch = vouch
+        app.router.add_get(ROUTE, self._attend)
+        app.router.add_get(ROUTE + "/{name}", self._send)
+
+    async def listen(self, host: str, port: int, *, tls: ssl.SSLContext | None = None) -> str:
+        """At a port of its own: the URL. OSError if nobody can listen there."""
+        app = web.Application(client_max_size=_LARGEST_MESSAGE)
+        self._listener = Listener(host, port)
+        self.add_to(app, self._listener.vouch)
+        return await self._listener.start(app, tls=tls)
+
+    def offer(self, folder: Path) -> Files:
+        """Until `withdraw`; if the folder is changed or removed, nobody gets any more of it.
+
+        Looks at each file, in any thread. OSError if the folder can't be read.
+        """
+        files = Files(str(folder.resolve()), stamp_of(folder), secrets.token_hex(_KEY_BYTES))
+        self._add(files.key, folder)
+        return files
+
+    def relay(self, key: str, folder: Path, manifest: Manifest) -> None:
+        """Offers what was fetched, by the same key."""
+        self._add(key, folder).manifest = manifest
+
+    def withdraw(self, key: str) -> None:
+        """Whoever takes it is told, at once."""
+        offer = self._offers.pop(key, None)
+        if offer is not None:
+            offer.withdrawn = True
+            for seat in offer.seats:
+                seat.changed.set()
+
+    def _add(self, key: str, folder: Path) -> "_Offer":
+        contents = contents_of(folder)
+        size = sum(size for size, _ in contents.values())
+        turns = Turns(turn_s=self._shortest_turn_s + size / _SLOWEST_BYTES_PER_S)
+        self._offers[key] = offer = _Offer(folder, contents, turns)
+        return offer
+
+    def _offered(self, request: web.Request) -> "_Offer":
+        given = request.headers.get("Authorization", "").encode(errors="replace")
+        for key, offer in list(self._offers.items()):  # others may offer meanwhile
+            if hmac.compare_digest(given, authorization(key).encode()):
+                self._vouch(request)
+                return offer
+        raise web.HTTPForbidden(reason="there are no files for this key")
+
+    # ── pieces ───────────────────────────────────────────────────────────────────────────────
+
+    async def _send(self, request: web.Request) -> web.StreamResponse:
+        offer = self._offered(request)
+        name = request.match_info["name"]
+        if name not in offer.contents:
+            raise web.HTTPNotFound(reason="there is no such file in the folder")
+        path = offer.folder / name
+        if not await asyncio.to_thread(_is_still, path, offer.contents[name]):
+            raise web.HTTPGone(reason="the file was changed or removed")
+        headers = {"Content-Type": "application/octet-stream"}
+        return web.FileResponse(path, chunk_size=_CHUNK_BYTES, headers=headers)
+
+    # ── whom to take them from ───────────────────────────────────────────────────────────────
+
+    async def _attend(self, request: web.Request) -> web.WebSocketResponse:
+        """Tells one that wants the files all that it needs, for as long as it is connected."""
+        offer = self._offered(request)
+        socket = web.WebSocketResponse(
+            heartbeat=HEARTBEAT_S, max_msg_size=_LARGEST_MESSAGE, compress=False
+        )
+        await socket.prepare(request)
+        seat = Seat()
+        offer.seats.add(seat)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                telling = tasks.create_task(self._tell(offer, seat, socket), name="files")
+                await _hear(offer, seat, socket)
+                telling.cancel()
+        finally:
+            offer.seats.discard(seat)
+            offer.turns.leave(seat)
+        return socket
+
+    async def _tell(self, offer: "_Offer", seat: Seat, socket: web.WebSocketResponse) -> None:
+        manifest = await self._manifest(offer)
+        with contextlib.suppress(ConnectionError):  # then there is nothing more to hear, either
+            if manifest is not None:
+                await socket.send_bytes(encode(manifest))
+                offer.turns.join(seat)
+            while manifest is not None:
+                await seat.changed.wait()
+                seat.changed.clear()
+                if offer.withdrawn:
+                    break
+                await socket.send_bytes(encode(Sources(list(seat.sources))))
+            await socket.send_bytes(encode(Withdrawn()))
+            await socket.close()
+
+    async def _manifest(self, offer: "_Offer") -> Manifest | None:
+        """Computed when it is asked for first; None if the folder can't be read any more."""
+        if offer.manifest is None:
+            if offer.computing is None:
+                offer.computing = self._tasks.create_task(_compute(offer), name="checksums")
+            await asyncio.shield(offer.computing)
+        return offer.manifest
+
+
+class _Offer:
+    """A folder, and who takes it."""
+
+    def __init__(self, folder: Path, contents: dict[str, tuple[int, int]], turns: Turns) -> None:
+        self.folder = folder
+        self.contents = contents
+        self.turns = turns
+        self.seats: set[Seat] = set()
+        self.manifest: Manifest | None = None
+        self.computing: asyncio.Task[None] | None = None
+        self.withdrawn = False
+
+
+async def _compute(offer: _Offer) -> None:
+    try:
+        offer.manifest = await asyncio.to_thread(
+            manifest_of, offer.folder, wanted=lambda: not offer.withdrawn
+        )
+    except OSError as error:
+        logger.warning("explorers can't have %s: %s", offer.folder, error)
+
+
+async def _hear(offer: _Offer, seat: Seat, socket: web.WebSocketResponse) -> None:
+    async for message in socket:
+        if message.type is not WSMsgType.BINARY:
+            return
+        try:
+            said = decode_from_fetcher(message.data)
+        except msgspec.MsgspecError as error:
+            logger.warning("an explorer asks for files in words that are none: %s", error)
+            return
+        match said:
+            case Lost(url):
+                offer.turns.lost(seat, url)
+            case Have(url):
+                offer.turns.have(seat, url)
+
+
+def _is_still(path: Path, expected: tuple[int, int]) -> bool:
+    try:
+        about = path.stat()
+    except OSError:
+        return False
+    return (about.st_size, about.st_mtime_ns) == expected
