@@ -49,7 +49,8 @@ class SourceFailure(Exception):
 
 
 class Download:
-    """Writes into `partial` what is missing there. `pieces` were verified and written so far.
+    """Writes into `partial` what is missing there; tells whether the controller has `answered`, and
+    how many `pieces` were verified and written.
 
     When it has run, `socket` is open, for the controller to hear of it.
     """
@@ -60,12 +61,13 @@ class Download:
     def __init__(
         self,
         session: aiohttp.ClientSession,
-        files: Files,
         controller_url: str,
+        files: Files,
         partial: Path,
         *,
         tls: ssl.SSLContext | None,
     ) -> None:
+        self.answered = False
         self.pieces = 0
         self._session = session
         self._files = files
@@ -119,6 +121,7 @@ class Download:
                 said = decode_from_server(message.data)
             except msgspec.MsgspecError as error:
                 raise SourceFailure(f"{self._url} is no controller: {error}") from error
+            self.answered = True
             match said:
                 case Manifest():
                     self._told.set_result(said)

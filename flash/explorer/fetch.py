@@ -10,6 +10,7 @@ import logging
 import re
 import shutil
 import ssl
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
@@ -23,7 +24,7 @@ from flash.explorer.messages import Files
 
 logger = logging.getLogger(__name__)
 
-_MOST_FAILURES = 8  # in a row, which is a minute and a half of them
+_MOST_IN_VAIN = 8  # tries in a row in which the controller answers, and no piece is right
 _LONGEST_BACKOFF_S = 30.0
 _STAMP = re.compile(r"[0-9a-f]{64}")
 _PARTIAL = ".partial"
@@ -33,6 +34,7 @@ class Fetcher:
     """Fetches folders into one that is its own. Enter it, and fetch one at a time.
 
     Args:
+        controller: its URL, as far as that is known now.
         into: nobody else puts anything there.
         keep: so many of the folders may be there at once: to fetch one more removes the oldest.
         relay, relay_url: where others may take what was fetched, if there is such a place.
@@ -43,6 +45,7 @@ class Fetcher:
     def __init__(
         self,
         session: aiohttp.ClientSession,
+        controller: Callable[[], str],
         into: Path,
         *,
         keep: int = 2,
@@ -52,6 +55,7 @@ class Fetcher:
         backoff_s: float = 0.5,
     ) -> None:
         self._session = session
+        self._controller = controller
         self._into = into
         self._keep = keep
         self._relay = relay
@@ -71,11 +75,12 @@ class Fetcher:
             relaying.cancel()
         await self._tasks.__aexit__(None, None, None)
 
-    async def fetch(self, files: Files, controller_url: str) -> Path:
-        """Where these are on this machine; as long as others have turns, it waits for its own.
+    async def fetch(self, files: Files) -> Path:
+        """Where these are on this machine.
 
-        Raises GoneError if the controller does not have them any more, PublishFailure if they can't
-        be had or stored. What there is of them by then is not fetched again.
+        Waits for a controller that is away. Raises GoneError if it does not have them any more,
+        PublishFailure if what it sends is wrong again and again, or can't be stored. What there is
+        of them by then is not fetched again.
         """
         if await asyncio.to_thread(is_here, files.path, files.stamp):
             return Path(files.path)
@@ -85,7 +90,7 @@ class Fetcher:
         if folder not in self._whole:
             partial = folder.with_suffix(_PARTIAL)
             await self._make_room(folder, partial)
-            download = await self._download(files, controller_url, partial)
+            download = await self._download(files, partial)
             await on_disk(partial.rename, folder)
             self._whole.append(folder)
             self._relaying[folder] = self._tasks.create_task(
@@ -93,16 +98,18 @@ class Fetcher:
             )
         return folder
 
-    async def _download(self, files: Files, controller_url: str, partial: Path) -> Download:
-        failures = 0
+    async def _download(self, files: Files, partial: Path) -> Download:
+        """Again and again; a controller that is away may come back."""
+        failures = in_vain = 0
         while True:
-            download = Download(self._session, files, controller_url, partial, tls=self._tls)
+            download = Download(self._session, self._controller(), files, partial, tls=self._tls)
             try:
                 await download.run()
                 return download
             except SourceFailure as failure:
                 failures = 1 if download.pieces else failures + 1
-                if failures == _MOST_FAILURES:
+                in_vain = in_vain + 1 if download.answered and not download.pieces else 0
+                if in_vain == _MOST_IN_VAIN:
                     raise PublishFailure(f"{files.path} can't be fetched: {failure}") from failure
                 logger.warning("tries again to fetch %s: %s", files.path, failure)
             await asyncio.sleep(min(self._backoff_s * 2 ** (failures - 1), _LONGEST_BACKOFF_S))
