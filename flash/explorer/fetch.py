@@ -121,7 +121,7 @@ class Fetcher:
                 if self._relay is None:
                     await download.socket.send_bytes(encode(Have("")))
                     return
-                await asyncio.to_thread(self._relay.relay, key, folder, download.manifest)
+                await self._relay.relay(key, folder, download.manifest)
                 await download.socket.send_bytes(encode(Have(self._relay_url)))
                 async for _ in download.socket:
                     pass

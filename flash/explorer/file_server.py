@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 _KEY_BYTES = 32
 _LARGEST_MESSAGE = 4096
+_PIECE_BYTES = 8 << 20
 _CHUNK_BYTES = 1 << 20
 _SHORTEST_TURN_S = 10.0
 _SLOWEST_BYTES_PER_S = 100e6  # whoever takes files more slowly keeps nobody else waiting
@@ -46,10 +47,14 @@ class FileServer:
     served anyway, or `listen`.
 
     Args:
+        piece_bytes: what is fetched as a whole.
         shortest_turn_s: that an explorer has to itself at a source; longer for large folders.
     """
 
-    def __init__(self, *, shortest_turn_s: float = _SHORTEST_TURN_S) -> None:
+    def __init__(
+        self, *, piece_bytes: int = _PIECE_BYTES, shortest_turn_s: float = _SHORTEST_TURN_S
+    ) -> None:
+        self._piece_bytes = piece_bytes
         self._shortest_turn_s = shortest_turn_s
         self._offers: dict[str, _Offer] = {}
         self._vouch: Callable[[web.Request], None] = lambda request: None
@@ -80,18 +85,21 @@ class FileServer:
         self.add_to(app, self._listener.vouch)
         return await self._listener.start(app, tls=tls)
 
-    def offer(self, folder: Path) -> Files:
-        """Until `withdraw`; if the folder is changed or removed, nobody gets any more of it.
-
-        Looks at each file, in any thread. OSError if the folder can't be read.
-        """
-        files = Files(str(folder.resolve()), stamp_of(folder), secrets.token_hex(_KEY_BYTES))
-        self._add(files.key, folder)
+    async def offer(self, folder: Path) -> Files:
+        """Until `withdraw`, or until the folder is gone when another one is offered; meanwhile
+        nobody gets anything of it that has changed. OSError if it can't be read."""
+        whole = await asyncio.to_thread(folder.resolve)
+        stamp = await asyncio.to_thread(stamp_of, whole)
+        files = Files(str(whole), stamp, secrets.token_hex(_KEY_BYTES))
+        await self._add(files.key, whole)
+        for key, offer in list(self._offers.items()):
+            if not await asyncio.to_thread(offer.folder.is_dir):
+                self.withdraw(key)
         return files
 
-    def relay(self, key: str, folder: Path, manifest: Manifest) -> None:
+    async def relay(self, key: str, folder: Path, manifest: Manifest) -> None:
         """Offers what was fetched, by the same key."""
-        self._add(key, folder).manifest = manifest
+        await self._add(key, folder, manifest)
 
     def withdraw(self, key: str) -> None:
         """Whoever takes it is told, at once."""
@@ -101,16 +109,15 @@ class FileServer:
             for seat in offer.seats:
                 seat.changed.set()
 
-    def _add(self, key: str, folder: Path) -> "_Offer":
-        contents = contents_of(folder)
+    async def _add(self, key: str, folder: Path, manifest: Manifest | None = None) -> None:
+        contents = await asyncio.to_thread(contents_of, folder)
         size = sum(size for size, _ in contents.values())
         turns = Turns(turn_s=self._shortest_turn_s + size / _SLOWEST_BYTES_PER_S)
-        self._offers[key] = offer = _Offer(folder, contents, turns)
-        return offer
+        self._offers[key] = _Offer(folder, contents, turns, manifest)
 
     def _offered(self, request: web.Request) -> "_Offer":
         given = request.headers.get("Authorization", "").encode(errors="replace")
-        for key, offer in list(self._offers.items()):  # others may offer meanwhile
+        for key, offer in self._offers.items():
             if hmac.compare_digest(given, authorization(key).encode()):
                 self._vouch(request)
                 return offer
@@ -169,7 +176,8 @@ class FileServer:
         """Computed when it is asked for first; None if the folder can't be read any more."""
         if offer.manifest is None:
             if offer.computing is None:
-                offer.computing = self._tasks.create_task(_compute(offer), name="checksums")
+                computing = _compute(offer, self._piece_bytes)
+                offer.computing = self._tasks.create_task(computing, name="checksums")
             await asyncio.shield(offer.computing)
         return offer.manifest
 
@@ -177,20 +185,26 @@ class FileServer:
 class _Offer:
     """A folder, and who takes it."""
 
-    def __init__(self, folder: Path, contents: dict[str, tuple[int, int]], turns: Turns) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        contents: dict[str, tuple[int, int]],
+        turns: Turns,
+        manifest: Manifest | None,
+    ) -> None:
         self.folder = folder
         self.contents = contents
         self.turns = turns
         self.seats: set[Seat] = set()
-        self.manifest: Manifest | None = None
+        self.manifest = manifest
         self.computing: asyncio.Task[None] | None = None
         self.withdrawn = False
 
 
-async def _compute(offer: _Offer) -> None:
+async def _compute(offer: _Offer, piece_bytes: int) -> None:
     try:
         offer.manifest = await asyncio.to_thread(
-            manifest_of, offer.folder, wanted=lambda: not offer.withdrawn
+            manifest_of, offer.folder, piece_bytes, wanted=lambda: not offer.withdrawn
         )
     except OSError as error:
         logger.warning("explorers can't have %s: %s", offer.folder, error)

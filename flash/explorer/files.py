@@ -30,7 +30,6 @@ ROUTE = "/files"
 HERE = ""  # a source: the one who names it
 HEARTBEAT_S = 20.0  # on either side of the WebSocket
 
-_PIECE_BYTES = 8 << 20
 _LARGEST_PIECE_BYTES = 64 << 20
 _THREADS = 4  # that compute checksums
 
@@ -152,7 +151,7 @@ def is_here(path: str, stamp: str) -> bool:
 
 
 def manifest_of(
-    folder: Path, *, piece_bytes: int = _PIECE_BYTES, wanted: Callable[[], bool] = lambda: True
+    folder: Path, piece_bytes: int, *, wanted: Callable[[], bool] = lambda: True
 ) -> Manifest:
     """Of what is in the folder, all of which is read. OSError if that can't be, or isn't `wanted`
     any more."""
