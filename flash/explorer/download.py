@@ -93,8 +93,14 @@ class Download:
                     for task in (following, *self._taking.values()):
                         task.cancel()
         except BaseException:
-            await self.socket.close()
+            await self.close()
             raise
+
+    async def close(self) -> None:
+        """Of the socket."""
+        await self.socket.close()
+        # aiohttp leaves that to the garbage collector where the other side was lost.
+        self.socket._response.close()
 
     async def _connect(self) -> ClientWebSocketResponse:
         try:
@@ -213,7 +219,7 @@ def _prepare(partial: Path, manifest: Manifest) -> list[Piece]:
     wanted, free = sum(piece.size for piece in missing), shutil.disk_usage(partial).free
     if wanted > free:
         raise OSError(
-            errno.ENOSPC, f"{wanted:,} bytes are to come, {free:,} are free", str(partial)
+            errno.ENOSPC, f"{wanted:,} bytes are to come, and {free:,} are free", str(partial)
         )
     return missing
 

@@ -63,7 +63,7 @@ class Fetcher:
         self._tls = tls
         self._backoff_s = backoff_s
         self._whole: list[Path] = []  # oldest first; what another process left is verified again
-        self._relaying: dict[Path, asyncio.Task[None]] = {}
+        self._downloads: dict[Path, Download] = {}  # of which the controller has heard or will
         self._tasks = asyncio.TaskGroup()
 
     async def __aenter__(self) -> Self:
@@ -71,8 +71,8 @@ class Fetcher:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        for relaying in self._relaying.values():
-            relaying.cancel()
+        for download in self._downloads.values():
+            await download.close()
         await self._tasks.__aexit__(None, None, None)
 
     async def fetch(self, files: Files) -> Path:
@@ -93,9 +93,8 @@ class Fetcher:
             download = await self._download(files, partial)
             await on_disk(partial.rename, folder)
             self._whole.append(folder)
-            self._relaying[folder] = self._tasks.create_task(
-                self._pass_on(download, files.key, folder), name="relay"
-            )
+            self._downloads[folder] = download
+            self._tasks.create_task(self._pass_on(download, files.key, folder), name="relay")
         return folder
 
     async def _download(self, files: Files, partial: Path) -> Download:
@@ -128,12 +127,12 @@ class Fetcher:
         finally:
             if self._relay is not None:
                 self._relay.withdraw(key)
-            await download.socket.close()
+            await download.close()
 
     async def _make_room(self, folder: Path, partial: Path) -> None:
         for oldest in self._whole[: max(0, len(self._whole) + 1 - self._keep)]:
             self._whole.remove(oldest)
-            self._relaying.pop(oldest).cancel()
+            await self._downloads.pop(oldest).close()
         await on_disk(_sweep, self._into, {*self._whole, folder, partial})
         await on_disk(_begin_again, folder, partial)
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import hmac
 import logging
+import os
 import secrets
 import ssl
 from collections.abc import Callable
@@ -130,11 +131,21 @@ class FileServer:
         name = request.match_info["name"]
         if name not in offer.contents:
             raise web.HTTPNotFound(reason="there is no such file in the folder")
-        path = offer.folder / name
-        if not await asyncio.to_thread(_is_still, path, offer.contents[name]):
-            raise web.HTTPGone(reason="the file was changed or removed")
-        headers = {"Content-Type": "application/octet-stream"}
-        return web.FileResponse(path, chunk_size=_CHUNK_BYTES, headers=headers)
+        start, stop = _asked(request, offer.contents[name][0])
+        response = web.StreamResponse(status=206)
+        response.content_type = "application/octet-stream"
+        response.content_length = stop - start
+        for offset in range(start, stop, _CHUNK_BYTES):
+            size = min(_CHUNK_BYTES, stop - offset)
+            data = await asyncio.to_thread(offer.read, name, offset, size)
+            if data is None and not response.prepared:
+                raise web.HTTPGone(reason="the file was changed or removed")
+            if data is None:
+                request.protocol.force_close()
+                break
+            await response.prepare(request)
+            await response.write(data)
+        return response
 
     # ── whom to take them from ───────────────────────────────────────────────────────────────
 
@@ -200,6 +211,18 @@ class _Offer:
         self.computing: asyncio.Task[None] | None = None
         self.withdrawn = False
 
+    def read(self, name: str, offset: int, size: int) -> bytes | None:
+        """None if the file is not any more what was offered. Blocks."""
+        try:
+            with (self.folder / name).open("rb", buffering=0) as file:
+                about = os.fstat(file.fileno())
+                if (about.st_size, about.st_mtime_ns) != self.contents[name]:
+                    return None
+                file.seek(offset)
+                return file.read(size)
+        except OSError:
+            return None
+
 
 async def _compute(offer: _Offer, piece_bytes: int) -> None:
     try:
@@ -226,9 +249,12 @@ async def _hear(offer: _Offer, seat: Seat, socket: web.WebSocketResponse) -> Non
                 offer.turns.have(seat, url)
 
 
-def _is_still(path: Path, expected: tuple[int, int]) -> bool:
+def _asked(request: web.Request, size: int) -> tuple[int, int]:
+    """The part of a file of that size that a request wants."""
     try:
-        about = path.stat()
-    except OSError:
-        return False
-    return (about.st_size, about.st_mtime_ns) == expected
+        asked = request.http_range
+    except ValueError:
+        asked = slice(0, 0)
+    if asked.start is None or asked.stop is None or not 0 <= asked.start < asked.stop <= size:
+        raise web.HTTPRequestRangeNotSatisfiable(reason="the Range must be a part of the file")
+    return asked.start, asked.stop
