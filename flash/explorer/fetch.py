@@ -31,7 +31,7 @@ _PARTIAL = ".partial"
 
 
 class Fetcher:
-    """Fetches folders into one that is its own. Enter it, and fetch one at a time.
+    """Fetches folders into one that is its own. Enter it; one is fetched after the other.
 
     Args:
         controller: its URL, as far as that is known now.
@@ -64,6 +64,7 @@ class Fetcher:
         self._backoff_s = backoff_s
         self._whole: list[Path] = []  # oldest first; what another process left is verified again
         self._downloads: dict[Path, Download] = {}  # of which the controller has heard or will
+        self._lock = asyncio.Lock()  # room is made for one at a time
         self._tasks = asyncio.TaskGroup()
 
     async def __aenter__(self) -> Self:
@@ -86,16 +87,24 @@ class Fetcher:
             return Path(files.path)
         if not _STAMP.fullmatch(files.stamp):
             raise PublishFailure(f"{files.stamp[:80]!r} is not the stamp of a folder")
-        folder = self._into / files.stamp
-        if folder not in self._whole:
-            partial = folder.with_suffix(_PARTIAL)
-            await self._make_room(folder, partial)
-            download = await self._download(files, partial)
+        async with self._lock:
+            folder = self._into / files.stamp
+            if folder not in self._whole:
+                await self._fetch(files, folder)
+            return folder
+
+    async def _fetch(self, files: Files, folder: Path) -> None:
+        partial = folder.with_suffix(_PARTIAL)
+        await self._make_room(folder, partial)
+        download = await self._download(files, partial)
+        try:
             await on_disk(partial.rename, folder)
-            self._whole.append(folder)
-            self._downloads[folder] = download
-            self._tasks.create_task(self._pass_on(download, files.key, folder), name="relay")
-        return folder
+        except BaseException:
+            await download.close()
+            raise
+        self._whole.append(folder)
+        self._downloads[folder] = download
+        self._tasks.create_task(self._pass_on(download, files.key, folder), name="relay")
 
     async def _download(self, files: Files, partial: Path) -> Download:
         """Again and again; a controller that is away may come back."""

@@ -219,7 +219,8 @@ class _Offer:
                 if (about.st_size, about.st_mtime_ns) != self.contents[name]:
                     return None
                 file.seek(offset)
-                return file.read(size)
+                data = file.read(size)
+                return data if len(data) == size else None
         except OSError:
             return None
 

@@ -2,9 +2,10 @@
 
 import asyncio
 import contextlib
+import hashlib
+import os
 import random
 import shutil
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from flash.errors import PublishFailure
+from flash.explorer import file_server
 from flash.explorer.fetch import Fetcher
 from flash.explorer.file_server import FileServer
 from flash.explorer.files import (
@@ -36,9 +38,10 @@ SIZES = {
     "model-00003-of-00003.safetensors": 999,
     "model.safetensors.index.json": 1_200,
     "tokenizer.json": 2_001,
-    "vocabulary (50% of it)#1?.txt": 0,
+    "vocabulary (50% of it)#1?.txt": 10,
+    "merges.txt": 0,
 }
-PIECES = 1 + 8 + 7 + 1 + 2 + 3
+PIECES = 1 + 8 + 7 + 1 + 2 + 3 + 1
 
 
 def model(folder: Path, *, seed: int = 0) -> Path:
@@ -121,6 +124,14 @@ async def test_what_came_is_what_was_offered(tmp_path: Path):
         assert (site.pieces, site.bytes) == (PIECES, sum(SIZES.values()))
         assert list((tmp_path / "into").iterdir()) == [folder]
         assert await explorer.fetch(files) == folder
+        assert site.pieces == PIECES
+
+
+async def test_two_who_want_the_same_at_once_have_one_download(tmp_path: Path):
+    async with Site().open() as site, fetcher(site, tmp_path / "into") as explorer:
+        files = elsewhere(await site.files.offer(model(tmp_path / "model")))
+        first, second = await asyncio.gather(explorer.fetch(files), explorer.fetch(files))
+        assert first == second
         assert site.pieces == PIECES
 
 
@@ -380,12 +391,35 @@ async def status(
         return response.status
 
 
-@pytest.mark.parametrize("key", ["", "another", "k\udcffy", "é"])
+@pytest.mark.parametrize("key", ["", "another", "é"])
 async def test_without_the_key_nothing_is_told(tmp_path: Path, key):
     async with Site().open() as site, aiohttp.ClientSession() as session:
         await site.files.offer(model(tmp_path / "model"))
         for path in ("", "config.json", "nothing"):
             assert await status(session, site, path, key) == 403
+
+
+async def test_a_key_that_is_no_text_is_none(tmp_path: Path):
+    async with Site().open() as site:
+        await site.files.offer(model(tmp_path / "model"))
+        reader, writer = await asyncio.open_connection("127.0.0.1", site.server.port)
+        writer.write(b"GET /files HTTP/1.1\r\nHost: here\r\nAuthorization: \xff\r\n\r\n")
+        assert b" 403 " in await reader.readline()
+        writer.close()
+
+
+async def test_a_file_that_changes_while_it_is_sent_ends_the_answer(tmp_path: Path):
+    path = model(tmp_path / "model") / "large"
+    path.touch()
+    os.truncate(path, 64 << 20)
+    async with Site().open() as site, aiohttp.ClientSession() as session:
+        files = await site.files.offer(tmp_path / "model")
+        headers = {"Authorization": authorization(files.key), "Range": f"bytes=0-{(64 << 20) - 1}"}
+        async with session.get(f"{site.url}/files/large", headers=headers) as response:
+            assert response.status == 206
+            os.truncate(path, 1 << 20)
+            with pytest.raises(aiohttp.ClientPayloadError):
+                await response.read()
 
 
 @pytest.mark.parametrize(
@@ -409,10 +443,12 @@ def test_a_manifest_names_files_alone(tmp_path: Path, name):
 
 
 @pytest.mark.parametrize(
-    ("piece_bytes", "size"), [(0, 5), (-1, 5), (1 << 30, 5), (10, -1), (10, 11), (10, 0)]
+    ("piece_bytes", "size", "checksums"),
+    [(0, 5, 1), (-1, 5, 1), (1 << 30, 5, 1), (10, -1, 0), (10, 11, 1), (10, 0, 1), (10, 10, 0)],
 )
-def test_a_manifest_has_a_checksum_for_each_piece(piece_bytes, size):
-    said = {"type": "Manifest", "piece_bytes": piece_bytes, "files": [["a", size, [b"1"]]]}
+def test_a_manifest_has_a_checksum_for_each_piece(piece_bytes, size, checksums):
+    files = [["a", size, [b"1"] * checksums]]
+    said = {"type": "Manifest", "piece_bytes": piece_bytes, "files": files}
     with pytest.raises(msgspec.ValidationError):
         decode_from_server(encode(said))
 
@@ -421,7 +457,8 @@ async def test_the_newest_two_are_kept_and_what_was_begun_before_is_removed(tmp_
     into = tmp_path / "into"
     (into / f"{'0' * 64}.partial").mkdir(parents=True)
     (into / "notes").mkdir()
-    async with Site().open() as site, fetcher(site, into) as explorer:
+    relay = Site()
+    async with Site().open() as site, fetcher(site, into, relay) as explorer:
         folders = []
         for version in range(4):
             folder = model(tmp_path / f"version_{version}", seed=version)
@@ -429,13 +466,15 @@ async def test_the_newest_two_are_kept_and_what_was_begun_before_is_removed(tmp_
             kept = {path for path in into.iterdir() if path.name != "notes"}
             assert kept == set(folders[-2:])
         assert (into / "notes").is_dir()
+        while len(relay.files._offers) != 2:
+            await asyncio.sleep(0)
 
 
 async def test_a_disk_without_room_is_told_of(tmp_path: Path, monkeypatch):
     async with Site().open() as site, fetcher(site, tmp_path / "into") as explorer:
         files = elsewhere(await site.files.offer(model(tmp_path / "model")))
         monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 4, 5))
-        with pytest.raises(PublishFailure, match=r"19,000 bytes are to come, and 5 are free.*into"):
+        with pytest.raises(PublishFailure, match=r"19,010 bytes are to come, and 5 are free.*into"):
             await explorer.fetch(files)
 
 
@@ -458,21 +497,45 @@ async def test_an_explorer_listens_for_itself(tmp_path: Path):
             assert (response.status, await response.read()) == (206, expected)
 
 
-async def test_a_folder_is_read_once_however_many_ask(tmp_path: Path):
-    """And by several threads: order is that of the files all the same."""
-    folder = model(tmp_path / "model")
-    asked = Counter()
+async def test_a_folder_is_read_once_however_many_ask(tmp_path: Path, monkeypatch):
+    read = []
 
-    def wanted() -> bool:
-        asked["pieces"] += 1
-        return True
+    def counted(folder: Path, *args, **options) -> Manifest:
+        read.append(folder)
+        return manifest_of(folder, *args, **options)
 
-    manifest = manifest_of(folder, PIECE, wanted=wanted)
-    assert asked["pieces"] == PIECES
+    monkeypatch.setattr(file_server, "manifest_of", counted)
+    async with Site().open() as site, contextlib.AsyncExitStack() as stack:
+        files = elsewhere(await site.files.offer(model(tmp_path / "model")))
+        assert not read
+        explorers = [
+            await stack.enter_async_context(fetcher(site, tmp_path / f"{number}"))
+            for number in range(3)
+        ]
+        await asyncio.gather(*(explorer.fetch(files) for explorer in explorers))
+        assert read == [tmp_path / "model"]
+
+
+def test_checksums_come_in_the_order_of_the_files_from_several_threads(tmp_path: Path):
+    manifest = manifest_of(model(tmp_path / "model"), PIECE)
     assert [entry.name for entry in manifest.files] == sorted(SIZES)
-    assert manifest == decode_from_server(encode(manifest))
+    for piece in manifest.pieces():
+        data = (tmp_path / "model" / piece.file).read_bytes()[piece.offset :][: piece.size]
+        assert hashlib.sha256(data).digest() == piece.checksum
+    assert decode_from_server(encode(manifest)) == manifest
+
+
+def test_a_folder_that_changes_while_it_is_read_has_no_manifest(tmp_path: Path):
+    folder = model(tmp_path / "model")
     with pytest.raises(OSError, match="is wanted no more"):
         manifest_of(folder, PIECE, wanted=lambda: False)
+
+    def shorten() -> bool:
+        (folder / "tokenizer.json").write_bytes(b"")
+        return True
+
+    with pytest.raises(OSError, match="tokenizer.json became shorter"):
+        manifest_of(folder, PIECE, wanted=shorten)
 
 
 def test_a_stamp_tells_what_changed(tmp_path: Path):
@@ -481,4 +544,3 @@ def test_a_stamp_tells_what_changed(tmp_path: Path):
     assert stamp_of(folder) == stamp
     (folder / "config.json").write_bytes(bytes(300))
     assert stamp_of(folder) != stamp
-    assert isinstance(Manifest(1, []), Manifest)
