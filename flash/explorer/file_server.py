@@ -67,8 +67,7 @@ class FileServer:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        for key in list(self._offers):
-            self.withdraw(key)
+        self.withdraw_all()
         if self._listener is not None:
             await self._listener.close()
         await self._tasks.__aexit__(None, None, None)
@@ -109,6 +108,10 @@ class FileServer:
             offer.withdrawn = True
             for seat in offer.seats:
                 seat.changed.set()
+
+    def withdraw_all(self) -> None:
+        for key in list(self._offers):
+            self.withdraw(key)
 
     async def _add(self, key: str, folder: Path, manifest: Manifest | None = None) -> None:
         contents = await asyncio.to_thread(contents_of, folder)

@@ -13,7 +13,6 @@ turns.py says who takes from whom, so that the controller sends about as much as
 file_server.py and fetch.py are the two sides. Folders inside of a folder are left out.
 """
 
-import asyncio
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -127,8 +126,6 @@ def contents_of(folder: Path) -> dict[str, tuple[int, int]]:
             contents[path.name] = (about.st_size, about.st_mtime_ns)
     return contents
 
-from flash.explorer.messages import Files
-
 
 def stamp_of(folder: Path) -> str:
     """Tells a folder from all others, and from what it was before: by names, sizes and times."""
@@ -136,12 +133,6 @@ def stamp_of(folder: Path) -> str:
     for name, (size, time_ns) in contents_of(folder).items():
         told.update(f"{name}\0{size}\0{time_ns}\n".encode())
     return told.hexdigest()
-
-
-async def offered(folder: Path) -> Files:
-    """What an explorer is told of a folder here."""
-    whole = await asyncio.to_thread(folder.resolve)
-    return Files(path=str(whole), stamp=await asyncio.to_thread(stamp_of, whole), key="")
 
 
 def is_here(path: str, stamp: str) -> bool:
