@@ -86,7 +86,7 @@ def checked(*, token: str, **options: Any) -> Options:
         raise ValueError(f"--drain_s {told.drain_s:g}: must be a number of seconds, at least 0")
     if told.relay:
         _host_and_port(told.relay)
-        if told.ca or told.source.startswith("https:"):
+        if told.ca or told.source.lower().startswith("https:"):
             raise ValueError(
                 "--relay sends weights in the clear, and this run uses TLS: leave it out; all of "
                 "them come from the controller then"

@@ -6,17 +6,20 @@ import hashlib
 import os
 import random
 import shutil
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import aiohttp
 import msgspec
 import pytest
+import trustme
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from flash.errors import PublishFailure
 from flash.explorer import file_server
+from flash.explorer.explore import checked
 from flash.explorer.fetch import Fetcher
 from flash.explorer.file_server import FileServer
 from flash.explorer.files import (
@@ -28,8 +31,14 @@ from flash.explorer.files import (
     manifest_of,
     stamp_of,
 )
+from flash.explorer.gate import Gate
 from flash.explorer.messages import Files
+from flash.fakes import FakeWires
+from flash.virtual_time import in_virtual_time
+from tests.explorer.fleets import Controller, Explorer
+from tests.steady import weights
 
+TLS_SERVER, TLS_CLIENT = ssl.PROTOCOL_TLS_SERVER, ssl.PROTOCOL_TLS_CLIENT
 PIECE = 1000
 SIZES = {
     "config.json": 300,
@@ -331,6 +340,59 @@ async def gone(explorer: Fetcher, files: Files) -> None:
         await explorer.fetch(files)
 
 
+@in_virtual_time
+async def test_an_explorer_that_comes_too_late_for_weights_takes_the_newer_ones():
+    gone = []
+
+    async def have(files: Files) -> Path:
+        if files.path in ("/fake/2", "/fake/3"):
+            gone.append(files.path)
+            raise GoneError(files.path)
+        return Path(files.path)
+
+    wires = FakeWires()
+    controller = Controller(wires, alpha=3)
+    async with controller.running() as loop:
+        explorer = Explorer(wires, have=have).start()
+        for version in range(1, 5):
+            await loop.next_batch()
+            await loop.publish(weights(version))
+        while explorer.hub.version < 4:
+            await asyncio.sleep(1)
+    assert gone == ["/fake/2", "/fake/3"]
+
+
+@in_virtual_time
+async def test_a_model_that_is_gone_is_had_from_the_controllers_next_start():
+    asked = []
+
+    async def have(files: Files) -> Path:
+        asked.append(files.key)
+        if files.key == "first":
+            raise GoneError(files.path)
+        return Path("/fetched")
+
+    wires = FakeWires()
+    controller = Controller(wires)
+    connection = Explorer(wires).connection
+    first, second = (Files("/model", "stamp", key) for key in ("first", "second"))
+    async with connection.kept():
+        async with controller.running(model_files=first):
+            await connection.welcomed()
+            having = asyncio.create_task(connection.model_by(have))
+            await asyncio.sleep(1)
+            assert not having.done()
+            controller.fleet.close = lost
+        wires.cut()
+        async with controller.running(model_files=second):
+            assert await having == "/fetched"
+    assert asked == ["first", "second"]
+
+
+async def lost(*why, **again) -> None:
+    """In the place of a word that all is over: nothing is said."""
+
+
 async def test_a_relay_ends_with_the_offer(tmp_path: Path):
     relay = Site()
     async with Site().open() as site, fetcher(site, tmp_path / "1", relay) as explorer:
@@ -486,6 +548,27 @@ async def test_a_place_that_is_no_folder_is_told_of(tmp_path: Path):
             await explorer.fetch(files)
 
 
+async def test_a_gate_with_tls_has_the_files_too(tmp_path: Path):
+    authority = trustme.CA()
+    theirs, ours = (ssl.SSLContext(kind) for kind in (TLS_SERVER, TLS_CLIENT))
+    authority.issue_cert("127.0.0.1").configure_cert(theirs)
+    authority.configure_trust(ours)
+
+    async def welcome(wire) -> None:
+        raise AssertionError("nobody comes")
+
+    async with FileServer() as server, aiohttp.ClientSession() as session:
+        gate = Gate("token", welcome, files=server, host="127.0.0.1", port=0, tls=theirs)
+        url = await gate.start()
+        try:
+            files = elsewhere(await server.offer(model(tmp_path / "model")))
+            async with Fetcher(session, lambda: url, tmp_path / "into", tls=ours) as explorer:
+                assert content(await explorer.fetch(files)) == content(tmp_path / "model")
+        finally:
+            server.withdraw_all()
+            await gate.close()
+
+
 async def test_an_explorer_listens_for_itself(tmp_path: Path):
     manifest = manifest_of(model(tmp_path / "model"), PIECE)
     async with FileServer() as relay, aiohttp.ClientSession() as session:
@@ -544,3 +627,20 @@ def test_a_stamp_tells_what_changed(tmp_path: Path):
     assert stamp_of(folder) == stamp
     (folder / "config.json").write_bytes(bytes(300))
     assert stamp_of(folder) != stamp
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["host", "10.0.0.7:port", "10.0.0.7:99999", "a@10.0.0.7", "10.0.0.7/x", ":80", "[::1"],
+)
+def test_a_relay_that_has_no_address_is_refused(address):
+    with pytest.raises(ValueError, match="must be an address of this machine at which other"):
+        checked(source="runs/x", token="", relay=address, overrides={})
+
+
+def test_nothing_is_relayed_in_the_clear_of_a_run_with_tls():
+    for source in ("https://host:1", "HTTPS://host:1"):
+        with pytest.raises(ValueError, match="--relay sends weights in the clear"):
+            checked(source=source, token="token", relay="10.0.0.7:80", overrides={})
+    for address in ("10.0.0.7", "0.0.0.0:8766", "[::1]:8766"):
+        assert checked(source="runs/x", token="", relay=address, overrides={}).relay == address
