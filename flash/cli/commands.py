@@ -188,6 +188,7 @@ def _explore(arguments: Sequence[str]) -> None:
     parser.add_argument("--name", default="")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--ca", type=Path)
+    parser.add_argument("--relay", default="")
     parser.add_argument("--drain_s", type=float, default=120.0)
     options, words = parser.parse_known_args(arguments)
     sources, overrides = split_words(words, options=parser.names())
@@ -198,7 +199,7 @@ def _explore(arguments: Sequence[str]) -> None:
 
     told = checked(
         source=source, token=options.token, name=options.name, folder=options.folder,
-        ca=options.ca, drain_s=options.drain_s, overrides=overrides,
+        ca=options.ca, relay=options.relay, drain_s=options.drain_s, overrides=overrides,
     )  # fmt: skip
     stop = asyncio.Event()
     run_loop(explore(told, stop=stop), stop=stop)

@@ -80,6 +80,8 @@ _EXPLORE = """\
   --folder DIR            for logs, and for what it finished alone [explorers/NAME, in the run's
                           folder if it is given]
   --ca FILE               the controller's certificate, or who vouches for it, in PEM
+  --relay ADDRESS         of this machine, at which other explorers take weights from this one, so
+                          that the trainer need not send them to each: 10.0.0.7, or 10.0.0.7:8766
   --drain_s SECONDS       for episodes to come to their ends when it leaves [120]
 
 The run must let explorers in: --explorers.expected 1. They may start before it. SIGTERM or Ctrl-C

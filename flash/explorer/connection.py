@@ -16,6 +16,7 @@ from flash.errors import (
     first_error,
     one_line,
 )
+from flash.explorer.files import GoneError
 from flash.explorer.gate import NotTheController
 from flash.explorer.link import Link, LinkLost, Wire
 from flash.explorer.messages import (
@@ -58,7 +59,7 @@ class Connection:
     Args:
         name: what the explorer is called.
         connect: gives a wire to the controller; NotTheController if there is none now.
-        have: gives the folder of a model on this machine; ValueError if it can't be had.
+        have: gives the folder of weights on this machine; GoneError if there are newer ones.
         say: is told what the user should know.
     """
 
@@ -126,6 +127,20 @@ class Connection:
             await self._changed.wait()
         return True
 
+    async def model_by(self, have: Callable[[Files], Awaitable[Path]]) -> str:
+        """What the run begins with: its folder on this machine, or its name."""
+        while True:
+            welcome = self._welcome
+            assert welcome is not None
+            if welcome.model_files is None:
+                return welcome.model
+            try:
+                return str(await have(welcome.model_files))
+            except GoneError:  # the controller that offered it was followed by another
+                while self._welcome is welcome:
+                    self._changed.clear()
+                    await self._changed.wait()
+
     async def flush(self) -> None:
         if self._link is not None:
             await self._link.flush()
@@ -152,6 +167,10 @@ class Connection:
             try:
                 path = await self._have(newest.files)
                 await hub.publish(Weights(version=newest.version, path=path))
+            except GoneError:
+                if self._weights is newest:
+                    self._news_of_weights.clear()
+                    await self._news_of_weights.wait()
             except (FlashError, ValueError) as error:
                 self.fail(error)
                 return

@@ -8,6 +8,7 @@ where is the run? ─► join ─► Welcome: its configuration ─► hub, work
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import math
 import os
@@ -17,6 +18,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 
@@ -25,13 +27,11 @@ from flash.config import Config
 from flash.config.source import changed
 from flash.explorer.address import ADDRESS_FILE, Address
 from flash.explorer.connection import Connection, RunIsOver
-from flash.explorer.files import is_here
+from flash.explorer.fetch import Fetcher
+from flash.explorer.file_server import FileServer
 from flash.explorer.gate import NotTheController, joined
 from flash.explorer.link import Wire
-from flash.explorer.messages import (
-    Files,
-    Welcome,
-)
+from flash.explorer.messages import Welcome
 from flash.explorer.player import Player
 from flash.explorer.playing import play
 from flash.explorer.spool import Spool
@@ -40,6 +40,7 @@ from flash.rollout.crew import AgentCrew
 from flash.section import is_url
 from flash.stop import unless
 from flash.system import machine
+from flash.system.listener import from_elsewhere
 from flash.types import Weights
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class Options:
     name: str = ""
     folder: Path | None = None
     ca: Path | None = None
+    relay: str = ""  # the address at which other explorers take files from this one
     drain_s: float = 120.0
     overrides: Mapping[str, Any]
 
@@ -82,6 +84,13 @@ def checked(*, token: str, **options: Any) -> Options:
         )
     if not (math.isfinite(told.drain_s) and told.drain_s >= 0):
         raise ValueError(f"--drain_s {told.drain_s:g}: must be a number of seconds, at least 0")
+    if told.relay:
+        _host_and_port(told.relay)
+        if told.ca or told.source.lower().startswith("https:"):
+            raise ValueError(
+                "--relay sends weights in the clear, and this run uses TLS: leave it out; all of "
+                "them come from the controller then"
+            )
     _trusted(told.ca)
     check_local(told.overrides)
     return told
@@ -112,20 +121,37 @@ async def explore(
         spool = Spool(folder / "spool")
         opened.push_async_callback(spool.close)
         session = await opened.enter_async_context(aiohttp.ClientSession())
+        relay, relay_url = await _open_relay(options.relay, opened)
+        url = ""
 
         @contextlib.asynccontextmanager
         async def connect() -> AsyncIterator[Wire]:
+            nonlocal url
             address = _address_of(options)
+            url = address.url
             async with joined(session, address.url, address.token, tls=tls) as wire:
                 yield wire
 
+        models, weights = [
+            await opened.enter_async_context(
+                Fetcher(
+                    session, lambda: url, folder / name,
+                    relay=relay, relay_url=relay_url, tls=tls,
+                )
+            )
+            for name in ("model", "weights")
+        ]  # fmt: skip
         player = Player(spool)
         await asyncio.to_thread(player.load)
-        connection = Connection(name, player, connect=connect, have=_folder_of, say=say)
+        connection = Connection(name, player, connect=connect, have=weights.fetch, say=say)
         try:
             async with connection.kept():
                 while (welcome := await unless(stop, connection.welcomed())) is not None:
-                    await _play_for(options, welcome, connection, player, folder, stop, say)
+                    player.doing = "fetches the model"
+                    model = await unless(stop, connection.model_by(models.fetch))
+                    if model is None:
+                        break
+                    await _play_for(options, welcome, model, connection, player, folder, stop, say)
         except RunIsOver as over:
             say(f"{name}: {over}")
 
@@ -133,6 +159,7 @@ async def explore(
 async def _play_for(
     options: Options,
     welcome: Welcome,
+    model: str,
     connection: Connection,
     player: Player,
     folder: Path,
@@ -143,7 +170,6 @@ async def _play_for(
     config = local_config(welcome, options.overrides)
     configuration.check_capacity(config, machine.capacity(), trains=False)
     player.doing = "starts its workers"
-    model = welcome.model if welcome.model_files is None else await _folder_of(welcome.model_files)
 
     async def weights() -> Weights:
         return Weights(version=welcome.version, path=Path(model))
@@ -151,7 +177,7 @@ async def _play_for(
     async with (
         open_parts(
             config,
-            model=str(model),
+            model=model,
             version=welcome.version,
             weights=weights,
             log_dir=folder / "logs",
@@ -173,11 +199,35 @@ async def _play_for(
         )
 
 
-async def _folder_of(files: Files) -> Path:
-    """Where a model is on this machine. ValueError if it can't be had."""
-    if is_here(files.path, files.stamp):
-        return Path(files.path)
-    raise ValueError(f"{files.path} is on the controller's disk, which is not shared with this one")
+async def _open_relay(
+    address: str, opened: contextlib.AsyncExitStack
+) -> tuple[FileServer | None, str]:
+    """Where other explorers take files from this one, and the URL, if that was asked for."""
+    if not address:
+        return None, ""
+    host, port = _host_and_port(address)
+    relay = await opened.enter_async_context(FileServer())
+    try:
+        return relay, from_elsewhere(await relay.listen(host, port))
+    except OSError as error:
+        raise ValueError(
+            f"--relay {address}: {error}: name an address of this machine, or another port"
+        ) from error
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    try:
+        parts = urlsplit(f"//{address}")
+        host, port = parts.hostname or "", parts.port or 0
+        if parts.netloc != address or "@" in address:
+            raise ValueError(address)
+        ipaddress.ip_address(host)
+    except ValueError:
+        raise ValueError(
+            f"--relay {address}: must be an address of this machine at which other explorers can "
+            f"reach it, as 10.0.0.7 or 10.0.0.7:8766, or 0.0.0.0 for all of its addresses"
+        ) from None
+    return host, port
 
 
 def check_local(overrides: Iterable[str]) -> None:

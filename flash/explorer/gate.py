@@ -22,6 +22,7 @@ import aiohttp
 import msgspec
 from aiohttp import WSMsgType, web
 
+from flash.explorer.file_server import FileServer
 from flash.explorer.link import LinkLost, Wire
 from flash.system.listener import Listener, local_address, page_refusal, read_body
 
@@ -51,19 +52,24 @@ class NotTheController(Exception):
 
 
 class Gate:
-    """Lets those in who have the token; `welcome` has each one's wire until it returns."""
+    """Lets those in who have the token; `welcome` has each one's wire until it returns.
+
+    `files` are to be had at the same port, by whoever has their key.
+    """
 
     def __init__(
         self,
         token: str,
         welcome: Callable[[Wire], Awaitable[None]],
         *,
+        files: FileServer,
         host: str,
         port: int,
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self._token = token
         self._welcome = welcome
+        self._files = files
         self._listener = Listener(host, port)
         self._tls = tls
         self._nonces: dict[str, str] = {}
@@ -73,6 +79,7 @@ class Gate:
         app = web.Application(client_max_size=_LARGEST_BODY)
         app.router.add_post(_PATH, self._open)
         app.router.add_get(_PATH, self._enter)
+        self._files.add_to(app, self._listener.vouch)
         return await self._listener.start(app, tls=self._tls)
 
     async def close(self) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import secrets
-import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -16,7 +15,7 @@ from flash.environments.hosts import EnvHosts
 from flash.explorer.address import Address
 from flash.explorer.config import ExplorersConfig
 from flash.explorer.crew import FleetCrew
-from flash.explorer.files import offered
+from flash.explorer.file_server import FileServer
 from flash.explorer.fleet import Fleet, Run
 from flash.explorer.gate import Gate
 from flash.explorer.hub import FleetHub
@@ -28,6 +27,7 @@ from flash.rollout.crew import AgentCrew, Crew
 from flash.rollout.episode import AgentFactories
 from flash.section import revealed
 from flash.system import machine
+from flash.system.listener import from_elsewhere
 from flash.types import Weights
 
 
@@ -97,9 +97,10 @@ async def open_players(
                 tokenizer=parts.tokenizer, hosts=hosts,
             )  # fmt: skip
             return
-        hub = FleetHub(None if parts is None else parts.hub, version=version, offer=offered)
+        files = await opened.enter_async_context(FileServer())
+        hub = FleetHub(None if parts is None else parts.hub, version=version, offer=files.offer)
         fleet = Fleet(
-            await _run(config, folder, model=model, version=version),
+            await _run(config, folder, files, model=model, version=version),
             lease_s=config.explorers.lease_s,
             due=due if before else (),
             after_commit=after_commit,
@@ -117,7 +118,7 @@ async def open_players(
             tokenizer=load_tokenizer(model) if parts is None else parts.tokenizer,
             hosts=hosts,
             fleet=fleet,
-            gate=lambda: _open_gate(config.explorers, fleet, folder, before, is_over, say),
+            gate=lambda: _open_gate(config.explorers, fleet, files, folder, before, is_over, say),
         )
 
 
@@ -147,7 +148,7 @@ def _nobody() -> Any:
     raise AssertionError("no agent plays here: there are no workers")
 
 
-async def _run(config: Config, folder: Path, *, model: str, version: int) -> Run:
+async def _run(config: Config, folder: Path, files: FileServer, *, model: str, version: int) -> Run:
     local = Path(model)
     return Run(
         id=(folder / ID_FILE).read_text(),
@@ -155,7 +156,7 @@ async def _run(config: Config, folder: Path, *, model: str, version: int) -> Run
         config=config.model_dump(mode="json"),
         where=machine.where(),
         model=model,
-        model_files=await offered(local) if local.is_dir() else None,
+        model_files=await files.offer(local) if local.is_dir() else None,
         version=version,
     )
 
@@ -164,6 +165,7 @@ async def _run(config: Config, folder: Path, *, model: str, version: int) -> Run
 async def _open_gate(
     settings: ExplorersConfig,
     fleet: Fleet,
+    files: FileServer,
     folder: Path,
     before: Address | None,
     is_over: Callable[[], bool],
@@ -173,7 +175,7 @@ async def _open_gate(
     token = revealed(settings.token) or (before.token if before else secrets.token_urlsafe(24))
     port = settings.port or (urlsplit(before.url).port if before else 0) or 0
     tls = _tls(settings)
-    gate = Gate(token, fleet.welcome, host=settings.host, port=port, tls=tls)
+    gate = Gate(token, fleet.welcome, files=files, host=settings.host, port=port, tls=tls)
     try:
         url = await gate.start()
     except OSError as error:
@@ -182,9 +184,9 @@ async def _open_gate(
                 f"explorers.host={settings.host!r} with explorers.port={port}: {error}: name "
                 f"another address of this machine, or another port"
             ) from error
-        gate = Gate(token, fleet.welcome, host=settings.host, port=0, tls=tls)
+        gate = Gate(token, fleet.welcome, files=files, host=settings.host, port=0, tls=tls)
         url = await gate.start()
-    url = url.replace("//0.0.0.0:", f"//{socket.gethostname()}:")
+    url = from_elsewhere(url)
     Address(url, token).write(folder)
     say(f"explorers: flash explore {folder}, or flash explore {url} --token …")
     try:
@@ -192,6 +194,7 @@ async def _open_gate(
     finally:
         over = is_over()
         await fleet.close("the run is over" if over else "the run has stopped", again=not over)
+        files.withdraw_all()
         await gate.close()
 
 

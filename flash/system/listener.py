@@ -7,6 +7,7 @@ more closes the one that is oldest: who has a key shows it at once, so it is nev
 
 import asyncio
 import ipaddress
+import socket
 import ssl
 from collections.abc import Hashable, Mapping
 from typing import Any
@@ -117,6 +118,11 @@ class _Connection(web.RequestHandler):
     def connection_lost(self, exc: BaseException | None) -> None:
         self._listener.left(self)
         super().connection_lost(exc)
+
+
+def from_elsewhere(url: str) -> str:
+    """For other machines, where it is of all addresses of this one."""
+    return url.replace("//0.0.0.0:", f"//{socket.gethostname()}:")
 
 
 async def read_body(request: web.Request) -> bytes:

@@ -47,12 +47,14 @@ class Controller:
         } | options  # fmt: skip
 
     @contextlib.asynccontextmanager
-    async def running(self, *, lease_s: float = 30.0, due=(), local=None, version: int = 0):
+    async def running(
+        self, *, lease_s: float = 30.0, due=(), local=None, version: int = 0, model_files=None
+    ):
         hub = FleetHub(local, version=version, offer=offer)
         log = self.options.get("log")
         after = {} if log is None else {"after_commit": log.after_commit}
         self.fleet = Fleet(
-            run(), lease_s=lease_s, due=due, version=lambda: hub.version,
+            run(model_files=model_files), lease_s=lease_s, due=due, version=lambda: hub.version,
             publish=lambda: hub.message, score=hub.score, **after,
         )  # fmt: skip
         hub.over(self.fleet)
@@ -97,7 +99,11 @@ class Explorer:
         self.player = Player(self.disk)
         self.player.load()
         self.connection = Connection(
-            name, self.player, connect=wires.connect, have=have, say=self.said.append
+            name,
+            self.player,
+            connect=wires.connect,
+            have=options.pop("have", have),
+            say=self.said.append,
         )
         self.envs = envs or FakeEnvs(seed=sum(name.encode()))
         self.pool = [

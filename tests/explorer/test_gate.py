@@ -8,6 +8,7 @@ import aiohttp
 import pytest
 import trustme
 
+from flash.explorer.file_server import FileServer
 from flash.explorer.gate import Gate, NotTheController, joined
 from flash.explorer.link import LinkLost
 
@@ -21,7 +22,7 @@ async def gate(token="secret", **options):
         came.put_nowait((wire, over))
         await over.wait()
 
-    opened = Gate(token, welcome, host="127.0.0.1", port=0, **options)
+    opened = Gate(token, welcome, files=FileServer(), host="127.0.0.1", port=0, **options)
     url = await opened.start()
     try:
         yield url, came
