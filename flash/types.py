@@ -62,18 +62,21 @@ class Completion:
     worker: str = ""
 
 
+Score = Callable[[Sequence[Sequence[int]]], Awaitable[Sequence[Sequence[float]] | None]]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
     """Weights of one policy version: a directory of safetensors in Hugging Face layout.
 
     `score` gives the trainer's own logprobs under these weights of the tokens of each sequence
-    after its first; with it, every publish is probed. Without it the probe can't be made and the
-    gap is not known.
+    after its first, or None if the trainer can't say any more; with it, every publish is probed.
+    Without it the probe can't be made and the gap is not known.
     """
 
     version: int
     path: Path
-    score: Callable[[Sequence[Sequence[int]]], Awaitable[Sequence[Sequence[float]]]] | None = None
+    score: Score | None = None
 
 
 # ── environments ─────────────────────────────────────────────────────────────────────────────

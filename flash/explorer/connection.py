@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import itertools
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +31,7 @@ from flash.explorer.messages import (
     Publish,
     Refused,
     RunOver,
+    Score,
     Scored,
     Settled,
     Trouble,
@@ -84,7 +87,8 @@ class Connection:
         self._changed = asyncio.Event()
         self._weights: Publish | None = None
         self._news_of_weights = asyncio.Event()
-        self._questions: dict[int, asyncio.Future[list[float] | None]] = {}
+        self._questions: dict[int, asyncio.Future[list[list[float]] | None]] = {}
+        self._numbers = itertools.count()
         self._failure: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
 
     @contextlib.asynccontextmanager
@@ -166,7 +170,8 @@ class Connection:
                 continue
             try:
                 path = await self._have(newest.files)
-                await hub.publish(Weights(version=newest.version, path=path))
+                score = partial(self._score, newest.version) if newest.probe else None
+                await hub.publish(Weights(version=newest.version, path=path, score=score))
             except GoneError:
                 if self._weights is newest:
                     self._news_of_weights.clear()
@@ -175,6 +180,21 @@ class Connection:
                 self.fail(error)
                 return
             self._player.tell_state()
+
+    async def _score(
+        self, version: int, sequences: Sequence[Sequence[int]]
+    ) -> list[list[float]] | None:
+        """The trainer's own logprobs; None if it has gone on, is busy, or can't be reached."""
+        if self._link is None:
+            return None
+        number = next(self._numbers)
+        asked: asyncio.Future[list[list[float]] | None]
+        asked = self._questions[number] = asyncio.get_running_loop().create_future()
+        self._link.send(Score(number, version, [list(each) for each in sequences]))
+        try:
+            return await asked
+        finally:
+            del self._questions[number]
 
     # ── the link ─────────────────────────────────────────────────────────────────────────────
 
@@ -216,6 +236,9 @@ class Connection:
         finally:
             self._link = None
             self._player.detach()
+            for asked in self._questions.values():
+                if not asked.done():
+                    asked.set_result(None)
 
     async def _enter(self, link: Link[FromController], welcome: Welcome) -> None:
         link.use_deadline(welcome.lease_s)
@@ -247,7 +270,7 @@ class Connection:
                 self._weights = message
                 self._news_of_weights.set()
             case Scored():
-                asked = self._questions.pop(message.number, None)
+                asked = self._questions.get(message.number)
                 if asked is not None and not asked.done():
                     asked.set_result(message.logprobs)
             case RunOver():

@@ -143,7 +143,7 @@ class Fleet:
         after_commit: Callable[[Callable[[], None]], None] = lambda then: then(),
         version: Callable[[], int] = lambda: 0,
         publish: Callable[[], Publish | None] = lambda: None,
-        score: Callable[[Score], Awaitable[list[float] | None]] | None = None,
+        score: Callable[[Score], Awaitable[list[list[float]] | None]] | None = None,
     ) -> None:
         self.explorers: dict[str, Explorer] = {}
         self.on_fatal: Callable[[Exception], None] = lambda error: None

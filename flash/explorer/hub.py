@@ -25,14 +25,21 @@ class FleetHub:
         local: over the workers here, if there are any.
         version: of the weights that everybody starts with.
         offer: lets explorers have a folder of weights.
+        is_idle: whether the trainer has time for what explorers ask: it does not make a step wait.
     """
 
     def __init__(
-        self, local: InferenceHub | None, *, version: int, offer: Callable[[Path], Awaitable[Files]]
+        self,
+        local: InferenceHub | None,
+        *,
+        version: int,
+        offer: Callable[[Path], Awaitable[Files]],
+        is_idle: Callable[[], bool] = lambda: True,
     ) -> None:
         self.local = local
         self._version = version
         self._offer = offer
+        self._is_idle = is_idle
         self._weights: Weights | None = None
         self._message: Publish | None = None
         self._publishes = 0
@@ -69,13 +76,15 @@ class FleetHub:
             version=weights.version, gap_max=math.nan, paused_s=0.0, workers=0, per_worker=()
         )
 
-    async def score(self, question: Score) -> list[float] | None:
-        """The trainer's logprobs, if its weights are still of that version."""
+    async def score(self, question: Score) -> list[list[float]] | None:
+        """The trainer's logprobs, if it is at that version and does nothing else."""
         weights = self._weights
         if weights is None or weights.score is None or weights.version != question.version:
             return None
-        (logprobs,) = await weights.score([question.token_ids])
-        return [float(logprob) for logprob in logprobs]
+        if not self._is_idle():
+            return None
+        logprobs = await weights.score(question.sequences)
+        return None if logprobs is None else [list(map(float, each)) for each in logprobs]
 
     async def generate(
         self,

@@ -153,11 +153,11 @@ class Returned(Struct, frozen=True, tag=True, array_like=True):
 
 
 class Score(Struct, frozen=True, tag=True, array_like=True):
-    """What are the trainer's logprobs of these tokens, if it has that version still?"""
+    """What are the trainer's logprobs of these sequences, if it has that version still?"""
 
     number: int
     version: int
-    token_ids: list[int]
+    sequences: list[list[int]]
 
 
 class Trouble(Struct, frozen=True, tag=True, array_like=True):
@@ -247,7 +247,7 @@ class Settled(Struct, frozen=True, tag=True, array_like=True):
 
 class Scored(Struct, frozen=True, tag=True, array_like=True):
     number: int
-    logprobs: list[float] | None
+    logprobs: list[list[float]] | None
 
 
 class RunOver(Struct, frozen=True, tag=True, array_like=True):

@@ -199,7 +199,7 @@ class Publisher:
             self._queue.accepts(slot)
 
     async def _probe(self, weights: Weights, prompt: Sequence[int]) -> dict[Slot, float]:
-        """The gap of each worker that could be asked; of none without a `score`.
+        """The gap of each worker that could be asked; of none if nobody can `score`.
 
         All are asked at the same time, and the trainer is once.
         """
@@ -226,6 +226,8 @@ class Publisher:
         if not asked:
             return {}
         expected = await weights.score([[*prompt, *answers[slot].token_ids] for slot in asked])
+        if expected is None:
+            return {}
         return {
             slot: check_gap(
                 answers[slot],

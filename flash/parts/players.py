@@ -28,7 +28,7 @@ from flash.rollout.episode import AgentFactories
 from flash.section import revealed
 from flash.system import machine
 from flash.system.listener import from_elsewhere
-from flash.types import Weights
+from flash.types import TrainerState, Weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,11 +62,12 @@ async def open_players(
     due: Collection[int],
     after_commit: Callable[[Callable[[], None]], None],
     is_over: Callable[[], bool],
+    trainer: Callable[[], TrainerState],
 ) -> AsyncIterator[Players]:
     """Those of a configuration; of `model`, at that version.
 
     `due`: episodes of the run's last start that explorers may hold, if it had some. `is_over`:
-    whether the run has come to its end, when its gate closes.
+    whether the run has come to its end, when its gate closes. `trainer`: what it is at.
     """
     before = Address.read(folder)
     async with contextlib.AsyncExitStack() as opened:
@@ -98,7 +99,12 @@ async def open_players(
             )  # fmt: skip
             return
         files = await opened.enter_async_context(FileServer())
-        hub = FleetHub(None if parts is None else parts.hub, version=version, offer=files.offer)
+        hub = FleetHub(
+            None if parts is None else parts.hub,
+            version=version,
+            offer=files.offer,
+            is_idle=lambda: not trainer().doing,
+        )
         fleet = Fleet(
             await _run(config, folder, files, model=model, version=version),
             lease_s=config.explorers.lease_s,

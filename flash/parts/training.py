@@ -189,6 +189,7 @@ async def _open(
             due=past.restored.cut_off,
             after_commit=log.after_commit,
             is_over=lambda: trainer.version >= config.steps,
+            trainer=trainer.state,
         ) as players,
     ):
         decode = players.tokenizer.decode

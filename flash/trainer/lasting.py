@@ -12,6 +12,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -118,8 +119,20 @@ class LastingTrainer:
         until the export of the version after next."""
         if self._exported is None or self._exported.version != self.version:
             weights = await self._call(self._trainer.export_weights)
-            self._exported = replace(weights, score=self.score)
+            self._exported = replace(weights, score=partial(self._score_at, self.version))
         return self._exported
+
+    async def _score_at(
+        self, version: int, sequences: Sequence[Sequence[int]]
+    ) -> list[list[float]] | None:
+        """As `score`; None if it has another version by now."""
+
+        async def ask() -> list[list[float]] | None:
+            if self._trainer.version != version:
+                return None
+            return await self._trainer.score(sequences)
+
+        return await self._call(ask)
 
     async def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """As `Trainer.score`."""

@@ -41,6 +41,7 @@ class Controller:
 
     def __init__(self, wires: FakeWires, **options) -> None:
         self.wires = wires
+        self.busy = False
         self.options = {
             "tasks": (Task(seed) for seed in range(10**6)),
             "batch_size": 8, "group_size": 4, "alpha": 1,
@@ -50,7 +51,7 @@ class Controller:
     async def running(
         self, *, lease_s: float = 30.0, due=(), local=None, version: int = 0, model_files=None
     ):
-        hub = FleetHub(local, version=version, offer=offer)
+        hub = FleetHub(local, version=version, offer=offer, is_idle=lambda: not self.busy)
         log = self.options.get("log")
         after = {} if log is None else {"after_commit": log.after_commit}
         self.fleet = Fleet(

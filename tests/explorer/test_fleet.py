@@ -2,6 +2,9 @@
 
 import asyncio
 
+import pytest
+
+from flash.errors import PublishFailure
 from flash.fakes import FakeEnvs, FakeWires, KeepingObserver
 from flash.rollout.tasks import TaskSet
 from flash.types import Task
@@ -191,3 +194,35 @@ async def test_explorers_may_start_before_the_controller():
         assert loop.crew_waits_for.startswith("an explorer")
         await train(loop, [1])
         assert loop.crew_waits_for == ""
+
+
+@in_virtual_time
+async def test_an_explorers_workers_are_probed_while_the_trainer_has_time():
+    wires, asked = FakeWires(), []
+
+    def scoring(logprob):
+        async def score(token_ids):
+            asked.append(token_ids)
+            return [logprob] * (len(token_ids) - 1)
+
+        return score
+
+    controller = Controller(wires)
+    async with controller.running() as loop:
+        a = Explorer(wires, "a", workers=1).start()
+        await loop.next_batch()
+        controller.busy = True
+        await loop.publish(weights(1, scoring(-1.0)))
+        await train(loop, [2])
+        await asyncio.sleep(5)
+        assert asked == []  # it was busy
+        assert a.hub.version == 2
+        controller.busy = False
+        await loop.next_batch()
+        await loop.publish(weights(3, scoring(-99.0)))
+        await asyncio.sleep(5)
+        with pytest.raises(PublishFailure, match="explorer a: .*logprob"):
+            await loop.next_batch()
+        assert asked
+        with pytest.raises(PublishFailure):
+            await a.task
