@@ -20,6 +20,7 @@ from flash.errors import one_line
 from flash.explorer.messages import decoder, encoder
 
 _GATHERS_S = 0.004
+_LAST_WORDS_S = 2.0
 _BEATS = 4  # in a deadline
 _MOST_PENDING = 1 << 16  # messages: who takes none of them is gone
 
@@ -81,6 +82,10 @@ class Link(Generic[T]):
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
+        if self._lost is None and self._pending:
+            with contextlib.suppress(LinkLost, TimeoutError):
+                async with asyncio.timeout(_LAST_WORDS_S):
+                    await self._send_pending()
         self._lose("closed")
         self._writing.cancel()
         with contextlib.suppress(asyncio.CancelledError):
