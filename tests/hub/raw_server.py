@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ssl
 from collections.abc import AsyncIterator, Callable
 
 
@@ -72,10 +73,12 @@ class RawServer:
 
 
 @contextlib.asynccontextmanager
-async def raw_server(*answers: bytes, hang_up: bool = False) -> AsyncIterator[RawServer]:
+async def raw_server(
+    *answers: bytes, hang_up: bool = False, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[RawServer]:
     script = RawServer(*answers, hang_up=hang_up)
-    server = await asyncio.start_server(script.talk, "127.0.0.1", 0)
-    script.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    server = await asyncio.start_server(script.talk, "127.0.0.1", 0, ssl=tls)
+    script.url = f"http{'s' if tls else ''}://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     try:
         yield script
     finally:

@@ -1,10 +1,12 @@
 """The HTTP client, against a server that answers any bytes."""
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
+import trustme
 
 from flash.hub import http_client
 from flash.hub.http_client import HttpClient
@@ -208,11 +210,21 @@ async def test_connections_that_idle_are_closed(monkeypatch):
     async with talking(answer(b"1"), answer(b"2")) as (client, server):
         calls = [client.send("POST", "/", b"1") for _ in range(2)]
         await asyncio.gather(*calls)
-        later = [*client._idle][1]
-        later.idle_since += http_client._KEPT_S  # so that the timer passes twice
         await server.wait_until(lambda: server.closed == 2)
         assert not client._idle
         assert not client._open
+
+
+async def test_of_connections_that_idle_the_timer_waits_for_the_next_one():
+    async with talking(answer(b"1"), answer(b"2")) as (client, server):
+        await asyncio.gather(*(client.send("POST", "/", b"1") for _ in range(2)))
+        first, second = client._idle
+        first.idle_since -= http_client._KEPT_S
+        client._close_idle()
+        await server.wait_until(lambda: server.closed == 1)
+        assert [*client._idle] == [second]
+        assert client._closing_idle is not None
+        assert client._closing_idle.when() == second.idle_since + http_client._KEPT_S
 
 
 async def test_a_connection_that_idled_too_long_is_not_asked_again(monkeypatch):
@@ -237,6 +249,24 @@ async def test_closing_ends_what_is_under_way_and_what_idles():
         await server.wait_until(lambda: server.closed == 2)
         with pytest.raises(ConnectionError, match="closed meanwhile"):
             await client.send("POST", "/", b"4")
+
+
+async def test_by_tls_a_server_must_have_a_certificate_that_this_machine_trusts(
+    tmp_path, monkeypatch
+):
+    authority, tls = trustme.CA(), ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("127.0.0.1").configure_cert(tls)
+    async with raw_server(answer(b"1"), answer(b"2"), tls=tls) as server:
+        stranger = HttpClient(server.url, {})
+        with pytest.raises(ssl.SSLCertVerificationError, match="certificate verify failed"):
+            await stranger.send("POST", "/", b"1")
+        await stranger.close()
+        authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+        client = HttpClient(server.url, {})
+        assert [(await client.send("POST", "/", b"1")).body for _ in "12"] == [b"1", b"2"]
+        assert [number for number, _, _ in server.requests] == [0, 0]
+        await client.close()
 
 
 async def test_who_can_not_be_reached_is_named():
