@@ -63,7 +63,7 @@ test: $(READY)  ## all tests, but for those that need a GPU
 test-fast: $(READY)  ## the quick tests, in under a minute: no processes, no training
 	$(PYTEST) -m "not slow and not gpu"
 
-soak: $(READY)  ## N=1000 schedules in which anything may fail, of a tenth the log and the run too; FIRST=0 is the first one's seed
+soak: $(READY)  ## N=1000 schedules in which anything may fail, of a tenth the log and the run too, of a tenth explorers; FIRST=0 is the first one's seed
 	$(BIN)/python -m tests.faults.soak -n $(N) --first $(or $(FIRST),0)
 
 crash: $(READY)  ## N=1000 kills of small runs, which are resumed; FIRST=0 is the first run's seed

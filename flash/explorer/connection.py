@@ -87,6 +87,7 @@ class Connection:
         self._changed = asyncio.Event()
         self._weights: Publish | None = None
         self._news_of_weights = asyncio.Event()
+        self._policy, self._given_by = -1, ""  # see Hello
         self._questions: dict[int, asyncio.Future[list[list[float]] | None]] = {}
         self._numbers = itertools.count()
         self._failure: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
@@ -95,12 +96,16 @@ class Connection:
     async def kept(self) -> AsyncIterator[None]:
         """While the block runs; what ends it for good comes out of it."""
         with first_error():
-            async with asyncio.TaskGroup() as tasks:
-                keeping = tasks.create_task(self._keep(), name="connection")
-                failing = tasks.create_task(self._raise_failure(), name="failure")
-                yield
-                keeping.cancel()
-                failing.cancel()
+            async with asyncio.TaskGroup() as outer:
+                keeping = outer.create_task(self._keep(), name="connection")
+                try:
+                    with first_error():
+                        async with asyncio.TaskGroup() as inner:  # before the link ends
+                            failing = inner.create_task(self._raise_failure(), name="failure")
+                            yield
+                            failing.cancel()
+                finally:
+                    keeping.cancel()
 
     def fail(self, error: Exception) -> None:
         """What no episode can be blamed for: tells the controller, and ends the block."""
@@ -122,6 +127,7 @@ class Connection:
         await self.changes()
         assert self._welcome is not None
         self._played_for = _of_players(self._welcome.config)
+        self._policy, self._given_by = self._welcome.version, self._welcome.controller
         return self._welcome
 
     async def changes(self) -> bool:
@@ -170,6 +176,9 @@ class Connection:
                 continue
             try:
                 path = await self._have(newest.files)
+                if self._weights is not newest:
+                    continue
+                self._policy = newest.version
                 score = partial(self._score, newest.version) if newest.probe else None
                 await hub.publish(Weights(version=newest.version, path=path, score=score))
             except GoneError:
@@ -227,6 +236,8 @@ class Connection:
         first = await anext(messages)
         if isinstance(first, Refused):
             raise (ValueError if first.final else LinkLost)(first.why)
+        if isinstance(first, RunOver):
+            self._hear(first)
         if not isinstance(first, Welcome):
             raise LinkLost("the first message of a controller must be Welcome")
         await self._enter(link, first)
@@ -234,17 +245,20 @@ class Connection:
             async for message in messages:
                 self._hear(message)
         finally:
-            self._link = None
+            self._link = self._weights = None  # the next one tells of what there is
             self._player.detach()
             for asked in self._questions.values():
                 if not asked.done():
                     asked.set_result(None)
 
     async def _enter(self, link: Link[FromController], welcome: Welcome) -> None:
-        link.use_deadline(welcome.lease_s)
+        # Half of the lease: who finds out that nothing passes can be back in time.
+        link.use_deadline(welcome.lease_s / 2)
         self._link, self._welcome = link, welcome
-        if self._player.version > welcome.published:  # a run that has lost what it had published
-            self._played_for = None
+        if welcome.controller != self._given_by and self._policy > welcome.known:
+            self._played_for = None  # begins anew, with what this one has
+        else:
+            self._given_by = welcome.controller
         self._player.attach(link, welcome)
         self._changed.set()
 
@@ -256,6 +270,8 @@ class Connection:
             process=self._process,
             holds=self._player.holds(),
             where=where(),
+            policy=self._policy,
+            given_by=self._given_by,
         )
 
     def _hear(self, message: FromController) -> None:

@@ -66,11 +66,11 @@ class FleetCrew:
     ) -> None:
         self._on_end, self._on_fatal = on_end, on_fatal
         self._witness, self._oldest_wanted = witness, self._version or oldest_wanted
-        self._fleet.on_fatal = on_fatal
         if self._local is not None:
             self._local.report_to(on_end=self._end, on_fatal=on_fatal, witness=witness)
 
     async def __aenter__(self) -> Self:
+        self._fleet.on_fatal.append(self._on_fatal)
         if self._local is not None:
             await self._local.__aenter__()
         return self
@@ -89,6 +89,7 @@ class FleetCrew:
             self._end(play.episode, Cancelled())
         if self._local is not None:
             await self._local.__aexit__(*exc_info)
+        self._fleet.on_fatal.remove(self._on_fatal)
 
     def begin(
         self,

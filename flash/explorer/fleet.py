@@ -8,16 +8,20 @@
     link lost ─► away ─► back in time: Hello says what it holds, and goes on
                    └───► not heard of for lease_s: what it held is cut off, and begins elsewhere
 
+    a new start of the controller: what an explorer holds of the last one and is due is kept, and
+    joined to the episode that continues it, once that begins
+
 What an explorer holds is given to nobody else until then, and what it tells later is refused; so
 no episode is played by two that both count. The loop behind knows none of this: see FleetCrew.
 """
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import uuid
-from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Collection
+from collections import Counter, OrderedDict
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self
@@ -62,13 +66,16 @@ logger = logging.getLogger(__name__)
 _HELLO_S = 10.0
 _LOST_KEPT = 10_000  # numbers of episodes
 _LOOK_AGAIN_S = 0.05  # at whether there is room here
+_GOODBYE_S = 5.0
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Play:
     """An episode to be played here or at an explorer, and what was told of it from there.
 
-    `number`: what the fleet calls it; those of training are called as in the run."""
+    `number`: what the fleet calls it; those of training are called as in the run, or as the one
+    that they continue.
+    """
 
     number: int = 0
     episode: RemoteEpisode
@@ -92,11 +99,13 @@ class Explorer:
     where: str
     joined_at: float
     link: Link[FromExplorer] | None
+    called: str  # by itself: another may have that name here
     version: int = -1
     room: int = 0
     begun: int = 0  # on this link
     leaving: bool = False
     plays: dict[int, Play] = field(default_factory=dict)
+    early: dict[int, list[Step]] = field(default_factory=dict)  # of what is due and did not begin
     state: State = State("starts", None, {})  # noqa: RUF009  (frozen)
     lease: asyncio.TimerHandle | None = None
     played: int = 0
@@ -126,8 +135,10 @@ class Fleet:
     Args:
         run: what explorers are told of it.
         lease_s: who is not heard of for so long has lost what it held.
-        due: episodes that the run's last start gave to explorers, perhaps: one that a FleetCrew
-            continues waits `lease_s` for who holds it.
+        due: episodes that the run's last start gave to explorers, perhaps. One that a FleetCrew
+            continues waits for who holds it, and who holds it plays on: until `lease_s` after the
+            first episode began.
+        known: what the starts before called later versions was something else than it will be.
         after_commit: calls once what was told of an episode can't be lost any more.
         version: that is published.
         publish: its weights, told to each that comes; None if they are what workers start with.
@@ -140,29 +151,38 @@ class Fleet:
         *,
         lease_s: float,
         due: Collection[int] = (),
+        known: int = 0,
         after_commit: Callable[[Callable[[], None]], None] = lambda then: then(),
         version: Callable[[], int] = lambda: 0,
         publish: Callable[[], Publish | None] = lambda: None,
         score: Callable[[Score], Awaitable[list[list[float]] | None]] | None = None,
     ) -> None:
         self.explorers: dict[str, Explorer] = {}
-        self.on_fatal: Callable[[Exception], None] = lambda error: None
+        self.on_fatal: list[Callable[[Exception], None]] = []
         self.counts: Counter[str] = Counter()  # of joins, returns, drains, losses, late answers
         self._run = run
         self._controller = uuid.uuid4().hex
         self._lease_s = lease_s
         self._due = set(due)
+        self._known = known
         self._after_commit = after_commit
         self._version = version
         self._publish = publish
         self._score = score
-        self._waiting: deque[Play] = deque()
+        # Those of training and of evaluations (True): neither waits for what the other lacks.
+        self._waiting: dict[bool, OrderedDict[Play, None]] = {
+            False: OrderedDict(),
+            True: OrderedDict(),
+        }
         self._claimable: dict[int, Play] = {}  # by the episode that they continue
+        self._ended_before: set[int] = set()  # of what is due, when it was heard of first
+        self._due_until: asyncio.TimerHandle | None = None
+        self._uncommitted: dict[int, Explorer] = {}  # who has not been told that an end is safe
         self._tasks = asyncio.TaskGroup()
         self._lost: dict[int, bool] = {}  # whose late answers are refused
         self._heldout = itertools.count(1)
         self._looks_again = False
-        self._closed = False
+        self._over: RunOver | None = None
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
@@ -175,13 +195,20 @@ class Fleet:
 
     async def close(self, why: str, *, again: bool) -> None:
         """Tells all explorers that they are not needed any more; or may be `again`, soon."""
-        self._closed = True
+        self._over = RunOver(why, again)
+        if self._due_until is not None:
+            self._due_until.cancel()
+        told = []
         for explorer in self.explorers.values():
             if explorer.lease is not None:
                 explorer.lease.cancel()
             if explorer.link is not None:
-                explorer.link.send(RunOver(why, again))
-                await explorer.link.flush()
+                explorer.link.send(self._over)
+                told.append(self._tasks.create_task(explorer.link.flush(), name="goodbye"))
+        if told:
+            _, left = await asyncio.wait(told, timeout=_GOODBYE_S)
+            for task in left:
+                task.cancel()
 
     # ── what crews ask for ───────────────────────────────────────────────────────────────────
 
@@ -189,12 +216,18 @@ class Fleet:
         """To be played as soon as there is room for it."""
         play.number = -next(self._heldout) if play.heldout else play.episode.id
         continues = play.episode.continues
+        if not play.heldout and self._due and self._due_until is None:
+            self._due_until = self._loop.call_later(self._lease_s, self._end_due)
         if continues in self._due:
             self._due.discard(continues)
+            play.number = continues
             self._claimable[continues] = play
-            self._loop.call_later(self._lease_s, self._claim_is_over, continues)
+            if any(continues in explorer.early for explorer in self.explorers.values()):
+                self._loop.call_soon(self._claim, continues)
+            assert self._due_until is not None
+            self._loop.call_at(self._due_until.when(), self._claim_is_over, continues)
         else:
-            self._waiting.append(play)
+            self._wait(play)
             self.place()
 
     def give_up(self, play: Play) -> None:
@@ -211,28 +244,50 @@ class Fleet:
         if play.explorer is not None:
             del play.explorer.plays[play.number]
             play.explorer = None
-        elif play in self._waiting:
-            self._waiting.remove(play)
-        elif play.episode.continues is not None:
-            self._claimable.pop(play.episode.continues, None)
+        elif self._claimable.get(play.number) is play:
+            del self._claimable[play.number]
+            self._refuse_early(play.number)
+        else:
+            self._waiting[play.heldout].pop(play, None)
 
     def place(self) -> None:
-        """Gives what waits to who has room."""
-        while self._waiting:
-            play = self._waiting[0]
-            explorer, here = self._best(play), play.room_here()
-            if play.play_here is not None and here > (explorer.room if explorer else 0):
-                self._waiting.popleft()
-                play.here = True
+        """Gives what waits to who has room: of training and of evaluations in turns."""
+        kinds = [waiting for waiting in self._waiting.values() if waiting]
+        while kinds:
+            kinds = [waiting for waiting in kinds if self._place_first(waiting) and waiting]
+        first = [next(iter(waiting)) for waiting in self._waiting.values() if waiting]
+        if not self._looks_again and any(play.play_here is not None for play in first):
+            self._looks_again = True
+            self._loop.call_later(_LOOK_AGAIN_S, self._look_again)
+
+    def _place_first(self, waiting: "OrderedDict[Play, None]") -> bool:
+        """Whether somebody has it now."""
+        play = next(iter(waiting))
+        explorer, here = self._best(play), play.room_here()
+        if play.play_here is not None and here > (explorer.room if explorer else 0):
+            del waiting[play]
+            play.here = True
+            try:
                 play.play_here(play.episode)
-            elif explorer is not None:
-                self._waiting.popleft()
-                self._give(explorer, play)
-            else:
-                if play.play_here is not None and not self._looks_again:
-                    self._looks_again = True
-                    self._loop.call_later(_LOOK_AGAIN_S, self._look_again)
-                return
+            except Exception as error:  # of an agent's making: no explorer is to blame for it
+                play.here = False
+                self._fail(error)
+        elif explorer is not None:
+            del waiting[play]
+            self._give(explorer, play)
+        else:
+            return False
+        return True
+
+    def _wait(self, play: Play, *, first: bool = False) -> None:
+        waiting = self._waiting[play.heldout]
+        waiting[play] = None
+        if first:
+            waiting.move_to_end(play, last=False)
+
+    def _fail(self, error: Exception) -> None:
+        for on_fatal in list(self.on_fatal):
+            on_fatal(error)
 
     def _look_again(self) -> None:
         self._looks_again = False
@@ -268,12 +323,53 @@ class Fleet:
             )
         )
 
+    # ── what the last start of the run had given out ─────────────────────────────────────────
+
+    def _claim(self, continues: int) -> None:
+        """What an explorer holds is what this episode continues: it goes on there."""
+        play = self._claimable.get(continues)
+        holders = [e for e in self.explorers.values() if continues in e.early]
+        if play is None or not holders:
+            return
+        explorer = holders[0]
+        steps = explorer.early[continues]
+        if continues in self._ended_before:
+            if not steps:
+                return
+            if _newest_version(steps) > self._known:  # of what will never be again
+                self._claim_is_over(continues)
+                return
+        del self._claimable[continues], explorer.early[continues]
+        play.explorer = explorer
+        explorer.plays[continues] = play
+        self.counts["claims"] += 1
+        self._follow(explorer, play, steps)
+
     def _claim_is_over(self, continues: int) -> None:
         """Nobody came who holds it: it is played from where its logged history ends."""
         play = self._claimable.pop(continues, None)
         if play is not None:
-            self._waiting.append(play)
+            self._refuse_early(continues)
+            self._wait(play)
             self.place()
+
+    def _end_due(self) -> None:
+        """What has not begun by now does so without those who hold it."""
+        for number in list(self._due):
+            self._due.discard(number)
+            self._refuse_early(number)
+
+    def _refuse_early(self, number: int) -> None:
+        for explorer in self.explorers.values():
+            steps = explorer.early.pop(number, None)
+            if steps is None or explorer.link is None:
+                continue
+            if steps and isinstance(steps[-1], Ended):
+                self._settle(explorer, number)
+            else:
+                explorer.link.send(GiveUp(number, "unwanted"))
+
+    # ── who comes and goes ───────────────────────────────────────────────────────────────────
 
     def publish(self, message: Publish) -> None:
         """Tells all that are here of new weights."""
@@ -281,11 +377,10 @@ class Fleet:
             if explorer.link is not None:
                 explorer.link.send(message)
 
-    # ── who comes and goes ───────────────────────────────────────────────────────────────────
-
     async def welcome(self, wire: Wire) -> None:
         """Has the explorer at the other end until its link is lost, or it leaves."""
-        link: Link[FromExplorer] = Link(wire, FromExplorer, deadline_s=self._lease_s)
+        # Half of the lease: who finds out that nothing passes can be back in time.
+        link: Link[FromExplorer] = Link(wire, FromExplorer, deadline_s=self._lease_s / 2)
         async with link:
             explorer = None
             try:
@@ -294,6 +389,10 @@ class Fleet:
                     hello = await anext(messages)
                 if why := self._refusal(hello):
                     link.send(Refused(why, final=True))
+                    await link.flush()
+                    return
+                if self._over is not None:
+                    link.send(self._over)
                     await link.flush()
                     return
                 assert isinstance(hello, Hello)
@@ -317,20 +416,16 @@ class Fleet:
                 f"this explorer speaks protocol {hello.protocol} (flash {hello.version}), and the "
                 f"controller {PROTOCOL}: install the same version of flash on both sides"
             )
-        if self._closed:
-            return "the run is over"
         return ""
 
     def _seat(self, hello: Hello, link: Link[FromExplorer]) -> Explorer:
         """Its place, with what it goes on with; it is told what that is."""
-        name, number = hello.name, 2
-        while (other := self.explorers.get(name)) is not None and not (
-            other.process == hello.process or other.link is None
-        ):
-            name, number = f"{hello.name}-{number}", number + 1
-        explorer = self.explorers.get(name)
+        explorer = self._seat_of(hello)
         if explorer is None:
-            explorer = Explorer(name, hello.process, hello.where, self._clock(), link)
+            name, number = hello.name, 2
+            while name in self.explorers:
+                name, number = f"{hello.name}-{number}", number + 1
+            explorer = Explorer(name, hello.process, hello.where, self._clock(), link, hello.name)
             self.explorers[name] = explorer
             self.counts["joins"] += 1
         else:
@@ -340,7 +435,7 @@ class Fleet:
         explorer.lease = None
         explorer.link, explorer.process, explorer.where = link, hello.process, hello.where
         explorer.begun, explorer.room, explorer.leaving = 0, 0, False
-        keeps, lost = self._reconcile(explorer, hello.holds)
+        keeps, lost = self._reconcile(explorer, hello)
         run = self._run
         link.send(
             Welcome(
@@ -355,33 +450,69 @@ class Fleet:
                 published=self._version(),
                 lease_s=self._lease_s,
                 keeps=keeps,
+                known=self._known,
             )
         )
-        for kept in keeps:
-            reason = explorer.plays[kept.episode].episode.cancel_reason
-            if reason is not None:
-                link.send(GiveUp(kept.episode, reason))
+        for play in explorer.plays.values():
+            if (reason := play.episode.cancel_reason) is not None:
+                link.send(GiveUp(play.number, reason))
         if (weights := self._publish()) is not None:
             link.send(weights)
         for play in lost:
             self._cut_off(play)
+        self.place()
         return explorer
 
-    def _reconcile(
-        self, explorer: Explorer, holds: Collection[Holding]
-    ) -> tuple[list[Kept], list[Play]]:
+    def _put_back(self, plays: Iterable[Play]) -> list[Play]:
+        """Those that nobody plays wait again, where their Begin was lost; gives the others."""
+        others = []
+        for play in plays:
+            if play.steps or play.episode.cancel_reason is not None:
+                others.append(play)
+            else:
+                play.explorer = None
+                self._wait(play, first=True)
+        return others
+
+    def _seat_of(self, hello: Hello) -> Explorer | None:
+        """Where it was; or one of its name was that is away, and will not come back."""
+        for explorer in self.explorers.values():
+            if explorer.process == hello.process:
+                return explorer
+        namesake = self.explorers.get(hello.name)
+        return namesake if namesake is not None and namesake.link is None else None
+
+    def _reconcile(self, explorer: Explorer, hello: Hello) -> tuple[list[Kept], list[Play]]:
         """Of what it holds what it may go on with; and what it should hold and does not."""
         before, explorer.plays = explorer.plays, {}
+        before_early, explorer.early = explorer.early, {}
         keeps: list[Kept] = []
         lost: list[Play] = []
         late = 0
-        for held in (one for one in holds if one.run == self._run.id):
-            if held.controller == self._controller:
-                play = before.pop(held.episode, None)
-            else:
-                play = self._claimable.pop(held.episode, None)
+        plays_on = hello.given_by == self._controller or hello.policy <= self._known
+        for held in (one for one in hello.holds if one.run == self._run.id):
+            number = held.episode
+            if held.controller != self._controller:
+                due = number in self._due or number in self._claimable
+                if due and (plays_on or held.ended):
+                    explorer.early[number] = []
+                    if held.ended:
+                        self._ended_before.add(number)
+                    keeps.append(Kept(held, 0))
+                    self._loop.call_soon(self._claim, number)
+                continue
+            if number in before_early:
+                explorer.early[number] = before_early[number]
+                keeps.append(Kept(held, len(before_early[number])))
+                self._loop.call_soon(self._claim, number)
+                continue
+            if number in self._uncommitted:
+                self._uncommitted[number] = explorer
+                keeps.append(Kept(held, held.steps))
+                continue
+            play = before.pop(number, None) or self._left_by_namesake(explorer, held)
             if play is None:
-                late += held.ended and self._lost.pop(held.episode, False)
+                late += held.ended and self._lost.pop(number, False)
                 continue
             first = len(play.steps)
             if held.steps < first:  # it knows less than it told
@@ -389,13 +520,8 @@ class Fleet:
                 continue
             play.explorer = explorer
             explorer.plays[play.number] = play
-            keeps.append(Kept(held, play.number, first))
-        for play in before.values():
-            if play.steps or play.episode.cancel_reason is not None:
-                lost.append(play)
-            else:  # its Begin was lost
-                play.explorer = None
-                self._waiting.appendleft(play)
+            keeps.append(Kept(held, first))
+        lost += self._put_back(before.values())
         self.counts["late"] += late
         if late:
             logger.warning(
@@ -404,20 +530,31 @@ class Fleet:
             )  # fmt: skip
         return keeps, lost
 
+    def _left_by_namesake(self, explorer: Explorer, held: Holding) -> Play | None:
+        """What was finished by an earlier start of that explorer, whose link seems to be alive."""
+        if not held.ended:
+            return None
+        for other in self.explorers.values():
+            if other is not explorer and other.called == explorer.called:
+                play = other.plays.get(held.episode)
+                if play is not None and len(play.steps) <= held.steps:
+                    return other.plays.pop(held.episode)
+        return None
+
     def _part(self, explorer: Explorer) -> None:
         """Its link is lost."""
         assert explorer.link is not None
         explorer.last_heard_at = explorer.link.heard_at
         explorer.link = None
         explorer.room = 0
-        if explorer.leaving and not explorer.plays:
+        if explorer.leaving and not (explorer.plays or explorer.early):
             del self.explorers[explorer.name]
             self.counts["drains"] += 1
             return
         for play in list(explorer.plays.values()):
             if play.episode.cancel_reason is not None:  # nobody waits for it
                 self.give_up(play)
-        if not self._closed:
+        if self._over is None:
             at = explorer.last_heard_at + self._lease_s
             explorer.lease = self._loop.call_at(at, self._lose, explorer)
 
@@ -461,44 +598,71 @@ class Fleet:
                     if (play := explorer.plays.get(episode)) is not None:
                         play.episode.is_at(stage)
             case Leaving():
-                explorer.leaving = True
+                self._hear_of_leave(explorer, message)
             case Returned():
-                for episode in message.episodes:
-                    if (play := explorer.plays.pop(episode, None)) is not None:
-                        self.counts["handed_back"] += 1
-                        self._cut_off(play)
-                    self._settle(explorer, episode)
+                self._hear_of_return(explorer, message)
             case Score():
                 self._tasks.create_task(self._answer(explorer, message), name="score")
             case Trouble():
                 self._hear_trouble(explorer, message)
 
+    def _hear_of_leave(self, explorer: Explorer, leaving: Leaving) -> None:
+        explorer.leaving = True
+        if leaving.done:
+            plays, explorer.plays, explorer.early = explorer.plays, {}, {}
+            for play in self._put_back(plays.values()):
+                self._cut_off(play)
+            self.place()
+
+    def _hear_of_return(self, explorer: Explorer, returned: Returned) -> None:
+        for episode in returned.episodes:
+            if (play := explorer.plays.pop(episode, None)) is not None:
+                self.counts["handed_back"] += 1
+                self._cut_off(play)
+            else:
+                explorer.early.pop(episode, None)
+            self._settle(explorer, episode)
+
     def _hear_news(self, explorer: Explorer, news: News) -> None:
         play = explorer.plays.get(news.episode)
-        if play is None:  # it was given up
-            if isinstance(news.steps[-1], Ended):
-                self._settle(explorer, news.episode)
-            return
-        for step in news.steps[max(0, len(play.steps) - news.first) :]:
+        if play is not None:
+            self._follow(explorer, play, news.steps[max(0, len(play.steps) - news.first) :])
+        elif (early := explorer.early.get(news.episode)) is not None:
+            early += news.steps[max(0, len(early) - news.first) :]
+            self._claim(news.episode)
+        elif isinstance(news.steps[-1], Ended):  # it was given up
+            self._settle(explorer, news.episode)
+
+    def _follow(self, explorer: Explorer, play: Play, steps: Sequence[Step]) -> None:
+        for step in steps:
             play.steps.append(step)
             end = play.episode.follow(step)
-            if end is not None:
-                del explorer.plays[news.episode]
-                if isinstance(end, Cancelled) and play.episode.cancel_reason is None:
-                    self._cut_off(play)  # nobody has asked for that: its crew is at its end
-                else:
-                    explorer.played += 1
-                    play.explorer = None
-                    play.on_end(play.episode, end)
-                self._after_commit(partial(self._settle, explorer, news.episode))
-                return
+            if end is None:
+                continue
+            del explorer.plays[play.number]
+            self._uncommitted[play.number] = explorer
+            if isinstance(end, Cancelled) and play.episode.cancel_reason is None:
+                self._cut_off(play)  # nobody has asked for that: its crew is at its end
+            else:
+                explorer.played += 1
+                play.explorer = None
+                play.on_end(play.episode, end)
+            self._after_commit(partial(self._committed, play.number))
+            return
+
+    def _committed(self, number: int) -> None:
+        if (explorer := self._uncommitted.pop(number, None)) is not None:
+            self._settle(explorer, number)
 
     def _settle(self, explorer: Explorer, episode: int) -> None:
         if explorer.link is not None:
             explorer.link.send(Settled([episode]))
 
     async def _answer(self, explorer: Explorer, question: Score) -> None:
-        logprobs = None if self._score is None else await self._score(question)
+        logprobs = None
+        with contextlib.suppress(FlashError):  # the trainer's, of which others tell
+            if self._score is not None:
+                logprobs = await self._score(question)
         if explorer.link is not None:
             explorer.link.send(Scored(question.number, logprobs))
 
@@ -506,7 +670,7 @@ class Fleet:
         error: FlashError
         if trouble.kind == "publish":
             error = PublishFailure(f"explorer {explorer.name}: {trouble.words}")
-            self.on_fatal(error)
+            self._fail(error)
         else:
             logger.warning("explorer %s can't go on: %s", explorer.name, trouble.words)
 
@@ -525,7 +689,7 @@ class Fleet:
     @property
     def waiting(self) -> int:
         """Episodes that no explorer has yet."""
-        return len(self._waiting) + len(self._claimable)
+        return sum(map(len, self._waiting.values())) + len(self._claimable)
 
     def stats(self) -> dict[str, HubStats]:
         """Of each explorer that told them."""
@@ -538,6 +702,12 @@ class Fleet:
     def where_is(self, episode: int) -> str:
         """The explorer that plays it; empty if none does."""
         for name, explorer in self.explorers.items():
-            if episode in explorer.plays:
+            if any(play.episode.id == episode for play in explorer.plays.values()):
                 return name
         return ""
+
+
+def _newest_version(steps: Iterable[Step]) -> int:
+    """Of the tokens; -1 if there are none."""
+    said = (step.step.completion.versions for step in steps if isinstance(step, Said))
+    return max((max(versions, default=-1) for versions in said), default=-1)

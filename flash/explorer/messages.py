@@ -107,7 +107,11 @@ class Holding(Struct, frozen=True):
 
 
 class Hello(Struct, frozen=True, tag=True, array_like=True):
-    """The first message. `process` is of each start of an explorer another, `name` is not."""
+    """The first message. `process` is of each start of an explorer another, `name` is not.
+
+    `policy`: the newest version that its workers may have, -1 for none; `given_by`: the controller
+    that gave it, or that said since that it is known.
+    """
 
     protocol: int
     version: str
@@ -115,6 +119,8 @@ class Hello(Struct, frozen=True, tag=True, array_like=True):
     process: str
     holds: list[Holding]
     where: str  # the machine, in words
+    policy: int = -1
+    given_by: str = ""
 
 
 class News(Struct, frozen=True, tag=True, array_like=True):
@@ -143,7 +149,9 @@ class State(Struct, frozen=True, tag=True, array_like=True):
 
 
 class Leaving(Struct, frozen=True, tag=True, array_like=True):
-    """Give me nothing more."""
+    """Give me nothing more. `done`: and I hold nothing, whatever is on its way to me."""
+
+    done: bool = False
 
 
 class Returned(Struct, frozen=True, tag=True, array_like=True):
@@ -191,10 +199,10 @@ class Publish(Struct, frozen=True, tag=True, array_like=True):
 
 
 class Kept(Struct, frozen=True):
-    """Of what was held: go on with `held` as `episode`, and tell its steps from `first` on."""
+    """Of what was held: go on with that, as given by this controller, and tell its steps from
+    `first` on."""
 
     held: Holding
-    episode: int
     first: int
 
 
@@ -202,7 +210,8 @@ class Welcome(Struct, frozen=True, tag=True, array_like=True):
     """The run. All that is held and not kept, nobody wants any more.
 
     `controller` is another one after each of its starts; `config` is the run's, in plain data.
-    `model` is what workers start with, at `version`; that of `published` comes after.
+    `model` is what workers start with, at `version`; that of `published` comes after. `known`: what
+    another controller gave of later versions is something else than this one has or will have.
     """
 
     run: str
@@ -216,6 +225,7 @@ class Welcome(Struct, frozen=True, tag=True, array_like=True):
     published: int
     lease_s: float
     keeps: list[Kept]
+    known: int = 0
 
 
 class Refused(Struct, frozen=True, tag=True, array_like=True):

@@ -3,8 +3,8 @@
     Begin ─► AgentCrew ─► steps ─► News, while there is a link
                             └─► kept until Settled; on disk, if it has ended and there is no link
 
-Each link begins anew: `holds` is what Hello says, and Welcome tells what of that goes on, perhaps
-by another number, and which of its steps are known.
+Each link begins anew: `holds` is what Hello says, and Welcome tells what of that goes on, and
+which of its steps are known.
 """
 
 import asyncio
@@ -156,12 +156,14 @@ class Player:
         for key, held in before.items():
             keep = kept.get(key)
             if keep is None:
-                if held.run == welcome.run:  # else it waits on disk for its own
+                if held.run == welcome.run or not held.ended:  # else it waits on disk for its own
                     self._forget(held)
                 continue
-            if (controller, keep.episode) != key:
-                self._unspool(held)
-                held.controller, held.number = controller, keep.episode
+            if held.controller != controller:
+                held.controller = controller
+                if held.spooled:
+                    self._keep(held)
+                    self._spool.remove(*key)
             held.told = keep.first
             self._held[controller, held.number] = held
             self._unsent[held] = None
@@ -185,6 +187,11 @@ class Player:
         self._leaving = True
         if self._link is not None:
             self._link.send(Leaving())
+
+    def say_goodbye(self) -> None:
+        """Nothing is held any more."""
+        if self._link is not None:
+            self._link.send(Leaving(done=True))
 
     def hand_back(self) -> None:
         """What is not at its end is not played to it here, nor is anything until it has crews."""
@@ -211,6 +218,10 @@ class Player:
 
     def begin(self, message: Begin) -> None:
         self._begun += 1
+        if self._leaving or not self._crews:  # it was on its way when that was told
+            assert self._link is not None
+            self._link.send(Returned([message.episode]))
+            return
         crew = self._crews[message.heldout]
         held = _Held(self._run, self._controller, message.episode, crew=crew)
         local, self._next_local = self._next_local, self._next_local + 1
@@ -280,11 +291,11 @@ class Player:
             if held.wanted and held.told < len(held.steps):
                 self._link.send(News(held.number, held.told, held.steps[held.told :]))
                 held.told = len(held.steps)
-        if self._crews and not self._leaving:
-            room = self._version(), self._room(), self._begun
-            if room != self._room_told:
-                self._room_told = room
-                self._link.send(Room(*room))
+        plays = bool(self._crews) and not self._leaving
+        room = self.version, self._room() if plays else 0, self._begun
+        if room != self._room_told:
+            self._room_told = room
+            self._link.send(Room(*room))
 
     # ── ends ─────────────────────────────────────────────────────────────────────────────────
 

@@ -53,7 +53,9 @@ async def _drain(player: Player, drain_s: float, say: Callable[[str], None]) -> 
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_SETTLES_S):
             await player.until(lambda: player.empty)
-    if not player.empty:
+    if player.empty:
+        player.say_goodbye()
+    else:
         say("leaving: what was finished is on disk; start again with the same --name to hand it in")
 
 

@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from flash.explorer.gate import NotTheController
 from flash.explorer.link import LinkLost, Wire
 
+_MOMENT_S = 1e-6
+
 
 class FakeWires:
     """Connects explorers to whoever `welcome` is now; under virtual time.
@@ -30,44 +32,74 @@ class FakeWires:
     ) -> None:
         self.welcome = welcome
         self.parted = False  # a partition: no frame passes, and nobody is let in
+        self.parted_from: set[str] = set()  # likewise, of those whose name it is
         self._latency_s = latency_s
-        self._rates = rates or {}
+        self.rates = dict(rates or {})
         self._rng = random.Random(str(seed))
-        self._open: set[FakeWire] = set()
+        self._open: dict[FakeWire, None] = {}
+        self._serving: set[asyncio.Task[None]] = set()
 
     @contextlib.asynccontextmanager
-    async def connect(self) -> AsyncIterator[Wire]:
-        """A wire to the controller; NotTheController if nobody is there."""
+    async def connect(self, name: str = "") -> AsyncIterator[Wire]:
+        """A wire to the controller, for who is called so; NotTheController if nobody is there."""
         await asyncio.sleep(self._rng.uniform(*self._latency_s))
-        if self.welcome is None or self.parted:
+        if self.welcome is None or self.is_parted(name):
             raise NotTheController("nobody is there", again=True)
-        here, there = FakeWire(self), FakeWire(self)
+        here, there = FakeWire(self, name, explorers=True), FakeWire(self, name)
+        there.welcome = self.welcome
         here.other, there.other = there, here
-        self._open |= {here, there}
-        serving = asyncio.create_task(self._serve(there))
+        self._open |= {here: None, there: None}
+        serving = asyncio.create_task(self._serve(self.welcome, there), name="wire")
+        self._serving.add(serving)
+        serving.add_done_callback(self._serving.discard)
         try:
             yield here
         finally:
             await here.close()
-            await asyncio.wait((serving,))
 
-    async def _serve(self, wire: "FakeWire") -> None:
-        assert self.welcome is not None
+    async def _serve(self, welcome: Callable[[Wire], Awaitable[None]], wire: "FakeWire") -> None:
         try:
-            await self.welcome(wire)
+            await welcome(wire)
+        except Exception as error:  # as a server: it tells of it, and serves others
+            about = {"message": "an explorer's welcome", "exception": error}
+            asyncio.get_running_loop().call_exception_handler(about)
         finally:
             await wire.close()
 
-    def cut(self) -> None:
-        """All connections."""
+    def cut(self, name: str | None = None) -> None:
+        """All connections, or those of one."""
         for wire in list(self._open):
-            wire.cut()
+            if wire.explorers and name in (None, wire.explorer):
+                wire.cut()
+
+    def end(self, welcome: Callable[[Wire], Awaitable[None]]) -> None:
+        """The controller whose `welcome` that is does not listen any more."""
+        if self.welcome == welcome:
+            self.welcome = None
+        for wire in list(self._open):
+            if wire.welcome == welcome:
+                wire.cut()
+
+    def stall(self, *, of_explorers: bool = False) -> None:
+        """On the connections that there are nothing passes any more, or nothing of what explorers
+        send; and nobody is told."""
+        for wire in self._open:
+            wire.stalled = wire.explorers or not of_explorers
+
+    def vanish(self, name: str) -> None:
+        """Nothing comes from that one any more, and nobody is told: its machine is gone."""
+        for wire in list(self._open):
+            if wire.explorers and wire.explorer == name:
+                wire.end()
+
+    def is_parted(self, name: str) -> bool:
+        return self.parted or name in self.parted_from
 
     def forget(self, wire: "FakeWire") -> None:
-        self._open.discard(wire)
+        self._open.pop(wire, None)
 
     def draw(self, fault: str) -> bool:
-        rate = self._rates.get(fault, 0.0)
+        rate = self.rates.get(fault, 0.0)
         return bool(rate) and self._rng.random() < rate
 
     def latency_s(self) -> float:
@@ -79,12 +111,15 @@ class FakeWire:
 
     other: "FakeWire"
 
-    def __init__(self, wires: FakeWires) -> None:
+    def __init__(self, wires: FakeWires, explorer: str, *, explorers: bool = False) -> None:
+        self.explorer = explorer
+        self.explorers = explorers  # its end
+        self.welcome: Callable[[Wire], Awaitable[None]] | None = None  # of whom it is the end
         self._wires = wires
         self._frames: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._held: bytes | None = None  # to come after the next one
         self._last_at = 0.0
-        self._stalled = False
+        self.stalled = False
         self._over = False
 
     async def send(self, frame: bytes) -> None:
@@ -94,8 +129,8 @@ class FakeWire:
         if wires.draw("cut"):
             self.cut()
             return
-        self._stalled = self._stalled or wires.draw("stall")
-        if self._stalled or wires.parted or wires.draw("lose"):
+        self.stalled = self.stalled or wires.draw("stall")
+        if self.stalled or wires.is_parted(self.explorer) or wires.draw("lose"):
             return
         frames = [frame, frame] if wires.draw("double") else [frame]
         if self._held is not None:
@@ -103,10 +138,9 @@ class FakeWire:
         elif wires.draw("mix"):
             self._held = frame
             return
-        loop = asyncio.get_running_loop()
-        self._last_at = max(self._last_at, loop.time() + wires.latency_s())
+        arrives_at = asyncio.get_running_loop().time() + wires.latency_s()
         for each in frames:
-            loop.call_at(self._last_at, self.other.arrive, each)
+            self._call_at(arrives_at, self.other.arrive, each)
 
     def arrive(self, frame: bytes) -> None:
         if not self._over:
@@ -119,10 +153,18 @@ class FakeWire:
         return frame
 
     async def close(self) -> None:
-        """The other end hears of it after all that was sent."""
+        """The other end hears of it after all that was sent; unless nothing passes."""
+        if self._over:
+            return
         self.end()
-        loop = asyncio.get_running_loop()
-        loop.call_at(max(self._last_at, loop.time()), self.other.end)
+        if self.stalled or self._wires.is_parted(self.explorer):
+            return
+        self._call_at(asyncio.get_running_loop().time(), self.other.end)
+
+    def _call_at(self, when: float, what: Callable[..., None], *args: bytes) -> None:
+        """Then, and after all that came before: of two calls at one time either may be first."""
+        self._last_at = max(when, self._last_at + _MOMENT_S)
+        asyncio.get_running_loop().call_at(self._last_at, what, *args)
 
     def cut(self) -> None:
         """Both ends hear of it at once, and what was on its way is lost."""

@@ -47,6 +47,7 @@ class Past:
     Args:
         start: the number of the start that begins now.
         checkpoint: the version of the checkpoint that it goes on from; 0 without one.
+        known: what the starts before called later versions will never be again.
         redo: versions whose batches are to be trained again, in their order, and told to nobody.
         with_other_settings: of those of `redo` before a version, the settings of the trainer that
             they were trained with, one after another; the rest have the present ones.
@@ -62,6 +63,7 @@ class Past:
 
     start: int = 1
     checkpoint: int = 0
+    known: int = 0
     redo: Sequence[int] = ()
     with_other_settings: Sequence[tuple[int, Mapping[str, Any]]] = ()
     restored: Restored = _NOTHING
@@ -122,13 +124,12 @@ def take_over(store: Store, *, checkpoint: int | None, config: Config) -> Past:
     """
     store.own()
     source = source_of(config)
-    if checkpoint is not None:
-        _mend(store, checkpoint, config, source)
+    known = 0 if checkpoint is None else _mend(store, checkpoint, config, source)
     with store.transaction() as connection:
         reader = Reader(connection, store.run)
         past = Past(start=len(reader.starts()) + 1)
         if checkpoint is not None:
-            past = _read(reader, checkpoint, config, source)
+            past = replace(_read(reader, checkpoint, config, source), known=known)
             _interrupt(connection, store.run)
             past = replace(past, records=[EpisodeRecord.of_row(row) for row in reader.ended()])
         connection.execute(
@@ -234,8 +235,8 @@ def _first_alike(starts: Sequence[Start], config: Config, source: str) -> int:
     return max(others, default=0) + 1
 
 
-def _mend(store: Store, checkpoint: int, config: Config, source: str) -> None:
-    """Takes back what can't be gone on with.
+def _mend(store: Store, checkpoint: int, config: Config, source: str) -> int:
+    """Takes back what can't be gone on with; the newest version whose weights stay what they were.
 
     Parts of a batch whose last part never came. All from the first batch on that can't be trained
     again, because the log has its samples no longer. What was sampled by weights that will never
@@ -276,6 +277,7 @@ def _mend(store: Store, checkpoint: int, config: Config, source: str) -> None:
                     "tasks are other ones than before, and groups begin anew: %s", changed
                 )
             _give_up(connection, run, reader.open_group_ids(), reason)
+    return newest
 
 
 def _tell_of_lost(reached: int, known: int) -> None:

@@ -435,7 +435,10 @@ def _due(
     episodes: int,
     max_attempts: int,
 ) -> list[DueEpisode]:
-    """What a group lacks still: those that were cut off first."""
+    """What a group lacks still: those that were cut off first.
+
+    Where more are under way than it needs, the first of them had been given up for others.
+    """
     due = Counter({1: episodes})
     cut_off: list[DueEpisode] = []
     by_id = {row.episode: row for row in members}
@@ -449,6 +452,11 @@ def _due(
             due[row.attempt + 1] += 1
         elif row.outcome in ("cancelled", "dropped") and row.reason in _BEGUN_AGAIN:
             due[row.attempt] += 1
+    for attempt, count in due.items():
+        for _ in range(count, 0):
+            given_up = next((each for each in cut_off if each.attempt == attempt), None)
+            if given_up is not None:
+                cut_off.remove(given_up)
     others = [DueEpisode(attempt=attempt) for attempt, count in due.items() for _ in range(count)]
     return cut_off + others
 

@@ -187,6 +187,7 @@ async def _open(
             folder=folder.path,
             say=view.say,
             due=past.restored.cut_off,
+            known=past.known,
             after_commit=log.after_commit,
             is_over=lambda: trainer.version >= config.steps,
             trainer=trainer.state,

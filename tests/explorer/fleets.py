@@ -10,13 +10,14 @@ from flash.explorer.connection import Connection, RunIsOver
 from flash.explorer.crew import FleetCrew
 from flash.explorer.fleet import Fleet, Run
 from flash.explorer.hub import FleetHub
-from flash.explorer.messages import Files
+from flash.explorer.messages import Files, Welcome
 from flash.explorer.player import Player
 from flash.explorer.playing import play
 from flash.fakes import FakeEnvs, FakeStyle, FakeWires, FakeWorker
 from flash.hub.hub import InferenceHub
 from flash.rollout.crew import AgentCrew
 from flash.rollout.loop import RolloutLoop
+from flash.stop import unless
 from flash.types import Task
 
 
@@ -49,23 +50,38 @@ class Controller:
 
     @contextlib.asynccontextmanager
     async def running(
-        self, *, lease_s: float = 30.0, due=(), local=None, version: int = 0, model_files=None
-    ):
+        self, *, lease_s: float = 30.0, due=(), known: int = 0, version: int = 0, local=None,
+        agent=None, opens_s: float = 0.0, model_files=None,
+    ):  # fmt: skip
         hub = FleetHub(local, version=version, offer=offer, is_idle=lambda: not self.busy)
         log = self.options.get("log")
         after = {} if log is None else {"after_commit": log.after_commit}
         self.fleet = Fleet(
-            run(model_files=model_files), lease_s=lease_s, due=due, version=lambda: hub.version,
-            publish=lambda: hub.message, score=hub.score, **after,
+            run(model_files=model_files, version=version), lease_s=lease_s, due=due, known=known,
+            version=lambda: hub.version, publish=lambda: hub.message, score=hub.score, **after,
         )  # fmt: skip
         hub.over(self.fleet)
         async with self.fleet:
-            crew = FleetCrew(self.fleet, hub)
+            here = None if agent is None else AgentCrew(agent, local)
+
+            def room():
+                return 0 if here is None else local.room - here.starting
+
+            crew = FleetCrew(self.fleet, hub, local=here, room=room)
             self.wires.welcome = self.fleet.welcome
+            await asyncio.sleep(opens_s)
             async with RolloutLoop(hub, crew=crew, **self.options) as loop:
                 yield loop
             await self.fleet.close("over", again=False)
-            self.wires.welcome = None
+            await asyncio.sleep(1)  # until they have heard of it
+            self.wires.end(self.fleet.welcome)
+
+    @contextlib.asynccontextmanager
+    async def killed(self, **options):
+        """As `running`, and then as kill -9: nothing more is said."""
+        async with self.running(**options) as loop:
+            yield loop
+            self.wires.end(self.fleet.welcome)
 
 
 class Disk:
@@ -90,7 +106,7 @@ class Explorer:
     def __init__(
         self, wires: FakeWires, name: str = "x", *, envs=None, workers=2, **options
     ) -> None:
-        self.name = name
+        self.name, self.wires = name, wires
         self.drain_s = options.pop("drain_s", 60.0)
         self.task_sets = options.pop("task_sets", {})  # by name: the longest response
         self.stop = asyncio.Event()
@@ -100,12 +116,9 @@ class Explorer:
         self.player = Player(self.disk)
         self.player.load()
         self.connection = Connection(
-            name,
-            self.player,
-            connect=wires.connect,
-            have=options.pop("have", have),
-            say=self.said.append,
-        )
+            name, self.player, connect=partial(wires.connect, name),
+            have=options.pop("have", have), say=self.said.append,
+        )  # fmt: skip
         self.envs = envs or FakeEnvs(seed=sum(name.encode()))
         self.pool = [
             FakeWorker(f"{name} {n}", seed=n, tokens=(1, 8), **options.pop("worker", {}))
@@ -123,24 +136,25 @@ class Explorer:
 
     async def _play(self) -> None:
         async with self.connection.kept():
-            await self.connection.welcomed()
-            async with InferenceHub(self.pool, max_running=4, **self.options) as self.hub:
+            while (welcome := await unless(self.stop, self.connection.welcomed())) is not None:
+                await self._play_for(welcome)
 
-                def agent(max_tokens=8):
-                    return EnvironmentAgent(
-                        envs=self.envs, style=FakeStyle(), max_tokens=max_tokens
-                    )
+    async def _play_for(self, welcome: Welcome) -> None:
+        options = {"max_running": 4, "version": welcome.version} | self.options
 
-                of_sets = {name: partial(agent, most) for name, most in self.task_sets.items()}
-                await play(
-                    self.player, self.connection, self.hub,
-                    AgentCrew(of_sets or agent, self.hub), AgentCrew(of_sets or agent, self.hub),
-                    stop=self.stop, drain_s=self.drain_s, say=self.said.append,
-                )  # fmt: skip
+        def agent(max_tokens=8):
+            return EnvironmentAgent(envs=self.envs, style=FakeStyle(), max_tokens=max_tokens)
+
+        of_sets = {name: partial(agent, most) for name, most in self.task_sets.items()}
+        async with InferenceHub(self.pool, **options) as self.hub:
+            await play(
+                self.player, self.connection, self.hub,
+                AgentCrew(of_sets or agent, self.hub), AgentCrew(of_sets or agent, self.hub),
+                stop=self.stop, drain_s=self.drain_s, say=self.said.append,
+            )  # fmt: skip
 
     async def kill(self) -> None:
         """As kill -9: nothing more is said."""
-        if self.connection._link is not None:
-            self.connection._link._wire.cut()
+        self.wires.cut(self.name)
         self.task.cancel()
         await asyncio.wait((self.task,))

@@ -160,6 +160,7 @@ async def test_an_explorer_that_leaves_ends_what_it_plays_or_hands_it_back():
         Explorer(wires, "c").start()
         await asyncio.wait((b.task,), timeout=10)
         assert b.task.done()
+        await asyncio.sleep(1)
         assert controller.fleet.counts["drains"] == 2
         assert controller.fleet.counts["handed_back"] > 0
         await train(loop, [1, 2])

@@ -97,7 +97,7 @@ class LoggedSchedule:
         before: Start | None = None
         for number in range(self.num_starts):
             last = number == self.num_starts - 1
-            start = Start(self, number, folder, last=last, before=before)
+            start = self._new_start(number, folder, last=last, before=before)
             before = await start.live()
             folder = start.left
             if before is None:
@@ -117,6 +117,9 @@ class LoggedSchedule:
             account = compare(snapshot, books)
             broken += account.lost + account.doubled
         assert not broken, broken
+
+    def _new_start(self, number: int, folder: Path, **options: Any) -> "Start":
+        return Start(self, number, folder, **options)
 
 
 class LoggedSets(LoggedSchedule):
@@ -149,7 +152,7 @@ class Start(Promises):
         self.rng = rng = random.Random(f"start {number} of {run.seed}")
         self._before = before
         self._plan(rng, last)
-        self.truth = _TruthOfStart(run, number)
+        self.truth = TruthOfStart(run, number)
         self.deterministic = random.Random(run.seed).random() < 0.5
 
     def _plan(self, rng: random.Random, last: bool) -> None:
@@ -285,10 +288,12 @@ class Start(Promises):
         self._logged_version = past.logged_version
         self.again = {name: deque(seeds) for name, seeds in past.again.items()}
         self._first_group = past.restored.first_ids[1]
+        self.past, self.log = past, log
         async with self._rescuing(log), self._new_hub(self._first_version) as self.hub:
             if self.hub.version < past.version:
                 self._note_published(self.trainer.version, self.trainer.weights)
-                await self.hub.publish(Weights(version=self.trainer.version, path=Path("/fake")))
+                version = self.trainer.version
+                await self.hub.publish(Weights(version=version, path=self._path_of(version)))
             async with (
                 self._drained(),
                 self._asked_beside(),
@@ -436,10 +441,10 @@ class Start(Promises):
             assert self.outcome != "trained" or self.all_was_done, "it ends as if it owned the log"
 
 
-class _TruthOfStart(Truth):
+class TruthOfStart(Truth):
     """What is true of a run's tokens, told by the workers of one of its starts."""
 
-    def __init__(self, run: LoggedSchedule, number: int) -> None:
+    def __init__(self, run: LoggedSchedule, number: Any) -> None:
         super().__init__(tokens=run.truth.tokens, ids=run.truth.ids)
         self._sampled_in = run.sampled_in
         self._number = number

@@ -17,6 +17,7 @@ from flash.config.task_source import source_of
 from flash.log import schema
 from flash.log.past import Past
 from flash.rollout.episode import Episode
+from flash.rollout.history import Sampled
 from flash.rollout.observer import Observer
 from flash.rollout.record import EpisodeRecord
 from flash.types import Batch
@@ -222,18 +223,17 @@ class Promises(Schedule):
 
     def expect_history(self, episode: Episode) -> None:
         """What had been said in the episode that it continues, or in one before that."""
+        self._continues[episode.id] = episode.continues
         before, longest = episode.continues, []
         while before is not None:
             longest = max(longest, self._said[before], key=len)
             before = self._continues.get(before)
-        versions = [version for said in longest for version in said.versions.tolist()]
+        versions = [int(version) for said in longest for version in said.versions]
         opened = hasattr(self, "rollouts")
         next_version = self.rollouts._next_version if opened else self._logged_version
         fresh = next_version - min(versions, default=0) <= self.settings["alpha"]
         if self.deterministic and versions and fresh:
-            self._kept[episode.id] = [
-                token for said in longest for token in said.token_ids.tolist()
-            ]
+            self._kept[episode.id] = [int(token) for said in longest for token in said.token_ids]
 
     def check_history(self, episode: Episode) -> None:
         """None of that was sampled again."""
@@ -258,6 +258,9 @@ class Heard(Observer):
         self._start.check_admission(episode)
         self._start.check_task(episode)
         self._start.expect_history(episode)
+
+    def sampled(self, episode: Episode, step: Sampled) -> None:
+        self._start._said[episode.id].append(step.completion)
 
     def begun_anew(self, episode: Episode) -> None:
         raise AssertionError(f"episode {episode.id} starts over in a deterministic environment")

@@ -329,19 +329,26 @@ class Schedule:
 
     async def _publish(self, version: int) -> None:
         while not await self._cancellable(
-            self.rollouts.publish(Weights(version=version, path=Path("/fake"))),
+            self.rollouts.publish(Weights(version=version, path=self._path_of(version))),
             "publish_cancelled",
         ):
             await asyncio.sleep(self.rng.random())
         self.held = {v: n for v, n in self.held.items() if v >= version}
         self.say("published", version)
+        self._check_published(version)
+        if self.chance.draw("evaluation"):
+            await self._cancellable(self._evaluate(version), "evaluation_cancelled")
+
+    def _path_of(self, version: int) -> Path:
+        """Where the weights of that version would be."""
+        return Path("/fake")
+
+    def _check_published(self, version: int) -> None:
         behind = [w for w in self.hub.stats().workers if w.healthy and w.version < version]
         assert not behind, f"a worker takes requests with old weights: {behind}"
-        if self.chance.draw("evaluation"):
-            tasks = [Task(-1 - number) for number in range(3)]
-            await self._cancellable(
-                evaluate(self.rollouts, self._make_agent, tasks), "evaluation_cancelled"
-            )
+
+    async def _evaluate(self, version: int) -> None:
+        await evaluate(self.rollouts, self._make_agent, heldout_tasks())
 
     async def _next_batch(self) -> Batch:
         """Gives up waiting at random moments; nothing may be lost by it."""
@@ -401,9 +408,12 @@ class Schedule:
             for episode in rollouts.under_way():
                 # A run that has failed says so at the trainer's next call; till then it waits.
                 if episode.trajectory is None and rollouts._failure is None:
-                    lasts = now - episode.admitted_at
-                    assert lasts <= EPISODE_TIMEOUT_S + LINGER_S, f"invariant 5: {lasts:.0f} s"
+                    self._check_life(now - episode.admitted_at)
             await asyncio.sleep(0.5)
+
+    def _check_life(self, lasts_s: float) -> None:
+        """How long an episode may last."""
+        assert lasts_s <= EPISODE_TIMEOUT_S + LINGER_S, f"invariant 5: {lasts_s:.0f} s"
 
     def _most_under_way(self) -> int:
         return sum(self._most_of_set(groups, size) for groups, size in self.sets.values())
@@ -512,6 +522,13 @@ class Schedule:
         planted = next(causes[kind] for kind in type(error).__mro__ if kind in causes)
         assert any(cause in kinds for cause in planted), f"nothing planted: {error!r}"
 
+    def _is_faultless(self) -> bool:
+        return not self.rates
+
+    def _check_tasks(self) -> None:
+        left = asyncio.all_tasks() - self._others
+        assert not left, f"invariant 6: {left}"
+
     def _check_end(self) -> None:
         assert not self.loop_errors, self.loop_errors
         assert self.envs.open_now == 0, "invariant 6: an environment is open"
@@ -521,8 +538,7 @@ class Schedule:
         ):
             for worker in self.workers:
                 assert set(worker.cancelled) <= set(worker.aborted), "invariant 6: not aborted"
-        left = asyncio.all_tasks() - self._others
-        assert not left, f"invariant 6: {left}"
+        self._check_tasks()
         if not hasattr(self, "rollouts"):
             return
         ledger = self.rollouts.ledger
@@ -542,7 +558,7 @@ class Schedule:
         if self._waits_for_the_slow():
             stale = ledger.outcomes["cancelled", "stale"] + ledger.outcomes["dropped", "stale"]
             assert not stale or settings.get("redundant_groups"), "it was not waited for"
-        if not self.rates:
+        if self._is_faultless():
             assert self.outcome == "trained"
             assert not ledger.count("failed")
 
@@ -551,6 +567,10 @@ class ScheduleOfSets(Schedule):
     """Each of several task sets."""
 
     several = 1.0
+
+
+def heldout_tasks() -> list[Task]:
+    return [Task(-1 - number) for number in range(3)]
 
 
 def _episodes(batch: Batch) -> set[int]:

@@ -4,8 +4,8 @@
 
 plain: a run with faults. logged: one that is killed again and again, with its log on a disk that
 goes wrong; these take longer, and there are a tenth as many. sets, logged_sets: the same of several
-task sets. Prints the seeds that fail and how the others ended; `--seed` replays one, with its
-trace.
+task sets. explorers: as logged, with explorers that come, go, die and are cut off. Prints the seeds
+that fail and how the others ended; `--seed` replays one, with its trace.
 """
 
 import argparse
@@ -13,15 +13,19 @@ import functools
 import multiprocessing
 import sys
 import time
+import traceback
 from collections import Counter
 
+from tests.faults.explored import ExploredSchedule
 from tests.faults.logged import LoggedSchedule, LoggedSets
 from tests.faults.schedule import Schedule, ScheduleOfSets, Violation
 
 KINDS = {
     "plain": Schedule, "logged": LoggedSchedule, "sets": ScheduleOfSets, "logged_sets": LoggedSets,
+    "explorers": ExploredSchedule,
 }  # fmt: skip
-SHARES = {"plain": 1, "logged": 10, "sets": 4, "logged_sets": 40}  # of so many schedules one
+# Of so many schedules one.
+SHARES = {"plain": 1, "logged": 10, "sets": 4, "logged_sets": 40, "explorers": 10}
 
 
 def outcome(kind: str, seed: int) -> tuple[Counter[str], str]:
@@ -38,6 +42,9 @@ def replay(kind: str, seed: int) -> None:
     schedule = KINDS[kind](seed)
     try:
         schedule.run()
+    except Violation as violation:
+        print(violation)
+        traceback.print_exception(violation.__cause__)
     finally:
         for at, *what in schedule.trace:
             print(f"{at:12.6f}", *what)

@@ -1,7 +1,8 @@
 """Invariants 1-6 of the loop, hub and agents, on schedules in which anything may fail.
 
 A seed that fails is in the error: `python -m tests.faults.soak --seed SEED` replays it. Likewise,
-with `--kind logged`, what is promised of a run that is killed while its disk goes wrong.
+with `--kind logged`, what is promised of a run that is killed while its disk goes wrong; and with
+`--kind explorers` of one whose explorers come, go and die besides.
 """
 
 import os
@@ -14,7 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from flash.explorer.fleet import Fleet
 from tests.faults.disk import AILMENTS, FaultyStore
+from tests.faults.explored import ExploredSchedule
+from tests.faults.explorers import DEEDS, WIRE_RATES
 from tests.faults.faulty import FaultyWorker
 from tests.faults.logged import ENDS, LoggedSchedule, LoggedSets
 from tests.faults.schedule import RATES, Schedule, ScheduleOfSets, Violation
@@ -210,3 +214,73 @@ def test_the_same_seed_kills_and_fails_alike():
 )
 def test_what_a_schedule_found_stays_mended(seed):
     LoggedSchedule(seed).run()
+
+
+@pytest.mark.parametrize(
+    "first",
+    [pytest.param(n, marks=[pytest.mark.slow] if n else []) for n in range(0, 100, 10)],
+)
+def test_nothing_is_lost_whatever_befalls_explorers(first):
+    for seed in range(first, first + 10):
+        schedule = ExploredSchedule(seed)
+        schedule.run()
+        assert schedule.outcome == "trained"
+
+
+@pytest.mark.parametrize("deed", DEEDS)
+def test_nothing_is_lost_where_one_thing_befalls_explorers_often(deed):
+    schedule = ExploredSchedule(1, rates={"checkpoint": 0.5})
+    schedule.world.befall(deed)
+    schedule.run()
+    assert schedule.world.counts[deed] > 3
+
+
+@pytest.mark.parametrize("kind", WIRE_RATES)
+def test_nothing_is_lost_where_one_fault_of_connections_is_frequent(kind):
+    schedule = ExploredSchedule(2, rates={"checkpoint": 0.5})
+    schedule.world.befall(wires={kind: 5 * WIRE_RATES[kind]})
+    schedule.run()
+    assert kind == "double" or schedule.of_fleets["returns"]
+
+
+def test_a_fleet_that_forgets_to_settle_is_noticed():
+    """The checks of what explorers hold are not idle."""
+
+    class Forgetful(Fleet):
+        def _settle(self, explorer, episode):
+            pass
+
+    class Schedules(ExploredSchedule):
+        fleet_class = Forgetful
+
+    schedule = Schedules(0, rates={})
+    schedule.world.befall()
+    with pytest.raises(Violation, match=" holds "):
+        schedule.run()
+
+
+def test_a_fleet_that_takes_what_it_had_given_to_another_is_noticed():
+    """So are those of histories."""
+
+    class Confused(Fleet):
+        def _hear_news(self, explorer, news):
+            for other in self.explorers.values():  # whoever tells of it
+                if news.episode in other.plays:
+                    explorer = other
+            super()._hear_news(explorer, news)
+
+    class Schedules(ExploredSchedule):
+        fleet_class = Confused
+
+    with pytest.raises(Violation):
+        for seed in range(20):
+            Schedules(seed).run()
+
+
+def test_the_same_seed_befalls_explorers_alike():
+    digests = []
+    for _ in range(2):
+        schedule = ExploredSchedule(4)
+        schedule.run()
+        digests.append(schedule.digest())
+    assert digests[0] == digests[1]

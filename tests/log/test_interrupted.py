@@ -115,3 +115,9 @@ def test_an_episode_that_failed_is_due_as_another_attempt(run):
     failed = {"episode": 0, "ended_at": 1.0, "outcome": "failed", "reason": "env"}
     run.store.commit([Change("update", EPISODES, failed)])
     assert [(due.attempt, due.episode) for due in run.resume()] == [(1, 1), (2, None)]
+
+
+def test_no_more_episodes_are_due_than_a_group_needs(run):
+    """One was given up, and is not gone yet; another has begun in its place."""
+    run.begin(2)
+    assert [due.episode for due in run.resume()] == [1, 2]
