@@ -1,0 +1,84 @@
+"""Explorers that have none of the controller's folders: as on other machines."""
+
+import asyncio
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from flash.explorer.address import Address
+from tests.tiny_runs import run, tiny
+
+# With nothing in the folders $1 … $N before "--", runs the rest.
+APART = """
+while [ "$1" != -- ]; do mount -t tmpfs none "$1"; shift; done
+shift
+exec "$@"
+"""
+
+
+@contextlib.asynccontextmanager
+async def apart(*words, without):
+    """A command on a machine that has nothing in these folders."""
+    process = await asyncio.create_subprocess_exec(
+        "unshare", "--mount", "sh", "-ec", APART, "sh", *map(str, without), "--",
+        *map(str, words),
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+async def test_explorers_without_the_controllers_disk_have_its_model_and_weights(tmp_path: Path):
+    async with apart("true", without=[]) as probe:
+        if await probe.wait():
+            pytest.skip("needs root, for mounts of a process of its own (unshare)")
+    folder = tmp_path / "r"
+    config = tiny(
+        "frozen_lake", tmp_path, name="r", steps=4, eval_every=0,
+        **{"explorers.expected": 2, "engine.workers": 0},
+    )  # fmt: skip
+    hidden = [folder, "/dev/shm", (tmp_path / ".small_policies").resolve()]
+    running = asyncio.create_task(run(config))
+    while not folder.is_dir() or (address := Address.read(folder)) is None:
+        assert not running.done(), running
+        await asyncio.sleep(0.1)
+    flash = (sys.executable, "-c", "from flash.cli.main import main; main()")
+    async with contextlib.AsyncExitStack() as opened:
+        explorers = [
+            await opened.enter_async_context(
+                apart(
+                    *flash,
+                    "explore",
+                    address.url,
+                    "--token",
+                    address.token,
+                    "--name",
+                    name,
+                    "--folder",
+                    tmp_path / name,
+                    "--relay",
+                    "127.0.0.1",
+                    without=hidden,
+                )  # fmt: skip
+            )
+            for name in "ab"
+        ]
+        assert (await running)["steps"] == 4
+        for explorer in explorers:
+            out, _ = await explorer.communicate()
+            assert explorer.returncode == 0, out.decode()
+            assert b"the run is over" in out
+    for name in "ab":
+        (model,) = (tmp_path / name / "model").iterdir()
+        assert (model / "config.json").is_file()
+        assert 1 <= len(list((tmp_path / name / "weights").iterdir())) <= 2
