@@ -52,27 +52,13 @@ async def test_explorers_without_the_controllers_disk_have_its_model_and_weights
     while not folder.is_dir() or (address := Address.read(folder)) is None:
         assert not running.done(), running
         await asyncio.sleep(0.1)
-    flash = (sys.executable, "-c", "from flash.cli.main import main; main()")
+    explore = (sys.executable, "-c", "from flash.cli.main import main; main()", "explore")
+    explore += (address.url, "--token", address.token, "--relay", "127.0.0.1")
     async with contextlib.AsyncExitStack() as opened:
-        explorers = [
-            await opened.enter_async_context(
-                apart(
-                    *flash,
-                    "explore",
-                    address.url,
-                    "--token",
-                    address.token,
-                    "--name",
-                    name,
-                    "--folder",
-                    tmp_path / name,
-                    "--relay",
-                    "127.0.0.1",
-                    without=hidden,
-                )  # fmt: skip
-            )
-            for name in "ab"
-        ]
+        explorers = []
+        for name in "ab":
+            words = (*explore, "--name", name, "--folder", tmp_path / name)
+            explorers.append(await opened.enter_async_context(apart(*words, without=hidden)))
         assert (await running)["steps"] == 4
         for explorer in explorers:
             out, _ = await explorer.communicate()
