@@ -1,4 +1,4 @@
-"""Explorers that have none of the controller's folders: as on other machines."""
+"""An explorer that has none of the controller's folders: as on another machine."""
 
 import asyncio
 import contextlib
@@ -38,33 +38,29 @@ async def apart(*words, without):
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-async def test_explorers_without_the_controllers_disk_have_its_model_and_weights(tmp_path: Path):
+async def test_an_explorer_without_the_controllers_disk_has_its_model_and_weights(tmp_path: Path):
     async with apart("true", without=[]) as probe:
         if await probe.wait():
             pytest.skip("needs root, for mounts of a process of its own (unshare)")
     folder = tmp_path / "r"
     config = tiny(
         "frozen_lake", tmp_path, name="r", steps=4, eval_every=0,
-        **{"explorers.expected": 2, "engine.workers": 0},
+        **{"explorers.expected": 1, "engine.workers": 0},
     )  # fmt: skip
     hidden = [folder, "/dev/shm", (tmp_path / ".small_policies").resolve()]
     running = asyncio.create_task(run(config))
     while not folder.is_dir() or (address := Address.read(folder)) is None:
         assert not running.done(), running
         await asyncio.sleep(0.1)
-    explore = (sys.executable, "-c", "from flash.cli.main import main; main()", "explore")
-    explore += (address.url, "--token", address.token, "--relay", "127.0.0.1")
-    async with contextlib.AsyncExitStack() as opened:
-        explorers = []
-        for name in "ab":
-            words = (*explore, "--name", name, "--folder", tmp_path / name)
-            explorers.append(await opened.enter_async_context(apart(*words, without=hidden)))
+    words = (
+        sys.executable, "-c", "from flash.cli.main import main; main()", "explore", address.url,
+        "--token", address.token, "--relay", "127.0.0.1", "--folder", tmp_path / "a",
+    )  # fmt: skip
+    async with apart(*words, without=hidden) as explorer:
         assert (await running)["steps"] == 4
-        for explorer in explorers:
-            out, _ = await explorer.communicate()
-            assert explorer.returncode == 0, out.decode()
-            assert b"the run is over" in out
-    for name in "ab":
-        (model,) = (tmp_path / name / "model").iterdir()
-        assert (model / "config.json").is_file()
-        assert 1 <= len(list((tmp_path / name / "weights").iterdir())) <= 2
+        out, _ = await explorer.communicate()
+        assert explorer.returncode == 0, out.decode()
+        assert b"the run is over" in out
+    (model,) = (tmp_path / "a/model").iterdir()
+    assert (model / "config.json").is_file()
+    assert 1 <= len(list((tmp_path / "a/weights").iterdir())) <= 2
