@@ -222,8 +222,7 @@ class _Offer:
                 if (about.st_size, about.st_mtime_ns) != self.contents[name]:
                     return None
                 file.seek(offset)
-                data = file.read(size)
-                return data if len(data) == size else None
+                return file.read(size)
         except OSError:
             return None
 

@@ -1,0 +1,70 @@
+"""An explorer that has none of the controller's folders: as on another machine."""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from flash.explorer.address import Address
+from tests.tiny_runs import run, tiny
+
+# With nothing in the folders $1 … $N before "--", runs the rest.
+APART = """
+while [ "$1" != -- ]; do mount -t tmpfs none "$1"; shift; done
+shift
+exec "$@"
+"""
+
+
+@contextlib.asynccontextmanager
+async def apart(*words, without):
+    """A command on a machine that has nothing in these folders."""
+    process = await asyncio.create_subprocess_exec(
+        "unshare", "--mount", "sh", "-ec", APART, "sh", *map(str, without), "--",
+        *map(str, words),
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+async def exit_code(*words) -> int:
+    return await (await asyncio.create_subprocess_exec(*words)).wait()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+async def test_an_explorer_without_the_controllers_disk_has_its_model_and_weights(tmp_path: Path):
+    if shutil.which("unshare") is None or await exit_code("unshare", "--mount", "true"):
+        pytest.skip("needs root and unshare, for mounts of a process of its own")
+    folder = tmp_path / "r"
+    config = tiny(
+        "frozen_lake", tmp_path, name="r", steps=4, eval_every=0,
+        **{"explorers.expected": 1, "engine.workers": 0},
+    )  # fmt: skip
+    hidden = [folder, "/dev/shm", (tmp_path / ".small_policies").resolve()]
+    running = asyncio.create_task(run(config))
+    while not folder.is_dir() or (address := Address.read(folder)) is None:
+        assert not running.done(), running
+        await asyncio.sleep(0.1)
+    words = (
+        sys.executable, "-c", "from flash.cli.main import main; main()", "explore", address.url,
+        "--token", address.token, "--relay", "127.0.0.1", "--folder", tmp_path / "a",
+    )  # fmt: skip
+    async with apart(*words, without=hidden) as explorer:
+        assert (await running)["steps"] == 4
+        out, _ = await explorer.communicate()
+        assert explorer.returncode == 0, out.decode()
+        assert b"the run is over" in out
+    (model,) = (tmp_path / "a/model").iterdir()
+    assert (model / "config.json").is_file()
+    assert 1 <= len(list((tmp_path / "a/weights").iterdir())) <= 2
