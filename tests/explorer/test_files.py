@@ -377,20 +377,14 @@ async def test_a_model_that_is_gone_is_had_from_the_controllers_next_start():
     connection = Explorer(wires).connection
     first, second = (Files("/model", "stamp", key) for key in ("first", "second"))
     async with connection.kept():
-        async with controller.running(model_files=first):
+        async with controller.killed(model_files=first):
             await connection.welcomed()
             having = asyncio.create_task(connection.model_by(have))
             await asyncio.sleep(1)
             assert not having.done()
-            controller.fleet.close = lost
-        wires.cut()
-        async with controller.running(model_files=second):
+        async with controller.killed(model_files=second):
             assert await having == "/fetched"
     assert asked == ["first", "second"]
-
-
-async def lost(*why, **again) -> None:
-    """In the place of a word that all is over: nothing is said."""
 
 
 async def test_a_relay_ends_with_the_offer(tmp_path: Path):
