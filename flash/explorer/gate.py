@@ -105,8 +105,8 @@ class Gate:
         ours = request.headers.get(_NONCE, "")
         theirs = self._nonces.pop(ours, None)
         expected = proof(self._token, "explorer", theirs or "", ours)
-        given = request.headers.get(_PROOF, "")
-        if theirs is None or not hmac.compare_digest(expected.encode(), given.encode()):
+        given = request.headers.get(_PROOF, "").encode(errors="replace")
+        if theirs is None or not hmac.compare_digest(expected.encode(), given):
             raise web.HTTPForbidden(reason="the proof is not of this run's token")
         self._listener.vouch(request)
         socket = web.WebSocketResponse(max_msg_size=0, compress=False)
@@ -172,7 +172,7 @@ async def joined(
     except msgspec.MsgspecError as error:
         raise NotTheController(f"what answers at {url} is no controller") from error
     expected = proof(token, "controller", theirs, answer.nonce)
-    if not hmac.compare_digest(expected.encode(), answer.proof.encode()):
+    if not hmac.compare_digest(expected.encode(), answer.proof.encode(errors="replace")):
         raise NotTheController(
             f"the controller at {url} has another token than this explorer: give the one of the "
             f"run's explorers.json"

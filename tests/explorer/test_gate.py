@@ -59,6 +59,14 @@ async def test_an_explorer_with_another_token_believes_nobody_and_is_let_in_nowh
             headers = {"X-Flash-Nonce": nonce, "X-Flash-Proof": proof}
             with pytest.raises(aiohttp.WSServerHandshakeError, match="403"):
                 await session.ws_connect(f"{url}/explorers", headers=headers)
+        # No text at all: the header's bytes are half of a character.
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+        writer.write(
+            f"GET /explorers HTTP/1.1\r\nHost: localhost\r\nX-Flash-Nonce: {nonce}\r\n".encode()
+            + b"X-Flash-Proof: \xff\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n"
+        )
+        assert b" 403 " in await reader.readline()
+        writer.close()
         assert came.empty()
 
 
