@@ -218,10 +218,10 @@ def test_what_a_schedule_found_stays_mended(seed):
 
 @pytest.mark.parametrize(
     "first",
-    [pytest.param(n, marks=[pytest.mark.slow] if n else []) for n in range(0, 100, 10)],
+    [pytest.param(n, marks=[pytest.mark.slow] if n else []) for n in range(0, 60, 6)],
 )
 def test_nothing_is_lost_whatever_befalls_explorers(first):
-    for seed in range(first, first + 10):
+    for seed in range(first, first + 6):
         schedule = ExploredSchedule(seed)
         schedule.run()
         assert schedule.outcome == "trained"
@@ -257,24 +257,6 @@ def test_a_fleet_that_forgets_to_settle_is_noticed():
     schedule.world.befall()
     with pytest.raises(Violation, match=" holds "):
         schedule.run()
-
-
-def test_a_fleet_that_takes_what_it_had_given_to_another_is_noticed():
-    """So are those of histories."""
-
-    class Confused(Fleet):
-        def _hear_news(self, explorer, news):
-            for other in self.explorers.values():  # whoever tells of it
-                if news.episode in other.plays:
-                    explorer = other
-            super()._hear_news(explorer, news)
-
-    class Schedules(ExploredSchedule):
-        fleet_class = Confused
-
-    with pytest.raises(Violation):
-        for seed in range(20):
-            Schedules(seed).run()
 
 
 def test_the_same_seed_befalls_explorers_alike():
