@@ -16,7 +16,7 @@ UV := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --
 # One thread each: the models of the tests are small, and several run side by side.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder \
 	--durations 15 -n logical --maxprocesses 4
-EXTRAS := alfworld,reasoning,postgres,parquet,dev$(if $(shell command -v nvidia-smi 2>/dev/null),$(comma)gpu)
+EXTRAS := alfworld,reasoning,postgres,parquet,ray,dev$(if $(shell command -v nvidia-smi 2>/dev/null),$(comma)gpu)
 READY := .venv/.ready
 VLLM_READY := .venv/.vllm_ready
 

@@ -12,6 +12,7 @@
     ├── PublishFailure        new weights did not become the policy, or not exactly
     ├── RolloutFailure        the rollout loop can't go on: too many failures, or no tasks
     │   └── RolloutStall      nothing moves any more; names one cause
+    ├── ClusterFailure        the cluster lost what the run can't do without
     ├── LogFailure            what happens can't be written down, so it must not count
     └── ProcessFailure        a child process of ours died or raised
 
@@ -76,6 +77,10 @@ class TrainerFailure(FlashError):
 
 class PublishFailure(FlashError):
     """Weights could not be published, or a worker's logprobs differ from the trainer's."""
+
+
+class ClusterFailure(FlashError):
+    """A cluster does not answer, or none of a run's explorers can play there."""
 
 
 class LogFailure(FlashError):

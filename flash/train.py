@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from flash.config import Config
@@ -29,9 +30,12 @@ from flash.types import Batch
 logger = logging.getLogger(__name__)
 
 
-async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any] | None:
+async def train(
+    config: Config, *, stop: asyncio.Event, opened: Callable[[Path], None] = lambda _: None
+) -> dict[str, Any] | None:
     """Trains until `config.steps` or until `stop` is set, then saves; returns the summary.
 
+    `opened` is told the run's folder once it is this run's.
     None if it was stopped before its first step began: there is nothing to go on with.
     Raises ValueError for what the user got wrong, FlashError with the cause if the run can't go
     on. What was measured until then is in the run's folder.
@@ -42,6 +46,7 @@ async def train(config: Config, *, stop: asyncio.Event) -> dict[str, Any] | None
         watched_event_loop(config.rollout.stall_timeout_s, _end_of(folder)),
         open_view() as view,
     ):
+        opened(folder.path)
         model = await unless(stop, prepared_model(config, view.progress))
         if model is None:
             return None

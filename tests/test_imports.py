@@ -22,6 +22,8 @@ INSIDE_FUNCTIONS = {
     "door": {"transformers"},
     "warm_start": {"torch", "transformers"},
 }
+# Where a run is launched on it; nothing else imports that before it is asked for.
+USES_RAY = ROOT / "flash" / "cluster" / "launch.py"
 
 
 def imports(path: Path, *, top_level_only: bool = False):
@@ -52,17 +54,23 @@ def test_the_engine_imports_no_environment_and_no_agent(path):
 @pytest.mark.parametrize("path", sources("flash"), ids=lambda path: str(path.relative_to(ROOT)))
 def test_heavy_packages_are_imported_where_they_are_needed_only(path):
     place = path.relative_to(ROOT / "flash").parts[0]
-    if place in ("trainer", "worker"):
+    if place in ("trainer", "worker") or path == USES_RAY:
         return
     assert not packages(path, top_level_only=True) & HEAVY
     assert packages(path) & HEAVY <= INSIDE_FUNCTIONS.get(place, set())
 
 
 @pytest.mark.parametrize("path", sources("flash"), ids=lambda path: str(path.relative_to(ROOT)))
-def test_the_engine_talks_to_vllm_over_http_and_to_ray_not_at_all(path):
+def test_the_engine_talks_to_vllm_over_http_and_ray_is_known_to_one_file(path):
     # What vLLM's servers load, and the process that joins them in a NCCL group.
-    of_vllm = path.name in ("vllm_extension.py", "nccl.py")
-    assert not packages(path) & ({"ray"} if of_vllm else {"vllm", "ray"})
+    of_vllm = {"vllm"} if path.name in ("vllm_extension.py", "nccl.py") else set()
+    of_ray = {"ray"} if path == USES_RAY else set()
+    assert packages(path) & {"vllm", "ray"} <= of_vllm | of_ray
+
+
+def test_the_one_file_that_knows_ray_is_imported_only_where_it_is_asked_for():
+    for path in sources("flash"):
+        assert "flash.cluster.launch" not in {*imports(path, top_level_only=True)}, path
 
 
 @pytest.mark.parametrize(

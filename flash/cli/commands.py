@@ -19,22 +19,29 @@ from flash.system import machine
 def _train(arguments: Sequence[str]) -> None:
     sources, overrides = split_words(arguments)
     config = configuration.load(only(sources, "a preset or a YAML file"), overrides)
+    if config.cluster.kind == "ray":
+        _check(config)
+        from flash.cluster.launch import launch
+
+        if code := launch(config):
+            raise SystemExit(code)
+        return
+    run_training(config)
+
+
+def run_training(
+    config: configuration.Config, opened: Callable[[Path], None] = lambda _: None
+) -> None:
+    """Trains here, and prints what came of it; `opened` is told the run's folder.
+
+    Raises ValueError for what this machine, or what is around it, can't do.
+    """
     configuration.check_capacity(config, machine.capacity())
-    configuration.try_environments(config)
-    if url := revealed(config.log.url):
-        from flash.log.store import open_engine
-
-        open_engine(url).dispose()
-    if port := config.engine.door_port:
-        machine.check_port("127.0.0.1", port, f"engine.door_port={port}")
-    if (expert := config.rollout.expert.file) is not None:
-        from flash.rollout.expert_file import check_file
-
-        check_file(expert)
+    _check(config)
     from flash.train import train
 
     stop = asyncio.Event()
-    summary = run_loop(train(config, stop=stop), stop=stop)
+    summary = run_loop(train(config, stop=stop, opened=opened), stop=stop)
     if summary is None:
         print(_stopped_early(config))
         return
@@ -46,6 +53,21 @@ def _train(arguments: Sequence[str]) -> None:
             f"{first:.1%} → {last:.1%} ({100 * (last - first):+.1f} points), "
             f"alpha={config.alpha:g}, seed={config.seed}"
         )
+
+
+def _check(config: configuration.Config) -> None:
+    """ValueError for what a configuration names and is not there, or is not as it must be."""
+    configuration.try_environments(config)
+    if url := revealed(config.log.url):
+        from flash.log.store import open_engine
+
+        open_engine(url).dispose()
+    if port := config.engine.door_port:
+        machine.check_port("127.0.0.1", port, f"engine.door_port={port}")
+    if (expert := config.rollout.expert.file) is not None:
+        from flash.rollout.expert_file import check_file
+
+        check_file(expert)
 
 
 def _stopped_early(config: configuration.Config) -> str:

@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 
 from flash.command_line import ended, nearest
@@ -31,6 +31,11 @@ _HELP = ("-h", "--help")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Exit code 2 for what the user got wrong, 3 for a stall, 1 for other failures."""
+    as_process(lambda: run(sys.argv[1:] if arguments is None else arguments))
+
+
+def as_process(command: Callable[[], int]) -> None:
+    """Runs a command as all that this process is for, and ends with the exit code it returns."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may know no α
     # Outside of a loop, which has its own answer, there is nothing to close: imports, the end.
@@ -38,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     code: int | str | None = 1
     atexit.register(lambda: _leave(code))  # as the first it is called last
     try:
-        code = run(sys.argv[1:] if arguments is None else arguments)
+        code = command()
     except SystemExit as end:
         code = end.code
     sys.exit(code)
@@ -82,9 +87,14 @@ def _command(name: str, rest: Sequence[str]) -> None:
         return
     from flash.cli import commands  # noqa: PLC0415
 
+    log_to_stderr()
+    commands.BY_NAME[name](rest)
+
+
+def log_to_stderr() -> None:
+    """As every command does."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("huggingface_hub").propagate = False  # it prints by a handler of its own
-    commands.BY_NAME[name](rest)
 
 
 def _overview() -> str:

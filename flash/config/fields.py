@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from flash.cluster.config import ClusterConfig
 from flash.config.agent import AgentConfig
 from flash.config.model import SMALL, check_model
 from flash.config.names import BARE, without_aliases
@@ -89,6 +90,7 @@ class RunFields(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     explorers: ExplorersConfig = ExplorersConfig()
+    cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="before")
     @classmethod
@@ -104,7 +106,7 @@ class RunFields(Section):
             )
         return value
 
-    @field_validator("env", "engine", "reward", mode="before")
+    @field_validator("env", "engine", "reward", "cluster", mode="before")
     @classmethod
     def _section_by_its_bare_value(cls, value: Any, info: ValidationInfo) -> Any:
         return {BARE[info.field_name or ""]: value} if isinstance(value, str) else value

@@ -8,6 +8,7 @@ BARE = {
     "env": "name",
     "reward": "name",
     "engine": "kind",
+    "cluster": "kind",
     "objective": "name",
     "advantages": "name",
 }

@@ -114,10 +114,11 @@ def _fields_in(name: str, value: Any) -> Iterator[str]:
 
 
 def _set(settings: dict[str, Any], path: list[str], value: Any) -> None:
-    """Sets a nested value; a bare engine kind changes the kind, a bare environment all of it."""
+    """Sets a nested value; a bare kind, of engine or cluster, changes the kind, a bare environment
+    all of it."""
     *sections, last = path
-    if path == ["engine"] and isinstance(value, str):
-        sections, last = ["engine"], "kind"
+    if path in (["engine"], ["cluster"]) and isinstance(value, str):
+        sections, last = path, "kind"
     for depth, section in enumerate(sections):
         inner = settings.get(section)
         if isinstance(inner, str) and section in BARE:

@@ -27,6 +27,8 @@ def check_together(config: RunFields) -> None:
         )
     _check_share(config)
     _check_workers(config)
+    if config.cluster.kind != "none":
+        _check_cluster(config)
     _check_rollout(config)
     check_staleness(config.trainer, alpha=config.alpha)
     if (reference := config.trainer.kl.reference) is not None:
@@ -86,7 +88,7 @@ def _check_workers(config: RunFields) -> None:
     """That somebody plays."""
     if config.engine.workers or config.engine.urls:
         return
-    if not config.explorers.may_come:
+    if not config.explorers.may_come and config.cluster.kind == "none":
         raise ValueError(
             "engine.workers=0 with explorers.expected=0: nobody would play: start workers, or let "
             "explorers come"
@@ -96,6 +98,31 @@ def _check_workers(config: RunFields) -> None:
             f"engine.door_port={config.engine.door_port} with engine.workers=0: behind that door "
             f"would be no worker: leave it out"
         )
+
+
+def _check_cluster(config: RunFields) -> None:
+    """That nothing needs workers beside the controller: on a cluster explorers have them all."""
+    kind, gpus, ranks = config.cluster.kind, config.cluster.trainer.gpus, config.trainer.ranks
+    if gpus and ranks not in (1, gpus):
+        raise ValueError(
+            f"trainer.ranks={ranks} with cluster.trainer.gpus={gpus}: a rank has one GPU: leave "
+            f"trainer.ranks out"
+        )
+    for field, given, remedy in (
+        ("eval.mode=beside", config.eval.mode == "beside", "use eval.mode=pause"),
+        ("engine.transport=nccl", config.engine.transport == "nccl", "use engine.transport=disk"),
+        ("engine.urls", bool(config.engine.urls), "leave it out, or use cluster.kind=none"),
+        (
+            f"engine.door_port={config.engine.door_port}",
+            config.engine.door_port is not None,
+            "leave it out, or use cluster.kind=none",
+        ),
+    ):
+        if given:
+            raise ValueError(
+                f"{field} with cluster.kind={kind}: the workers are those that explorers start: "
+                f"{remedy}"
+            )
 
 
 def _check_lengths(config: RunFields) -> None:

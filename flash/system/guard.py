@@ -1,6 +1,7 @@
 """`python guard.py FD COMMAND …`: runs the command, and ends it with all that it started.
 
-FD is the reading end of a pipe; that the other end is closed, or its owner dead, is the sign.
+FD is the reading end of a pipe; that the other end is closed, or its owner dead, is the sign. What
+comes through it is handed on as SIGTERM to the command alone, which may take its time.
 What the command starts in a session of its own does not get away: on Linux an orphan becomes a
 child of this process, by PR_SET_CHILD_SUBREAPER. Run as a file and without packages, because it
 starts once for each episode.
@@ -35,9 +36,14 @@ def main() -> int:
     status = None
     while status is None:
         readable, _, _ = select.select([lifeline, woken], [], [])
-        if lifeline in readable or set(os.read(woken, 4096)) != {signal.SIGCHLD}:
-            break
-        status = dict(_ended()).get(child)
+        if lifeline in readable:
+            if not os.read(lifeline, 1):
+                break
+            os.kill(child, signal.SIGTERM)  # it is ours to wait for, so nobody else has its number
+        if woken in readable:
+            if set(os.read(woken, 4096)) != {signal.SIGCHLD}:
+                break
+            status = dict(_ended()).get(child)
     signal.alarm(_GRACE_S)
     _kill_all(child)
     code = os.waitstatus_to_exitcode(status) if status is not None else -signal.SIGKILL

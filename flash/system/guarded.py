@@ -38,6 +38,12 @@ class Guarded:
         """The exit code, once all of it has ended by itself."""
         return await self._guard.wait()
 
+    def terminate(self) -> None:
+        """SIGTERM to the command alone, which may take its time; nothing if it has ended."""
+        if self._lifeline is not None:
+            with contextlib.suppress(BrokenPipeError):
+                os.write(self._lifeline, b"t")
+
     def kill(self) -> None:
         """Has the guard end all of it; `end` waits until it has."""
         if self._lifeline is not None:
@@ -61,6 +67,7 @@ async def start_guarded(
     stderr: IO[bytes],
     env: Mapping[str, str],
     pass_fds: Sequence[int] = (),
+    cwd: str | None = None,
 ) -> Guarded:
     """Starts a command under a guard. OSError if this machine can't, for a minute."""
 
@@ -78,6 +85,7 @@ async def start_guarded(
                 stderr=stderr,
                 pass_fds=[reading, *pass_fds],
                 env=env,
+                cwd=cwd,
                 start_new_session=True,
             )
         except BaseException:

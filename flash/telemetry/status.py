@@ -17,6 +17,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from flash.cluster.place import read_places
 from flash.errors import first_error
 from flash.explorer.fleet import Explorer, Fleet
 from flash.explorer.hub import FleetHub
@@ -227,7 +228,7 @@ def _of_worker(worker: WorkerStats) -> Role:
 
 def show(run: Path, *, as_json: bool) -> None:
     """Prints how a run stands. ValueError if it tells nothing."""
-    status = Status.read(run)
+    status, places = Status.read(run), read_places(run)
     if as_json:
         print(msgspec.json.encode(status).decode())
         return
@@ -251,3 +252,5 @@ def show(run: Path, *, as_json: bool) -> None:
         version = "" if role.version is None else str(role.version)
         table.add_row(role.role, role.where, version, rate, role.doing, role.waits_for)
     Console(highlight=False, soft_wrap=not Console().is_terminal).print(table)
+    for place in places:
+        print(place)

@@ -34,6 +34,13 @@ class TrainerConfig(Section):
     """How a batch becomes a new policy version."""
 
     ranks: int = Field(1, ge=1, description="FSDP ranks, each a process (a GPU where there are)")
+    shard_size: int | None = Field(
+        None,
+        ge=1,
+        description="ranks that hold the weights and the optimizer once among them; each such "
+        "group of ranks, of a node for example, has all of it, and groups exchange gradients "
+        "alone; null: all ranks hold them once",
+    )
     aggregation: Aggregation | None = Field(
         None, description="how tokens' losses are added up; null: as is usual for the objective"
     )
@@ -116,6 +123,15 @@ class TrainerConfig(Section):
                 f"trainer.aggregation={self.aggregation or 'null'} with trainer.fixed_length="
                 f"{self.fixed_length or 'null'}: give both (aggregation=fixed_length and the "
                 f"longest response, in tokens) or neither"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _groups_are_of_one_size(self) -> Self:
+        if self.shard_size is not None and self.ranks % self.shard_size:
+            raise ValueError(
+                f"trainer.shard_size={self.shard_size} does not divide trainer.ranks={self.ranks}: "
+                f"use a divisor of it, or leave it out"
             )
         return self
 

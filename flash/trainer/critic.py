@@ -79,7 +79,7 @@ class Critic:
         self._valuer = TokenValuer(model).to(device).eval()
         if can_fuse(model):
             fuse_layers(model)
-        shard(self._valuer, model, ranks=ranks, half=half)
+        shard(self._valuer, model, ranks=ranks, half=half, shard_size=config.shard_size)
         self._config = config
         self._ranks = ranks
         self._device = device

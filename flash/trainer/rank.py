@@ -124,7 +124,13 @@ class Rank:
         scorer = TokenScorer(model).to(self._device)
         check_packed(scorer)
         fuse(scorer)
-        shard(scorer, model, ranks=self._ranks, half=self._half)
+        shard(
+            scorer,
+            model,
+            ranks=self._ranks,
+            half=self._half,
+            shard_size=self._config.shard_size,
+        )
         return model, scorer
 
     def room(self) -> int:

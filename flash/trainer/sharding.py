@@ -58,15 +58,26 @@ def recompute_activations(model: Any) -> None:
         )
 
 
-def shard(module: nn.Module, model: Any, *, ranks: int, half: bool) -> None:
-    """Shards `module` over all ranks, and the layers that `model` names in it, if it is large."""
+def shard(
+    module: nn.Module, model: Any, *, ranks: int, half: bool, shard_size: int | None = None
+) -> None:
+    """Shards `module`, and the layers that `model` names in it, if it is large: over all ranks, or
+    over groups of `shard_size`, which are those that follow each other; the groups replicate it.
+
+    Either way gradients come to the mean over all ranks.
+    """
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if half else None, reduce_dtype=torch.float32
     )
     # What `module` is given besides token ids are temperatures, and 0.7 is not 0.69921875.
     outer = replace(policy, cast_forward_inputs=False)
-    mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (ranks,))
-    if sum(p.numel() for p in module.parameters()) > _most_in_one_unit(ranks):
+    shard_size = shard_size or ranks
+    sizes = (ranks,) if shard_size == ranks else (ranks // shard_size, shard_size)
+    names = ("replicate", "shard")[-len(sizes) :]
+    mesh = init_device_mesh(
+        "cuda" if torch.cuda.is_available() else "cpu", sizes, mesh_dim_names=names
+    )
+    if sum(p.numel() for p in module.parameters()) > _most_in_one_unit(shard_size):
         for layer in module.modules():
             if type(layer).__name__ in (model._no_split_modules or ()):
                 fully_shard(layer, mesh=mesh, mp_policy=policy)

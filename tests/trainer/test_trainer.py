@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flash.errors import ProcessFailure, TrainerFailure
@@ -161,6 +162,37 @@ async def test_two_ranks_compute_what_one_does_and_one_goes_on_where_two_stopped
             assert resumed.version == 2
             await same_step(one, resumed, third)
     assert not any(weights.path.exists() for weights in exports)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+async def test_groups_that_shard_inside_and_replicate_across_come_to_the_weights_of_plain_sharding(
+    tmp_path: Path, save_model: SaveModel, samples_of: SamplesOf
+) -> None:
+    model = save_model(tmp_path / "model")
+    batches = [batch_of(samples_of(7), 0), batch_of(samples_of(1, version=1), 1)]
+    third = batch_of(samples_of(5, seed=3, version=2), 2)
+    changes = {"ranks": 4, "shard_size": 2, "tokens_per_micro_batch": 50}
+    in_groups = CONFIG.model_copy(update=changes)
+    saved = tmp_path / "checkpoint"
+    async with Trainer(model=model, config=CONFIG, run_dir=tmp_path / "1") as plain:
+        async with Trainer(model=model, config=in_groups, run_dir=tmp_path / "4") as grouped:
+            for batch in batches:
+                await same_step(plain, grouped, batch)
+            await grouped.save_checkpoint(saved)
+            weights = [load_file(path) for path in await exported(plain, grouped)]
+            assert weights[0].keys() == weights[1].keys()
+            for name, tensor in weights[0].items():
+                assert weights[1][name] == pytest.approx(tensor, abs=1e-6), name
+        two = CONFIG.model_copy(update={"ranks": 2})
+        async with Trainer(
+            model="none", config=two, run_dir=tmp_path / "2", resume_from=saved
+        ) as resumed:
+            await same_step(plain, resumed, third)
+
+
+async def exported(*trainers: Trainer) -> list[Path]:
+    return [(await trainer.export_weights()).path / "model.safetensors" for trainer in trainers]
 
 
 @pytest.mark.slow

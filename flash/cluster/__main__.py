@@ -1,0 +1,32 @@
+"""What a role runs: `python -m flash.cluster train SETTINGS MARKER`, or `explore …`."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from flash.cli.main import as_process, log_to_stderr, main
+from flash.command_line import ended
+from flash.system.durable import write_whole
+
+
+def _train(settings: str, marker: str) -> None:
+    """A run's controller; the marker tells its folder."""
+    from flash import config  # noqa: PLC0415  (seconds to import)
+    from flash.cli.commands import run_training  # noqa: PLC0415
+
+    def told(folder: Path) -> None:
+        write_whole(Path(marker), str(folder).encode())
+
+    run_training(config.load(settings), opened=told)
+
+
+def _role(arguments: Sequence[str]) -> None:
+    if arguments[0] == "train":
+        log_to_stderr()
+        as_process(lambda: ended(lambda: _train(*arguments[1:])))
+    else:
+        main(arguments)
+
+
+if __name__ == "__main__":
+    _role(sys.argv[1:])

@@ -1,0 +1,265 @@
+"""`flash train --cluster ray`: a run's roles as actors of Ray, from their start to their end.
+
+    this process ──► Controller, on the trainer's node ──► flash train: its ranks, its log
+         ▲  output         ▲ where is the run?
+         └─────────────────┤
+    Explorer × max ────────┘ spread ──────────────────────► flash explore: its workers
+
+All explorers that there may be are asked for at once. Those for which there is no room wait in
+Ray's queue until a node joins, which is also what makes a cluster that scales grow. An actor whose
+node or process is lost starts again wherever there is room; so does the controller, where all nodes
+share the disk that the run's folder is on, and goes on from its log.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import sys
+import uuid
+from collections.abc import Awaitable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from flash.cli.event_loop import run_loop
+from flash.cluster.controller import ControllerRole
+from flash.cluster.explorer import ExplorerRole
+from flash.cluster.place import Place
+from flash.cluster.roles import Plan, Whereabouts, plan_of
+from flash.cluster.room import Node, check_answers, check_room
+from flash.config import Config
+from flash.config.mistakes import validated
+from flash.errors import ClusterFailure, first_error
+from flash.system import machine
+
+_LOOK_S = 30.0  # for a node to say whether it sees a file
+_SHOWN = 8  # characters of a node's name
+_LAST_WORDS_S = 30.0  # for explorers to leave, and for the last lines to come
+
+
+class ControllerActor(ControllerRole):
+    """In a process that Ray has placed."""
+
+    def __init__(self, plan: Plan, cpus: int) -> None:
+        super().__init__(plan, _here("controller", cpus))
+
+
+class ExplorerActor(ExplorerRole):
+    """In a process that Ray has placed. `controller`: what that actor is called."""
+
+    def __init__(self, plan: Plan, name: str, cpus: int, controller: str) -> None:
+        super().__init__(plan, _here(name, cpus), _Remote(controller))
+
+
+class _Remote:
+    """The actor of that name as the role that it is of."""
+
+    def __init__(self, name: str) -> None:
+        self._controller = ray.get_actor(name)
+
+    def whereabouts(self, known: Whereabouts | None, place: Place) -> Awaitable[Whereabouts | None]:
+        found: Awaitable[Whereabouts | None] = self._controller.whereabouts.remote(known, place)
+        return found
+
+
+def launch(config: Config) -> int:
+    """Runs it on the cluster that it names, and returns its exit code.
+
+    The first SIGINT or SIGTERM ends the run after its step, the next at once. Raises ValueError for
+    what the cluster can't hold, ClusterFailure if it does not answer any more.
+    """
+    with _connected(config.cluster.address), _marker(config.runs_dir.resolve()) as marker:
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        home = None if _share(nodes, marker) else ray.get_runtime_context().get_node_id()
+        check_room(
+            config.cluster,
+            [_node(node) for node in nodes],
+            pinned=home and home[:_SHOWN],
+        )
+        plan = plan_of(config, token=secrets.token_urlsafe(24), marker=marker)
+        validated(Config, plan.settings | {"explorers": plan.settings["explorers"] | {"token": ""}})
+        if home is not None:
+            print(
+                f"the nodes do not share {marker.parent}: the controller stays on this one, and "
+                f"the run ends with it"
+            )
+        stop = asyncio.Event()
+        try:
+            return run_loop(_Launched(config, plan, home).until_over(stop), stop=stop)
+        except RayTaskError as error:  # a role's own mistake, in its words
+            raise error.cause from error
+        except RayError as error:
+            raise ClusterFailure(f"{type(error).__name__}: {error}") from error
+
+
+class _Launched:
+    """The actors of a run, asked for and not all there yet."""
+
+    def __init__(self, config: Config, plan: Plan, home: str | None) -> None:
+        asked, name = config.cluster, Path(plan.marker).name
+        lasting = {"max_restarts": -1, "max_task_retries": -1}
+        self._controller = (
+            ray.remote(ControllerActor)
+            .options(
+                name=name,
+                num_cpus=asked.trainer.cpus,
+                num_gpus=asked.trainer.gpus,
+                scheduling_strategy="DEFAULT"
+                if home is None
+                else NodeAffinitySchedulingStrategy(home, soft=False),
+                **lasting,
+            )
+            .remote(plan, asked.trainer.cpus)
+        )
+        explorer = ray.remote(ExplorerActor).options(
+            num_cpus=asked.explorers.cpus,
+            num_gpus=asked.explorers.gpus,
+            scheduling_strategy="SPREAD",
+            **lasting,
+        )
+        self._explorers = [
+            explorer.remote(plan, f"explorer-{number}", asked.explorers.cpus, name)
+            for number in range(asked.explorers.most)
+        ]
+        self._is_there = False
+
+    async def until_over(self, stop: asyncio.Event) -> int:
+        """The run's exit code."""
+        try:
+            with first_error():
+                async with asyncio.TaskGroup() as tasks:
+                    running = tasks.create_task(_of(self._controller.run), name="run")
+                    telling = tasks.create_task(self._tell(), name="what is said")
+                    playing = tasks.create_task(self._watch_explorers(), name="explorers")
+                    stopping = tasks.create_task(self._stop(stop, running), name="stop")
+                    await asyncio.wait((running,))
+                    stopping.cancel()
+                    await asyncio.wait((telling, playing), timeout=_LAST_WORDS_S)
+                    telling.cancel()
+                    playing.cancel()
+            return 130 if running.cancelled() else running.result()
+        finally:
+            for actor in (*self._explorers, self._controller):
+                ray.kill(actor)
+
+    async def _tell(self) -> None:
+        """What the controller says, as if it ran here."""
+        life, seen, last = "", 0, False
+        while not last:
+            life, seen, lines, last = await _of(self._controller.output, life, seen)
+            self._is_there = True
+            for stream, line in lines:
+                print(line, file=sys.stderr if stream == "err" else sys.stdout, flush=True)
+
+    async def _watch_explorers(self) -> None:
+        """Tells of those that gave up; ClusterFailure once there is none left."""
+        gave_up: list[str] = []
+
+        async def watch(explorer: Any) -> None:
+            if why := await _of(explorer.run):
+                print(why, file=sys.stderr, flush=True)
+                gave_up.append(why)
+            if len(gave_up) == len(self._explorers):
+                raise ClusterFailure(f"no explorer is left: {why}; its lines above tell the cause")
+
+        async with asyncio.TaskGroup() as tasks:
+            for number, explorer in enumerate(self._explorers):
+                tasks.create_task(watch(explorer), name=f"explorer-{number}")
+
+    async def _stop(self, stop: asyncio.Event, running: asyncio.Task[int]) -> None:
+        await stop.wait()
+        if self._is_there:
+            await _of(self._controller.stop)
+        else:
+            print("stopped before the cluster had room", file=sys.stderr)
+            running.cancel()
+
+
+async def _of(method: Any, *arguments: Any) -> Any:
+    """What a method of an actor returns."""
+    return await method.remote(*arguments)
+
+
+@contextlib.contextmanager
+def _connected(address: str) -> Iterator[None]:
+    """This process as a driver: of the cluster at that address, of the one that this machine is
+    in, or of a new one, which nobody else reaches."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a warning, else
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": True}
+    if address:
+        check_answers(address)
+    try:
+        ray.init(address=address or "auto", **options)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        if address or os.environ.get("RAY_ADDRESS"):
+            named = f"cluster.address={address!r}" if address else "$RAY_ADDRESS"
+            raise ValueError(
+                f"{named}: {' '.join(str(error).split())}: give host:port of the head of a Ray "
+                f"cluster, as `ray status` tells it"
+            ) from error
+        ray.init(include_dashboard=False, _node_ip_address="127.0.0.1", **options)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _marker(runs: Path) -> Iterator[Path]:
+    """A file by which nodes know that they share the disk of `runs`."""
+    if "runtime_resources" in runs.parts:
+        raise ValueError(
+            f"runs_dir={str(runs)!r} is in the job's working directory, which Ray removes: name "
+            f"another folder, on a disk that all nodes share"
+        )
+    runs.mkdir(parents=True, exist_ok=True)
+    marker = runs / f".cluster-{uuid.uuid4().hex}"
+    marker.touch()
+    try:
+        yield marker
+    finally:
+        marker.unlink(missing_ok=True)
+
+
+def _share(nodes: list[dict[str, Any]], marker: Path) -> bool:
+    """Whether all of these nodes see it."""
+    sees = ray.remote(_sees)
+    asked = [
+        sees.options(
+            num_cpus=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
+        ).remote(str(marker))
+        for node in nodes
+        if node["NodeID"] != ray.get_runtime_context().get_node_id()
+    ]
+    try:
+        return all(ray.get(asked, timeout=_LOOK_S))
+    except RayError:  # it is going, or lacks what it takes to answer
+        return False
+
+
+def _sees(path: str) -> bool:
+    return Path(path).exists()
+
+
+def _node(node: dict[str, Any]) -> Node:
+    has = node["Resources"]
+    return Node(node["NodeID"][:_SHOWN], has.get("CPU", 0), has.get("GPU", 0))
+
+
+def _here(role: str, cpus: int) -> Place:
+    here = ray.get_runtime_context().get_node_id()
+    return Place(
+        role=role,
+        node=here[:_SHOWN],
+        host=machine.where(),
+        address=next(n["NodeManagerAddress"] for n in ray.nodes() if n["NodeID"] == here),
+        pid=os.getpid(),
+        cpus=cpus,
+        gpus=tuple(machine.gpus()) if ray.get_gpu_ids() else (),
+    )

@@ -1,0 +1,91 @@
+"""Whether a cluster can hold what a run asks of it: found out before anything starts."""
+
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flash.cluster.config import ClusterConfig
+
+_ANSWERS_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """What a node of a cluster has in all, whoever uses it."""
+
+    name: str
+    cpus: float
+    gpus: float
+
+    def holds(self, cpus: int, gpus: int) -> int:
+        """How many that take so much each."""
+        by_cpus = int(self.cpus // cpus)
+        return min(by_cpus, int(self.gpus // gpus)) if gpus else by_cpus
+
+    def less(self, cpus: int, gpus: int) -> "Node":
+        return Node(self.name, self.cpus - cpus, self.gpus - gpus)
+
+
+def check_answers(address: str) -> None:
+    """ValueError if nobody listens at host:port: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWERS_S).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(
+            f"cluster.address={address!r}: nobody answers there ({error}): give host:port of the "
+            f"cluster's head, as `ray status` tells it"
+        ) from error
+
+
+def check_room(asked: ClusterConfig, nodes: Sequence[Node], *, pinned: str | None = None) -> None:
+    """ValueError if the controller, or the least number of explorers, has no place.
+
+    `pinned`: the node that alone has the run's disk, on which the controller must be.
+    """
+    trainer, explorers = asked.trainer, asked.explorers
+    homes = [
+        node
+        for node in nodes
+        if node.holds(trainer.cpus, trainer.gpus) and (not pinned or node.name == pinned)
+    ]
+    if not homes:
+        where = "no node has"
+        if pinned is not None:
+            where = f"node {pinned}, whose disk alone has the run's folder, lacks"
+        raise ValueError(
+            f"cluster.trainer.cpus={trainer.cpus} with cluster.trainer.gpus={trainer.gpus}: "
+            f"{where} them; there {_told(nodes)}: ask for less, or add a node"
+        )
+    most = max(
+        sum(
+            (node.less(trainer.cpus, trainer.gpus) if node is home else node).holds(
+                explorers.cpus, explorers.gpus
+            )
+            for node in nodes
+        )
+        for home in homes
+    )
+    if most < explorers.min:
+        raise ValueError(
+            f"cluster.explorers.min={explorers.min} of cluster.explorers.cpus={explorers.cpus} and "
+            f"cluster.explorers.gpus={explorers.gpus}: beside the trainer "
+            f"(cluster.trainer.cpus={trainer.cpus}, gpus={trainer.gpus}) there is room for {most}; "
+            f"there {_told(nodes)}: ask for less, or add a node"
+        )
+
+
+def _told(nodes: Sequence[Node]) -> str:
+    """Nodes that are alike together."""
+    kinds: dict[tuple[float, float], int] = {}
+    for node in nodes:
+        kinds[node.cpus, node.gpus] = kinds.get((node.cpus, node.gpus), 0) + 1
+    each = [
+        f"{_count(number, 'node')} of {_count(cpus, 'core')} and {_count(gpus, 'GPU')}"
+        for (cpus, gpus), number in kinds.items()
+    ]
+    return f"{'is' if len(nodes) == 1 else 'are'} {', '.join(each) or 'none'}"
+
+
+def _count(number: float, what: str) -> str:
+    return f"{number:g} {what}{'' if number == 1 else 's'}"

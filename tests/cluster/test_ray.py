@@ -1,0 +1,153 @@
+"""A run on a Ray cluster of three nodes, all of them on this machine: nodes come and go."""
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.cluster.deployed import entrypoint
+from tests.cluster.nodes import Nodes
+from tests.crash.account import Books, violations
+from tests.tiny_runs import TINY
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(
+        importlib.util.find_spec("ray") is None,
+        reason="Ray is not installed: pip install 'flash-rl[ray]', or make setup",
+    ),
+]
+
+STEP = r"^step +(\d+)/"
+
+
+@pytest.fixture
+def cluster():
+    """A head and two more nodes, of one core each."""
+    with Nodes() as nodes:
+        for _ in range(2):
+            nodes.add(1)
+        yield nodes
+
+
+class Driver:
+    """`flash train` on a cluster, and what it says."""
+
+    def __init__(self, command: list[str], folder: Path) -> None:
+        self.said: list[str] = []
+        self._new = threading.Condition()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", "from flash.cli.main import main; main()", *command[1:]],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "RAY_DEDUP_LOGS": "0"},
+        )  # fmt: skip
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        for line in self.process.stdout:
+            with self._new:
+                self.said.append(line.rstrip())
+                self._new.notify_all()
+        with self._new:
+            self._new.notify_all()
+
+    def says(self, pattern: str, *, since: int = 0) -> re.Match[str]:
+        """The first line from number `since` on that has it, as soon as there is one."""
+        found: list[re.Match[str]] = []
+
+        def look() -> bool:
+            found[:] = [m for line in self.said[since:] if (m := re.search(pattern, line))][:1]
+            return bool(found) or not self._reader.is_alive()
+
+        with self._new:
+            self._new.wait_for(look, timeout=120)
+        assert found, f"{pattern} is not in {self.told()}"
+        return found[0]
+
+    def places(self, number: int) -> dict[str, str]:
+        """The nodes of so many explorers, those that are placed first."""
+        found: dict[str, str] = {}
+        while len(found) < number:
+            others = "".join(f"(?!{role}:)" for role in found)
+            place = self.says(rf"^{others}(explorer-\d): node (\w+)")
+            found[place.group(1)] = place.group(2)
+        return found
+
+    def told(self) -> str:
+        """What it said, but for steps before the last ones."""
+        steps = [line for line in self.said if re.search(STEP, line)]
+        return "\n".join(line for line in self.said if line not in steps[:-3])
+
+    def end(self) -> int:
+        code = self.process.wait(120)
+        self._reader.join()
+        self.process.stdout.close()
+        return code
+
+
+def step(line: re.Match[str]) -> int:
+    return int(line.group(1))
+
+
+def test_a_run_learns_while_nodes_leave_and_join_and_its_controller_is_killed(cluster, tmp_path):
+    fields = TINY | {"steps": 100_000, "name": "run", "eval_every": 0}
+    fields |= {"cluster.explorers.min": 2, "cluster.explorers.max": 3}
+    nested: dict = {"env": {"name": "frozen_lake"}, "agent": {"max_turns": 12, "max_tokens": 4}}
+    for name, value in fields.items():
+        *sections, last = name.split(".")
+        inside = nested
+        for section in sections:
+            inside = inside.setdefault(section, {})
+        inside[last] = value
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(nested))
+    command = shlex.split(entrypoint().replace("/shared", str(tmp_path)))
+    driver = Driver([*command, "--cluster.address", cluster.address], tmp_path)
+    try:
+        home = driver.says(r"^controller: node (\w+)").group(1)
+        where = driver.places(2)
+        assert len({home, *where.values()}) == 3, "they are spread"
+        driver.says(STEP)
+
+        lost = next(role for role, node in where.items() if node in cluster.added)
+        waits = next(f"explorer-{n}" for n in range(3) if f"explorer-{n}" not in where)
+        before = len(driver.said)
+        cluster.remove(where[lost])
+        joined = cluster.add(2)
+        for role in (lost, waits):
+            driver.says(rf"^{role}: node {joined}", since=before)
+        driver.says(rf"plays for run run as {lost}", since=before)
+        before = len(driver.said)
+        at = step(driver.says(STEP, since=before))
+
+        placed = json.loads((tmp_path / "runs/run/placement.json").read_text())
+        assert [place["role"] for place in placed] == [
+            "controller", "explorer-0", "explorer-1", "explorer-2",
+        ]  # fmt: skip
+        before = len(driver.said)
+        os.kill(placed[0]["pid"], signal.SIGKILL)
+        driver.says(r"^goes on from .* logged batches", since=before)
+        assert step(driver.says(STEP, since=before)) >= at
+        before = len(driver.said)
+        driver.says(STEP, since=before)
+        assert not any("engine:" in line for line in driver.said[before:]), "explorers live on"
+
+        driver.process.send_signal(signal.SIGINT)
+        assert driver.end() == 0, driver.told()
+    finally:
+        driver.process.kill()
+        driver.end()
+    run = tmp_path / "runs/run"
+    assert not list((tmp_path / "runs").glob(".cluster-*"))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert list(violations(Books("", run), run, config)) == []
