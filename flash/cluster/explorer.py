@@ -79,7 +79,7 @@ class ExplorerRole:
         while True:
             began = clock()
             code = await self._command.run(
-                explorer_command(self._plan, self._place.role, folder, self._place.gpus),
+                explorer_command(self._plan, self._place, folder),
                 env=environment(self._plan, "explorer"),
                 cwd=working_directory(self._plan),
             )

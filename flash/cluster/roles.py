@@ -2,17 +2,17 @@
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, SecretStr
 
+from flash.cluster.place import Place
 from flash.config import Config
 from flash.explorer.address import Address
 from flash.section import revealed
-from flash.system.machine import Gpu
 
 _SECRET = "FLASH_CLUSTER_SECRET_"  # and a number
 _TOKEN = "FLASH_CLUSTER_TOKEN"
@@ -87,14 +87,13 @@ def controller_command(settings_file: Path, plan: Plan) -> list[str]:
     return [sys.executable, "-m", "flash.cluster", "train", str(settings_file), plan.marker]
 
 
-def explorer_command(plan: Plan, name: str, folder: Path, gpus: Sequence[Gpu]) -> list[str]:
-    """`folder` has explorers.json, and is its own."""
-    command = [sys.executable, "-m", "flash.cluster", "explore", str(folder), "--name", name]
+def explorer_command(plan: Plan, place: Place, folder: Path) -> list[str]:
+    """`folder` has explorers.json, and is its own. It relays weights, but for a run with TLS."""
+    command = [sys.executable, "-m", "flash.cluster", "explore", str(folder), "--name", place.role]
     command += ["--folder", str(folder), f"--engine.workers={plan.workers}"]
-    if gpus:
-        command.append(f"--engine.devices={','.join(map(str, gpus))}")
-    if plan.ca is not None:
-        command.append(f"--ca={plan.ca}")
+    if place.gpus:
+        command.append(f"--engine.devices={','.join(map(str, place.gpus))}")
+    command += ["--relay", place.address] if plan.ca is None else ["--ca", plan.ca]
     return command
 
 

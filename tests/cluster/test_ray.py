@@ -21,7 +21,7 @@ from tests.tiny_runs import TINY
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(900),
     pytest.mark.skipif(
         importlib.util.find_spec("ray") is None,
         reason="Ray is not installed: pip install 'flash-rl[ray]', or make setup",
@@ -71,7 +71,7 @@ class Driver:
             return bool(found) or not self._reader.is_alive()
 
         with self._new:
-            self._new.wait_for(look, timeout=120)
+            self._new.wait_for(look, timeout=300)
         assert found, f"{pattern} is not in {self.told()}"
         return found[0]
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from flash import config as configuration
 from flash.cluster import roles
+from flash.cluster.place import Place
 
 
 def plan(tmp_path, **changes):
@@ -55,8 +56,10 @@ def test_keys_travel_as_variables_and_are_in_no_file(tmp_path, monkeypatch):
 
 def test_an_explorer_has_the_gpus_that_it_was_given_and_the_runs_workers(tmp_path):
     planned = plan(tmp_path, **{"engine.workers": 2, "cluster.explorers.gpus": 2})
-    command = roles.explorer_command(planned, "explorer-1", tmp_path / "x", (2, 3))
+    place = Place("explorer-1", "1a2b", "n7", "10.0.0.7", 12, 8, (2, 3))
+    command = roles.explorer_command(planned, place, tmp_path / "x")
     assert {"--engine.devices=2,3", "--engine.workers=2", "explorer-1"} <= set(command)
+    assert command[-2:] == ["--relay", "10.0.0.7"]
     assert "made up" not in str(command), "others read command lines"
 
 
