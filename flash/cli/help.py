@@ -25,6 +25,7 @@ _TRAIN = """\
   flash train frozen_lake --steps 60 --name try --resume
   flash train alfworld --model Qwen/Qwen2.5-0.5B-Instruct --agent.style chat
   flash train my_run.yaml --env.options.max_turns 12
+  flash train my_run.yaml --cluster ray --cluster.explorers.min 4
   flash train --env my_package.my_env:MyEnv --env.eval_options '{}'
   flash train --agent.run my_agent:act --model Qwen/Qwen2.5-0.5B-Instruct --env my_world
 

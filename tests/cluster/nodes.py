@@ -4,6 +4,7 @@ It tells the cluster's address, then reads `add CORES` and `remove NAME` and ans
 node's name; it ends, with all nodes, when there is nothing more to read.
 """
 
+import os
 import subprocess
 import sys
 
@@ -15,6 +16,8 @@ class Nodes:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.cluster.nodes"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            # By itself Ray has what it starts wait for all else that runs on a machine.
+            env=os.environ | {"RAY_worker_niceness": "0"},
         )  # fmt: skip
         self.address = self._answer()
         self.added: list[str] = []  # beside the head
