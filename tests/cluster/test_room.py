@@ -64,3 +64,8 @@ def test_an_address_where_nobody_listens_is_refused_at_once():
             check_answers(address)
         taken.listen()
         check_answers(address)
+
+
+def test_what_the_trainer_has_is_not_given_to_explorers():
+    with pytest.raises(ValueError, match="there is room for 1; there is 1 node of 4 cores and 0"):
+        check_room(asked(trainer={"cpus": 2}, explorers={"min": 2, "cpus": 2}), [Node("a", 4, 0)])
