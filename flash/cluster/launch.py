@@ -188,7 +188,7 @@ async def _of(method: Any, *arguments: Any) -> Any:
 @contextlib.contextmanager
 def _connected(address: str) -> Iterator[None]:
     """This process as a driver: of the cluster at that address, of the one that this machine is
-    in, or of a new one, which nobody else reaches."""
+    in, or of a new one."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a warning, else
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": True}
     if address:
@@ -202,7 +202,7 @@ def _connected(address: str) -> Iterator[None]:
                 f"{named}: {' '.join(str(error).split())}: give host:port of the head of a Ray "
                 f"cluster, as `ray status` tells it"
             ) from error
-        ray.init(include_dashboard=False, _node_ip_address="127.0.0.1", **options)
+        ray.init(include_dashboard=False, **options)
     try:
         yield
     finally:
