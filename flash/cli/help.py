@@ -84,6 +84,7 @@ _EXPLORE = """\
   --relay ADDRESS         of this machine, at which other explorers take weights from this one, so
                           that the trainer need not send them to each: 10.0.0.7, or 10.0.0.7:8766
   --drain_s SECONDS       for episodes to come to their ends when it leaves [120]
+  --evaluates             it plays evaluations alone, each with the weights of its step
 
 The run must let explorers in: --explorers.expected 1. They may start before it. SIGTERM or Ctrl-C
 ends what is played, or hands it back, and leaves; once more hands back at once. The run's

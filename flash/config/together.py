@@ -86,6 +86,11 @@ def _check_set(config: RunFields, *, longest: int) -> None:
 
 def _check_workers(config: RunFields) -> None:
     """That somebody plays."""
+    if config.explorers.evaluate and config.eval.mode == "beside":
+        raise ValueError(
+            "eval.mode=beside with explorers.evaluate=true: evaluations are beside rollout by that "
+            "already, on no workers of the run's: leave eval.mode out"
+        )
     if config.engine.workers or config.engine.urls:
         return
     if not config.explorers.may_come and config.cluster.kind == "none":

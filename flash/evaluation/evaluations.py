@@ -36,6 +36,7 @@ class Evaluations:
         observer: is told of each.
         stop: when it is set, what is played is given up.
         crew: makes who plays with rollout paused, in the place of agents of that kind.
+        apart: that crew plays beside rollout, whose workers it has nothing of.
     """
 
     def __init__(
@@ -51,8 +52,10 @@ class Evaluations:
         observer: Observer,
         stop: asyncio.Event,
         crew: Callable[[], Crew] | None = None,
+        apart: bool = False,
     ) -> None:
         self._crew = crew
+        self._apart = apart
         self._settings = settings
         self._rollouts = rollouts
         self._hub = hub
@@ -86,7 +89,9 @@ class Evaluations:
     async def after(self, step: int) -> None:
         """Evaluates the policy that this step has made, if that is due."""
         if self.due_after(step):
-            if step < self._last and self._settings.mode == "beside":
+            if step < self._last and self._apart:
+                self._background.begin(step, self._play_apart)
+            elif step < self._last and self._settings.mode == "beside":
                 self._background.begin(step, self._play_on_lent_workers)
             else:
                 await self.now()
@@ -103,6 +108,11 @@ class Evaluations:
         """All of it is of one version: lent workers keep the weights that they have."""
         async with self._hub.lend(self._settings.workers) as share:
             return replace(await self._play(share), paused=False)
+
+    async def _play_apart(self) -> Evaluation:
+        """By who does nothing else, and keeps the weights that it has."""
+        assert self._crew is not None
+        return replace(await self._play(self._hub, self._crew()), paused=False)
 
     async def _play(self, hub: EvaluationHub, crew: Crew | None = None) -> Evaluation:
         settings = self._rollouts.settings

@@ -35,6 +35,11 @@ class ExplorersConfig(Section):
         gt=0,
         description="an explorer that is not heard of for so long has lost the episodes it plays",
     )
+    evaluate: bool = Field(
+        False,
+        description="evaluations are played beside rollout, by explorers that do nothing else: "
+        "flash explore --evaluates",
+    )
     certificate: Path | None = Field(
         None,
         description="the controller's, in PEM, for TLS",
@@ -56,6 +61,14 @@ class ExplorersConfig(Section):
                     "must be an address of this machine: 127.0.0.1, 0.0.0.0 for all, or one"
                 ) from None
         return value
+
+    @model_validator(mode="after")
+    def _evaluators_may_come(self) -> Self:
+        if self.evaluate and not self.expected:
+            raise ValueError(
+                "explorers.evaluate=true with explorers.expected=0: none may come: let them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _certificate_has_a_key(self) -> Self:

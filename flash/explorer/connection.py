@@ -64,6 +64,8 @@ class Connection:
         connect: gives a wire to the controller; NotTheController if there is none now.
         have: gives the folder of weights on this machine; GoneError if there are newer ones.
         say: is told what the user should know.
+        evaluates: it is for evaluations alone.
+        evaluates: it is for evaluations alone.
     """
 
     def __init__(
@@ -74,8 +76,10 @@ class Connection:
         connect: Callable[[], AbstractAsyncContextManager[Wire]],
         have: Callable[[Files], Awaitable[Path]],
         say: Callable[[str], None],
+        evaluates: bool = False,
     ) -> None:
         self.name = name
+        self._evaluates = evaluates
         self._connect = connect
         self._have = have
         self._player = player
@@ -272,6 +276,7 @@ class Connection:
             where=where(),
             policy=self._policy,
             given_by=self._given_by,
+            evaluates=self._evaluates,
         )
 
     def _hear(self, message: FromController) -> None:

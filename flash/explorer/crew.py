@@ -54,7 +54,7 @@ class FleetCrew:
 
     @property
     def waits_for(self) -> str:
-        return self._fleet.waits_for if self._local is None else ""
+        return "" if self._local is not None else self._fleet.waits_for(heldout=self._heldout)
 
     def report_to(
         self,

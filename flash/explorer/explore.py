@@ -60,6 +60,7 @@ class Options:
     ca: Path | None = None
     relay: str = ""  # the address at which other explorers take files from this one
     drain_s: float = 120.0
+    evaluates: bool = False
     overrides: Mapping[str, Any]
 
 
@@ -143,7 +144,14 @@ async def explore(
         ]  # fmt: skip
         player = Player(spool)
         await asyncio.to_thread(player.load)
-        connection = Connection(name, player, connect=connect, have=weights.fetch, say=say)
+        connection = Connection(
+            name,
+            player,
+            connect=connect,
+            have=weights.fetch,
+            say=say,
+            evaluates=options.evaluates,
+        )
         try:
             async with connection.kept():
                 while (welcome := await unless(stop, connection.welcomed())) is not None:

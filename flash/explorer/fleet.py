@@ -100,6 +100,7 @@ class Explorer:
     joined_at: float
     link: Link[FromExplorer] | None
     called: str  # by itself: another may have that name here
+    evaluates: bool = False  # and does nothing else
     version: int = -1
     room: int = 0
     begun: int = 0  # on this link
@@ -143,6 +144,8 @@ class Fleet:
         version: that is published.
         publish: its weights, told to each that comes; None if they are what workers start with.
         score: the trainer's logprobs of tokens at a version, or None.
+        apart: evaluations are played by explorers that do nothing else; their weights stay as they
+            are while one is played.
     """
 
     def __init__(
@@ -156,6 +159,7 @@ class Fleet:
         version: Callable[[], int] = lambda: 0,
         publish: Callable[[], Publish | None] = lambda: None,
         score: Callable[[Score], Awaitable[list[list[float]] | None]] | None = None,
+        apart: bool = False,
     ) -> None:
         self.explorers: dict[str, Explorer] = {}
         self.on_fatal: list[Callable[[Exception], None]] = []
@@ -169,6 +173,7 @@ class Fleet:
         self._version = version
         self._publish = publish
         self._score = score
+        self._apart = apart
         # Those of training and of evaluations (True): neither waits for what the other lacks.
         self._waiting: dict[bool, OrderedDict[Play, None]] = {
             False: OrderedDict(),
@@ -215,6 +220,8 @@ class Fleet:
     def begin(self, play: Play) -> None:
         """To be played as soon as there is room for it."""
         play.number = -next(self._heldout) if play.heldout else play.episode.id
+        if play.heldout and not self._waiting[True]:  # an evaluation begins, perhaps
+            self._catch_up()
         continues = play.episode.continues
         if not play.heldout and self._due and self._due_until is None:
             self._due_until = self._loop.call_later(self._lease_s, self._end_due)
@@ -299,11 +306,18 @@ class Fleet:
             explorer
             for explorer in self.explorers.values()
             if explorer.link is not None
+            and self._plays(explorer, play.heldout)
             and not explorer.leaving
             and explorer.room > 0
             and explorer.version >= oldest
         ]
         return max(able, key=lambda explorer: explorer.room, default=None)
+
+    def _plays(self, explorer: Explorer, heldout: bool) -> bool:
+        """Whether episodes of that kind are for it."""
+        if heldout:
+            return explorer.evaluates or not self._apart
+        return not explorer.evaluates
 
     def _give(self, explorer: Explorer, play: Play) -> None:
         assert explorer.link is not None
@@ -374,8 +388,20 @@ class Fleet:
     def publish(self, message: Publish) -> None:
         """Tells all that are here of new weights."""
         for explorer in self.explorers.values():
-            if explorer.link is not None:
+            if explorer.link is not None and not self._is_examined(explorer):
                 explorer.link.send(message)
+
+    def _is_examined(self, explorer: Explorer) -> bool:
+        """Whether the weights that it has are what an evaluation is of."""
+        waiting = self._waiting[True]
+        return explorer.evaluates and (bool(explorer.plays) or (self._apart and bool(waiting)))
+
+    def _catch_up(self) -> None:
+        """Gives evaluators the weights that came out while an evaluation was played."""
+        weights = self._publish()
+        for explorer in self.explorers.values() if weights is not None else ():
+            if explorer.evaluates and explorer.link and not self._is_examined(explorer):
+                explorer.link.send(weights)
 
     async def welcome(self, wire: Wire) -> None:
         """Has the explorer at the other end until its link is lost, or it leaves."""
@@ -426,6 +452,7 @@ class Fleet:
             while name in self.explorers:
                 name, number = f"{hello.name}-{number}", number + 1
             explorer = Explorer(name, hello.process, hello.where, self._clock(), link, hello.name)
+            explorer.evaluates = hello.evaluates
             self.explorers[name] = explorer
             self.counts["joins"] += 1
         else:
@@ -647,6 +674,8 @@ class Fleet:
                 explorer.played += 1
                 play.explorer = None
                 play.on_end(play.episode, end)
+            if explorer.evaluates and not self._is_examined(explorer):
+                self._catch_up()
             self._after_commit(partial(self._committed, play.number))
             return
 
@@ -676,13 +705,14 @@ class Fleet:
 
     # ── how it stands ────────────────────────────────────────────────────────────────────────
 
-    @property
-    def waits_for(self) -> str:
-        """What must come before explorers can play anything; empty if one can."""
-        if not self.explorers:
-            return "an explorer: flash explore starts one"
-        if all(explorer.version < 0 for explorer in self.explorers.values()):
-            told = (f"{e.name} ({e.state.doing or 'away'})" for e in self.explorers.values())
+    def waits_for(self, *, heldout: bool = False) -> str:
+        """What must come before explorers can play anything of that kind; empty if one can."""
+        able = [one for one in self.explorers.values() if self._plays(one, heldout)]
+        if not able:
+            option = " --evaluates" if heldout and self._apart else ""
+            return f"an explorer: flash explore{option} starts one"
+        if all(explorer.version < 0 for explorer in able):
+            told = (f"{e.name} ({e.state.doing or 'away'})" for e in able)
             return f"explorers: {', '.join(told)}"
         return ""
 

@@ -110,7 +110,7 @@ class Hello(Struct, frozen=True, tag=True, array_like=True):
     """The first message. `process` is of each start of an explorer another, `name` is not.
 
     `policy`: the newest version that its workers may have, -1 for none; `given_by`: the controller
-    that gave it, or that said since that it is known.
+    that gave it, or that said since that it is known. `evaluates`: it plays nothing else.
     """
 
     protocol: int
@@ -121,6 +121,7 @@ class Hello(Struct, frozen=True, tag=True, array_like=True):
     where: str  # the machine, in words
     policy: int = -1
     given_by: str = ""
+    evaluates: bool = False
 
 
 class News(Struct, frozen=True, tag=True, array_like=True):

@@ -116,6 +116,7 @@ async def open_players(
             version=lambda: hub.version,
             publish=lambda: hub.message,
             score=hub.score,
+            apart=config.explorers.evaluate,
         )
         hub.over(fleet)
         await opened.enter_async_context(fleet)
@@ -123,7 +124,7 @@ async def open_players(
             hub=hub,
             crew=_crew(config, fleet, hub, local),
             heldout=heldout,
-            examined=lambda: _heldout_crew(fleet, hub, heldout),
+            examined=lambda: _heldout_crew(config, fleet, hub, heldout),
             tokenizer=load_tokenizer(model) if parts is None else parts.tokenizer,
             hosts=hosts,
             fleet=fleet,
@@ -137,11 +138,13 @@ def _crew(config: Config, fleet: Fleet, hub: FleetHub, local: AgentCrew | None) 
     )
 
 
-def _heldout_crew(fleet: Fleet, hub: FleetHub, agent: AgentFactories) -> FleetCrew:
-    """All that it plays is sampled by the newest weights."""
-    local = None if hub.local is None else AgentCrew(agent, hub.local)
+def _heldout_crew(config: Config, fleet: Fleet, hub: FleetHub, agent: AgentFactories) -> FleetCrew:
+    """All that it plays is sampled by weights as new as those that there are now."""
+    here = None if config.explorers.evaluate else hub.local
+    local = None if here is None else AgentCrew(agent, here)
+    version = hub.version
     return FleetCrew(
-        fleet, hub, local=local, room=_room(hub, local), heldout=True, version=lambda: hub.version
+        fleet, hub, local=local, room=_room(hub, local), heldout=True, version=lambda: version
     )
 
 

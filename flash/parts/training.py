@@ -234,6 +234,7 @@ async def _open(
                 hub=players.hub,
                 agent=players.heldout,
                 crew=players.examined,
+                apart=config.explorers.evaluate,
                 task_sets=config.sets,
                 every=config.eval_every,
                 last=config.steps,

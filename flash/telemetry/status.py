@@ -196,7 +196,7 @@ class StatusFile:
         workers = explorer.state.stats.workers if explorer.state.stats is not None else ()
         leaving = "leaves; " if explorer.leaving else ""
         return Role(
-            role=f"explorer {explorer.name}",
+            role=f"{'evaluator' if explorer.evaluates else 'explorer'} {explorer.name}",
             where=explorer.where,
             doing=f"{leaving}{len(explorer.plays)} episodes, {len(workers)} workers",
             version=explorer.version if explorer.version >= 0 else None,

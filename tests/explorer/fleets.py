@@ -51,14 +51,15 @@ class Controller:
     @contextlib.asynccontextmanager
     async def running(
         self, *, lease_s: float = 30.0, due=(), known: int = 0, version: int = 0, local=None,
-        agent=None, opens_s: float = 0.0, model_files=None,
+        agent=None, opens_s: float = 0.0, model_files=None, apart: bool = False,
     ):  # fmt: skip
         hub = FleetHub(local, version=version, offer=offer, is_idle=lambda: not self.busy)
         log = self.options.get("log")
         after = {} if log is None else {"after_commit": log.after_commit}
         self.fleet = Fleet(
             run(model_files=model_files, version=version), lease_s=lease_s, due=due, known=known,
-            version=lambda: hub.version, publish=lambda: hub.message, score=hub.score, **after,
+            version=lambda: hub.version, publish=lambda: hub.message, score=hub.score, apart=apart,
+            **after,
         )  # fmt: skip
         hub.over(self.fleet)
         async with self.fleet:
@@ -118,6 +119,7 @@ class Explorer:
         self.connection = Connection(
             name, self.player, connect=partial(wires.connect, name),
             have=options.pop("have", have), say=self.said.append,
+            evaluates=options.pop("evaluates", False),
         )  # fmt: skip
         self.envs = envs or FakeEnvs(seed=sum(name.encode()))
         self.pool = [

@@ -5,7 +5,11 @@ import asyncio
 import pytest
 
 from flash.errors import PublishFailure
+from flash.evaluation.config import EvalConfig
+from flash.evaluation.evaluations import Evaluations
+from flash.explorer.crew import FleetCrew
 from flash.fakes import FakeEnvs, FakeWires, KeepingObserver
+from flash.rollout.observer import Observer
 from flash.rollout.tasks import TaskSet
 from flash.types import Task
 from flash.virtual_time import in_virtual_time
@@ -227,3 +231,47 @@ async def test_an_explorers_workers_are_probed_while_the_trainer_has_time():
         assert asked
         with pytest.raises(PublishFailure):
             await a.task
+
+
+class Examined(Observer):
+    def __init__(self):
+        self.evaluations = []
+
+    def evaluated(self, evaluation):
+        self.evaluations.append(evaluation)
+
+
+@in_virtual_time
+async def test_an_explorer_that_evaluates_plays_nothing_else_with_weights_that_stay():
+    wires, kept = FakeWires(), Examined()
+    controller = Controller(wires, observers=[kept])
+    slow = {"envs": FakeEnvs(turns=(3, 3), step_s=(20, 20)), "evaluates": True}
+    async with controller.running(apart=True) as loop:
+        Explorer(wires, "a").start()
+        exam = Explorer(wires, "exam", workers=1, **slow).start()
+        await train(loop, [1])
+
+        def crew():
+            version = loop.hub.version
+            return FleetCrew(controller.fleet, loop.hub, heldout=True, version=lambda: version)
+
+        evaluations = Evaluations(
+            EvalConfig(tasks=8), loop, hub=loop.hub, agent=None, crew=crew, apart=True, every=1,
+            last=100, observer=kept, stop=asyncio.Event(),
+        )  # fmt: skip
+        async with evaluations:
+            await evaluations.after(1)
+            await train(loop, range(2, 30))
+            assert kept.evaluations == []  # beside it rollout goes on
+            assert exam.hub.version == 1
+            await evaluations.finish()
+        (evaluation,) = kept.evaluations
+        assert (evaluation.versions, evaluation.episodes) == ((1,), 8)
+        fleet = controller.fleet
+        assert fleet.explorers["exam"].played == 8
+        await asyncio.sleep(5)
+        assert exam.hub.version == 29
+        assert fleet.waits_for() == fleet.waits_for(heldout=True) == ""
+        await exam.kill()
+        await asyncio.sleep(60)
+        assert "--evaluates" in fleet.waits_for(heldout=True)
