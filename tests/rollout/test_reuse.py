@@ -432,6 +432,7 @@ def test_a_simulated_run_that_waits_for_rollout_samples_less_for_as_many_steps()
 async def test_a_run_whose_rollout_is_slow_trains_episodes_again_as_its_log_says(tmp_path):
     changes = {
         "env.name": f"{SlowLake.__module__}:{SlowLake.__name__}",
+        "env.hosts": 1,  # or it would hold up the trainer's answers as well
         "steps": 6,
         "alpha": 2,
         "eval_every": 0,
