@@ -148,7 +148,7 @@ def test_async_generation_ratio_is_another_name_for_alpha():
         ({"traner": {"ranks": 1}}, "traner: unknown field"),
         (
             {"trainer": {"lr": 1}},
-            "trainer.lr: unknown field; trainer has ranks, aggregation, fixed_",
+            "trainer.lr: unknown field; trainer has ranks, shard_size, aggregation, fixed_",
         ),
         (
             {"policy": {"heads": 3}},
