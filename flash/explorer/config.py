@@ -37,8 +37,8 @@ class ExplorersConfig(Section):
     )
     evaluate: bool = Field(
         False,
-        description="evaluations are played beside rollout, by explorers that do nothing else: "
-        "flash explore --evaluates",
+        description="evaluations are played beside rollout, by explorers that do nothing else, "
+        "which flash explore has an option for",
     )
     certificate: Path | None = Field(
         None,
