@@ -12,6 +12,8 @@ import pytest
 from flash.explorer.address import Address
 from tests.tiny_runs import run, tiny
 
+MOST_S = 200  # a run takes 20
+
 # With nothing in the folders $1 … $N before "--", runs the rest.
 APART = """
 while [ "$1" != -- ]; do mount -t tmpfs none "$1"; shift; done
@@ -62,9 +64,11 @@ async def test_an_explorer_without_the_controllers_disk_has_its_model_and_weight
     )  # fmt: skip
     async with apart(*words, without=hidden) as explorer:
         ended = asyncio.create_task(explorer.communicate())
-        await asyncio.wait((running, ended), return_when=asyncio.FIRST_COMPLETED)
-        if not running.done():  # nobody plays any more
+        both = running, ended
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED, timeout=MOST_S)
+        if not running.done():  # nobody plays, whatever it waits for
             running.cancel()
+            explorer.kill()
         out, _ = await ended
         assert explorer.returncode == 0, out.decode()
         assert (await running)["steps"] == 4
