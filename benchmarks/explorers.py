@@ -29,6 +29,7 @@ from flash.agents import EnvironmentAgent
 from flash.cli.event_loop import run_loop
 from flash.explorer.connection import Connection, RunIsOver
 from flash.explorer.crew import FleetCrew
+from flash.explorer.file_server import FileServer
 from flash.explorer.fleet import Fleet, Run
 from flash.explorer.gate import Gate, joined
 from flash.explorer.hub import FleetHub
@@ -112,8 +113,8 @@ async def with_explorers(number: int, seconds: float) -> Row:
     run = Run(id="run", name="run", config={}, where="here", model="", model_files=None, version=0)
     fleet = Fleet(run, lease_s=60, version=lambda: hub.version, publish=lambda: hub.message)
     hub.over(fleet)
-    gate = Gate(TOKEN, fleet.welcome, host="127.0.0.1", port=0)
-    async with fleet:
+    async with fleet, FileServer() as files:
+        gate = Gate(TOKEN, fleet.welcome, files=files, host="127.0.0.1", port=0)
         url = await gate.start()
         context = multiprocessing.get_context("spawn")
         processes = [
