@@ -163,12 +163,13 @@ class Connection:
 
     @contextlib.asynccontextmanager
     async def publishing_to(self, hub: InferenceHub) -> AsyncIterator[None]:
-        publishing = asyncio.create_task(self._publish_to(hub), name="publish")
-        try:
-            yield
-        finally:
-            publishing.cancel()
-            await asyncio.wait((publishing,))
+        with first_error():
+            async with asyncio.TaskGroup() as tasks:
+                publishing = tasks.create_task(self._publish_to(hub), name="publish")
+                try:
+                    yield
+                finally:
+                    publishing.cancel()
 
     async def _publish_to(self, hub: InferenceHub) -> None:
         """The newest weights, whenever there are newer ones."""

@@ -176,7 +176,16 @@ class Link(Generic[T]):
         self.before_frame()
         messages, self._pending = self._pending, []
         frame = _Frame(next(self._numbers), messages)
-        await self._wire.send(encoder.encode(frame))
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                await self._wire.send(encoder.encode(frame))
+        except TimeoutError:
+            self._lose(f"nothing was taken for {self._deadline_s:.0f} s")
+            raise self._lost_now() from None
+
+    def _lost_now(self) -> LinkLost:
+        assert self._lost is not None
+        return self._lost
 
     def _lose(self, why: str) -> None:
         if self._lost is None:

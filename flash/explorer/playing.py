@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 
+from flash.errors import first_error
 from flash.explorer.connection import Connection
 from flash.explorer.player import Player
 from flash.hub.hub import InferenceHub
@@ -61,8 +62,10 @@ async def _drain(player: Player, drain_s: float, say: Callable[[str], None]) -> 
 
 @contextlib.asynccontextmanager
 async def _telling(player: Player) -> AsyncIterator[None]:
-    telling = asyncio.create_task(player.tell_often(), name="how it stands")
-    try:
-        yield
-    finally:
-        telling.cancel()
+    with first_error():
+        async with asyncio.TaskGroup() as tasks:
+            telling = tasks.create_task(player.tell_often(), name="how it stands")
+            try:
+                yield
+            finally:
+                telling.cancel()

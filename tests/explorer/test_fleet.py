@@ -275,3 +275,18 @@ async def test_an_explorer_that_evaluates_plays_nothing_else_with_weights_that_s
         await exam.kill()
         await asyncio.sleep(60)
         assert "--evaluates" in fleet.waits_for(heldout=True)
+
+
+@in_virtual_time
+async def test_an_explorer_whose_disk_is_full_ends_with_that():
+    async def full(files):
+        raise OSError(28, "No space left on device")
+
+    wires = FakeWires()
+    async with Controller(wires).running() as loop:
+        a = Explorer(wires, "a", have=full).start()
+        await loop.next_batch()
+        await loop.publish(weights(1))
+        with pytest.raises(OSError, match="No space left"):
+            async with asyncio.timeout(60):
+                await a.task
