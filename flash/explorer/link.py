@@ -127,9 +127,7 @@ class Link(Generic[T]):
             if frame.number <= self._last:
                 continue
             if frame.number > self._last + 1:
-                self._lose(f"frame {self._last + 1} is missing")
-                assert self._lost is not None
-                raise self._lost
+                raise self._lose(f"frame {self._last + 1} is missing")
             self._last = frame.number
             for message in frame.messages:
                 yield message
@@ -150,9 +148,7 @@ class Link(Generic[T]):
         try:
             frame: _Frame[T] = self._decode(data)
         except msgspec.MsgspecError as error:
-            self._lose(f"a message that is none: {error}")
-            assert self._lost is not None
-            raise self._lost from error
+            raise self._lose(f"a message that is none: {error}") from error
         return frame
 
     async def _write(self) -> None:
@@ -180,14 +176,11 @@ class Link(Generic[T]):
             async with asyncio.timeout(self._deadline_s):
                 await self._wire.send(encoder.encode(frame))
         except TimeoutError:
-            self._lose(f"nothing was taken for {self._deadline_s:.0f} s")
-            raise self._lost_now() from None
+            raise self._lose(f"nothing was taken for {self._deadline_s:.0f} s") from None
 
-    def _lost_now(self) -> LinkLost:
-        assert self._lost is not None
-        return self._lost
-
-    def _lose(self, why: str) -> None:
+    def _lose(self, why: str) -> LinkLost:
+        """The first reason is the one that counts."""
         if self._lost is None:
             self._lost = LinkLost(why)
             self._loss.set_result(None)
+        return self._lost
