@@ -5,8 +5,9 @@ import contextlib
 from collections.abc import Callable
 from typing import Self
 
-from flash.explorer.fleet import Fleet, Play
+from flash.explorer.fleet import Fleet
 from flash.explorer.remote import RemoteEpisode
+from flash.explorer.seat import Play
 from flash.rollout.committed import SHUTDOWN
 from flash.rollout.crew import AgentCrew
 from flash.rollout.episode import Cancelled, Episode, EpisodeEnd, Generator, Witness

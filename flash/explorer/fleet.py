@@ -20,17 +20,17 @@ import contextlib
 import itertools
 import logging
 import uuid
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
 
 from flash.errors import FlashError, PublishFailure
+from flash.explorer.claims import Claims
 from flash.explorer.link import Link, LinkLost, Wire
 from flash.explorer.messages import (
     PROTOCOL,
-    Begin,
     Ended,
     Files,
     FromExplorer,
@@ -45,76 +45,25 @@ from flash.explorer.messages import (
     Returned,
     Room,
     RunOver,
-    Said,
     Score,
     Scored,
-    Settled,
     State,
     Step,
-    Told,
     Trouble,
     Welcome,
 )
-from flash.explorer.remote import RemoteEpisode, cut_off
+from flash.explorer.placing import Placing
+from flash.explorer.remote import cut_off
+from flash.explorer.seat import Explorer, Play
 from flash.hub.reports import HubStats
 from flash.rollout.committed import INTERRUPTED
-from flash.rollout.episode import Cancelled, Episode, EpisodeEnd
-from flash.rollout.history import History, Sampled
+from flash.rollout.episode import Cancelled
 
 logger = logging.getLogger(__name__)
 
 _HELLO_S = 10.0
 _LOST_KEPT = 10_000  # numbers of episodes
-_LOOK_AGAIN_S = 0.05  # at whether there is room here
 _GOODBYE_S = 5.0
-
-
-@dataclass(slots=True, eq=False, kw_only=True)
-class Play:
-    """An episode to be played here or at an explorer, and what was told of it from there.
-
-    `number`: what the fleet calls it; those of training are called as in the run, or as the one
-    that they continue.
-    """
-
-    number: int = 0
-    episode: RemoteEpisode
-    heldout: bool
-    oldest_wanted: Callable[[], int]
-    history: History
-    room_here: Callable[[], int]
-    play_here: Callable[[Episode], None] | None
-    on_end: Callable[[Episode, EpisodeEnd], None]
-    steps: list[Step] = field(default_factory=list)
-    explorer: "Explorer | None" = None
-    here: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class Explorer:
-    """One that is here, or is away and may come back."""
-
-    name: str
-    process: str
-    where: str
-    joined_at: float
-    link: Link[FromExplorer] | None
-    called: str  # by itself: another may have that name here
-    evaluates: bool = False  # and does nothing else
-    version: int = -1
-    room: int = 0
-    begun: int = 0  # on this link
-    leaving: bool = False
-    plays: dict[int, Play] = field(default_factory=dict)
-    early: dict[int, list[Step]] = field(default_factory=dict)  # of what is due and did not begin
-    state: State = State("starts", None, {})  # noqa: RUF009  (frozen)
-    lease: asyncio.TimerHandle | None = None
-    played: int = 0
-    last_heard_at: float = 0.0
-
-    @property
-    def heard_at(self) -> float:
-        return self.last_heard_at if self.link is None else self.link.heard_at
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,26 +116,25 @@ class Fleet:
         self._run = run
         self._controller = uuid.uuid4().hex
         self._lease_s = lease_s
-        self._due = set(due)
         self._known = known
         self._after_commit = after_commit
         self._version = version
         self._publish = publish
         self._score = score
         self._apart = apart
-        # Those of training and of evaluations (True): neither waits for what the other lacks.
-        self._waiting: dict[bool, OrderedDict[Play, None]] = {
-            False: OrderedDict(),
-            True: OrderedDict(),
-        }
-        self._claimable: dict[int, Play] = {}  # by the episode that they continue
-        self._ended_before: set[int] = set()  # of what is due, when it was heard of first
-        self._due_until: asyncio.TimerHandle | None = None
+        self._placing = Placing(self.explorers, apart=apart, on_fatal=self._fail)
+        self._claims = Claims(
+            self.explorers,
+            due=due,
+            known=known,
+            wait_s=lease_s,
+            on_claim=self._go_on,
+            on_unclaimed=self._place,
+        )
         self._uncommitted: dict[int, Explorer] = {}  # who has not been told that an end is safe
         self._tasks = asyncio.TaskGroup()
         self._lost: dict[int, bool] = {}  # whose late answers are refused
         self._heldout = itertools.count(1)
-        self._looks_again = False
         self._over: RunOver | None = None
 
     async def __aenter__(self) -> Self:
@@ -201,8 +149,7 @@ class Fleet:
     async def close(self, why: str, *, again: bool) -> None:
         """Tells all explorers that they are not needed any more; or may be `again`, soon."""
         self._over = RunOver(why, again)
-        if self._due_until is not None:
-            self._due_until.cancel()
+        self._claims.close()
         told = []
         for explorer in self.explorers.values():
             if explorer.lease is not None:
@@ -220,22 +167,10 @@ class Fleet:
     def begin(self, play: Play) -> None:
         """To be played as soon as there is room for it."""
         play.number = -next(self._heldout) if play.heldout else play.episode.id
-        if play.heldout and not self._waiting[True]:  # an evaluation begins, perhaps
+        if play.heldout and not self._placing.has_heldout:  # an evaluation begins, perhaps
             self._catch_up()
-        continues = play.episode.continues
-        if not play.heldout and self._due and self._due_until is None:
-            self._due_until = self._loop.call_later(self._lease_s, self._end_due)
-        if continues in self._due:
-            self._due.discard(continues)
-            play.number = continues
-            self._claimable[continues] = play
-            if any(continues in explorer.early for explorer in self.explorers.values()):
-                self._loop.call_soon(self._claim, continues)
-            assert self._due_until is not None
-            self._loop.call_at(self._due_until.when(), self._claim_is_over, continues)
-        else:
-            self._wait(play)
-            self.place()
+        if play.heldout or not self._claims.begin(play):
+            self._place(play)
 
     def give_up(self, play: Play) -> None:
         """Nothing is wanted of it any more; its end is reported."""
@@ -251,157 +186,43 @@ class Fleet:
         if play.explorer is not None:
             del play.explorer.plays[play.number]
             play.explorer = None
-        elif self._claimable.get(play.number) is play:
-            del self._claimable[play.number]
-            self._refuse_early(play.number)
-        else:
-            self._waiting[play.heldout].pop(play, None)
+        elif not self._claims.drop(play):
+            self._placing.drop(play)
 
-    def place(self) -> None:
-        """Gives what waits to who has room: of training and of evaluations in turns."""
-        kinds = [waiting for waiting in self._waiting.values() if waiting]
-        while kinds:
-            kinds = [waiting for waiting in kinds if self._place_first(waiting) and waiting]
-        first = [next(iter(waiting)) for waiting in self._waiting.values() if waiting]
-        if not self._looks_again and any(play.play_here is not None for play in first):
-            self._looks_again = True
-            self._loop.call_later(_LOOK_AGAIN_S, self._look_again)
+    def _place(self, play: Play) -> None:
+        self._placing.wait(play)
+        self._placing.place()
 
-    def _place_first(self, waiting: "OrderedDict[Play, None]") -> bool:
-        """Whether somebody has it now."""
-        play = next(iter(waiting))
-        explorer, here = self._best(play), play.room_here()
-        if play.play_here is not None and here > (explorer.room if explorer else 0):
-            del waiting[play]
-            play.here = True
-            try:
-                play.play_here(play.episode)
-            except Exception as error:  # of an agent's making: no explorer is to blame for it
-                play.here = False
-                self._fail(error)
-        elif explorer is not None:
-            del waiting[play]
-            self._give(explorer, play)
-        else:
-            return False
-        return True
-
-    def _wait(self, play: Play, *, first: bool = False) -> None:
-        waiting = self._waiting[play.heldout]
-        waiting[play] = None
-        if first:
-            waiting.move_to_end(play, last=False)
+    def _go_on(self, explorer: Explorer, play: Play, steps: Sequence[Step]) -> None:
+        """An explorer has what it was given by the last start of the run."""
+        self.counts["claims"] += 1
+        self._follow(explorer, play, steps)
 
     def _fail(self, error: Exception) -> None:
         for on_fatal in list(self.on_fatal):
             on_fatal(error)
-
-    def _look_again(self) -> None:
-        self._looks_again = False
-        self.place()
-
-    def _best(self, play: Play) -> Explorer | None:
-        oldest = play.oldest_wanted()
-        able = [
-            explorer
-            for explorer in self.explorers.values()
-            if explorer.link is not None
-            and self._plays(explorer, play.heldout)
-            and not explorer.leaving
-            and explorer.room > 0
-            and explorer.version >= oldest
-        ]
-        return max(able, key=lambda explorer: explorer.room, default=None)
-
-    def _plays(self, explorer: Explorer, heldout: bool) -> bool:
-        """Whether episodes of that kind are for it."""
-        if heldout:
-            return explorer.evaluates or not self._apart
-        return not explorer.evaluates
-
-    def _give(self, explorer: Explorer, play: Play) -> None:
-        assert explorer.link is not None
-        explorer.room -= 1
-        explorer.begun += 1
-        explorer.plays[play.number] = play
-        play.explorer = explorer
-        episode = play.episode
-        explorer.link.send(
-            Begin(
-                episode=play.number,
-                task=episode.task,
-                group=episode.group,
-                attempt=episode.attempt,
-                heldout=play.heldout,
-                history=[Said(s) if isinstance(s, Sampled) else Told.of(s) for s in play.history],
-            )
-        )
-
-    # ── what the last start of the run had given out ─────────────────────────────────────────
-
-    def _claim(self, continues: int) -> None:
-        """What an explorer holds is what this episode continues: it goes on there."""
-        play = self._claimable.get(continues)
-        holders = [e for e in self.explorers.values() if continues in e.early]
-        if play is None or not holders:
-            return
-        explorer = holders[0]
-        steps = explorer.early[continues]
-        if continues in self._ended_before:
-            if not steps:
-                return
-            if _newest_version(steps) > self._known:  # of what will never be again
-                self._claim_is_over(continues)
-                return
-        del self._claimable[continues], explorer.early[continues]
-        play.explorer = explorer
-        explorer.plays[continues] = play
-        self.counts["claims"] += 1
-        self._follow(explorer, play, steps)
-
-    def _claim_is_over(self, continues: int) -> None:
-        """Nobody came who holds it: it is played from where its logged history ends."""
-        play = self._claimable.pop(continues, None)
-        if play is not None:
-            self._refuse_early(continues)
-            self._wait(play)
-            self.place()
-
-    def _end_due(self) -> None:
-        """What has not begun by now does so without those who hold it."""
-        for number in list(self._due):
-            self._due.discard(number)
-            self._refuse_early(number)
-
-    def _refuse_early(self, number: int) -> None:
-        for explorer in self.explorers.values():
-            steps = explorer.early.pop(number, None)
-            if steps is None or explorer.link is None:
-                continue
-            if steps and isinstance(steps[-1], Ended):
-                self._settle(explorer, number)
-            else:
-                explorer.link.send(GiveUp(number, "unwanted"))
 
     # ── who comes and goes ───────────────────────────────────────────────────────────────────
 
     def publish(self, message: Publish) -> None:
         """Tells all that are here of new weights."""
         for explorer in self.explorers.values():
-            if explorer.link is not None and not self._is_examined(explorer):
-                explorer.link.send(message)
+            if not self._is_examined(explorer):
+                explorer.send(message)
 
     def _is_examined(self, explorer: Explorer) -> bool:
         """Whether the weights that it has are what an evaluation is of."""
-        waiting = self._waiting[True]
-        return explorer.evaluates and (bool(explorer.plays) or (self._apart and bool(waiting)))
+        due = self._apart and self._placing.has_heldout
+        return explorer.evaluates and (bool(explorer.plays) or due)
 
     def _catch_up(self) -> None:
         """Gives evaluators the weights that came out while an evaluation was played."""
         weights = self._publish()
-        for explorer in self.explorers.values() if weights is not None else ():
-            if explorer.evaluates and explorer.link and not self._is_examined(explorer):
-                explorer.link.send(weights)
+        if weights is None:
+            return
+        for explorer in self.explorers.values():
+            if explorer.evaluates and not self._is_examined(explorer):
+                explorer.send(weights)
 
     async def welcome(self, wire: Wire) -> None:
         """Has the explorer at the other end until its link is lost, or it leaves."""
@@ -487,7 +308,7 @@ class Fleet:
             link.send(weights)
         for play in lost:
             self._cut_off(play)
-        self.place()
+        self._placing.place()
         return explorer
 
     def _put_back(self, plays: Iterable[Play]) -> list[Play]:
@@ -498,7 +319,7 @@ class Fleet:
                 others.append(play)
             else:
                 play.explorer = None
-                self._wait(play, first=True)
+                self._placing.wait(play, first=True)
         return others
 
     def _seat_of(self, hello: Hello) -> Explorer | None:
@@ -520,18 +341,15 @@ class Fleet:
         for held in (one for one in hello.holds if one.run == self._run.id):
             number = held.episode
             if held.controller != self._controller:
-                due = number in self._due or number in self._claimable
-                if due and (plays_on or held.ended):
-                    explorer.early[number] = []
-                    if held.ended:
-                        self._ended_before.add(number)
+                if number in self._claims and (plays_on or held.ended):
+                    self._claims.keep(explorer, held)
                     keeps.append(Kept(held, 0))
-                    self._loop.call_soon(self._claim, number)
+                    self._loop.call_soon(self._claims.claim, number)
                 continue
             if number in before_early:
                 explorer.early[number] = before_early[number]
                 keeps.append(Kept(held, len(before_early[number])))
-                self._loop.call_soon(self._claim, number)
+                self._loop.call_soon(self._claims.claim, number)
                 continue
             if number in self._uncommitted:
                 self._uncommitted[number] = explorer
@@ -618,7 +436,7 @@ class Fleet:
             case Room():
                 explorer.version = message.version
                 explorer.room = message.room - (explorer.begun - message.begun)
-                self.place()
+                self._placing.place()
             case State():
                 explorer.state = message
                 for episode, stage in message.stages.items():
@@ -639,7 +457,7 @@ class Fleet:
             plays, explorer.plays, explorer.early = explorer.plays, {}, {}
             for play in self._put_back(plays.values()):
                 self._cut_off(play)
-            self.place()
+            self._placing.place()
 
     def _hear_of_return(self, explorer: Explorer, returned: Returned) -> None:
         for episode in returned.episodes:
@@ -648,7 +466,7 @@ class Fleet:
                 self._cut_off(play)
             else:
                 explorer.early.pop(episode, None)
-            self._settle(explorer, episode)
+            explorer.settle(episode)
 
     def _hear_news(self, explorer: Explorer, news: News) -> None:
         play = explorer.plays.get(news.episode)
@@ -656,9 +474,9 @@ class Fleet:
             self._follow(explorer, play, news.steps[max(0, len(play.steps) - news.first) :])
         elif (early := explorer.early.get(news.episode)) is not None:
             early += news.steps[max(0, len(early) - news.first) :]
-            self._claim(news.episode)
+            self._claims.claim(news.episode)
         elif isinstance(news.steps[-1], Ended):  # it was given up
-            self._settle(explorer, news.episode)
+            explorer.settle(news.episode)
 
     def _follow(self, explorer: Explorer, play: Play, steps: Sequence[Step]) -> None:
         for step in steps:
@@ -681,19 +499,14 @@ class Fleet:
 
     def _committed(self, number: int) -> None:
         if (explorer := self._uncommitted.pop(number, None)) is not None:
-            self._settle(explorer, number)
-
-    def _settle(self, explorer: Explorer, episode: int) -> None:
-        if explorer.link is not None:
-            explorer.link.send(Settled([episode]))
+            explorer.settle(number)
 
     async def _answer(self, explorer: Explorer, question: Score) -> None:
         logprobs = None
         with contextlib.suppress(FlashError):  # the trainer's, of which others tell
             if self._score is not None:
                 logprobs = await self._score(question)
-        if explorer.link is not None:
-            explorer.link.send(Scored(question.number, logprobs))
+        explorer.send(Scored(question.number, logprobs))
 
     def _hear_trouble(self, explorer: Explorer, trouble: Trouble) -> None:
         error: FlashError
@@ -707,7 +520,9 @@ class Fleet:
 
     def waits_for(self, *, heldout: bool = False) -> str:
         """What must come before explorers can play anything of that kind; empty if one can."""
-        able = [one for one in self.explorers.values() if self._plays(one, heldout)]
+        able = [
+            one for one in self.explorers.values() if self._placing.is_for(one, heldout=heldout)
+        ]
         if not able:
             option = " --evaluates" if heldout and self._apart else ""
             return f"an explorer: flash explore{option} starts one"
@@ -719,7 +534,7 @@ class Fleet:
     @property
     def waiting(self) -> int:
         """Episodes that no explorer has yet."""
-        return sum(map(len, self._waiting.values())) + len(self._claimable)
+        return len(self._placing) + len(self._claims)
 
     def stats(self) -> dict[str, HubStats]:
         """Of each explorer that told them."""
@@ -735,9 +550,3 @@ class Fleet:
             if any(play.episode.id == episode for play in explorer.plays.values()):
                 return name
         return ""
-
-
-def _newest_version(steps: Iterable[Step]) -> int:
-    """Of the tokens; -1 if there are none."""
-    said = (step.step.completion.versions for step in steps if isinstance(step, Said))
-    return max((max(versions, default=-1) for versions in said), default=-1)

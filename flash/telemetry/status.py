@@ -19,8 +19,9 @@ from rich.table import Table
 
 from flash.cluster.place import read_places
 from flash.errors import first_error
-from flash.explorer.fleet import Explorer, Fleet
+from flash.explorer.fleet import Fleet
 from flash.explorer.hub import FleetHub
+from flash.explorer.seat import Explorer
 from flash.hub.hub import InferenceHub
 from flash.hub.reports import WorkerStats
 from flash.log.log import Log

@@ -247,7 +247,7 @@ def test_a_fleet_that_forgets_to_settle_is_noticed():
     """The checks of what explorers hold are not idle."""
 
     class Forgetful(Fleet):
-        def _settle(self, explorer, episode):
+        def _committed(self, number):
             pass
 
     class Schedules(ExploredSchedule):

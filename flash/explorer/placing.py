@@ -1,0 +1,127 @@
+"""Who plays what: episodes wait here until somebody has room for them."""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+
+from flash.explorer.messages import Begin, Said, Told
+from flash.explorer.seat import Explorer, Play
+from flash.rollout.history import Sampled
+
+_LOOK_AGAIN_S = 0.05  # at whether there is room here
+
+
+class Placing:
+    """Gives what waits to who has the most room, of those whose weights are new enough.
+
+    Args:
+        explorers: those that are here, or away.
+        apart: evaluations are for explorers that do nothing else.
+        on_fatal: told of an error of the agents here.
+    """
+
+    def __init__(
+        self,
+        explorers: Mapping[str, Explorer],
+        *,
+        apart: bool,
+        on_fatal: Callable[[Exception], None],
+    ) -> None:
+        self._explorers = explorers
+        self._apart = apart
+        self._on_fatal = on_fatal
+        # Those of training and of evaluations (True): neither waits for what the other lacks.
+        self._waiting: dict[bool, OrderedDict[Play, None]] = {
+            False: OrderedDict(),
+            True: OrderedDict(),
+        }
+        self._looks_again = False
+
+    def __len__(self) -> int:
+        """Episodes that wait."""
+        return sum(map(len, self._waiting.values()))
+
+    @property
+    def has_heldout(self) -> bool:
+        """Whether one of an evaluation waits."""
+        return bool(self._waiting[True])
+
+    def is_for(self, explorer: Explorer, *, heldout: bool) -> bool:
+        """Whether episodes of that kind are for it."""
+        if heldout:
+            return explorer.evaluates or not self._apart
+        return not explorer.evaluates
+
+    def wait(self, play: Play, *, first: bool = False) -> None:
+        waiting = self._waiting[play.heldout]
+        waiting[play] = None
+        if first:
+            waiting.move_to_end(play, last=False)
+
+    def drop(self, play: Play) -> None:
+        """It waits no longer, if it did."""
+        self._waiting[play.heldout].pop(play, None)
+
+    def place(self) -> None:
+        """Gives what waits to who has room: of training and of evaluations in turns."""
+        kinds = [waiting for waiting in self._waiting.values() if waiting]
+        while kinds:
+            kinds = [waiting for waiting in kinds if self._place_first(waiting) and waiting]
+        first = [next(iter(waiting)) for waiting in self._waiting.values() if waiting]
+        if not self._looks_again and any(play.play_here is not None for play in first):
+            self._looks_again = True
+            asyncio.get_running_loop().call_later(_LOOK_AGAIN_S, self._look_again)
+
+    def _place_first(self, waiting: OrderedDict[Play, None]) -> bool:
+        """Whether somebody has it now."""
+        play = next(iter(waiting))
+        explorer, here = self._best(play), play.room_here()
+        if play.play_here is not None and here > (explorer.room if explorer else 0):
+            del waiting[play]
+            play.here = True
+            try:
+                play.play_here(play.episode)
+            except Exception as error:  # of an agent's making: no explorer is to blame for it
+                play.here = False
+                self._on_fatal(error)
+        elif explorer is not None:
+            del waiting[play]
+            _give(explorer, play)
+        else:
+            return False
+        return True
+
+    def _look_again(self) -> None:
+        self._looks_again = False
+        self.place()
+
+    def _best(self, play: Play) -> Explorer | None:
+        oldest = play.oldest_wanted()
+        able = [
+            explorer
+            for explorer in self._explorers.values()
+            if explorer.link is not None
+            and self.is_for(explorer, heldout=play.heldout)
+            and not explorer.leaving
+            and explorer.room > 0
+            and explorer.version >= oldest
+        ]
+        return max(able, key=lambda explorer: explorer.room, default=None)
+
+
+def _give(explorer: Explorer, play: Play) -> None:
+    explorer.room -= 1
+    explorer.begun += 1
+    explorer.plays[play.number] = play
+    play.explorer = explorer
+    episode = play.episode
+    explorer.send(
+        Begin(
+            episode=play.number,
+            task=episode.task,
+            group=episode.group,
+            attempt=episode.attempt,
+            heldout=play.heldout,
+            history=[Said(s) if isinstance(s, Sampled) else Told.of(s) for s in play.history],
+        )
+    )
