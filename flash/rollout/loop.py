@@ -657,6 +657,7 @@ class RolloutLoop:
             return [], []
         # An episode that was admitted in time may have sampled late, from old weights.
         self._evict_stale()
+        self._admit()  # what takes the place of those may be all that there is to wait for
         left = [group for group in self._groups if group not in self._taken]
         fresh: list[Group] = []
         again: list[Group] = []

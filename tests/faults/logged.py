@@ -403,9 +403,16 @@ class Start(Promises):
             return
         self.say("killed", self.number, self.end)
         self.dead = True
-        self.left = self.folder.with_name(str(self.number + 1))
-        (leave or functools.partial(copy, self.folder))(self.left)
+        if not self._one_before_goes_on:
+            self.left = self.folder.with_name(str(self.number + 1))
+            (leave or functools.partial(copy, self.folder))(self.left)
         self._life.cancel()
+
+    @property
+    def _one_before_goes_on(self) -> bool:
+        """Whether the start that was to be taken over has not been yet, and writes the log."""
+        before = self._before
+        return before is not None and before.taken_over_at == math.inf and not before.life.done()
 
     def _note_outcome(self, life: asyncio.Task[None]) -> None:
         if self.dead:

@@ -71,6 +71,24 @@ async def test_what_a_crew_tells_of_too_old_a_version_is_in_no_batch():
 
 
 @in_virtual_time
+async def test_what_is_found_too_old_last_of_all_is_played_again():
+    """Nothing else runs that could call for it."""
+    async with InferenceHub([FakeWorker("w")]) as hub:
+        crew = FakeCrew(
+            hub,
+            lambda episode: played(0 if episode.id == 4 else hub.version),
+            seconds=lambda episode: 10.0 if episode.id == 4 else 1.0,
+        )
+        settings = RolloutSettings(on_stale="regenerate")
+        async with RolloutLoop(hub, crew=crew, settings=settings, alpha=0, **SIZES) as loop:
+            await loop.next_batch()
+            await loop.publish(weights(1))
+            async with asyncio.timeout(60):
+                batch = await loop.next_batch()
+            assert sorted(sample.episode for sample in batch.samples) == [5, 6, 7, 8]
+
+
+@in_virtual_time
 async def test_failures_and_a_lost_crew_end_as_those_of_agents_do():
     async with InferenceHub([FakeWorker("w")]) as hub:
         crew = FakeCrew(hub, lambda episode: AgentFailure("elsewhere"))
