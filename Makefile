@@ -18,9 +18,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist loadfile --no-loadsco
 	--durations 15 -n logical --maxprocesses 4
 EXTRAS := alfworld,reasoning,postgres,parquet,ray,dev$(if $(shell command -v nvidia-smi 2>/dev/null),$(comma)gpu)
 READY := .venv/.ready
+LOWEST := .venv-lowest
 VLLM_READY := .venv/.vllm_ready
 
-.PHONY: help setup setup-vllm train test test-fast soak crash lint bench clean
+.PHONY: help setup setup-vllm train test test-fast test-lowest soak crash lint bench clean
 
 help:  ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -62,6 +63,18 @@ test: $(READY)  ## all tests, but for those that need a GPU
 
 test-fast: $(READY)  ## the quick tests, in under a minute: no processes, no training
 	$(PYTEST) -m "not slow and not gpu"
+
+test-lowest: $(LOWEST)/.ready  ## the quick tests, with the lowest versions that setup.cfg allows
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest --dist loadfile -n logical --maxprocesses 4 \
+	-m "not slow and not gpu"
+
+$(LOWEST)/.ready: setup.cfg
+	@echo "setting up $(LOWEST) (a few minutes, and several GB)"
+	@test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	@$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	@$(LOWEST)/bin/uv pip install --quiet --compile-bytecode --python $(LOWEST)/bin/python \
+	--resolution lowest-direct --editable ".[$(EXTRAS)]"
+	@touch $(LOWEST)/.ready
 
 soak: $(READY)  ## N=1000 schedules in which anything may fail, of a tenth the log and the run too, of a tenth explorers; FIRST=0 is the first one's seed
 	$(BIN)/python -m tests.faults.soak -n $(N) --first $(or $(FIRST),0)

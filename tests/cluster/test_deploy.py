@@ -15,8 +15,12 @@ STAND_INS = {
     "scontrol": "printf 'n1\\nn2\\n'",
     "hostname": "echo 10.0.0.1",
     "srun": 'while [[ $1 == --* ]]; do shift; done; "$@"',
-    "ray": "[[ $1 == status ]] || exec sleep 600",
-    "flash": "exit ${FLASH_EXIT:-0}",
+    "ray": """
+        if [[ $1 == start ]]; then exec sleep 600; fi
+        until grep -q '^ray start --head' calls; do sleep 0.05; done""",
+    "flash": """
+        until (($(grep -c '^ray start' calls) == SLURM_JOB_NUM_NODES)); do sleep 0.05; done
+        exit ${FLASH_EXIT:-0}""",
 }
 
 
