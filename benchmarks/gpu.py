@@ -210,8 +210,8 @@ def of_run(rows: list[Figures]) -> Iterator[Row]:
 
 def attention(_: argparse.Namespace) -> Iterator[Row]:
     ways = {"padded": in_rows, "one by one": partial(packed, attend_one_by_one)}
-    if CUDA and (kernel := varlen_kernel()) is not None:
-        ways = {"varlen": partial(packed, kernel.attend)} | ways
+    if CUDA:
+        ways = {"varlen": partial(packed, varlen_kernel().attend)} | ways
     for (way, prepare), name in itertools.product(ways.items(), EPISODES):
         # One that warms up, and two of other lengths: cuDNN plans anew for each length.
         passes = [first_pass([s.num_tokens for s in of_kind(name, seed)]) for seed in range(3)]

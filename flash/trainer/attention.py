@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
@@ -60,12 +61,8 @@ class VarlenKernel:
     told: bool
 
     @classmethod
-    def of(cls, call: Callable[..., Any]) -> Self | None:
-        """None for one that knows no windows or no scale, as torch 2.10's."""
-        known = inspect.signature(call).parameters
-        if not {"window_size", "scale"} <= known.keys():
-            return None
-        return cls(call, told="enable_gqa" in known)
+    def of(cls, call: Callable[..., Any]) -> Self:
+        return cls(call, told="enable_gqa" in inspect.signature(call).parameters)
 
     def attend(
         self,
@@ -169,12 +166,8 @@ def takes_varlen(
 
 
 @functools.cache
-def varlen_kernel() -> VarlenKernel | None:
-    """That of the torch in use; None if it has none that serves."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 (torch 2.9 has none)
-    except ImportError:
-        return None
+def varlen_kernel() -> VarlenKernel:
+    """That of the torch in use."""
     return VarlenKernel.of(varlen_attn)
 
 
@@ -225,15 +218,14 @@ def _packed_attention(
         if settings.get(name) is not None:
             raise ValueError(f"{type(module).__name__} needs {name!r} in attention: not supported")
     assert attention_mask is None
-    kernel = varlen_kernel()
     attend = attend_one_by_one
-    if kernel is not None and takes_varlen(
+    if takes_varlen(
         capability=capability_of(query_1HND.device),
         dtype=query_1HND.dtype,
         width=query_1HND.shape[3],
         value_width=value_1HND.shape[3],
     ):
-        attend = kernel.attend
+        attend = varlen_kernel().attend
     return attend(
         query_1HND, key_1HND, value_1HND, packing, scaling=scaling, sliding_window=sliding_window
     ), None

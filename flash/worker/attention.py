@@ -78,10 +78,9 @@ def use_kernels(
 
 
 def _kernels_for(model: Any) -> GpuKernels | None:
-    varlen = varlen_kernel()
     config = model.config.get_text_config()
     width = find_head_dim(config)
-    if varlen is None or not takes_varlen(
+    if not takes_varlen(
         capability=capability_of(model.device),
         dtype=model.dtype,
         width=width,
@@ -90,7 +89,7 @@ def _kernels_for(model: Any) -> GpuKernels | None:
         return None
     from flash.worker.paged import attend_in_pages  # noqa: PLC0415 (only CUDA's torch has triton)
 
-    return GpuKernels(varlen, attend_in_pages)
+    return GpuKernels(varlen_kernel(), attend_in_pages)
 
 
 def _kinds(model: Any) -> set[str]:

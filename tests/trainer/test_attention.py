@@ -1,11 +1,9 @@
-import itertools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from flash.trainer.attention import (
     Packing,
@@ -15,44 +13,10 @@ from flash.trainer.attention import (
     varlen_kernel,
 )
 from flash.trainer.scorer import packed_inputs
+from tests.varlen import varlen
 
 LENGTHS = (7, 1, 30, 2, 12)
 WIDTH = 8
-
-
-def of_torch_2_13(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seq_q: Tensor,
-    cu_seq_k: Tensor,
-    max_q: int,
-    max_k: int,
-    *,
-    scale: float | None = None,
-    window_size: tuple[int, int] = (-1, -1),
-    enable_gqa: bool = False,
-) -> Tensor:
-    """What torch's kernel says that it computes, [N, H, D], for any device and dtype."""
-    if query.shape[1] != key.shape[1] and not enable_gqa:
-        raise ValueError("more heads of queries than of keys")
-    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
-    attended = []
-    for start, end in itertools.pairwise(cu_seq_q.tolist()):
-        length = end - start
-        assert length <= max_q == max_k
-        allowed = torch.ones(length, length, dtype=torch.bool)
-        before, after = window_size
-        if before >= 0:
-            allowed = allowed.triu(-before)
-        if after >= 0:
-            allowed = allowed.tril(after)
-        heads_first = (t[start:end].transpose(0, 1)[None] for t in (query, key, value))
-        one = scaled_dot_product_attention(
-            *heads_first, attn_mask=allowed, scale=scale, enable_gqa=enable_gqa
-        )
-        attended.append(one[0].transpose(0, 1))
-    return torch.cat(attended)
 
 
 def of_torch_2_11(
@@ -67,23 +31,10 @@ def of_torch_2_11(
     scale: float | None = None,
     window_size: tuple[int, int] = (-1, -1),
 ) -> Tensor:
-    return of_torch_2_13(
+    return varlen(
         query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size,
         enable_gqa=True,
     )  # fmt: skip
-
-
-def of_torch_2_10(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seq_q: Tensor,
-    cu_seq_k: Tensor,
-    max_q: int,
-    max_k: int,
-    is_causal: bool = False,
-) -> Tensor:
-    raise AssertionError("has no scale and no windows")
 
 
 def heads(
@@ -122,26 +73,16 @@ def test_positions_begin_anew_with_each_sequence() -> None:
 
 @pytest.mark.parametrize("window", [None, 1, 5, 100])
 @pytest.mark.parametrize("queries, keys", [(4, 4), (4, 2), (4, 1)])
-@pytest.mark.parametrize("call", [of_torch_2_13, of_torch_2_11])
+@pytest.mark.parametrize("call", [varlen, of_torch_2_11])
 def test_one_call_for_all_sequences_is_as_one_call_each(
     call: Callable[..., Tensor], queries: int, keys: int, window: int | None
 ) -> None:
     kernel = VarlenKernel.of(call)
-    assert kernel is not None
     inputs = heads(queries, keys, dtype=torch.float64)
     found = attended_and_gradients(kernel.attend, inputs, LENGTHS, window)
     expected = attended_and_gradients(attend_one_by_one, inputs, LENGTHS, window)
     assert found[0].shape == (1, sum(LENGTHS), queries, WIDTH)
     torch.testing.assert_close(found, expected)
-
-
-def test_a_kernel_without_windows_does_not_serve() -> None:
-    assert VarlenKernel.of(of_torch_2_10) is None
-
-
-@pytest.mark.skipif(torch.__version__ < (2, 11), reason="torch has such a kernel since 2.11")
-def test_the_torch_in_use_has_a_kernel_that_serves() -> None:
-    assert varlen_kernel() is not None
 
 
 GOOD: dict[str, Any] = {
@@ -181,7 +122,6 @@ def test_on_a_gpu_one_call_for_all_sequences_is_as_one_call_each(
     queries: int, keys: int, width: int, window: int | None, lengths: tuple[int, ...]
 ) -> None:
     kernel = varlen_kernel()
-    assert kernel is not None
     exact = heads(queries, keys, lengths, width, device="cuda", dtype=torch.float32)
     inputs = [tensor.detach().bfloat16().requires_grad_() for tensor in exact]
     exact = [tensor.detach().float().requires_grad_() for tensor in inputs]
