@@ -35,6 +35,7 @@ async def evaluate(
     run = checkpoint.parent.parent
     config = configuration.load(str(run / "config.yaml"), overrides)
     configuration.check_capacity(config, machine.capacity(), trains=False)
+    _tell_of_brought(config, say)
     model = (checkpoint / MODEL_FOLDER).resolve()
     await check_model_files(str(model))
 
@@ -51,8 +52,20 @@ async def evaluate(
             return await play(
                 parts.hub,
                 agents.make,
-                heldout_tasks(config.eval, config.sets),
+                heldout_tasks(config.eval, config.own_sets),
                 concurrency=config.engine.max_running,
                 max_attempts=config.rollout.max_attempts,
                 stall_timeout_s=config.rollout.stall_timeout_s,
             )
+
+
+def _tell_of_brought(config: configuration.Config, say: Callable[[str], None]) -> None:
+    """Which tasks are not played. ValueError if none would be."""
+    if not config.brought:
+        return
+    names = ", ".join(sorted(config.brought))
+    name = min(config.brought)
+    remedy = f"--task_sets.{name}.brought false and --task_sets.{name}.env NAME play {name} here"
+    if not config.own_sets:
+        raise ValueError(f"all task sets are brought by explorers ({names}): {remedy}")
+    say(f"left out, because explorers bring it: {names}; {remedy}")

@@ -213,6 +213,8 @@ def _explore(arguments: Sequence[str]) -> None:
     parser.add_argument("--relay", default="")
     parser.add_argument("--drain_s", type=float, default=120.0)
     parser.add_argument("--evaluates", action="store_true")
+    parser.add_argument("--tasks", type=Path)
+    parser.add_argument("--tasks-only", dest="tasks_only", action="store_true")
     options, words = parser.parse_known_args(arguments)
     sources, overrides = split_words(words, options=parser.names())
     source = only(sources, "a run's folder, or its controller's URL")
@@ -223,7 +225,8 @@ def _explore(arguments: Sequence[str]) -> None:
     told = checked(
         source=source, token=options.token, name=options.name, folder=options.folder,
         ca=options.ca, relay=options.relay, drain_s=options.drain_s,
-        evaluates=options.evaluates, overrides=overrides,
+        evaluates=options.evaluates, tasks=options.tasks, tasks_only=options.tasks_only,
+        overrides=overrides,
     )  # fmt: skip
     stop = asyncio.Event()
     run_loop(explore(told, stop=stop), stop=stop)

@@ -85,6 +85,9 @@ _EXPLORE = """\
                           that the trainer need not send them to each: 10.0.0.7, or 10.0.0.7:8766
   --drain_s SECONDS       for episodes to come to their ends when it leaves [120]
   --evaluates             it plays evaluations alone, each with the weights of its step
+  --tasks FILE            YAML with task sets that it brings, NAME: {env, agent, reward}; the run
+                          has task_sets.NAME.brought=true
+  --tasks-only            it plays no other tasks than those
 
 The run must let explorers in: --explorers.expected 1. They may start before it. SIGTERM or Ctrl-C
 ends what is played, or hands it back, and leaves; once more hands back at once. The run's

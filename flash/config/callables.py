@@ -81,7 +81,7 @@ def try_environments(config: RunFields) -> None:
 
     Takes seconds where they import much. ValueError says what a constructor objects to.
     """
-    for name, of_set in config.sets.items():
+    for name, of_set in config.own_sets.items():
         if not of_set.uses_environment:
             continue
         try:

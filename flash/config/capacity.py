@@ -58,7 +58,7 @@ def _processes(config: Config, *, trains: bool) -> Iterator[tuple[str, int, floa
         yield "engine.workers", config.engine.workers, _TORCH_PROCESS
     if trains:
         yield "trainer.ranks", config.trainer.ranks, _TORCH_PROCESS
-    sets = config.sets.values()
+    sets = config.own_sets.values()
     yield "env.hosts", sum(of_set.env.hosts for of_set in sets), _PLAIN_PROCESS
     rewards = [of_set.reward for of_set in sets if isinstance(of_set.reward, ProcessReward)]
     if rewards:

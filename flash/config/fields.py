@@ -80,7 +80,7 @@ class RunFields(Section):
     task_sets: dict[str, TaskSetConfig] = Field(
         {},
         description="several kinds of tasks in one run, NAME: {weight, env, agent, reward, "
-        "group_size, filters}; what a set does not say is as in the run",
+        "group_size, filters, brought}; what a set does not say is as in the run",
     )
     rollout: RolloutSettings = RolloutSettings()
     trainer: TrainerConfig = TrainerConfig()
@@ -128,6 +128,16 @@ class RunFields(Section):
     def uses_environment(self) -> bool:
         """An agent of the user's own has a world of its own; but a small policy has a teacher."""
         return not self.agent.run or self.model == SMALL
+
+    @property
+    def brought(self) -> frozenset[str]:
+        """The task sets that explorers bring: nothing here plays their tasks."""
+        return frozenset(name for name, of_set in self.task_sets.items() if of_set.brought)
+
+    @property
+    def own_sets(self) -> Mapping[str, Self]:
+        """Those of `sets` whose tasks can be played here."""
+        return {name: of_set for name, of_set in self.sets.items() if name not in self.brought}
 
     @property
     def sets(self) -> Mapping[str, Self]:

@@ -80,7 +80,7 @@ _MADE_FROM = "which is what its small policy was made from"
 
 # What the episodes of a group must have in common, or their rewards can't be compared.
 _OF_A_GROUP = (
-    *("group_size", "env.name", "env.options", "reward"),
+    *("group_size", "env.name", "env.options", "reward", "brought"),
     *_of("agent", "run samples style style_options"),
 )
 _SETS = "task_sets"
@@ -143,6 +143,11 @@ def groups_begin_anew(found: Iterable[Difference]) -> bool:
         for difference in found
         for name in _OF_A_GROUP
     )
+
+
+def is_free(field: str) -> bool:
+    """Whether neither what is learned nor what is measured depends on it."""
+    return _kind(field, None, None, of_small=False) == "free"
 
 
 def shown(value: Any) -> str:

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any
+from typing import Any, Self
 
 from pydantic import (
     Field,
@@ -12,6 +12,7 @@ from pydantic import (
     ValidationInfo,
     field_validator,
     model_serializer,
+    model_validator,
 )
 
 from flash.config.agent import AgentConfig
@@ -35,19 +36,14 @@ class AgentOfSet(_OnlyGiven, AgentConfig):
     """What of the run's agent is otherwise."""
 
 
-class TaskSetConfig(_OnlyGiven):
-    """Tasks of one kind; what is not given is as in the run."""
+class PlayedWith(_OnlyGiven):
+    """What the tasks of a set are played with; what is not given is as in the run."""
 
-    weight: float = Field(
-        1.0, gt=0, description="of the samples of a batch, beside the other sets' weights"
-    )
     env: EnvConfig | None = Field(None, description="in the place of the run's, all of it")
     agent: AgentOfSet = Field(AgentOfSet(), description="what of the run's agent is otherwise")
     reward: AnyReward = Field(
         EnvReward(), description="in the place of the run's, all of it", validate_default=False
     )
-    group_size: int | None = Field(None, ge=1, description="in the place of the run's")
-    filters: FilterNames = Field((), description="in the place of rollout.filters")
 
     @field_validator("env", "reward", mode="before")
     @classmethod
@@ -57,6 +53,29 @@ class TaskSetConfig(_OnlyGiven):
     def has(self, name: str) -> bool:
         """Whether that field was given."""
         return name in self.model_fields_set and getattr(self, name) is not None
+
+
+class TaskSetConfig(PlayedWith):
+    """Tasks of one kind; what is not given is as in the run."""
+
+    weight: float = Field(
+        1.0, gt=0, description="of the samples of a batch, beside the other sets' weights"
+    )
+    group_size: int | None = Field(None, ge=1, description="in the place of the run's")
+    filters: FilterNames = Field((), description="in the place of rollout.filters")
+    brought: bool = Field(
+        False, description="explorers bring env, agent and reward of it: flash explore --tasks"
+    )
+
+    @model_validator(mode="after")
+    def _what_is_brought_is_not_here(self) -> Self:
+        for field in PlayedWith.model_fields:
+            if self.brought and self.has(field):
+                raise ValueError(
+                    f"brought=true with {field}: explorers bring that (flash explore --tasks): "
+                    f"leave {field} out, or brought"
+                )
+        return self
 
 
 def check_names(names: Mapping[str, Any]) -> None:

@@ -12,11 +12,13 @@ from typing import Any
 import msgspec
 
 from flash.config.fields import RunFields
-from flash.config.resumed import shown
+from flash.config.resumed import is_free, shown
+from flash.config.task_sets import PlayedWith
 
 _BLOCK = 1 << 20
 _MOST_BLOCKS = 64  # of a file; of a larger one so many are read, evenly apart
 _MOST_FILES = 20_000  # of a folder; the first, by name
+_OF_A_MACHINE = ("reward.url", "agent.env")
 
 
 class _Content(msgspec.Struct, frozen=True):
@@ -44,12 +46,28 @@ def source_of(config: RunFields) -> str:
     MiB it reads as much, in places; of a folder the names and sizes.
     """
     values: dict[str, Any] = {}
-    for name, of_set in config.sets.items():
+    for name, of_set in config.own_sets.items():
         prefix = f"task_sets.{name}." if name else ""
         values[f"{prefix}env.name"] = of_set.env.name
         options = of_set.env.model_dump(mode="json")["options"]
         values |= dict(_leaves(f"{prefix}env.options", options))
         values |= dict(_leaves(f"{prefix}agent.run", of_set.agent.run))
+    return _source(values)
+
+
+def source_of_brought(given: PlayedWith) -> str:
+    """Likewise of all that the tasks of a set are played with, as far as it was given and what is
+    learned depends on it. It names no keys, no addresses, and nothing that an agent has of its
+    surroundings."""
+    values: dict[str, Any] = {}
+    for section, fields in given.model_dump(mode="json").items():
+        for field, value in fields.items():
+            if not is_free(name := f"{section}.{field}") and name not in _OF_A_MACHINE:
+                values |= dict(_leaves(name, value))
+    return _source(values)
+
+
+def _source(values: dict[str, Any]) -> str:
     contents = {
         field: content
         for field, value in values.items()
@@ -61,7 +79,7 @@ def source_of(config: RunFields) -> str:
 def changed_source(before: str, now: str) -> str:
     """What makes one source of tasks another than that before, in words; empty if nothing does.
 
-    Both are from `source_of`; ValueError if `before` is not.
+    Both are from `source_of`, or both from `source_of_brought`; ValueError if `before` is not.
     """
     was, new = (msgspec.json.decode(text, type=_Source) for text in (before, now))
     fields = dict.fromkeys((*was.values, *new.values))

@@ -45,9 +45,12 @@ def check_together(config: RunFields) -> None:
             f"{config.policy.heads} gives heads of {head}; vLLM on a CPU takes 32, 64, 96, …: "
             f"change one of them"
         )
+    _check_brought(config)
     for name, of_set in config.sets.items():
         try:
             _check_set(of_set, longest=config.agent.max_sequence_tokens)
+            if name not in config.brought:
+                _check_played_with(of_set)
         except ValueError as error:
             if not name:
                 raise
@@ -75,6 +78,10 @@ def _check_set(config: RunFields, *, longest: int) -> None:
             f"{longest}, which the workers are made for: raise that one"
         )
     _check_lengths(config)
+
+
+def _check_played_with(config: RunFields) -> None:
+    """That what its tasks are played with is there."""
     check_run(config)
     if config.uses_environment:
         make = registry.environment(config.env.name)
@@ -102,6 +109,30 @@ def _check_workers(config: RunFields) -> None:
         raise ValueError(
             f"engine.door_port={config.engine.door_port} with engine.workers=0: behind that door "
             f"would be no worker: leave it out"
+        )
+
+
+def _check_brought(config: RunFields) -> None:
+    """That task sets which explorers bring can be brought, and nothing here needs them."""
+    if not config.brought:
+        return
+    given = f"task_sets.{min(config.brought)}.brought=true"
+    if not config.explorers.may_come and config.cluster.kind == "none":
+        raise ValueError(f"{given} with explorers.expected=0: nobody could bring it: let them come")
+    if config.model == SMALL:
+        raise ValueError(
+            f"{given} with model=small, which is made of the words of all tasks, and those are "
+            f"not here: give a model"
+        )
+    if config.eval.mode == "beside":
+        raise ValueError(
+            f"{given} with eval.mode=beside, which is played by workers of the run's: use "
+            f"eval.mode=pause, or explorers.evaluate=true"
+        )
+    if not config.own_sets and (config.engine.workers or config.engine.urls):
+        raise ValueError(
+            f"{given}, as of all sets, with workers of the run's, which would play nothing: set "
+            f"engine.workers=0, and leave engine.urls out"
         )
 
 

@@ -48,6 +48,7 @@ _NOT_OF_PLAYERS = (
     *("eval_every", "transcripts", "trainer", "policy", "warm_start", "checkpoint", "log"),
     *("explorers",),
 )
+_NONE: Mapping[str, str] = {}
 _FIRST_DEADLINE_S = 30.0  # until the controller has told its own
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 15.0
 
@@ -65,7 +66,8 @@ class Connection:
         have: gives the folder of weights on this machine; GoneError if there are newer ones.
         say: is told what the user should know.
         evaluates: it is for evaluations alone.
-        evaluates: it is for evaluations alone.
+        brings: the task sets that it brings, by name, as `source_of_brought` tells them.
+        tasks_only: it is for these alone.
     """
 
     def __init__(
@@ -77,9 +79,13 @@ class Connection:
         have: Callable[[Files], Awaitable[Path]],
         say: Callable[[str], None],
         evaluates: bool = False,
+        brings: Mapping[str, str] = _NONE,
+        tasks_only: bool = False,
     ) -> None:
         self.name = name
         self._evaluates = evaluates
+        self._brings = dict(brings)
+        self._tasks_only = tasks_only
         self._connect = connect
         self._have = have
         self._player = player
@@ -278,6 +284,8 @@ class Connection:
             policy=self._policy,
             given_by=self._given_by,
             evaluates=self._evaluates,
+            brings=self._brings,
+            tasks_only=self._tasks_only,
         )
 
     def _hear(self, message: FromController) -> None:

@@ -55,7 +55,7 @@ class FleetCrew:
 
     @property
     def waits_for(self) -> str:
-        return "" if self._local is not None else self._fleet.waits_for(heldout=self._heldout)
+        return self._fleet.waits_for(heldout=self._heldout, here=self._local is not None)
 
     def report_to(
         self,
@@ -113,13 +113,14 @@ class FleetCrew:
             continues=continues,
             witness=self._witness,
         )
+        here = None if task.task_set in self._fleet.brought else self._local
         play = Play(
             episode=episode,
             heldout=self._heldout,
             history=history,
             oldest_wanted=self._oldest_wanted,
             room_here=self._room,
-            play_here=None if self._local is None else self._local.play,
+            play_here=None if here is None else here.play,
             on_end=self._end,
         )
         self._plays[episode_id] = play

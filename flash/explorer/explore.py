@@ -8,6 +8,7 @@ where is the run? ─► join ─► Welcome: its configuration ─► hub, work
 
 import asyncio
 import contextlib
+import dataclasses
 import ipaddress
 import logging
 import math
@@ -15,7 +16,6 @@ import os
 import re
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,8 +23,10 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from flash import config as configuration
-from flash.config import Config
+from flash.config import SMALL, Config
 from flash.config.source import changed
+from flash.config.task_sets import PlayedWith
+from flash.config.task_source import source_of_brought
 from flash.explorer.address import ADDRESS_FILE, Address
 from flash.explorer.connection import Connection, RunIsOver
 from flash.explorer.fetch import Fetcher
@@ -35,6 +37,7 @@ from flash.explorer.messages import Welcome
 from flash.explorer.player import Player
 from flash.explorer.playing import play
 from flash.explorer.spool import Spool
+from flash.explorer.tasks import read_tasks
 from flash.parts.open import open_parts
 from flash.rollout.crew import AgentCrew
 from flash.section import is_url
@@ -49,7 +52,7 @@ logger = logging.getLogger(__name__)
 LOCAL = ("engine", "env.hosts", "reward.concurrency", "reward.api_key", "reward.url")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """What `flash explore` is told."""
 
@@ -61,10 +64,12 @@ class Options:
     relay: str = ""  # the address at which other explorers take files from this one
     drain_s: float = 120.0
     evaluates: bool = False
+    tasks: Mapping[str, PlayedWith] = dataclasses.field(default_factory=dict)  # brought
+    tasks_only: bool = False  # it plays no others
     overrides: Mapping[str, Any]
 
 
-def checked(*, token: str, **options: Any) -> Options:
+def checked(*, token: str, tasks: Path | None, **options: Any) -> Options:
     """ValueError for options that can't be."""
     told = Options(token=_revealed(token), **options)
     if "://" in told.source:
@@ -94,6 +99,10 @@ def checked(*, token: str, **options: Any) -> Options:
             )
     _trusted(told.ca)
     check_local(told.overrides)
+    if tasks is not None:
+        return dataclasses.replace(told, tasks=read_tasks(tasks))
+    if told.tasks_only:
+        raise ValueError("--tasks-only without --tasks: nothing would be played: give --tasks FILE")
     return told
 
 
@@ -151,6 +160,8 @@ async def explore(
             have=weights.fetch,
             say=say,
             evaluates=options.evaluates,
+            brings=await asyncio.to_thread(_sources, options.tasks),
+            tasks_only=options.tasks_only,
         )
         try:
             async with connection.kept():
@@ -164,6 +175,10 @@ async def explore(
             say(f"{name}: {over}")
 
 
+def _sources(tasks: Mapping[str, PlayedWith]) -> dict[str, str]:
+    return {name: source_of_brought(of_set) for name, of_set in tasks.items()}
+
+
 async def _play_for(
     options: Options,
     welcome: Welcome,
@@ -175,7 +190,9 @@ async def _play_for(
     say: Callable[[str], None],
 ) -> None:
     """Plays for a run as long as it stays as it is, or until `stop` is set."""
-    config = local_config(welcome, options.overrides)
+    config = local_config(
+        welcome, model, options.overrides, tasks=options.tasks, tasks_only=options.tasks_only
+    )
     configuration.check_capacity(config, machine.capacity(), trains=False)
     player.doing = "starts its workers"
 
@@ -194,7 +211,8 @@ async def _play_for(
         parts.agents() as agents,
         parts.agents(heldout=True) as heldout_agents,
     ):
-        say(f"plays for run {welcome.name} as {connection.name}")
+        brings = f", and brings {', '.join(options.tasks)}" if options.tasks else ""
+        say(f"plays for run {welcome.name} as {connection.name}{brings}")
         await play(
             player,
             connection,
@@ -248,9 +266,25 @@ def check_local(overrides: Iterable[str]) -> None:
             )
 
 
-def local_config(welcome: Welcome, overrides: Mapping[str, Any]) -> Config:
-    """The run's configuration as it holds at an explorer."""
-    settings = dict(welcome.config)
+def local_config(
+    welcome: Welcome,
+    model: str,
+    overrides: Mapping[str, Any],
+    *,
+    tasks: Mapping[str, PlayedWith] = {},
+    tasks_only: bool = False,
+) -> Config:
+    """The run's configuration as it holds at an explorer that brings these task sets; `model` is
+    where it has that.
+
+    ValueError for what can't be played here.
+    """
+    # Whatever else is the controller's own may be no file here, and no key.
+    settings = welcome.config | {"explorers": {"expected": 1}, "log": {}}
+    if settings["model"] != SMALL:
+        settings["model"] = model
+    trainer = settings["trainer"]
+    settings["trainer"] = trainer | {"kl": trainer["kl"] | {"reference": None}}
     engine = dict(settings["engine"])
     # The run's own workers, ports and GPUs are none of ours; what it has none of, we have one of.
     engine |= {"urls": [], "door_port": None, "transport": "disk", "devices": []}
@@ -260,7 +294,27 @@ def local_config(welcome: Welcome, overrides: Mapping[str, Any]) -> Config:
     if welcome.where != machine.where():  # there are no trainer's ranks to leave some to
         engine["devices"] = machine.gpus()
     settings["engine"] = engine
+    settings["task_sets"] = {
+        name: _of_set_here(of_set, tasks.get(name), tasks_only=tasks_only)
+        for name, of_set in settings["task_sets"].items()
+    }
+    if settings["task_sets"] and all(of.get("brought") for of in settings["task_sets"].values()):
+        names = ", ".join(settings["task_sets"])
+        raise ValueError(f"there is nothing to play here: explorers bring {names}: give --tasks FILE")
     return configuration.parse(changed(settings, overrides))
+
+
+def _of_set_here(
+    of_set: Mapping[str, Any], brings: PlayedWith | None, *, tasks_only: bool
+) -> dict[str, Any]:
+    """A task set of the run's, at an explorer that brings it, does not, or plays no others."""
+    of_run = {name: value for name, value in of_set.items() if name != "brought"}
+    if brings is not None:
+        return of_run | {name: getattr(brings, name) for name in brings.model_fields_set}
+    if tasks_only:
+        of_run = {name: of_run[name] for name in of_run if name not in PlayedWith.model_fields}
+        return of_run | {"brought": True}
+    return dict(of_set)
 
 
 def _address_of(options: Options) -> Address:

@@ -27,6 +27,7 @@ from functools import partial
 from typing import Any, Self
 
 from flash.errors import FlashError, PublishFailure
+from flash.explorer.brought import Brought
 from flash.explorer.claims import Claims
 from flash.explorer.link import Link, LinkLost, Wire
 from flash.explorer.messages import (
@@ -95,6 +96,7 @@ class Fleet:
         score: the trainer's logprobs of tokens at a version, or None.
         apart: evaluations are played by explorers that do nothing else; their weights stay as they
             are while one is played.
+        brought: the task sets that are for who brings them.
     """
 
     def __init__(
@@ -109,7 +111,9 @@ class Fleet:
         publish: Callable[[], Publish | None] = lambda: None,
         score: Callable[[Score], Awaitable[list[list[float]] | None]] | None = None,
         apart: bool = False,
+        brought: Brought | None = None,
     ) -> None:
+        self.brought = brought or Brought()
         self.explorers: dict[str, Explorer] = {}
         self.on_fatal: list[Callable[[Exception], None]] = []
         self.counts: Counter[str] = Counter()  # of joins, returns, drains, losses, late answers
@@ -122,7 +126,9 @@ class Fleet:
         self._publish = publish
         self._score = score
         self._apart = apart
-        self._placing = Placing(self.explorers, apart=apart, on_fatal=self._fail)
+        self._placing = Placing(
+            self.explorers, brought=self.brought, apart=apart, on_fatal=self._fail
+        )
         self._claims = Claims(
             self.explorers,
             due=due,
@@ -263,7 +269,12 @@ class Fleet:
                 f"this explorer speaks protocol {hello.protocol} (flash {hello.version}), and the "
                 f"controller {PROTOCOL}: install the same version of flash on both sides"
             )
-        return ""
+        others = (
+            (explorer.name, explorer.brings)
+            for explorer in self.explorers.values()
+            if explorer.link is not None and explorer.process != hello.process
+        )
+        return self.brought.refusal(hello.brings, others)
 
     def _seat(self, hello: Hello, link: Link[FromExplorer]) -> Explorer:
         """Its place, with what it goes on with; it is told what that is."""
@@ -282,6 +293,7 @@ class Fleet:
             self.counts["returns"] += 1
         explorer.lease = None
         explorer.link, explorer.process, explorer.where = link, hello.process, hello.where
+        explorer.brings, explorer.tasks_only = hello.brings, hello.tasks_only
         explorer.begun, explorer.room, explorer.leaving = 0, 0, False
         keeps, lost = self._reconcile(explorer, hello)
         run = self._run
@@ -518,13 +530,28 @@ class Fleet:
 
     # ── how it stands ────────────────────────────────────────────────────────────────────────
 
-    def waits_for(self, *, heldout: bool = False) -> str:
-        """What must come before explorers can play anything of that kind; empty if one can."""
+    def waits_for(self, *, heldout: bool = False, here: bool = False) -> str:
+        """What must come before all of that kind can be played; empty if it can be. `here`: what
+        nobody brings is played in this process as well."""
+        kinds = [] if here or not self.brought.has_others else [""]
+        kinds += [
+            name for name in self.brought if self._placing.waits(heldout=heldout, brought=name)
+        ]
+        return "; ".join(filter(None, (self._lacks(name, heldout=heldout) for name in kinds)))
+
+    def _lacks(self, brought: str, *, heldout: bool) -> str:
         able = [
-            one for one in self.explorers.values() if self._placing.is_for(one, heldout=heldout)
+            explorer
+            for explorer in self.explorers.values()
+            if self._placing.is_for(explorer, heldout=heldout, brought=brought)
         ]
         if not able:
             option = " --evaluates" if heldout and self._apart else ""
+            if brought:
+                return (
+                    f"an explorer that brings task set {brought}: flash explore{option} --tasks "
+                    f"FILE starts one"
+                )
             return f"an explorer: flash explore{option} starts one"
         if all(explorer.version < 0 for explorer in able):
             told = (f"{e.name} ({e.state.doing or 'away'})" for e in able)

@@ -27,7 +27,7 @@ from flash.plain import hashable, plain
 from flash.rollout.history import Sampled
 from flash.types import Observation, Task, Trajectory
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 
 class Told(Struct, frozen=True, tag=True, array_like=True):
@@ -110,7 +110,9 @@ class Hello(Struct, frozen=True, tag=True, array_like=True):
     """The first message. `process` is of each start of an explorer another, `name` is not.
 
     `policy`: the newest version that its workers may have, -1 for none; `given_by`: the controller
-    that gave it, or that said since that it is known. `evaluates`: it plays nothing else.
+    that gave it, or that said since that it is known. `evaluates`: it plays nothing else. `brings`:
+    task sets of its own, by name, each as `source_of_brought` tells it; `tasks_only`: it plays no
+    others.
     """
 
     protocol: int
@@ -122,6 +124,8 @@ class Hello(Struct, frozen=True, tag=True, array_like=True):
     policy: int = -1
     given_by: str = ""
     evaluates: bool = False
+    brings: dict[str, str] = {}
+    tasks_only: bool = False
 
 
 class News(Struct, frozen=True, tag=True, array_like=True):

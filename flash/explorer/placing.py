@@ -4,6 +4,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 
+from flash.explorer.brought import Brought
 from flash.explorer.messages import Begin, Said, Told
 from flash.explorer.seat import Explorer, Play
 from flash.rollout.history import Sampled
@@ -16,6 +17,7 @@ class Placing:
 
     Args:
         explorers: those that are here, or away.
+        brought: task sets that are for who brings them.
         apart: evaluations are for explorers that do nothing else.
         on_fatal: told of an error of the agents here.
     """
@@ -24,16 +26,18 @@ class Placing:
         self,
         explorers: Mapping[str, Explorer],
         *,
+        brought: Brought,
         apart: bool,
         on_fatal: Callable[[Exception], None],
     ) -> None:
         self._explorers = explorers
+        self._brought = brought
         self._apart = apart
         self._on_fatal = on_fatal
-        # Those of training and of evaluations (True): neither waits for what the other lacks.
-        self._waiting: dict[bool, OrderedDict[Play, None]] = {
-            False: OrderedDict(),
-            True: OrderedDict(),
+        # Those of training and of evaluations (True), of each set that is brought and of the rest:
+        # none waits for what another lacks. What the fewest can play comes first.
+        self._waiting: dict[tuple[str, bool], OrderedDict[Play, None]] = {
+            (name, heldout): OrderedDict() for name in (*brought, "") for heldout in (False, True)
         }
         self._looks_again = False
 
@@ -44,26 +48,32 @@ class Placing:
     @property
     def has_heldout(self) -> bool:
         """Whether one of an evaluation waits."""
-        return bool(self._waiting[True])
+        return any(waiting for (_, heldout), waiting in self._waiting.items() if heldout)
 
-    def is_for(self, explorer: Explorer, *, heldout: bool) -> bool:
+    def waits(self, *, heldout: bool, brought: str) -> bool:
+        """Whether an episode of that kind does, of a set that is brought, or of others."""
+        return bool(self._waiting[brought, heldout])
+
+    def is_for(self, explorer: Explorer, *, heldout: bool, brought: str = "") -> bool:
         """Whether episodes of that kind are for it."""
+        if (brought not in explorer.brings) if brought else explorer.tasks_only:
+            return False
         if heldout:
             return explorer.evaluates or not self._apart
         return not explorer.evaluates
 
     def wait(self, play: Play, *, first: bool = False) -> None:
-        waiting = self._waiting[play.heldout]
+        waiting = self._of(play)
         waiting[play] = None
         if first:
             waiting.move_to_end(play, last=False)
 
     def drop(self, play: Play) -> None:
         """It waits no longer, if it did."""
-        self._waiting[play.heldout].pop(play, None)
+        self._of(play).pop(play, None)
 
     def place(self) -> None:
-        """Gives what waits to who has room: of training and of evaluations in turns."""
+        """Gives what waits to who has room: of each kind in turns."""
         kinds = [waiting for waiting in self._waiting.values() if waiting]
         while kinds:
             kinds = [waiting for waiting in kinds if self._place_first(waiting) and waiting]
@@ -86,22 +96,32 @@ class Placing:
                 self._on_fatal(error)
         elif explorer is not None:
             del waiting[play]
+            if name := self._set_brought(play):
+                self._brought.begin(name, explorer.brings[name])
             _give(explorer, play)
         else:
             return False
         return True
+
+    def _of(self, play: Play) -> OrderedDict[Play, None]:
+        return self._waiting[self._set_brought(play), play.heldout]
+
+    def _set_brought(self, play: Play) -> str:
+        """The task set, if explorers bring it."""
+        name = play.episode.task.task_set
+        return name if name in self._brought else ""
 
     def _look_again(self) -> None:
         self._looks_again = False
         self.place()
 
     def _best(self, play: Play) -> Explorer | None:
-        oldest = play.oldest_wanted()
+        oldest, name = play.oldest_wanted(), self._set_brought(play)
         able = [
             explorer
             for explorer in self._explorers.values()
             if explorer.link is not None
-            and self.is_for(explorer, heldout=play.heldout)
+            and self.is_for(explorer, heldout=play.heldout, brought=name)
             and not explorer.leaving
             and explorer.room > 0
             and explorer.version >= oldest

@@ -1,7 +1,7 @@
 """An explorer's place in a fleet, and what it plays."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from flash.explorer.link import Link
@@ -43,6 +43,8 @@ class Explorer:
     link: Link[FromExplorer] | None
     called: str  # by itself: another may have that name here
     evaluates: bool = False  # and does nothing else
+    brings: Mapping[str, str] = field(default_factory=dict)  # task sets, with what they are
+    tasks_only: bool = False  # that it brings
     version: int = -1
     room: int = 0
     begun: int = 0  # on this link

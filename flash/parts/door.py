@@ -21,7 +21,7 @@ async def open_door(
     token are in that file, which only its owner can read.
     """
     port = config.engine.door_port if told_in is not None else None
-    agents = [of_set.agent for of_set in config.sets.values()]
+    agents = [of_set.agent for of_set in config.own_sets.values()]
     has_own = any(agent.run for agent in agents)
     if not has_own and port is None:
         yield None

@@ -59,7 +59,7 @@ async def open_parts(
     Raises ValueError for what the model or the machine can't do.
     """
     tokenizer = load_tokenizer(model)
-    styles = {name: make_style(of_set, tokenizer) for name, of_set in config.sets.items()}
+    styles = {name: make_style(of_set, tokenizer) for name, of_set in config.own_sets.items()}
     async with (
         open_hub(
             config, model=model, version=version, weights=weights, log_dir=log_dir, say=say
@@ -68,7 +68,7 @@ async def open_parts(
         contextlib.AsyncExitStack() as opened,
     ):
         sets = {}
-        for name, of_set in config.sets.items():
+        for name, of_set in config.own_sets.items():
             logs = log_dir / name  # of a set without a name it is the run's
             reward = await opened.enter_async_context(
                 open_reward(of_set, hub, tokenizer=tokenizer, log_dir=logs)

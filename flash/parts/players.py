@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from flash.config import Config
 from flash.environments.hosts import EnvHosts
 from flash.explorer.address import Address
+from flash.explorer.brought import Brought
 from flash.explorer.config import ExplorersConfig
 from flash.explorer.crew import FleetCrew
 from flash.explorer.file_server import FileServer
@@ -117,6 +118,7 @@ async def open_players(
             publish=lambda: hub.message,
             score=hub.score,
             apart=config.explorers.evaluate,
+            brought=Brought(config.brought, others=config.own_sets, folder=folder),
         )
         hub.over(fleet)
         await opened.enter_async_context(fleet)

@@ -1,0 +1,79 @@
+"""A run's configuration as it holds at an explorer, which has none of the controller's files."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from flash.config import load
+from flash.explorer.explore import local_config
+from flash.explorer.tasks import read_tasks
+
+MODEL = "org/model"
+LARGE = {"name": "frozen_lake", "options": {"size": 5}}
+
+
+def told(source="frozen_lake", **changes):
+    """What a controller says of its run."""
+    config = load(source, {"explorers.expected": 1, **changes})
+    return SimpleNamespace(config=config.model_dump(mode="json"), where="there")
+
+
+def brought(folder, text):
+    path = folder / "tasks.yaml"
+    path.write_text(text)
+    return read_tasks(path)
+
+
+def test_an_explorer_needs_no_key_and_no_file_of_the_controllers(tmp_path, monkeypatch):
+    monkeypatch.setenv("TOKEN_OF_CONTROLLER", "secret")
+    files = [tmp_path / name for name in ("certificate", "key", "model", "reference")]
+    certificate, key, *models = files
+    for file in (certificate, key):
+        file.touch()
+    for model in models:
+        model.mkdir()
+        (model / "config.json").write_text("{}")
+    run = told(
+        **{
+            "explorers.token": "$TOKEN_OF_CONTROLLER", "log.url": "postgresql://user:key@host/runs",
+            "explorers.certificate": str(certificate), "explorers.key": str(key),
+            "model": str(models[0]), "trainer.kl.reference": str(models[1]),
+            "trainer.kl.coefficient": 0.1,
+        }
+    )  # fmt: skip
+    monkeypatch.delenv("TOKEN_OF_CONTROLLER")
+    for file in files:
+        file.rename(tmp_path / f"not {file.name}")
+    here = local_config(run, MODEL, {})
+    assert here.model == MODEL
+    assert here.trainer.kl.coefficient == 0.1
+
+
+def of_web(**changes):
+    sets = {"task_sets.own.weight": 1, "task_sets.web.brought": True}
+    return told(**{"model": MODEL, "engine.workers": 0, **sets, **changes})
+
+
+def test_a_brought_task_set_is_the_runs_but_for_what_it_is_played_with(tmp_path):
+    tasks = brought(tmp_path, f"web: {{env: {LARGE}, agent: {{max_turns: 3}}}}")
+    run = of_web(**{"task_sets.web.group_size": 4, "agent.temperature": 0.7})
+    web = local_config(run, MODEL, {}, tasks=tasks).own_sets["web"]
+    assert (web.env.options, web.agent.max_turns) == ({"size": 5}, 3)
+    assert (web.group_size, web.agent.temperature) == (4, 0.7)
+
+
+def test_an_explorer_has_environments_of_what_it_brings_and_of_the_rest_if_it_plays_it(tmp_path):
+    tasks = brought(tmp_path, f"web: {{env: {LARGE}}}")
+    assert [*local_config(of_web(), MODEL, {}).own_sets] == ["own"]
+    assert [*local_config(of_web(), MODEL, {}, tasks=tasks).own_sets] == ["own", "web"]
+    alone = of_web(**{"task_sets.own.env": LARGE, "task_sets.own.agent.max_turns": 2})
+    alone.config["task_sets"]["own"]["env"]["name"] = "not_installed_here"
+    here = local_config(alone, MODEL, {}, tasks=tasks, tasks_only=True)
+    assert [*here.own_sets] == ["web"]
+
+
+def test_an_explorer_that_brings_nothing_to_a_run_of_brought_sets_alone_is_told_so():
+    run = of_web()
+    del run.config["task_sets"]["own"]
+    with pytest.raises(ValueError, match=r"explorers bring web: give --tasks FILE"):
+        local_config(run, MODEL, {})
