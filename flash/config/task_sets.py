@@ -78,13 +78,12 @@ class TaskSetConfig(PlayedWith):
         return self
 
 
-def check_names(names: Mapping[str, Any]) -> None:
-    """ValueError for a name that no metric and no folder can have."""
+def check_names(names: Mapping[str, Any], where: str = "task_sets: ") -> None:
+    """ValueError for a name that no metric and no folder can have; `where` it was given."""
     for name in names:
-        if not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", name):
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", str(name)):
             raise ValueError(
-                f"task_sets: {name!r} is no name of a set: use at most 40 letters, digits, '_' "
-                f"and '-'"
+                f"{where}{name!r} is no name of a set: use at most 40 letters, digits, '_' and '-'"
             )
 
 

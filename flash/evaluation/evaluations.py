@@ -66,6 +66,12 @@ class Evaluations:
         self._observer = observer
         self._stop = stop
         self._background = BackgroundEvaluation(observer.evaluated)
+        self._players: Crew | None = None  # of the one that is played
+
+    @property
+    def waits_for(self) -> str:
+        """What must come before the one that is played can go on, if that may take its time."""
+        return "" if self._players is None else self._players.waits_for
 
     async def __aenter__(self) -> Self:
         await self._background.__aenter__()
@@ -116,6 +122,7 @@ class Evaluations:
 
     async def _play(self, hub: EvaluationHub, crew: Crew | None = None) -> Evaluation:
         settings = self._rollouts.settings
+        self._players = crew
         try:
             return await play(
                 hub,
@@ -129,3 +136,5 @@ class Evaluations:
         except RolloutStall as stall:
             self._observer.stalled(str(stall))
             raise
+        finally:
+            self._players = None

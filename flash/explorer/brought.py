@@ -64,7 +64,7 @@ class Brought:
             if name in self._begun:
                 theirs = [("the run has begun with", self._begun[name])]
             for what, before in theirs:
-                if changed := changed_source(before, source):
+                if changed := _changed(before, source):
                     return (
                         f"task set {name} is not what {what}: {changed}: bring the same, or give "
                         f"the set another name, in the run too"
@@ -103,6 +103,13 @@ class Brought:
                 "%s can't be written (%s): after a resume task set %s may be brought as another",
                 self._path, error, name,
             )  # fmt: skip
+
+
+def _changed(before: str, source: str) -> str:
+    try:
+        return changed_source(before, source)
+    except ValueError:
+        return "it can't be read"
 
 
 def _read(path: Path) -> dict[str, str]:

@@ -69,7 +69,7 @@ class Options:
     overrides: Mapping[str, Any]
 
 
-def checked(*, token: str, tasks: Path | None, **options: Any) -> Options:
+def checked(*, token: str, tasks: Path | None = None, **options: Any) -> Options:
     """ValueError for options that can't be."""
     told = Options(token=_revealed(token), **options)
     if "://" in told.source:
@@ -300,7 +300,9 @@ def local_config(
     }
     if settings["task_sets"] and all(of.get("brought") for of in settings["task_sets"].values()):
         names = ", ".join(settings["task_sets"])
-        raise ValueError(f"there is nothing to play here: explorers bring {names}: give --tasks FILE")
+        raise ValueError(
+            f"there is nothing to play here: explorers bring {names}: give --tasks FILE"
+        )
     return configuration.parse(changed(settings, overrides))
 
 

@@ -21,18 +21,18 @@ def read_tasks(path: Path) -> dict[str, PlayedWith]:
     sets = read_mapping(path, _EXAMPLE)
     if not sets or any(name in PlayedWith.model_fields for name in sets):
         raise ValueError(f"{path} must hold task sets by their names: {_EXAMPLE}")
-    check_names(sets)
+    check_names(sets, f"{path}: ")
     return {name: _read(path, name, given) for name, given in sets.items()}
 
 
 def _read(path: Path, name: str, given: object) -> PlayedWith:
     if not isinstance(given, Mapping):
-        raise ValueError(f"{path}: {name}={given!r} must be a mapping: {_EXAMPLE}")
+        raise ValueError(f"{path}: {name}={given!r}: must be a mapping, as in {name}: {{env: …}}")
     for field in TaskSetConfig.model_fields:
         if field in given and field not in PlayedWith.model_fields:
             raise ValueError(
                 f"{path}: {name}.{field}={given[field]!r} is the run's to say, for all who bring "
-                f"{name}: leave it out, and set task_sets.{name}.{field} there"
+                f"{name}: set task_sets.{name}.{field} there"
             )
     try:
         of_set = validated(PlayedWith, given)

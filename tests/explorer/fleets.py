@@ -51,7 +51,7 @@ class Controller:
     @contextlib.asynccontextmanager
     async def running(
         self, *, lease_s: float = 30.0, due=(), known: int = 0, version: int = 0, local=None,
-        agent=None, opens_s: float = 0.0, model_files=None, apart: bool = False,
+        agent=None, opens_s: float = 0.0, model_files=None, apart: bool = False, brought=None,
     ):  # fmt: skip
         hub = FleetHub(local, version=version, offer=offer, is_idle=lambda: not self.busy)
         log = self.options.get("log")
@@ -59,7 +59,7 @@ class Controller:
         self.fleet = Fleet(
             run(model_files=model_files, version=version), lease_s=lease_s, due=due, known=known,
             version=lambda: hub.version, publish=lambda: hub.message, score=hub.score, apart=apart,
-            **after,
+            brought=brought, **after,
         )  # fmt: skip
         hub.over(self.fleet)
         async with self.fleet:
@@ -110,6 +110,7 @@ class Explorer:
         self.name, self.wires = name, wires
         self.drain_s = options.pop("drain_s", 60.0)
         self.task_sets = options.pop("task_sets", {})  # by name: the longest response
+        self.brings = options.pop("brings", {})  # of these: what each is, as its run is told
         self.stop = asyncio.Event()
         self.said: list[str] = []
         self.disk = options.pop("disk", Disk())
@@ -119,7 +120,8 @@ class Explorer:
         self.connection = Connection(
             name, self.player, connect=partial(wires.connect, name),
             have=options.pop("have", have), say=self.said.append,
-            evaluates=options.pop("evaluates", False),
+            evaluates=options.pop("evaluates", False), brings=self.brings,
+            tasks_only=options.pop("tasks_only", False),
         )  # fmt: skip
         self.envs = envs or FakeEnvs(seed=sum(name.encode()))
         self.pool = [
