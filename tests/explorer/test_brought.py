@@ -21,14 +21,13 @@ from tests.explorer.fleets import Controller, Explorer
 from tests.steady import weights
 
 
-def source(size=4, **more):
-    env = {"name": "frozen_lake", "options": {"size": size}}
+def source(size=4, hosts=0, **more):
+    env = {"name": "frozen_lake", "options": {"size": size}, "hosts": hosts}
     return source_of_brought(PlayedWith.model_validate({"env": env, **more}))
 
 
 BRINGS = {"web": source()}
 OWN, WEB = {"own": 8}, {"web": 8}  # who makes agents of which sets
-SAME = {"agent": {"step_timeout_s": 5}, "reward": {"name": "judge", "concurrency": 3}}
 
 
 class Records(KeepingObserver):
@@ -197,8 +196,10 @@ async def test_who_brings_a_set_as_something_else_is_refused_in_a_line(tmp_path)
         await mistaken.kill()
         await asyncio.sleep(5)
         Explorer(wires, "b", brings=BRINGS, task_sets=OWN | WEB).start()
-        Explorer(wires, "c", brings={"web": source(**SAME)}, task_sets=OWN | WEB).start()
+        same = source(hosts=3, agent={"step_timeout_s": 5})
+        Explorer(wires, "c", brings={"web": same}, task_sets=OWN | WEB).start()
         await train(loop, [1])
+        assert controller.fleet.explorers["c"].played
     wires = FakeWires()  # the run's next start
     async with controller_of(wires).running(brought=brought(tmp_path)):
         with pytest.raises(ValueError, match="not what the run has begun with"):
