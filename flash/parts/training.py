@@ -221,11 +221,16 @@ async def _open(
         log.fail_with(rollouts.fail)
         async with rollouts, players.gate():
             await trainer.ready()
+
+            def waits_for() -> str:
+                told = dict.fromkeys((rollouts.crew_waits_for, evaluations.waits_for))
+                return "; ".join(filter(None, told))
+
             if told := redone.describe():
                 view.say(told)
             progress = Progress(
                 config, folder, view, hub=players.hub, rollouts=rollouts, hosts=players.hosts,
-                log=log, observer=observers,
+                log=log, observer=observers, waits_for=waits_for,
             )  # fmt: skip
             observers.add(progress)
             evaluations = Evaluations(
@@ -245,6 +250,7 @@ async def _open(
             status = StatusFile(
                 folder.path, hub=players.hub, rollouts=rollouts, trainer=trainer.state, log=log,
                 fleet=players.fleet, step=lambda: trainer.version, steps=config.steps,
+                waits_for=waits_for,
             )  # fmt: skip
             async with progress.ticking(), status.kept(), evaluations:
                 yield Training(

@@ -83,14 +83,15 @@ class Numbers:
     """
 
     def __init__(self, version: int) -> None:
-        self._ages = Ages(version)
+        self._version = version
+        self._ages: dict[str, Ages] = {}  # by task set
         # By task set, of each episode: reward, success, turns, sampled tokens.
         self._ended: dict[str, list[tuple[float, bool, int, int]]] = defaultdict(list)
         self._seconds: dict[str, list[float]] = {name: [] for name in _STAGES}
 
     def add(self, groups: Iterable[Group]) -> None:
-        self._ages.add(groups)
         for group in groups:
+            self._ages_of(group).add([group])
             of_set = self._ended[group.task.task_set]
             for member in group.members.values():
                 trajectory = _trajectory(member)
@@ -101,20 +102,33 @@ class Numbers:
 
     def add_again(self, groups: Iterable[Group]) -> None:
         """Groups that were trained before, which count for the ages only."""
-        self._ages.add(groups)
+        for group in groups:
+            self._ages_of(group).add([group])
+
+    def _ages_of(self, group: Group) -> "Ages":
+        name = group.task.task_set
+        if name not in self._ages:
+            self._ages[name] = Ages(self._version)
+        return self._ages[name]
 
     def metrics(self) -> dict[str, Any]:
         ended = [of_one for of_set in self._ended.values() for of_one in of_set]
         tokens = max(1, sum(of_one[-1] for of_one in ended))
         metrics = _means(ended)
+        ages = Ages(self._version)
+        for name, of_ages in self._ages.items():
+            ages.join(of_ages)
+            if name:
+                metrics[f"staleness/mean/{name}"] = of_ages.mean
+                metrics[f"staleness/max/{name}"] = of_ages.oldest
         for name, of_set in self._ended.items():
             if name:
                 metrics |= {f"{metric}/{name}": value for metric, value in _means(of_set).items()}
                 metrics[f"share/{name}"] = sum(of_one[-1] for of_one in of_set) / tokens
         return metrics | {
-            "staleness/mean": self._ages.mean,
-            "staleness/max": self._ages.oldest,
-            "staleness/histogram": self._ages.histogram(),
+            "staleness/mean": ages.mean,
+            "staleness/max": ages.oldest,
+            "staleness/histogram": ages.histogram(),
             **{f"time/{stage}_s": float(np.mean(s)) for stage, s in self._seconds.items()},
         }
 
@@ -140,6 +154,10 @@ class Ages:
             for member in group.members.values():
                 for sampled_by, count in member.tokens_of.items():
                     self._tokens[self._version - sampled_by] += count
+
+    def join(self, others: "Ages") -> None:
+        """With those of other groups, at the same version."""
+        self._tokens += others._tokens
 
     @property
     def mean(self) -> float:

@@ -361,13 +361,14 @@ class RolloutLoop:
         """Agents that crashed and were replaced."""
         return self._crew.crashes
 
-    def ages(self) -> list[int]:
-        """For each running or ready episode with tokens: next training version - oldest token."""
-        return [
-            self._next_version - episode.oldest_version
-            for episode in self.episodes()
-            if episode.oldest_version is not None
-        ]
+    def ages(self) -> dict[str, Counter[int]]:
+        """Of each task set: how many running or ready episodes with tokens are how old, by next
+        training version - oldest token."""
+        ages: dict[str, Counter[int]] = {share.name: Counter() for share in self._shares}
+        for episode in self.episodes():
+            if episode.oldest_version is not None:
+                ages[episode.task.task_set][self._next_version - episode.oldest_version] += 1
+        return ages
 
     def episodes(self) -> list[Episode]:
         """The episodes on their way into a batch, oldest group first."""

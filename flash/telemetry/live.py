@@ -5,7 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeGuard
 
 from rich.console import Console, Group
@@ -21,6 +21,20 @@ _BAR_CELLS = 20
 _SPARK_CELLS = 48
 _PLAIN_PROGRESS_S = 10.0
 _MOST_EVALUATIONS = 6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OfSet:
+    """Of a task set at one moment what `Snapshot` has of the run; `held_out` is the last one."""
+
+    success_rate: float | None
+    reward_mean: float | None
+    held_out: float | None
+    running: int
+    ready: int
+    ages: Mapping[int, int]
+    staleness_mean: float | None
+    staleness_max: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +63,7 @@ class Snapshot:
     staleness_max: float | None
     waste_share: float
     outcomes: Mapping[str, int]
+    task_sets: Mapping[str, OfSet] = field(default_factory=dict)  # by name, if there are some
 
 
 class View(Protocol):
@@ -101,8 +116,12 @@ class _Plain:
         s = snapshot
         latest = s.eval_success_rates[-1] if s.eval_success_rates else None
         evaluated = f"held-out {_share(latest)}  " if s.eval_success_rates else ""
+        of_sets = ", ".join(
+            f"{name} {_share(of_set.success_rate).strip()}" for name, of_set in s.task_sets.items()
+        )
+        sets = f"({of_sets})  " if of_sets else ""
         self.say(
-            f"step {s.step:4d}/{s.steps}  success {_share(s.success_rate)}  {evaluated}"
+            f"step {s.step:4d}/{s.steps}  success {_share(s.success_rate)}  {sets}{evaluated}"
             f"reward {_number(s.reward_mean)}  age mean {_number(s.staleness_mean)} "
             f"max {_number(s.staleness_max, 0)}  {_number(s.tokens_per_s, 0)} tok/s  "
             f"running {s.running} ready {s.ready}  idle: {_idle_text(s.idle)}  {_clock(s.time_s)}"
@@ -187,10 +206,9 @@ def dashboard(snapshot: Snapshot) -> Panel:
             + "  ".join(f"{name} {count}" for name, count in s.outcomes.items())
         ),
     )
-    ages = "  ".join(f"{age}: {count}" for age, count in sorted(s.ages.items()))
     table.add_row(
         "version ages",
-        f"under way {ages or '-'};  trained: mean {_number(s.staleness_mean)}, "
+        f"under way {_ages_text(s.ages)};  trained: mean {_number(s.staleness_mean)}, "
         f"max {_number(s.staleness_max, 0)}",
     )
     table.add_row(
@@ -202,7 +220,40 @@ def dashboard(snapshot: Snapshot) -> Panel:
     left_s = s.time_s / s.step * (s.steps - s.step) if s.step else None
     left = f", about {_clock(left_s)} left" if left_s is not None else ""
     title = f"step {s.step} of {s.steps}, policy version {s.policy_version}, {_clock(s.time_s)}"
-    return Panel(Group(table), title=title + left, title_align="left")
+    parts = [table, _table_of_sets(s.task_sets)] if s.task_sets else [table]
+    return Panel(Group(*parts), title=title + left, title_align="left")
+
+
+def _table_of_sets(task_sets: Mapping[str, OfSet]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="bold")
+    names = [
+        "task set",
+        "success",
+        "held out",
+        "reward",
+        "running",
+        "ready",
+        "under way",
+        "trained",
+    ]
+    for name in names:
+        table.add_column(name, justify="left" if name in ("task set", "under way") else "right")
+    for name, of_set in task_sets.items():
+        table.add_row(
+            name,
+            _share(of_set.success_rate),
+            _share(of_set.held_out),
+            _number(of_set.reward_mean),
+            str(of_set.running),
+            str(of_set.ready),
+            _ages_text(of_set.ages),
+            f"{_number(of_set.staleness_mean)}, max {_number(of_set.staleness_max, 0)}",
+        )
+    return table
+
+
+def _ages_text(ages: Mapping[int, int]) -> str:
+    return "  ".join(f"{age}: {count}" for age, count in sorted(ages.items())) or "-"
 
 
 def sparkline(values: Sequence[float]) -> str:

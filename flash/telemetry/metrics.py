@@ -62,6 +62,8 @@ MORE_METRICS = {
     "reward/mean/NAME": "of the trained episodes of that task set",
     "success_rate/NAME": "likewise",
     "turns/mean/NAME": "likewise",
+    "staleness/mean/NAME": "age of the trained tokens of that task set, in versions",
+    "staleness/max/NAME": "likewise",
     "share/NAME": "of the batch's sampled tokens, that are of that task set",
     "reuse/share": "of the batch's groups, that were trained before",
     "reuse/age_mean": "of the tokens of these, in versions; 0 if there are none",

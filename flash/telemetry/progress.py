@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import math
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from flash.config import Config
@@ -18,11 +18,12 @@ from flash.log.log import Log
 from flash.rollout.loop import RolloutLoop
 from flash.rollout.observer import Observer
 from flash.telemetry.folder import RunFolder
-from flash.telemetry.live import Snapshot, View
+from flash.telemetry.live import OfSet, Snapshot, View
 from flash.telemetry.report import write_report
 from flash.types import Batch
 
 _TICK_S = 0.5
+_SAYS_AFTER_S = 10.0
 
 
 class Progress(Observer):
@@ -39,6 +40,7 @@ class Progress(Observer):
         hosts: Sequence[EnvHosts],
         log: Log,
         observer: Observer,
+        waits_for: Callable[[], str],
     ) -> None:
         self._config = config
         self._folder = folder
@@ -49,6 +51,8 @@ class Progress(Observer):
         self._count = sum(len(of_set) for of_set in hosts)
         self._log = log
         self._observer = observer
+        self._waits_for = waits_for
+        self._waits, self._waits_since = "", math.inf
         self._clock = asyncio.get_running_loop().time
         self._lines = folder.metrics()
         # A resumed run goes on where its clock stopped.
@@ -157,6 +161,7 @@ class Progress(Observer):
         last = self._lines[-1] if self._lines else {}
         ledger = self._rollouts.ledger
         stats = self._hub.stats()
+        ages = self._rollouts.ages()
         evaluations = [
             line["eval/success_rate"] for line in self._lines if "eval/success_rate" in line
         ]
@@ -171,7 +176,7 @@ class Progress(Observer):
             running=ledger.running,
             ready=ledger.ready,
             capacity=self._rollouts.capacity,
-            ages=dict(Counter(self._rollouts.ages())),
+            ages=sum(ages.values(), Counter()),
             tokens_per_s=last.get("tokens_per_s"),
             idle={role: last.get(f"idle/{role}") for role in ("trainer", "workers", "env_hosts")},
             staleness_mean=last.get("staleness/mean"),
@@ -181,12 +186,38 @@ class Progress(Observer):
             success_rates=tuple(
                 line["success_rate"] for line in self._lines if "success_rate" in line
             ),
+            task_sets={name: self._of_set(name, ages[name]) for name in ages if name},
+        )
+
+    def _of_set(self, name: str, ages: Mapping[int, int]) -> OfSet:
+        last = self._lines[-1] if self._lines else {}
+        held_out = (line.get(f"eval/success_rate/{name}") for line in reversed(self._lines))
+        ledger = self._rollouts.ledger
+        return OfSet(
+            success_rate=last.get(f"success_rate/{name}"),
+            reward_mean=last.get(f"reward/mean/{name}"),
+            held_out=next((rate for rate in held_out if rate is not None), None),
+            running=ledger.running_of[name],
+            ready=ledger.ready_of[name],
+            ages=ages,
+            staleness_mean=last.get(f"staleness/mean/{name}"),
+            staleness_max=last.get(f"staleness/max/{name}"),
         )
 
     async def _tick(self) -> None:
         while True:
             self._view.tick(self.snapshot())
+            self._say_what_it_waits_for()
             await asyncio.sleep(_TICK_S)
+
+    def _say_what_it_waits_for(self) -> None:
+        """In a line, once, if it has waited for it for a while."""
+        waits = self._waits_for()
+        if waits != self._waits:
+            self._waits, self._waits_since = waits, self._clock()
+        elif waits and self._clock() - self._waits_since >= _SAYS_AFTER_S:
+            self._view.say(f"waits for {waits}")
+            self._waits_since = math.inf
 
     def _close_step(self, probe_gap: float) -> None:
         """What the step took is measured now; an evaluation may follow, which is no part of it."""

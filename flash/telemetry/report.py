@@ -52,10 +52,11 @@ def draw(run: Path) -> Any:
 
     lines = [_known(line) for line in read_lines(run / "metrics.jsonl")]
     episodes = read_lines(run / "episodes.jsonl")
-    figure = Figure(figsize=(15, 8.6), layout="constrained")
+    sets = _task_sets(lines)
+    figure = Figure(figsize=(15, 12.2 if sets else 8.6), layout="constrained")
     FigureCanvasAgg(figure)
     # Rows of their own, so that long labels in one do not push the other's columns apart.
-    rows: Any = figure.subfigures(2, 1, hspace=0.03)
+    rows: Any = figure.subfigures(3 if sets else 2, 1, hspace=0.03)
     figure.suptitle(_title(run, lines), fontsize=13, x=0.008, ha="left")
     upper = rows[0].subplot_mosaic(_UPPER, height_ratios=(3, 2))
     lower = rows[1].subplots(1, 3)
@@ -67,7 +68,13 @@ def draw(run: Path) -> Any:
     _where_time_went(lower[0], lines)
     _idle(lower[1], lines)
     _outcomes(lower[2], episodes)
-    for axis in (*upper.values(), *lower):
+    of_sets = rows[2].subplots(1, 4) if sets else ()
+    if sets:
+        _of_sets(of_sets[0], lines, sets, "success_rate", title="success rate", percent=True)
+        _of_sets(of_sets[1], lines, sets, "reward/mean", title="mean reward")
+        _of_sets(of_sets[2], lines, sets, "staleness/mean", title="mean age of trained tokens")
+        _outcomes_of_sets(of_sets[3], episodes, sets)
+    for axis in (*upper.values(), *lower, *of_sets):
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_axisbelow(True)
         axis.title.set_fontsize(11)
@@ -203,6 +210,54 @@ def _outcomes(axis: Any, episodes: Sequence[Line]) -> None:
     if 0 < len(rows) < 4:
         axis.set_ylim(-0.8, 3.2)  # few bars stay bars
     axis.set(title=f"what became of {len(episodes):,} episodes", xlabel="episodes")
+
+
+def _task_sets(lines: Sequence[Line]) -> list[str]:
+    """Their names, of a run that has some."""
+    name = "success_rate/"
+    found = dict.fromkeys(field for line in lines for field in line if field.startswith(name))
+    return [field.removeprefix(name) for field in found]
+
+
+def _of_sets(
+    axis: Any,
+    lines: Sequence[Line],
+    sets: Sequence[str],
+    metric: str,
+    *,
+    title: str,
+    percent: bool = False,
+) -> None:
+    """A metric of each task set by step; held out, where it is a success rate."""
+    scale = 100 if percent else 1
+    for number, name in enumerate(sets):
+        color = f"C{number}"
+        trained = [line for line in lines if line.get(f"{metric}/{name}") is not None]
+        values = _smooth([scale * line[f"{metric}/{name}"] for line in trained])
+        axis.plot([line["step"] for line in trained], values, color=color, lw=2, label=name)
+        held = f"eval/{metric}/{name}"
+        evaluated = [line for line in lines if line.get(held) is not None] if percent else []
+        steps = [line.get("eval/version", line["step"]) for line in evaluated]
+        axis.plot(steps, [scale * line[held] for line in evaluated], "o--", color=color, ms=4, lw=1)
+    title = f"{title} by task set"
+    axis.set(title=title, xlabel="step", ylabel="%; dots: held out" if percent else "")
+    if percent:
+        axis.set_ylim(0, 105)
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=8, frameon=False)
+
+
+def _outcomes_of_sets(axis: Any, episodes: Sequence[Line], sets: Sequence[str]) -> None:
+    counts = Counter((episode.get("task_set", ""), episode["outcome"]) for episode in episodes)
+    ended = [0] * len(sets)
+    for outcome, color in _OUTCOMES.items():
+        numbers = [counts[name, outcome] for name in sets]
+        axis.barh(sets, numbers, left=ended, color=color, height=0.65, label=outcome)
+        ended = [a + b for a, b in zip(ended, numbers, strict=True)]
+    axis.invert_yaxis()
+    axis.set(title="episodes by task set", xlabel="episodes")
+    axis.set_ylim(len(sets) + 0.2, -0.8)  # room for the legend
+    axis.legend(loc="lower right", ncols=2, fontsize=8, frameon=False)
 
 
 def _title(run: Path, lines: Sequence[Line]) -> str:

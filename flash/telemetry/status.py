@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -46,6 +46,15 @@ class Role(msgspec.Struct, frozen=True, kw_only=True):
     waits_for: str = ""
 
 
+class OfSet(msgspec.Struct, frozen=True, kw_only=True):
+    """A task set, as `Status` has it of the run; `brought_by` explorers, if it is brought."""
+
+    running: int
+    ready: int
+    ages: dict[str, int]
+    brought_by: list[str] | None = None
+
+
 class Status(msgspec.Struct, frozen=True, kw_only=True):
     """A run at one moment, `at` so many seconds since 1970. `ages`: how many of its episodes under
     way have an oldest token of that many versions ago."""
@@ -61,6 +70,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     capacity: int
     ages: dict[str, int]
     roles: list[Role]
+    task_sets: dict[str, OfSet] = {}
 
     @classmethod
     def read(cls, run: Path) -> Self:
@@ -88,6 +98,7 @@ class StatusFile:
         fleet: Fleet | None,
         step: Callable[[], int],
         steps: int,
+        waits_for: Callable[[], str],
     ) -> None:
         self._run = run
         self._hub = hub
@@ -97,6 +108,7 @@ class StatusFile:
         self._fleet = fleet
         self._step = step
         self._steps = steps
+        self._waits_for = waits_for
         self._clock = asyncio.get_running_loop().time
         self._counts: dict[str, tuple[float, float]] = {}  # when, and how many
 
@@ -127,7 +139,7 @@ class StatusFile:
 
     def now(self, *, ended: bool = False) -> Status:
         """How it stands."""
-        ledger = self._rollouts.ledger
+        ledger, ages = self._rollouts.ledger, self._rollouts.ages()
         return Status(
             run=self._run.name,
             at=time.time(),
@@ -138,8 +150,21 @@ class StatusFile:
             running=ledger.running,
             ready=ledger.ready,
             capacity=self._rollouts.capacity,
-            ages={str(age): n for age, n in sorted(Counter(self._rollouts.ages()).items())},
+            ages=_by_age(sum(ages.values(), Counter())),
             roles=[] if ended else self._roles(),
+            task_sets={name: self._of_set(name, ages[name]) for name in ages if name},
+        )
+
+    def _of_set(self, name: str, ages: Mapping[int, int]) -> OfSet:
+        ledger, brought_by = self._rollouts.ledger, None
+        if self._fleet is not None and name in self._fleet.brought:
+            explorers = self._fleet.explorers.values()
+            brought_by = [explorer.name for explorer in explorers if name in explorer.brings]
+        return OfSet(
+            running=ledger.running_of[name],
+            ready=ledger.ready_of[name],
+            ages=_by_age(ages),
+            brought_by=brought_by,
         )
 
     def _roles(self) -> list[Role]:
@@ -147,7 +172,7 @@ class StatusFile:
 
     def _of_controller(self) -> Role:
         admission = self._rollouts.admission_state()
-        waits = [admission.log, self._rollouts.crew_waits_for]
+        waits = [admission.log, self._waits_for()]
         if not admission.fresh:
             waits.append(f"version {admission.next_version} to be published")
         trained = self._rollouts.ledger.count("trained")
@@ -215,6 +240,10 @@ class StatusFile:
         return (count - before[1]) / (now - before[0])
 
 
+def _by_age(ages: Mapping[int, int]) -> dict[str, int]:
+    return {str(age): count for age, count in sorted(ages.items())}
+
+
 def _of_worker(worker: WorkerStats) -> Role:
     waits = "" if worker.healthy else "its restart"
     doing = "new weights" if worker.updating else f"{worker.running} requests"
@@ -236,15 +265,21 @@ def show(run: Path, *, as_json: bool) -> None:
     old_s = time.time() - status.at
     ended = "it has ended" if status.ended else ""
     silent = f"not heard of for {old_s:.0f} s" if old_s > _OLD_S and not status.ended else ""
-    told = ", ".join(f"{n} of age {age}" for age, n in status.ages.items()) or "none"
     print(
         f"{status.run}: step {status.step} of {status.steps}, version {status.version}"
         + "".join(f"; {note}" for note in (ended, silent) if note)
     )
     print(
         f"episodes: {status.running} run, {status.ready} are ready, of {status.capacity} at most; "
-        f"oldest tokens: {told}"
+        f"oldest tokens: {_told(status.ages)}"
     )
+    for name, of_set in status.task_sets.items():
+        by = of_set.brought_by
+        brought = "" if by is None else f"; brought by {', '.join(by) or 'nobody'}"
+        print(
+            f"task set {name}: {of_set.running} run, {of_set.ready} are ready; oldest tokens: "
+            f"{_told(of_set.ages)}{brought}"
+        )
     table = Table(box=None, pad_edge=False)
     for column in ("role", "where", "version", "rate", "doing", "waits for"):
         table.add_column(column, overflow="fold")
@@ -255,3 +290,7 @@ def show(run: Path, *, as_json: bool) -> None:
     Console(highlight=False, soft_wrap=not Console().is_terminal).print(table)
     for place in places:
         print(place)
+
+
+def _told(ages: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} of age {age}" for age, count in ages.items()) or "none"

@@ -5,13 +5,16 @@ import contextlib
 import os
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from flash.envs.frozen_lake import FrozenLakeTextEnv
 from flash.rollout.committed import INTERRUPTED
 from flash.telemetry.folder import read_lines
 from flash.telemetry.status import Status
+from flash.warm_start.small_policy import create
 from tests.tiny_runs import OUTCOMES, run, tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -118,3 +121,46 @@ def roles(folder):
         return Status.read(folder).roles
     except ValueError:
         return []
+
+
+async def test_a_task_set_is_played_by_who_brings_it_and_waited_for_until_it_is_there(
+    tmp_path, capsys
+):
+    words = FrozenLakeTextEnv().vocabulary()
+    model = create(tmp_path / "model", words, layers=1, hidden_size=32, heads=2, max_tokens=512)
+    options = {
+        "model": str(model), "eval_every": 0, "task_sets.own.weight": 1,
+        "task_sets.wide.brought": True, "task_sets.wide.group_size": 2,
+    }  # fmt: skip
+    folder = tmp_path / "r"
+    config = tiny("frozen_lake", tmp_path, name="r", **CLUSTER, **options)
+    tasks, other = tmp_path / "tasks.yaml", tmp_path / "other.yaml"
+    for path, size in ((tasks, 5), (other, 6)):
+        path.write_text(f"wide: {{env: {{name: frozen_lake, options: {{size: {size}}}}}}}\n")
+    bring = ("explore", folder, "--tasks-only", "--tasks")
+    async with flash("explore", folder, "--name", "a") as a:
+        running = asyncio.create_task(run(config))
+        said = ""
+        while "waits for an explorer that brings task set wide: flash explore --tasks" not in said:
+            assert not running.done(), running
+            await asyncio.sleep(0.1)
+            said += capsys.readouterr().out
+        assert Status.read(folder).task_sets["wide"].brought_by == []
+        async with flash(*bring, tasks, "--name", "b") as b:
+            while Status.read(folder).task_sets["wide"].brought_by != ["b"]:
+                assert not running.done(), running
+                await asyncio.sleep(0.1)
+            async with flash(*bring, other) as c:
+                out, _ = await c.communicate()
+                assert c.returncode == 2
+                assert b"env.options.size 5 \xe2\x86\x92 6: bring the same" in out
+            await running
+            out, _ = await b.communicate()
+            assert b.returncode == 0, out.decode()
+            assert b"plays for run r as b, and brings wide" in out
+        out, _ = await a.communicate()
+        assert a.returncode == 0, out.decode()
+    sets = Counter(r["task_set"] for r in check(folder) if r["outcome"] == "trained")
+    assert sets == {"own": 8 * 3, "wide": 8 * 3}
+    last = read_lines(folder / "metrics.jsonl")[-1]
+    assert {"success_rate/wide", "eval/success_rate/wide", "staleness/mean/wide"} <= set(last)

@@ -181,6 +181,25 @@ async def test_numbers_are_told_by_task_set():
 
 
 @in_virtual_time
+async def test_ages_are_told_by_task_set():
+    """A quick one is ready when the batch before it is trained, a slow one a version later."""
+    sets = task_set("quick", 1, 2), task_set("slow", 3, 2)
+
+    def seconds(episode):
+        return {"quick": 1.0, "slow": 8.0}[episode.task.task_set]
+
+    async with loop_of(*sets, seconds=seconds) as (loop, _, _):
+        for version in range(6):
+            under_way, told = loop.ages(), (await loop.next_batch()).metrics
+            await asyncio.sleep(5)
+            await loop.publish(weights(version + 1))
+    assert (told["staleness/mean/quick"], told["staleness/mean/slow"]) == (1.0, 0.0)
+    assert told["staleness/mean"] == 0.25
+    assert (told["staleness/max/quick"], told["staleness/max/slow"]) == (1, 0)
+    assert under_way == {"quick": {1: 2}, "slow": {}}
+
+
+@in_virtual_time
 async def test_without_task_sets_no_number_is_told_by_them():
     async with loop_of(task_set("", 2, 2)) as (loop, _, _):
         assert not [name for name in (await loop.next_batch()).metrics if name.endswith("/")]

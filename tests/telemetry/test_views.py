@@ -10,7 +10,7 @@ import pytest
 from matplotlib.text import Text
 from rich.console import Console
 
-from flash.telemetry.live import Snapshot, dashboard, open_view, sparkline
+from flash.telemetry.live import OfSet, Snapshot, dashboard, open_view, sparkline
 from flash.telemetry.metrics import METRICS
 from flash.telemetry.report import draw, write_report
 
@@ -60,6 +60,30 @@ def test_the_dashboard_shows_the_same_numbers():
                  "cancelled(stale) 20"):  # fmt: skip
         assert part in text
     assert "env hosts idle" not in text
+
+
+SETS = {
+    "own": OfSet(
+        success_rate=0.61, reward_mean=0.58, held_out=0.33, running=70, ready=95, ages={0: 80},
+        staleness_mean=0.5, staleness_max=1,
+    ),
+    "web": OfSet(
+        success_rate=None, reward_mean=NAN, held_out=None, running=20, ready=5, ages={},
+        staleness_mean=None, staleness_max=None,
+    ),
+}  # fmt: skip
+
+
+def test_task_sets_are_shown_one_by_one(capsys):
+    with open_view() as view:
+        view.step(snapshot(task_sets=SETS))
+    assert "success 42.0%  (own 61.0%, web -)  held-out" in capsys.readouterr().out
+    console = Console(record=True, width=140)
+    console.print(dashboard(snapshot(task_sets=SETS)))
+    lines = console.export_text().splitlines()
+    rows = {words[1]: words[2:-1] for words in (line.split() for line in lines) if len(words) > 2}
+    assert rows["own"] == ["61.0%", "33.0%", "0.58", "70", "95", "0:", "80", "0.50,", "max", "1"]
+    assert rows["web"] == ["-", "-", "-", "20", "5", "-", "-,", "max", "-"]
 
 
 def test_many_evaluations_stay_on_one_line():
@@ -195,6 +219,7 @@ EPISODES = [
     {"outcome": "cancelled", "reason": "stale"},
     {"outcome": "failed", "reason": "env"},
 ]
+OF_SETS = ("success_rate", "reward/mean", "staleness/mean", "eval/success_rate")
 SUMMARY = {"env": "alfworld", "alpha": 1.0, "seed": 0, "steps": 40, "time_s": 300.0}
 
 
@@ -239,6 +264,29 @@ def texts(run):
     figure = draw(run)
     figure.draw_without_rendering()  # labels of ticks are made only then
     return [text.get_text() for text in figure.findobj(Text)]
+
+
+def test_a_report_of_a_run_with_task_sets_has_a_row_of_them(tmp_path):
+    lines = [
+        line | {f"{metric}/{name}": 0.5 for metric in OF_SETS for name in ("own", "web")}
+        for line in lines_of_a_run(5)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    episodes = [episode | {"task_set": "web"} for episode in EPISODES]
+    (tmp_path / "episodes.jsonl").write_text("\n".join(map(json.dumps, episodes)))
+    axes = {axis.get_title(): axis for axis in draw(tmp_path).axes}
+    for what in ("success rate", "mean reward", "mean age of trained tokens"):
+        curves = axes[f"{what} by task set"].get_lines()
+        assert {"own", "web"} <= {curve.get_label() for curve in curves}
+    bars = axes["episodes by task set"].patches
+    assert sum(bar.get_width() for bar in bars) == len(EPISODES)
+    assert not any("by task set" in text for text in texts_of(tmp_path / "none", lines_of_a_run(5)))
+
+
+def texts_of(run, lines):
+    run.mkdir()
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return texts(run)
 
 
 def test_a_report_says_in_its_title_what_came_out_and_counts_every_second(tmp_path):
