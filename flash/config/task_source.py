@@ -76,6 +76,11 @@ def _source(values: dict[str, Any]) -> str:
     return msgspec.json.encode(_Source(values, contents)).decode()
 
 
+def value_in(source: str, field: str) -> Any:
+    """What a source says of that field; None if it does not."""
+    return msgspec.json.decode(source, type=_Source).values.get(field)
+
+
 def changed_source(before: str, now: str) -> str:
     """What makes one source of tasks another than that before, in words; empty if nothing does.
 

@@ -10,10 +10,11 @@ and after a resume; so all that bring a set must bring the same.
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
-from flash.config.task_source import changed_source
+from flash.config.task_source import changed_source, value_in
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +104,13 @@ class Brought:
                 "%s can't be written (%s): after a resume task set %s may be brought as another",
                 self._path, error, name,
             )  # fmt: skip
+
+
+def brought_value(run: Path, name: str, field: str) -> Any:
+    """A field of what a task set is played with in that run's folder, as it was brought; None if
+    that does not say it. ValueError if the file can't be read."""
+    begun = _read(run / BROUGHT_FILE)
+    return value_in(begun[name], field) if name in begun else None
 
 
 def _changed(before: str, source: str) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from flash import registry
 from flash.errors import RewardFailure
+from flash.explorer.brought import brought_value
 from flash.replay.episodes import LoggedEpisode
 from flash.replay.logged_run import LoggedRun
 from flash.replay.text import Decoder
@@ -215,7 +216,10 @@ def _page(run: LoggedRun, after: int) -> list[LoggedEpisode]:
 def _has_reward_of_env(run: LoggedRun, task_set: str) -> bool:
     of_set = run.config.get("task_sets", {}).get(task_set, {})
     reward = of_set.get("reward", run.config.get("reward", {}))
-    return bool(reward.get("name", "env") == "env")
+    name = reward.get("name", "env")
+    if of_set.get("brought"):
+        name = brought_value(run.path, task_set, "reward.name") or name
+    return bool(name == "env")
 
 
 def _as_played(episode: LoggedEpisode, of_env: bool) -> Trajectory:
