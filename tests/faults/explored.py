@@ -16,6 +16,7 @@ from typing import Any
 
 from flash.errors import FlashError
 from flash.evaluation.play import play
+from flash.explorer.brought import Brought
 from flash.explorer.crew import FleetCrew
 from flash.explorer.fleet import Fleet, Run
 from flash.explorer.hub import FleetHub
@@ -25,7 +26,6 @@ from flash.rollout.crew import AgentCrew
 from tests.faults.explorers import World
 from tests.faults.logged import LoggedSchedule, Start, TruthOfStart
 from tests.faults.schedule import STALL_TIMEOUT_S, Schedule, heldout_tasks
-from tests.loops import loop_options
 
 CALM_WITHIN_S = 60.0
 SETTLES_S = 30.0
@@ -36,6 +36,7 @@ class ExploredSchedule(LoggedSchedule):
     """See above."""
 
     fleet_class = Fleet
+    brought: tuple[str, ...] = ()  # task sets that explorers bring, not all of them all
 
     def __init__(self, seed: int, **options: Any) -> None:
         super().__init__(seed, **options)
@@ -50,7 +51,7 @@ class ExploredSchedule(LoggedSchedule):
             note=self._note,
             options={
                 "tell_s": drawn.tell_s, "turns": drawn.turns, "update_mode": drawn.update_mode,
-                "deterministic": random.Random(seed).random() < 0.5,
+                "deterministic": random.Random(seed).random() < 0.5, "brought": self.brought,
             },
         )  # fmt: skip
 
@@ -83,6 +84,13 @@ class ExploredSchedule(LoggedSchedule):
         start = ExploredStart(self, number, folder, **options)
         self.controllers.append(start)
         return start
+
+
+class ExploredSets(ExploredSchedule):
+    """Each of several task sets, of which explorers bring all but one."""
+
+    several = 1.0
+    brought = ("b", "c")
 
 
 class ExploredStart(Start):
@@ -133,6 +141,7 @@ class ExploredStart(Start):
                 due=self.past.restored.cut_off, known=self.past.known,
                 after_commit=self.log.after_commit,
                 version=lambda: hub.version, publish=lambda: hub.message,
+                brought=Brought(self.of_run.brought, others=("a",), folder=self.folder),
             )  # fmt: skip
             hub.over(fleet)
             await opened.enter_async_context(fleet)
@@ -157,11 +166,7 @@ class ExploredStart(Start):
         return Path(f"/fake/{version}-{self.of_run.published[self.number, version]}")
 
     def _loop_options(self) -> dict[str, Any]:
-        self._agents = iter(range(10**9))
-        return {
-            "crew": self._crew(),
-            **loop_options(stall_timeout_s=STALL_TIMEOUT_S, **self.settings),
-        }
+        return super()._loop_options() | {"agent": None, "crew": self._crew()}
 
     def _crew(self, **options: Any) -> FleetCrew:
         here = self.hub.local

@@ -14,6 +14,8 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from flash.config.task_sets import PlayedWith
+from flash.config.task_source import source_of_brought
 from flash.errors import FlashError
 from flash.explorer.connection import Connection, RunIsOver
 from flash.explorer.link import Wire
@@ -31,6 +33,7 @@ from tests.faults.schedule import EPISODE_TIMEOUT_S, RATES
 WIRE_RATES = {"lose": 0.01, "double": 0.05, "mix": 0.01, "cut": 0.01, "stall": 0.003}
 DEEDS = ("join", "kill", "vanish", "drain", "part", "part_all", "cut", "cut_all")
 PLANTED = ("worker", "answer", "abort", "control", "env", "reward", "agent")
+BRINGS = source_of_brought(PlayedWith())
 MOST = 12
 LEAVES_S = 120.0  # beside drain_s
 
@@ -69,6 +72,7 @@ class World:
         self.wires = FakeWires(
             latency_s=(0.001, rng.choice([0.001, 0.1, 1.0])), rates=wires, seed=f"wires {seed}"
         )
+        self.brought: tuple[str, ...] = options["brought"]
         self.is_calm = self._ended = False
         self.here: dict[str, Process] = {}
         self.errors: list[str] = []
@@ -92,7 +96,8 @@ class World:
 
     def start(self, name: str = "") -> bool:
         """Whether there is room for one."""
-        if len(self.here) >= MOST or name in self.here:
+        most = MOST if self.is_calm or not self.brought else MOST - 1  # one who brings all fits in
+        if len(self.here) >= most or name in self.here:
             return False
         name = name or f"x{next(self._names)}"
         self._note("start", name)
@@ -197,7 +202,8 @@ class World:
         for name, disk in self._disks.items():
             if disk.kept:
                 self.start(name)
-        if not any(not process.stop.is_set() for process in self.here.values()):
+        able = (not p.stop.is_set() and p.brings_all for p in self.here.values())
+        if not any(able):
             self.start()
 
     async def end(self) -> None:
@@ -225,6 +231,12 @@ class Process:
         self.drain_s = self.rng.choice([0.0, 2.0, 20.0, 60.0])
         self.stop = asyncio.Event()
         self.disk = disk
+        rng = random.Random(f"brings {number} of {world.seed}")
+        self.brings = {
+            of_set: BRINGS for of_set in world.brought if world.is_calm or rng.random() < 0.7
+        }
+        self.brings_all = len(self.brings) == len(world.brought)
+        self.tasks_only = bool(self.brings) and not world.is_calm and rng.random() < 0.2
         self._number = number
         self._killed = False
         self._hubs = itertools.count()
@@ -232,8 +244,9 @@ class Process:
         self.player = Player(disk)
         self.player.load()
         self.connection = Connection(
-            name, self.player, connect=self._connect, have=self._have, say=lambda words: None
-        )
+            name, self.player, connect=self._connect, have=self._have, say=lambda words: None,
+            brings=self.brings, tasks_only=self.tasks_only,
+        )  # fmt: skip
         self.task = asyncio.create_task(self._live(), name=f"explorer {name}")
         self.task.add_done_callback(self._done)
 
@@ -288,14 +301,18 @@ class Process:
                 episode_timeout_s=EPISODE_TIMEOUT_S, reward_timeout_s=10.0,
             )  # fmt: skip
 
+        own = [] if self.tasks_only else ["", "a", *({"b", "c"} - {*self.world.brought})]
+        of_sets = dict.fromkeys([*own, *self.brings], agent)  # of others nothing is given to it
+
         async with InferenceHub(
             source, max_running=self.rng.choice([1, 4, 16]), request_timeout_s=60.0,
             control_timeout_s=30.0, recovery_timeout_s=100.0, progress_timeout_s=25.0,
             update_mode=options["update_mode"], version=welcome.version,
         ) as hub:  # fmt: skip
             await play(
-                self.player, self.connection, hub, AgentCrew(agent, hub), AgentCrew(agent, hub),
-                stop=self.stop, drain_s=self.drain_s, say=lambda words: None,
+                self.player, self.connection, hub, AgentCrew(of_sets, hub),
+                AgentCrew(of_sets, hub), stop=self.stop, drain_s=self.drain_s,
+                say=lambda words: None,
             )  # fmt: skip
         assert envs.open_now == 0, "invariant 6: an environment is open"
         assert not any(worker.running for worker in workers), "invariant 6: one samples on"

@@ -4,8 +4,9 @@
 
 plain: a run with faults. logged: one that is killed again and again, with its log on a disk that
 goes wrong; these take longer, and there are a tenth as many. sets, logged_sets: the same of several
-task sets. explorers: as logged, with explorers that come, go, die and are cut off. Prints the seeds
-that fail and how the others ended; `--seed` replays one, with its trace.
+task sets. explorers: as logged, with explorers that come, go, die and are cut off; explored_sets:
+of several task sets, which not all of them bring. Prints the seeds that fail and how the others
+ended; `--seed` replays one, with its trace.
 """
 
 import argparse
@@ -16,16 +17,23 @@ import time
 import traceback
 from collections import Counter
 
-from tests.faults.explored import ExploredSchedule
+from tests.faults.explored import ExploredSchedule, ExploredSets
 from tests.faults.logged import LoggedSchedule, LoggedSets
 from tests.faults.schedule import Schedule, ScheduleOfSets, Violation
 
 KINDS = {
     "plain": Schedule, "logged": LoggedSchedule, "sets": ScheduleOfSets, "logged_sets": LoggedSets,
-    "explorers": ExploredSchedule,
+    "explorers": ExploredSchedule, "explored_sets": ExploredSets,
 }  # fmt: skip
 # Of so many schedules one.
-SHARES = {"plain": 1, "logged": 10, "sets": 4, "logged_sets": 40, "explorers": 10}
+SHARES = {
+    "plain": 1,
+    "logged": 10,
+    "sets": 4,
+    "logged_sets": 40,
+    "explorers": 10,
+    "explored_sets": 40,
+}
 
 
 def outcome(kind: str, seed: int) -> tuple[Counter[str], str]:

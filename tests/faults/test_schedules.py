@@ -17,7 +17,7 @@ import pytest
 
 from flash.explorer.fleet import Fleet
 from tests.faults.disk import AILMENTS, FaultyStore
-from tests.faults.explored import ExploredSchedule
+from tests.faults.explored import ExploredSchedule, ExploredSets
 from tests.faults.explorers import DEEDS, WIRE_RATES
 from tests.faults.faulty import FaultyWorker
 from tests.faults.logged import ENDS, LoggedSchedule, LoggedSets
@@ -223,6 +223,14 @@ def test_what_a_schedule_found_stays_mended(seed):
 def test_nothing_is_lost_whatever_befalls_explorers(first):
     for seed in range(first, first + 6):
         schedule = ExploredSchedule(seed)
+        schedule.run()
+        assert schedule.outcome == "trained"
+
+
+@pytest.mark.parametrize("first", [0, pytest.param(6, marks=pytest.mark.slow)])
+def test_nothing_is_lost_of_task_sets_that_not_all_explorers_bring(first):
+    for seed in range(first, first + 6):
+        schedule = ExploredSets(seed)
         schedule.run()
         assert schedule.outcome == "trained"
 
