@@ -94,6 +94,28 @@ async def test_an_evaluation_refuses_such_a_checkpoint(tmp_path):
         await evaluate(checkpoint, {})
 
 
+async def test_an_evaluation_leaves_out_what_explorers_bring_and_says_so(tmp_path):
+    checkpoint = tmp_path / "r" / "checkpoints" / "step_000001"
+    broken_model(checkpoint / "model")  # it comes that far
+    write_state(checkpoint, 1)
+    run = {
+        "env": "frozen_lake", "model": "org/model", "explorers": {"expected": 1},
+        "task_sets": {"own": {}, "web": {"brought": True}},
+    }  # fmt: skip
+    said: list[str] = []
+    (tmp_path / "r" / "config.yaml").write_text(json.dumps(run))
+    with pytest.raises(ValueError, match="its files lack 18 weights"):
+        await evaluate(checkpoint, {}, said.append)
+    assert said == [
+        "left out, because explorers bring it: web; --task_sets.web.brought false and "
+        "--task_sets.web.env NAME play web here"
+    ]
+    del run["task_sets"]["own"]
+    (tmp_path / "r" / "config.yaml").write_text(json.dumps(run | {"engine": {"workers": 0}}))
+    with pytest.raises(ValueError, match=r"all task sets are brought by explorers \(web\): --task"):
+        await evaluate(checkpoint, {})
+
+
 def test_a_tokenizer_larger_than_its_model_is_refused(tmp_path):
     small_policy.create(tmp_path, ["a", "b"], layers=1, hidden_size=8, heads=2)
     assert len(load_tokenizer(str(tmp_path))) == 6

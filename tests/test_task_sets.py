@@ -136,6 +136,28 @@ def test_a_resume_tells_of_a_sets_fields_as_of_the_runs(now, told, anew):
     assert groups_begin_anew(found) == anew
 
 
+def test_what_explorers_bring_is_not_played_here_and_has_its_part_of_the_batch():
+    config = load(
+        "frozen_lake",
+        {
+            "task_sets.own.weight": 3, "task_sets.web.brought": True, "env.hosts": 60,
+            "model": "org/model", "explorers.expected": 1, "engine.workers": 0,
+        },
+    )  # fmt: skip
+    assert [(name, of_set.batch_size) for name, of_set in config.sets.items()] == [
+        ("own", 48),
+        ("web", 16),
+    ]
+    assert [*config.own_sets] == ["own"]
+    assert config.brought == {"web"}
+    assert "web" not in source_of(config)
+    check_capacity(config, Capacity(cores=1, memory_bytes=10**11, open_files=10**5, gpus=()))
+    before = config.model_dump(mode="json") | {"task_sets": {"own": {"weight": 3.0}, "web": {}}}
+    found = differences(before, config)
+    assert [one.field for one in found] == ["task_sets.web.brought"]
+    assert groups_begin_anew(found)
+
+
 def test_each_sets_tasks_have_a_source():
     one = source_of(lakes())
     assert not changed_source(one, source_of(lakes(**{"task_sets.small.weight": 1})))

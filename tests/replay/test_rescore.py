@@ -5,6 +5,9 @@ import json
 import pytest
 
 from flash.cli import main as cli
+from flash.config.task_sets import PlayedWith
+from flash.config.task_source import source_of_brought
+from flash.explorer.brought import Brought
 from tests.replay.logged import Logged
 
 MODULE = "tests.replay.rewards"
@@ -86,6 +89,19 @@ def test_a_log_without_an_ended_episode_has_nothing_to_score(logged, capsys):
 
 def test_a_reward_sees_what_the_environment_gave_and_not_what_a_stage_made_of_it(tmp_path, capsys):
     logged = Logged(tmp_path, reward={"name": "process", "run": "gone:reward"})
+    logged.play(0, ("a room", "go north"), reward=0.5)
+    logged.end(0, "trained", reward=9.0, success=False)  # by the stage
+    told = json.loads(rescored(capsys, logged, "told", "--json"))
+    assert (told["mean_before"], told["mean_after"]) == (9.0, 7000 + 5 + 1)
+    logged.store.close()
+
+
+def test_the_reward_of_a_task_set_that_explorers_brought_is_known_from_what_was_begun(
+    tmp_path, capsys
+):
+    logged = Logged(tmp_path, task_sets={"": {"brought": True}})
+    brought = PlayedWith.model_validate({"reward": {"name": "function", "run": f"{MODULE}:told"}})
+    Brought([""], folder=logged.path).begin("", source_of_brought(brought))
     logged.play(0, ("a room", "go north"), reward=0.5)
     logged.end(0, "trained", reward=9.0, success=False)  # by the stage
     told = json.loads(rescored(capsys, logged, "told", "--json"))
