@@ -68,7 +68,7 @@ def draw(run: Path) -> Any:
     _where_time_went(lower[0], lines)
     _idle(lower[1], lines)
     _outcomes(lower[2], episodes)
-    of_sets = rows[2].subplots(1, 4) if sets else ()
+    of_sets: Any = rows[2].subplots(1, 4) if sets else ()
     if sets:
         _of_sets(of_sets[0], lines, sets, "success_rate", title="success rate", percent=True)
         _of_sets(of_sets[1], lines, sets, "reward/mean", title="mean reward")
