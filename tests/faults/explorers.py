@@ -202,7 +202,7 @@ class World:
         for name, disk in self._disks.items():
             if disk.kept:
                 self.start(name)
-        able = (not p.stop.is_set() and p.brings_all for p in self.here.values())
+        able = (not p.stop.is_set() and p.plays_all for p in self.here.values())
         if not any(able):
             self.start()
 
@@ -235,8 +235,8 @@ class Process:
         self.brings = {
             of_set: BRINGS for of_set in world.brought if world.is_calm or rng.random() < 0.7
         }
-        self.brings_all = len(self.brings) == len(world.brought)
         self.tasks_only = bool(self.brings) and not world.is_calm and rng.random() < 0.2
+        self.plays_all = len(self.brings) == len(world.brought) and not self.tasks_only
         self._number = number
         self._killed = False
         self._hubs = itertools.count()
