@@ -18,7 +18,7 @@ from flash.errors import (
     first_error,
     one_line,
 )
-from flash.explorer.files import GoneError
+from flash.explorer.files import FetchFailure, GoneError
 from flash.explorer.gate import NotTheController
 from flash.explorer.link import Link, LinkLost, Wire
 from flash.explorer.messages import (
@@ -120,7 +120,7 @@ class Connection:
     def fail(self, error: Exception) -> None:
         """What no episode can be blamed for: tells the controller, and ends the block."""
         kind: Literal["inference", "publish", "other"] = "other"
-        if isinstance(error, PublishFailure):
+        if isinstance(error, PublishFailure) and not isinstance(error, FetchFailure):
             kind = "publish"
         elif isinstance(error, InferenceFailure):
             kind = "inference"
@@ -265,8 +265,10 @@ class Connection:
     async def _enter(self, link: Link[FromController], welcome: Welcome) -> None:
         # Half of the lease: who finds out that nothing passes can be back in time.
         link.use_deadline(welcome.lease_s / 2)
+        of_this_run = self._welcome is not None and self._welcome.run == welcome.run
         self._link, self._welcome = link, welcome
-        if welcome.controller != self._given_by and self._policy > welcome.known:
+        unknown = welcome.controller != self._given_by and self._policy > welcome.known
+        if unknown or not of_this_run:
             self._played_for = None  # begins anew, with what this one has
         else:
             self._given_by = welcome.controller

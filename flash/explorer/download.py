@@ -15,11 +15,12 @@ import aiohttp
 import msgspec
 from aiohttp import ClientWebSocketResponse, WSMsgType
 
-from flash.errors import PublishFailure, first_error, one_line
+from flash.errors import first_error, one_line
 from flash.explorer.files import (
     HEARTBEAT_S,
     HERE,
     ROUTE,
+    FetchFailure,
     GoneError,
     Lost,
     Manifest,
@@ -80,7 +81,7 @@ class Download:
         self._taking: dict[str, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
-        """Raises SourceFailure if the controller fails, GoneError, PublishFailure."""
+        """Raises SourceFailure if the controller fails, GoneError, FetchFailure."""
         self.socket = await self._connect()
         try:
             with first_error():
@@ -197,11 +198,11 @@ class Download:
 
 
 async def on_disk(work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """What the work gives that is done in a thread; PublishFailure if the disk has no room."""
+    """What the work gives that is done in a thread; FetchFailure if the disk has no room."""
     try:
         return await asyncio.to_thread(work, *args, **kwargs)
     except OSError as error:
-        raise PublishFailure(f"files can't be stored: {error}") from error
+        raise FetchFailure(f"files can't be stored: {error}") from error
 
 
 def _prepare(partial: Path, manifest: Manifest) -> list[Piece]:

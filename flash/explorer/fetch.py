@@ -16,10 +16,9 @@ from typing import Self
 
 import aiohttp
 
-from flash.errors import PublishFailure
 from flash.explorer.download import Download, SourceFailure, on_disk
 from flash.explorer.file_server import FileServer
-from flash.explorer.files import Have, encode, is_here
+from flash.explorer.files import FetchFailure, Have, encode, is_here
 from flash.explorer.messages import Files
 
 logger = logging.getLogger(__name__)
@@ -80,13 +79,13 @@ class Fetcher:
         """Where these are on this machine.
 
         Waits for a controller that is away. Raises GoneError if it does not have them any more,
-        PublishFailure if what it sends is wrong again and again, or can't be stored. What there is
+        FetchFailure if what it sends is wrong again and again, or can't be stored. What there is
         of them by then is not fetched again.
         """
         if await asyncio.to_thread(is_here, files.path, files.stamp):
             return Path(files.path)
         if not _STAMP.fullmatch(files.stamp):
-            raise PublishFailure(f"{files.stamp[:80]!r} is not the stamp of a folder")
+            raise FetchFailure(f"{files.stamp[:80]!r} is not the stamp of a folder")
         async with self._lock:
             folder = self._into / files.stamp
             if folder not in self._whole:
@@ -118,7 +117,7 @@ class Fetcher:
                 failures = 1 if download.pieces else failures + 1
                 in_vain = in_vain + 1 if download.answered and not download.pieces else 0
                 if in_vain == _MOST_IN_VAIN:
-                    raise PublishFailure(f"{files.path} can't be fetched: {failure}") from failure
+                    raise FetchFailure(f"{files.path} can't be fetched: {failure}") from failure
                 logger.warning("tries again to fetch %s: %s", files.path, failure)
             await asyncio.sleep(min(self._backoff_s * 2 ** (failures - 1), _LONGEST_BACKOFF_S))
 

@@ -36,7 +36,11 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-class GoneError(PublishFailure):
+class FetchFailure(PublishFailure):
+    """Files did not come to this machine, which says nothing of them, nor of other machines."""
+
+
+class GoneError(FetchFailure):
     """The controller does not offer these files any more: it has newer ones, or started anew."""
 
 

@@ -9,7 +9,7 @@ from flash.agents.environment_agent import EnvironmentAgent
 from flash.errors import InferenceFailure, PublishFailure, TrainerFailure
 from flash.evaluation.play import play
 from flash.explorer.crew import FleetCrew
-from flash.explorer.files import GoneError
+from flash.explorer.files import FetchFailure, GoneError
 from flash.explorer.fleet import Fleet
 from flash.explorer.link import Link
 from flash.explorer.messages import (
@@ -456,6 +456,22 @@ async def test_a_run_ends_though_an_explorer_reads_nothing():
 
 
 @in_virtual_time
+async def test_an_explorer_that_cannot_have_the_weights_ends_alone():
+    async def full(files):
+        raise FetchFailure("files can't be stored: no space left")
+
+    wires = FakeWires()
+    async with Controller(wires).running() as loop:
+        a = Explorer(wires, "a", have=full).start()
+        Explorer(wires, "b").start()
+        await loop.next_batch()
+        await loop.publish(weights(1))
+        with pytest.raises(FetchFailure, match="no space left"):
+            await a.task
+        await train(loop, [2, 3])
+
+
+@in_virtual_time
 async def test_what_was_sampled_by_weights_that_will_never_be_again_does_not_count():
     """The last start's version 1, and this one's, are different weights: it trains otherwise."""
     wires, kept = FakeWires(), KeepingObserver()
@@ -495,3 +511,16 @@ async def test_an_explorer_begins_anew_where_its_weights_are_not_known(known):
         await asyncio.sleep(20)
         assert (a.hub is first) == (known == 2)
         assert a.hub.version == known
+
+
+@in_virtual_time
+async def test_an_explorer_begins_anew_for_another_run_though_the_versions_are_the_same():
+    """A run that was started anew under its name may have another model."""
+    wires = FakeWires()
+    async with Controller(wires).killed() as loop:
+        a = Explorer(wires, "a").start()
+        await loop.next_batch()
+        first = a.hub
+    async with Controller(wires).running(id="another"):
+        await asyncio.sleep(30)
+        assert a.hub is not first
