@@ -140,9 +140,12 @@ def stamp_of(folder: Path) -> str:
 
 
 def is_here(path: str, stamp: str) -> bool:
-    """Whether this machine has that folder, by a disk that it shares."""
+    """Whether this machine has that folder, by a disk that it shares, and may read it."""
     folder = Path(path)
-    return folder.is_dir() and stamp_of(folder) == stamp
+    try:
+        return folder.is_dir() and stamp_of(folder) == stamp
+    except OSError:
+        return False
 
 
 def manifest_of(

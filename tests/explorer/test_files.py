@@ -28,6 +28,7 @@ from flash.explorer.files import (
     authorization,
     decode_from_server,
     encode,
+    is_here,
     manifest_of,
     stamp_of,
 )
@@ -621,6 +622,10 @@ def test_a_stamp_tells_what_changed(tmp_path: Path):
     assert stamp_of(folder) == stamp
     (folder / "config.json").write_bytes(bytes(300))
     assert stamp_of(folder) != stamp
+
+
+def test_a_folder_that_can_not_be_looked_at_is_not_here():
+    assert not is_here("/" + "x" * 1000, "")
 
 
 @pytest.mark.parametrize(
