@@ -139,8 +139,13 @@ async def explore(
             nonlocal url
             address = _address_of(options)
             url = address.url
-            async with joined(session, address.url, address.token, tls=tls) as wire:
-                yield wire
+            try:
+                async with joined(session, address.url, address.token, tls=tls) as wire:
+                    yield wire
+            except NotTheController as refusal:
+                # The folder tells of the last start; somebody else may have its port by now.
+                refusal.again |= "://" not in options.source
+                raise
 
         models, weights = [
             await opened.enter_async_context(

@@ -32,6 +32,7 @@ _NONCE_BYTES = 32
 _NONCES = 1024  # that were given and not used yet: the oldest is forgotten
 _TIMEOUT_S = 10.0
 _LARGEST_BODY = 4096
+_FOR_NOW = (408, 429, 500, 502, 503, 504)  # of a proxy whose controller is away, above all
 
 
 class _Opening(msgspec.Struct):
@@ -163,13 +164,21 @@ async def joined(
             session.post(address, json={"nonce": theirs}, **tls_options) as response,
         ):
             if response.status != 200:
-                raise NotTheController(f"{url} answers {response.status} {response.reason}")
+                raise NotTheController(
+                    f"{url} answers {response.status} {response.reason}",
+                    again=response.status in _FOR_NOW,
+                )
             answer = msgspec.json.decode(await response.read(), type=_Answer)
-    except aiohttp.ClientSSLError as error:
+    except aiohttp.ClientConnectorCertificateError as error:
         raise NotTheController(f"{url}: {error}: give --ca the certificate's file") from error
+    except aiohttp.ClientSSLError as error:
+        raise NotTheController(f"{url}: {error}: without TLS write http://") from error
+    except aiohttp.ServerDisconnectedError as error:
+        why = f"what answers at {url} hangs up: with TLS write https://"
+        raise NotTheController(why, again=True) from error
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
         raise NotTheController(f"nobody answers at {url}", again=True) from error
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, ValueError) as error:
         raise NotTheController(f"what answers at {url} is no controller") from error
     expected = proof(token, "controller", theirs, answer.nonce)
     if not hmac.compare_digest(expected.encode(), answer.proof.encode(errors="replace")):

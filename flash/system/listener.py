@@ -122,7 +122,8 @@ class _Connection(web.RequestHandler):
 
 def from_elsewhere(url: str) -> str:
     """For other machines, where it is of all addresses of this one."""
-    return url.replace("//0.0.0.0:", f"//{socket.gethostname()}:")
+    here = f"//{socket.gethostname()}:"
+    return url.replace("//0.0.0.0:", here).replace("//[::]:", here)
 
 
 async def read_body(request: web.Request) -> bytes:

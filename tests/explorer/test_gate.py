@@ -8,6 +8,8 @@ import aiohttp
 import pytest
 import trustme
 
+from flash.explorer.address import Address
+from flash.explorer.explore import checked, explore
 from flash.explorer.file_server import FileServer
 from flash.explorer.gate import Gate, NotTheController, joined
 from flash.explorer.link import LinkLost
@@ -124,6 +126,41 @@ async def test_something_else_than_a_controller_is_told_so():
         assert refusal.value.again
 
 
+@pytest.mark.parametrize(
+    ("status", "again"), [(502, True), (503, True), (429, True), (404, False), (401, False)]
+)
+async def test_a_proxy_whose_controller_is_away_is_asked_again(status, again):
+    async def away(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(f"HTTP/1.1 {status} For now\r\nContent-Length: 0\r\n\r\n".encode())
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(away, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with server, aiohttp.ClientSession() as session:
+        with pytest.raises(NotTheController, match=f"{status} For now") as refusal:
+            async with joined(session, url, "secret"):
+                pass
+    assert refusal.value.again == again
+
+
+async def test_where_somebody_else_has_the_port_of_a_runs_last_start_its_next_is_waited_for(
+    tmp_path,
+):
+    said = asyncio.Queue()
+    told = checked(source=str(tmp_path), token="", overrides={})
+    async with gate("another") as (taken, _), gate() as (url, came):
+        Address(taken, "secret").write(tmp_path)
+        exploring = asyncio.create_task(explore(told, stop=asyncio.Event(), say=said.put_nowait))
+        assert "another token" in await said.get()
+        Address(url, "secret").write(tmp_path)
+        _, over = await came.get()
+        exploring.cancel()
+        await asyncio.wait((exploring,))
+        over.set()
+
+
 async def test_with_a_certificate_both_speak_tls(tmp_path):
     authority, other = trustme.CA(), trustme.CA()
     files = {}
@@ -145,3 +182,10 @@ async def test_with_a_certificate_both_speak_tls(tmp_path):
                 async with joined(session, url, "secret", tls=untrusted):
                     pass
             assert not refusal.value.again
+        with pytest.raises(NotTheController, match="with TLS write https://"):
+            async with joined(session, url.replace("https", "http"), "secret"):
+                pass
+    async with gate() as (url, _), aiohttp.ClientSession() as session:
+        with pytest.raises(NotTheController, match="without TLS write http://"):
+            async with joined(session, url.replace("http", "https"), "secret"):
+                pass
