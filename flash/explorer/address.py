@@ -5,6 +5,7 @@ from typing import Self
 
 import msgspec
 
+from flash.explorer.messages import UNREADABLE
 from flash.section import is_url
 
 ADDRESS_FILE = "explorers.json"
@@ -24,7 +25,7 @@ class Address(msgspec.Struct, frozen=True):
             address = msgspec.json.decode(path.read_bytes(), type=cls)
         except FileNotFoundError:
             return None
-        except (OSError, msgspec.MsgspecError) as error:
+        except (OSError, *UNREADABLE) as error:
             raise ValueError(f"{path} can't be read: {error}") from error
         if not is_url(address.url):
             raise ValueError(f"{path}: url={address.url!r} is none: remove that file")

@@ -12,7 +12,6 @@ from typing import ParamSpec, TypeVar
 from urllib.parse import quote
 
 import aiohttp
-import msgspec
 from aiohttp import ClientWebSocketResponse, WSMsgType
 
 from flash.errors import first_error, one_line
@@ -33,7 +32,7 @@ from flash.explorer.files import (
     encode,
     missing_in,
 )
-from flash.explorer.messages import Files
+from flash.explorer.messages import UNREADABLE, Files
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +125,7 @@ class Download:
                 break
             try:
                 said = decode_from_server(message.data)
-            except msgspec.MsgspecError as error:
+            except UNREADABLE as error:
                 raise SourceFailure(f"{self._url} is no controller: {error}") from error
             self.answered = True
             match said:

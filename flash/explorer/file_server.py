@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
-import msgspec
 from aiohttp import WSMsgType, web
 
 from flash.explorer.files import (
@@ -29,7 +28,7 @@ from flash.explorer.files import (
     manifest_of,
     stamp_of,
 )
-from flash.explorer.messages import Files
+from flash.explorer.messages import UNREADABLE, Files
 from flash.explorer.turns import Seat, Turns
 from flash.system.listener import Listener
 
@@ -242,7 +241,7 @@ async def _hear(offer: _Offer, seat: Seat, socket: web.WebSocketResponse) -> Non
             return
         try:
             said = decode_from_fetcher(message.data)
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             logger.warning("an explorer asks for files in words that are none: %s", error)
             return
         match said:

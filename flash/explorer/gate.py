@@ -24,6 +24,7 @@ from aiohttp import WSMsgType, web
 
 from flash.explorer.file_server import FileServer
 from flash.explorer.link import LinkLost, Wire
+from flash.explorer.messages import UNREADABLE
 from flash.system.listener import Listener, local_address, page_refusal, read_body
 
 _PATH = "/explorers"
@@ -91,7 +92,7 @@ class Gate:
             raise web.HTTPForbidden(reason=refusal)
         try:
             theirs = msgspec.json.decode(await read_body(request), type=_Opening).nonce
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             raise web.HTTPBadRequest(reason="a nonce is missing") from error
         ours = secrets.token_hex(_NONCE_BYTES)
         self._nonces[ours] = theirs
@@ -178,7 +179,7 @@ async def joined(
         raise NotTheController(why, again=True) from error
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
         raise NotTheController(f"nobody answers at {url}", again=True) from error
-    except (msgspec.MsgspecError, ValueError) as error:
+    except UNREADABLE as error:
         raise NotTheController(f"what answers at {url} is no controller") from error
     expected = proof(token, "controller", theirs, answer.nonce)
     if not hmac.compare_digest(expected.encode(), answer.proof.encode(errors="replace")):

@@ -17,7 +17,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 import msgspec
 
 from flash.errors import one_line
-from flash.explorer.messages import decoder, encoder
+from flash.explorer.messages import UNREADABLE, decoder, encoder
 
 _GATHERS_S = 0.004
 _LAST_WORDS_S = 2.0
@@ -147,7 +147,7 @@ class Link(Generic[T]):
         self._heard_at = self._clock()
         try:
             frame: _Frame[T] = self._decode(data)
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             raise self._lose(f"a message that is none: {error}") from error
         return frame
 

@@ -28,6 +28,8 @@ from flash.rollout.history import Sampled
 from flash.types import Observation, Task, Trajectory
 
 PROTOCOL = 2
+# What decoding raises for bytes that are none of what is expected.
+UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
 class Told(Struct, frozen=True, tag=True, array_like=True):
@@ -304,7 +306,7 @@ encoder = msgspec.msgpack.Encoder(enc_hook=_pack)
 
 
 def decoder(kind: Any) -> msgspec.msgpack.Decoder[Any]:
-    """Of messages of that kind; MsgspecError for what is none."""
+    """Of messages of that kind; one of UNREADABLE for what is none."""
     return msgspec.msgpack.Decoder(kind, dec_hook=_unpack)
 
 

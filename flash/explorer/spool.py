@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from flash.explorer.messages import Step, decoder, encoder
+from flash.explorer.messages import UNREADABLE, Step, decoder, encoder
 from flash.system.durable import write_whole
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class Spool:
         for path in sorted(self._folder.glob("*.msgpack")):
             try:
                 found.append(decode(path.read_bytes()))
-            except (OSError, msgspec.MsgspecError) as error:
+            except (OSError, *UNREADABLE) as error:
                 logger.warning("%s can't be read, and is left out: %s", path, error)
         return found
 

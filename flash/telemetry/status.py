@@ -21,6 +21,7 @@ from flash.cluster.place import read_places
 from flash.errors import first_error
 from flash.explorer.fleet import Fleet
 from flash.explorer.hub import FleetHub
+from flash.explorer.messages import UNREADABLE
 from flash.explorer.seat import Explorer
 from flash.hub.hub import InferenceHub
 from flash.hub.reports import WorkerStats
@@ -78,7 +79,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         path = run / STATUS_FILE
         try:
             return msgspec.json.decode(path.read_bytes(), type=cls)
-        except (OSError, msgspec.MsgspecError) as error:
+        except (OSError, *UNREADABLE) as error:
             raise ValueError(
                 f"{path} can't be read ({error}): give the folder of a run, runs/NAME"
             ) from error

@@ -97,7 +97,7 @@ async def test_web_pages_are_not_answered():
                 assert r.status == 403
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b'{"nonce": 3}', b"[" * 3000])
+@pytest.mark.parametrize("body", [b"", b"{", b'{"nonce": 3}', b"[" * 3000, b'{"nonce": "\xff"}'])
 async def test_a_body_that_is_none_is_refused(body):
     async with gate() as (url, _), aiohttp.ClientSession() as session:
         async with session.post(f"{url}/explorers", data=body) as response:
