@@ -284,7 +284,6 @@ class Fleet:
             while name in self.explorers:
                 name, number = f"{hello.name}-{number}", number + 1
             explorer = Explorer(name, hello.process, hello.where, self._clock(), link, hello.name)
-            explorer.evaluates = hello.evaluates
             self.explorers[name] = explorer
             self.counts["joins"] += 1
         else:
@@ -294,6 +293,7 @@ class Fleet:
         explorer.lease = None
         explorer.link, explorer.process, explorer.where = link, hello.process, hello.where
         explorer.brings, explorer.tasks_only = hello.brings, hello.tasks_only
+        explorer.evaluates = hello.evaluates
         explorer.begun, explorer.room, explorer.leaving = 0, 0, False
         keeps, lost = self._reconcile(explorer, hello)
         run = self._run
@@ -412,7 +412,9 @@ class Fleet:
             if play.episode.cancel_reason is not None:  # nobody waits for it
                 self.give_up(play)
         if self._over is None:
-            at = explorer.last_heard_at + self._lease_s
+            # A controller that was suspended itself finds out late, and leaves time to come back.
+            heard_at = max(explorer.last_heard_at, self._clock() - self._lease_s / 2)
+            at = heard_at + self._lease_s
             explorer.lease = self._loop.call_at(at, self._lose, explorer)
 
     def _lose(self, explorer: Explorer) -> None:
@@ -487,7 +489,7 @@ class Fleet:
         elif (early := explorer.early.get(news.episode)) is not None:
             early += news.steps[max(0, len(early) - news.first) :]
             self._claims.claim(news.episode)
-        elif isinstance(news.steps[-1], Ended):  # it was given up
+        elif news.steps and isinstance(news.steps[-1], Ended):  # it was given up
             explorer.settle(news.episode)
 
     def _follow(self, explorer: Explorer, play: Play, steps: Sequence[Step]) -> None:

@@ -95,6 +95,33 @@ async def test_an_explorer_whose_link_has_stalled_is_back_within_its_lease(of_ex
 
 
 @in_virtual_time
+async def test_what_explorers_hold_outlives_a_suspension_of_all():
+    """As of a laptop, or of a virtual machine, for longer than the lease."""
+    wires = FakeWires()
+    controller = Controller(wires)
+    async with controller.running() as loop:
+        Explorer(wires, "a", envs=FakeEnvs(**SLOW)).start()
+        await asyncio.sleep(4)
+        asyncio.get_running_loop()._now += 100
+        await train(loop, [1])
+        assert controller.fleet.counts["cut_off"] == controller.fleet.counts["losses"] == 0
+
+
+@in_virtual_time
+async def test_a_next_start_may_evaluate_where_the_last_did_not():
+    wires = FakeWires()
+    controller = Controller(wires)
+    async with controller.running(apart=True) as loop:
+        a = Explorer(wires, "a").start()
+        await loop.next_batch()
+        await a.kill()
+        assert controller.fleet.waits_for(heldout=True)
+        Explorer(wires, "a", evaluates=True).start()
+        await asyncio.sleep(5)
+        assert controller.fleet.waits_for() and not controller.fleet.waits_for(heldout=True)
+
+
+@in_virtual_time
 async def test_what_was_handed_over_and_is_not_committed_is_held_through_a_lost_link():
     wires, log = FakeWires(), HeldLog()
     controller = Controller(wires, log=log)
