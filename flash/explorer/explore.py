@@ -15,7 +15,7 @@ import math
 import os
 import re
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -27,6 +27,7 @@ from flash.config import SMALL, Config
 from flash.config.source import changed
 from flash.config.task_sets import PlayedWith
 from flash.config.task_source import source_of_brought
+from flash.errors import FlashError
 from flash.explorer.address import ADDRESS_FILE, Address
 from flash.explorer.connection import Connection, RunIsOver
 from flash.explorer.fetch import Fetcher
@@ -43,6 +44,7 @@ from flash.rollout.crew import AgentCrew
 from flash.section import is_url
 from flash.stop import unless
 from flash.system import machine
+from flash.system.durable import HeldError, locked
 from flash.system.listener import from_elsewhere
 from flash.types import Weights
 
@@ -128,6 +130,7 @@ async def explore(
     folder = options.folder or parent / "explorers" / name
     tls = _trusted(options.ca)
     async with contextlib.AsyncExitStack() as opened:
+        opened.enter_context(_own(folder))
         spool = Spool(folder / "spool")
         opened.push_async_callback(spool.close)
         session = await opened.enter_async_context(aiohttp.ClientSession())
@@ -182,6 +185,24 @@ async def explore(
 
 def _sources(tasks: Mapping[str, PlayedWith]) -> dict[str, str]:
     return {name: source_of_brought(of_set) for name, of_set in tasks.items()}
+
+
+@contextlib.contextmanager
+def _own(folder: Path) -> Iterator[None]:
+    """Two would take each other's weights away, and hand in each other's episodes."""
+    with contextlib.ExitStack() as opened:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            opened.enter_context(locked(folder))
+        except HeldError as holder:
+            raise FlashError(  # which may end soon
+                f"{folder} is another explorer's, in {holder}: give this one a --name of its own"
+            ) from None
+        except OSError as error:
+            raise ValueError(
+                f"{error}: give a --folder for what this explorer keeps, which it can write to"
+            ) from error
+        yield
 
 
 async def _play_for(

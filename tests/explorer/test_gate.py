@@ -8,6 +8,7 @@ import aiohttp
 import pytest
 import trustme
 
+from flash.errors import FlashError
 from flash.explorer.address import Address
 from flash.explorer.explore import checked, explore
 from flash.explorer.file_server import FileServer
@@ -159,6 +160,24 @@ async def test_where_somebody_else_has_the_port_of_a_runs_last_start_its_next_is
         exploring.cancel()
         await asyncio.wait((exploring,))
         over.set()
+
+
+async def test_two_explorers_of_one_folder_are_too_many(tmp_path):
+    said = asyncio.Queue()
+    told = checked(source=str(tmp_path / "r"), token="", name="a", overrides={})
+    first = asyncio.create_task(explore(told, stop=asyncio.Event(), say=said.put_nowait))
+    await said.get()
+    with pytest.raises(FlashError, match="is another explorer's, in process .*--name of its own"):
+        await explore(told, stop=asyncio.Event())
+    first.cancel()
+    await asyncio.wait((first,))
+
+
+async def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    told = checked(source=str(tmp_path), token="", folder=tmp_path / "file" / "x", overrides={})
+    with pytest.raises(ValueError, match="Not a directory.*give a --folder"):
+        await explore(told, stop=asyncio.Event())
 
 
 async def test_with_a_certificate_both_speak_tls(tmp_path):
