@@ -229,7 +229,7 @@ def _explore(arguments: Sequence[str]) -> None:
         overrides=overrides,
     )  # fmt: skip
     stop = asyncio.Event()
-    run_loop(explore(told, stop=stop), stop=stop)
+    run_loop(explore(told, stop=stop), stop=stop, stopping="leaving the run")
 
 
 def _status(arguments: Sequence[str]) -> None:

@@ -17,11 +17,16 @@ _GARBAGE_EVERY_S = 300.0
 _GARBAGE_SHARE = 1e-3  # of the time, at most
 
 
-def run_loop(main: Coroutine[Any, Any, _T], *, stop: asyncio.Event | None = None) -> _T:
+def run_loop(
+    main: Coroutine[Any, Any, _T],
+    *,
+    stop: asyncio.Event | None = None,
+    stopping: str = "stopping after this step",
+) -> _T:
     """Runs a coroutine as the commands do: on uvloop, with garbage collected by the clock, and with
     as many files as may be.
 
-    The first SIGINT or SIGTERM sets `stop`, if there is one; the next one cancels the coroutine,
+    The first SIGINT or SIGTERM sets `stop`, if there is one, and says `stopping`; the next one cancels the coroutine,
     which raises SystemExit with the usual code; one more ends the process at once.
 
     Python counts what is made less what is dropped, so while old episodes go, new ones gather in
@@ -35,7 +40,7 @@ def run_loop(main: Coroutine[Any, Any, _T], *, stop: asyncio.Event | None = None
 
     async def collecting() -> _T:
         _collect_by_the_clock(asyncio.get_running_loop())
-        with signals.answered(*([_asking(stop)] if stop else []), _cancelling()):
+        with signals.answered(*([_asking(stop, stopping)] if stop else []), _cancelling()):
             return await main
 
     raise_open_file_limit()
@@ -50,9 +55,9 @@ def run_loop(main: Coroutine[Any, Any, _T], *, stop: asyncio.Event | None = None
         gc.enable()
 
 
-def _asking(stop: asyncio.Event) -> Callable[[], None]:
+def _asking(stop: asyncio.Event, stopping: str) -> Callable[[], None]:
     def ask() -> None:
-        print("stopping after this step; once more to stop at once", file=sys.stderr)
+        print(f"{stopping}; once more to stop at once", file=sys.stderr)
         stop.set()
 
     return ask

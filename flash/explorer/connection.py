@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import itertools
+import math
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -239,7 +240,9 @@ class Connection:
             except LinkLost as lost:
                 self._say(f"the controller is away ({lost}): {self._player.running} episodes go on")
             await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+            # What is held here is waited for as long as a lease.
+            most_s = math.inf if self._welcome is None else self._welcome.lease_s / 4
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S, most_s)
 
     async def _serve(self, link: Link[FromController]) -> None:
         link.send(self._hello())

@@ -33,6 +33,7 @@ from flash.types import TrainerState
 STATUS_FILE = "status.json"
 _EVERY_S = 2.0
 _OLD_S = 4 * _EVERY_S
+_WIDEST = 1000
 
 
 class Role(msgspec.Struct, frozen=True, kw_only=True):
@@ -288,7 +289,9 @@ def show(run: Path, *, as_json: bool) -> None:
         rate = "" if role.rate is None else f"{role.rate:.2f} {role.of}/s"
         version = "" if role.version is None else str(role.version)
         table.add_row(role.role, role.where, version, rate, role.doing, role.waits_for)
-    Console(highlight=False, soft_wrap=not Console().is_terminal).print(table)
+    # For others than people a role is a line; and no name is markup.
+    width = None if Console().is_terminal else _WIDEST
+    Console(highlight=False, markup=False, width=width).print(table)
     for place in places:
         print(place)
 

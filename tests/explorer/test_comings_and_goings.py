@@ -210,9 +210,9 @@ async def test_an_explorer_that_fails_hands_back_what_it_plays_at_once():
 # ── starts of a controller ───────────────────────────────────────────────────────────────────
 
 
-async def killed_at(wires, seconds, explorer):
+async def killed_at(wires, seconds, explorer, **options):
     """A controller whose sixteen episodes are under way."""
-    async with Controller(wires).killed() as loop:
+    async with Controller(wires).killed(**options) as loop:
         explorer.start()
         await asyncio.sleep(seconds)
         assert len(loop.under_way()) == 16
@@ -251,6 +251,18 @@ async def test_what_is_due_and_does_not_begin_is_held_by_nobody_for_ever():
         assert {0, 1, 2, 3} <= held
         assert again.fleet.where_is(100) == "a"  # which continues 0
         assert not {4, 5, 6, 7} & held
+
+
+@in_virtual_time
+async def test_explorers_are_back_within_a_short_lease_though_the_controller_was_away_for_long():
+    wires = FakeWires()
+    a = Explorer(wires, "a", envs=FakeEnvs(**SLOW))
+    await killed_at(wires, 4, a, lease_s=6)
+    await asyncio.sleep(93)
+    again = Controller(wires, **due(range(4)))
+    async with again.running(lease_s=6, due=range(4)):
+        await asyncio.sleep(6)
+        assert again.fleet.counts["claims"] == 4
 
 
 @in_virtual_time
