@@ -26,8 +26,9 @@ def run_loop(
     """Runs a coroutine as the commands do: on uvloop, with garbage collected by the clock, and with
     as many files as may be.
 
-    The first SIGINT or SIGTERM sets `stop`, if there is one, and says `stopping`; the next one cancels the coroutine,
-    which raises SystemExit with the usual code; one more ends the process at once.
+    The first SIGINT or SIGTERM sets `stop`, if there is one, and says `stopping`; the next one
+    cancels the coroutine, which raises SystemExit with the usual code; one more ends the process
+    at once.
 
     Python counts what is made less what is dropped, so while old episodes go, new ones gather in
     its youngest generation, and a look at them holds the loop for 0.1 s. Next to nothing of a run
