@@ -102,30 +102,31 @@ def changed(now, before=()):
 @pytest.mark.parametrize(
     ("now", "told", "anew"),
     [
-        ({}, [], False),
-        ({"task_sets.small.weight": 1}, ["task_sets.small.weight 3.0 → 1.0 told"], False),
+        ({}, [], []),
+        ({"task_sets.small.weight": 1}, ["task_sets.small.weight 3.0 → 1.0 told"], []),
         (
             {"task_sets.large.agent.max_turns": 5},
             ["task_sets.large.agent.max_turns 9 → 5 told"],
-            False,
+            [],
         ),
         (
             {"task_sets.large.agent.step_timeout_s": 5},
             ["task_sets.large.agent.step_timeout_s null → 5.0 free"],
-            False,
+            [],
         ),
-        ({"task_sets.large.filters": []}, ["task_sets.large.filters"], False),
+        ({"task_sets.large.filters": []}, ["task_sets.large.filters"], []),
         (
             {"task_sets.large.group_size": 2},
             ["task_sets.large.group_size 4 → 2 told"],
-            True,
+            ["large"],
         ),
         (
             {"task_sets.large.env.options.size": 6},
             ["task_sets.large.env.options.size 5 → 6 fixed"],
-            True,
+            ["large"],
         ),
-        ({"task_sets.new.weight": 4}, ["task_sets.new null → {'weight': 4.0} fixed"], True),
+        ({"task_sets.new.weight": 4}, ["task_sets.new null → {'weight': 4.0} fixed"], ["new"]),
+        ({"reward": "judge"}, ["reward"], ["small", "large", "new"]),
     ],
 )
 def test_a_resume_tells_of_a_sets_fields_as_of_the_runs(now, told, anew):
@@ -133,7 +134,8 @@ def test_a_resume_tells_of_a_sets_fields_as_of_the_runs(now, told, anew):
     assert len(found) == len(told)
     for one, line in zip(found, told, strict=True):
         assert f"{one} {one.kind}".startswith(line)
-    assert groups_begin_anew(found) == anew
+    names = ("small", "large", "new")
+    assert [name for name in names if groups_begin_anew(found, task_set=name)] == anew
 
 
 def test_what_explorers_bring_is_not_played_here_and_has_its_part_of_the_batch():
@@ -155,14 +157,18 @@ def test_what_explorers_bring_is_not_played_here_and_has_its_part_of_the_batch()
     before = config.model_dump(mode="json") | {"task_sets": {"own": {"weight": 3.0}, "web": {}}}
     found = differences(before, config)
     assert [one.field for one in found] == ["task_sets.web.brought"]
-    assert groups_begin_anew(found)
+    assert groups_begin_anew(found, task_set="web")
+    assert not groups_begin_anew(found, task_set="own")
 
 
 def test_each_sets_tasks_have_a_source():
     one = source_of(lakes())
-    assert not changed_source(one, source_of(lakes(**{"task_sets.small.weight": 1})))
+    weighed = source_of(lakes(**{"task_sets.small.weight": 1}))
+    assert not any(changed_source(one, weighed, task_set=name) for name in ("small", "large"))
     other = source_of(lakes(**{"task_sets.large.env.options.size": 6}))
-    assert changed_source(one, other) == "task_sets.large.env.options.size 5 → 6"
+    said = "task_sets.large.env.options.size 5 → 6"
+    assert changed_source(one, other, task_set="large") == said
+    assert not changed_source(one, other, task_set="small")
 
 
 def test_the_hosts_of_all_sets_are_counted():

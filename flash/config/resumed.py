@@ -135,12 +135,13 @@ def training_settings_differ(found: Iterable[Difference]) -> bool:
     return any(kind == "told" and _is_in(field, "trainer") for field, _, _, kind in found)
 
 
-def groups_begin_anew(found: Iterable[Difference]) -> bool:
-    """Whether groups that were under way, or ready, can't be gone on with: they have another size,
-    or their next episodes would not be like their first."""
+def groups_begin_anew(found: Iterable[Difference], *, task_set: str = "") -> bool:
+    """Whether a set's groups that were under way, or ready, can't be gone on with: they have
+    another size, or their next episodes would not be like their first."""
     return any(
         _is_in(field := _of_run(difference.field), name) or field == _SETS
         for difference in found
+        if _set_of(difference.field) in (None, task_set)
         for name in _OF_A_GROUP
     )
 
@@ -168,6 +169,11 @@ def _of_run(field: str) -> str:
         return field
     own = ".".join(field.split(".")[2:])
     return {"": _SETS, "weight": "batch_size", "filters": "rollout.filters"}.get(own, own)
+
+
+def _set_of(field: str) -> str | None:
+    """The task set whose field it is; None if it is the run's."""
+    return field.split(".")[1] if field.startswith(f"{_SETS}.") else None
 
 
 def _kind(field: str, was: Any, now: Any, of_small: bool) -> Kind:

@@ -15,6 +15,7 @@ from flash.config.fields import RunFields
 from flash.config.resumed import is_free, shown
 from flash.config.task_sets import PlayedWith
 
+_SETS = "task_sets."
 _BLOCK = 1 << 20
 _MOST_BLOCKS = 64  # of a file; of a larger one so many are read, evenly apart
 _MOST_FILES = 20_000  # of a folder; the first, by name
@@ -47,7 +48,7 @@ def source_of(config: RunFields) -> str:
     """
     values: dict[str, Any] = {}
     for name, of_set in config.own_sets.items():
-        prefix = f"task_sets.{name}." if name else ""
+        prefix = _of_set(name)
         values[f"{prefix}env.name"] = of_set.env.name
         options = of_set.env.model_dump(mode="json")["options"]
         values |= dict(_leaves(f"{prefix}env.options", options))
@@ -81,14 +82,28 @@ def value_in(source: str, field: str) -> Any:
     return msgspec.json.decode(source, type=_Source).values.get(field)
 
 
-def changed_source(before: str, now: str) -> str:
+def changed_source(before: str, now: str, *, task_set: str | None = None) -> str:
     """What makes one source of tasks another than that before, in words; empty if nothing does.
+    With `task_set` of that one's tasks alone.
 
     Both are from `source_of`, or both from `source_of_brought`; ValueError if `before` is not.
     """
     was, new = (msgspec.json.decode(text, type=_Source) for text in (before, now))
-    fields = dict.fromkeys((*was.values, *new.values))
+    fields = [
+        field
+        for field in dict.fromkeys((*was.values, *new.values))
+        if task_set is None or _is_of(field, task_set)
+    ]
     return ", ".join(filter(None, (_changed(field, was, new) for field in fields)))
+
+
+def _of_set(name: str) -> str:
+    """What its fields begin with; those of a run without sets are its own."""
+    return f"{_SETS}{name}." if name else ""
+
+
+def _is_of(field: str, task_set: str) -> bool:
+    return field.startswith(_of_set(task_set)) and bool(task_set) == field.startswith(_SETS)
 
 
 def _changed(field: str, was: _Source, now: _Source) -> str:

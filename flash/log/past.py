@@ -170,7 +170,9 @@ def _read(reader: Reader, checkpoint: int, config: Config, source: str) -> Past:
                 max(batches, default=checkpoint - 1) + 1,
                 alpha=config.alpha,
                 most_uses=config.rollout.reuse.uses,
-                since_start=_first_alike(starts, config, source),
+                since_start={
+                    name: _first_alike(starts, config, source, name) for name in config.sets
+                },
             ),
             batches=[
                 part for version in batches if version >= done for part in reader.batch(version)
@@ -222,16 +224,19 @@ def _interrupt(connection: Connection, run: int) -> None:
     )
 
 
-def _why_anew(before: Start, config: Config, source: str) -> str:
-    """The reason that groups of an earlier start end for; empty if they go on."""
-    if changed_source(before.source, source):
+def _why_anew(before: Start, config: Config, source: str, task_set: str) -> str:
+    """The reason that a set's groups of an earlier start end for; empty if they go on."""
+    if task_set not in config.sets:
+        return SETTINGS_CHANGED
+    if changed_source(before.source, source, task_set=task_set):
         return SOURCE_CHANGED
-    return SETTINGS_CHANGED if groups_begin_anew(differences(before.config, config)) else ""
+    found = differences(before.config, config)
+    return SETTINGS_CHANGED if groups_begin_anew(found, task_set=task_set) else ""
 
 
-def _first_alike(starts: Sequence[Start], config: Config, source: str) -> int:
-    """The first start of those at whose end groups would have gone on until now."""
-    others = [start.start for start in starts if _why_anew(start, config, source)]
+def _first_alike(starts: Sequence[Start], config: Config, source: str, task_set: str) -> int:
+    """The first start of those at whose end a set's groups would have gone on until now."""
+    others = [start.start for start in starts if _why_anew(start, config, source, task_set)]
     return max(others, default=0) + 1
 
 
@@ -271,12 +276,16 @@ def _mend(store: Store, checkpoint: int, config: Config, source: str) -> int:
         again_the_same = not any(_trains_otherwise(start, config) for start in starts[since - 1 :])
         newest = reached if again_the_same else min(reached, done)
         _give_up(connection, run, reader.open_groups_beyond(newest), ABANDONED)
-        if starts and (reason := _why_anew(starts[-1], config, source)):
-            if changed := changed_source(starts[-1].source, source):
+        under_way = reader.open_group_ids()
+        for task_set in {**config.sets, **under_way} if starts else ():
+            reason = _why_anew(starts[-1], config, source, task_set)
+            if reason == SOURCE_CHANGED:
+                changed = changed_source(starts[-1].source, source, task_set=task_set)
                 logger.warning(
                     "tasks are other ones than before, and groups begin anew: %s", changed
                 )
-            _give_up(connection, run, reader.open_group_ids(), reason)
+            if reason:
+                _give_up(connection, run, under_way.get(task_set, []), reason)
     return newest
 
 

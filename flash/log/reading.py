@@ -1,5 +1,6 @@
 """What the log holds of a run, as the records it was made of; every call blocks."""
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -138,9 +139,13 @@ class Reader:
                 found.add(running[episode])
         return sorted(found)
 
-    def open_group_ids(self) -> list[int]:
-        query = select(GROUPS.c.group).where(GROUPS.c.outcome.is_(None))
-        return [row.group for row in self._rows(query.order_by(GROUPS.c.group))]
+    def open_group_ids(self) -> dict[str, list[int]]:
+        """By task set."""
+        query = select(GROUPS.c.group, GROUPS.c.task_set).where(GROUPS.c.outcome.is_(None))
+        found: dict[str, list[int]] = defaultdict(list)
+        for row in self._rows(query.order_by(GROUPS.c.group)):
+            found[row.task_set].append(row.group)
+        return dict(found)
 
     def steps(self) -> list[Row[Any]]:
         """`step`, `metrics` and `alpha` of each step that was done."""
@@ -250,11 +255,12 @@ class Reader:
         ]
 
     def used_groups(
-        self, version: int, *, alpha: float, most_uses: int, since_start: int
+        self, version: int, *, alpha: float, most_uses: int, since_start: Mapping[str, int]
     ) -> list[UsedGroup]:
         """Those of the batches before that version that may be young enough to be in it too.
 
-        Of groups that began in `since_start` or later, and whose tokens the log has still.
+        Of groups of these task sets that began in `since_start` or later, and whose tokens the log
+        has still.
         """
         # What is young enough still was in no batch before these.
         query = select(SAMPLES.c.version, SAMPLES.c.group, SAMPLES.c.episode, SAMPLES.c.number)
@@ -274,7 +280,7 @@ class Reader:
         found = []
         for group in self._in(select(GROUPS), GROUPS.c.group, few):
             rows = sorted(members[group.group], key=lambda row: place.get(row.episode, -1))
-            if group.start < since_start:
+            if group.start < since_start.get(group.task_set, math.inf):
                 continue
             sequences = self.sequences([row.episode for row in rows])
             if all(len(sequences[row.episode]) >= len(numbers[row.episode]) for row in rows):

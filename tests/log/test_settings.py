@@ -16,10 +16,10 @@ SLOW = {"trainer.learning_rate": 1e-6}
 class Run:
     """A run on FrozenLake, which is killed whenever it starts again."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **settings: Any) -> None:
         self._url = sqlite_url(folder)
         self._starts = 0
-        self.start(resume=False)
+        self.start(resume=False, **settings)
 
     def start(self, *, resume: bool = True, **changes: Any) -> Past:
         self._starts += 1
@@ -40,11 +40,13 @@ class Run:
     def step(self, number: int) -> None:
         self.insert(STEPS, step=number, start=self._starts, at=0.0, metrics={"step": number})
 
-    def ready(self, group: int, *, version: int) -> None:
+    def ready(self, group: int, *, version: int, task_set: str = "") -> None:
         """An episode of a group on its way."""
-        self.insert(GROUPS, group=group, start=1, seed=group, options={}, begun_at=0.0)
         self.insert(
-            EPISODES, episode=group, group=group, attempt=1, start=1, seed=group, admitted_at=0.0,
+            GROUPS, group=group, task_set=task_set, start=1, seed=group, options={}, begun_at=0.0
+        )
+        self.insert(
+            EPISODES, episode=group, task_set=task_set, group=group, attempt=1, start=1, seed=group, admitted_at=0.0,
             played_at=1.0, reward=0.0, success=False, turns=1, prompt_tokens=1,
             generated_tokens=1, version_min=version, version_max=version, turn_rewards=[],
             turn_states=[],
@@ -122,6 +124,20 @@ def test_tasks_of_another_source_begin_anew_and_that_is_said(tmp_path, caplog):
     assert (
         "tasks are other ones than before, and groups begin anew: env.options.size" in caplog.text
     )
+
+
+def test_only_the_groups_of_the_set_that_is_otherwise_begin_anew(tmp_path, caplog):
+    sets = {"task_sets.a.weight": 1, "task_sets.b.weight": 1, "task_sets.c.weight": 2}
+    run = Run(tmp_path, **sets)
+    for group, name in enumerate("abc", start=5):
+        run.ready(group, version=0, task_set=name)
+    otherwise = {name: value for name, value in sets.items() if ".c." not in name}
+    otherwise |= {"task_sets.b.env.name": "frozen_lake", "task_sets.b.env.options.size": 5}
+    past = run.start(**otherwise)
+    assert [group.group for group in past.restored.groups] == [5]
+    assert run.reasons() == {6: "source_changed", 7: "settings_changed"}
+    assert past.again == {"b": [6], "c": [7]}
+    assert "task_sets.b.env.options.size" in caplog.text
 
 
 def test_how_many_starts_in_a_row_ended_at_a_batch_is_known(tmp_path):
