@@ -37,6 +37,7 @@ from flash.explorer.messages import (
     Settled,
     Trouble,
     Welcome,
+    sent,
 )
 from flash.explorer.player import Player
 from flash.hub.hub import InferenceHub
@@ -126,7 +127,7 @@ class Connection:
         elif isinstance(error, InferenceFailure):
             kind = "inference"
         if self._link is not None:
-            self._link.send(Trouble(kind, one_line(error)))
+            self._link.send(Trouble(kind, sent(one_line(error))))
         if not self._failure.done():
             self._failure.set_result(error)
 

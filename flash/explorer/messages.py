@@ -16,16 +16,16 @@ one begins with Hello, which says all that the controller may not have heard.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import msgspec
 import numpy as np
 from msgspec import Struct
 
 from flash.hub.reports import HubStats
-from flash.plain import hashable, plain
+from flash.plain import hashable, packable, plain
 from flash.rollout.history import Sampled
-from flash.types import Observation, Task, Trajectory
+from flash.types import Observation, SampledSequence, Task, Trajectory
 
 PROTOCOL = 2
 # What decoding raises for bytes that are none of what is expected.
@@ -44,7 +44,7 @@ class Told(Struct, frozen=True, tag=True, array_like=True):
     @classmethod
     def of(cls, observation: Observation) -> "Told":
         return cls(
-            _sent(observation.text),
+            sent(observation.text),
             float(observation.reward),
             bool(observation.terminated),
             bool(observation.truncated),
@@ -277,6 +277,14 @@ class RunOver(Struct, frozen=True, tag=True, array_like=True):
 FromController = Welcome | Refused | Begin | GiveUp | Settled | Publish | Scored | RunOver
 
 
+def _dtype(kind: Any) -> Any:
+    """Of an NDArray's annotation."""
+    return kind.__args__[1].__args__[0]
+
+
+_ARRAYS = {name: _dtype(kind) for name, kind in get_type_hints(SampledSequence).items()}
+
+
 def _pack(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return value.tobytes()
@@ -285,12 +293,28 @@ def _pack(value: Any) -> Any:
 
 def _unpack(kind: Any, value: Any) -> Any:
     if getattr(kind, "__origin__", None) is np.ndarray:
-        dtype = kind.__args__[1].__args__[0]
-        return np.frombuffer(value, dtype)
+        return np.frombuffer(value, _dtype(kind))
     return hashable(value)
 
 
-def _sent(text: str) -> str:
+def exact(trajectory: Trajectory) -> Trajectory:
+    """As the schema has it: an agent may have given numbers and arrays of other kinds."""
+    return Trajectory(
+        sequences=[
+            SampledSequence(
+                **{name: np.asarray(getattr(each, name), kind) for name, kind in _ARRAYS.items()}
+            )
+            for each in trajectory.sequences
+        ],
+        reward=float(trajectory.reward),
+        turns=int(trajectory.turns),
+        success=bool(trajectory.success),
+        turn_rewards=[float(reward) for reward in trajectory.turn_rewards],
+        turn_states=[packable(state) for state in trajectory.turn_states],
+    )
+
+
+def sent(text: str) -> str:
     """Half a surrogate pair is no text elsewhere."""
     return text if text.isascii() else text.encode(errors="replace").decode()
 

@@ -10,7 +10,7 @@ which of its steps are known.
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from flash.errors import EpisodeFailure
@@ -31,11 +31,12 @@ from flash.explorer.messages import (
     Step,
     Told,
     Welcome,
+    exact,
     history_of,
+    sent,
 )
 from flash.explorer.spool import Spooled
 from flash.hub.reports import HubStats
-from flash.plain import packable
 from flash.rollout.crew import AgentCrew
 from flash.rollout.episode import Episode, EpisodeEnd
 from flash.rollout.history import Sampled
@@ -351,10 +352,9 @@ class _Witness:
 def _ended(episode: Episode, end: EpisodeEnd) -> Ended:
     trajectory, failure, words = None, "", ""
     if isinstance(end, Trajectory):
-        states = [packable(state) for state in end.turn_states]
-        trajectory = replace(end, turn_states=states)
+        trajectory = exact(end)
     elif isinstance(end, EpisodeFailure):
-        failure, words = end.kind, str(end)
+        failure, words = end.kind, sent(str(end))
     return Ended(
         trajectory=trajectory,
         failure=failure,

@@ -47,9 +47,9 @@ class Run:
         )
         self.insert(
             EPISODES, episode=group, task_set=task_set, group=group, attempt=1, start=1,
-            seed=group, admitted_at=0.0, played_at=1.0, reward=0.0, success=False, turns=1, prompt_tokens=1,
-            generated_tokens=1, version_min=version, version_max=version, turn_rewards=[],
-            turn_states=[],
+            seed=group, admitted_at=0.0, played_at=1.0, reward=0.0, success=False, turns=1,
+            prompt_tokens=1, generated_tokens=1, version_min=version, version_max=version,
+            turn_rewards=[], turn_states=[],
         )  # fmt: skip
 
     def reasons(self) -> dict[int, str]:

@@ -1,0 +1,30 @@
+"""What an explorer tells is what it played, whatever its agent made it of."""
+
+import numpy as np
+
+from flash.explorer.messages import Ended, decoder, encoder, exact
+from flash.types import SampledSequence, Trajectory
+
+
+def test_numbers_and_arrays_of_other_kinds_arrive_as_what_they_are():
+    given = SampledSequence(
+        token_ids=np.array([5, 6, 7], np.int32),
+        loss_mask=np.array([0, 1, 1]),
+        logprobs=np.array([0, -0.5, -0.25]),
+        versions=[-1, 3, 3],
+        temperatures=np.ones(6, np.float32)[::2],
+        turns=np.array([-1, 0, 0], np.int8),
+    )
+    trajectory = Trajectory(
+        sequences=[given], reward=np.float64(2), turns=np.int64(1), success=np.bool_(True),
+        turn_rewards=np.array([0.5]), turn_states=["a", ("b", 1)],
+    )  # fmt: skip
+    told = Ended(
+        trajectory=exact(trajectory), prompt_tokens=1, generated_tokens=2, turns=1, seconds={}
+    )
+    heard = decoder(Ended).decode(encoder.encode(told)).trajectory
+    (sequence,) = heard.sequences
+    for name in SampledSequence.__annotations__:
+        assert getattr(sequence, name).tolist() == list(getattr(given, name))
+    assert (heard.reward, heard.turns, heard.success) == (2.0, 1, True)
+    assert (heard.turn_rewards, heard.turn_states) == ([0.5], ["a", ("b", 1)])
