@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-from flash.explorer.messages import Ended, GiveUp, Holding, Said, Step
+from flash.explorer.messages import Ended, GiveUp, Holding, Said, Step, start_of
 from flash.explorer.seat import Explorer, Play
 
 
@@ -15,7 +15,7 @@ class Claims:
     Args:
         explorers: those that are here, or away.
         due: numbers of episodes that they may hold.
-        known: what the starts before called later versions was something else than it will be.
+        known: the newest version that is still what the start of that number called so.
         wait_s: how long an episode waits for its holder, and a holder for its episode; from when
             the first episode began.
         on_claim: told of an episode, who plays it, and what it has told by now.
@@ -27,7 +27,7 @@ class Claims:
         explorers: Mapping[str, Explorer],
         *,
         due: Collection[int],
-        known: int,
+        known: Callable[[int], int],
         wait_s: float,
         on_claim: Callable[[Explorer, Play, Sequence[Step]], None],
         on_unclaimed: Callable[[Play], None],
@@ -39,7 +39,8 @@ class Claims:
         self._on_claim = on_claim
         self._on_unclaimed = on_unclaimed
         self._claimable: dict[int, Play] = {}  # by the episode that they continue
-        self._ended_before: set[int] = set()  # when it was heard of first
+        # Of those that had ended when they were heard of first, the versions that may be in them.
+        self._ended_before: dict[int, int] = {}
         self._until: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
@@ -83,7 +84,7 @@ class Claims:
         """It goes on with what it holds, which is due."""
         explorer.early[held.episode] = []
         if held.ended:
-            self._ended_before.add(held.episode)
+            self._ended_before[held.episode] = self._known(start_of(held.controller))
 
     def claim(self, number: int) -> None:
         """What an explorer holds is what this episode continues: it goes on there."""
@@ -96,7 +97,7 @@ class Claims:
         if number in self._ended_before:
             if not steps:
                 return
-            if _newest_version(steps) > self._known:  # of what will never be again
+            if _newest_version(steps) > self._ended_before[number]:  # of what will never be again
                 self._end_of(number)
                 return
         del self._claimable[number], explorer.early[number]

@@ -19,7 +19,6 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -52,6 +51,8 @@ from flash.explorer.messages import (
     Step,
     Trouble,
     Welcome,
+    controller_of,
+    start_of,
 )
 from flash.explorer.placing import Placing
 from flash.explorer.remote import cut_off
@@ -89,7 +90,8 @@ class Fleet:
         due: episodes that the run's last start gave to explorers, perhaps. One that a FleetCrew
             continues waits for who holds it, and who holds it plays on: until `lease_s` after the
             first episode began.
-        known: what the starts before called later versions was something else than it will be.
+        start: the number of this start of the run's controller.
+        known: the newest version that is still what the start of that number called so.
         after_commit: calls once what was told of an episode can't be lost any more.
         version: that is published.
         publish: its weights, told to each that comes; None if they are what workers start with.
@@ -105,7 +107,8 @@ class Fleet:
         *,
         lease_s: float,
         due: Collection[int] = (),
-        known: int = 0,
+        start: int = 0,
+        known: Callable[[int], int] = lambda start: 0,
         after_commit: Callable[[Callable[[], None]], None] = lambda then: then(),
         version: Callable[[], int] = lambda: 0,
         publish: Callable[[], Publish | None] = lambda: None,
@@ -118,7 +121,7 @@ class Fleet:
         self.on_fatal: list[Callable[[Exception], None]] = []
         self.counts: Counter[str] = Counter()  # of joins, returns, drains, losses, late answers
         self._run = run
-        self._controller = uuid.uuid4().hex
+        self._controller = controller_of(start)
         self._lease_s = lease_s
         self._known = known
         self._after_commit = after_commit
@@ -310,7 +313,7 @@ class Fleet:
                 published=self._version(),
                 lease_s=self._lease_s,
                 keeps=keeps,
-                known=self._known,
+                known=self._known(start_of(hello.given_by)),
             )
         )
         for play in explorer.plays.values():
@@ -349,7 +352,8 @@ class Fleet:
         keeps: list[Kept] = []
         lost: list[Play] = []
         late = 0
-        plays_on = hello.given_by == self._controller or hello.policy <= self._known
+        known = self._known(start_of(hello.given_by))
+        plays_on = hello.given_by == self._controller or hello.policy <= known
         for held in (one for one in hello.holds if one.run == self._run.id):
             number = held.episode
             if held.controller != self._controller:

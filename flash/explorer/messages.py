@@ -15,6 +15,7 @@ Each side sends them in frames (link.py). An explorer's connection may end at an
 one begins with Hello, which says all that the controller may not have heard.
 """
 
+import uuid
 from collections.abc import Sequence
 from typing import Any, Literal, get_type_hints
 
@@ -218,7 +219,8 @@ class Welcome(Struct, frozen=True, tag=True, array_like=True):
 
     `controller` is another one after each of its starts; `config` is the run's, in plain data.
     `model` is what workers start with, at `version`; that of `published` comes after. `known`: what
-    another controller gave of later versions is something else than this one has or will have.
+    the controller that the explorer was given its weights by called later versions is something
+    else than this one has or will have.
     """
 
     run: str
@@ -272,6 +274,17 @@ class RunOver(Struct, frozen=True, tag=True, array_like=True):
 
     why: str
     again: bool
+
+
+def controller_of(start: int) -> str:
+    """A name for a start of a run's controller, of that number; no other has it."""
+    return f"{start}-{uuid.uuid4().hex}"
+
+
+def start_of(controller: str) -> int:
+    """The start's number; 0 of nobody."""
+    number, _, _ = controller.partition("-")
+    return int(number) if number.isdecimal() else 0
 
 
 FromController = Welcome | Refused | Begin | GiveUp | Settled | Publish | Scored | RunOver

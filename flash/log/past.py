@@ -57,6 +57,7 @@ class Past:
         again: seeds of tasks that had begun, and are to begin anew; by task set.
         dispatched: the seeds of all tasks that began; likewise.
         steps: the line of each step that was done.
+        done_in: the start that each was done in.
         records: what became of each episode that ended.
         known_expert: digests of what was imitated.
     """
@@ -72,6 +73,7 @@ class Past:
     dispatched: Mapping[str, Sequence[int]] = field(default_factory=dict)
     alpha: AlphaState | None = None
     steps: Sequence[Mapping[str, Any]] = ()
+    done_in: Mapping[int, int] = field(default_factory=dict)
     records: Sequence[EpisodeRecord] = ()
     known_expert: Sequence[str] = ()
     first_numbers: tuple[int, int, int] = (0, 0, 0)
@@ -95,6 +97,14 @@ class Past:
     def steps_done(self) -> int:
         """The last step that was done."""
         return max((line["step"] for line in self.steps), default=0)
+
+    def known_of(self, start: int) -> int:
+        """The newest of a start's versions whose weights are still what they were then.
+
+        What it did not log, a start after it did anew, perhaps with other settings.
+        """
+        anew = (step - 1 for step, done_in in self.done_in.items() if done_in > start)
+        return min([self.known, *anew])
 
     def describe(self) -> str:
         """In a line, what the run goes on with."""
@@ -184,6 +194,7 @@ def _read(reader: Reader, checkpoint: int, config: Config, source: str) -> Past:
         dispatched=reader.dispatched(),
         alpha=alpha and msgspec.convert(alpha, AlphaState),
         steps=[row.metrics for row in steps],
+        done_in={row.step: row.start for row in steps},
         first_numbers=reader.first_numbers(),
         known_expert=reader.known_expert(),
     )

@@ -61,15 +61,17 @@ async def open_players(
     folder: Path,
     say: Callable[[str], None],
     due: Collection[int],
-    known: int,
+    start: int,
+    known: Callable[[int], int],
     after_commit: Callable[[Callable[[], None]], None],
     is_over: Callable[[], bool],
     trainer: Callable[[], TrainerState],
 ) -> AsyncIterator[Players]:
     """Those of a configuration; of `model`, at that version.
 
-    `due`: episodes of the run's last start that explorers may hold, if it had some; `known`: the
-    newest version whose weights stay what they were then. `is_over`: whether the run has come to
+    `due`: episodes of the run's last start that explorers may hold, if it had some. `start`
+    is the number of this one, and `known` tells of any the newest version whose weights stay what
+    they were then. `is_over`: whether the run has come to
     its end, when its gate closes. `trainer`: what it is at.
     """
     before = Address.read(folder)
@@ -112,6 +114,7 @@ async def open_players(
             await _run(config, folder, files, model=model, version=version),
             lease_s=config.explorers.lease_s,
             due=due if before else (),
+            start=start,
             known=known,
             after_commit=after_commit,
             version=lambda: hub.version,

@@ -50,16 +50,17 @@ class Controller:
 
     @contextlib.asynccontextmanager
     async def running(
-        self, *, lease_s: float = 30.0, due=(), known: int = 0, version: int = 0, local=None,
+        self, *, lease_s: float = 30.0, due=(), known=0, version: int = 0, local=None,
         agent=None, opens_s: float = 0.0, model_files=None, apart: bool = False, brought=None,
-        **of_run,
+        start: int = 0, **of_run,
     ):  # fmt: skip
         hub = FleetHub(local, version=version, offer=offer, is_idle=lambda: not self.busy)
         log = self.options.get("log")
         after = {} if log is None else {"after_commit": log.after_commit}
         self.fleet = Fleet(
             run(model_files=model_files, version=version, **of_run), lease_s=lease_s, due=due,
-            known=known, version=lambda: hub.version, publish=lambda: hub.message, score=hub.score,
+            start=start, known=known if callable(known) else lambda start: known,
+            version=lambda: hub.version, publish=lambda: hub.message, score=hub.score,
             apart=apart, brought=brought, **after,
         )  # fmt: skip
         hub.over(self.fleet)

@@ -552,6 +552,25 @@ async def test_an_explorer_begins_anew_where_its_weights_are_not_known(known):
         assert a.hub.version == known
 
 
+@pytest.mark.parametrize(("known", "goes_on"), [({1: 2, 2: 2}, True), ({1: 1, 2: 2}, False)])
+@in_virtual_time
+async def test_an_explorer_that_missed_a_start_goes_on_with_what_no_start_did_anew(known, goes_on):
+    wires, kept = FakeWires(), KeepingObserver()
+    controller = Controller(wires)
+    async with controller.killed(start=1) as loop:
+        a = Explorer(wires, "a", envs=FakeEnvs(**SLOW)).start()
+        await train(loop, [1, 2])
+        await asyncio.sleep(3)
+        first, episodes = a.hub, sorted(controller.fleet.explorers["a"].plays)[-4:]
+        assert first.version == 2
+    await asyncio.sleep(60)  # the second start comes and goes
+    again = Controller(wires, observers=[kept], **due(episodes))
+    async with again.running(start=3, due=episodes, known=known.__getitem__, version=2):
+        await asyncio.sleep(20)
+        assert (a.hub is first) == goes_on
+        assert again.fleet.counts["claims"] == (4 if goes_on else 0)
+
+
 @in_virtual_time
 async def test_an_explorer_begins_anew_for_another_run_though_the_versions_are_the_same():
     """A run that was started anew under its name may have another model."""

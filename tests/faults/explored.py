@@ -138,7 +138,7 @@ class ExploredStart(Start):
             )  # fmt: skip
             self.fleet = fleet = self.of_run.fleet_class(
                 run, lease_s=self.world.lease_s,
-                due=self.past.restored.cut_off, known=self.past.known,
+                due=self.past.restored.cut_off, start=self.past.start, known=self.past.known_of,
                 after_commit=self.log.after_commit,
                 version=lambda: hub.version, publish=lambda: hub.message,
                 brought=Brought(self.of_run.brought, others=("a",), folder=self.folder),

@@ -102,6 +102,19 @@ def test_what_weights_sampled_that_will_not_be_again_begins_anew(tmp_path):
     assert other.again == {"": [6]}
 
 
+def test_of_a_start_before_the_last_what_was_done_anew_since_is_not_known(tmp_path):
+    run = Run(tmp_path)
+    run.batch(0)
+    run.batch(1, done=False)  # its version 2 was perhaps given out, and not logged
+    second = run.start(**SLOW)
+    assert (second.known_of(0), second.known_of(1)) == (0, 1)
+    run.step(2)
+    run.batch(2)
+    third = run.start(**SLOW)
+    assert [third.known_of(start) for start in (0, 1, 2)] == [0, 1, 3]
+    assert [run.start().known_of(start) for start in (1, 2, 3)] == [1, 3, 3]
+
+
 def test_groups_that_can_not_go_on_begin_anew_once(tmp_path):
     run = Run(tmp_path)
     run.ready(5, version=0)
