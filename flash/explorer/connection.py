@@ -194,14 +194,23 @@ class Connection:
                 self._policy = newest.version
                 score = partial(self._score, newest.version) if newest.probe else None
                 await hub.publish(Weights(version=newest.version, path=path, score=score))
-            except GoneError:
+            except (FlashError, ValueError) as error:
+                if not await self._are_gone(newest.files, error):
+                    self.fail(error)
+                    return
                 if self._weights is newest:
                     self._news_of_weights.clear()
                     await self._news_of_weights.wait()
-            except (FlashError, ValueError) as error:
-                self.fail(error)
-                return
             self._player.tell_state()
+
+    async def _are_gone(self, files: Files, error: Exception) -> bool:
+        """Whether that is the error: nobody waits for who is slow to load what it shares."""
+        try:
+            if isinstance(error, PublishFailure) and not isinstance(error, FetchFailure):
+                await self._have(files)
+        except FlashError as failure:
+            error = failure
+        return isinstance(error, GoneError)
 
     async def _score(
         self, version: int, sequences: Sequence[Sequence[int]]

@@ -27,6 +27,7 @@ from flash.explorer.messages import (
 from flash.explorer.player import Player
 from flash.fakes import FakeEnvs, FakeStyle, FakeWires, FakeWorker, KeepingObserver
 from flash.hub.hub import InferenceHub
+from flash.hub.worker import BadRequest
 from flash.rollout.committed import NoLog
 from flash.rollout.restored import DueEpisode, OpenGroup, Restored
 from flash.types import Task
@@ -372,6 +373,37 @@ async def test_weights_that_were_replaced_before_they_were_there_are_no_failure(
         await asyncio.sleep(60)
         assert not a.task.done()
         assert a.hub.version == 2
+
+
+@in_virtual_time
+async def test_weights_that_were_removed_while_they_were_loaded_are_no_failure():
+    """Nobody waits for an explorer that shares the trainer's disk and is slow."""
+    wires, removed = FakeWires(), set()
+
+    async def have(files: Files) -> Path:
+        if files.path in removed:
+            raise GoneError("it is gone")
+        return Path(files.path)
+
+    class Loads(FakeWorker):
+        async def load_weights(self, path: Path) -> None:
+            await asyncio.sleep(20)
+            if str(path) in removed:
+                raise BadRequest(f"no safetensors in {path}")
+
+    async with Controller(wires).running() as loop:
+        a = Explorer(wires, "a", have=have)
+        a.pool = [Loads(name, tokens=(1, 8)) for name in "vw"]
+        a.start()
+        await loop.next_batch()
+        await loop.publish(weights(1))
+        await asyncio.sleep(5)
+        removed.add("/fake/1")
+        await asyncio.sleep(30)
+        await loop.publish(weights(2))
+        await asyncio.sleep(80)
+        assert a.hub.version == 2
+        await train(loop, [3])
 
 
 # ── what goes wrong at the controller ────────────────────────────────────────────────────────
