@@ -97,7 +97,8 @@ class Checkpoints:
     """Makes those of one run.
 
     Args:
-        resumed: the one that it goes on from.
+        resumed: the one that it goes on from, which stays meanwhile: workers that are started
+            anew begin with it, and explorers that come.
         every_s: seconds between spare ones; 0: there are none.
         observer: is told of each.
     """
@@ -107,6 +108,7 @@ class Checkpoints:
     ) -> None:
         self._run = run
         self._observer = observer
+        self._resumed = resumed.path if resumed else None
         self._newest_version = resumed.version if resumed else None
         self._every_s = every_s
         self._saved_at = asyncio.get_running_loop().time()
@@ -139,7 +141,8 @@ class Checkpoints:
         making.rename(path)
         sync(path.parent)
         for old in _old_spares(self._run):
-            shutil.rmtree(old)
+            if old != self._resumed:
+                shutil.rmtree(old)
 
 
 class Rescue:

@@ -203,6 +203,16 @@ async def test_the_newest_two_spare_ones_are_kept_and_all_that_were_asked_for(tm
 # ── a run that fails ─────────────────────────────────────────────────────────────────────────
 
 
+async def test_what_the_run_goes_on_from_is_kept_until_the_next_start(tmp_path):
+    """Workers begin with it, whenever they are started."""
+    for start in (1, 5):
+        resumed = newest_checkpoint(tmp_path) if start > 1 else None
+        checkpoints = Checkpoints(tmp_path, resumed=resumed, every_s=0, observer=Observer())
+        for version in range(start, start + 4):
+            await checkpoints.save(FakeTrainer(version), spare=True)
+    assert names(tmp_path) == ["step_000004", "step_000007", "step_000008"]
+
+
 async def fails(run: Path, trainer: FakeTrainer, error: BaseException) -> None:
     """A run whose parts fail."""
     async with Rescue(new(run), trainer) as rescue:
