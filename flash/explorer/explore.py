@@ -130,7 +130,10 @@ async def explore(
     folder = options.folder or parent / "explorers" / name
     tls = _trusted(options.ca)
     async with contextlib.AsyncExitStack() as opened:
-        opened.enter_context(_own(folder))
+        # Before the run begins there is no folder of it, or never will be.
+        owned = options.folder is not None or await asyncio.to_thread(folder.is_dir)
+        if owned:
+            opened.enter_context(_own(folder))
         spool = Spool(folder / "spool")
         opened.push_async_callback(spool.close)
         session = await opened.enter_async_context(aiohttp.ClientSession())
@@ -174,6 +177,9 @@ async def explore(
         try:
             async with connection.kept():
                 while (welcome := await unless(stop, connection.welcomed())) is not None:
+                    if not owned:
+                        opened.enter_context(_own(folder))
+                        owned = True
                     player.doing = "fetches the model"
                     model = await unless(stop, connection.model_by(models.fetch))
                     if model is None:
@@ -329,7 +335,10 @@ def local_config(
         raise ValueError(
             f"there is nothing to play here: explorers bring {names}: give --tasks FILE"
         )
-    return configuration.parse(changed(settings, overrides))
+    config = configuration.parse(changed(settings, overrides))
+    if not (config.engine.workers or config.engine.urls):
+        raise ValueError("engine.workers=0: an explorer has workers: leave it out, or give more")
+    return config
 
 
 def _of_set_here(

@@ -8,12 +8,14 @@ import aiohttp
 import pytest
 import trustme
 
+from flash.config import load
 from flash.errors import FlashError
 from flash.explorer.address import Address
-from flash.explorer.explore import checked, explore
+from flash.explorer.explore import checked, explore, local_config
 from flash.explorer.file_server import FileServer
 from flash.explorer.gate import Gate, NotTheController, joined
 from flash.explorer.link import LinkLost
+from flash.explorer.messages import Welcome
 
 
 @contextlib.asynccontextmanager
@@ -164,13 +166,35 @@ async def test_where_somebody_else_has_the_port_of_a_runs_last_start_its_next_is
 
 async def test_two_explorers_of_one_folder_are_too_many(tmp_path):
     said = asyncio.Queue()
-    told = checked(source=str(tmp_path / "r"), token="", name="a", overrides={})
+    (tmp_path / "explorers" / "a").mkdir(parents=True)
+    told = checked(source=str(tmp_path), token="", name="a", overrides={})
     first = asyncio.create_task(explore(told, stop=asyncio.Event(), say=said.put_nowait))
     await said.get()
     with pytest.raises(FlashError, match="is another explorer's, in process .*--name of its own"):
         await explore(told, stop=asyncio.Event())
     first.cancel()
     await asyncio.wait((first,))
+
+
+async def test_waiting_for_a_run_makes_no_folder_of_it(tmp_path):
+    said = asyncio.Queue()
+    told = checked(source=str(tmp_path / "typo"), token="", overrides={})
+    exploring = asyncio.create_task(explore(told, stop=asyncio.Event(), say=said.put_nowait))
+    await said.get()
+    exploring.cancel()
+    await asyncio.wait((exploring,))
+    assert not (tmp_path / "typo").exists()
+
+
+def test_an_explorer_without_workers_is_refused():
+    config = load("frozen_lake", {"explorers.expected": 1}).model_dump(mode="json")
+    welcome = Welcome(
+        run="r", name="r", controller="", config=config, where="", model="m", model_files=None,
+        version=0, published=0, lease_s=1, keeps=[],
+    )  # fmt: skip
+    assert local_config(welcome, {}).engine.workers
+    with pytest.raises(ValueError, match=r"engine\.workers=0: an explorer has workers"):
+        local_config(welcome, {"engine.workers": 0})
 
 
 async def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path):
