@@ -20,6 +20,7 @@ from flash.system.machine import open_file_limit
 _BODY_TIMEOUT_S = 60.0  # for a client to send the body of its request
 # To send a request's header, and between two requests. OpenAI's clients keep a connection for 5 s.
 _IDLE_TIMEOUT_S = 30.0
+_HANDSHAKE_TIMEOUT_S = 10.0  # of TLS: until then a connection is not counted
 # Many times what comes in one turn of the event loop, of which a connection needs two or three to
 # be heard.
 _STRANGERS = 2048
@@ -59,6 +60,7 @@ class Listener:
             self._port,
             backlog=_BACKLOG,
             ssl=tls,
+            ssl_handshake_timeout=None if tls is None else _HANDSHAKE_TIMEOUT_S,
         )
         port = self._server.sockets[0].getsockname()[1]
         scheme = "http" if tls is None else "https"
