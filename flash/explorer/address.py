@@ -31,6 +31,11 @@ class Address(msgspec.Struct, frozen=True):
             raise ValueError(f"{path}: url={address.url!r} is none: remove that file")
         return address
 
+    @staticmethod
+    def remove(run: Path) -> None:
+        """Nobody comes in there any more: who did finds the folder without it."""
+        (run / ADDRESS_FILE).unlink(missing_ok=True)
+
     def write(self, run: Path) -> None:
         """Whole, in the place of what was there."""
         partial = run / f".{ADDRESS_FILE}.partial"

@@ -143,7 +143,7 @@ async def explore(
         @contextlib.asynccontextmanager
         async def connect() -> AsyncIterator[Wire]:
             nonlocal url
-            address = _address_of(options)
+            address = _address_of(options, came_in=bool(url))
             url = address.url
             try:
                 async with joined(session, address.url, address.token, tls=tls) as wire:
@@ -354,10 +354,14 @@ def _of_set_here(
     return dict(of_set)
 
 
-def _address_of(options: Options) -> Address:
-    """By the URL, or by what the run's folder says; NotTheController if it does not yet."""
+def _address_of(options: Options, *, came_in: bool) -> Address:
+    """By the URL, or by what the run's folder says; NotTheController if it does not yet, and
+    RunIsOver if it does no more."""
     if "://" not in options.source:
-        address = Address.read(Path(options.source))
+        run = Path(options.source)
+        address = Address.read(run)
+        if address is None and came_in and run.is_dir():
+            raise RunIsOver("the run is over")
         if address is None:
             raise NotTheController(f"{options.source} has no {ADDRESS_FILE} yet", again=True)
         return address

@@ -213,6 +213,9 @@ async def _open_gate(
         await fleet.close("the run is over" if over else "the run has stopped", again=not over)
         files.withdraw_all()
         await gate.close()
+        if over:
+            with contextlib.suppress(OSError):  # where the folder can't be written to
+                Address.remove(folder)
 
 
 def _tls(settings: ExplorersConfig) -> ssl.SSLContext | None:

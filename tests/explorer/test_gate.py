@@ -164,6 +164,22 @@ async def test_where_somebody_else_has_the_port_of_a_runs_last_start_its_next_is
         over.set()
 
 
+async def test_an_explorer_that_was_away_at_the_end_of_a_run_does_not_wait_for_it_for_ever(
+    tmp_path,
+):
+    said = asyncio.Queue()
+    told = checked(source=str(tmp_path), token="", name="a", overrides={})
+    async with gate() as (url, came):
+        Address(url, "secret").write(tmp_path)
+        exploring = asyncio.create_task(explore(told, stop=asyncio.Event(), say=said.put_nowait))
+        _, over = await came.get()
+    Address.remove(tmp_path)
+    over.set()
+    await exploring
+    while (last := await said.get()) != "a: the run is over":
+        assert "is away" in last
+
+
 async def test_two_explorers_of_one_folder_are_too_many(tmp_path):
     said = asyncio.Queue()
     (tmp_path / "explorers" / "a").mkdir(parents=True)
@@ -192,9 +208,9 @@ def test_an_explorer_without_workers_is_refused():
         run="r", name="r", controller="", config=config, where="", model="m", model_files=None,
         version=0, published=0, lease_s=1, keeps=[],
     )  # fmt: skip
-    assert local_config(welcome, {}).engine.workers
+    assert local_config(welcome, "m", {}).engine.workers
     with pytest.raises(ValueError, match=r"engine\.workers=0: an explorer has workers"):
-        local_config(welcome, {"engine.workers": 0})
+        local_config(welcome, "m", {"engine.workers": 0})
 
 
 async def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path):
@@ -202,6 +218,17 @@ async def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path):
     told = checked(source=str(tmp_path), token="", folder=tmp_path / "file" / "x", overrides={})
     with pytest.raises(ValueError, match="Not a directory.*give a --folder"):
         await explore(told, stop=asyncio.Event())
+
+
+async def test_who_says_nothing_to_a_gate_with_tls_is_let_go(monkeypatch):
+    monkeypatch.setattr("flash.system.listener._HANDSHAKE_TIMEOUT_S", 0.01)
+    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    trustme.CA().issue_cert("127.0.0.1").configure_cert(server)
+    async with gate(tls=server) as (url, _):
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+        async with asyncio.timeout(30):
+            assert await reader.read() == b""
+        writer.close()
 
 
 async def test_with_a_certificate_both_speak_tls(tmp_path):

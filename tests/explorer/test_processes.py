@@ -113,6 +113,7 @@ async def test_a_controller_that_is_killed_finds_its_explorers_and_what_they_fin
         out, _ = await a.communicate()
         assert a.returncode == 0, out.decode()
         assert out.count(b"plays for run r as a") == 1  # it has gone on with the workers it had
+    assert not (folder / "explorers.json").exists()  # whoever was away finds that it is over
     check(folder)
 
 
