@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import itertools
+import logging
 import math
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -41,8 +42,11 @@ from flash.explorer.messages import (
 )
 from flash.explorer.player import Player
 from flash.hub.hub import InferenceHub
+from flash.hub.reports import PublishReport
 from flash.system.machine import where
 from flash.types import Weights
+
+logger = logging.getLogger(__name__)
 
 # What an explorer does not go by: with others of these it plays on.
 _NOT_OF_PLAYERS = (
@@ -51,6 +55,7 @@ _NOT_OF_PLAYERS = (
     *("explorers",),
 )
 _NONE: Mapping[str, str] = {}
+_MOST_NOT_PROBED = 50  # versions in a row, until that is told
 _FIRST_DEADLINE_S = 30.0  # until the controller has told its own
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 15.0
 
@@ -100,6 +105,7 @@ class Connection:
         self._weights: Publish | None = None
         self._news_of_weights = asyncio.Event()
         self._policy, self._given_by = -1, ""  # see Hello
+        self._not_probed = 0  # versions, since the last one that was
         self._questions: dict[int, asyncio.Future[list[list[float]] | None]] = {}
         self._numbers = itertools.count()
         self._failure: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
@@ -193,7 +199,9 @@ class Connection:
                     continue
                 self._policy = newest.version
                 score = partial(self._score, newest.version) if newest.probe else None
-                await hub.publish(Weights(version=newest.version, path=path, score=score))
+                report = await hub.publish(Weights(version=newest.version, path=path, score=score))
+                if newest.probe:
+                    self._note_probe(report)
             except (FlashError, ValueError) as error:
                 if not await self._are_gone(newest.files, error):
                     self.fail(error)
@@ -202,6 +210,16 @@ class Connection:
                     self._news_of_weights.clear()
                     await self._news_of_weights.wait()
             self._player.tell_state()
+
+    def _note_probe(self, report: PublishReport) -> None:
+        """The trainer answers while it has nothing else to do: that may be never."""
+        self._not_probed = self._not_probed + 1 if math.isnan(report.gap_max) else 0
+        if self._not_probed == _MOST_NOT_PROBED:
+            logger.warning(
+                "the workers here could not be compared with the trainer for %d versions: it was "
+                "busy",
+                _MOST_NOT_PROBED,
+            )
 
     async def _are_gone(self, files: Files, error: Exception) -> bool:
         """Whether that is the error: nobody waits for who is slow to load what it shares."""

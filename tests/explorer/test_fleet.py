@@ -233,6 +233,23 @@ async def test_an_explorers_workers_are_probed_while_the_trainer_has_time():
             await a.task
 
 
+@in_virtual_time
+async def test_an_explorer_says_that_its_workers_were_not_probed_for_long(caplog):
+    async def score(token_ids):
+        raise AssertionError("it is busy")
+
+    wires = FakeWires()
+    controller = Controller(wires)
+    async with controller.running() as loop:
+        Explorer(wires, "a", workers=1).start()
+        controller.busy = True
+        for version in range(1, 61):
+            await loop.next_batch()
+            await loop.publish(weights(version, score))
+            await asyncio.sleep(5)
+    assert caplog.text.count("could not be compared with the trainer for 50 versions") == 1
+
+
 class Examined(Observer):
     def __init__(self):
         self.evaluations = []
