@@ -6,7 +6,10 @@ from typing import Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
-from flash.section import Secret, Section
+from flash.section import Secret, Section, revealed
+
+
+_SHORTEST_TOKEN = 16
 
 
 class ExplorersConfig(Section):
@@ -49,6 +52,17 @@ class ExplorersConfig(Section):
     @property
     def may_come(self) -> bool:
         return self.expected > 0
+
+    @field_validator("token")
+    @classmethod
+    def _can_not_be_guessed(cls, value: SecretStr) -> SecretStr:
+        """Whoever connects is shown what a guess can be tried out on, as often as they like."""
+        if 0 < len(revealed(value)) < _SHORTEST_TOKEN:
+            raise ValueError(
+                f"must have at least {_SHORTEST_TOKEN} characters, or it could be guessed: leave it "
+                f"out for a new one"
+            )
+        return value
 
     @field_validator("host")
     @classmethod

@@ -25,7 +25,7 @@ def brought(folder, text):
 
 
 def test_an_explorer_needs_no_key_and_no_file_of_the_controllers(tmp_path, monkeypatch):
-    monkeypatch.setenv("TOKEN_OF_CONTROLLER", "secret")
+    monkeypatch.setenv("TOKEN_OF_CONTROLLER", "a secret of theirs")
     files = [tmp_path / name for name in ("certificate", "key", "model", "reference")]
     certificate, key, *models = files
     for file in (certificate, key):
