@@ -8,7 +8,6 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 
 from flash.section import Secret, Section, revealed
 
-
 _SHORTEST_TOKEN = 16
 
 
