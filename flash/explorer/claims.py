@@ -101,6 +101,7 @@ class Claims:
                 self._end_of(number)
                 return
         del self._claimable[number], explorer.early[number]
+        self._refuse(number)  # of others, where a spool was copied
         play.explorer = explorer
         explorer.plays[number] = play
         self._on_claim(explorer, play, steps)

@@ -58,8 +58,8 @@ class ExplorersConfig(Section):
         """Whoever connects is shown what a guess can be tried out on, as often as they like."""
         if 0 < len(revealed(value)) < _SHORTEST_TOKEN:
             raise ValueError(
-                f"must have at least {_SHORTEST_TOKEN} characters, or it could be guessed: leave it "
-                f"out for a new one"
+                f"must have at least {_SHORTEST_TOKEN} characters, or it could be guessed: leave "
+                f"it out for a new one"
             )
         return value
 

@@ -255,6 +255,31 @@ async def test_what_is_due_and_does_not_begin_is_held_by_nobody_for_ever():
 
 
 @in_virtual_time
+async def test_what_two_explorers_hold_counts_once_and_both_may_leave():
+    """A machine was copied, with what an explorer on it had finished."""
+    wires = FakeWires()
+    a = Explorer(wires, "a", envs=FakeEnvs(**SLOW))
+    await killed_at(wires, 4, a)
+    await asyncio.sleep(30)
+    await a.kill()
+    copies = [Explorer(wires, "a", disk=Disk()) for _ in range(2)]
+    for copy in copies:
+        copy.disk.kept = dict(a.disk.kept)
+        copy.player.load()
+        copy.start()
+    held = sorted(episode for _, episode in a.disk.kept)[:4]
+    again = Controller(wires, **due(held))
+    async with again.running(due=held, known=10):
+        await asyncio.sleep(20)
+        assert again.fleet.counts["claims"] == 4
+        for copy in copies:
+            copy.stop.set()
+        await asyncio.sleep(40)
+        assert all(copy.task.done() and copy.player.empty for copy in copies)
+        assert [copy.disk.kept for copy in copies] == [{}, {}]
+
+
+@in_virtual_time
 async def test_explorers_are_back_within_a_short_lease_though_the_controller_was_away_for_long():
     wires = FakeWires()
     a = Explorer(wires, "a", envs=FakeEnvs(**SLOW))
