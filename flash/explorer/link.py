@@ -21,6 +21,7 @@ from flash.explorer.messages import UNREADABLE, decoder, encoder
 
 _GATHERS_S = 0.004
 _LAST_WORDS_S = 2.0
+_CLOSES_S = 5.0  # until the other side has said that it closes as well
 _BEATS = 4  # in a deadline
 _MOST_PENDING = 1 << 16  # messages: who takes none of them is gone
 
@@ -82,6 +83,7 @@ class Link(Generic[T]):
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
+        closes_s = _CLOSES_S if self._lost is None else 0.0  # nobody is there to say anything
         if self._lost is None and self._pending:
             with contextlib.suppress(LinkLost, TimeoutError):
                 async with asyncio.timeout(_LAST_WORDS_S):
@@ -90,7 +92,9 @@ class Link(Generic[T]):
         self._writing.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._writing
-        await self._wire.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(closes_s):
+                await self._wire.close()
 
     @property
     def heard_at(self) -> float:
@@ -160,13 +164,18 @@ class Link(Generic[T]):
                         await self._wake.wait()
                         await asyncio.sleep(_GATHERS_S)
                 self._wake.clear()
-                quiet_s = self._clock() - self._heard_at
-                if quiet_s >= self._deadline_s:
-                    self._lose(f"nothing was heard for {quiet_s:.0f} s")
+                if self._is_overdue():
+                    # A loop that was held up has timers that are due, and what came meanwhile.
+                    await asyncio.sleep(_GATHERS_S)
+                if self._is_overdue():
+                    self._lose(f"nothing was heard for {self._clock() - self._heard_at:.0f} s")
                     return
                 await self._send_pending()
         except Exception as error:  # whoever reads must hear that nothing is sent any more
             self._lose(str(error) if isinstance(error, LinkLost) else one_line(error))
+
+    def _is_overdue(self) -> bool:
+        return self._clock() - self._heard_at >= self._deadline_s
 
     async def _send_pending(self) -> None:
         self.before_frame()

@@ -1,12 +1,13 @@
 """One connection's frames, under virtual time."""
 
 import asyncio
+import itertools
 
 import msgspec
 import pytest
 
 from flash.explorer.link import Link, LinkLost
-from flash.explorer.messages import FromExplorer, Settled
+from flash.explorer.messages import FromExplorer, Settled, encoder
 from flash.virtual_time import in_virtual_time
 
 
@@ -70,3 +71,56 @@ async def test_a_link_whose_other_side_takes_nothing_is_lost():
             async with asyncio.timeout(60):
                 async for _ in link.messages():
                     pass
+
+
+class Late(Stuck):
+    """One on which nothing comes before a time, and then a frame each second."""
+
+    def __init__(self, first_at: float) -> None:
+        self._next_at = first_at
+        self._numbers = itertools.count(1)
+
+    async def send(self, frame):
+        pass
+
+    async def receive(self):
+        await asyncio.sleep(self._next_at - asyncio.get_running_loop().time())
+        self._next_at += 1
+        return encoder.encode([next(self._numbers), []])
+
+
+@in_virtual_time
+async def test_what_waits_to_be_read_when_the_deadline_is_over_is_heard():
+    async with Link(Late(10.001), FromExplorer, deadline_s=10) as link:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(60):
+                async for _ in link.messages():
+                    pass
+
+
+class Silent(Stuck):
+    """One whose other side does not answer that it closes."""
+
+    async def send(self, frame):
+        pass
+
+    async def close(self):
+        await asyncio.Event().wait()
+
+
+@in_virtual_time
+async def test_who_left_a_link_on_which_nothing_passes_is_free_at_once():
+    clock = asyncio.get_running_loop().time
+    with pytest.raises(LinkLost):
+        async with Link(Silent(), FromExplorer, deadline_s=10) as link:
+            async for _ in link.messages():
+                pass
+    assert clock() == pytest.approx(10, abs=0.1)
+
+
+@in_virtual_time
+async def test_who_closes_a_link_does_not_wait_long_for_the_other_side_to_do_so():
+    clock = asyncio.get_running_loop().time
+    async with Link(Silent(), FromExplorer, deadline_s=10):
+        pass
+    assert 0 < clock() <= 5
