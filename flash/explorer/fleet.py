@@ -21,7 +21,7 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self
 
@@ -145,6 +145,8 @@ class Fleet:
         self._lost: dict[int, bool] = {}  # whose late answers are refused
         self._heldout = itertools.count(1)
         self._over: RunOver | None = None
+        self._parted = asyncio.Event()
+        self._counted: dict[str, HubStats] = {}  # by process, which counts on when it is back
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
@@ -156,20 +158,23 @@ class Fleet:
         await self._tasks.__aexit__(None, None, None)
 
     async def close(self, why: str, *, again: bool) -> None:
-        """Tells all explorers that they are not needed any more; or may be `again`, soon."""
+        """Tells all explorers that they are not needed any more; or may be `again`, soon.
+
+        Waits until those that are here have heard of it: what was only sent is lost with this
+        process if the network loses it once.
+        """
         self._over = RunOver(why, again)
         self._claims.close()
-        told = []
         for explorer in self.explorers.values():
             if explorer.lease is not None:
                 explorer.lease.cancel()
             if explorer.link is not None:
                 explorer.link.send(self._over)
-                told.append(self._tasks.create_task(explorer.link.flush(), name="goodbye"))
-        if told:
-            _, left = await asyncio.wait(told, timeout=_GOODBYE_S)
-            for task in left:
-                task.cancel()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_GOODBYE_S):
+                while any(explorer.link is not None for explorer in self.explorers.values()):
+                    self._parted.clear()
+                    await self._parted.wait()
 
     # ── what crews ask for ───────────────────────────────────────────────────────────────────
 
@@ -408,6 +413,7 @@ class Fleet:
         explorer.last_heard_at = explorer.link.heard_at
         explorer.link = None
         explorer.room = 0
+        self._parted.set()
         if explorer.leaving and not (explorer.plays or explorer.early):
             del self.explorers[explorer.name]
             self.counts["drains"] += 1
@@ -457,6 +463,8 @@ class Fleet:
                 self._placing.place()
             case State():
                 explorer.state = message
+                if message.stats is not None:
+                    self._counted[explorer.process] = replace(message.stats, workers=())
                 for episode, stage in message.stages.items():
                     if (play := explorer.plays.get(episode)) is not None:
                         play.episode.is_at(stage)
@@ -576,6 +584,10 @@ class Fleet:
             for name, explorer in self.explorers.items()
             if explorer.state.stats is not None
         }
+
+    def counted(self) -> Collection[HubStats]:
+        """What each of them told last, those too that are not here any more; without workers."""
+        return self._counted.values()
 
     def where_is(self, episode: int) -> str:
         """The explorer that plays it; empty if none does."""

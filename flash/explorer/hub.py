@@ -108,22 +108,24 @@ class FleetHub:
             yield share
 
     def stats(self) -> HubStats:
-        """The sums of all; workers of explorers are named after these."""
+        """The sums of all, of those that are gone too: they never fall. Workers of explorers are
+        named after these."""
         told = self._fleet.stats()
-        parts = [*told.values()] if self.local is None else [self.local.stats(), *told.values()]
-        workers: list[WorkerStats] = [] if self.local is None else [*self.local.stats().workers]
+        here = [] if self.local is None else [self.local.stats()]
+        parts, counted = [*here, *told.values()], [*here, *self._fleet.counted()]
+        workers: list[WorkerStats] = [worker for stats in here for worker in stats.workers]
         for name, stats in told.items():
             workers += (replace(each, name=f"{name}: {each.name}") for each in stats.workers)
         return HubStats(
             version=self.version,
             queued=sum(part.queued for part in parts),
             running=sum(part.running for part in parts),
-            prompt_tokens=sum(part.prompt_tokens for part in parts),
-            generated_tokens=sum(part.generated_tokens for part in parts),
-            requests=sum(part.requests for part in parts),
-            retries=sum(part.retries for part in parts),
+            prompt_tokens=sum(part.prompt_tokens for part in counted),
+            generated_tokens=sum(part.generated_tokens for part in counted),
+            requests=sum(part.requests for part in counted),
+            retries=sum(part.retries for part in counted),
             publishes=self._publishes,
-            paused_s=sum(part.paused_s for part in parts),
+            paused_s=sum(part.paused_s for part in counted),
             workers=tuple(workers),
         )
 

@@ -54,7 +54,9 @@ class Controller:
         agent=None, opens_s: float = 0.0, model_files=None, apart: bool = False, brought=None,
         start: int = 0, **of_run,
     ):  # fmt: skip
-        hub = FleetHub(local, version=version, offer=offer, is_idle=lambda: not self.busy)
+        hub = self.hub = FleetHub(
+            local, version=version, offer=offer, is_idle=lambda: not self.busy
+        )
         log = self.options.get("log")
         after = {} if log is None else {"after_commit": log.after_commit}
         self.fleet = Fleet(
@@ -76,7 +78,6 @@ class Controller:
             async with RolloutLoop(hub, crew=crew, **self.options) as loop:
                 yield loop
             await self.fleet.close("over", again=False)
-            await asyncio.sleep(1)  # until they have heard of it
             self.wires.end(self.fleet.welcome)
 
     @contextlib.asynccontextmanager

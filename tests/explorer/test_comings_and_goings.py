@@ -64,6 +64,17 @@ def due(episodes, **options):
 
 
 @in_virtual_time
+async def test_a_run_is_not_over_before_its_explorers_have_heard_of_it():
+    wires = FakeWires(latency_s=(0.5, 0.5))
+    explorer = Explorer(wires)
+    async with Controller(wires).running() as loop:
+        explorer.start()
+        await train(loop, [1, 2])
+    async with asyncio.timeout(60):
+        await explorer.task
+
+
+@in_virtual_time
 async def test_an_explorer_returns_to_its_own_seat_where_another_has_its_name():
     wires, kept = FakeWires(), KeepingObserver()
     controller = Controller(wires, observers=[kept])

@@ -40,6 +40,27 @@ async def test_explorers_play_a_run():
 
 
 @in_virtual_time
+async def test_what_explorers_have_sampled_is_counted_once_whether_they_are_here_or_not():
+    wires = FakeWires()
+    controller = Controller(wires)
+    async with controller.running(lease_s=10) as loop:
+        explorers = [Explorer(wires, name).start() for name in "ab"]
+        await train(loop, [1, 2])
+        await asyncio.sleep(2)  # what was sampled is told each second
+        before = controller.hub.stats()
+        wires.parted = True
+        await asyncio.sleep(20)
+        assert controller.fleet.explorers == {}
+        gone = controller.hub.stats()
+        assert (gone.generated_tokens, gone.requests) == (before.generated_tokens, before.requests)
+        assert gone.running == 0 and gone.workers == ()
+        wires.parted = False
+        await asyncio.sleep(30)
+        sampled = [explorer.hub.stats().generated_tokens for explorer in explorers]
+        assert controller.hub.stats().generated_tokens == sum(sampled) >= gone.generated_tokens
+
+
+@in_virtual_time
 async def test_explorers_play_each_task_set_with_its_own_agents():
     wires, kept = FakeWires(), KeepingObserver()
     sets = [
