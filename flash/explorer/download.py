@@ -50,8 +50,9 @@ class SourceFailure(Exception):
 
 class Download:
     """Writes into `partial` what is missing there; tells whether the controller has `answered`, and
-    how many `pieces` were verified and written.
+    whether anything came that need not be fetched again, if it is what it should be (`got_on`).
 
+    `begun` has what the controller had sent of pieces when it failed: the next try goes on there.
     When it has run, `socket` is open, for the controller to hear of it.
     """
 
@@ -64,15 +65,17 @@ class Download:
         controller_url: str,
         files: Files,
         partial: Path,
+        begun: dict[Piece, bytearray],
         *,
         tls: ssl.SSLContext | None,
     ) -> None:
         self.answered = False
-        self.pieces = 0
+        self.got_on = False
         self._session = session
         self._files = files
         self._url = controller_url.rstrip("/")
         self._partial = partial
+        self._begun = begun
         self._ssl = True if tls is None else tls
         self._authorization = {"Authorization": authorization(files.key)}
         self._told: asyncio.Future[Manifest] = asyncio.get_running_loop().create_future()
@@ -164,7 +167,7 @@ class Download:
                         f"{source or self._url} sent a piece of {piece.file} whose checksum is "
                         f"another"
                     )
-                self.pieces += 1
+                self.got_on = True
             except BaseException:
                 self._missing.put_nowait(piece)
                 raise
@@ -172,9 +175,23 @@ class Download:
                 self._missing.task_done()
 
     async def _get(self, piece: Piece, source: str) -> bytes:
+        if source != HERE:
+            return await self._read(piece, source, bytearray())
+        data = self._begun.pop(piece, bytearray())
+        before = len(data)
+        try:
+            return await self._read(piece, source, data)
+        except BaseException:
+            if len(data) > before:
+                self.got_on = True
+            self._begun[piece] = data
+            raise
+
+    async def _read(self, piece: Piece, source: str, data: bytearray) -> bytes:
+        """All of the piece, of which there are these data."""
         url = f"{source or self._url}{ROUTE}/{quote(piece.file, safe='')}"
         headers = self._authorization | {
-            "Range": f"bytes={piece.offset}-{piece.offset + piece.size - 1}",
+            "Range": f"bytes={piece.offset + len(data)}-{piece.offset + piece.size - 1}",
             "Accept-Encoding": "identity",
         }
         try:
@@ -185,10 +202,12 @@ class Download:
                     self._check_offered(response.status)
                 if response.status != 206:
                     raise SourceFailure(f"{url} answers {response.status} {response.reason}")
-                return await response.content.readexactly(piece.size)
-        except (
-            aiohttp.ClientError, OSError, TimeoutError, ValueError, asyncio.IncompleteReadError,
-        ) as error:  # fmt: skip
+                async for chunk in response.content.iter_any():
+                    data += chunk[: piece.size - len(data)]
+                    if len(data) == piece.size:
+                        return bytes(data)
+                raise SourceFailure(f"{url} ended after {len(data)} of {piece.size} bytes")
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
             raise SourceFailure(f"{url}: {one_line(error)}") from error
 
     def _check_offered(self, status: int) -> None:

@@ -18,12 +18,12 @@ import aiohttp
 
 from flash.explorer.download import Download, SourceFailure, on_disk
 from flash.explorer.file_server import FileServer
-from flash.explorer.files import FetchFailure, Have, encode, is_here
+from flash.explorer.files import FetchFailure, Have, Piece, encode, is_here
 from flash.explorer.messages import Files
 
 logger = logging.getLogger(__name__)
 
-_MOST_IN_VAIN = 8  # tries in a row in which the controller answers, and no piece is right
+_MOST_IN_VAIN = 8  # tries in a row in which the controller answers, and nothing comes of it
 _LONGEST_BACKOFF_S = 30.0
 _STAMP = re.compile(r"[0-9a-f]{64}")
 _PARTIAL = ".partial"
@@ -108,14 +108,17 @@ class Fetcher:
     async def _download(self, files: Files, partial: Path) -> Download:
         """Again and again; a controller that is away may come back."""
         failures = in_vain = 0
+        begun: dict[Piece, bytearray] = {}
         while True:
-            download = Download(self._session, self._controller(), files, partial, tls=self._tls)
+            download = Download(
+                self._session, self._controller(), files, partial, begun, tls=self._tls
+            )
             try:
                 await download.run()
                 return download
             except SourceFailure as failure:
-                failures = 1 if download.pieces else failures + 1
-                in_vain = in_vain + 1 if download.answered and not download.pieces else 0
+                failures = 1 if download.got_on else failures + 1
+                in_vain = in_vain + 1 if download.answered and not download.got_on else 0
                 if in_vain == _MOST_IN_VAIN:
                     raise FetchFailure(f"{files.path} can't be fetched: {failure}") from failure
                 logger.warning("tries again to fetch %s: %s", files.path, failure)

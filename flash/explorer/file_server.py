@@ -115,8 +115,17 @@ class FileServer:
     async def _add(self, key: str, folder: Path, manifest: Manifest | None = None) -> None:
         contents = await asyncio.to_thread(contents_of, folder)
         size = sum(size for size, _ in contents.values())
-        turns = Turns(turn_s=self._shortest_turn_s + size / _SLOWEST_BYTES_PER_S)
+        turns = Turns(turn_s=self._turn_s(size))
         self._offers[key] = _Offer(folder, contents, turns, manifest)
+
+    def _turn_s(self, size: int) -> float:
+        """Twice what the quickest took for the folder before, if that is longer: where a line is
+        slow for all, who shares it with more of them only has it later."""
+        turn_s = self._shortest_turn_s + size / _SLOWEST_BYTES_PER_S
+        for offer in reversed(self._offers.values()):
+            if offer.turns.quickest_s:
+                return max(turn_s, 2 * offer.turns.quickest_s)
+        return turn_s
 
     def _offered(self, request: web.Request) -> "_Offer":
         given = request.headers.get("Authorization", "").encode(errors="replace")

@@ -22,6 +22,7 @@ class Seat:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     lost: set[str] = field(default_factory=set)
     relay: str = ""  # where others take from it
+    began_at: float = 0.0  # when it had its first source
     took_here: bool = False
 
 
@@ -29,11 +30,12 @@ class Turns:
     """Gives seats their sources: peers first, and HERE as far as that is its share of the copies.
 
     Who takes longer than `turn_s` keeps its source, but is not waited for: another may take from it
-    as well.
+    as well. `quickest_s` is the least time that anybody took, 0 before somebody has all of it.
     """
 
     def __init__(self, *, turn_s: float) -> None:
-        self._turn_s = turn_s
+        self.turn_s = turn_s
+        self.quickest_s = 0.0
         self._taking: dict[Seat, None] = {}  # in the order in which they came
         self._peers: dict[str, Seat] = {}
         self._have = 0  # that came to have all of it
@@ -55,6 +57,9 @@ class Turns:
         if seat not in self._taking:
             return
         del self._taking[seat]
+        if seat.began_at:
+            took_s = asyncio.get_running_loop().time() - seat.began_at
+            self.quickest_s = min(took_s, self.quickest_s or took_s)
         self._have += 1
         self._served += seat.took_here
         if relay:
@@ -101,10 +106,12 @@ class Turns:
         return None
 
     def _give(self, seat: Seat, source: str) -> None:
+        loop = asyncio.get_running_loop()
+        seat.began_at = seat.began_at or loop.time()
         seat.sources[source] = False
         seat.took_here |= source == HERE
         seat.changed.set()
-        asyncio.get_running_loop().call_later(self._turn_s, self._end_turn, seat, source)
+        loop.call_later(self.turn_s, self._end_turn, seat, source)
 
     def _end_turn(self, seat: Seat, source: str) -> None:
         if seat in self._taking and source in seat.sources:

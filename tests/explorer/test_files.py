@@ -17,12 +17,12 @@ import trustme
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from flash.errors import PublishFailure
 from flash.explorer import file_server
 from flash.explorer.explore import checked
 from flash.explorer.fetch import Fetcher
 from flash.explorer.file_server import FileServer
 from flash.explorer.files import (
+    FetchFailure,
     GoneError,
     Manifest,
     authorization,
@@ -78,6 +78,7 @@ class Site:
         self.files = FileServer(piece_bytes=PIECE, **options)
         self.pieces = 0
         self.bytes = 0
+        self.asked_from: list[int] = []
         self.sockets: list[web.Request] = []
         self.on_piece: Callable[[int], Awaitable[web.Response | None]] | None = None
 
@@ -88,6 +89,7 @@ class Site:
             self.pieces += 1
             first, last = part.removeprefix("bytes=").split("-")
             self.bytes += int(last or 0) + 1 - int(first or 0)
+            self.asked_from.append(int(first or 0))
             if self.on_piece and (answer := await self.on_piece(self.pieces)):
                 return answer
         return await handler(request)
@@ -268,10 +270,50 @@ async def test_a_controller_that_sends_what_it_did_not_announce_is_given_up(tmp_
     async with Site().open() as site, fetcher(site, tmp_path / "into") as explorer:
         files = elsewhere(await site.files.offer(model(tmp_path / "model")))
         site.on_piece = lie
-        with pytest.raises(PublishFailure, match="whose checksum is another") as failure:
+        with pytest.raises(FetchFailure, match="whose checksum is another") as failure:
             await explorer.fetch(files)
         assert not isinstance(failure.value, GoneError)
         assert not (tmp_path / "into" / files.stamp).exists()
+
+
+async def test_what_came_of_a_piece_before_its_connection_was_lost_is_not_fetched_again(
+    tmp_path: Path,
+):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "weights").write_bytes(data := random.Random(0).randbytes(PIECE))
+
+    async def lose(number: int) -> web.Response | None:
+        """More often than a controller may be wrong: each time 50 bytes have come."""
+        first = site.asked_from[-1]
+        sent = data[first : first + 50]
+        return web.Response(status=206, body=sent) if first < PIECE / 2 else None
+
+    async with Site().open() as site, fetcher(site, tmp_path / "into") as explorer:
+        site.on_piece = lose
+        fetched = await explorer.fetch(elsewhere(await site.files.offer(folder)))
+        assert content(fetched) == {"weights": data}
+        assert sorted(set(site.asked_from)) == list(range(0, PIECE // 2 + 1, 50))
+
+
+async def test_a_turn_is_as_long_as_the_quickest_needs_where_that_is_longer(tmp_path: Path):
+    for shortest_turn_s in (0, 60):
+        async with (
+            Site(shortest_turn_s=shortest_turn_s).open() as site,
+            fetcher(site, tmp_path / f"into {shortest_turn_s}") as explorer,
+        ):
+            turns = []
+            for seed in range(3):
+                folder = model(tmp_path / f"{shortest_turn_s} {seed}", seed=seed)
+                files = await site.files.offer(folder)
+                turns.append(site.files._offers[files.key].turns)
+                if seed == 0:
+                    await explorer.fetch(elsewhere(files))
+                    while not turns[0].quickest_s:
+                        await asyncio.sleep(0)
+            first, second, third = (each.turn_s for each in turns)
+            assert second == third == max(first, 2 * turns[0].quickest_s)
+            assert (second > first) == (shortest_turn_s == 0)
 
 
 async def test_a_peer_that_has_died_is_forgotten(tmp_path: Path):
@@ -531,7 +573,7 @@ async def test_a_disk_without_room_is_told_of(tmp_path: Path, monkeypatch):
     async with Site().open() as site, fetcher(site, tmp_path / "into") as explorer:
         files = elsewhere(await site.files.offer(model(tmp_path / "model")))
         monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 4, 5))
-        with pytest.raises(PublishFailure, match=r"19,010 bytes are to come, and 5 are free.*into"):
+        with pytest.raises(FetchFailure, match=r"19,010 bytes are to come, and 5 are free.*into"):
             await explorer.fetch(files)
 
 
@@ -539,7 +581,7 @@ async def test_a_place_that_is_no_folder_is_told_of(tmp_path: Path):
     (tmp_path / "into").touch()
     async with Site().open() as site, fetcher(site, tmp_path / "into") as explorer:
         files = elsewhere(await site.files.offer(model(tmp_path / "model")))
-        with pytest.raises(PublishFailure, match="can't be stored: .*into"):
+        with pytest.raises(FetchFailure, match="can't be stored: .*into"):
             await explorer.fetch(files)
 
 

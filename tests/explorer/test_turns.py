@@ -104,3 +104,18 @@ async def test_an_explorer_that_leaves_gives_its_turn_to_the_next():
     first, _, third = joined(turns, 3)
     turns.leave(first)
     assert [*third.sources] == [HERE]
+
+
+@in_virtual_time
+async def test_the_quickest_is_known_whoever_came_first():
+    turns = Turns(turn_s=60)
+    await asyncio.sleep(5)
+    first, second, third = joined(turns, 3)
+    assert turns.quickest_s == 0
+    await asyncio.sleep(9)
+    turns.have(second, "second")
+    await asyncio.sleep(7)
+    turns.have(third, "")  # it waited for 9 s
+    assert turns.quickest_s == 7
+    turns.have(first, "")
+    assert turns.quickest_s == 7
