@@ -21,6 +21,7 @@ from flash.parts.agents import Playing, open_agents
 from flash.parts.door import open_door
 from flash.parts.expert import expert_of
 from flash.parts.model import load_tokenizer, make_style, prepared_model
+from flash.parts.open import open_parts
 from flash.parts.workers import gap_limit, open_hub
 from flash.seeds import HELDOUT_SEEDS
 from flash.train import warn_of_idle_steps
@@ -35,6 +36,30 @@ def test_a_model_without_a_tokenizer_is_the_users_to_change(tmp_path):
         load_tokenizer(str(tmp_path))
     assert str(caught.value).startswith(f"model={str(tmp_path)!r} can't be loaded: check its name")
     assert "\n" not in str(caught.value)
+
+
+async def test_a_loop_is_not_held_up_by_a_tokenizer_that_is_loaded(tmp_path):
+    model = small_policy.create(tmp_path / "m", ["a", "b"], layers=1, hidden_size=8, heads=2)
+    config = load("frozen_lake", {"model": str(model), "engine.urls": "http://127.0.0.1:9"})
+    turns = 0
+
+    async def take_turns():
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    def say(line):
+        raise InterruptedError  # there is one now
+
+    others = asyncio.create_task(take_turns())
+    with pytest.raises(InterruptedError):
+        async with open_parts(
+            config, model=str(model), version=0, weights=None, log_dir=tmp_path, say=say
+        ):
+            pass
+    others.cancel()
+    assert turns > 0
 
 
 def broken_model(folder):

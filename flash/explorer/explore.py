@@ -319,7 +319,7 @@ def local_config(
     settings["trainer"] = trainer | {"kl": trainer["kl"] | {"reference": None}}
     engine = dict(settings["engine"])
     # The run's own workers, ports and GPUs are none of ours; what it has none of, we have one of.
-    engine |= {"urls": [], "door_port": None, "transport": "disk", "devices": []}
+    engine |= {"urls": [], "api_key": "", "door_port": None, "transport": "disk", "devices": []}
     engine["workers"] = engine["workers"] or 1
     if engine["kind"] == "urls":
         engine["kind"] = "auto"

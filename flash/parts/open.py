@@ -6,6 +6,7 @@ Config ─► workers.py  hub       ─┐
        ─► reward.py   rewards   ─┘
 """
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -58,7 +59,8 @@ async def open_parts(
 
     Raises ValueError for what the model or the machine can't do.
     """
-    tokenizer = load_tokenizer(model)
+    # Not on the loop: it imports torch, for seconds, in which an explorer would not be heard of.
+    tokenizer = await asyncio.to_thread(load_tokenizer, model)
     styles = {name: make_style(of_set, tokenizer) for name, of_set in config.own_sets.items()}
     async with (
         open_hub(
