@@ -1,18 +1,17 @@
 """An explorer that has none of the controller's folders: as on another machine."""
 
 import asyncio
-import contextlib
-import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
 from flash.explorer.address import Address
+from tests.commands import flash
 from tests.tiny_runs import run, tiny
 
 MOST_S = 200  # a run takes 20
+SOON_S = 30
 
 # With nothing in the folders $1 … $N before "--", runs the rest.
 APART = """
@@ -20,23 +19,6 @@ while [ "$1" != -- ]; do mount -t tmpfs none "$1"; shift; done
 shift
 exec "$@"
 """
-
-
-@contextlib.asynccontextmanager
-async def apart(*words, without):
-    """A command on a machine that has nothing in these folders."""
-    process = await asyncio.create_subprocess_exec(
-        "unshare", "--mount", "sh", "-ec", APART, "sh", *map(str, without), "--",
-        *map(str, words),
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    try:
-        yield process
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
 
 
 async def exit_code(*words) -> int:
@@ -58,16 +40,19 @@ async def test_an_explorer_without_the_controllers_disk_has_its_model_and_weight
     while not folder.is_dir() or (address := Address.read(folder)) is None:
         assert not running.done(), running
         await asyncio.sleep(0.1)
-    words = (
-        sys.executable, "-c", "from flash.cli.main import main; main()", "explore", address.url,
-        "--token", address.token, "--relay", "127.0.0.1", "--folder", tmp_path / "a",
-    )  # fmt: skip
-    async with apart(*words, without=hidden) as explorer:
+    inside = ("unshare", "--mount", "sh", "-ec", APART, "sh", *hidden, "--")
+    async with flash(
+        "explore", address.url, "--token", address.token, "--relay", "127.0.0.1",
+        "--folder", tmp_path / "a", inside=inside,
+    ) as explorer:  # fmt: skip
         ended = asyncio.create_task(explorer.communicate())
         both = running, ended
         await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED, timeout=MOST_S)
         if not running.done():  # nobody plays, whatever it waits for
             running.cancel()
+            explorer.kill()
+        await asyncio.wait(both, timeout=SOON_S)
+        if not ended.done():  # it has not heard that the run is over
             explorer.kill()
         out, _ = await ended
         assert explorer.returncode == 0, out.decode()

@@ -1,12 +1,8 @@
 """Runs whose explorers are processes: killed, asked to leave, left alone; all parts real."""
 
 import asyncio
-import contextlib
-import os
 import signal
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -15,27 +11,12 @@ from flash.rollout.committed import INTERRUPTED
 from flash.telemetry.folder import read_lines
 from flash.telemetry.status import Status
 from flash.warm_start.small_policy import create
+from tests.commands import flash
 from tests.tiny_runs import OUTCOMES, run, tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 CLUSTER = {"explorers.expected": 2, "engine.workers": 0, "explorers.lease_s": 6}
-
-
-@contextlib.asynccontextmanager
-async def flash(*words):
-    """A command, killed in the end if it runs still."""
-    process = await asyncio.create_subprocess_exec(
-        Path(sys.executable).with_name("flash"), *map(str, words),
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    try:
-        yield process
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
 
 
 async def steps(folder, count, *unless):
