@@ -11,7 +11,7 @@ from flash.cluster.place import Place
 def plan(tmp_path, **changes):
     overrides = {"cluster": "ray", "runs_dir": str(tmp_path / "runs"), **changes}
     config = configuration.load("frozen_lake", overrides)
-    return roles.plan_of(config, token="made up", marker=tmp_path / "marker")
+    return roles.plan_of(config, token="made up for this run", marker=tmp_path / "marker")
 
 
 def test_the_controller_plays_nothing_and_lets_explorers_in_where_its_node_is_reached(tmp_path):
