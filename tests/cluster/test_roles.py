@@ -51,7 +51,7 @@ def test_keys_travel_as_variables_and_are_in_no_file(tmp_path, monkeypatch):
     named = planned.settings["engine"]["api_key"].removeprefix("$")
     assert planned.variables[named] == "secret words"
     assert planned.variables["LOG_URL"] == "postgresql://u:pass-phrase@h/d"
-    assert "made up" in planned.variables.values()
+    assert "made up for this run" in planned.variables.values()
 
 
 def test_an_explorer_has_the_gpus_that_it_was_given_and_the_runs_workers(tmp_path):
