@@ -53,14 +53,13 @@ def started(
     reference: Path | None = None,
 ) -> Iterator[Rank]:
     rank = Rank()
-    rendezvous = tmp_path / "rendezvous"
     rank.start(
         str(model),
         checkpoint and str(checkpoint),
         config,
         0,
         1,
-        str(rendezvous),
+        None,
         0,
         reference and str(reference),
     )
@@ -68,7 +67,6 @@ def started(
         yield rank
     finally:
         dist.destroy_process_group()
-        rendezvous.unlink(missing_ok=True)
 
 
 def step(rank: Rank, samples: list[Sample], config: TrainerConfig, version: int = 0) -> Any:
@@ -413,8 +411,7 @@ def test_a_model_that_can_not_be_trained_is_told_in_a_line(tmp_path: Path) -> No
     )  # fmt: skip
     Model.from_config(config).save_pretrained(tmp_path / "bert")
     rank = Rank()
-    rendezvous = str(tmp_path / "rendezvous")
-    why = rank.start(str(tmp_path / "bert"), None, TrainerConfig(), 0, 1, rendezvous, 0)
+    why = rank.start(str(tmp_path / "bert"), None, TrainerConfig(), 0, 1, None, 0)
     dist.destroy_process_group()
     assert why.startswith("model_type='bert' computes other logprobs in packed sequences")
     assert "\n" not in why
