@@ -39,7 +39,7 @@ def check_answers(address: str) -> None:
 
 
 def check_room(asked: ClusterConfig, nodes: Sequence[Node], *, pinned: str | None = None) -> None:
-    """ValueError if the controller, or the least number of explorers, has no place.
+    """ValueError if the trainer, or the least number of explorers, has no place.
 
     `pinned`: the node that alone has the run's disk, on which the controller must be.
     """
@@ -49,28 +49,32 @@ def check_room(asked: ClusterConfig, nodes: Sequence[Node], *, pinned: str | Non
         for node in nodes
         if node.holds(trainer.cpus, trainer.gpus) and (not pinned or node.name == pinned)
     ]
-    if not homes:
-        where = "no node has"
+    if len(homes) < trainer.nodes:
+        of = f"cluster.trainer.nodes={trainer.nodes} of " if trainer.nodes > 1 else ""
+        where = (
+            f"{'only ' if homes else 'no '}{_count(len(homes), 'node') if homes else 'node'} has"
+        )
         if pinned is not None:
             where = f"node {pinned}, whose disk alone has the run's folder, lacks"
         raise ValueError(
-            f"cluster.trainer.cpus={trainer.cpus} with cluster.trainer.gpus={trainer.gpus}: "
+            f"{of}cluster.trainer.cpus={trainer.cpus} with cluster.trainer.gpus={trainer.gpus}: "
             f"{where} them; there {_told(nodes)}: ask for less, or add a node"
         )
-    most = max(
-        sum(
-            (node.less(trainer.cpus, trainer.gpus) if node is home else node).holds(
-                explorers.cpus, explorers.gpus
-            )
-            for node in nodes
-        )
-        for home in homes
+
+    def explorers_on(node: Node) -> int:
+        return node.holds(explorers.cpus, explorers.gpus)
+
+    lost = sorted(
+        explorers_on(node) - explorers_on(node.less(trainer.cpus, trainer.gpus)) for node in homes
     )
+    most = sum(map(explorers_on, nodes)) - sum(lost[: trainer.nodes])
     if most < explorers.min:
+        of_nodes = f", nodes={trainer.nodes}" if trainer.nodes > 1 else ""
         raise ValueError(
             f"cluster.explorers.min={explorers.min} of cluster.explorers.cpus={explorers.cpus} and "
             f"cluster.explorers.gpus={explorers.gpus}: beside the trainer "
-            f"(cluster.trainer.cpus={trainer.cpus}, gpus={trainer.gpus}) there is room for {most}; "
+            f"(cluster.trainer.cpus={trainer.cpus}, gpus={trainer.gpus}{of_nodes}) there is room "
+            f"for {most}; "
             f"there {_told(nodes)}: ask for less, or add a node"
         )
 

@@ -58,7 +58,7 @@ logger = logging.getLogger(__name__)
 
 
 class Rank:
-    """Model and optimizer of one rank. `listening`: the socket at which rank 0 awaits the others."""
+    """Model and optimizer of one rank. `listening`: the socket at which it awaits the others."""
 
     def __init__(self, listening: int | None = None) -> None:
         self._listening = listening
@@ -87,9 +87,11 @@ class Rank:
             torch.cuda.set_device(rank % torch.cuda.device_count())
         self._device = torch.device("cuda", torch.cuda.current_device()) if cuda else "cpu"
         _keep_to(LOOPBACK if meeting is None else meeting.address)
-        store = dist.HashStore() if meeting is None else self._meet(meeting, ranks)
         dist.init_process_group(
-            "nccl" if cuda else "gloo", store=store, rank=rank, world_size=ranks
+            "nccl" if cuda else "gloo",
+            store=self._store(meeting, ranks),
+            rank=rank,
+            world_size=ranks,
         )
         torch.manual_seed(seed)
         if not cuda:  # on a CPU it is cheap, and a batch trained again makes the same bits
@@ -122,18 +124,16 @@ class Rank:
             self._load(Path(checkpoint))
         return ""
 
-    def _meet(self, meeting: Meeting, ranks: int) -> dist.TCPStore:
+    def _store(self, meeting: Meeting | None, ranks: int) -> Any:
         """What all ranks find each other by; rank 0 has it."""
-        host, port = meeting.host, meeting.port
-        if self._listening is None:
-            return dist.TCPStore(host, port, world_size=ranks, is_master=False)
-        return dist.TCPStore(
-            host,
-            port,
-            world_size=ranks,
-            is_master=True,
-            wait_for_workers=False,
-            master_listen_fd=self._listening,  # by itself it would listen at every address
+        stores: Any = dist
+        if meeting is None:
+            return stores.HashStore()
+        more: dict[str, Any] = {"is_master": False}
+        if self._listening is not None:  # by itself it would listen at every address
+            more = {"is_master": True, "master_listen_fd": self._listening}
+        return stores.TCPStore(
+            meeting.host, meeting.port, world_size=ranks, wait_for_workers=False, **more
         )
 
     def _load_model(self, source: str) -> tuple[Any, TokenScorer]:
@@ -406,6 +406,7 @@ def _keep_to(address: str) -> None:
 
 
 def _interface(address: str) -> str:
+    name: str
     for name, addresses in psutil.net_if_addrs().items():
         if any(one.address.partition("%")[0] == address for one in addresses):
             return name

@@ -94,11 +94,15 @@ async def start_ranks(
     numbers: Iterable[int],
     logs: Path,
     *,
+    at: str = "",
     meeting: socket.socket | None = None,
     env: Mapping[str, str] | None = None,
     cwd: str | None = None,
 ) -> list[RankProcess]:
-    """Ranks of those numbers, on this machine. `meeting`: where rank 0 listens for the others."""
+    """Ranks of those numbers, on this machine.
+
+    `at` is added to their names. `meeting`: where rank 0 listens for the others.
+    """
     started: list[RankProcess] = []
     try:
         for number in numbers:
@@ -107,7 +111,7 @@ async def start_ranks(
             child = await Child.start(
                 "flash.trainer",
                 *map(str, fds),
-                name=f"trainer rank {number}",
+                name=f"trainer rank {number}{at}",
                 log_path=logs / f"trainer_rank_{number}.log",
                 pass_fds=fds,
                 env=env,

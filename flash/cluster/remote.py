@@ -1,0 +1,77 @@
+"""Actors of Ray as the roles that they are of, for who calls them by name."""
+
+import logging
+from collections.abc import Awaitable, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from flash.cluster.place import Place
+from flash.cluster.roles import Whereabouts
+from flash.errors import ProcessFailure
+
+
+class RemoteController:
+    """The controller's role, as `flash.cluster.explorer` and `flash.cluster.ranks` ask it."""
+
+    def __init__(self, name: str) -> None:
+        self._controller = ray.get_actor(name)
+
+    def whereabouts(self, known: Whereabouts | None, place: Place) -> Awaitable[Whereabouts | None]:
+        found: Awaitable[Whereabouts | None] = self._controller.whereabouts.remote(known, place)
+        return found
+
+    def register(self, place: Place) -> Awaitable[None]:
+        registered: Awaitable[None] = self._controller.register.remote(place)
+        return registered
+
+
+class RemoteRanks:
+    """A RanksNode: a role of ranks, wherever Ray has it by now."""
+
+    def __init__(self, name: str, actor: Any) -> None:
+        self.name = name
+        self._actor = actor
+
+    async def start(self, name: str, ranks: Sequence[int], logs: str) -> Place:
+        # Again wherever the role is by then; Ray waits for a node with room.
+        place: Place = await self._ask("start", name, ranks, logs, tries=-1)
+        return place
+
+    async def call(self, start: str, rank: int, method: str, args: Sequence[Any]) -> Any:
+        return await self._ask("call", start, rank, method, args)
+
+    async def wait_dead(self, start: str, rank: int) -> str:
+        return str(await self._ask("wait_dead", start, rank))
+
+    async def kill(self, start: str, rank: int) -> None:
+        await self._ask("kill", start, rank)
+
+    async def stop(self, start: str, rank: int, grace_s: float) -> None:
+        await self._ask("stop", start, rank, grace_s)
+
+    async def _ask(self, method: str, *arguments: Any, tries: int = 0) -> Any:
+        """What the role answers, or raises; ProcessFailure if it is lost. Ray makes a call that was
+        lost again so often."""
+        try:
+            return await (
+                getattr(self._actor, method).options(max_task_retries=tries).remote(*arguments)
+            )
+        except RayTaskError as error:
+            raise error.cause from None
+        except RayError as error:
+            raise ProcessFailure(
+                f"{self.name} is lost: its node or its process has ended, or can't be reached "
+                f"({type(error).__name__})"
+            ) from error
+
+
+def ranks_of(names: Sequence[str], address: str, namespace: str) -> list[RemoteRanks]:
+    """The roles of those names of the cluster at that address, for this process, which is then one
+    of the cluster's drivers."""
+    ray.init(address=address, namespace=namespace, logging_level=logging.ERROR, log_to_driver=False)
+    return [
+        RemoteRanks(f"trainer-{number}", ray.get_actor(name))
+        for number, name in enumerate(names, 1)
+    ]
