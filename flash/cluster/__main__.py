@@ -8,7 +8,7 @@ from flash.cli.main import as_process, log_to_stderr, main
 from flash.cluster.ranks import RanksOnNodes
 from flash.command_line import ended
 from flash.system.durable import write_whole
-from flash.trainer.ranks import RankStarter
+from flash.trainer.ranks import LocalRanks, RankStarter
 
 
 def _train(settings: str, marker: str, *others: str) -> None:
@@ -22,7 +22,8 @@ def _train(settings: str, marker: str, *others: str) -> None:
         from flash.cluster.remote import ranks_of  # noqa: PLC0415  (it imports ray)
 
         cluster, namespace, *names = others
-        starter = RanksOnNodes(loaded.explorers.host, ranks_of(names, cluster, namespace))
+        here = LocalRanks(loaded.explorers.host)
+        starter = RanksOnNodes(here, ranks_of(names, cluster, namespace))
 
     def told(folder: Path) -> None:
         write_whole(Path(marker), str(folder).encode())

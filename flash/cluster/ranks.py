@@ -19,9 +19,9 @@ from flash.cluster.place import Place
 from flash.cluster.roles import Plan, working_directory
 from flash.errors import ProcessFailure, first_error
 from flash.trainer.ranks import (
-    LocalRanks,
     Meeting,
     RankProcess,
+    RankStarter,
     StartedRanks,
     end_ranks,
     start_ranks,
@@ -29,7 +29,7 @@ from flash.trainer.ranks import (
 
 logger = logging.getLogger(__name__)
 
-_PATIENCE_S = 15.0  # a node that is there has started its ranks by then, or nearly so
+_PATIENCE_S = 10.0  # a node that is there has started its ranks by then, or nearly so
 
 
 class Controller(Protocol):
@@ -123,12 +123,12 @@ class RanksOnNodes:
     """A RankStarter: as many ranks on each node, first those on this one.
 
     Args:
-        address: of this node, where the others meet rank 0.
+        here: of this node's ranks, whose address must be one that others reach.
         others: what has the ranks of further nodes.
     """
 
-    def __init__(self, address: str, others: Sequence[RanksNode]) -> None:
-        self._here = LocalRanks(address)
+    def __init__(self, here: RankStarter, others: Sequence[RanksNode]) -> None:
+        self._here = here
         self._others = others
         self._awaited: set[str] = set()
 

@@ -1,5 +1,6 @@
 """Actors of Ray as the roles that they are of, for who calls them by name."""
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Sequence
 from typing import Any
@@ -10,6 +11,12 @@ from ray.exceptions import RayError, RayTaskError
 from flash.cluster.place import Place
 from flash.cluster.roles import Whereabouts
 from flash.errors import ProcessFailure
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 5.0
+
+
+class _RoleLost(ProcessFailure):
+    """Its actor does not answer: Ray has it on no node, or that is gone."""
 
 
 class RemoteController:
@@ -35,9 +42,14 @@ class RemoteRanks:
         self._actor = actor
 
     async def start(self, name: str, ranks: Sequence[int], logs: str) -> Place:
-        # Again wherever the role is by then; Ray waits for a node with room.
-        place: Place = await self._ask("start", name, ranks, logs, tries=-1)
-        return place
+        pause_s = _FIRST_PAUSE_S
+        while True:  # by itself Ray would try as often, and say so each time
+            try:
+                place: Place = await self._ask("start", name, ranks, logs)
+                return place
+            except _RoleLost:  # until Ray has it on a node with room
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
     async def call(self, start: str, rank: int, method: str, args: Sequence[Any]) -> Any:
         return await self._ask("call", start, rank, method, args)
@@ -51,17 +63,15 @@ class RemoteRanks:
     async def stop(self, start: str, rank: int, grace_s: float) -> None:
         await self._ask("stop", start, rank, grace_s)
 
-    async def _ask(self, method: str, *arguments: Any, tries: int = 0) -> Any:
-        """What the role answers, or raises; ProcessFailure if it is lost. Ray makes a call that was
-        lost again so often."""
+    async def _ask(self, method: str, *arguments: Any) -> Any:
+        """What the role answers, or raises. Nothing is asked twice: a step must not be made so."""
         try:
-            return await (
-                getattr(self._actor, method).options(max_task_retries=tries).remote(*arguments)
-            )
+            once = getattr(self._actor, method).options(max_task_retries=0)
+            return await once.remote(*arguments)
         except RayTaskError as error:
             raise error.cause from None
         except RayError as error:
-            raise ProcessFailure(
+            raise _RoleLost(
                 f"{self.name} is lost: its node or its process has ended, or can't be reached "
                 f"({type(error).__name__})"
             ) from error

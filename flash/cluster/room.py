@@ -51,9 +51,7 @@ def check_room(asked: ClusterConfig, nodes: Sequence[Node], *, pinned: str | Non
     ]
     if len(homes) < trainer.nodes:
         of = f"cluster.trainer.nodes={trainer.nodes} of " if trainer.nodes > 1 else ""
-        where = (
-            f"{'only ' if homes else 'no '}{_count(len(homes), 'node') if homes else 'node'} has"
-        )
+        where = f"only {_count(len(homes), 'node')} has" if homes else "no node has"
         if pinned is not None:
             where = f"node {pinned}, whose disk alone has the run's folder, lacks"
         raise ValueError(
