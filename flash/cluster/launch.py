@@ -41,7 +41,7 @@ from flash.cluster.place import Place
 from flash.cluster.ranks import RanksRole
 from flash.cluster.remote import RemoteController
 from flash.cluster.roles import Plan, plan_of
-from flash.cluster.room import Node, check_answers, check_room
+from flash.cluster.room import Node, check_answers, check_room, check_shared
 from flash.config import Config
 from flash.config.mistakes import validated
 from flash.errors import ClusterFailure, first_error
@@ -85,7 +85,9 @@ def launch(config: Config) -> int:
     with _connected(config.cluster.address), _marker(config.runs_dir.resolve()) as marker:
         nodes = [node for node in ray.nodes() if node["Alive"]]
         if config.cluster.trainer.nodes > 1:
-            _check_shared(config, nodes, marker)
+            asked = config.cluster.trainer
+            able = [node for node in nodes if _node(node).holds(asked.cpus, asked.gpus)]
+            check_shared(config, marker, lambda path: _share(able, path))
             home = None
         else:
             home = None if _share(nodes, marker) else ray.get_runtime_context().get_node_id()
@@ -252,24 +254,6 @@ def _nodes_of_trainer(asked: ClusterTrainerConfig, home: str | None) -> list[Any
         PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=number)
         for number in range(asked.nodes)
     ]
-
-
-def _check_shared(config: Config, nodes: list[dict[str, Any]], marker: Path) -> None:
-    """ValueError for what ranks on several nodes need, and not each that may have some sees."""
-    asked = config.cluster.trainer
-    able = [node for node in nodes if _node(node).holds(asked.cpus, asked.gpus)]
-    needed = {"runs_dir": (str(config.runs_dir), marker)}
-    kl = config.trainer.kl
-    for field, model in (("model", config.model), ("trainer.kl.reference", kl.reference)):
-        if model and (folder := Path(model).expanduser()).is_dir():
-            needed[field] = (model, folder.resolve())
-    for field, (value, path) in needed.items():
-        if not _share(able, path):
-            raise ValueError(
-                f"{field}={value!r} with cluster.trainer.nodes={asked.nodes}: not all nodes that "
-                f"may have ranks see it: name a folder on a disk that they share, or use "
-                f"cluster.trainer.nodes=1"
-            )
 
 
 def _share(nodes: list[dict[str, Any]], path: Path) -> bool:

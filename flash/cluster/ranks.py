@@ -20,6 +20,7 @@ from flash.cluster.roles import Plan, working_directory
 from flash.errors import ProcessFailure, first_error
 from flash.trainer.ranks import (
     Meeting,
+    NodeLost,
     RankProcess,
     RankStarter,
     StartedRanks,
@@ -41,7 +42,7 @@ class Controller(Protocol):
 class RanksNode(Protocol):
     """What has ranks on a further node, or will have them: `RanksRole`, wherever that is.
 
-    All but `start` raise ProcessFailure if it is lost, with the node perhaps, or the rank is.
+    All but `start` raise NodeLost if it is, ProcessFailure if the rank alone has ended.
     """
 
     @property
@@ -231,10 +232,11 @@ class _FarRank:
 
     async def _watch(self) -> None:
         try:
-            why = await self._node.wait_dead(*self._key)
-        except ProcessFailure as lost:
-            why = f"{self.name} is lost: {lost}"
-        self._dead = ProcessFailure(why)
+            self._dead = ProcessFailure(await self._node.wait_dead(*self._key))
+        except NodeLost as lost:
+            self._dead = NodeLost(f"{self.name}: {lost}")
+        except ProcessFailure as gone:
+            self._dead = gone
 
 
 def _at(place: Place) -> str:

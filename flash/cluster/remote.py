@@ -6,17 +6,14 @@ from collections.abc import Awaitable, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
 from flash.cluster.place import Place
 from flash.cluster.roles import Whereabouts
 from flash.errors import ProcessFailure
+from flash.trainer.ranks import NodeLost
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 5.0
-
-
-class _RoleLost(ProcessFailure):
-    """Its actor does not answer: Ray has it on no node, or that is gone."""
 
 
 class RemoteController:
@@ -47,7 +44,7 @@ class RemoteRanks:
             try:
                 place: Place = await self._ask("start", name, ranks, logs)
                 return place
-            except _RoleLost:  # until Ray has it on a node with room
+            except NodeLost:  # until Ray has it on a node with room
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
@@ -70,8 +67,10 @@ class RemoteRanks:
             return await once.remote(*arguments)
         except RayTaskError as error:
             raise error.cause from None
+        except ActorDiedError as error:  # for good: it could not be made, or was killed
+            raise ProcessFailure(f"{self.name} is no more: {error}") from error
         except RayError as error:
-            raise _RoleLost(
+            raise NodeLost(
                 f"{self.name} is lost: its node or its process has ended, or can't be reached "
                 f"({type(error).__name__})"
             ) from error

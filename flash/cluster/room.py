@@ -1,10 +1,12 @@
 """Whether a cluster can hold what a run asks of it: found out before anything starts."""
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from flash.cluster.config import ClusterConfig
+from flash.config import Config
 
 _ANSWERS_S = 10.0
 
@@ -51,7 +53,9 @@ def check_room(asked: ClusterConfig, nodes: Sequence[Node], *, pinned: str | Non
     ]
     if len(homes) < trainer.nodes:
         of = f"cluster.trainer.nodes={trainer.nodes} of " if trainer.nodes > 1 else ""
-        where = f"only {_count(len(homes), 'node')} has" if homes else "no node has"
+        where = "no node has"
+        if homes:
+            where = f"only {_count(len(homes), 'node')} {'has' if len(homes) == 1 else 'have'}"
         if pinned is not None:
             where = f"node {pinned}, whose disk alone has the run's folder, lacks"
         raise ValueError(
@@ -75,6 +79,25 @@ def check_room(asked: ClusterConfig, nodes: Sequence[Node], *, pinned: str | Non
             f"for {most}; "
             f"there {_told(nodes)}: ask for less, or add a node"
         )
+
+
+def check_shared(config: Config, marker: Path, shared: Callable[[Path], bool]) -> None:
+    """ValueError for what ranks on several nodes need, and not each that may have some sees.
+
+    `marker`: in `runs_dir`; `shared`: whether they all see a path.
+    """
+    needed = [("runs_dir", str(config.runs_dir), marker)]
+    kl = config.trainer.kl
+    for field, model in (("model", config.model), ("trainer.kl.reference", kl.reference)):
+        if model and (folder := Path(model).expanduser()).is_dir():
+            needed.append((field, model, folder.resolve()))
+    for field, value, path in needed:
+        if not shared(path):
+            raise ValueError(
+                f"{field}={value!r} with cluster.trainer.nodes={config.cluster.trainer.nodes}: not "
+                f"all nodes that may have ranks see it: name a folder on a disk that they share, "
+                f"or use cluster.trainer.nodes=1"
+            )
 
 
 def _told(nodes: Sequence[Node]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from flash.cluster.place import Place
 from flash.errors import ProcessFailure
-from flash.trainer.ranks import LOOPBACK, Meeting, StartedRanks
+from flash.trainer.ranks import LOOPBACK, Meeting, NodeLost, StartedRanks
 
 
 class FakeRank:
@@ -96,12 +96,17 @@ class FakeRanksNode:
         return Place(self.name, "1a2b", self.name, f"10.0.0.{len(self.starts)}", 1, 1, ())
 
     async def call(self, start: str, rank: int, method: str, args: Sequence[Any]) -> Any:
-        return await self._rank(start, rank).call(method, *args)
+        try:
+            return await self._rank(start, rank).call(method, *args)
+        except ProcessFailure:
+            if self._there.is_set():
+                raise
+            raise NodeLost(f"{self.name} is lost") from None
 
     async def wait_dead(self, start: str, rank: int) -> str:
         await self._rank(start, rank).wait_dead()
         if not self._there.is_set():
-            raise ProcessFailure(f"{self.name} is lost")
+            raise NodeLost(f"{self.name} is lost")
         return "killed"
 
     async def kill(self, start: str, rank: int) -> None:
@@ -113,5 +118,5 @@ class FakeRanksNode:
     def _rank(self, start: str, rank: int) -> FakeRank:
         name, ranks = self.starts[-1]
         if name != start or not self._there.is_set():
-            raise ProcessFailure(f"{self.name} is lost")
+            raise NodeLost(f"{self.name} is lost")
         return ranks[rank]

@@ -18,6 +18,10 @@ from flash.system.process import Child
 LOOPBACK = "127.0.0.1"
 
 
+class NodeLost(ProcessFailure):
+    """A rank's node is lost, or can't be reached: it is nothing that the rank did."""
+
+
 class RankProcess(Protocol):
     """A rank that was started. As `Child` has it, in all that it has here."""
 

@@ -22,7 +22,7 @@ from flash.trainer.packing import (
     divide_expert,
     plan,
 )
-from flash.trainer.ranks import LocalRanks, RankProcess, RankStarter, end_ranks
+from flash.trainer.ranks import LocalRanks, NodeLost, RankProcess, RankStarter, end_ranks
 from flash.trainer.scratch import Scratch
 from flash.trainer.values import less_penalties, with_values
 from flash.types import (
@@ -104,11 +104,23 @@ class Trainer:
     async def __aenter__(self) -> "Trainer":
         self._scratch = Scratch()
         try:
-            await self._start_ranks()
+            while not await self._started():
+                await end_ranks(self._children)
         except BaseException:
             await self.__aexit__()
             raise
         return self
+
+    async def _started(self) -> bool:
+        """Whether its ranks have started; no, if one was lost with its node meanwhile."""
+        try:
+            await self._start_ranks()
+        except TrainerFailure as failure:
+            if not isinstance(failure.__cause__, NodeLost):
+                raise
+            logger.warning("%s: the ranks are started again", failure)
+            return False
+        return True
 
     async def _start_ranks(self) -> None:
         assert self._scratch is not None

@@ -18,7 +18,7 @@ from flash.errors import ProcessFailure
 from flash.fakes import FakeBatchLog, FakeRanks, FakeRanksNode, fake_sample
 from flash.trainer.config import TrainerConfig
 from flash.trainer.lasting import LastingTrainer
-from flash.trainer.ranks import LocalRanks
+from flash.trainer.ranks import LocalRanks, NodeLost
 from flash.trainer.trainer import Trainer
 from flash.types import Batch
 from flash.virtual_time import in_virtual_time
@@ -156,12 +156,29 @@ async def test_a_rank_that_is_called_on_a_node_that_is_lost_fails_at_once(tmp_pa
     stepping = asyncio.create_task(far.call("step", timeout_s=1e6))
     await asyncio.sleep(1)
     node.lose()
-    with pytest.raises(ProcessFailure):
+    with pytest.raises(NodeLost):
         await stepping
-    assert "trainer rank 1 at 10.0.0.1 is lost: trainer-1 is lost" in str(await far.wait_dead())
+    assert str(await far.wait_dead()) == "trainer rank 1 at 10.0.0.1: trainer-1 is lost"
     assert not far.alive
     assert asyncio.get_running_loop().time() < 60
     await far.stop()
+
+
+@in_virtual_time
+async def test_a_node_that_is_lost_while_ranks_load_their_first_model_is_waited_for(tmp_path):
+    answers = {}  # the model is loaded for ever
+    node = FakeRanksNode("trainer-1", answers)
+    starter = RanksOnNodes(FakeRanks(ANSWERS), [node])
+    trainer = Trainer(model="m", config=CONFIG, run_dir=tmp_path, starter=starter)
+    entering = asyncio.create_task(trainer.__aenter__())
+    await asyncio.sleep(1)
+    node.lose()
+    answers |= ANSWERS
+    await asyncio.sleep(3600)
+    node.come_back()
+    assert await entering is trainer
+    assert len(node.starts) == 2
+    await trainer.__aexit__()
 
 
 async def test_a_trainer_goes_on_when_a_lost_node_is_back(tmp_path):

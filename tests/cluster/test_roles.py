@@ -42,6 +42,11 @@ def test_its_settings_are_a_configuration_that_is_read_from_a_file(tmp_path, mon
     assert os.stat(tmp_path / "settings.yaml").st_mode & 0o077 == 0
 
 
+def test_each_node_of_the_trainer_has_a_rank_for_each_of_its_gpus(tmp_path):
+    planned = plan(tmp_path, **{"cluster.trainer.gpus": 4, "cluster.trainer.nodes": 2})
+    assert planned.settings["trainer"]["ranks"] == 8
+
+
 def test_keys_travel_as_variables_and_are_in_no_file(tmp_path, monkeypatch):
     monkeypatch.setenv("LOG_URL", "postgresql://u:pass-phrase@h/d")
     planned = plan(tmp_path, **{"log.url": "$LOG_URL", "engine.api_key": "secret words"})
