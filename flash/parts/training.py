@@ -351,9 +351,8 @@ async def _redo_as_logged(
     saves that: others hold from there on."""
     left = [version for version in past.redo if version >= until]
     done = replace(past, redo=[version for version in past.redo if version < until])
-    ranks = {"ranks": config.trainer.ranks, "shard_size": config.trainer.shard_size}  # there are
-    as_logged = TrainerConfig.model_validate({**settings, **ranks})
-    trainer = _trainer(config, as_logged, model, folder, run_log, done, redone, starter)
+    logged = as_logged(settings, config.trainer)
+    trainer = _trainer(config, logged, model, folder, run_log, done, redone, starter)
     checkpoints = Checkpoints(
         folder.path, resumed=folder.checkpoint, every_s=0, observer=Observer()
     )
@@ -361,6 +360,12 @@ async def _redo_as_logged(
         path = await checkpoints.save(trainer, spare=True)
     folder.checkpoint = Checkpoint(path, until)
     return replace(past, checkpoint=until, redo=left)
+
+
+def as_logged(settings: Mapping[str, Any], now: TrainerConfig) -> TrainerConfig:
+    """Settings that batches were trained with, on the ranks that there are now."""
+    ranks = {"ranks": now.ranks, "shard_size": now.shard_size}
+    return TrainerConfig.model_validate({**settings, **ranks})
 
 
 def _adaptive_alpha(config: Config) -> AdaptiveAlpha:
