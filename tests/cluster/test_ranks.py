@@ -123,25 +123,29 @@ async def test_ranks_of_a_node_follow_each_other_and_meet_at_the_first_node(tmp_
     ]  # fmt: skip
     assert [list(node.starts[0][1]) for node in others] == [[2, 3], [4, 5]]
     assert {meeting[:2] for meeting in started.meetings} == {("127.0.0.1", 1)}
+    assert [meeting.address for meeting in started.meetings] == 2 * ["127.0.0.1"] + 4 * ["10.0.0.1"]
     for rank in started.ranks:
         await rank.stop()
     assert not any(rank.alive for rank in started.ranks)
 
 
 @in_virtual_time
-async def test_a_start_waits_for_a_node_without_a_deadline_and_says_so_once(tmp_path, caplog):
-    node = FakeRanksNode("trainer-1", ANSWERS)
-    node.lose()
-    starter = RanksOnNodes(FakeRanks(ANSWERS), [node])
-    starting = asyncio.create_task(starter.start(2, tmp_path))
+async def test_a_start_waits_for_nodes_without_a_deadline_and_says_so_once(tmp_path, caplog):
+    nodes = [FakeRanksNode(f"trainer-{number}", ANSWERS) for number in (1, 2)]
+    for node in nodes:
+        node.lose()
+    starter = RanksOnNodes(FakeRanks(ANSWERS), nodes)
+    starting = asyncio.create_task(starter.start(3, tmp_path))
     with caplog.at_level(logging.WARNING):
         await asyncio.sleep(86_400)
-    assert starter.waits_for == "a node for trainer-1"
     assert [record.getMessage() for record in caplog.records] == [
-        "the trainer waits for a node for trainer-1, however long: Ray has none with room for it "
-        "(cluster.trainer)"
+        "the trainer waits for a node for trainer-1, trainer-2, however long: Ray has none with "
+        "room for it (cluster.trainer)"
     ]
-    node.come_back()
+    nodes[0].come_back()
+    await asyncio.sleep(1)
+    assert starter.waits_for == "a node for trainer-2"
+    nodes[1].come_back()
     started = await starting
     assert starter.waits_for == ""
     for rank in started.ranks:
