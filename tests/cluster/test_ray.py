@@ -186,6 +186,8 @@ def test_ranks_on_two_nodes_make_the_steps_of_one_whatever_is_lost_of_them(tmp_p
             cluster.remove(away)
             driver.says("flash.trainer.lasting: trainer rank .*; restart 1 ", since=before)
             driver.says("the trainer waits for a node for trainer-1, however long", since=before)
+            status = json.loads((tmp_path / "runs/run/status.json").read_text())
+            assert "a node for trainer-1" in [role["waits_for"] for role in status["roles"]]
             joined = cluster.add(2)
             driver.says(rf"^trainer-1: node {joined}", since=before)
             before = len(driver.said)
