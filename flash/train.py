@@ -25,17 +25,23 @@ from flash.rollout.stall.blocked import watched_event_loop
 from flash.stop import given_up_by, unless
 from flash.telemetry.folder import RunFolder
 from flash.telemetry.live import open_view
+from flash.trainer.ranks import RankStarter
 from flash.types import Batch
 
 logger = logging.getLogger(__name__)
 
 
 async def train(
-    config: Config, *, stop: asyncio.Event, opened: Callable[[Path], None] = lambda _: None
+    config: Config,
+    *,
+    stop: asyncio.Event,
+    opened: Callable[[Path], None] = lambda _: None,
+    starter: RankStarter | None = None,
 ) -> dict[str, Any] | None:
     """Trains until `config.steps` or until `stop` is set, then saves; returns the summary.
 
-    `opened` is told the run's folder once it is this run's.
+    `opened` is told the run's folder once it is this run's. `starter`: of the trainer's ranks; by
+    default they are processes on this machine.
     None if it was stopped before its first step began: there is nothing to go on with.
     Raises ValueError for what the user got wrong, FlashError with the cause if the run can't go
     on. What was measured until then is in the run's folder.
@@ -52,7 +58,7 @@ async def train(
             return None
         async with (
             given_up_by(stop) as opening,
-            open_training(config, model, folder, view, stop) as run,
+            open_training(config, model, folder, view, stop, starter) as run,
         ):
             opening.is_over()
             trainer, rollouts, tell = run.trainer, run.rollouts, run.observers

@@ -366,9 +366,11 @@ class TrainerState:
     """What the trainer is at.
 
     `doing` is the call, empty if there is none, `since` when it began, or the last one ended, in
-    seconds of the event loop's clock, and `dead` why the trainer is, empty if it lives.
+    seconds of the event loop's clock, `dead` why the trainer is, empty if it lives, and `waits_for`
+    what it must have and may come at any time, as a node of a cluster, empty if nothing.
     """
 
     doing: str = ""
     since: float = 0.0
     dead: str = ""
+    waits_for: str = ""

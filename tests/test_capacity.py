@@ -64,6 +64,7 @@ def test_a_size_that_a_machine_can_not_hold_is_refused_with_what_it_has(changes,
 def test_ranks_have_a_gpu_each_where_there_are_gpus():
     with pytest.raises(ValueError, match=r"trainer\.ranks=9: each takes a GPU"):
         check_capacity(load("frozen_lake", {"trainer.ranks": 9}), NODE)
+    check_capacity(load("frozen_lake", {"trainer.ranks": 16}), NODE, nodes=2)
 
 
 def test_an_evaluation_starts_no_ranks_and_keeps_no_batch():

@@ -22,8 +22,8 @@ INSIDE_FUNCTIONS = {
     "door": {"transformers"},
     "warm_start": {"torch", "transformers"},
 }
-# Where a run is launched on it; nothing else imports that before it is asked for.
-USES_RAY = ROOT / "flash" / "cluster" / "launch.py"
+# What is on it; nothing else imports these before they are asked for.
+USE_RAY = {ROOT / "flash" / "cluster" / name for name in ("launch.py", "remote.py")}
 
 
 def imports(path: Path, *, top_level_only: bool = False):
@@ -54,7 +54,7 @@ def test_the_engine_imports_no_environment_and_no_agent(path):
 @pytest.mark.parametrize("path", sources("flash"), ids=lambda path: str(path.relative_to(ROOT)))
 def test_heavy_packages_are_imported_where_they_are_needed_only(path):
     place = path.relative_to(ROOT / "flash").parts[0]
-    if place in ("trainer", "worker") or path == USES_RAY:
+    if place in ("trainer", "worker") or path in USE_RAY:
         return
     assert not packages(path, top_level_only=True) & HEAVY
     assert packages(path) & HEAVY <= INSIDE_FUNCTIONS.get(place, set())
@@ -64,7 +64,7 @@ def test_heavy_packages_are_imported_where_they_are_needed_only(path):
 def test_the_engine_talks_to_vllm_over_http_and_ray_is_known_to_one_file(path):
     # What vLLM's servers load, and the process that joins them in a NCCL group.
     of_vllm = {"vllm"} if path.name in ("vllm_extension.py", "nccl.py") else set()
-    of_ray = {"ray"} if path == USES_RAY else set()
+    of_ray = {"ray"} if path in USE_RAY else set()
     assert packages(path) & {"vllm", "ray"} <= of_vllm | of_ray
 
 

@@ -22,6 +22,7 @@ from flash.parts.door import open_door
 from flash.parts.expert import expert_of
 from flash.parts.model import load_tokenizer, make_style, prepared_model
 from flash.parts.open import open_parts
+from flash.parts.training import as_logged
 from flash.parts.workers import gap_limit, open_hub
 from flash.seeds import HELDOUT_SEEDS
 from flash.train import warn_of_idle_steps
@@ -60,6 +61,13 @@ async def test_a_loop_is_not_held_up_by_a_tokenizer_that_is_loaded(tmp_path):
             pass
     others.cancel()
     assert turns > 0
+
+
+def test_what_was_trained_on_other_ranks_is_trained_again_on_those_that_there_are():
+    logged = load("frozen_lake", {"trainer.ranks": 8, "trainer.shard_size": 4}).trainer
+    now = load("frozen_lake", {"trainer.ranks": 2, "trainer.learning_rate": 1e-6}).trainer
+    again = as_logged(logged.model_dump(mode="json"), now)
+    assert again == logged.model_copy(update={"ranks": 2, "shard_size": None})
 
 
 def broken_model(folder):

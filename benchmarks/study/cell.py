@@ -212,7 +212,7 @@ class _LocalTrainer:
 
     def __init__(self, model: Path, config: TrainerConfig, folder: Path, seed: int) -> None:
         self._config, self._folder = config, folder
-        self._start = (str(model), None, config, 0, 1, str(folder / "rendezvous"), seed)
+        self._start = (str(model), None, config, 0, 1, None, seed)
         self.version = 0
         self.exports: list[Path] = []
 

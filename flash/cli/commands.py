@@ -11,6 +11,7 @@ from flash.cli.words import listed, only, split_words, swept
 from flash.command_line import Options, nearest
 from flash.section import revealed
 from flash.system import machine
+from flash.trainer.ranks import RankStarter
 
 # Imported where they are needed: mistakes must not wait for torch, or for what simulates.
 # ruff: noqa: PLC0415
@@ -30,18 +31,23 @@ def _train(arguments: Sequence[str]) -> None:
 
 
 def run_training(
-    config: configuration.Config, opened: Callable[[Path], None] = lambda _: None
+    config: configuration.Config,
+    opened: Callable[[Path], None] = lambda _: None,
+    starter: RankStarter | None = None,
 ) -> None:
     """Trains here, and prints what came of it; `opened` is told the run's folder.
 
+    `starter`: of the trainer's ranks; by default they are processes on this machine.
+
     Raises ValueError for what this machine, or what is around it, can't do.
     """
-    configuration.check_capacity(config, machine.capacity())
+    nodes = 1 if starter is None else starter.nodes
+    configuration.check_capacity(config, machine.capacity(), nodes=nodes)
     _check(config)
     from flash.train import train
 
     stop = asyncio.Event()
-    summary = run_loop(train(config, stop=stop, opened=opened), stop=stop)
+    summary = run_loop(train(config, stop=stop, opened=opened, starter=starter), stop=stop)
     if summary is None:
         print(_stopped_early(config))
         return

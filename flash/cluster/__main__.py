@@ -5,19 +5,30 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flash.cli.main import as_process, log_to_stderr, main
+from flash.cluster.ranks import RanksOnNodes
 from flash.command_line import ended
 from flash.system.durable import write_whole
+from flash.trainer.ranks import LocalRanks, RankStarter
 
 
-def _train(settings: str, marker: str) -> None:
-    """A run's controller; the marker tells its folder."""
+def _train(settings: str, marker: str, *others: str) -> None:
+    """A run's controller; the marker tells its folder. `others` as of `controller_command`."""
     from flash import config  # noqa: PLC0415  (seconds to import)
     from flash.cli.commands import run_training  # noqa: PLC0415
+
+    loaded = config.load(settings)
+    starter: RankStarter | None = None
+    if others:
+        from flash.cluster.remote import ranks_of  # noqa: PLC0415  (it imports ray)
+
+        cluster, namespace, *names = others
+        here = LocalRanks(loaded.explorers.host)
+        starter = RanksOnNodes(here, ranks_of(names, cluster, namespace))
 
     def told(folder: Path) -> None:
         write_whole(Path(marker), str(folder).encode())
 
-    run_training(config.load(settings), opened=told)
+    run_training(loaded, opened=told, starter=starter)
 
 
 def _role(arguments: Sequence[str]) -> None:

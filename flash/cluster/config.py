@@ -9,10 +9,11 @@ from flash.section import Section
 
 
 class ClusterTrainerConfig(Section):
-    """What the controller gets of one node, and with it the trainer's ranks."""
+    """What the trainer's ranks get of nodes; the controller is on the first of these."""
 
-    gpus: int = Field(0, ge=0, description="GPUs, one for each rank of the trainer")
-    cpus: int = Field(1, ge=1, description="cores")
+    nodes: int = Field(1, ge=1, description="nodes that have ranks, as many each")
+    gpus: int = Field(0, ge=0, description="GPUs of each of them, one for each rank")
+    cpus: int = Field(1, ge=1, description="cores of each of them")
 
 
 class ClusterExplorersConfig(Section):

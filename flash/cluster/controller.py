@@ -5,6 +5,7 @@ import signal
 import tempfile
 import uuid
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 
 from flash.cluster.command import Command, Stream
@@ -35,10 +36,12 @@ class ControllerRole:
     Args:
         plan: of the run.
         place: where this role is.
+        others: how the run finds the trainer's ranks of further nodes (`controller_command`).
     """
 
-    def __init__(self, plan: Plan, place: Place) -> None:
+    def __init__(self, plan: Plan, place: Place, others: Sequence[str] = ()) -> None:
         self._plan = plan
+        self._others = others
         self._places: dict[str, Place] = {}
         self._command = Command(self._hear)
         self._life = uuid.uuid4().hex  # a role that is started again begins its lines anew
@@ -50,7 +53,7 @@ class ControllerRole:
         self._folder: Path | None = None
         self._whereabouts: Whereabouts | None = None
         self._address = place.address
-        self._register(place)
+        self._show(place)
 
     async def run(self) -> int:
         """The exit code of the run, when it has ended for good. Asked twice, it runs once."""
@@ -80,10 +83,14 @@ class ControllerRole:
 
         `place`: where the role is that asks.
         """
-        self._register(place)
+        self._show(place)
         while not self._is_over and self._whereabouts in (None, known):
             await self._change()
         return None if self._is_over else self._whereabouts
+
+    async def register(self, place: Place) -> None:
+        """Where another role is, which is told of if that is new."""
+        self._show(place)
 
     @property
     def _is_over(self) -> bool:
@@ -102,7 +109,9 @@ class ControllerRole:
                     self._plan, host=self._address, folder=self._resumed()
                 )
                 code = await self._command.run(
-                    controller_command(written(settings, Path(made) / "settings.yaml"), self._plan),
+                    controller_command(
+                        written(settings, Path(made) / "settings.yaml"), self._plan, self._others
+                    ),
                     env=environment(self._plan, "controller"),
                     cwd=working_directory(self._plan),
                 )
@@ -145,7 +154,7 @@ class ControllerRole:
             self._whereabouts = Whereabouts(address, str(self._folder))
         self._tell_change()
 
-    def _register(self, place: Place) -> None:
+    def _show(self, place: Place) -> None:
         if self._places.get(place.role) != place:
             self._places[place.role] = place
             self._lines.append(("out", str(place)))

@@ -1,9 +1,12 @@
 """`flash train --cluster ray`: a run's roles as actors of Ray, from their start to their end.
 
     this process ──► Controller, on the trainer's node ──► flash train: its ranks, its log
-         ▲  output         ▲ where is the run?
-         └─────────────────┤
-    Explorer × max ────────┘ spread ──────────────────────► flash explore: its workers
+         ▲  output         ▲ where is the run?                  │
+         └─────────────────┤                                    ▼
+    Ranks × nodes - 1 ─────┤ the trainer's further nodes ──► their ranks
+    Explorer × max ────────┘ spread ───────────────────────► flash explore: its workers
+
+The trainer's nodes are the bundles of one placement group, so that a run has all of them or none.
 
 All explorers that there may be are asked for at once. Those for which there is no room wait in
 Ray's queue until a node joins, which is also what makes a cluster that scales grow. An actor whose
@@ -18,20 +21,27 @@ import os
 import secrets
 import sys
 import uuid
-from collections.abc import Awaitable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 
 from flash.cli.event_loop import run_loop
+from flash.cluster.config import ClusterTrainerConfig
 from flash.cluster.controller import ControllerRole
 from flash.cluster.explorer import ExplorerRole
 from flash.cluster.place import Place
-from flash.cluster.roles import Plan, Whereabouts, plan_of
-from flash.cluster.room import Node, check_answers, check_room
+from flash.cluster.ranks import RanksRole
+from flash.cluster.remote import RemoteController
+from flash.cluster.roles import Plan, plan_of
+from flash.cluster.room import Node, check_answers, check_room, check_shared
 from flash.config import Config
 from flash.config.mistakes import validated
 from flash.errors import ClusterFailure, first_error
@@ -45,26 +55,25 @@ _LAST_WORDS_S = 30.0  # for explorers to leave, and for the last lines to come
 class ControllerActor(ControllerRole):
     """In a process that Ray has placed."""
 
-    def __init__(self, plan: Plan, cpus: int) -> None:
-        super().__init__(plan, _here("controller", cpus))
+    def __init__(self, plan: Plan, cpus: int, ranks: Sequence[str]) -> None:
+        """`ranks`: what the actors with ranks of further nodes are called."""
+        here = ray.get_runtime_context()
+        others = (here.gcs_address, here.namespace, *ranks) if ranks else ()
+        super().__init__(plan, _here("controller", cpus), others)
+
+
+class RanksActor(RanksRole):
+    """In a process that Ray has placed. `controller`: what that actor is called."""
+
+    def __init__(self, plan: Plan, name: str, cpus: int, controller: str) -> None:
+        super().__init__(plan, _here(name, cpus), RemoteController(controller))
 
 
 class ExplorerActor(ExplorerRole):
     """In a process that Ray has placed. `controller`: what that actor is called."""
 
     def __init__(self, plan: Plan, name: str, cpus: int, controller: str) -> None:
-        super().__init__(plan, _here(name, cpus), _Remote(controller))
-
-
-class _Remote:
-    """The actor of that name as the role that it is of."""
-
-    def __init__(self, name: str) -> None:
-        self._controller = ray.get_actor(name)
-
-    def whereabouts(self, known: Whereabouts | None, place: Place) -> Awaitable[Whereabouts | None]:
-        found: Awaitable[Whereabouts | None] = self._controller.whereabouts.remote(known, place)
-        return found
+        super().__init__(plan, _here(name, cpus), RemoteController(controller))
 
 
 def launch(config: Config) -> int:
@@ -75,7 +84,13 @@ def launch(config: Config) -> int:
     """
     with _connected(config.cluster.address), _marker(config.runs_dir.resolve()) as marker:
         nodes = [node for node in ray.nodes() if node["Alive"]]
-        home = None if _share(nodes, marker) else ray.get_runtime_context().get_node_id()
+        if config.cluster.trainer.nodes > 1:
+            asked = config.cluster.trainer
+            able = [node for node in nodes if _node(node).holds(asked.cpus, asked.gpus)]
+            check_shared(config, marker, lambda path: _share(able, path))
+            home = None
+        else:
+            home = None if _share(nodes, marker) else ray.get_runtime_context().get_node_id()
         check_room(
             config.cluster,
             [_node(node) for node in nodes],
@@ -103,19 +118,20 @@ class _Launched:
     def __init__(self, config: Config, plan: Plan, home: str | None) -> None:
         asked, name = config.cluster, Path(plan.marker).name
         lasting = {"max_restarts": -1, "max_task_retries": -1}
-        self._controller = (
-            ray.remote(ControllerActor)
-            .options(
-                name=name,
-                num_cpus=asked.trainer.cpus,
-                num_gpus=asked.trainer.gpus,
-                scheduling_strategy="DEFAULT"
-                if home is None
-                else NodeAffinitySchedulingStrategy(home, soft=False),
-                **lasting,
-            )
-            .remote(plan, asked.trainer.cpus)
+        cpus, gpus = asked.trainer.cpus, asked.trainer.gpus
+        of_node = {"num_cpus": cpus, "num_gpus": gpus, **lasting}
+        ranks = [f"{name}-{number}" for number in range(1, asked.trainer.nodes)]
+        nodes = _nodes_of_trainer(asked.trainer, home)
+        controller = ray.remote(ControllerActor).options(
+            name=name, scheduling_strategy=nodes[0], **of_node
         )
+        self._controller = controller.remote(plan, cpus, ranks)
+        self._ranks = [
+            ray.remote(RanksActor)
+            .options(name=called, scheduling_strategy=node, **of_node)
+            .remote(plan, f"trainer-{number}", cpus, name)
+            for number, (called, node) in enumerate(zip(ranks, nodes[1:], strict=True), 1)
+        ]
         explorer = ray.remote(ExplorerActor).options(
             num_cpus=asked.explorers.cpus,
             num_gpus=asked.explorers.gpus,
@@ -144,7 +160,7 @@ class _Launched:
                     playing.cancel()
             return 130 if running.cancelled() else running.result()
         finally:
-            for actor in (*self._explorers, self._controller):
+            for actor in (*self._explorers, self._controller, *self._ranks):
                 ray.kill(actor)
 
     async def _tell(self) -> None:
@@ -226,14 +242,28 @@ def _marker(runs: Path) -> Iterator[Path]:
         marker.unlink(missing_ok=True)
 
 
-def _share(nodes: list[dict[str, Any]], marker: Path) -> bool:
+def _nodes_of_trainer(asked: ClusterTrainerConfig, home: str | None) -> list[Any]:
+    """How Ray is to schedule what is on each of them, the controller's first."""
+    if home is not None:
+        return [NodeAffinitySchedulingStrategy(home, soft=False)]
+    if asked.nodes == 1:
+        return ["DEFAULT"]
+    bundle = {"CPU": asked.cpus} | ({"GPU": asked.gpus} if asked.gpus else {})
+    group = placement_group([bundle] * asked.nodes, strategy="STRICT_SPREAD")
+    return [
+        PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=number)
+        for number in range(asked.nodes)
+    ]
+
+
+def _share(nodes: list[dict[str, Any]], path: Path) -> bool:
     """Whether all of these nodes see it."""
     sees = ray.remote(_sees)
     asked = [
         sees.options(
             num_cpus=0,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
-        ).remote(str(marker))
+        ).remote(str(path))
         for node in nodes
         if node["NodeID"] != ray.get_runtime_context().get_node_id()
     ]

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ def plan_of(config: Config, *, token: str, marker: Path) -> Plan:
         | {"expected": asked.explorers.most, "token": f"${_TOKEN}"},
     }
     if asked.trainer.gpus:
-        settings["trainer"] |= {"ranks": asked.trainer.gpus}
+        settings["trainer"] |= {"ranks": asked.trainer.nodes * asked.trainer.gpus}
     return Plan(
         settings=settings,
         variables=variables,
@@ -83,8 +83,11 @@ def controller_settings(plan: Plan, *, host: str, folder: Path | None) -> dict[s
     return settings
 
 
-def controller_command(settings_file: Path, plan: Plan) -> list[str]:
-    return [sys.executable, "-m", "flash.cluster", "train", str(settings_file), plan.marker]
+def controller_command(settings_file: Path, plan: Plan, others: Sequence[str] = ()) -> list[str]:
+    """`others`: the cluster's address, the namespace, and the names there of what has the ranks of
+    further nodes."""
+    words = [str(settings_file), plan.marker, *others]
+    return [sys.executable, "-m", "flash.cluster", "train", *words]
 
 
 def explorer_command(plan: Plan, place: Place, folder: Path) -> list[str]:

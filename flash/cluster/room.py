@@ -1,10 +1,12 @@
 """Whether a cluster can hold what a run asks of it: found out before anything starts."""
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from flash.cluster.config import ClusterConfig
+from flash.config import Config
 
 _ANSWERS_S = 10.0
 
@@ -39,7 +41,7 @@ def check_answers(address: str) -> None:
 
 
 def check_room(asked: ClusterConfig, nodes: Sequence[Node], *, pinned: str | None = None) -> None:
-    """ValueError if the controller, or the least number of explorers, has no place.
+    """ValueError if the trainer, or the least number of explorers, has no place.
 
     `pinned`: the node that alone has the run's disk, on which the controller must be.
     """
@@ -49,30 +51,53 @@ def check_room(asked: ClusterConfig, nodes: Sequence[Node], *, pinned: str | Non
         for node in nodes
         if node.holds(trainer.cpus, trainer.gpus) and (not pinned or node.name == pinned)
     ]
-    if not homes:
+    if len(homes) < trainer.nodes:
+        of = f"cluster.trainer.nodes={trainer.nodes} of " if trainer.nodes > 1 else ""
         where = "no node has"
+        if homes:
+            where = f"only {_count(len(homes), 'node')} {'has' if len(homes) == 1 else 'have'}"
         if pinned is not None:
             where = f"node {pinned}, whose disk alone has the run's folder, lacks"
         raise ValueError(
-            f"cluster.trainer.cpus={trainer.cpus} with cluster.trainer.gpus={trainer.gpus}: "
+            f"{of}cluster.trainer.cpus={trainer.cpus} with cluster.trainer.gpus={trainer.gpus}: "
             f"{where} them; there {_told(nodes)}: ask for less, or add a node"
         )
-    most = max(
-        sum(
-            (node.less(trainer.cpus, trainer.gpus) if node is home else node).holds(
-                explorers.cpus, explorers.gpus
-            )
-            for node in nodes
-        )
-        for home in homes
+
+    def explorers_on(node: Node) -> int:
+        return node.holds(explorers.cpus, explorers.gpus)
+
+    lost = sorted(
+        explorers_on(node) - explorers_on(node.less(trainer.cpus, trainer.gpus)) for node in homes
     )
+    most = sum(map(explorers_on, nodes)) - sum(lost[: trainer.nodes])
     if most < explorers.min:
+        of_nodes = f", nodes={trainer.nodes}" if trainer.nodes > 1 else ""
         raise ValueError(
             f"cluster.explorers.min={explorers.min} of cluster.explorers.cpus={explorers.cpus} and "
             f"cluster.explorers.gpus={explorers.gpus}: beside the trainer "
-            f"(cluster.trainer.cpus={trainer.cpus}, gpus={trainer.gpus}) there is room for {most}; "
+            f"(cluster.trainer.cpus={trainer.cpus}, gpus={trainer.gpus}{of_nodes}) there is room "
+            f"for {most}; "
             f"there {_told(nodes)}: ask for less, or add a node"
         )
+
+
+def check_shared(config: Config, marker: Path, shared: Callable[[Path], bool]) -> None:
+    """ValueError for what ranks on several nodes need, and not each that may have some sees.
+
+    `marker`: in `runs_dir`; `shared`: whether they all see a path.
+    """
+    needed = [("runs_dir", str(config.runs_dir), marker)]
+    kl = config.trainer.kl
+    for field, model in (("model", config.model), ("trainer.kl.reference", kl.reference)):
+        if model and (folder := Path(model).expanduser()).is_dir():
+            needed.append((field, model, folder.resolve()))
+    for field, value, path in needed:
+        if not shared(path):
+            raise ValueError(
+                f"{field}={value!r} with cluster.trainer.nodes={config.cluster.trainer.nodes}: not "
+                f"all nodes that may have ranks see it: name a folder on a disk that they share, "
+                f"or use cluster.trainer.nodes=1"
+            )
 
 
 def _told(nodes: Sequence[Node]) -> str:

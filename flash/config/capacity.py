@@ -24,13 +24,16 @@ _PER_CORE = {"engine.workers": 8, "trainer.ranks": 8, "env.hosts": 100, "reward.
 _OPEN_FILES = 64  # of a run: its files, its logs, its children's sockets
 
 
-def check_capacity(config: Config, has: Capacity, *, trains: bool = True) -> None:
-    """ValueError for the first size that it can't hold. An evaluation trains nothing."""
-    for field, count, bytes_each in _processes(config, trains=trains):
+def check_capacity(config: Config, has: Capacity, *, trains: bool = True, nodes: int = 1) -> None:
+    """ValueError for the first size that it can't hold. An evaluation trains nothing.
+
+    The trainer's ranks are on so many `nodes` like this one, as many each.
+    """
+    for field, count, bytes_each in _processes(config, trains=trains, nodes=nodes):
         most = min(has.cores * _PER_CORE[field], int(has.memory_bytes / bytes_each))
         if count > most:
             raise ValueError(f"{field}={count}: {has} is enough for {most}: take no more")
-    _check_gpus(config, has, trains=trains)
+    _check_gpus(config, has, trains=trains, nodes=nodes)
     for field, threads in (
         ("engine.threads", config.engine.threads),
         ("trainer.threads", config.trainer.threads),
@@ -52,12 +55,12 @@ def check_capacity(config: Config, has: Capacity, *, trains: bool = True) -> Non
         )
 
 
-def _processes(config: Config, *, trains: bool) -> Iterator[tuple[str, int, float]]:
+def _processes(config: Config, *, trains: bool, nodes: int) -> Iterator[tuple[str, int, float]]:
     """Of each kind: the field, how many are started, and the bytes of one."""
     if not config.engine.urls:
         yield "engine.workers", config.engine.workers, _TORCH_PROCESS
     if trains:
-        yield "trainer.ranks", config.trainer.ranks, _TORCH_PROCESS
+        yield "trainer.ranks", config.trainer.ranks // nodes, _TORCH_PROCESS
     sets = config.own_sets.values()
     yield "env.hosts", sum(of_set.env.hosts for of_set in sets), _PLAIN_PROCESS
     rewards = [of_set.reward for of_set in sets if isinstance(of_set.reward, ProcessReward)]
@@ -65,14 +68,14 @@ def _processes(config: Config, *, trains: bool) -> Iterator[tuple[str, int, floa
         yield "reward.concurrency", sum(each.concurrency for each in rewards), _PLAIN_PROCESS
 
 
-def _check_gpus(config: Config, has: Capacity, *, trains: bool) -> None:
+def _check_gpus(config: Config, has: Capacity, *, trains: bool, nodes: int) -> None:
     engine, gpus = config.engine, has.gpus
     if missing := sorted({*engine.devices} - {*gpus}):
         raise ValueError(
             f"engine.devices={list(engine.devices)}: {has} shows no GPU {missing}: name others, or "
             f"leave it out"
         )
-    if trains and gpus and config.trainer.ranks > len(gpus):
+    if trains and gpus and config.trainer.ranks > nodes * len(gpus):
         raise ValueError(
             f"trainer.ranks={config.trainer.ranks}: each takes a GPU of {has}: take {len(gpus)} or "
             f"fewer"

@@ -138,11 +138,17 @@ def _check_brought(config: RunFields) -> None:
 
 def _check_cluster(config: RunFields) -> None:
     """That nothing needs workers beside the controller: on a cluster explorers have them all."""
-    kind, gpus, ranks = config.cluster.kind, config.cluster.trainer.gpus, config.trainer.ranks
-    if gpus and ranks not in (1, gpus):
+    kind, asked, ranks = config.cluster.kind, config.cluster.trainer, config.trainer.ranks
+    nodes = f" and cluster.trainer.nodes={asked.nodes}" if asked.nodes > 1 else ""
+    if asked.gpus and ranks not in (1, asked.nodes * asked.gpus):
         raise ValueError(
-            f"trainer.ranks={ranks} with cluster.trainer.gpus={gpus}: a rank has one GPU: leave "
-            f"trainer.ranks out"
+            f"trainer.ranks={ranks} with cluster.trainer.gpus={asked.gpus}{nodes}: a rank has one "
+            f"GPU: leave trainer.ranks out"
+        )
+    if not asked.gpus and ranks % asked.nodes:
+        raise ValueError(
+            f"trainer.ranks={ranks} with cluster.trainer.nodes={asked.nodes}: nodes have as many "
+            f"ranks each: use a multiple of {asked.nodes}"
         )
     for field, given, remedy in (
         ("eval.mode=beside", config.eval.mode == "beside", "use eval.mode=pause"),

@@ -44,6 +44,7 @@ from flash.telemetry.transcripts import Transcripts
 from flash.trainer.advantages import make_advantages
 from flash.trainer.config import TrainerConfig
 from flash.trainer.lasting import LastingTrainer
+from flash.trainer.ranks import RankStarter
 from flash.trainer.trainer import Trainer
 from flash.types import Batch
 
@@ -117,7 +118,12 @@ class Training:
 
 @contextlib.asynccontextmanager
 async def open_training(
-    config: Config, model: str, folder: RunFolder, view: View, stop: asyncio.Event
+    config: Config,
+    model: str,
+    folder: RunFolder,
+    view: View,
+    stop: asyncio.Event,
+    starter: RankStarter | None,
 ) -> AsyncIterator[Training]:
     """The run of a configuration, from `model` or from where it was left off; ended with the block.
 
@@ -133,7 +139,7 @@ async def open_training(
         redone = RedoneSteps(past.steps, exact=config.trainer.dtype != "bfloat16" and not gpus())
         for until, settings in past.with_other_settings:
             past = await _redo_as_logged(
-                config, model, folder, run_log, past, until, settings, redone
+                config, model, folder, run_log, past, until, settings, redone, starter
             )
         if past.alpha is not None:
             adaptive.restore(past.alpha)
@@ -147,7 +153,18 @@ async def open_training(
         async with (
             run_log.writing(past, alpha=adaptive.state, needed_from=needed_from) as log,
             _open(
-                config, model, folder, view, stop, run_log, past, log, adaptive, redone, expert
+                config,
+                model,
+                folder,
+                view,
+                stop,
+                run_log,
+                past,
+                log,
+                adaptive,
+                redone,
+                expert,
+                starter,
             ) as run,
         ):
             yield run
@@ -166,6 +183,7 @@ async def _open(
     adaptive: AdaptiveAlpha,
     redone: RedoneSteps,
     expert: ShuffledExpert | None,
+    starter: RankStarter | None,
 ) -> AsyncIterator[Training]:
     observers = Observers([log, folder, redone])
     checkpoints = Checkpoints(
@@ -174,7 +192,7 @@ async def _open(
         every_s=60 * config.checkpoint.minutes,
         observer=observers,
     )
-    trainer = _trainer(config, config.trainer, model, folder, run_log, past, redone)
+    trainer = _trainer(config, config.trainer, model, folder, run_log, past, redone, starter)
     async with (
         trainer.starting(),
         Rescue(checkpoints, trainer) as rescue,
@@ -292,6 +310,7 @@ def _trainer(
     run_log: RunLog,
     past: Past,
     redone: RedoneSteps,
+    starter: RankStarter | None,
 ) -> LastingTrainer:
     """It begins where the run stood, by the log's batches since the checkpoint."""
 
@@ -305,6 +324,7 @@ def _trainer(
         run_dir=folder.path,
         seed=config.seed,
         resume_from=folder.checkpoint.path if folder.checkpoint else None,
+        starter=starter,
     )
     return LastingTrainer(
         trainer,
@@ -325,13 +345,14 @@ async def _redo_as_logged(
     until: int,
     settings: Mapping[str, Any],
     redone: RedoneSteps,
+    starter: RankStarter | None,
 ) -> Past:
     """Trains the batches before that version with the settings that they were trained with, and
     saves that: others hold from there on."""
     left = [version for version in past.redo if version >= until]
     done = replace(past, redo=[version for version in past.redo if version < until])
-    as_logged = TrainerConfig.model_validate(settings)
-    trainer = _trainer(config, as_logged, model, folder, run_log, done, redone)
+    logged = as_logged(settings, config.trainer)
+    trainer = _trainer(config, logged, model, folder, run_log, done, redone, starter)
     checkpoints = Checkpoints(
         folder.path, resumed=folder.checkpoint, every_s=0, observer=Observer()
     )
@@ -339,6 +360,12 @@ async def _redo_as_logged(
         path = await checkpoints.save(trainer, spare=True)
     folder.checkpoint = Checkpoint(path, until)
     return replace(past, checkpoint=until, redo=left)
+
+
+def as_logged(settings: Mapping[str, Any], now: TrainerConfig) -> TrainerConfig:
+    """Settings that batches were trained with, on the ranks that there are now."""
+    ranks = {"ranks": now.ranks, "shard_size": now.shard_size}
+    return TrainerConfig.model_validate({**settings, **ranks})
 
 
 def _adaptive_alpha(config: Config) -> AdaptiveAlpha:

@@ -22,7 +22,7 @@ import socket
 import struct
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, get_type_hints
 
@@ -120,10 +120,13 @@ class Child:
         log_path: Path,
         env: Mapping[str, str] | None = None,
         answers: Answers | None = None,
+        pass_fds: Sequence[int] = (),
+        cwd: str | None = None,
     ) -> "Child":
         """Start `python -m module *args`; its output goes to `log_path`.
 
-        `answers` says how they are read; by default they are pickles.
+        `answers` says how they are read; by default they are pickles. `pass_fds` are its own, too,
+        by the same numbers.
         """
         ours, theirs = socket.socketpair()
         log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,8 +138,9 @@ class Child:
                 *args,
                 stdout=log,
                 stderr=log,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[theirs.fileno(), *pass_fds],
                 env={**os.environ, **(env or {}), _FD_VARIABLE: str(theirs.fileno())},
+                cwd=cwd,
             )
         reader, writer = await asyncio.open_unix_connection(sock=ours)
         return cls(name, process, reader, writer, log_path, answers or Pickles())

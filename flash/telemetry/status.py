@@ -192,7 +192,9 @@ class StatusFile:
         state = self._trainer()
         for_s = self._clock() - state.since
         doing = f"{state.doing} for {for_s:.0f} s" if state.doing else ""
-        waits = "" if state.doing or state.dead else f"a batch, for {for_s:.0f} s"
+        waits = state.waits_for
+        if not waits and not state.doing and not state.dead:
+            waits = f"a batch, for {for_s:.0f} s"
         return Role(
             role="trainer",
             where=machine.where(),

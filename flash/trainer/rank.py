@@ -8,13 +8,14 @@ import itertools
 import logging
 import os
 import shutil
-import socket
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from transformers.utils import logging as untyped_logging
 
 from flash.seeds import derived
+from flash.system import machine
 from flash.system.process import serve
 from flash.trainer.checkpoint import CRITIC_FILE, MODEL_FOLDER, OPTIMIZER_FILE, write_state
 from flash.trainer.config import TrainerConfig
@@ -33,6 +35,7 @@ from flash.trainer.micro_batch import MicroBatch, pack
 from flash.trainer.objectives.choose import make_objective
 from flash.trainer.objectives.regularisers import kl_estimate, kl_loss, kl_penalty
 from flash.trainer.packing import NOTHING, MiniBatchShare, in_passes
+from flash.trainer.ranks import LOOPBACK, Meeting
 from flash.trainer.room import tokens_with_room
 from flash.trainer.save import save_model
 from flash.trainer.scorer import TokenScorer
@@ -55,7 +58,10 @@ logger = logging.getLogger(__name__)
 
 
 class Rank:
-    """Model and optimizer of one rank."""
+    """Model and optimizer of one rank. `listening`: the socket at which it awaits the others."""
+
+    def __init__(self, listening: int | None = None) -> None:
+        self._listening = listening
 
     def start(
         self,
@@ -64,12 +70,13 @@ class Rank:
         config: TrainerConfig,
         rank: int,
         ranks: int,
-        rendezvous: str,
+        meeting: Meeting | None,
         seed: int,
         reference: str | None = None,
     ) -> str:
         """Join the other ranks, load the model, and the optimizer if there is a checkpoint.
 
+        `meeting` is where these are; a rank that is alone needs none.
         `reference` is the model that `config.kl` keeps the policy near. The answer says why the
         model can't be trained, and is empty if it can.
         """
@@ -79,11 +86,10 @@ class Rank:
         if cuda:
             torch.cuda.set_device(rank % torch.cuda.device_count())
         self._device = torch.device("cuda", torch.cuda.current_device()) if cuda else "cpu"
-        # All ranks are here: by itself gloo listens where this machine's name leads others, too.
-        os.environ["GLOO_SOCKET_IFNAME"] = _loopback()
+        _keep_to(LOOPBACK if meeting is None else meeting.address)
         dist.init_process_group(
             "nccl" if cuda else "gloo",
-            init_method=f"file://{rendezvous}",
+            store=self._store(meeting, ranks),
             rank=rank,
             world_size=ranks,
         )
@@ -117,6 +123,18 @@ class Rank:
         if checkpoint is not None:
             self._load(Path(checkpoint))
         return ""
+
+    def _store(self, meeting: Meeting | None, ranks: int) -> Any:
+        """What all ranks find each other by; rank 0 has it."""
+        stores: Any = dist
+        if meeting is None:
+            return stores.HashStore()
+        more: dict[str, Any] = {"is_master": False}
+        if self._listening is not None:  # by itself it would listen at every address
+            more = {"is_master": True, "master_listen_fd": self._listening}
+        return stores.TCPStore(
+            meeting.host, meeting.port, world_size=ranks, wait_for_workers=False, **more
+        )
 
     def _load_model(self, source: str) -> tuple[Any, TokenScorer]:
         """A model and the sharded module that scores tokens with it; ValueError if it can't."""
@@ -374,9 +392,28 @@ class Rank:
             self._critic.load(directory / CRITIC_FILE)
 
 
-def _loopback() -> str:
-    """The name of the interface that leads to this machine alone."""
-    return next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+def _keep_to(address: str) -> None:
+    """Has gloo and NCCL use the interface with that address, and no other, unless they are told.
+
+    By itself gloo listens where this machine's name leads. On loopback it is told nothing else.
+    """
+    name = _interface(address)
+    if address.startswith("127."):
+        os.environ["GLOO_SOCKET_IFNAME"] = name
+        return
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # without = it is a prefix
+
+
+def _interface(address: str) -> str:
+    name: str
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(one.address.partition("%")[0] == address for one in addresses):
+            return name
+    raise RuntimeError(
+        f"no network interface of {machine.where()} has the address {address}, by which others "
+        f"know it: start Ray there with --node-ip-address and one that it has"
+    )
 
 
 def _metrics_of_expert(
@@ -402,4 +439,5 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     transformers_logging: Any = untyped_logging
     transformers_logging.disable_progress_bar()  # stderr is a log here
-    serve(Rank())
+    listening = int(sys.argv[1]) if sys.argv[1:] else None
+    serve(Rank(listening))

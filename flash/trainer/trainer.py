@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from flash.errors import ProcessFailure, TrainerFailure, first_error
-from flash.system.process import Child
 from flash.trainer.advantage_settings import Gae
 from flash.trainer.advantages import Floats
 from flash.trainer.checkpoint import CRITIC_FILE, MODEL_FOLDER, checkpoint_version
@@ -23,6 +22,7 @@ from flash.trainer.packing import (
     divide_expert,
     plan,
 )
+from flash.trainer.ranks import LocalRanks, NodeLost, RankProcess, RankStarter, end_ranks
 from flash.trainer.scratch import Scratch
 from flash.trainer.values import less_penalties, with_values
 from flash.types import (
@@ -52,6 +52,7 @@ class Trainer:
         model: a directory or a hub name, for AutoModelForCausalLM.
         run_dir: where the ranks' logs go.
         resume_from: a checkpoint of `save_checkpoint`; its model takes the place of `model`.
+        starter: of its ranks; by default they are processes on this machine.
 
     `version` counts the batches trained into the weights; a batch is one version, however many
     optimizer steps (`mini_batches`) it takes, because α is measured in batches.
@@ -68,8 +69,10 @@ class Trainer:
         run_dir: Path,
         seed: int = 0,
         resume_from: Path | None = None,
+        starter: RankStarter | None = None,
     ) -> None:
         self.config = config
+        self._starter: RankStarter = starter or LocalRanks()
         # The policy may have gone on from there; the reference stays where it began.
         self._reference = config.kl.reference or str(model) if config.kl.coefficient else None
         self._first_model = str(model)
@@ -77,7 +80,7 @@ class Trainer:
         self._seed = seed
         self._doing, self._since = "", 0.0  # a call, or none, since when
         self._interrupted = False  # a step was given up: which weights there are is not known
-        self._children: list[Child] = []
+        self._children: Sequence[RankProcess] = []
         self._scratch: Scratch | None = None  # there while it runs
         self._parts = 0  # of the next batch, given to the ranks
         self._parts_tokens = 0
@@ -101,23 +104,30 @@ class Trainer:
     async def __aenter__(self) -> "Trainer":
         self._scratch = Scratch()
         try:
-            await self._start_ranks()
+            while not await self._started():
+                await end_ranks(self._children)
         except BaseException:
             await self.__aexit__()
             raise
         return self
 
+    async def _started(self) -> bool:
+        """Whether its ranks have started; no, if one was lost with its node meanwhile."""
+        try:
+            await self._start_ranks()
+        except TrainerFailure as failure:
+            if not isinstance(failure.__cause__, NodeLost):
+                raise
+            logger.warning("%s: the ranks are started again", failure)
+            return False
+        return True
+
     async def _start_ranks(self) -> None:
         assert self._scratch is not None
-        rendezvous = str(self._scratch.path / "rendezvous")
         ranks = self.config.ranks
-        for rank in range(ranks):
-            child = await Child.start(
-                "flash.trainer",
-                name=f"trainer rank {rank}",
-                log_path=self._run_dir / "logs" / f"trainer_rank_{rank}.log",
-            )
-            self._children.append(child)
+        self._now_doing("start")
+        started = await self._starter.start(ranks, self._run_dir / "logs")
+        self._children = started.ranks
         checkpoint = str(self._checkpoint) if self._checkpoint else None
         refusals = await self._call_each(
             "start",
@@ -128,7 +138,7 @@ class Trainer:
                     self.config,
                     rank,
                     ranks,
-                    rendezvous,
+                    started.meetings[rank],
                     self._seed,
                     self._reference,
                 )
@@ -146,21 +156,15 @@ class Trainer:
         would have. Raises what entering it raises, and can be called again then.
         """
         assert self._scratch is not None, "the trainer is not entered"
-        await self._end_ranks()
+        await end_ranks(self._children)
         self._children = []
         await self._scratch.sweep()
         await asyncio.to_thread(self._go_on_from, checkpoint)
         self._interrupted, self._parts = False, 0
         await self._start_ranks()
 
-    async def _end_ranks(self) -> None:
-        for child in self._children:
-            child.kill()  # a rank keeps nothing that a checkpoint has not
-        for child in self._children:
-            await child.stop()
-
     async def __aexit__(self, *exc_info: object) -> None:
-        await self._end_ranks()
+        await end_ranks(self._children)
         if self._scratch is not None:
             self._scratch.remove()
             self._scratch = None
@@ -327,7 +331,12 @@ class Trainer:
     def state(self) -> TrainerState:
         """For the watchdog."""
         dead = ", ".join(child.name for child in self._children if not child.alive)
-        return TrainerState(doing=self._doing, since=self._since, dead=dead and f"{dead} ended")
+        return TrainerState(
+            doing=self._doing,
+            since=self._since,
+            dead=dead and f"{dead} ended",
+            waits_for=self._starter.waits_for,
+        )
 
     async def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """The trainer's own logprobs of the tokens of each after its first, under the present
@@ -412,7 +421,7 @@ class Trainer:
         if not isinstance(first, ProcessFailure):
             return first
 
-        async def noticed(child: Child) -> None:
+        async def noticed(child: RankProcess) -> None:
             raise await child.wait_dead()
 
         try:

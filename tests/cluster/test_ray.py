@@ -28,6 +28,7 @@ pytestmark = [
     ),
 ]
 
+FLASH = [sys.executable, "-c", "from flash.cli.main import main; main()"]
 STEP = r"^step +(\d+)/"
 
 
@@ -47,7 +48,7 @@ class Driver:
         self.said: list[str] = []
         self._new = threading.Condition()
         self.process = subprocess.Popen(
-            [sys.executable, "-c", "from flash.cli.main import main; main()", *command[1:]],
+            [*FLASH, *command[1:]],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder,
             env=os.environ | {"OMP_NUM_THREADS": "1", "RAY_DEDUP_LOGS": "0"},
         )  # fmt: skip
@@ -96,13 +97,9 @@ class Driver:
         return code
 
 
-def step(line: re.Match[str]) -> int:
-    return int(line.group(1))
-
-
-def test_a_run_learns_while_nodes_leave_and_join_and_its_controller_is_killed(cluster, tmp_path):
-    fields = TINY | {"steps": 100_000, "name": "run", "eval_every": 0}
-    fields |= {"cluster.explorers.min": 2, "cluster.explorers.max": 3}
+def submitted(cluster: Nodes, folder: Path, fields: dict[str, object]) -> Driver:
+    """A run of small steps, begun as the RayJob begins one."""
+    fields = TINY | {"steps": 100_000, "name": "run", "eval_every": 0} | fields
     nested: dict = {"env": {"name": "frozen_lake"}, "agent": {"max_turns": 12, "max_tokens": 4}}
     for name, value in fields.items():
         *sections, last = name.split(".")
@@ -110,9 +107,30 @@ def test_a_run_learns_while_nodes_leave_and_join_and_its_controller_is_killed(cl
         for section in sections:
             inside = inside.setdefault(section, {})
         inside[last] = value
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(nested))
-    command = shlex.split(entrypoint().replace("/shared", str(tmp_path)))
-    driver = Driver([*command, "--cluster.address", cluster.address], tmp_path)
+    (folder / "run.yaml").write_text(yaml.safe_dump(nested))
+    command = shlex.split(entrypoint().replace("/shared", str(folder)))
+    return Driver([*command, "--cluster.address", cluster.address], folder)
+
+
+def whole_steps(folder: Path) -> int:
+    """How many the run of that folder began; nothing of them is lost, or came twice."""
+    run = folder / "runs/run"
+    assert not list((folder / "runs").glob(".cluster-*"))
+    books = Books("", run)
+    steps = len(books.batches())
+    settings = yaml.safe_load((run / "config.yaml").read_text()) | {"steps": steps}
+    stopped_at_last = f"metrics.jsonl has the steps {list(range(steps))}"  # its batch is logged
+    assert list(violations(books, run, settings)) in ([], [stopped_at_last])
+    return steps
+
+
+def step(line: re.Match[str]) -> int:
+    return int(line.group(1))
+
+
+def test_a_run_learns_while_nodes_leave_and_join_and_its_controller_is_killed(cluster, tmp_path):
+    fields = {"cluster.explorers.min": 2, "cluster.explorers.max": 3}
+    driver = submitted(cluster, tmp_path, fields)
     try:
         home = driver.says(r"^controller: node (\w+)").group(1)
         where = driver.places(2)
@@ -148,9 +166,49 @@ def test_a_run_learns_while_nodes_leave_and_join_and_its_controller_is_killed(cl
     finally:
         driver.process.kill()
         driver.end()
+    assert whole_steps(tmp_path) > at
+
+
+def test_ranks_on_two_nodes_make_the_steps_of_one_whatever_is_lost_of_them(tmp_path):
+    with Nodes() as cluster:
+        nodes = [cluster.add(2) for _ in range(2)]
+        fields = {"cluster.trainer.nodes": 2, "cluster.trainer.cpus": 2, "trainer.ranks": 2}
+        fields |= {"cluster.explorers.max": 2}  # one of them waits for room
+        fields |= {"trainer.entropy_bonus": 0.01}  # something to learn without any success
+        driver = submitted(cluster, tmp_path, fields)
+        try:
+            home = driver.says(r"^controller: node (\w+)").group(1)
+            away = driver.says(r"^trainer-1: node (\w+)").group(1)
+            assert {home, away} == {*nodes}
+            driver.says(STEP)
+
+            before = len(driver.said)
+            cluster.remove(away)
+            driver.says("flash.trainer.lasting: trainer rank .*; restart 1 ", since=before)
+            driver.says("the trainer waits for a node for trainer-1, however long", since=before)
+            status = json.loads((tmp_path / "runs/run/status.json").read_text())
+            assert "a node for trainer-1" in [role["waits_for"] for role in status["roles"]]
+            joined = cluster.add(2)
+            driver.says(rf"^trainer-1: node {joined}", since=before)
+            before = len(driver.said)
+            at = step(driver.says(STEP, since=before))
+
+            placed = json.loads((tmp_path / "runs/run/placement.json").read_text())
+            assert [place["role"] for place in placed] == ["controller", "explorer-0", "trainer-1"]
+            before = len(driver.said)
+            os.kill(placed[0]["pid"], signal.SIGKILL)  # trainer-1 still has its ranks
+            driver.says(r"^goes on from .* logged batches", since=before)
+            assert step(driver.says(STEP, since=before)) >= at
+
+            driver.process.send_signal(signal.SIGINT)
+            assert driver.end() == 0, driver.told()
+        finally:
+            driver.process.kill()
+            driver.end()
+    assert whole_steps(tmp_path) > at
     run = tmp_path / "runs/run"
-    assert not list((tmp_path / "runs").glob(".cluster-*"))
-    books = Books("", run)
-    settings = yaml.safe_load((run / "config.yaml").read_text()) | {"steps": len(books.batches())}
-    assert settings["steps"] > at
-    assert list(violations(books, run, settings)) == []
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["grad_norm"] > 0
+    retrained = subprocess.run(
+        [*FLASH, "replay", str(run), "--retrain"], text=True, capture_output=True, check=False
+    )
+    assert "weights equal to the last bit to those of" in retrained.stdout, retrained.stderr

@@ -7,11 +7,13 @@ from flash import config as configuration
 from flash.cluster import roles
 from flash.cluster.place import Place
 
+TOKEN = "made up, and long enough"
+
 
 def plan(tmp_path, **changes):
     overrides = {"cluster": "ray", "runs_dir": str(tmp_path / "runs"), **changes}
     config = configuration.load("frozen_lake", overrides)
-    return roles.plan_of(config, token="made up for this run", marker=tmp_path / "marker")
+    return roles.plan_of(config, token=TOKEN, marker=tmp_path / "marker")
 
 
 def test_the_controller_plays_nothing_and_lets_explorers_in_where_its_node_is_reached(tmp_path):
@@ -42,6 +44,11 @@ def test_its_settings_are_a_configuration_that_is_read_from_a_file(tmp_path, mon
     assert os.stat(tmp_path / "settings.yaml").st_mode & 0o077 == 0
 
 
+def test_each_node_of_the_trainer_has_a_rank_for_each_of_its_gpus(tmp_path):
+    planned = plan(tmp_path, **{"cluster.trainer.gpus": 4, "cluster.trainer.nodes": 2})
+    assert planned.settings["trainer"]["ranks"] == 8
+
+
 def test_keys_travel_as_variables_and_are_in_no_file(tmp_path, monkeypatch):
     monkeypatch.setenv("LOG_URL", "postgresql://u:pass-phrase@h/d")
     planned = plan(tmp_path, **{"log.url": "$LOG_URL", "engine.api_key": "secret words"})
@@ -51,7 +58,7 @@ def test_keys_travel_as_variables_and_are_in_no_file(tmp_path, monkeypatch):
     named = planned.settings["engine"]["api_key"].removeprefix("$")
     assert planned.variables[named] == "secret words"
     assert planned.variables["LOG_URL"] == "postgresql://u:pass-phrase@h/d"
-    assert "made up for this run" in planned.variables.values()
+    assert TOKEN in planned.variables.values()
 
 
 def test_an_explorer_has_the_gpus_that_it_was_given_and_the_runs_workers(tmp_path):
@@ -60,7 +67,7 @@ def test_an_explorer_has_the_gpus_that_it_was_given_and_the_runs_workers(tmp_pat
     command = roles.explorer_command(planned, place, tmp_path / "x")
     assert {"--engine.devices=2,3", "--engine.workers=2", "explorer-1"} <= set(command)
     assert command[-2:] == ["--relay", "10.0.0.7"]
-    assert "made up" not in str(command), "others read command lines"
+    assert TOKEN not in str(command), "others read command lines"
 
 
 def test_a_role_without_gpus_sees_none(tmp_path, monkeypatch):

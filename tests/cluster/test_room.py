@@ -4,8 +4,10 @@ import socket
 
 import pytest
 
+from flash import config as configuration
 from flash.cluster.config import ClusterConfig
-from flash.cluster.room import Node, check_answers, check_room
+from flash.cluster.room import Node, check_answers, check_room, check_shared
+from flash.warm_start.small_policy import create
 
 
 def asked(**fields) -> ClusterConfig:
@@ -69,3 +71,47 @@ def test_an_address_where_nobody_listens_is_refused_at_once():
 def test_what_the_trainer_has_is_not_given_to_explorers():
     with pytest.raises(ValueError, match="there is room for 1; there is 1 node of 4 cores and 0"):
         check_room(asked(trainer={"cpus": 2}, explorers={"min": 2, "cpus": 2}), [Node("a", 4, 0)])
+
+
+def test_a_trainer_on_several_nodes_must_find_as_many_that_hold_its_ranks():
+    nodes = [Node("a", 16, 8), Node("b", 16, 8), Node("c", 16, 0)]
+    check_room(asked(trainer={"nodes": 2, "gpus": 8}, explorers={"min": 1}), nodes)
+    with pytest.raises(ValueError) as refused:
+        check_room(asked(trainer={"nodes": 3, "gpus": 8}), nodes)
+    assert str(refused.value) == (
+        "cluster.trainer.nodes=3 of cluster.trainer.cpus=1 with cluster.trainer.gpus=8: only 2 "
+        "nodes have them; there are 2 nodes of 16 cores and 8 GPUs, 1 node of 16 cores and 0 GPUs: "
+        "ask for less, or add a node"
+    )
+
+
+def test_explorers_have_what_the_trainers_nodes_leave():
+    nodes = [Node("a", 4, 4), Node("b", 4, 4), Node("c", 4, 0)]
+    few = {"trainer": {"nodes": 2, "cpus": 2}, "explorers": {"min": 2, "gpus": 4, "cpus": 2}}
+    check_room(asked(**few), nodes)
+    few["trainer"]["cpus"] = 3  # one of the nodes with GPUs must have ranks
+    with pytest.raises(ValueError, match=r"gpus=0, nodes=2\) there is room for 1; there are"):
+        check_room(asked(**few), nodes)
+
+
+def test_ranks_on_several_nodes_are_refused_what_these_do_not_share(tmp_path):
+    words = map(str, range(10))
+    reference = create(tmp_path / "reference", words, layers=1, hidden_size=32, heads=2)
+    config = configuration.load(
+        "frozen_lake",
+        {
+            "cluster": "ray", "cluster.trainer.nodes": 2, "trainer.ranks": 2,
+            "trainer.kl": {"coefficient": 0.1, "reference": str(reference)},
+        },
+    )  # fmt: skip
+    marker = tmp_path / "marker"
+    check_shared(config, marker, lambda path: path in (marker, reference))
+    with pytest.raises(ValueError) as refused:
+        check_shared(config, marker, lambda path: path == marker)
+    assert str(refused.value) == (
+        f"trainer.kl.reference='{reference}' with cluster.trainer.nodes=2: not all nodes that may "
+        f"have ranks see it: name a folder on a disk that they share, or use "
+        f"cluster.trainer.nodes=1"
+    )
+    with pytest.raises(ValueError, match=r"runs_dir='runs' with .*nodes=2: not all nodes"):
+        check_shared(config, marker, lambda path: path == reference)

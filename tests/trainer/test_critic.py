@@ -50,13 +50,11 @@ def started(
     model: Path, tmp_path: Path, config: TrainerConfig, checkpoint: Path | None = None
 ) -> Iterator[Rank]:
     rank = Rank()
-    rendezvous = tmp_path / "rendezvous"
-    rank.start(str(model), checkpoint and str(checkpoint), config, 0, 1, str(rendezvous), 0, None)
+    rank.start(str(model), checkpoint and str(checkpoint), config, 0, 1, None, 0, None)
     try:
         yield rank
     finally:
         dist.destroy_process_group()
-        rendezvous.unlink(missing_ok=True)
 
 
 def rewarded(samples: list[Sample]) -> list[Sample]:

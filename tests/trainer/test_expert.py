@@ -63,15 +63,12 @@ def started(model: Path, tmp_path: Path, config: TrainerConfig) -> Iterator[tupl
             gradients[name.removeprefix("model.")] = whole.clone()
 
     reference = str(model) if config.kl.coefficient else None
-    assert not rank.start(
-        str(model), None, config, 0, 1, str(tmp_path / "rendezvous"), 0, reference
-    )
+    assert not rank.start(str(model), None, config, 0, 1, None, 0, reference)
     try:
         rank._optimizer.register_step_pre_hook(keep)
         yield rank, gradients
     finally:
         dist.destroy_process_group()
-        (tmp_path / "rendezvous").unlink(missing_ok=True)
 
 
 def of_all_ranks(shares: list[list[MiniBatchShare]]) -> list[MiniBatchShare]:

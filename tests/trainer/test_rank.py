@@ -2,12 +2,14 @@
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -30,7 +32,7 @@ from flash.trainer.objectives.settings import (
     Vanilla,
 )
 from flash.trainer.packing import MiniBatchShare, denominator_of, divide
-from flash.trainer.rank import Rank
+from flash.trainer.rank import Rank, _keep_to
 from flash.types import Batch, Sample, Task
 
 SamplesOf = Callable[..., list[Sample]]
@@ -53,14 +55,13 @@ def started(
     reference: Path | None = None,
 ) -> Iterator[Rank]:
     rank = Rank()
-    rendezvous = tmp_path / "rendezvous"
     rank.start(
         str(model),
         checkpoint and str(checkpoint),
         config,
         0,
         1,
-        str(rendezvous),
+        None,
         0,
         reference and str(reference),
     )
@@ -68,7 +69,6 @@ def started(
         yield rank
     finally:
         dist.destroy_process_group()
-        rendezvous.unlink(missing_ok=True)
 
 
 def step(rank: Rank, samples: list[Sample], config: TrainerConfig, version: int = 0) -> Any:
@@ -413,8 +413,7 @@ def test_a_model_that_can_not_be_trained_is_told_in_a_line(tmp_path: Path) -> No
     )  # fmt: skip
     Model.from_config(config).save_pretrained(tmp_path / "bert")
     rank = Rank()
-    rendezvous = str(tmp_path / "rendezvous")
-    why = rank.start(str(tmp_path / "bert"), None, TrainerConfig(), 0, 1, rendezvous, 0)
+    why = rank.start(str(tmp_path / "bert"), None, TrainerConfig(), 0, 1, None, 0)
     dist.destroy_process_group()
     assert why.startswith("model_type='bert' computes other logprobs in packed sequences")
     assert "\n" not in why
@@ -659,3 +658,23 @@ def test_an_objective_without_proximal_logprobs_compares_what_its_first_mini_bat
             metrics.append(step(rank, chosen, config))
     for name in ("mismatch/kl_fresh", "mismatch/kl_stale", "logprob_gap/max"):
         assert metrics[0][name] == pytest.approx(metrics[1][name])
+
+
+def test_ranks_keep_to_the_interface_with_their_nodes_address(monkeypatch) -> None:
+    name, address = next(
+        (name, one.address)
+        for name, addresses in psutil.net_if_addrs().items()
+        for one in addresses
+        if "." in one.address and not one.address.startswith("127.")
+    )
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(variable, "")  # so that it is again afterwards as it was before
+        monkeypatch.delenv(variable)
+    _keep_to(address)
+    assert os.environ["GLOO_SOCKET_IFNAME"] == name
+    assert os.environ["NCCL_SOCKET_IFNAME"] == f"={name}"
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib")
+    _keep_to(address)
+    assert os.environ["NCCL_SOCKET_IFNAME"] == "ib", "whoever starts Ray on a node may know better"
+    with pytest.raises(RuntimeError, match="no network interface of .* has the address 192.0.2.77"):
+        _keep_to("192.0.2.77")

@@ -6,7 +6,8 @@
     an evaluation                       its own
 
 The caller's begins anew with each call that the trainer is at, because these have deadlines of
-their own, and a trainer that starts anew makes many. A wait for a batch has stalled where nothing
+their own, and a trainer that starts anew makes many; while it waits for what may take its time, as
+a node of a cluster, there is none. A wait for a batch has stalled where nothing
 moved for so long, or where all that ended had grown stale; not while the crew waits for what may
 take its time, as explorers to come. Remedies that bring no gain are not tried for ever.
 """
@@ -131,6 +132,8 @@ class Watchdog:
         calls = [call for call in self._loop.activity.calls if call.name != PAUSE]
         if not self._loop.activity.calls:
             trainer = TrainerState() if self._trainer is None else self._trainer()
+            if trainer.waits_for:
+                return None, _now(), self._caller_timeout_s
             timeout_s = self._stall_timeout_s if trainer.dead else self._caller_timeout_s
             idle_since = self._loop.activity.idle_since
             return None, max(idle_since, self._acted_at, trainer.since), timeout_s

@@ -212,6 +212,8 @@ def test_the_caller_has_a_deadline_of_its_own_and_a_dead_trainer_not_so_much_tim
         virtual_time.run(main(at_work, 1100))
     with pytest.raises(RolloutStall):
         virtual_time.run(main(TrainerState(dead="killed"), 900))
+    waits = TrainerState(doing="start", since=1.0, waits_for="a node")
+    assert virtual_time.run(main(waits, 86_400)) > 86_400
 
 
 def test_a_trainer_that_starts_anew_has_a_deadline_for_each_of_its_calls():
