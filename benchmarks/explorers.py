@@ -63,11 +63,11 @@ def workers_hub() -> InferenceHub:
     return InferenceHub(workers, max_running=RUNNING)
 
 
-async def _nothing(files: Files) -> Path:
+async def nothing(files: Files) -> Path:
     return Path(files.path)
 
 
-async def _offered(path: Path) -> Files:
+async def offered(path: Path) -> Files:
     return Files(path=str(path), stamp="", key="")
 
 
@@ -109,7 +109,7 @@ async def here(seconds: float) -> Row:
 
 
 async def with_explorers(number: int, seconds: float) -> Row:
-    hub = FleetHub(None, version=0, offer=_offered)
+    hub = FleetHub(None, version=0, offer=offered)
     run = Run(id="run", name="run", config={}, where="here", model="", model_files=None, version=0)
     fleet = Fleet(run, lease_s=60, version=lambda: hub.version, publish=lambda: hub.message)
     hub.over(fleet)
@@ -148,7 +148,7 @@ async def _explore(url: str, name: str) -> None:
 
         spool = Spool(Path(tempfile.gettempdir()) / "flash-benchmark-spool")
         player = Player(spool)
-        connection = Connection(name, player, connect=connect, have=_nothing, say=lambda _: None)
+        connection = Connection(name, player, connect=connect, have=nothing, say=lambda _: None)
         with contextlib.suppress(RunIsOver):
             async with connection.kept():
                 await connection.welcomed()

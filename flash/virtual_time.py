@@ -8,6 +8,7 @@ import contextvars
 import functools
 import heapq
 import itertools
+import math
 import selectors
 from collections.abc import Callable, Coroutine
 from typing import Any, ParamSpec, TypeVar, TypeVarTuple
@@ -74,16 +75,21 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
             heapq.heapify(self._timers)
             self._cancelled = 0
 
+    def next_timer_at(self) -> float:
+        """When the next timer is due; infinity if there is none."""
+        timers = self._timers
+        while timers and timers[0][2].cancelled():
+            heapq.heappop(timers)
+            self._cancelled -= 1
+        return timers[0][0] if timers else math.inf
+
     def jump(self, *, idle: bool) -> bool:
         """Makes ready what is due; if `idle`, at the time of the next timer. False if none is."""
-        timers = self._timers
         if idle:
-            while timers and timers[0][2].cancelled():
-                heapq.heappop(timers)
-                self._cancelled -= 1
-            if not timers:
+            if (when := self.next_timer_at()) == math.inf:
                 return False
-            self._now = max(self._now, timers[0][0])
+            self._now = max(self._now, when)
+        timers = self._timers
         while timers and timers[0][0] < self._now + _SAME_TIME_S:
             _, _, handle = heapq.heappop(timers)
             handle.waits = False

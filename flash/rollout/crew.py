@@ -123,6 +123,7 @@ class AgentCrew:
         self._together = together
         self._idle: dict[str, list[_Seat]] = defaultdict(list)  # by task set
         self._busy: dict[int, _Seat] = {}
+        self._starting: set[Episode] = set()
         self._tasks = asyncio.TaskGroup()
         self._closing = False
 
@@ -193,6 +194,8 @@ class AgentCrew:
             seat.task = self._tasks.create_task(self._supervise(seat), name="agent seat")
         seat.episode = episode
         self._busy[episode.id] = seat
+        self._starting.add(episode)
+        episode.on_request = self._starting.discard
         seat.agent.mailbox.put_nowait(Start(episode))
 
     def _new_agent(self, task_set: str) -> Agent:
@@ -207,9 +210,7 @@ class AgentCrew:
     @property
     def starting(self) -> int:
         """Episodes that have asked for no tokens yet, and soon will."""
-        return sum(
-            episode.turns == 0 and episode.stage_name != "generate" for episode in self.episodes()
-        )
+        return len(self._starting)
 
     def episodes(self) -> list[Episode]:
         return [seat.episode for seat in self._busy.values() if seat.episode is not None]
@@ -251,6 +252,7 @@ class AgentCrew:
         assert episode is not None
         seat.episode = None
         del self._busy[episode.id]
+        self._starting.discard(episode)
         self._hub.forget(episode.session)
         try:
             self._on_end(episode, end)

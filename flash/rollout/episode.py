@@ -104,6 +104,7 @@ class Episode:
         self.tokens_of: Mapping[int, int] = {}  # how many each version sampled, of all at its end
         self.ready = False  # it has one, which no crash can lose
         self.cancel_reason: str | None = None
+        self.on_request: Callable[[Episode], None] = lambda _: None  # it asks the hub for tokens
         self._hub = hub
         self._history = history
         self._replay = Replay()
@@ -140,6 +141,7 @@ class Episode:
         with self.stage("generate"):
             completion = self._replay.sampled(request)
             if completion is None:
+                self.on_request(self)
                 completion = await self._hub.generate(
                     request, on_start=self._note_version, on_sampled=count
                 )
