@@ -20,6 +20,7 @@ from flash.errors import one_line
 from flash.explorer.messages import UNREADABLE, decoder, encoder
 
 _GATHERS_S = 0.004
+_MAY_WAIT_S = 0.05  # what nobody waits for: a frame costs its receiver as much as ten messages
 _LAST_WORDS_S = 2.0
 _CLOSES_S = 5.0  # until the other side has said that it closes as well
 _BEATS = 4  # in a deadline
@@ -73,10 +74,11 @@ class Link(Generic[T]):
         self._heard_at = self._clock()
         self._pending: list[Any] = []
         self._wake = asyncio.Event()
+        self._wakes_later: asyncio.TimerHandle | None = None
         self._numbers = itertools.count(1)
         self._last = 0
         self._lost: LinkLost | None = None
-        self._loss = asyncio.get_running_loop().create_future()
+        self._receiving: asyncio.Timeout | None = None
 
     async def __aenter__(self) -> Self:
         self._writing = asyncio.create_task(self._write(), name="link")
@@ -101,23 +103,28 @@ class Link(Generic[T]):
         """When anything was heard last, by the event loop's clock."""
         return self._heard_at
 
-    def send(self, message: Any) -> None:
-        """At once; on a link that is lost nothing comes of it."""
+    def send(self, message: Any, *, soon: bool = True) -> None:
+        """With the next frame, which is made soon, or may wait for more to say; on a link that is
+        lost nothing comes of it."""
         if self._lost is not None:
             return
         self._pending.append(message)
         if len(self._pending) > _MOST_PENDING:
             self._lose(f"{_MOST_PENDING} messages wait for the other side to read")
-        self._wake.set()
+        self.poke(soon=soon)
 
     def use_deadline(self, deadline_s: float) -> None:
         """From now on."""
         self._deadline_s = deadline_s
         self.poke()
 
-    def poke(self) -> None:
-        """Makes a frame soon, for what `before_frame` adds to it."""
-        self._wake.set()
+    def poke(self, *, soon: bool = True) -> None:
+        """Makes a frame, for what `before_frame` adds to it."""
+        if soon:
+            self._wake.set()
+        elif self._wakes_later is None:
+            loop = asyncio.get_running_loop()
+            self._wakes_later = loop.call_later(_MAY_WAIT_S, self._wake.set)
 
     async def flush(self) -> None:
         """Sends what is gathered."""
@@ -139,15 +146,14 @@ class Link(Generic[T]):
     async def _next_frame(self) -> _Frame[T]:
         if self._lost is not None:
             raise self._lost
-        receiving = asyncio.ensure_future(self._wire.receive())
         try:
-            await asyncio.wait((receiving, self._loss), return_when=asyncio.FIRST_COMPLETED)
-            if not receiving.done():
-                assert self._lost is not None
-                raise self._lost
-            data = receiving.result()
+            async with asyncio.timeout(None) as self._receiving:  # which a loss ends
+                data = await self._wire.receive()
+        except TimeoutError:
+            assert self._lost is not None
+            raise self._lost from None
         finally:
-            receiving.cancel()
+            self._receiving = None
         self._heard_at = self._clock()
         try:
             frame: _Frame[T] = self._decode(data)
@@ -178,6 +184,9 @@ class Link(Generic[T]):
         return self._clock() - self._heard_at >= self._deadline_s
 
     async def _send_pending(self) -> None:
+        if self._wakes_later is not None:
+            self._wakes_later.cancel()
+            self._wakes_later = None
         self.before_frame()
         messages, self._pending = self._pending, []
         frame = _Frame(next(self._numbers), messages)
@@ -191,5 +200,6 @@ class Link(Generic[T]):
         """The first reason is the one that counts."""
         if self._lost is None:
             self._lost = LinkLost(why)
-            self._loss.set_result(None)
+            if self._receiving is not None:
+                self._receiving.reschedule(self._clock())
         return self._lost

@@ -257,7 +257,7 @@ class Player:
         held.ended = isinstance(step, Ended)
         if self._link is not None:
             self._unsent[held] = None
-            self._link.poke()
+            self._link.poke(soon=held.ended)
         elif held.ended:
             self._keep(held)
 
