@@ -144,6 +144,7 @@ class Fleet:
         self._tasks = asyncio.TaskGroup()
         self._lost: dict[int, bool] = {}  # whose late answers are refused
         self._heldout = itertools.count(1)
+        self._continuing: dict[int, int] = {}  # the numbers of episodes that have another's
         self._over: RunOver | None = None
         self._parted = asyncio.Event()
         self._counted: dict[str, HubStats] = {}  # by process, which counts on when it is back
@@ -185,6 +186,8 @@ class Fleet:
             self._catch_up()
         if play.heldout or not self._claims.begin(play):
             self._place(play)
+        else:
+            self._continuing[play.episode.id] = play.number
 
     def give_up(self, play: Play) -> None:
         """Nothing is wanted of it any more; its end is reported."""
@@ -460,7 +463,8 @@ class Fleet:
             case Room():
                 explorer.version = message.version
                 explorer.room = message.room - (explorer.begun - message.begun)
-                self._placing.place()
+                if explorer.room > 0:
+                    self._placing.place()
             case State():
                 explorer.state = message
                 if message.stats is not None:
@@ -590,8 +594,6 @@ class Fleet:
         return self._counted.values()
 
     def where_is(self, episode: int) -> str:
-        """The explorer that plays it; empty if none does."""
-        for name, explorer in self.explorers.items():
-            if any(play.episode.id == episode for play in explorer.plays.values()):
-                return name
-        return ""
+        """The explorer that plays this episode of training; empty if none does."""
+        number = self._continuing.get(episode, episode)
+        return next((name for name, one in self.explorers.items() if number in one.plays), "")

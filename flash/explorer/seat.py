@@ -60,11 +60,11 @@ class Explorer:
     def heard_at(self) -> float:
         return self.last_heard_at if self.link is None else self.link.heard_at
 
-    def send(self, message: FromController) -> None:
-        """If it is here."""
+    def send(self, message: FromController, *, soon: bool = True) -> None:
+        """If it is here; see Link.send."""
         if self.link is not None:
-            self.link.send(message)
+            self.link.send(message, soon=soon)
 
     def settle(self, episode: int) -> None:
         """What it told of that episode's end is safe, or is not wanted: it may forget it."""
-        self.send(Settled([episode]))
+        self.send(Settled([episode]), soon=False)
