@@ -25,7 +25,6 @@ import asyncio
 import gc
 import itertools
 import json
-import math
 import multiprocessing
 import time
 from collections import Counter
@@ -63,7 +62,9 @@ from flash.virtual_time import VirtualTimeLoop
 
 RESULTS = Path(__file__).parent / "results" / "scaling.json"
 TURNS, GROUP, ALPHA, WORKERS = 5, 8, 7, 4
-BATCHES_IN_FLIGHT = 4  # twice as many may be: what is slow grows not too old, and explorers are full
+BATCHES_IN_FLIGHT = (
+    4  # twice as many may be: what is slow grows not too old, and explorers are full
+)
 RESPONSE_S = Distribution(kind="lognormal", mean=4.0, sigma=0.5).sampler()
 STEP_S = (0.5, 2.0)
 RESPONDING = 20.0 / 27.5  # the share of an episode's time

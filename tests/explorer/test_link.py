@@ -124,3 +124,51 @@ async def test_who_closes_a_link_does_not_wait_long_for_the_other_side_to_do_so(
     async with Link(Silent(), FromExplorer, deadline_s=10):
         pass
     assert 0 < clock() <= 5
+
+
+class Keeps:
+    """A wire that keeps what it is given, and when."""
+
+    def __init__(self):
+        self.frames = []
+
+    async def send(self, frame):
+        _, messages = msgspec.msgpack.decode(frame)
+        self.frames.append((asyncio.get_running_loop().time(), [m[1] for m in messages]))
+
+    async def receive(self):
+        await asyncio.Event().wait()
+
+    async def close(self):
+        pass
+
+
+@in_virtual_time
+async def test_what_may_wait_goes_with_what_may_not_or_by_itself():
+    wire = Keeps()
+    async with Link(wire, FromExplorer, deadline_s=10) as link:
+        for number in range(10):
+            link.send(Settled([number]), soon=False)
+            await asyncio.sleep(0.001)
+        link.send(Settled([10]))
+        await asyncio.sleep(0.01)
+        assert [said for _, said in wire.frames] == [[[n] for n in range(11)]]
+        link.send(Settled([11]), soon=False)
+        await asyncio.sleep(1)
+        at, said = wire.frames[1]
+        assert said == [[11]]
+        assert at < 0.1
+
+
+@in_virtual_time
+async def test_who_reads_can_be_cancelled_by_others():
+    async def read():
+        async with Link(Keeps(), FromExplorer, deadline_s=10) as link:
+            async for _ in link.messages():
+                pass
+
+    reading = asyncio.create_task(read())
+    await asyncio.sleep(1)
+    reading.cancel()
+    await asyncio.wait([reading])
+    assert reading.cancelled()

@@ -4,11 +4,13 @@ import asyncio
 
 import pytest
 
+from flash.agents import EnvironmentAgent
 from flash.conversation import TokenSequence
 from flash.errors import AgentFailure, InferenceFailure
-from flash.fakes import FakeCrew, FakeWorker, KeepingObserver
+from flash.fakes import FakeCrew, FakeEnvs, FakeStyle, FakeWorker, KeepingObserver
 from flash.hub.hub import InferenceHub
 from flash.rollout.config import RolloutSettings
+from flash.rollout.crew import AgentCrew
 from flash.rollout.loop import RolloutLoop
 from flash.types import Completion, Task, Trajectory
 from flash.virtual_time import in_virtual_time
@@ -109,3 +111,23 @@ async def test_a_loop_that_nobody_plays_for_is_refused():
     async with InferenceHub([FakeWorker("w")]) as hub:
         with pytest.raises(ValueError, match="nobody plays: give agent="):
             RolloutLoop(hub, **SIZES)
+
+
+@pytest.mark.parametrize("fail_rate", [0.0, 1.0])
+@in_virtual_time
+async def test_episodes_are_starting_until_they_first_ask_for_tokens(fail_rate):
+    envs = FakeEnvs(turns=(2, 2), step_s=(1.0, 1.0), fail_rate=fail_rate)
+    worker = FakeWorker("w", token_s=(1.0, 1.0), tokens=(1, 1))
+    ends = []
+    async with InferenceHub([worker]) as hub:
+        crew = AgentCrew(lambda: EnvironmentAgent(envs=envs, style=FakeStyle(), max_tokens=1), hub)
+        crew.report_to(on_end=lambda _, end: ends.append(end), on_fatal=ends.append)
+        async with crew:
+            for number in range(3):
+                crew.begin(number, Task(number))
+            await asyncio.sleep(0.5)
+            assert crew.starting == 3
+            for _ in range(5):
+                await asyncio.sleep(1.0)
+                assert crew.starting == 0
+    assert len(ends) == 3
