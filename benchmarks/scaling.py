@@ -3,19 +3,19 @@
     explorers   1 to 64 of them, with 16,384 episodes in flight between them
     in flight   8 explorers, with ever more episodes between them
     pace        8 explorers with 16,384 episodes, which take ever less time
-    tokens      8 explorers with 16,384 episodes, with ever longer responses
+    tokens      8 explorers with 16,384 episodes, with longer responses
 
 The production's RolloutLoop, FleetCrew, Fleet and links in one process, and in another one all
 explorers: the production's players, agents and hubs over the fakes of `flash.fakes`. Episodes have
-five turns of 16 tokens; a response takes 4 s and a step 1.25 s, as drawn; `pace` says how many times
-faster.
+five turns of 16 tokens; a response takes 4 s and a step 1.25 s, as drawn; `pace` says how many
+times faster. Explorers are full, and as many episodes as they play wait at the controller.
 
 The two processes have one virtual clock: a frame takes 10 ms from one to the other, and neither is
-ever further than that ahead. The controller's goes on with its own CPU time too, so it is late
-where a real one would be: `lag` is how late it sees a frame, `core` the share of the time in which
-it works. Frames are encoded and decoded, but come over a pipe, which is not counted; what a
-connection costs for each frame is measured apart, and is part of `with sockets`. As `most`, the
-episodes a second at which that takes one core.
+ever further than that ahead. The controller's clock goes on while it works, too, so it is late
+where a real one would be: `lag` is how late it sees a frame (on a quiet machine), `core` the share
+of the time in which it works. Frames are encoded and decoded, but come over a pipe, which is not
+counted; what a connection costs for each frame is measured apart, and is part of `with sockets`.
+As `most`, the episodes a second at which all that takes one core.
 
     python benchmarks/scaling.py [--only explorers,pace] [--batches 4]
 """
@@ -30,7 +30,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection as Pipe
 from pathlib import Path
 
@@ -184,7 +184,7 @@ def in_two_processes(case: Case) -> Row:
     try:
         row: Row = hear.recv()
     finally:
-        for process in processes:
+        for process in reversed(processes):  # none hears of the other's end
             process.kill()
             process.join()
     return row
@@ -222,7 +222,6 @@ async def _control(loop: SharedClockLoop, tell: Pipe, case: Case) -> None:
                 wire.lags.clear()
             episodes = await _train(rollouts, case.batches)
             now = _sums(loop)
-            print(sum(len(e.plays) for e in fleet.explorers.values()), fleet.waiting, fleet.counts)
             lags = [lag for wire in loop.wires for lag in wire.lags]
             tell.send(_row(episodes, {name: now[name] - before[name] for name in now}, lags))
             await asyncio.Event().wait()  # for its end
@@ -348,6 +347,14 @@ async def socket_frame_s(size: int) -> float:
 # ── tables ───────────────────────────────────────────────────────────────────────────────────
 
 
+def measured(case: Case) -> Row:
+    row = in_two_processes(case)
+    socket_s = run_loop(socket_frame_s(round(row["frame_bytes"])))
+    row["with_sockets_ms"] = row["cpu_ms"] + 1000 * socket_s * row["frames"]
+    row["most_per_s"] = 1000 / row["with_sockets_ms"]
+    return row
+
+
 def shown(case: Case, row: Row) -> str:
     return (
         f"{case.explorers:9}{case.in_flight:11,}{case.pace:6g}{case.tokens:8}"
@@ -370,19 +377,16 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(TABLES))
     parser.add_argument("--batches", type=int, default=BASE.batches)
     options = parser.parse_args()
-    rows: dict[str, list[Row]] = {}
+    rows: dict[Case, Row] = {}
     for name in options.only.split(","):
-        rows[name] = []
-        print(HEADER)
+        print(f"{name}\n{HEADER}")
         for case in TABLES[name]:
-            row = in_two_processes(replace(case, batches=options.batches))
-            socket_s = run_loop(socket_frame_s(round(row["frame_bytes"])))
-            row["with_sockets_ms"] = row["cpu_ms"] + 1000 * socket_s * row["frames"]
-            row["most_per_s"] = 1000 / row["with_sockets_ms"]
-            rows[name].append(row)
-            print(shown(case, row), flush=True)
+            if case not in rows:
+                rows[case] = measured(replace(case, batches=options.batches))
+            print(shown(case, rows[case]), flush=True)
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(rows, indent=2) + "\n")
+    results = [asdict(case) | row for case, row in rows.items()]
+    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":
