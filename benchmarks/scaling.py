@@ -25,6 +25,7 @@ import asyncio
 import gc
 import itertools
 import json
+import logging
 import multiprocessing
 import time
 from collections import Counter
@@ -195,6 +196,7 @@ def in_two_processes(case: Case) -> Row:
 
 def controller(pipe: Pipe, tell: Pipe, case: Case) -> None:
     gc.disable()  # as `run_loop`
+    logging.disable(logging.WARNING)  # the first episodes are quick: they wait for no explorer
     loop = SharedClockLoop(pipe, works=True)
     loop.run_until_complete(_control(loop, tell, case))
 
