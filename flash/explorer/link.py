@@ -20,7 +20,7 @@ from flash.errors import one_line
 from flash.explorer.messages import UNREADABLE, decoder, encoder
 
 _GATHERS_S = 0.004
-_MAY_WAIT_S = 0.05  # what nobody waits for: a frame costs its receiver as much as ten messages
+_MAY_WAIT_S = 0.05  # what nobody waits for: frames of their own would cost more than what they say
 _LAST_WORDS_S = 2.0
 _CLOSES_S = 5.0  # until the other side has said that it closes as well
 _BEATS = 4  # in a deadline
