@@ -228,7 +228,7 @@ class Style:
 class Unchanging(HttpWorker):
     """Its weights stay, whatever is published."""
 
-    async def load_weights(self, path: Path) -> None:
+    async def load_weights(self, weights: Weights) -> None:
         pass
 
 

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from flash.config import fields, load, parse, presets, try_environment
+from flash.config import check_capacity, fields, load, parse, presets, try_environment
+from flash.system.machine import Capacity
 from flash.trainer.objectives.settings import SETTINGS, DecoupledPpo, Ppo, Tis
 
 
@@ -536,17 +537,36 @@ def test_a_group_of_one_is_taken_where_nothing_in_it_is_compared():
         ({"engine.kind": "vllm", "trainer.ranks": 2}, True, [0, 1, 2], ""),
         ({"engine.kind": "vllm", "engine.devices": [2]}, True, [0, 1, 2], ""),
         ({"engine.urls": "http://a:1"}, True, [0], ""),
+        # The workers are explorers'.
+        ({"engine.kind": "vllm", "engine.workers": 0, "explorers.expected": 1}, True, [0], ""),
+        ({"engine.kind": "vllm", "engine.workers": 0, "explorers.expected": 1}, True, [],
+         "this machine shows none: use engine.transport=disk"),
     ],
 )  # fmt: skip
 def test_weights_go_over_nccl_where_each_side_has_gpus_and_the_other_is_vllm(
     changes, installed, gpus, message, monkeypatch
 ):
     monkeypatch.setattr("flash.system.machine.has_vllm", lambda: installed)
-    monkeypatch.setattr("flash.system.machine.gpus", lambda: gpus)
+    has = Capacity(cores=64, memory_bytes=10**12, gpus=gpus, open_files=65_536)
     changes = {"engine.transport": "nccl", **changes}
     if not message:
-        assert load("frozen_lake", changes).engine.transport == "nccl"
+        check_capacity(load("frozen_lake", changes), has)
         return
     with pytest.raises(ValueError, match="engine.transport=nccl") as caught:
-        load("frozen_lake", changes)
+        check_capacity(load("frozen_lake", changes), has)
     assert message in str(caught.value)
+
+
+def test_what_goes_over_nccl_is_seen_by_others_and_needs_gpus_of_a_cluster(monkeypatch, tmp_path):
+    monkeypatch.setattr("flash.system.machine.has_vllm", lambda: True)
+    for name in ("certificate", "key"):
+        (tmp_path / name).touch()
+    nccl = {"engine.transport": "nccl", "engine.kind": "vllm", "explorers.expected": 1}
+    tls = {f"explorers.{name}": str(tmp_path / name) for name in ("certificate", "key")}
+    with pytest.raises(ValueError, match="NCCL sends weights in the clear: use .*=disk, or leave"):
+        load("frozen_lake", nccl | tls)
+    ray = nccl | {"cluster": "ray", "cluster.trainer.gpus": 1, "cluster.explorers.gpus": 1}
+    load("frozen_lake", ray)
+    for one in ("trainer", "explorers"):
+        with pytest.raises(ValueError, match=rf"cluster\.{one}\.gpus=0.*it is between GPUs"):
+            load("frozen_lake", ray | {f"cluster.{one}.gpus": 0})

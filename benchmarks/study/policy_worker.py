@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from flash.hub.worker import OnTokens, WorkerFailure
-from flash.types import Completion, SamplingParams, UpdateMode
+from flash.types import Completion, SamplingParams, UpdateMode, Weights
 
 
 @dataclass(eq=False)
@@ -68,11 +68,11 @@ class PolicyWorker:
             raise WorkerFailure(f"{self.name} knows update_mode=keep only, not {mode}")
         self._paused = True
 
-    async def load_weights(self, path: Path) -> None:
-        weights = {}
-        for file in sorted(path.glob("*.safetensors")):
-            weights |= load_file(file)
-        self._model.load_state_dict(weights, strict=False)
+    async def load_weights(self, weights: Weights) -> None:
+        tensors = {}
+        for file in sorted(weights.path.glob("*.safetensors")):
+            tensors |= load_file(file)
+        self._model.load_state_dict(tensors, strict=False)
         self._model.tie_weights()
 
     async def set_version(self, version: int) -> None:

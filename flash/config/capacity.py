@@ -4,12 +4,12 @@ Known before anything starts; each figure below is the least that such a thing t
 is refused can't run, and what is absurd is not tried.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from flash.config.model import SMALL
 from flash.config.run import Config
 from flash.reward.config import ProcessReward
-from flash.system.machine import Capacity
+from flash.system.machine import Capacity, Gpu
 from flash.worker.config import CACHED_TOKEN_BYTES, MASK_BYTES, THREADS_PER_CORE
 
 # Bytes, measured where it says so.
@@ -34,6 +34,8 @@ def check_capacity(config: Config, has: Capacity, *, trains: bool = True, nodes:
         if count > most:
             raise ValueError(f"{field}={count}: {has} is enough for {most}: take no more")
     _check_gpus(config, has, trains=trains, nodes=nodes)
+    if config.engine.transport == "nccl":
+        _check_nccl(config, has.gpus, trains=trains)
     for field, threads in (
         ("engine.threads", config.engine.threads),
         ("trainer.threads", config.trainer.threads),
@@ -79,6 +81,28 @@ def _check_gpus(config: Config, has: Capacity, *, trains: bool, nodes: int) -> N
         raise ValueError(
             f"trainer.ranks={config.trainer.ranks}: each takes a GPU of {has}: take {len(gpus)} or "
             f"fewer"
+        )
+
+
+def _check_nccl(config: Config, gpus: Sequence[Gpu], *, trains: bool) -> None:
+    """It is between GPUs, and no two processes of a group may use the same."""
+    engine, ranks = config.engine, config.trainer.ranks
+    if not gpus:
+        raise ValueError(
+            "engine.transport=nccl needs NVIDIA GPUs, and this machine shows none: use "
+            "engine.transport=disk"
+        )
+    if trains and (shared := sorted({*gpus[:ranks]} & {*engine.devices})):
+        raise ValueError(
+            f"engine.devices={list(engine.devices)} and the trainer ({ranks} trainer.ranks) share "
+            f"GPUs {shared}, which engine.transport=nccl can't: name others, or use "
+            f"engine.transport=disk"
+        )
+    starts = engine.kind == "vllm" and engine.workers
+    if starts and not engine.devices and len(gpus) <= ranks:
+        raise ValueError(
+            f"engine.transport=nccl needs GPUs for vLLM beside the trainer's: "
+            f"trainer.ranks={ranks} take all {len(gpus)}: use fewer, or engine.transport=disk"
         )
 
 

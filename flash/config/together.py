@@ -36,8 +36,11 @@ def check_together(config: RunFields) -> None:
             check_model(reference)
         except ValueError as error:
             raise ValueError(f"trainer.kl.reference={reference!r}: {error}") from None
-    if config.engine.transport == "nccl":
-        _check_gpus_apart(config)
+    if config.engine.transport == "nccl" and config.explorers.certificate is not None:
+        raise ValueError(
+            "engine.transport=nccl with explorers.certificate: NCCL sends weights in the clear: "
+            "use engine.transport=disk, or leave the certificate out"
+        )
     head = config.policy.hidden_size // config.policy.heads
     if config.engine.kind == "vllm" and config.model == SMALL and not machine.gpus() and head % 32:
         raise ValueError(
@@ -150,9 +153,14 @@ def _check_cluster(config: RunFields) -> None:
             f"trainer.ranks={ranks} with cluster.trainer.nodes={asked.nodes}: nodes have as many "
             f"ranks each: use a multiple of {asked.nodes}"
         )
+    if config.engine.transport == "nccl" and not (asked.gpus and config.cluster.explorers.gpus):
+        raise ValueError(
+            f"engine.transport=nccl with cluster.trainer.gpus={asked.gpus} and "
+            f"cluster.explorers.gpus={config.cluster.explorers.gpus}: it is between GPUs: "
+            f"ask for some on either side, or use engine.transport=disk"
+        )
     for field, given, remedy in (
         ("eval.mode=beside", config.eval.mode == "beside", "use eval.mode=pause"),
-        ("engine.transport=nccl", config.engine.transport == "nccl", "use engine.transport=disk"),
         ("engine.urls", bool(config.engine.urls), "leave it out, or use cluster.kind=none"),
         (
             f"engine.door_port={config.engine.door_port}",
@@ -261,21 +269,4 @@ def _check_share(config: RunFields) -> None:
             f"eval.workers={config.eval.workers} with eval.mode=beside leaves none of "
             f"{workers} workers to rollout: set engine.workers to "
             f"{config.eval.workers + 1} or more, or use eval.mode=pause"
-        )
-
-
-def _check_gpus_apart(config: RunFields) -> None:
-    """NCCL takes no group in which two processes use one GPU."""
-    trainers, servers = machine.gpus()[: config.trainer.ranks], config.engine.devices
-    if shared := sorted({*trainers} & {*servers}):
-        raise ValueError(
-            f"engine.devices={servers} and the trainer ({config.trainer.ranks} trainer.ranks) "
-            f"share GPUs {shared}, which engine.transport=nccl can't: name others, or use "
-            f"engine.transport=disk"
-        )
-    if config.engine.kind == "vllm" and not servers and len(machine.gpus()) <= config.trainer.ranks:
-        raise ValueError(
-            f"engine.transport=nccl needs GPUs for vLLM beside the trainer's: "
-            f"trainer.ranks={config.trainer.ranks} take all {len(machine.gpus())}: use fewer, or "
-            f"engine.transport=disk"
         )

@@ -35,12 +35,14 @@ from flash.explorer.messages import (
     RunOver,
     Score,
     Scored,
+    SenderAnswer,
     Settled,
     Trouble,
     Welcome,
     sent,
 )
 from flash.explorer.player import Player
+from flash.explorer.remote_senders import RemoteSenders
 from flash.hub.hub import InferenceHub
 from flash.hub.reports import PublishReport
 from flash.system.machine import where
@@ -90,6 +92,7 @@ class Connection:
         tasks_only: bool = False,
     ) -> None:
         self.name = name
+        self.senders = RemoteSenders()
         self._evaluates = evaluates
         self._brings = dict(brings)
         self._tasks_only = tasks_only
@@ -176,16 +179,20 @@ class Connection:
     # ── new weights ──────────────────────────────────────────────────────────────────────────
 
     @contextlib.asynccontextmanager
-    async def publishing_to(self, hub: InferenceHub) -> AsyncIterator[None]:
+    async def publishing_to(
+        self, hub: InferenceHub, *, by_files: bool = True
+    ) -> AsyncIterator[None]:
+        """Weights go to the hub's workers while the block runs: as files, which must be on this
+        machine then, or from `senders`."""
         with first_error():
             async with asyncio.TaskGroup() as tasks:
-                publishing = tasks.create_task(self._publish_to(hub), name="publish")
+                publishing = tasks.create_task(self._publish_to(hub, by_files), name="publish")
                 try:
                     yield
                 finally:
                     publishing.cancel()
 
-    async def _publish_to(self, hub: InferenceHub) -> None:
+    async def _publish_to(self, hub: InferenceHub, by_files: bool) -> None:
         """The newest weights, whenever there are newer ones."""
         while True:
             newest = self._weights
@@ -194,7 +201,9 @@ class Connection:
                 await self._news_of_weights.wait()
                 continue
             try:
-                path = await self._have(newest.files)
+                path = Path(newest.files.path)  # the controller's
+                if by_files:
+                    path = await self._have(newest.files)
                 if self._weights is not newest:
                     continue
                 self._policy = newest.version
@@ -288,6 +297,7 @@ class Connection:
                 self._hear(message)
         finally:
             self._link = self._weights = None  # the next one tells of what there is
+            self.senders.detach()
             self._player.detach()
             for asked in self._questions.values():
                 if not asked.done():
@@ -304,6 +314,7 @@ class Connection:
         else:
             self._given_by = welcome.controller
         self._player.attach(link, welcome)
+        self.senders.attach(link)
         self._changed.set()
 
     def _hello(self) -> Hello:
@@ -336,6 +347,8 @@ class Connection:
                 asked = self._questions.get(message.number)
                 if asked is not None and not asked.done():
                     asked.set_result(message.logprobs)
+            case SenderAnswer():
+                self.senders.hear(message)
             case RunOver():
                 if not message.again:
                     raise RunIsOver(message.why)

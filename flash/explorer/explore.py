@@ -223,7 +223,12 @@ async def _play_for(
 ) -> None:
     """Plays for a run as long as it stays as it is, or until `stop` is set."""
     config = local_config(
-        welcome, model, options.overrides, tasks=options.tasks, tasks_only=options.tasks_only
+        welcome,
+        model,
+        options.overrides,
+        tasks=options.tasks,
+        tasks_only=options.tasks_only,
+        evaluates=options.evaluates,
     )
     configuration.check_capacity(config, machine.capacity(), trains=False)
     player.doing = "starts its workers"
@@ -239,6 +244,7 @@ async def _play_for(
             weights=weights,
             log_dir=folder / "logs",
             say=say,
+            senders=connection.senders.of,
         ) as parts,
         parts.agents() as agents,
         parts.agents(heldout=True) as heldout_agents,
@@ -254,6 +260,7 @@ async def _play_for(
             stop=stop,
             drain_s=options.drain_s,
             say=say,
+            by_files=config.engine.transport == "disk",
         )
 
 
@@ -305,6 +312,7 @@ def local_config(
     *,
     tasks: Mapping[str, PlayedWith] = {},
     tasks_only: bool = False,
+    evaluates: bool = False,
 ) -> Config:
     """The run's configuration as it holds at an explorer that brings these task sets; `model` is
     where it has that.
@@ -319,10 +327,12 @@ def local_config(
     settings["trainer"] = trainer | {"kl": trainer["kl"] | {"reference": None}}
     engine = dict(settings["engine"])
     # The run's own workers, ports and GPUs are none of ours; what it has none of, we have one of.
-    engine |= {"urls": [], "api_key": "", "door_port": None, "transport": "disk", "devices": []}
+    engine |= {"urls": [], "api_key": "", "door_port": None, "devices": []}
     engine["workers"] = engine["workers"] or 1
+    if evaluates:
+        engine["transport"] = "disk"  # what an evaluation is of must be to be had until its end
     if engine["kind"] == "urls":
-        engine["kind"] = "auto"
+        engine["kind"] = "vllm" if engine["transport"] == "nccl" else "auto"
     if welcome.where != machine.where():  # there are no trainer's ranks to leave some to
         engine["devices"] = machine.gpus()
     settings["engine"] = engine
@@ -338,6 +348,9 @@ def local_config(
     config = configuration.parse(changed(settings, overrides))
     if not (config.engine.workers or config.engine.urls):
         raise ValueError("engine.workers=0: an explorer has workers: leave it out, or give more")
+    if config.engine.transport == "nccl" and engine["transport"] != "nccl":
+        why = "an evaluation needs its weights as files" if evaluates else "the run's is disk"
+        raise ValueError(f"--engine.transport nccl: {why}: leave it out")
     return config
 
 

@@ -20,7 +20,7 @@ import contextlib
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self
@@ -40,6 +40,7 @@ from flash.explorer.messages import (
     Kept,
     Leaving,
     News,
+    OfSender,
     Publish,
     Refused,
     Returned,
@@ -57,6 +58,7 @@ from flash.explorer.messages import (
 from flash.explorer.placing import Placing
 from flash.explorer.remote import cut_off
 from flash.explorer.seat import Explorer, Play
+from flash.explorer.senders import Senders, Sending
 from flash.hub.reports import HubStats
 from flash.rollout.committed import INTERRUPTED
 from flash.rollout.episode import Cancelled
@@ -99,6 +101,7 @@ class Fleet:
         apart: evaluations are played by explorers that do nothing else; their weights stay as they
             are while one is played.
         brought: the task sets that are for who brings them.
+        sending: what sends weights to explorers' workers; None where they read files.
     """
 
     def __init__(
@@ -115,6 +118,7 @@ class Fleet:
         score: Callable[[Score], Awaitable[list[list[float]] | None]] | None = None,
         apart: bool = False,
         brought: Brought | None = None,
+        sending: Sending | None = None,
     ) -> None:
         self.brought = brought or Brought()
         self.explorers: dict[str, Explorer] = {}
@@ -129,6 +133,7 @@ class Fleet:
         self._publish = publish
         self._score = score
         self._apart = apart
+        self._sending = sending
         self._placing = Placing(
             self.explorers, brought=self.brought, apart=apart, on_fatal=self._fail
         )
@@ -246,31 +251,49 @@ class Fleet:
         # Half of the lease: who finds out that nothing passes can be back in time.
         link: Link[FromExplorer] = Link(wire, FromExplorer, deadline_s=self._lease_s / 2)
         async with link:
-            explorer = None
             try:
                 messages = link.messages()
                 async with asyncio.timeout(_HELLO_S):
                     hello = await anext(messages)
-                if why := self._refusal(hello):
-                    link.send(Refused(why, final=True))
-                    await link.flush()
+            except (LinkLost, TimeoutError, StopAsyncIteration):
+                return
+            if why := self._refusal(hello):
+                link.send(Refused(why, final=True))
+                await link.flush()
+                return
+            if self._over is not None:
+                link.send(self._over)
+                await link.flush()
+                return
+            assert isinstance(hello, Hello)
+            explorer = self._seat(hello, link)
+            async with Senders(
+                self._sending, link, explorer=explorer.name, address=wire.local_address
+            ) as senders:
+                await self._serve(explorer, link, messages, senders)
+
+    async def _serve(
+        self,
+        explorer: Explorer,
+        link: Link[FromExplorer],
+        messages: AsyncIterator[FromExplorer],
+        senders: Senders,
+    ) -> None:
+        """Until that link is lost, or it has come by another one."""
+        try:
+            async for message in messages:
+                if explorer.link is not link:
                     return
-                if self._over is not None:
-                    link.send(self._over)
-                    await link.flush()
-                    return
-                assert isinstance(hello, Hello)
-                explorer = self._seat(hello, link)
-                async for message in messages:
-                    if explorer.link is not link:
-                        return  # it has come by another one meanwhile
+                if isinstance(message, OfSender):
+                    senders.hear(message)
+                else:
                     self._hear(explorer, message)
-            except (LinkLost, TimeoutError, StopAsyncIteration) as lost:
-                if explorer is not None and explorer.link is link:
-                    logger.info("explorer %s is away: %s", explorer.name, lost)
-            finally:
-                if explorer is not None and explorer.link is link:
-                    self._part(explorer)
+        except LinkLost as lost:
+            if explorer.link is link:
+                logger.info("explorer %s is away: %s", explorer.name, lost)
+        finally:
+            if explorer.link is link:
+                self._part(explorer)
 
     def _refusal(self, hello: FromExplorer) -> str:
         if not isinstance(hello, Hello):

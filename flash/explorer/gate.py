@@ -129,6 +129,11 @@ class SocketWire:
     def __init__(self, socket: web.WebSocketResponse | aiohttp.ClientWebSocketResponse) -> None:
         self._socket = socket
 
+    @property
+    def local_address(self) -> str:
+        sockname = self._socket.get_extra_info("sockname")
+        return str(sockname[0]) if sockname else ""
+
     async def send(self, frame: bytes) -> None:
         try:
             await self._socket.send_bytes(frame)

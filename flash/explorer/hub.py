@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from flash.hub.reports import HubStats, PublishReport, WorkerStats
 from flash.types import Completion, GenerateRequest, Weights
 
 _SESSION = "episode-"
+_KEPT = 2  # versions of weights that may be sent: so many the trainer keeps
 
 
 class FleetHub:
@@ -40,7 +42,7 @@ class FleetHub:
         self._version = version
         self._offer = offer
         self._is_idle = is_idle
-        self._weights: Weights | None = None
+        self._recent: deque[Weights] = deque(maxlen=_KEPT)
         self._message: Publish | None = None
         self._publishes = 0
 
@@ -65,7 +67,7 @@ class FleetHub:
                 f"version {weights.version} is not newer than the published {self.version}"
             )
         files = await self._offer(weights.path)
-        self._weights = weights
+        self._recent.append(weights)
         self._message = Publish(weights.version, files, probe=weights.score is not None)
         self._fleet.publish(self._message)
         self._publishes += 1
@@ -76,10 +78,14 @@ class FleetHub:
             version=weights.version, gap_max=math.nan, paused_s=0.0, workers=0, per_worker=()
         )
 
+    def weights_of(self, version: int) -> Weights | None:
+        """If they were published lately."""
+        return next((each for each in self._recent if each.version == version), None)
+
     async def score(self, question: Score) -> list[list[float]] | None:
         """The trainer's logprobs, if it is at that version and does nothing else."""
-        weights = self._weights
-        if weights is None or weights.score is None or weights.version != question.version:
+        weights = self.weights_of(question.version)
+        if weights is None or weights.score is None or weights is not self._recent[-1]:
             return None
         if not self._is_idle():
             return None

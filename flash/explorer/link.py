@@ -34,7 +34,13 @@ class LinkLost(Exception):
 
 
 class Wire(Protocol):
-    """What carries frames: in order, or the link is lost. Raises LinkLost at its end."""
+    """What carries frames: in order, or the link is lost. Raises LinkLost at its end.
+
+    `local_address`: that of this machine at which the other side has reached it, or reached out.
+    """
+
+    @property
+    def local_address(self) -> str: ...
 
     async def send(self, frame: bytes) -> None: ...
 

@@ -10,6 +10,8 @@
     Score      what would the    Scored    this
                trainer say?      Publish   new weights
     Trouble    I can't go on     RunOver   you are not needed any more
+    StartSender, SenderCall,     SenderAnswer
+    EndSender  of weights over NCCL to a worker of mine
 
 Each side sends them in frames (link.py). An explorer's connection may end at any moment; the next
 one begins with Hello, which says all that the controller may not have heard.
@@ -17,13 +19,14 @@ one begins with Hello, which says all that the controller may not have heard.
 
 import uuid
 from collections.abc import Sequence
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import msgspec
 import numpy as np
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from flash.hub.reports import HubStats
+from flash.hub.sender import ChunkInfo
 from flash.plain import hashable, packable, plain
 from flash.rollout.history import Sampled
 from flash.types import Observation, SampledSequence, Task, Trajectory
@@ -183,7 +186,53 @@ class Trouble(Struct, frozen=True, tag=True, array_like=True):
     words: str
 
 
-FromExplorer = Hello | News | Room | State | Leaving | Returned | Score | Trouble
+class StartSender(Struct, frozen=True, tag=True, array_like=True):
+    """A process that sends weights to a worker of this explorer's, whose number that is; what it is
+    called, no other is on this connection, with which it ends."""
+
+    sender: int
+    worker: Annotated[int, Meta(ge=0, lt=1 << 16)]
+
+
+class NewGroup(Struct, frozen=True, tag=True, array_like=True):
+    """The bytes by which those who are to be in a group find each other."""
+
+
+class JoinGroup(Struct, frozen=True, tag=True, array_like=True):
+    """The new one, of so many ranks."""
+
+    size: Annotated[int, Meta(ge=2, le=1 << 16)]
+
+
+class OpenWeights(Struct, frozen=True, tag=True, array_like=True):
+    """Weights of that version in chunks; None if they are not to be had any more."""
+
+    version: int
+    chunk_bytes: Annotated[int, Meta(ge=1, le=1 << 32)]
+
+
+class SendChunk(Struct, frozen=True, tag=True, array_like=True):
+    """Of what is open."""
+
+    chunk: Annotated[int, Meta(ge=0)]
+
+
+class SenderCall(Struct, frozen=True, tag=True, array_like=True):
+    """To be done by a sender, which does one thing after the other."""
+
+    sender: int
+    number: int
+    call: NewGroup | JoinGroup | OpenWeights | SendChunk
+
+
+class EndSender(Struct, frozen=True, tag=True, array_like=True):
+    """At once, whatever it is at."""
+
+    sender: int
+
+
+OfSender = StartSender | SenderCall | EndSender
+FromExplorer = Hello | News | Room | State | Leaving | Returned | Score | Trouble | OfSender
 
 
 # ── from the controller ──────────────────────────────────────────────────────────────────────
@@ -269,6 +318,14 @@ class Scored(Struct, frozen=True, tag=True, array_like=True):
     logprobs: list[list[float]] | None
 
 
+class SenderAnswer(Struct, frozen=True, tag=True, array_like=True):
+    """What came of a SenderCall: a value, or why it failed."""
+
+    number: int
+    value: bytes | list[ChunkInfo] | None = None
+    failure: str = ""
+
+
 class RunOver(Struct, frozen=True, tag=True, array_like=True):
     """`again`: it may go on; `why` is told."""
 
@@ -287,7 +344,9 @@ def start_of(controller: str) -> int:
     return int(number) if number.isdecimal() else 0
 
 
-FromController = Welcome | Refused | Begin | GiveUp | Settled | Publish | Scored | RunOver
+FromController = (
+    Welcome | Refused | Begin | GiveUp | Settled | Publish | Scored | SenderAnswer | RunOver
+)
 
 
 def _dtype(kind: Any) -> Any:

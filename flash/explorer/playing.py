@@ -24,8 +24,12 @@ async def play(
     stop: asyncio.Event,
     drain_s: float,
     say: Callable[[str], None],
+    by_files: bool = True,
 ) -> None:
-    """Plays with these crews until `stop` is set and what ran has ended, or the run has changed."""
+    """Plays with these crews until `stop` is set and what ran has ended, or the run has changed.
+
+    `by_files`: how the hub's workers get weights, as for the connection.
+    """
     player.use(
         {False: crew, True: heldout},
         room=lambda: hub.room - crew.starting - heldout.starting,
@@ -33,7 +37,7 @@ async def play(
         stats=hub.stats,
         on_fatal=connection.fail,
     )
-    async with crew, heldout, _telling(player), connection.publishing_to(hub):
+    async with crew, heldout, _telling(player), connection.publishing_to(hub, by_files=by_files):
         try:
             if await unless(stop, connection.changes()) is None:
                 await _drain(player, drain_s, say)

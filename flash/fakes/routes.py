@@ -8,7 +8,7 @@ from aiohttp import web
 
 from flash.fakes.worker import FakeWorker
 from flash.hub.worker import WorkerFailure
-from flash.types import SamplingParams
+from flash.types import SamplingParams, Weights
 from flash.worker.checksum import checksum
 
 
@@ -54,7 +54,7 @@ def worker_app(worker: FakeWorker) -> web.Application:
         body = await request.json()
         assert body["method"] == "load_flash_weights"
         path = Path(body["kwargs"]["weights_path"])
-        await worker.load_weights(path)
+        await worker.load_weights(Weights(version=worker.version, path=path))
         return web.json_response({"results": [checksum(path)]})
 
     async def reset_prefix_cache(request: web.Request) -> web.Response:

@@ -109,6 +109,7 @@ class FakeWires:
 class FakeWire:
     """One end of a connection."""
 
+    local_address = "127.0.0.1"
     other: "FakeWire"
 
     def __init__(self, wires: FakeWires, explorer: str, *, explorers: bool = False) -> None:

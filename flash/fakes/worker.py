@@ -15,6 +15,7 @@ from flash.types import (
     FinishReason,
     SamplingParams,
     UpdateMode,
+    Weights,
 )
 
 Seconds = tuple[float, float] | Callable[[random.Random], float]
@@ -193,11 +194,11 @@ class FakeWorker:
                 run.aborted = True
         self._tell()
 
-    async def load_weights(self, path: Path) -> None:
+    async def load_weights(self, weights: Weights) -> None:
         self._maybe_fail()
         await asyncio.sleep(self._draw(self._load_s))
         self._check_alive()
-        self.loaded.append(path)
+        self.loaded.append(weights.path)
 
     async def set_version(self, version: int) -> None:
         self._maybe_fail()

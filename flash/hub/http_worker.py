@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -11,7 +10,7 @@ import msgspec
 from flash.hub.answers import TokenStream, completion_of, decode_answer, unreadable
 from flash.hub.http_client import HttpAnswer, HttpClient
 from flash.hub.worker import BadRequest, OnTokens, WorkerFailure
-from flash.types import Completion, SamplingParams, UpdateMode
+from flash.types import Completion, SamplingParams, UpdateMode, Weights
 from flash.worker.checksum import checksum
 
 # vLLM puts it before the client's request_id, and abort_requests wants it there.
@@ -75,7 +74,8 @@ class HttpWorker:
     async def pause(self, mode: UpdateMode) -> None:
         await self._call("POST", f"/pause?mode={mode}")
 
-    async def load_weights(self, path: Path) -> None:
+    async def load_weights(self, weights: Weights) -> None:
+        path = weights.path
         body = {"method": "load_flash_weights", "kwargs": {"weights_path": str(path)}}
         try:
             answer = await self._call("POST", "/collective_rpc", body)

@@ -2,10 +2,9 @@
 
 import asyncio
 from collections.abc import Sequence
-from pathlib import Path
 
 from flash.hub.worker import OnExit, OnReady, OnTokens, Worker, WorkerFailure
-from flash.types import Completion, SamplingParams, UpdateMode
+from flash.types import Completion, SamplingParams, UpdateMode, Weights
 
 
 class LentWorker:
@@ -79,7 +78,7 @@ class LentWorker:
     async def pause(self, mode: UpdateMode) -> None:
         raise AssertionError("a lent worker takes no weights")
 
-    async def load_weights(self, path: Path) -> None:
+    async def load_weights(self, weights: Weights) -> None:
         raise AssertionError("a lent worker takes no weights")
 
     async def close(self) -> None:

@@ -5,28 +5,28 @@
                                                └──── NcclWorker ─────┘ HTTP: what comes next
 
 Each server has a sender of its own, a process on a GPU of the trainer's, and the two form a NCCL
-group. What they send is the export that was published, so a server that returns late gets the
-same weights as the others had, whatever the trainer does meanwhile. NCCL waits for ever for a
-peer that is gone: when a transfer fails or takes too long the sender is killed, and its group with
-it. That costs neither the trainer nor another server anything.
+group; for an explorer's server it is the controller's process. What they send is the export that
+was published, so a server that returns late gets the same weights as the others had, whatever the
+trainer does meanwhile. NCCL waits for ever for a peer that is gone: when a transfer fails or takes
+too long the sender is killed, and its group with it. That costs neither the trainer nor another
+server anything.
 """
 
 import asyncio
 import base64
-import functools
-from collections.abc import Awaitable, Callable, Coroutine
-from pathlib import Path
-from typing import Any, Protocol
+import contextlib
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import msgspec
 
 from flash.errors import ProcessFailure, first_error
 from flash.hub.http_worker import HttpWorker
+from flash.hub.sender import ChunkInfo, SenderProcess, StartSender
 from flash.hub.vllm_pool import VllmPool
-from flash.hub.worker import WorkerBroken, WorkerFailure
-from flash.system.process import Child
+from flash.hub.worker import WeightsGone, WorkerBroken, WorkerFailure
+from flash.types import Weights
 
-_SENDER_MODULE = "flash.trainer.nccl"
 _CHUNK_BYTES = 1 << 28
 _ANSWER_TIMEOUT_S = 5.0
 _NO_VERSION = -1
@@ -38,24 +38,6 @@ class _WorldSize(msgspec.Struct):
 
 class _WeightInfo(msgspec.Struct):
     weight_version: str
-
-
-class SenderProcess(Protocol):
-    """What is needed of a `flash.system.process.Child` with a `flash.trainer.sender.Sender`."""
-
-    async def call(self, method: str, *args: Any) -> Any: ...
-
-    def kill(self) -> None: ...
-
-    async def stop(self) -> None: ...
-
-
-StartSender = Callable[[], Awaitable[SenderProcess]]
-
-
-def nccl_sender(device: int, *, name: str, log_path: Path) -> StartSender:
-    """Starts senders on a GPU of the trainer's, by its number among those that it sees."""
-    return functools.partial(Child.start, _SENDER_MODULE, str(device), name=name, log_path=log_path)
 
 
 class NcclWorker(HttpWorker):
@@ -99,17 +81,20 @@ class NcclWorker(HttpWorker):
                 raise WorkerBroken(f"{self.name}: an update of its weights broke off")
             self._spoiled = False
 
-    async def load_weights(self, path: Path) -> None:
+    async def load_weights(self, weights: Weights) -> None:
         try:
-            if not self._told_version:
+            if not self._told_version or await self._was_restarted():
+                if self._joined:
+                    await self._end_sender()
                 await self.set_version(_NO_VERSION)  # a mark: its successor will not know it
-            if self._joined and await self._was_restarted():
-                await self._end_sender()
-            if self._sender is None:
-                self._sender = await self._start_sender()
+            sender, chunks = await self._open(weights)
+            if chunks is None:
+                raise WeightsGone(f"{self.name}: there are newer weights than {weights.version}")
             if not self._joined:
-                await self._join(self._sender)
-            await self._send(self._sender, path)
+                await self._join(sender)
+            await self._send(sender, chunks)
+        except WeightsGone:
+            raise
         except ProcessFailure as failure:
             await self._end_sender()
             kind = WorkerBroken if self._spoiled else WorkerFailure
@@ -128,6 +113,15 @@ class NcclWorker(HttpWorker):
         await self._end_sender()
         await super().close()
 
+    async def _open(self, weights: Weights) -> tuple[SenderProcess, list[ChunkInfo] | None]:
+        """The weights in the hands of a sender; one that ended since the last time is replaced."""
+        if self._sender is not None:
+            with contextlib.suppress(ProcessFailure):
+                return self._sender, await self._sender.open(weights, self._chunk_bytes)
+            await self._end_sender()
+        self._sender = await self._start_sender()
+        return self._sender, await self._sender.open(weights, self._chunk_bytes)
+
     async def _join(self, sender: SenderProcess) -> None:
         """Form a group of the sender, its rank 0, and the ranks of the server."""
         try:
@@ -135,7 +129,7 @@ class NcclWorker(HttpWorker):
             with self._readable(answer):
                 size = 1 + msgspec.json.decode(answer, type=_WorldSize).world_size
             await self._call("POST", "/shutdown_weight_transfer_engine")  # an earlier group
-            group_id: bytes = await sender.call("new_id")
+            group_id = await sender.new_id()
             init_info = {
                 "nccl_unique_id_b64": base64.b64encode(group_id).decode(),
                 "rank_offset": 1,
@@ -145,7 +139,7 @@ class NcclWorker(HttpWorker):
                 "packed_num_buffers": 1,  # each update is one chunk
             }
             await _both(
-                sender.call("join", group_id, size),
+                sender.join(size),
                 self._call("POST", "/init_weight_transfer_engine", {"init_info": init_info}),
             )
         except WorkerFailure as failure:
@@ -156,14 +150,13 @@ class NcclWorker(HttpWorker):
             ) from failure
         self._joined = True
 
-    async def _send(self, sender: SenderProcess, path: Path) -> None:
-        updates = await sender.call("open", str(path), self._chunk_bytes)
+    async def _send(self, sender: SenderProcess, chunks: list[ChunkInfo]) -> None:
         self._spoiled = True
         await self._call("POST", "/start_weight_update")
-        for number, update in enumerate(updates):
+        for number, chunk in enumerate(chunks):
             await _both(
-                sender.call("send", number),
-                self._call("POST", "/update_weights", {"update_info": update}),
+                sender.send(number),
+                self._call("POST", "/update_weights", {"update_info": chunk}),
             )
         await self._call("POST", "/finish_weight_update")
         self._spoiled = False
@@ -182,7 +175,7 @@ class NcclWorker(HttpWorker):
     async def _end_sender(self) -> None:
         sender, self._sender, self._joined = self._sender, None, False
         if sender is not None:
-            sender.kill()  # it may hang in NCCL, and has nothing to put in order
+            sender.kill()
             await sender.stop()
 
 
@@ -190,28 +183,23 @@ class NcclPool(VllmPool):
     """vLLM servers that get their weights over NCCL.
 
     Args:
-        trainer_gpus: how many GPUs the trainer has; the senders take turns on them.
+        senders: starts the sender of a server, by its number.
     """
 
     def __init__(
         self,
         model: str,
         *,
-        trainer_gpus: int,
+        senders: Callable[[int], StartSender],
         arguments: tuple[str, ...],
         **options: Any,
     ) -> None:
         own = '--weight-transfer-config={"backend": "nccl"}'
         super().__init__(model, arguments=(own, *arguments), **options)
-        self._trainer_gpus = trainer_gpus
+        self._senders = senders
 
     def _client(self, number: int, url: str) -> NcclWorker:
-        start_sender = nccl_sender(
-            number % self._trainer_gpus,
-            name=f"sender {number}",
-            log_path=self._log_dir / f"sender_{number}.log",
-        )
-        return NcclWorker(url, api_key=self._api_key, start_sender=start_sender)
+        return NcclWorker(url, api_key=self._api_key, start_sender=self._senders(number))
 
 
 async def _both(*calls: Coroutine[Any, Any, Any]) -> None:

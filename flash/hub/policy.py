@@ -32,7 +32,7 @@ class Policy:
         clock = asyncio.get_running_loop().time
         await slot.worker.pause(mode)
         began = clock()
-        await slot.worker.load_weights(weights.path)
+        await slot.worker.load_weights(weights)
         took_s = clock() - began
         await slot.worker.set_version(weights.version)
         slot.version = weights.version

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from flash.errors import InferenceFailure
 from flash.hub.queue import RequestQueue
 from flash.hub.slot import Slot
-from flash.hub.worker import BadRequest, Pool, Worker, WorkerBroken, WorkerFailure
+from flash.hub.worker import BadRequest, Pool, WeightsGone, Worker, WorkerBroken, WorkerFailure
 
 logger = logging.getLogger(__name__)
 
@@ -111,9 +111,10 @@ class Supervisor:
                 if str(error) != reason:  # once for each reason, not for each check
                     logger.warning("%s is not healthy yet: %s", slot.worker.name, error)
                 reason = str(error)
-                failed_checks += 1
-                if failed_checks % _FAILED_CHECKS_UNTIL_RESTART == 0:
-                    self._restart(slot)
+                if not isinstance(error, WeightsGone):
+                    failed_checks += 1
+                    if failed_checks % _FAILED_CHECKS_UNTIL_RESTART == 0:
+                        self._restart(slot)
             if slot.healthy:
                 logger.warning("worker %s is back", slot.worker.name)
                 self._cancel_recovery_deadline()

@@ -1,11 +1,10 @@
 """The seams between the hub and a worker, whatever it runs on, and a pool that starts workers."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Protocol
 
 from flash.errors import FlashError
-from flash.types import Completion, SamplingParams, UpdateMode
+from flash.types import Completion, SamplingParams, UpdateMode, Weights
 
 
 class WorkerFailure(FlashError):
@@ -14,6 +13,10 @@ class WorkerFailure(FlashError):
 
 class WorkerBroken(WorkerFailure):
     """It answers what can't be true, or hangs: if it gets well at all, by being started anew."""
+
+
+class WeightsGone(WorkerFailure):
+    """The weights that it should get were replaced meanwhile; it lacks them, and is well."""
 
 
 class BadRequest(FlashError):
@@ -46,7 +49,7 @@ class Worker(Protocol):
 
     async def pause(self, mode: UpdateMode) -> None: ...
 
-    async def load_weights(self, path: Path) -> None: ...
+    async def load_weights(self, weights: Weights) -> None: ...
 
     async def set_version(self, version: int) -> None: ...
 

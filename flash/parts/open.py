@@ -16,6 +16,7 @@ from typing import Any
 from flash.config import Config
 from flash.door import Door
 from flash.hub.hub import InferenceHub
+from flash.hub.sender import StartSender
 from flash.parts.agents import Agents, Playing, open_agents
 from flash.parts.door import open_door
 from flash.parts.model import load_tokenizer, make_style
@@ -48,6 +49,7 @@ async def open_parts(
     log_dir: Path,
     say: Callable[[str], None],
     door_file: Path | None = None,
+    senders: Callable[[int], StartSender] | None = None,
 ) -> AsyncIterator[Parts]:
     """The parts of a configuration, closed in the end.
 
@@ -56,6 +58,7 @@ async def open_parts(
         version, weights: of the policy at the start. Workers that run already are given `weights`.
         say: is told which workers these are, and why.
         door_file: where a run tells its door's URL and token.
+        senders: as for the hub's workers.
 
     Raises ValueError for what the model or the machine can't do.
     """
@@ -64,7 +67,13 @@ async def open_parts(
     styles = {name: make_style(of_set, tokenizer) for name, of_set in config.own_sets.items()}
     async with (
         open_hub(
-            config, model=model, version=version, weights=weights, log_dir=log_dir, say=say
+            config,
+            model=model,
+            version=version,
+            weights=weights,
+            log_dir=log_dir,
+            say=say,
+            senders=senders,
         ) as hub,
         open_door(config, hub, tokenizer=tokenizer, told_in=door_file) as door,
         contextlib.AsyncExitStack() as opened,

@@ -1,6 +1,9 @@
 """Who plays the episodes of a run: agents of this process, explorers, or both."""
 
+import asyncio
 import contextlib
+import itertools
+import re
 import secrets
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
@@ -20,7 +23,9 @@ from flash.explorer.file_server import FileServer
 from flash.explorer.fleet import Fleet, Run
 from flash.explorer.gate import Gate
 from flash.explorer.hub import FleetHub
+from flash.explorer.senders import Sending
 from flash.hub.hub import InferenceHub
+from flash.hub.sender import SenderProcess, listening_at, nccl_sender
 from flash.log.run_log import ID_FILE
 from flash.parts.model import load_tokenizer
 from flash.parts.open import Parts, open_parts
@@ -122,6 +127,9 @@ async def open_players(
             score=hub.score,
             apart=config.explorers.evaluate,
             brought=Brought(config.brought, others=config.own_sets, folder=folder),
+            sending=sending_of(
+                config, hub, folder / "logs", Weights(version=version, path=Path(model))
+            ),
         )
         hub.over(fleet)
         await opened.enter_async_context(fleet)
@@ -176,6 +184,31 @@ async def _run(config: Config, folder: Path, files: FileServer, *, model: str, v
         model_files=await files.offer(local) if local.is_dir() else None,
         version=version,
     )
+
+
+def sending_of(config: Config, hub: FleetHub, log_dir: Path, first: Weights) -> Sending | None:
+    """How weights get to explorers' workers, if not as files; `first` are what these start with."""
+    if config.engine.transport != "nccl":
+        return None
+    gpus = len(machine.gpus()[: config.trainer.ranks])
+    turns = itertools.cycle(range(gpus or 1))
+
+    async def start(explorer: str, worker: int, address: str) -> SenderProcess:
+        name = re.sub(r"[^\w.-]", "_", f"{explorer}_{worker}")
+        start = nccl_sender(
+            next(turns),
+            name=f"sender {name}",
+            log_path=log_dir / f"sender_{name}.log",
+            env=listening_at(address),
+        )
+        return await start()
+
+    async def weights(version: int) -> Weights | None:
+        found = hub.weights_of(version) or (first if version == first.version else None)
+        there = found is not None and await asyncio.to_thread(found.path.is_dir)
+        return found if there else None
+
+    return Sending(start=start, weights=weights)
 
 
 @contextlib.asynccontextmanager

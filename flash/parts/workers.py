@@ -14,8 +14,9 @@ from flash.errors import first_error
 from flash.hub.embedded_pool import EmbeddedPool
 from flash.hub.http_worker import HttpWorker
 from flash.hub.hub import InferenceHub
-from flash.hub.nccl_worker import NcclPool, NcclWorker, nccl_sender
+from flash.hub.nccl_worker import NcclPool, NcclWorker
 from flash.hub.pool import ProcessPool
+from flash.hub.sender import StartSender, nccl_sender
 from flash.hub.vllm_pool import VllmPool
 from flash.hub.worker import Worker
 from flash.section import revealed
@@ -34,14 +35,22 @@ async def open_hub(
     weights: Callable[[], Awaitable[Weights]],
     log_dir: Path,
     say: Callable[[str], None],
+    senders: Callable[[int], StartSender] | None = None,
 ) -> AsyncIterator[InferenceHub]:
     """The hub, over workers that run already or over a pool that it starts; `say` is told which.
 
     A pool's workers start with `model`. Those that run already may have any weights, of another
-    run too, so they are given `weights` before they are asked anything.
+    run too, so they are given `weights` before they are asked anything. `senders` starts what sends
+    weights to a worker, by its number; by default these are on the trainer's GPUs, here.
     """
     engine = config.engine
-    workers, why = _workers(config, model=model, version=version, log_dir=log_dir)
+    workers, why = _workers(
+        config,
+        model=model,
+        version=version,
+        log_dir=log_dir,
+        senders=senders or functools.partial(_sender, config, log_dir),
+    )
     say(f"engine: {why}")
     with first_error():
         async with asyncio.TaskGroup() as asking:
@@ -104,20 +113,25 @@ def gap_limit(config: Config) -> float:
 
 
 def _workers(
-    config: Config, *, model: str, version: int, log_dir: Path
+    config: Config,
+    *,
+    model: str,
+    version: int,
+    log_dir: Path,
+    senders: Callable[[int], StartSender],
 ) -> tuple[list[Worker | str] | ProcessPool, str]:
     """The workers of the configuration, and one line that says which and why."""
     engine = config.engine
     if engine.urls:
         urls: list[Worker | str]
-        urls = [_client(config, number, url, log_dir) for number, url in enumerate(engine.urls)]
+        urls = [_client(config, url, senders(number)) for number, url in enumerate(engine.urls)]
         running = _count(len(urls), "worker")
         return urls, f"{running} that ran before, because engine.urls names them"
     devices = engine.devices or worker_gpus(config.trainer.ranks)
     if engine.kind == "vllm" or (engine.kind == "auto" and has_vllm() and devices):
         start: Callable[..., VllmPool] = VllmPool
         if engine.transport == "nccl":
-            start = functools.partial(NcclPool, trainer_gpus=config.trainer.ranks)
+            start = functools.partial(NcclPool, senders=senders)
         vllm = start(
             model,
             size=engine.workers,
@@ -172,17 +186,21 @@ def _where(devices: Sequence[Gpu], wanted: int) -> str:
     return where + idle
 
 
-def _client(config: Config, number: int, url: str, log_dir: Path) -> HttpWorker:
+def _client(config: Config, url: str, start_sender: StartSender) -> HttpWorker:
     """Of a worker that runs already."""
-    engine = config.engine
-    if engine.transport == "disk":
-        return HttpWorker(url, api_key=revealed(engine.api_key))
-    start_sender = nccl_sender(
+    api_key = revealed(config.engine.api_key)
+    if config.engine.transport == "disk":
+        return HttpWorker(url, api_key=api_key)
+    return NcclWorker(url, api_key=api_key, start_sender=start_sender)
+
+
+def _sender(config: Config, log_dir: Path, number: int) -> StartSender:
+    """To worker `number`; they take turns on the trainer's GPUs."""
+    return nccl_sender(
         number % config.trainer.ranks,
         name=f"sender {number}",
         log_path=log_dir / f"sender_{number}.log",
     )
-    return NcclWorker(url, api_key=revealed(engine.api_key), start_sender=start_sender)
 
 
 def worker_gpus(ranks: int) -> list[Gpu]:

@@ -14,14 +14,13 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from flash.hub.worker import OnTokens
 from flash.simulate.cache import PrefixCache
 from flash.simulate.scenario import WorkersConfig
 from flash.simulate.timeline import Timeline
 from flash.simulate.world import Script, World
-from flash.types import Completion, FinishReason, SamplingParams, UpdateMode
+from flash.types import Completion, FinishReason, SamplingParams, UpdateMode, Weights
 
 _WATERMARK = 0.01  # of the room stays free when a request begins, as in vLLM
 
@@ -142,7 +141,7 @@ class SimulatedWorker:
                 self._answer(job, "abort")
         self._plan()
 
-    async def load_weights(self, path: Path) -> None:
+    async def load_weights(self, weights: Weights) -> None:
         began = self._loop.time()
         if self._config.load_s:
             await asyncio.sleep(self._config.load_s)

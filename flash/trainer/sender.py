@@ -47,12 +47,15 @@ class Sender:
     def __init__(self, group: Group) -> None:
         self._group = group
         self._chunks: list[Chunk] = []
+        self._group_id = b""
 
     def new_id(self) -> bytes:
-        return self._group.new_id()
+        self._group_id = self._group.new_id()
+        return self._group_id
 
-    def join(self, group_id: bytes, size: int) -> None:
-        self._group.join(group_id, size)
+    def join(self, size: int) -> None:
+        """The group of the last `new_id`, and no other: who asks may be far away."""
+        self._group.join(self._group_id, size)
 
     def open(self, directory: str, chunk_bytes: int) -> list[dict[str, Any]]:
         """What `/update_weights` must be told of each chunk before it is sent.

@@ -5,14 +5,19 @@ import contextlib
 from functools import partial
 from pathlib import Path
 
+import aiohttp
+
 from flash.agents.environment_agent import EnvironmentAgent
 from flash.explorer.connection import Connection, RunIsOver
 from flash.explorer.crew import FleetCrew
+from flash.explorer.file_server import FileServer
 from flash.explorer.fleet import Fleet, Run
+from flash.explorer.gate import Gate, joined
 from flash.explorer.hub import FleetHub
 from flash.explorer.messages import Files, Welcome
 from flash.explorer.player import Player
 from flash.explorer.playing import play
+from flash.explorer.senders import Sending
 from flash.fakes import FakeEnvs, FakeStyle, FakeWires, FakeWorker
 from flash.hub.hub import InferenceHub
 from flash.rollout.crew import AgentCrew
@@ -52,13 +57,19 @@ class Controller:
     async def running(
         self, *, lease_s: float = 30.0, due=(), known=0, version: int = 0, local=None,
         agent=None, opens_s: float = 0.0, model_files=None, apart: bool = False, brought=None,
-        start: int = 0, **of_run,
+        start: int = 0, start_sender=None, **of_run,
     ):  # fmt: skip
         hub = self.hub = FleetHub(
             local, version=version, offer=offer, is_idle=lambda: not self.busy
         )
         log = self.options.get("log")
         after = {} if log is None else {"after_commit": log.after_commit}
+
+        async def weights(version):
+            return hub.weights_of(version)
+
+        if start_sender is not None:
+            after["sending"] = Sending(start=start_sender, weights=weights)
         self.fleet = Fleet(
             run(model_files=model_files, version=version, **of_run), lease_s=lease_s, due=due,
             start=start, known=known if callable(known) else lambda start: known,
@@ -106,6 +117,8 @@ class Disk:
 
 class Explorer:
     """As `flash explore`, with a hub over fake workers."""
+
+    by_files = True
 
     def __init__(
         self, wires: FakeWires, name: str = "x", *, envs=None, workers=2, **options
@@ -158,6 +171,7 @@ class Explorer:
                 self.player, self.connection, self.hub,
                 AgentCrew(of_sets or agent, self.hub), AgentCrew(of_sets or agent, self.hub),
                 stop=self.stop, drain_s=self.drain_s, say=self.said.append,
+                by_files=self.by_files,
             )  # fmt: skip
 
     async def kill(self) -> None:
@@ -165,3 +179,24 @@ class Explorer:
         self.wires.cut(self.name)
         self.task.cancel()
         await asyncio.wait((self.task,))
+
+
+@contextlib.asynccontextmanager
+async def over_a_gate(sending, **told):
+    """A connection of an explorer's to a fleet, by a real gate; entered, and welcomed."""
+    fleet = Fleet(run(**told), lease_s=30, sending=sending)
+    async with contextlib.AsyncExitStack() as opened:
+        await opened.enter_async_context(fleet)
+        gate = Gate(
+            "secret", fleet.welcome, files=FileServer(), host="127.0.0.1", port=0
+        )  # fmt: skip
+        url = await gate.start()
+        opened.push_async_callback(gate.close)
+        session = await opened.enter_async_context(aiohttp.ClientSession())
+        connection = Connection(
+            "x", Player(Disk()), connect=lambda: joined(session, url, "secret"), have=have,
+            say=print,
+        )  # fmt: skip
+        await opened.enter_async_context(connection.kept())
+        await connection.welcomed()
+        yield connection

@@ -77,3 +77,27 @@ def test_an_explorer_that_brings_nothing_to_a_run_of_brought_sets_alone_is_told_
     del run.config["task_sets"]["own"]
     with pytest.raises(ValueError, match=r"explorers bring web: give --tasks FILE"):
         local_config(run, MODEL, {})
+
+
+def test_an_explorer_takes_weights_as_the_run_sends_them_or_as_files(monkeypatch):
+    monkeypatch.setattr("flash.system.machine.has_vllm", lambda: True)
+    monkeypatch.setattr("flash.system.machine.gpus", lambda: [0])
+    nccl = {"engine.transport": "nccl", "engine.kind": "vllm", "engine.workers": 0}
+    engine = local_config(told(**nccl), MODEL, {}).engine
+    assert (engine.transport, engine.kind, engine.workers, engine.devices) == (
+        "nccl",
+        "vllm",
+        1,
+        (0,),
+    )
+    urls = {"engine.transport": "nccl", "engine.urls": "http://a:1", "engine.kind": "urls"}
+    engine = local_config(told(**urls), MODEL, {}).engine
+    assert (engine.transport, engine.kind, engine.urls) == ("nccl", "vllm", ())
+    by_files = {"engine.transport": "disk", "engine.kind": "embedded"}
+    assert local_config(told(**nccl), MODEL, by_files).engine.transport == "disk"
+    assert local_config(told(**nccl), MODEL, {}, evaluates=True).engine.transport == "disk"
+    asked = {"engine.transport": "nccl", "engine.kind": "vllm"}
+    with pytest.raises(ValueError, match="--engine.transport nccl: the run's is disk"):
+        local_config(told(), MODEL, asked)
+    with pytest.raises(ValueError, match="an evaluation needs its weights as files"):
+        local_config(told(**nccl), MODEL, asked, evaluates=True)

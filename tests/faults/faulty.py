@@ -164,8 +164,8 @@ class FaultyWorker(FakeWorker):
         await self._control()
         await super().pause(mode)
 
-    async def load_weights(self, path):
-        await super().load_weights(path)
+    async def load_weights(self, weights):
+        await super().load_weights(weights)
         await self._control()
 
     async def set_version(self, version):

@@ -9,7 +9,7 @@ from aiohttp.test_utils import TestServer
 
 from flash.hub.http_worker import HttpWorker
 from flash.hub.worker import BadRequest, WorkerFailure
-from flash.types import Completion, SamplingParams
+from flash.types import Completion, SamplingParams, Weights
 from flash.worker.checksum import checksum
 from tests.hub.raw_server import answer, chunked, raw_server
 
@@ -95,7 +95,7 @@ async def test_the_control_routes(scripted, tmp_path):
     scripted.answer = {"results": [checksum(tmp_path)]}
     await scripted.worker.abort("id")
     await scripted.worker.pause("keep")
-    await scripted.worker.load_weights(tmp_path)
+    await scripted.worker.load_weights(Weights(version=1, path=tmp_path))
     await scripted.worker.set_version(1)
     await scripted.worker.resume()
     await scripted.worker.check_health()
@@ -178,7 +178,7 @@ async def test_weights_that_a_server_can_not_load_say_what_it_must_have(scripted
     with pytest.raises(
         WorkerFailure, match=r"500: .* \(it must serve the model that is trained, and"
     ):
-        await scripted.worker.load_weights(tmp_path)
+        await scripted.worker.load_weights(Weights(version=1, path=tmp_path))
 
 
 LONG = SamplingParams(max_tokens=128)

@@ -351,7 +351,7 @@ async def test_each_time_without_a_worker_has_its_own_recovery_timeout():
 
 def test_a_publish_in_which_the_last_worker_dies_is_told():
     class Dying(FakeWorker):
-        async def load_weights(self, path):
+        async def load_weights(self, weights):
             hub._supervisor.on_exit(self, "worker 0 ended with exit code -9", True)
             raise WorkerFailure("disconnected")
 

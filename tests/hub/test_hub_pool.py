@@ -9,7 +9,7 @@ import pytest
 from flash.errors import InferenceFailure
 from flash.fakes import FakePool, FakeWorker
 from flash.hub.hub import InferenceHub
-from flash.hub.worker import WorkerFailure
+from flash.hub.worker import WeightsGone, WorkerFailure
 from flash.virtual_time import in_virtual_time
 from tests.steady import now, request, weights
 
@@ -45,6 +45,25 @@ async def test_a_worker_that_died_takes_requests_again_once_it_has_the_present_w
         assert {answer.worker for answer in answers} == {"a", "b"}
         assert {v for answer in answers for v in answer.versions} == {1}
         assert other.loaded == [Path("/fake/1")]
+
+
+@in_virtual_time
+async def test_a_worker_whose_weights_were_replaced_before_it_had_them_is_not_started_anew():
+    class Late(Recording):
+        async def load_weights(self, weights):
+            if weights.version < 3:
+                raise WeightsGone(f"there are newer weights than {weights.version}")
+            await super().load_weights(weights)
+
+    late, other = workers = [Late("a"), Recording("b")]
+    pool = FakePool(workers, start_s=30)
+    async with InferenceHub(pool) as hub:
+        for version in (1, 2, 3):
+            await hub.publish(weights(version))
+            await asyncio.sleep(60)
+        assert late.loaded == [Path("/fake/3")]
+        assert pool.deaths == 0
+        assert len(other.loaded) == 3
 
 
 @in_virtual_time

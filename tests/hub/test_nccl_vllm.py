@@ -1,8 +1,13 @@
-"""A real trainer, a real sender and vLLM's own receiving code, with gloo in NCCL's place."""
+"""A real trainer, a real sender and vLLM's own receiving code, with gloo in NCCL's place.
+
+The server is an explorer's: its hub has the trainer's side through a link alone.
+"""
 
 import asyncio
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +15,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from flash.explorer.senders import Sending
 from flash.fakes import fake_sample
 from flash.hub.hub import InferenceHub
-from flash.hub.nccl_worker import NcclPool, NcclWorker, SenderProcess
+from flash.hub.nccl_worker import NcclPool, NcclWorker
+from flash.hub.sender import LocalSender, SenderProcess, StartSender
 from flash.system.machine import gpus, has_vllm
 from flash.system.process import Child
 from flash.trainer.config import TrainerConfig
 from flash.trainer.sender import chunks_of
 from flash.trainer.trainer import Trainer
-from flash.types import Batch, GenerateRequest, SamplingParams
+from flash.types import Batch, GenerateRequest, SamplingParams, Weights
 from flash.warm_start.small_policy import create
+from tests.explorer.fleets import over_a_gate
 
 pytestmark = [
     pytest.mark.slow,
@@ -36,33 +44,50 @@ RETURN_S = 400  # for a server to be started anew on a busy machine
 class GlooPool(NcclPool):
     """Its first sender dies in the second publish."""
 
-    def __init__(self, model: Path, log_dir: Path, chunks: int) -> None:
+    def __init__(self, model: Path, log_dir: Path, senders: Callable[[int], StartSender]) -> None:
         arguments = (
             "--worker-extension-cls=gloo_engine.Extension",
             '--weight-transfer-config={"backend": "gloo"}',
         )
         super().__init__(
-            str(model), size=1, max_running=8, max_tokens=256, cache_tokens=4096, trainer_gpus=1,
+            str(model), size=1, max_running=8, max_tokens=256, cache_tokens=4096,
             tensor_parallel=1, devices=[], gpu_memory=0.3, dtype="float32", threads=1, seed=0,
-            arguments=arguments, log_dir=log_dir, start_timeout_s=RETURN_S,
+            senders=senders, arguments=arguments, log_dir=log_dir, start_timeout_s=RETURN_S,
         )  # fmt: skip
-        self.senders = 0
-        self._deaths = [chunks + 2]
 
     def _client(self, number: int, url: str) -> NcclWorker:
         return NcclWorker(
-            url, api_key=self._api_key, start_sender=self._start_sender, chunk_bytes=CHUNK_BYTES
+            url,
+            api_key=self._api_key,
+            start_sender=self._senders(number),
+            chunk_bytes=CHUNK_BYTES,
         )
 
-    async def _start_sender(self) -> SenderProcess:
-        self.senders += 1
-        death = self._deaths.pop() if self._deaths else -1
-        return await Child.start(
-            "gloo_sender",
-            name="sender",
-            log_path=self._log_dir / "sender.log",
-            env={"DIE_IN_CHUNK": str(death)},
+
+class GlooSenders:
+    """The controller's; the first dies in the second publish. They send what is `published`."""
+
+    def __init__(self, log: Path) -> None:
+        self.started = 0
+        self.published: dict[int, Weights] = {}
+        self._log = log
+
+    def publish(self, weights: Weights) -> Weights:
+        """What an explorer is told of them: its path says nothing to it."""
+        self.published[weights.version] = weights
+        self._chunks = len(chunks_of(weights.path, CHUNK_BYTES))
+        return replace(weights, path=Path("elsewhere"))
+
+    async def start(self, explorer: str, worker: int, address: str) -> SenderProcess:
+        death = -1 if self.started else self._chunks + 2
+        self.started += 1
+        child = await Child.start(
+            "gloo_sender", name="sender", log_path=self._log, env={"DIE_IN_CHUNK": str(death)}
         )
+        return LocalSender(child)
+
+    async def weights(self, version: int) -> Weights | None:
+        return self.published.get(version)
 
 
 def untie(directory: Path) -> None:
@@ -98,23 +123,31 @@ async def test_two_ranks_send_to_vllm_and_one_that_breaks_off_returns_with_what_
     ask = GenerateRequest(token_ids=[5, 6, 7], sampling=SamplingParams(max_tokens=16))
     async with Trainer(model=model, config=config, run_dir=tmp_path) as trainer:
         first = await trainer.export_weights()
-        pool = GlooPool(model, tmp_path / "logs", chunks=len(chunks_of(first.path, CHUNK_BYTES)))
-        async with InferenceHub(pool, recovery_timeout_s=2 * RETURN_S) as hub:
+        senders = GlooSenders(tmp_path / "logs" / "sender.log")
+        senders.publish(first)
+        sending = Sending(start=senders.start, weights=senders.weights)
+        async with (
+            over_a_gate(sending) as connection,
+            InferenceHub(
+                GlooPool(model, tmp_path / "logs", connection.senders.of),
+                recovery_timeout_s=2 * RETURN_S,
+            ) as hub,
+        ):
             assert await hub.probe(first) < 1e-3
             await trainer.step(batch(0))
-            report = await hub.publish(await trainer.export_weights())
+            report = await hub.publish(senders.publish(await trainer.export_weights()))
             assert report.workers == 1
             assert report.gap_max < 1e-3
 
             await trainer.step(batch(1))
             published = await trainer.export_weights()
-            report = await hub.publish(published)
+            report = await hub.publish(senders.publish(published))
             assert report.workers == 0  # the sender died
             await trainer.step(batch(2))
 
             answer = await asyncio.wait_for(hub.generate(ask), RETURN_S)
             assert set(answer.versions) == {2}
-            assert pool.senders == 2
+            assert senders.started == 2
             sequence = [*ask.token_ids, *answer.token_ids]
             sampled = slice(len(ask.token_ids) - 1, None)
             wanted = logprobs(published.path, sequence)[sampled]

@@ -1,4 +1,4 @@
-"""Weights over NCCL without NCCL: real senders, and servers that receive as vLLM's do.
+"""Weights over NCCL without NCCL: packed in earnest, for servers that receive as vLLM's do.
 
 The wire between the two is a queue in this process; as with NCCL, each side waits for the other.
 """
@@ -7,20 +7,20 @@ import asyncio
 import base64
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from aiohttp import web
 from aiohttp.test_utils import TestServer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from flash.errors import ProcessFailure
 from flash.fakes import FakeWorker, worker_app
+from flash.fakes.nccl import Chunk, FakeNccl, FakeSender, FakeVllm
 from flash.hub.hub import InferenceHub
 from flash.hub.nccl_worker import NcclWorker
-from flash.hub.worker import WorkerBroken, WorkerFailure
+from flash.hub.sender import ChunkInfo, listening_at
+from flash.hub.worker import WeightsGone, WorkerBroken, WorkerFailure
 from flash.trainer.sender import Sender
 from flash.types import GenerateRequest, SamplingParams, Weights
 
@@ -28,188 +28,57 @@ CHUNK_BYTES = 100
 RANKS = 2  # of a server
 
 
-class Wire:
-    """What one group shares: everyone is there before anyone goes on, and each chunk is awaited."""
-
-    def __init__(self) -> None:
-        self.meeting = asyncio.Barrier(2)
-        self._chunks: asyncio.Queue[tuple[Tensor, asyncio.Event]] = asyncio.Queue(maxsize=1)
-
-    async def send(self, packed: Tensor) -> None:
-        received = asyncio.Event()
-        await self._chunks.put((packed, received))
-        await received.wait()
-
-    async def receive(self) -> Tensor:
-        packed, received = await self._chunks.get()
-        received.set()
-        return packed
-
-
-class FakeSender:
-    """A sender's process: it answers calls, hangs in a broadcast, dies."""
+class Packing(FakeSender):
+    """A sender's process that packs as the real one does."""
 
     device = torch.device("cpu")
 
-    def __init__(self, wires: dict[bytes, Wire]) -> None:
-        self.killed = False
-        self.sent = 0
-        self.dies_in_chunk = -1
-        self._wires = wires
-        self._sender = Sender(self)
-        self._packed: Tensor | None = None
-
-    # what the Sender calls
-    def new_id(self) -> bytes:
-        return str(len(self._wires)).encode().ljust(128)
-
-    def join(self, group_id: bytes, size: int) -> None:
-        assert size == 1 + RANKS
-        self._wire = self._wires.setdefault(group_id, Wire())
-
-    def broadcast(self, packed: Tensor) -> None:
-        self._packed = packed
-
-    # what the worker calls
-    async def call(self, method: str, *args: Any) -> Any:
-        assert not self.killed
+    def chunks_of(self, weights: Weights, chunk_bytes: int) -> list[Chunk]:
+        sender, self._packed = Sender(self), []
         try:
-            answer = getattr(self._sender, method)(*args)
+            infos = sender.open(str(weights.path), chunk_bytes)
         except ValueError as error:
             raise ProcessFailure(f"sender raised:\n{error!r}") from error
-        if method == "join":
-            await self._wire.meeting.wait()
-        if method == "send":
-            if self.sent == self.dies_in_chunk:
-                raise ProcessFailure("sender (pid 1) ended with exit code -9")
-            self.sent += 1
-            assert self._packed is not None
-            await self._wire.send(self._packed)
-        return answer
+        for number in range(len(infos)):
+            sender.send(number)
+        return [
+            (ChunkInfo(**info), packed) for info, packed in zip(infos, self._packed, strict=True)
+        ]
 
-    def kill(self) -> None:
-        self.killed = True
-
-    async def stop(self) -> None:
-        assert self.killed
+    def broadcast(self, packed: Tensor) -> None:
+        self._packed.append(packed.numpy().tobytes())
 
 
-class FakeVllm:
-    """A server with the routes of vLLM's weight transfer, and what they insist on."""
-
-    def __init__(self, name: str, wires: dict[bytes, Wire]) -> None:
-        self.worker = FakeWorker(name, load_s=(0.0, 0.0))
-        self.asked: list[str] = []
-        self.init_infos: list[dict[str, Any]] = []
-        self.loaded: dict[str, Tensor] = {}
-        self.updates = 0
-        self.fails_in_update = -1
-        self.hangs = asyncio.Event()  # set once an update hangs, if `hangs_in_update`
-        self.hangs_in_update = -1
-        self._wires = wires
-        self._wire: Wire | None = None
-        self._active = False
-        self.app = worker_app(self.worker)
-        self.app.middlewares.append(self._record)
-        for route, handler in {
-            "/init_weight_transfer_engine": self._init,
-            "/shutdown_weight_transfer_engine": self._shutdown,
-            "/start_weight_update": self._start,
-            "/update_weights": self._update,
-            "/finish_weight_update": self._finish,
-        }.items():
-            self.app.router.add_post(route, handler)
-        self.app.router.add_get("/get_world_size", self._world_size)
-
-    def restart(self) -> None:
-        """As its pool does: all that it knew is gone."""
-        self.worker.restart(version=-7)
-        self._wire, self._active, self.loaded = None, False, {}
-
-    @web.middleware
-    async def _record(self, request: web.Request, handler: Any) -> web.StreamResponse:
-        self.asked.append(request.path)
-        try:
-            response: web.StreamResponse = await handler(request)
-        except RuntimeError as error:
-            return web.json_response({"error": str(error)}, status=500)
-        return response
-
-    async def _world_size(self, request: web.Request) -> web.Response:
-        return web.json_response({"world_size": RANKS})
-
-    async def _init(self, request: web.Request) -> web.Response:
-        info = (await request.json())["init_info"]
-        self.init_infos.append(info)
-        group_id = base64.b64decode(info["nccl_unique_id_b64"], validate=True)
-        self._wire = self._wires.setdefault(group_id, Wire())
-        await self._wire.meeting.wait()
-        return web.json_response({})
-
-    async def _shutdown(self, request: web.Request) -> web.Response:
-        self._wire = None
-        return web.json_response({})
-
-    async def _start(self, request: web.Request) -> web.Response:
-        if self._active:
-            raise RuntimeError("an update is already active")
-        self._active = True
-        return web.json_response({})
-
-    async def _update(self, request: web.Request) -> web.Response:
-        if self._wire is None or not self._active:
-            raise RuntimeError("not initialized, or not started")
-        self.updates += 1
-        if self.updates == self.fails_in_update:
-            raise RuntimeError("out of memory")
-        if self.updates == self.hangs_in_update:
-            self.hangs.set()
-            await asyncio.Event().wait()
-        update = (await request.json())["update_info"]
-        packed = await self._wire.receive()
-        start = 0
-        for name, dtype_name, shape in zip(
-            update["names"], update["dtype_names"], update["shapes"], strict=True
-        ):
-            dtype = getattr(torch, dtype_name)
-            end = start + torch.Size(shape).numel() * dtype.itemsize
-            self.loaded[name] = packed[start:end].view(dtype).view(shape)
-            start = end
-        assert start == packed.numel()
-        return web.json_response({})
-
-    async def _finish(self, request: web.Request) -> web.Response:
-        if not self._active:
-            raise RuntimeError("no update to finish")
-        self._active = False
-        return web.json_response({})
+class Nccl(FakeNccl):
+    async def start_sender(self) -> FakeSender:
+        self.senders.append(Packing(self))
+        return self.senders[-1]
 
 
 class Setting:
     """Servers and their clients; the senders in the order in which they were started."""
 
     def __init__(self) -> None:
-        self.wires: dict[bytes, Wire] = {}
-        self.senders: list[FakeSender] = []
+        self.nccl = Nccl(ranks=RANKS)
+        self.senders = self.nccl.senders
         self.servers: list[FakeVllm] = []
         self.clients: list[NcclWorker] = []
         self._running: list[TestServer] = []
 
     async def add(self) -> tuple[FakeVllm, NcclWorker]:
-        server = FakeVllm(f"server {len(self.servers)}", self.wires)
-        running = TestServer(server.app)
+        worker = FakeWorker(f"server {len(self.servers)}", load_s=(0.0, 0.0))
+        server = FakeVllm(worker, self.nccl)
+        running = TestServer(server.app())
         await running.start_server()
         client = NcclWorker(
-            str(running.make_url("/")), start_sender=self._start, chunk_bytes=CHUNK_BYTES
+            str(running.make_url("/")),
+            start_sender=self.nccl.start_sender,
+            chunk_bytes=CHUNK_BYTES,
         )
         self.servers.append(server)
         self.clients.append(client)
         self._running.append(running)
         return server, client
-
-    async def _start(self) -> FakeSender:
-        self.senders.append(FakeSender(self.wires))
-        return self.senders[-1]
 
     async def close(self) -> None:
         for client in self.clients:
@@ -239,11 +108,8 @@ def export(tmp_path) -> Callable[[int], Path]:
     return make
 
 
-def has(server: FakeVllm, directory: Path) -> bool:
-    wanted = load_file(directory / "model.safetensors")
-    return server.loaded.keys() == wanted.keys() and all(
-        torch.equal(server.loaded[name], tensor) for name, tensor in wanted.items()
-    )
+def of(directory: Path, version: int = 1) -> Weights:
+    return Weights(version=version, path=directory)
 
 
 async def test_a_group_is_formed_once_and_then_serves_every_update(setting, export):
@@ -252,12 +118,12 @@ async def test_a_group_is_formed_once_and_then_serves_every_update(setting, expo
     server.asked.clear()
     first, second = export(1), export(2)
 
-    await client.load_weights(first)
+    await client.load_weights(of(first))
     update = ["/start_weight_update", *["/update_weights"] * 3, "/finish_weight_update"]
     forget = ["/reset_prefix_cache"]
     join = ["/get_world_size", "/shutdown_weight_transfer_engine", "/init_weight_transfer_engine"]
-    assert server.asked == [*join, *update, *forget]
-    assert has(server, first)
+    assert server.asked == ["/weight_info", *join, *update, *forget]
+    assert server.has(first)
     (info,) = server.init_infos
     assert len(base64.b64decode(info.pop("nccl_unique_id_b64"))) == 128
     assert info == {
@@ -267,22 +133,22 @@ async def test_a_group_is_formed_once_and_then_serves_every_update(setting, expo
 
     await client.set_version(1)
     server.asked.clear()
-    await client.load_weights(second)
+    await client.load_weights(of(second))
     assert server.asked == ["/weight_info", *update, *forget]
-    assert has(server, second)
+    assert server.has(second)
     assert len(setting.senders) == 1
 
 
 async def test_a_server_that_was_started_anew_gets_a_group_of_its_own(setting, export):
     server, client = await setting.add()
     await client.set_version(0)
-    await client.load_weights(export(1))
+    await client.load_weights(of(export(1)))
     await client.set_version(1)
     server.restart()
     await client.check_health()
-    await client.load_weights(again := export(2))
-    assert has(server, again)
-    assert [sender.killed for sender in setting.senders] == [True, False]
+    await client.load_weights(of(again := export(2)))
+    assert server.has(again)
+    assert [sender.ended for sender in setting.senders] == [True, False]
 
 
 async def test_a_server_that_fails_in_an_update_is_broken_until_it_is_started_anew(setting, export):
@@ -290,22 +156,41 @@ async def test_a_server_that_fails_in_an_update_is_broken_until_it_is_started_an
     await client.set_version(4)
     server.fails_in_update = 2
     with pytest.raises(WorkerBroken, match="out of memory"):
-        await client.load_weights(export(5))
-    assert setting.senders[0].killed
+        await client.load_weights(of(export(5)))
+    assert setting.senders[0].ended
     for _ in range(2):
         with pytest.raises(WorkerBroken, match="broke off"):
             await client.check_health()
     server.restart()
     await client.check_health()
-    await client.load_weights(again := export(6))
-    assert has(server, again)
+    await client.load_weights(of(again := export(6)))
+    assert server.has(again)
+
+
+async def test_a_server_that_fails_in_its_first_update_after_a_start_is_not_taken_for_a_new_one(
+    setting, export
+):
+    server, client = await setting.add()
+    await client.set_version(4)
+    await client.load_weights(of(export(4)))
+    server.restart()
+    await client.check_health()
+    server.fails_in_update = server.updates + 2
+    with pytest.raises(WorkerBroken, match="out of memory"):
+        await client.load_weights(of(export(5)))
+    with pytest.raises(WorkerBroken, match="broke off"):
+        await client.check_health()
+    server.restart()
+    await client.check_health()
+    await client.load_weights(of(again := export(6)))
+    assert server.has(again)
 
 
 async def test_one_that_was_never_told_a_version_is_known_again_too(setting, export):
     server, client = await setting.add()
     server.fails_in_update = 2
     with pytest.raises(WorkerBroken):
-        await client.load_weights(export(1))
+        await client.load_weights(of(export(1)))
     with pytest.raises(WorkerBroken, match="broke off"):
         await client.check_health()
     server.restart()
@@ -317,7 +202,7 @@ async def test_a_sender_that_dies_in_an_update_leaves_nobody_waiting(setting, ex
     await client.set_version(0)
     setting.senders[0].dies_in_chunk = 1
     with pytest.raises(WorkerBroken, match="sent its weights: sender .pid 1. ended"):
-        await client.load_weights(export(1))
+        await client.load_weights(of(export(1)))
     with pytest.raises(WorkerBroken, match="broke off"):
         await client.check_health()
 
@@ -326,19 +211,52 @@ async def test_weights_that_were_replaced_meanwhile_spoil_nothing(setting, expor
     server, client = await setting.add()
     await client.set_version(0)
     with pytest.raises(WorkerFailure, match="were these weights replaced already") as caught:
-        await client.load_weights(tmp_path / "gone")
+        await client.load_weights(of(tmp_path / "gone"))
     assert not isinstance(caught.value, WorkerBroken)
     await client.check_health()
-    await client.load_weights(there := export(1))
-    assert has(server, there)
+    await client.load_weights(of(there := export(1)))
+    assert server.has(there)
+
+
+async def test_a_sender_that_ended_since_the_last_update_is_replaced_and_costs_nothing(
+    setting, export
+):
+    server, client = await setting.add()
+    await client.set_version(0)
+    await client.load_weights(of(export(1)))
+    await client.set_version(1)
+    setting.senders[0].die()
+    await client.load_weights(of(again := export(2)))
+    assert server.has(again)
+    await client.check_health()
+    assert [sender.ended for sender in setting.senders] == [True, False]
+
+
+async def test_weights_that_are_not_to_be_had_any_more_cost_the_server_nothing(setting, export):
+    server, client = await setting.add()
+    await client.set_version(0)
+    await client.load_weights(of(first := export(1)))
+    await client.set_version(1)
+    setting.senders[0].open = nothing
+    server.asked.clear()
+    with pytest.raises(WeightsGone, match="newer weights than 2"):
+        await client.load_weights(of(export(2), 2))
+    assert server.asked == ["/weight_info"]
+    await client.check_health()
+    assert server.has(first)
+    assert [sender.ended for sender in setting.senders] == [False]
+
+
+async def nothing(weights, chunk_bytes):
+    return None
 
 
 async def test_a_server_without_weight_transfer_is_told_how_to_be_started(setting, export):
     async with TestServer(worker_app(FakeWorker("plain"))) as plain:
         url = str(plain.make_url("/"))
-        client = NcclWorker(url, start_sender=setting._start)
+        client = NcclWorker(url, start_sender=setting.nccl.start_sender)
         with pytest.raises(WorkerFailure, match='--weight-transfer-config .{"backend": "nccl"}'):
-            await client.load_weights(export(1))
+            await client.load_weights(of(export(1)))
         await client.close()
 
 
@@ -346,12 +264,12 @@ async def test_an_update_that_is_called_off_kills_the_sender_that_waits(setting,
     server, client = await setting.add()
     await client.set_version(0)
     server.hangs_in_update = 2
-    load = asyncio.create_task(client.load_weights(export(1)))
+    load = asyncio.create_task(client.load_weights(of(export(1))))
     await server.hangs.wait()
     load.cancel()
     with pytest.raises(asyncio.CancelledError):
         await load
-    assert setting.senders[0].killed
+    assert setting.senders[0].ended
 
 
 async def test_a_hung_server_costs_neither_the_others_nor_the_publish(setting, export):
@@ -367,16 +285,46 @@ async def test_a_hung_server_costs_neither_the_others_nor_the_publish(setting, e
         hub._slots[0].expire_calls()
         report = await publish
         assert [worker.updated for worker in report.per_worker] == [False, True, True]
-        assert all(has(server, published) for server in others)
+        assert all(server.has(published) for server in others)
         export(2)  # the trainer steps on
 
         hung.restart()
         while not hub.stats().workers[0].healthy:
             await asyncio.sleep(0.01)
-        assert has(hung, published)
+        assert hung.has(published)
         sampling = SamplingParams(max_tokens=3)
         answers = await asyncio.gather(
             *(hub.generate(GenerateRequest(token_ids=[1], sampling=sampling)) for _ in range(9))
         )
         assert len({answer.worker for answer in answers}) == 3
         assert {v for answer in answers for v in answer.versions} == {1}
+
+
+def test_senders_listen_where_they_can_be_reached_and_on_loopback_nowhere_else(monkeypatch):
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
+    other = [("eth0", "10.1.2.3"), ("eth1", "fe80::1%eth1"), ("lo", "127.0.0.1"), ("lo", "::1")]
+
+    class Address:
+        def __init__(self, address):
+            self.address = address
+
+    found = {}
+    for name, address in other:
+        found.setdefault(name, [Address("02:42:ac:11:00:02")]).append(Address(address))
+    monkeypatch.setattr("psutil.net_if_addrs", lambda: found)
+    for address, interface, family in [
+        ("127.0.0.1", "lo", "AF_INET"),
+        ("127.0.0.7", "lo", "AF_INET"),
+        ("::1", "lo", "AF_INET6"),
+        ("10.1.2.3", "eth0", "AF_INET"),
+        ("::ffff:10.1.2.3", "eth0", "AF_INET"),
+        ("fe80::1%eth1", "eth1", "AF_INET6"),
+    ]:
+        wanted = {"NCCL_SOCKET_IFNAME": f"={interface}", "NCCL_SOCKET_FAMILY": family}
+        assert listening_at(address) == wanted
+    for address in ("10.9.9.9", "", "a name"):
+        with pytest.raises(ProcessFailure, match="address"):
+            listening_at(address)
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
+    assert listening_at("10.1.2.3") == {}
+    assert listening_at("127.0.0.1")["NCCL_SOCKET_IFNAME"] == "=lo"

@@ -201,7 +201,7 @@ async def test_a_publish_that_is_cancelled_leaves_no_worker_paused_or_between_tw
 @in_virtual_time
 async def test_a_worker_that_hangs_while_it_recovers_holds_up_no_publish():
     class Stuck(FakeWorker):
-        async def load_weights(self, path):
+        async def load_weights(self, weights):
             await asyncio.Event().wait()
 
     workers = [steady("stuck", Stuck), steady("b")]
@@ -271,7 +271,7 @@ async def test_a_worker_that_is_excluded_in_its_turn_ends_its_turn():
 @in_virtual_time
 async def test_a_worker_that_refuses_the_weights_gets_no_more_requests():
     class Refusing(FakeWorker):
-        async def load_weights(self, path):
+        async def load_weights(self, weights):
             raise BadRequest("lacks weights of this model")
 
     workers = [steady("r", Refusing), steady("b")]

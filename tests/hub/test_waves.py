@@ -30,7 +30,7 @@ class Reading(FakeWorker):
 
     disk: Disk
 
-    async def load_weights(self, path):
+    async def load_weights(self, weights):
         disk = self.disk
         disk.reading += 1
         disk.most_reading = max(disk.most_reading, disk.reading)
@@ -40,7 +40,7 @@ class Reading(FakeWorker):
             await asyncio.sleep(0.1)
             left_s -= 0.1 * speed
         disk.reading -= 1
-        self.loaded.append(path)
+        self.loaded.append(weights.path)
 
 
 def reading(count: int, disk: Disk) -> list[FakeWorker]:
@@ -132,9 +132,9 @@ async def test_the_least_busy_workers_are_first():
     order = []
 
     class Noting(FakeWorker):
-        async def load_weights(self, path):
+        async def load_weights(self, weights):
             order.append(self.name)
-            await super().load_weights(path)
+            await super().load_weights(weights)
 
     workers = [steady(name, Noting) for name in "abc"]
     async with InferenceHub(workers) as hub:
@@ -152,9 +152,9 @@ async def test_the_least_busy_workers_are_first():
 @in_virtual_time
 async def test_of_weights_that_do_not_fit_those_under_way_are_loaded_and_no_others():
     class Refusing(FakeWorker):
-        async def load_weights(self, path):
+        async def load_weights(self, weights):
             await asyncio.sleep(0.5)
-            if path.name == "4":
+            if weights.path.name == "4":
                 raise BadRequest("lacks weights of this model")
 
     workers = [steady(f"w{n}", Refusing if n == 1 else FakeWorker) for n in range(8)]
@@ -206,7 +206,7 @@ async def test_workers_that_fail_in_a_wave_cost_the_others_nothing():
 @in_virtual_time
 async def test_what_nobody_expected_ends_the_wave_and_says_so():
     class Wrong(FakeWorker):
-        async def load_weights(self, path):
+        async def load_weights(self, weights):
             raise ZeroDivisionError("a bug")
 
     workers = [steady("wrong", Wrong), *(steady(f"w{number}") for number in range(3))]

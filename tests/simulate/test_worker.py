@@ -10,7 +10,7 @@ from flash import virtual_time
 from flash.simulate.scenario import Scenario
 from flash.simulate.worker import SimulatedWorker
 from flash.simulate.world import World
-from flash.types import SamplingParams, Task
+from flash.types import SamplingParams, Task, Weights
 
 ANY_LENGTH = SamplingParams(max_tokens=10**6)
 
@@ -169,7 +169,7 @@ def test_the_cache_makes_room_for_what_runs_and_forgets_with_the_weights():
         began = lab.clock()
         _, ended = await lab.ask(lab.script(task=1, prompt=4000, response=100))
         assert ended - began == pytest.approx(5.0), "what was used longest ago went"
-        await lab.worker.load_weights(Path())
+        await lab.worker.load_weights(Weights(version=1, path=Path()))
         began = lab.clock()
         _, ended = await lab.ask(lab.script(task=1, prompt=4000, response=100))
         assert ended - began == pytest.approx(5.0)
