@@ -204,11 +204,11 @@ def test_the_proximal_policy_of_all_mini_batches_is_that_of_the_start_of_the_ste
     samples = samples_of(4)
     config = TrainerConfig(mini_batches=2, learning_rate=0.05, warmup_steps=0)
     with started(model, tmp_path, config) as rank:
-        before = {s.episode: rank.score([s.token_ids.tolist()])[0] for s in samples}
+        before = {s.episode: rank.score([s.token_ids.tolist()]).logprobs[0] for s in samples}
         # The first mini-batch alone gives the weights that the second one meets.
         alone = TrainerConfig(learning_rate=0.05, warmup_steps=0)
         step(rank, samples[0::2], alone)
-        between = {s.episode: rank.score([s.token_ids.tolist()])[0] for s in samples}
+        between = {s.episode: rank.score([s.token_ids.tolist()]).logprobs[0] for s in samples}
     with started(model, tmp_path, config) as rank:
         metrics = step(rank, samples, config)
     ratios = []
@@ -234,9 +234,9 @@ def test_an_export_reloads_to_the_same_logprobs(
     config = TrainerConfig(learning_rate=1e-2, warmup_steps=0)
     probe = list(range(20))
     with started(model, tmp_path, config) as rank:
-        untrained = rank.score([probe])[0]
+        untrained = rank.score([probe]).logprobs[0]
         step(rank, samples_of(5), config)
-        score = rank.score([probe])[0]
+        score = rank.score([probe]).logprobs[0]
         rank.export(str(tmp_path / "exported"))
         rank.save(str(tmp_path / "saved"), 1, False)
     assert np.abs(np.subtract(score, untrained)).max() > 0.01
@@ -354,7 +354,7 @@ def test_no_forward_of_the_trainer_has_dropout_or_jitter(
         with started(noisy, tmp_path, config) as rank:
             gradients.append(gradients_of(rank))
             expected = reference_logprobs(Model.from_pretrained(noisy), list(range(30)))
-            assert rank.score([range(30)])[0] == pytest.approx(expected, abs=1e-4)
+            assert rank.score([range(30)]).logprobs[0] == pytest.approx(expected, abs=1e-4)
             results.append(step(rank, samples_of(4), config))
     assert close(*results)
     torch.testing.assert_close(*gradients)
@@ -367,7 +367,7 @@ def test_sequences_are_scored_together_as_each_is_alone(
     config = TrainerConfig(tokens_per_micro_batch=tokens_per_micro_batch)
     sequences = [range(start, start + length) for start, length in enumerate([5, 9, 2, 20, 3])]
     with started(model, tmp_path, config) as rank:
-        scored = rank.score(sequences)
+        scored = rank.score(sequences).logprobs
     reference = Model.from_pretrained(model)
     for sequence, logprobs in zip(sequences, scored, strict=True):
         assert logprobs == pytest.approx(reference_logprobs(reference, list(sequence)), abs=1e-5)
