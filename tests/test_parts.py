@@ -215,10 +215,11 @@ def test_the_probe_allows_what_the_coarser_precision_makes(changes, gpus, limit,
 
 
 @pytest.mark.parametrize(
-    ("longest", "prompt", "tokens"), [(4096, 4, 16), (20, 4, 16), (19, 4, 15), (3, 2, 1)]
+    ("longest", "prompt", "tokens"), [(512, 4, 16), (20, 4, 16), (19, 4, 15), (3, 2, 1)]
 )
 def test_the_probe_fits_into_what_a_worker_takes(longest, prompt, tokens):
-    probe = probe_of(load("frozen_lake", {"agent.max_sequence_tokens": longest}))
+    changes = {"agent.max_sequence_tokens": longest, "agent.max_tokens": 1}
+    probe = probe_of(load("frozen_lake", changes))
     assert {len(each) for each in probe.prompts} == {prompt}
     assert probe.tokens == tokens
 

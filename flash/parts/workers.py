@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 
@@ -143,7 +144,7 @@ def _unit(dtype: str, *, known: bool) -> float:
 def _vllm_arguments(words: Sequence[str]) -> dict[str, str]:
     """Names and values of a command line, `--name=value` or `--name value`."""
     found = {}
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
         name, is_one, value = word.partition("=")
         if name.startswith("-"):
             found[name.lstrip("-").replace("_", "-")] = value if is_one else following
