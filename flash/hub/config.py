@@ -79,8 +79,8 @@ class EngineConfig(Section):
         None,
         gt=0,
         description="by how much nine tenths of the logits may be off after a publish, worker "
-        "against trainer, in nats; null: 1e-3 in float32, 1/64 of the largest logit where either "
-        "side computes in half precision or may do so, 1/4 where vLLM quantizes",
+        "against trainer, in nats; null: 1e-3 in float32, 1/32 of the largest logit where either "
+        "side computes in half precision or may do so, half of it where vLLM quantizes",
     )
 
     @field_validator("vllm_args", mode="before")

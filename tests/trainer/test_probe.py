@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, MistralConfig
 from flash.config import load
 from flash.errors import PublishFailure
 from flash.hub.hub import InferenceHub
-from flash.hub.probe import Gap
 from flash.parts.workers import probe_of
 from flash.trainer.config import TrainerConfig
 from flash.trainer.packing import divide
@@ -26,7 +25,6 @@ from flash.worker.engine import EmbeddedEngine, EngineRequest
 
 pytestmark = pytest.mark.slow
 
-HALF = {"float32": False, "bfloat16": True}
 BOTH = [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")]
 
 
@@ -117,7 +115,7 @@ def mixed(new: Path, old: Path, stays: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(("worker_dtype", "trainer_dtype"), BOTH)
-async def test_after_real_steps_the_probe_lets_the_weights_pass_and_no_part_of_old_ones(
+async def test_the_probe_lets_new_weights_pass_and_none_of_which_a_part_is_old(
     worker_dtype: str,
     trainer_dtype: Any,
     save_model: Callable[..., Path],
@@ -125,32 +123,67 @@ async def test_after_real_steps_the_probe_lets_the_weights_pass_and_no_part_of_o
     tmp_path: Path,
 ) -> None:
     model = save_model(tmp_path / "model", tied=False)
-    config = TrainerConfig(dtype=trainer_dtype, learning_rate=2e-3)
+    config = TrainerConfig(dtype=trainer_dtype, learning_rate=5e-3)
     worker = EngineWorker(model, worker_dtype)
     with started(model, tmp_path, config) as rank:
         old = exported(rank, tmp_path / "old")
-        for number in range(30):
+        for number in range(40):
             rank.step(divide(samples_of(8, seed=number), config)[0], number)
         new = exported(rank, tmp_path / "new")
 
         async def score(sequences: Any) -> Scores:
             return rank.score(sequences)
 
+        def weights(version: int, path: Path) -> Weights:
+            return Weights(version=version, path=path, score=score)
+
         probe = probe_between(worker_dtype, trainer_dtype)
         async with InferenceHub([worker], probe=probe) as hub:
-            report = await hub.publish(Weights(version=1, path=new, score=score))
-            print("sound", report.gap, probe.limit((await score([[1, 2, 3]])).largest_logit))
-            stale = ["lm_head", "layers.0.", "layers.1.mlp"]
-            for version, part in enumerate(stale, start=2):
+            for version in range(1, 6):
+                report = await hub.publish(weights(version, new))
+                assert report.gap is not None
+                assert report.gap.tokens == 128
+            for version, part in enumerate(["lm_head", "layers.0.", "layers.1."], start=10):
                 path = mixed(new, old, part, tmp_path / part)
-                try:
-                    r = await hub.publish(Weights(version=version, path=path, score=score))
-                    print("MISSED", part, r.gap)
-                except PublishFailure as f:
-                    print("caught", part, f)
+                with pytest.raises(PublishFailure, match="it has other weights"):
+                    await hub.publish(weights(version, path))
+            await hub.publish(weights(20, new))
             worker.temperature = 0.7
-            try:
-                r = await hub.publish(Weights(version=9, path=new, score=score))
-                print("MISSED temp", r.gap)
-            except PublishFailure as f:
-                print("caught temp", f)
+            with pytest.raises(PublishFailure, match="another temperature"):
+                await hub.publish(weights(21, new))
+
+
+@pytest.mark.parametrize(("worker_dtype", "trainer_dtype"), BOTH)
+async def test_a_worker_with_another_window_is_seen_after_a_long_text_alone(
+    worker_dtype: str, trainer_dtype: Any, tmp_path: Path
+) -> None:
+    models = [with_window(tmp_path / str(window), window) for window in (32, 64)]
+    text = [(7 * place) % 97 for place in range(100)]
+    probe = probe_between(worker_dtype, trainer_dtype)
+    long = replace(probe, prompts=[text], tokens=96)
+    with started(models[0], tmp_path, TrainerConfig(dtype=trainer_dtype)) as rank:
+
+        async def score(sequences: Any) -> Scores:
+            return rank.score(sequences)
+
+        weights = Weights(version=0, path=models[0], score=score)
+        async with InferenceHub([EngineWorker(models[0], worker_dtype)], probe=probe) as hub:
+            await hub.probe(weights)
+            await hub.probe(weights, long)
+        async with InferenceHub([EngineWorker(models[1], worker_dtype)], probe=probe) as hub:
+            await hub.probe(weights)
+            with pytest.raises(PublishFailure, match="96 tokens, after prompts of 100"):
+                await hub.probe(weights, long)
+
+
+def with_window(folder: Path, window: int) -> Path:
+    config = MistralConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+        initializer_range=0.3, sliding_window=window, bos_token_id=None, eos_token_id=1,
+    )  # fmt: skip
+    model: Any = AutoModelForCausalLM
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        model.from_config(config).save_pretrained(folder)
+    return folder
