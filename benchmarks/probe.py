@@ -2,9 +2,10 @@
 
     python benchmarks/probe.py [--models 30] [--device cpu]
 
-Both sides are transformers' forward passes: the worker's with a cache, token by token, the trainer's
-over whole sequences. Figures are in units: the largest logit times 2^-8, half of bfloat16's step
-near 1. Where a side computes in bfloat16 the limit is 8 of them (docs/engines.md, The probe).
+Both sides are forward passes of transformers: the worker's with a cache, token by token, the
+trainer's over whole sequences. Figures are in units: the largest logit times 2^-8, half of
+bfloat16's step near 1. Where a side computes in bfloat16 the limit is 8 of them
+(docs/engines.md, The probe).
 """
 
 import argparse
