@@ -20,7 +20,9 @@ from flash.types import Completion, Scores
 
 # Any token ids that every vocabulary has, no prompt like another.
 _PROMPTS = tuple(itertools.islice(itertools.product((1, 2, 3), repeat=4), 5, None, 10))
-_LEAST_LEFT = 1e-3  # of 1 - p: what is below it is rounding of float32
+# Logprobs are differences of float32 numbers of up to 100 or so; near 0 that is all they differ by.
+_ROUNDED = 1e-5
+_LEAST_LEFT = 1e-3  # of 1 - p
 _WITHIN = 0.9  # the share of tokens whose logits may not be off by more than the limit
 
 
@@ -81,7 +83,8 @@ class Gap:
         size_T = np.abs(difference_T)
         with np.errstate(over="ignore"):  # a token that the worker gave no chance: infinite it is
             kl_T = np.maximum(0.0, np.expm1(difference_T) - difference_T)
-        logits_T = size_T / (-np.expm1(np.minimum(0.0, worker_T)) + _LEAST_LEFT)
+        left_T = -np.expm1(np.minimum(0.0, worker_T)) + _LEAST_LEFT
+        logits_T = np.maximum(0.0, size_T - _ROUNDED) / left_T
         return cls(
             tokens=len(worker_T),
             median=float(np.median(size_T)),

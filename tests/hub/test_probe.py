@@ -25,7 +25,7 @@ def test_the_numbers_of_a_gap_are_those_worked_by_hand():
     k3 = [math.exp(d) - 1 - d for d in (0.0, 0.1, -0.2, 0.3)]
     assert gap.kl == pytest.approx(sum(k3) / 4)
     # Half of what the logit of a token does reaches a logprob of one half.
-    assert gap.logits == pytest.approx(gap.p90 / 0.501)
+    assert gap.logits == pytest.approx((gap.p90 - 1e-5) / 0.501)
 
 
 def test_a_logit_that_is_off_is_seen_however_sure_the_policy_is():
@@ -41,6 +41,14 @@ def test_a_logit_that_is_off_is_seen_however_sure_the_policy_is():
         rows = np.arange(4000)
         gap = Gap.between(worker_TV[rows, chosen_T], trainer_TV[rows, chosen_T])
         assert 0.15 < gap.logits < 0.25, "between 1.6 and 2.3 of the noise"
+
+
+def test_what_float32_makes_of_logprobs_near_0_is_no_gap():
+    """The difference of two numbers near 60 is a multiple of 4e-6."""
+    certain, rounded = [0.0, -4e-6] * 50, [-4e-6, 0.0] * 50
+    gap = Gap.between(certain, rounded)
+    assert (gap.max, gap.logits) == (4e-6, 0)
+    assert Gap.between(certain, [-1e-4] * 100).logits > 0.08
 
 
 def test_the_divergence_is_never_below_nothing():
@@ -79,7 +87,7 @@ def test_the_limit_grows_with_the_largest_logit_where_rounding_does():
         expected = Scores(logprobs=[trainer], largest_logit=largest_logit)
         return check_gap([answer(worker)], expected, probe=probe, version=1)
 
-    assert check(64.0).logits == pytest.approx(0.3 / (1 - math.exp(-0.7) + 1e-3))
+    assert check(64.0).logits == pytest.approx(0.29999 / (1 - math.exp(-0.7) + 1e-3))
     with pytest.raises(PublishFailure, match=r"within 0\.59 .* 0\.5 is the limit \(0\.016 of the "):
         check(32.0)
 

@@ -336,11 +336,11 @@ def probed(worker: FakeWorker, by: float):
 async def test_the_probe_accepts_equal_logprobs_and_tells_the_gap():
     worker = steady()
     async with InferenceHub([worker]) as hub:
-        report = await hub.publish(weights(1, probed(worker, 1e-5)))
+        report = await hub.publish(weights(1, probed(worker, 5e-5)))
         gap = report.gap
-        assert [gap.median, gap.p90, gap.max] == pytest.approx([1e-5] * 3)
-        assert gap.kl == pytest.approx(1e-10 / 2, rel=1e-3)
-        assert 1e-5 < gap.logits < 1e-3
+        assert [gap.median, gap.p90, gap.max] == pytest.approx([5e-5] * 3)
+        assert gap.kl == pytest.approx(25e-10 / 2, rel=1e-3)
+        assert 5e-5 < gap.logits < 1e-3
 
 
 @in_virtual_time
