@@ -10,7 +10,7 @@ A logprob moves by 1 - p for each nat that the token's logit does. So a differen
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Self
 
 import numpy as np
@@ -43,16 +43,11 @@ class Probe:
         """In nats, where no logit is larger."""
         return max(self.gap_limit, self.of_largest * largest_logit)
 
-    def fitting(self, longest: int) -> "Probe":
+    def fitting(self, longest: int) -> Self:
         """As this one, with no sequence of more tokens than `longest`."""
         prompts = [list(prompt)[: max(1, longest - 1)] for prompt in self.prompts]
         room = max(1, longest - max(map(len, prompts)))
-        return Probe(
-            prompts=prompts,
-            tokens=min(self.tokens, room),
-            gap_limit=self.gap_limit,
-            of_largest=self.of_largest,
-        )
+        return replace(self, prompts=prompts, tokens=min(self.tokens, room))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
