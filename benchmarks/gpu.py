@@ -193,6 +193,8 @@ def of_run(rows: list[Figures]) -> Iterator[Row]:
     yield "logprobs, worker against trainer", {
         "median of steps' largest": middle("logprob_gap/max"),
         "largest": max(known("logprob_gap/max", done)),
+        "probe, 90%": middle("logprob_gap/p90"), "probe, kl": middle("logprob_gap/kl"),
+        "probe, 90% of logits": max(known("logprob_gap/logits", done)),
         "kl of fresh tokens": middle("mismatch/kl_fresh"),
     }  # fmt: skip
     third = max(1, len(done) // 3)

@@ -80,11 +80,11 @@ async def main(
             batch = await rollouts.next_batch()
             metrics = await trainer.step(batch)
             report = await rollouts.publish(await trainer.export_weights())
+            gap = "" if report.gap is None else f", worker against trainer {report.gap.p90:.1e}"
             print(
                 f"version {report.version}: success {batch.metrics['success_rate']:.0%}, "
                 f"oldest token {batch.metrics['staleness/max']} versions, "
-                f"KL to the sampling policy {metrics['kl_behaviour']:.3f}, "
-                f"worker against trainer {report.gap_max:.1e}"
+                f"KL to the sampling policy {metrics['kl_behaviour']:.3f}{gap}"
             )
         with rollouts.paused():
             evaluation = await play(

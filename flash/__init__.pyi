@@ -18,6 +18,8 @@ from .evaluation.play import play as play
 from .evaluation.result import Evaluation as Evaluation
 from .hub.http_worker import HttpWorker as HttpWorker
 from .hub.hub import InferenceHub as InferenceHub
+from .hub.probe import Gap as Gap
+from .hub.probe import Probe as Probe
 from .hub.reports import PublishReport as PublishReport
 from .hub.worker import Worker as Worker
 from .reward.stage import FunctionScorer as FunctionScorer
@@ -46,6 +48,7 @@ from .types import PromptStyle as PromptStyle
 from .types import Sample as Sample
 from .types import SampledSequence as SampledSequence
 from .types import SamplingParams as SamplingParams
+from .types import Scores as Scores
 from .types import Task as Task
 from .types import Teachable as Teachable
 from .types import TrainerState as TrainerState

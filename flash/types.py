@@ -62,15 +62,28 @@ class Completion:
     worker: str = ""
 
 
-Score = Callable[[Sequence[Sequence[int]]], Awaitable[Sequence[Sequence[float]] | None]]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """What the trainer itself says of sequences.
+
+    logprobs: of the tokens of each sequence after its first, natural log.
+    largest_logit: in size, of those that they come from; what rounding does to logits grows with
+        it. 0 if it is not known.
+    """
+
+    logprobs: Sequence[Sequence[float]]
+    largest_logit: float = 0.0
+
+
+Score = Callable[[Sequence[Sequence[int]]], Awaitable[Scores | None]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
     """Weights of one policy version: a directory of safetensors in Hugging Face layout.
 
-    `score` gives the trainer's own logprobs under these weights of the tokens of each sequence
-    after its first, or None if the trainer can't say any more; with it, every publish is probed.
+    `score` gives the trainer's own logprobs of sequences under these weights, or None if the
+    trainer can't say any more; with it, every publish is probed.
     Without it the probe can't be made and the gap is not known.
     """
 

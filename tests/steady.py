@@ -4,7 +4,7 @@ import asyncio
 from pathlib import Path
 
 from flash.fakes import FakeWorker
-from flash.types import GenerateRequest, SamplingParams, Weights
+from flash.types import GenerateRequest, SamplingParams, Scores, Weights
 
 
 def request(max_tokens: int = 10, prompt: int = 5, session: str = "") -> GenerateRequest:
@@ -19,7 +19,7 @@ def weights(version: int, score=None) -> Weights:
     """`score` is of one sequence."""
 
     async def scores(sequences):
-        return [await score(token_ids) for token_ids in sequences]
+        return Scores(logprobs=[await score(token_ids) for token_ids in sequences])
 
     path = Path(f"/fake/{version}")
     return Weights(version=version, path=path, score=scores if score is not None else None)

@@ -282,15 +282,16 @@ async def test_a_save_that_hangs_ends_after_its_own_time(tmp_path, caplog):
 # ── the self-test ────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize(("at_most", "length"), [(512, 116), (80, 68)])
+@pytest.mark.parametrize(("at_most", "length"), [(512, (116, 96)), (120, (104, 16)), (9, (1, 8))])
 async def test_a_run_tests_itself_on_a_text_past_the_window_if_there_is_room(
     at_most, length, tmp_path
 ):
     MistralConfig(sliding_window=100).save_pretrained(tmp_path)
     asked = []
 
-    async def probe(weights, prompt):
-        asked.append(len(prompt))
+    async def probe(weights, probe):
+        (prompt,) = probe.prompts
+        asked.append((len(prompt), probe.tokens))
 
     async def export_weights():
         return None

@@ -63,15 +63,25 @@ def test_a_run_is_told_by_its_steps_whichever_numbers_they_lack() -> None:
 
     rows = [
         {"step": 0, "time_s": 9.0, "eval/success_rate": 0.2},
-        line(1, **{"logprob_gap/max": 0.5}),
+        line(1, **{"logprob_gap/max": 0.5, "logprob_gap/logits": 0.7}),
         line(2, **{"logprob_gap/max": math.nan}),
-        line(3, **{"logprob_gap/max": 0.1, "mismatch/kl_fresh": 0.01}),
+        line(
+            3,
+            **{
+                "logprob_gap/max": 0.1,
+                "logprob_gap/p90": 0.05,
+                "logprob_gap/kl": 1e-3,
+                "logprob_gap/logits": 0.2,
+                "mismatch/kl_fresh": 0.01,
+            },
+        ),
         {**line(4), "eval/success_rate": 0.6},
     ]
     told = dict(gpu.of_run(rows))
     assert told["a step, median"]["s"] == 2.0
     assert told["logprobs, worker against trainer"] == {
-        "median of steps' largest": 0.1, "largest": 0.5, "kl of fresh tokens": 0.01,
+        "median of steps' largest": 0.1, "largest": 0.5, "probe, 90%": 0.05, "probe, kl": 1e-3,
+        "probe, 90% of logits": 0.7, "kl of fresh tokens": 0.01,
     }  # fmt: skip
     assert told["learning"] == {
         "success, first third": 0.1, "last third": 0.4, "held out after 0": 0.2,

@@ -23,7 +23,7 @@ from flash.parts.expert import expert_of
 from flash.parts.model import load_tokenizer, make_style, prepared_model
 from flash.parts.open import open_parts
 from flash.parts.training import as_logged
-from flash.parts.workers import gap_limit, open_hub
+from flash.parts.workers import open_hub, probe_of
 from flash.seeds import HELDOUT_SEEDS
 from flash.train import warn_of_idle_steps
 from flash.trainer.checkpoint import write_state
@@ -190,16 +190,38 @@ async def test_an_open_door_alone_makes_nobody_elses_agents(tmp_path):
     ("changes", "gpus", "limit"),
     [
         ({}, [], 1e-3),
-        ({}, [0], 0.1),
+        ({}, [0], 40 / 32),
         ({"engine.dtype": "float32", "trainer.dtype": "float32"}, [0], 1e-3),
-        ({"engine.dtype": "float32"}, [0], 0.1),
-        ({"engine.dtype": "bfloat16"}, [], 0.1),
+        ({"engine.dtype": "float32"}, [0], 40 / 32),
+        ({"engine.dtype": "bfloat16"}, [], 40 / 32),
+        ({"trainer.dtype": "bfloat16"}, [], 40 / 32),
+        # What is not known here.
+        ({"engine.urls": "http://127.0.0.1:1"}, [], 40 / 32),
+        ({"engine.urls": "http://127.0.0.1:1", "engine.dtype": "float32"}, [], 1e-3),
+        ({"explorers.expected": 1}, [], 40 / 32),
+        # What vLLM is told.
+        ({"engine.vllm_args": "--dtype half"}, [], 40 / 32),
+        ({"engine.vllm_args": "--dtype=float32", "trainer.dtype": "float32"}, [0], 1e-3),
+        ({"engine.vllm_args": "--kv-cache-dtype fp8 --enforce-eager"}, [0], 40 / 2),
+        ({"engine.vllm_args": "--kv_cache_dtype=auto"}, [0], 40 / 32),
+        ({"engine.vllm_args": "--quantization=fp8"}, [0], 40 / 2),
         ({"engine.gap_limit": 0.02}, [0], 0.02),
+        ({"engine.gap_limit": 0.02}, [], 0.02),
     ],
 )
 def test_the_probe_allows_what_the_coarser_precision_makes(changes, gpus, limit, monkeypatch):
     monkeypatch.setattr("flash.parts.workers.gpus", lambda: gpus)
-    assert gap_limit(load("frozen_lake", changes)) == limit
+    assert probe_of(load("frozen_lake", changes)).limit(largest_logit=40.0) == limit
+
+
+@pytest.mark.parametrize(
+    ("longest", "prompt", "tokens"), [(512, 4, 16), (20, 4, 16), (19, 4, 15), (3, 2, 1)]
+)
+def test_the_probe_fits_into_what_a_worker_takes(longest, prompt, tokens):
+    changes = {"agent.max_sequence_tokens": longest, "agent.max_tokens": 1}
+    probe = probe_of(load("frozen_lake", changes))
+    assert {len(each) for each in probe.prompts} == {prompt}
+    assert probe.tokens == tokens
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ from flash.explorer.remote_senders import RemoteSenders
 from flash.hub.hub import InferenceHub
 from flash.hub.reports import PublishReport
 from flash.system.machine import where
-from flash.types import Weights
+from flash.types import Scores, Weights
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ class Connection:
         self._news_of_weights = asyncio.Event()
         self._policy, self._given_by = -1, ""  # see Hello
         self._not_probed = 0  # versions, since the last one that was
-        self._questions: dict[int, asyncio.Future[list[list[float]] | None]] = {}
+        self._questions: dict[int, asyncio.Future[Scores | None]] = {}
         self._numbers = itertools.count()
         self._failure: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
 
@@ -222,7 +222,7 @@ class Connection:
 
     def _note_probe(self, report: PublishReport) -> None:
         """The trainer answers while it has nothing else to do: that may be never."""
-        self._not_probed = self._not_probed + 1 if math.isnan(report.gap_max) else 0
+        self._not_probed = self._not_probed + 1 if report.gap is None else 0
         if self._not_probed == _MOST_NOT_PROBED:
             logger.warning(
                 "the workers here could not be compared with the trainer for %d versions: it was "
@@ -239,14 +239,12 @@ class Connection:
             error = failure
         return isinstance(error, GoneError)
 
-    async def _score(
-        self, version: int, sequences: Sequence[Sequence[int]]
-    ) -> list[list[float]] | None:
-        """The trainer's own logprobs; None if it has gone on, is busy, or can't be reached."""
+    async def _score(self, version: int, sequences: Sequence[Sequence[int]]) -> Scores | None:
+        """What the trainer says; None if it has gone on, is busy, or can't be reached."""
         if self._link is None:
             return None
         number = next(self._numbers)
-        asked: asyncio.Future[list[list[float]] | None]
+        asked: asyncio.Future[Scores | None]
         asked = self._questions[number] = asyncio.get_running_loop().create_future()
         self._link.send(Score(number, version, [list(each) for each in sequences]))
         try:
@@ -346,13 +344,19 @@ class Connection:
             case Scored():
                 asked = self._questions.get(message.number)
                 if asked is not None and not asked.done():
-                    asked.set_result(message.logprobs)
+                    asked.set_result(_scores(message))
             case SenderAnswer():
                 self.senders.hear(message)
             case RunOver():
                 if not message.again:
                     raise RunIsOver(message.why)
                 raise LinkLost(message.why)
+
+
+def _scores(answer: Scored) -> Scores | None:
+    if answer.logprobs is None:
+        return None
+    return Scores(logprobs=answer.logprobs, largest_logit=answer.largest_logit)
 
 
 def _of_players(config: Mapping[str, Any]) -> Mapping[str, Any]:

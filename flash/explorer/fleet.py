@@ -62,6 +62,7 @@ from flash.explorer.senders import Senders, Sending
 from flash.hub.reports import HubStats
 from flash.rollout.committed import INTERRUPTED
 from flash.rollout.episode import Cancelled
+from flash.types import Scores
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ class Fleet:
         after_commit: Callable[[Callable[[], None]], None] = lambda then: then(),
         version: Callable[[], int] = lambda: 0,
         publish: Callable[[], Publish | None] = lambda: None,
-        score: Callable[[Score], Awaitable[list[list[float]] | None]] | None = None,
+        score: Callable[[Score], Awaitable[Scores | None]] | None = None,
         apart: bool = False,
         brought: Brought | None = None,
         sending: Sending | None = None,
@@ -555,11 +556,15 @@ class Fleet:
             explorer.settle(number)
 
     async def _answer(self, explorer: Explorer, question: Score) -> None:
-        logprobs = None
+        scores = None
         with contextlib.suppress(FlashError):  # the trainer's, of which others tell
             if self._score is not None:
-                logprobs = await self._score(question)
-        explorer.send(Scored(question.number, logprobs))
+                scores = await self._score(question)
+        if scores is None:
+            explorer.send(Scored(question.number, None))
+            return
+        logprobs = [list(map(float, each)) for each in scores.logprobs]
+        explorer.send(Scored(question.number, logprobs, scores.largest_logit))
 
     def _hear_trouble(self, explorer: Explorer, trouble: Trouble) -> None:
         error: FlashError

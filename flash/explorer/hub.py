@@ -1,9 +1,8 @@
 """The hub of a run with explorers: its policy is theirs, and that of workers here if there are."""
 
 import contextlib
-import math
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +10,9 @@ from flash.errors import InferenceFailure
 from flash.explorer.fleet import Fleet
 from flash.explorer.messages import Files, Publish, Score
 from flash.hub.hub import InferenceHub
-from flash.hub.publisher import PROBE_PROMPT
+from flash.hub.probe import Gap, Probe
 from flash.hub.reports import HubStats, PublishReport, WorkerStats
-from flash.types import Completion, GenerateRequest, Weights
+from flash.types import Completion, GenerateRequest, Scores, Weights
 
 _SESSION = "episode-"
 _KEPT = 2  # versions of weights that may be sent: so many the trainer keeps
@@ -75,22 +74,21 @@ class FleetHub:
             return await self.local.publish(weights)
         self._version = weights.version
         return PublishReport(
-            version=weights.version, gap_max=math.nan, paused_s=0.0, workers=0, per_worker=()
+            version=weights.version, gap=None, paused_s=0.0, workers=0, per_worker=()
         )
 
     def weights_of(self, version: int) -> Weights | None:
         """If they were published lately."""
         return next((each for each in self._recent if each.version == version), None)
 
-    async def score(self, question: Score) -> list[list[float]] | None:
+    async def score(self, question: Score) -> Scores | None:
         """The trainer's logprobs, if it is at that version and does nothing else."""
         weights = self.weights_of(question.version)
         if weights is None or weights.score is None or weights is not self._recent[-1]:
             return None
         if not self._is_idle():
             return None
-        logprobs = await weights.score(question.sequences)
-        return None if logprobs is None else [list(map(float, each)) for each in logprobs]
+        return await weights.score(question.sequences)
 
     async def generate(
         self,
@@ -104,9 +102,9 @@ class FleetHub:
         if self.local is not None:
             self.local.forget(session)
 
-    async def probe(self, weights: Weights, prompt: Sequence[int] = PROBE_PROMPT) -> float:
-        """As of the hub here; nan if there is none."""
-        return math.nan if self.local is None else await self.local.probe(weights, prompt)
+    async def probe(self, weights: Weights, probe: Probe | None = None) -> Gap | None:
+        """As of the hub here; None if there is none."""
+        return None if self.local is None else await self.local.probe(weights, probe)
 
     @contextlib.asynccontextmanager
     async def lend(self, workers: int) -> AsyncIterator[InferenceHub]:

@@ -314,8 +314,11 @@ class Settled(Struct, frozen=True, tag=True, array_like=True):
 
 
 class Scored(Struct, frozen=True, tag=True, array_like=True):
+    """None: the trainer can't say."""
+
     number: int
     logprobs: list[list[float]] | None
+    largest_logit: float = 0.0
 
 
 class SenderAnswer(Struct, frozen=True, tag=True, array_like=True):

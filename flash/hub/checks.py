@@ -1,9 +1,8 @@
 """What no worker can truthfully answer; one that does is broken."""
 
 import math
-from collections.abc import Sequence, Set
+from collections.abc import Set
 
-from flash.errors import PublishFailure
 from flash.hub.slot import Slot
 from flash.hub.worker import WorkerBroken
 from flash.types import Completion, SamplingParams
@@ -41,24 +40,3 @@ def check_age(answer: Completion, slot: Slot, *, since: int) -> None:
     # It would be asked for the same again, at once and for ever.
     if not answer.token_ids and slot.accepting and slot.version == since:
         raise WorkerBroken(f"{answer.worker} aborted a request that nobody asked it to abort")
-
-
-def check_gap(
-    answer: Completion, expected: Sequence[float], *, after: int, version: int, limit: float
-) -> float:
-    """The largest difference to the trainer's logprobs; PublishFailure if that is above `limit`.
-
-    `after` so many tokens of a prompt.
-    """
-    differences = [abs(a - b) for a, b in zip(answer.logprobs, expected, strict=True)]
-    # max() alone would pass over a nan.
-    gap = max(differences) if all(map(math.isfinite, differences)) else math.nan
-    if set(answer.versions) != {version} or not gap <= limit:
-        raise PublishFailure(
-            f"{answer.worker} should sample with version {version}: it says "
-            f"{sorted(set(answer.versions))}, and its logprobs differ from the trainer's by "
-            f"{gap:.2g} after a prompt of {after} tokens, more than engine.gap_limit={limit:g}. "
-            f"Either it has other weights, or its attention has other windows or positions, or the "
-            f"two compute in precisions that need a higher limit"
-        )
-    return gap

@@ -78,8 +78,9 @@ class EngineConfig(Section):
     gap_limit: float | None = Field(
         None,
         gt=0,
-        description="largest difference of logprobs, worker against trainer; null: 1e-3 in "
-        "float32, 0.1 where either computes in bfloat16",
+        description="by how much nine tenths of the logits may be off after a publish, worker "
+        "against trainer, in nats; null: 1e-3 in float32, 1/32 of the largest logit where either "
+        "side computes in half precision or may do so, half of it where vLLM quantizes",
     )
 
     @field_validator("vllm_args", mode="before")

@@ -18,7 +18,8 @@ from flash.hub.attempts import Attempts
 from flash.hub.checks import check_age, check_completion
 from flash.hub.http_worker import HttpWorker
 from flash.hub.policy import Policy
-from flash.hub.publisher import PROBE_PROMPT, Publisher
+from flash.hub.probe import Gap, Probe
+from flash.hub.publisher import Publisher
 from flash.hub.queue import RequestQueue
 from flash.hub.reports import HubStats, PublishReport
 from flash.hub.response import Response
@@ -51,8 +52,8 @@ class InferenceHub:
         update_mode: what a publish does to the requests under way at a worker: `keep` freezes them
             and goes on with the new weights, `abort` ends them and samples the rest anew, `wait`
             lets them end first.
-        gap_limit: by how much a worker's logprobs may differ from the trainer's after a publish.
-            1e-3 holds for float32; bfloat16 on both sides needs about 0.1.
+        probe: what a worker is asked after a publish, and how far from the trainer it may be; its
+            default is for float32 on both sides.
 
     Raises InferenceFailure from every call once no worker is left.
     """
@@ -69,7 +70,7 @@ class InferenceHub:
         recovery_timeout_s: float = 60.0,
         progress_timeout_s: float = 120.0,
         update_mode: UpdateMode = "keep",
-        gap_limit: float = 1e-3,
+        probe: Probe = Probe(),  # noqa: B008 (it is frozen)
     ) -> None:
         if isinstance(workers, str):
             raise ValueError(f"workers={workers!r} must be a list: [{workers!r}]")
@@ -111,7 +112,7 @@ class InferenceHub:
             update_mode=update_mode,
             control_timeout_s=control_timeout_s,
             request_timeout_s=request_timeout_s,
-            gap_limit=gap_limit,
+            probe=probe,
         )
         self._arrivals = itertools.count()
         self._prompt_tokens = self._generated_tokens = self._requests = self._retries = 0
@@ -262,22 +263,22 @@ class InferenceHub:
         """Make these weights the policy of every worker, half of them at a time.
 
         A worker that fails meanwhile is excluded; it has the weights before it comes back. Raises
-        ValueError for a version that is not newer, PublishFailure if a worker's logprobs of a
-        probe differ from `weights.score` by more than `gap_limit`, or if the weights don't fit;
-        InferenceFailure if no worker is left.
+        ValueError for a version that is not newer, PublishFailure if a worker is farther from
+        `weights.score` than the probe allows, or if the weights don't fit; InferenceFailure if no
+        worker is left.
         """
         report = await self._publisher.publish(weights)
         self._publishes += 1
         self._paused_s += report.paused_s
         return report
 
-    async def probe(self, weights: Weights, prompt: Sequence[int] = PROBE_PROMPT) -> float:
-        """The largest difference between the workers' logprobs and `weights.score`, after a prompt.
+    async def probe(self, weights: Weights, probe: Probe | None = None) -> Gap | None:
+        """How far the workers are from `weights.score`, by the hub's own probe or another.
 
         For weights that the workers have already (at the start of a run). Raises PublishFailure
-        above `gap_limit`; nan if `weights.score` is None or no worker is healthy.
+        above the limit; None if `weights.score` is None or no worker is healthy.
         """
-        return await self._publisher.probe(weights, prompt)
+        return await self._publisher.probe(weights, probe)
 
     @contextlib.asynccontextmanager
     async def lend(self, workers: int) -> AsyncIterator["InferenceHub"]:

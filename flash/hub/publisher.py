@@ -8,14 +8,16 @@ publish ──► each worker: pause, load, version, resume ──► probe agai
 
 import asyncio
 import contextlib
+import itertools
 import logging
-import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import replace
 
-from flash.errors import InferenceFailure, PublishFailure
-from flash.hub.checks import check_completion, check_gap
+from flash.errors import InferenceFailure, PublishFailure, first_error
+from flash.hub.checks import check_completion
 from flash.hub.loan import LentWorker, Loan
 from flash.hub.policy import Policy
+from flash.hub.probe import Gap, Probe, check_gap
 from flash.hub.queue import RequestQueue
 from flash.hub.reports import PublishReport, WorkerPublish
 from flash.hub.response import PartialCompletion
@@ -25,10 +27,6 @@ from flash.hub.worker import BadRequest, WorkerFailure
 from flash.types import Completion, SamplingParams, UpdateMode, Weights
 
 logger = logging.getLogger(__name__)
-
-PROBE_PROMPT = (1, 2, 3, 1, 2, 3)  # any token ids that every vocabulary has
-PROBE_TOKENS = 12  # sampled after a prompt
-_PROBE_SAMPLING = SamplingParams(max_tokens=PROBE_TOKENS)
 
 Ask = Callable[[Slot, Sequence[int], SamplingParams, PartialCompletion], Awaitable[Completion]]
 
@@ -43,7 +41,7 @@ class Publisher:
         tasks: where lent workers get the present weights.
         ask: gets one completion from one worker.
         exclude: takes a worker that failed out of the pool.
-        update_mode, control_timeout_s, request_timeout_s, gap_limit: as for the hub.
+        update_mode, control_timeout_s, request_timeout_s, probe: as for the hub.
     """
 
     def __init__(
@@ -58,7 +56,7 @@ class Publisher:
         update_mode: UpdateMode,
         control_timeout_s: float,
         request_timeout_s: float,
-        gap_limit: float,
+        probe: Probe,
     ) -> None:
         self._slots = slots
         self._queue = queue
@@ -69,7 +67,7 @@ class Publisher:
         self._update_mode = update_mode
         self._control_timeout_s = control_timeout_s
         self._request_timeout_s = request_timeout_s
-        self._gap_limit = gap_limit
+        self._probe = probe
         self._waves = Waves()
         self._one_at_a_time = asyncio.Lock()  # who changes which worker has which version
 
@@ -101,33 +99,33 @@ class Publisher:
             await self._waves.over(least_busy_first, update, most_out=spared(sampling))
             self._queue.raise_failure()
             self._policy.version = weights.version
-            gaps = await self._probe(weights, PROBE_PROMPT)
+            gaps = await self._gaps(weights, self._probe)
             return self._report(weights, paused_s, gaps)
 
     def _report(
-        self, weights: Weights, paused_s: dict[Slot, float], gaps: dict[Slot, float]
+        self, weights: Weights, paused_s: dict[Slot, float], gaps: dict[Slot, Gap]
     ) -> PublishReport:
         per_worker = tuple(
             WorkerPublish(
                 name=slot.worker.name,
                 updated=slot.healthy and slot.version == weights.version,
                 paused_s=paused_s.get(slot, 0.0),
-                gap=gaps.get(slot, math.nan),
+                gap=gaps.get(slot),
             )
             for slot in self._slots
         )
         return PublishReport(
             version=weights.version,
-            gap_max=max(gaps.values(), default=math.nan),
+            gap=Gap.worst(list(gaps.values())),
             paused_s=sum(paused_s.values()),
             workers=sum(worker.updated for worker in per_worker),
             per_worker=per_worker,
         )
 
-    async def probe(self, weights: Weights, prompt: Sequence[int]) -> float:
-        """The largest gap of any worker after a prompt; nan if none could be asked."""
+    async def probe(self, weights: Weights, probe: Probe | None) -> Gap | None:
+        """The worst gap of any worker; None if none could be asked."""
         async with self._one_at_a_time:
-            return max((await self._probe(weights, prompt)).values(), default=math.nan)
+            return Gap.worst(list((await self._gaps(weights, probe or self._probe)).values()))
 
     @contextlib.asynccontextmanager
     async def lend(self, workers: int) -> AsyncIterator[Loan]:
@@ -198,23 +196,33 @@ class Publisher:
             slot.updating = False
             self._queue.accepts(slot)
 
-    async def _probe(self, weights: Weights, prompt: Sequence[int]) -> dict[Slot, float]:
+    async def _gaps(self, weights: Weights, probe: Probe) -> dict[Slot, Gap]:
         """The gap of each worker that could be asked; of none if nobody can `score`.
 
-        All are asked at the same time, and the trainer is once.
+        All are asked everything at the same time, and the trainer is once.
         """
         if weights.score is None:
             return {}
-        answers: dict[Slot, Completion] = {}
+        sampling = SamplingParams(max_tokens=probe.tokens)
+        answers: dict[Slot, list[Completion]] = {}
+
+        async def answer(slot: Slot, prompt: Sequence[int]) -> Completion:
+            partial = PartialCompletion(weights.version, sampling.temperature)
+            completion = await self._ask(slot, prompt, sampling, partial)
+            check_completion(completion, sampling, self._policy.published)
+            if not completion.token_ids:
+                raise WorkerFailure(f"{slot.worker.name} aborted the probe")
+            return completion
 
         async def ask(slot: Slot) -> None:
             try:
-                partial = PartialCompletion(weights.version, _PROBE_SAMPLING.temperature)
-                answer = await self._ask(slot, prompt, _PROBE_SAMPLING, partial)
-                check_completion(answer, _PROBE_SAMPLING, self._policy.published)
-                if not answer.token_ids:
-                    raise WorkerFailure(f"{slot.worker.name} aborted the probe")
-                answers[slot] = answer
+                with first_error():
+                    async with asyncio.TaskGroup() as asking:
+                        tasks = [
+                            asking.create_task(answer(slot, prompt), name=f"probe {number}")
+                            for number, prompt in enumerate(probe.prompts)
+                        ]
+                answers[slot] = [task.result() for task in tasks]
             except WorkerFailure as failure:
                 self._exclude(slot, failure)
             except BadRequest as error:
@@ -225,16 +233,22 @@ class Publisher:
         asked = [slot for slot in able if slot in answers]
         if not asked:
             return {}
-        expected = await weights.score([[*prompt, *answers[slot].token_ids] for slot in asked])
+        expected = await weights.score(
+            [
+                [*prompt, *completion.token_ids]
+                for slot in asked
+                for prompt, completion in zip(probe.prompts, answers[slot], strict=True)
+            ]
+        )
         if expected is None:
             return {}
+        logprobs = iter(expected.logprobs)
         return {
             slot: check_gap(
                 answers[slot],
-                logprobs[len(prompt) - 1 :],
-                after=len(prompt),
+                replace(expected, logprobs=list(itertools.islice(logprobs, len(probe.prompts)))),
+                probe=probe,
                 version=weights.version,
-                limit=self._gap_limit,
             )
-            for slot, logprobs in zip(asked, expected, strict=True)
+            for slot in asked
         }

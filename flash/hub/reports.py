@@ -2,24 +2,27 @@
 
 from dataclasses import dataclass
 
+from flash.hub.probe import Gap
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerPublish:
-    """How a publish went at one worker. `gap` is nan if it was not probed."""
+    """How a publish went at one worker. `gap` is None if it was not probed."""
 
     name: str
     updated: bool
     paused_s: float
-    gap: float
+    gap: Gap | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishReport:
-    """How a publish went. `gap_max` is nan if no worker was probed: the weights came without
-    `score`, or every worker was out (each has the weights before it comes back)."""
+    """How a publish went. `gap` has the worst of each number of any worker; None if none was
+    probed: the weights came without `score`, or every worker was out (each has the weights before
+    it comes back)."""
 
     version: int
-    gap_max: float
+    gap: Gap | None
     paused_s: float
     workers: int
     per_worker: tuple[WorkerPublish, ...]

@@ -20,7 +20,6 @@ from flash.errors import TrainerFailure
 from flash.evaluation.evaluations import Evaluations
 from flash.explorer.hub import FleetHub
 from flash.hub.hub import InferenceHub
-from flash.hub.publisher import PROBE_TOKENS
 from flash.log.keeping import first_needed
 from flash.log.log import Log
 from flash.log.past import Past
@@ -28,6 +27,7 @@ from flash.log.run_log import RunLog
 from flash.parts.expert import expert_of
 from flash.parts.model import self_test_text
 from flash.parts.players import open_players
+from flash.parts.workers import probe_of
 from flash.rollout.adaptive import AdaptiveAlpha
 from flash.rollout.expert import ShuffledExpert
 from flash.rollout.filters import find_filter
@@ -47,6 +47,9 @@ from flash.trainer.lasting import LastingTrainer
 from flash.trainer.ranks import RankStarter
 from flash.trainer.trainer import Trainer
 from flash.types import Batch
+
+# Tokens that the self-test samples, where there is room.
+_AFTER_TEXT, _LEAST_AFTER_TEXT = 96, 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,8 +111,9 @@ class Training:
     async def self_test(self) -> None:
         """PublishFailure if workers and trainer differ on a text longer than any window."""
         longest = min(self.config.agent.max_sequence_tokens, self.config.engine.cache_tokens)
-        text = self_test_text(self.trainer.model, at_most=longest - PROBE_TOKENS)
-        await self.hub.probe(await self.trainer.export_weights(), text)
+        text = self_test_text(self.trainer.model, at_most=max(1, longest - _LEAST_AFTER_TEXT))
+        probe = replace(probe_of(self.config), prompts=[text], tokens=_AFTER_TEXT).fitting(longest)
+        await self.hub.probe(await self.trainer.export_weights(), probe)
 
     async def save(self, *, spare: bool = False) -> None:
         """A checkpoint of the present version, if there is none yet and any step in it."""

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from flash.hub.http_worker import HttpWorker
 from flash.hub.hub import InferenceHub
 from flash.hub.nccl_worker import NcclPool, NcclWorker
 from flash.hub.pool import ProcessPool
+from flash.hub.probe import Probe
 from flash.hub.sender import StartSender, nccl_sender
 from flash.hub.vllm_pool import VllmPool
 from flash.hub.worker import Worker
@@ -24,6 +26,14 @@ from flash.system.machine import Gpu, gpus, has_vllm, how_to_install
 from flash.types import Weights
 
 _ASK_TIMEOUT_S = 10.0
+
+# Limits of the probe, see docs/engines.md. What float32 rounds is thousandths of this.
+_OF_FLOAT32 = 1e-3
+# In half precision nine tenths of the logits of sound models are within 4 units of the largest, the
+# deepest and sharpest of them (benchmarks/probe.py).
+_ROUNDING = 8.0
+_OF_BFLOAT16, _OF_FP8 = 2**-8, 2**-4
+_COARSE_ARGS = ("quantization", "q", "kv-cache-dtype")  # of vLLM: weights or keys in 8 bits, or 4
 
 
 @contextlib.asynccontextmanager
@@ -69,7 +79,7 @@ async def open_hub(
         progress_timeout_s=engine.progress_timeout_s,
         # Long enough for all of a pool to be started anew.
         recovery_timeout_s=60.0 + (0 if isinstance(workers, list) else engine.start_timeout_s),
-        gap_limit=gap_limit(config),
+        probe=probe_of(config),
     ) as hub:
         yield hub
 
@@ -105,11 +115,49 @@ class _Cards(msgspec.Struct):
     data: list[_Card]
 
 
-def gap_limit(config: Config) -> float:
-    """As configured, or what the coarser precision of worker and trainer makes of logprobs."""
-    dtypes = {config.engine.dtype, config.trainer.dtype}
-    half = "bfloat16" in dtypes or ("auto" in dtypes and bool(gpus()))
-    return config.engine.gap_limit or (0.1 if half else 1e-3)
+def probe_of(config: Config) -> Probe:
+    """What workers are asked, with the limit that is configured, or that of the coarser precision
+    of worker and trainer."""
+    of_largest = 0.0
+    if config.engine.gap_limit is None:
+        of_largest = _ROUNDING * max(_worker_unit(config), _trainer_unit(config))
+    probe = Probe(gap_limit=config.engine.gap_limit or _OF_FLOAT32, of_largest=of_largest)
+    return probe.fitting(config.agent.max_sequence_tokens)
+
+
+def _worker_unit(config: Config) -> float:
+    """Half of the step from a number near 1 to the next, of workers; 0 of float32."""
+    engine = config.engine
+    arguments = _vllm_arguments(engine.vllm_args)
+    if any(arguments.get(name, "auto") not in ("auto", "bfloat16") for name in _COARSE_ARGS):
+        return _OF_FP8
+    return _unit(arguments.get("dtype", engine.dtype), known=not engine.urls and not _apart(config))
+
+
+def _trainer_unit(config: Config) -> float:
+    return _unit(config.trainer.dtype, known=not _apart(config))
+
+
+def _apart(config: Config) -> bool:
+    """Whether workers or trainer may be on other machines, which have GPUs or not."""
+    return config.explorers.may_come or config.cluster.kind != "none"
+
+
+def _unit(dtype: str, *, known: bool) -> float:
+    """`known`: whether what is automatic is settled on this machine."""
+    if dtype == "auto":
+        dtype = "float32" if known and not gpus() else "bfloat16"
+    return 0.0 if dtype in ("float32", "float") else _OF_BFLOAT16
+
+
+def _vllm_arguments(words: Sequence[str]) -> dict[str, str]:
+    """Names and values of a command line, `--name=value` or `--name value`."""
+    found = {}
+    for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
+        name, is_one, value = word.partition("=")
+        if name.startswith("-"):
+            found[name.lstrip("-").replace("_", "-")] = value if is_one else following
+    return found
 
 
 def _workers(

@@ -13,6 +13,7 @@ from flash.errors import first_error
 from flash.evaluation.result import Evaluation
 from flash.explorer.hub import FleetHub
 from flash.hub.hub import InferenceHub
+from flash.hub.probe import Gap
 from flash.hub.reports import PublishReport
 from flash.log.log import Log
 from flash.rollout.loop import RolloutLoop
@@ -77,7 +78,7 @@ class Progress(Observer):
         self._metrics["time/train_s"] = self._train_s
 
     def published(self, report: PublishReport) -> None:
-        self._close_step(report.gap_max)
+        self._close_step(report.gap)
 
     def evaluated(self, evaluation: Evaluation) -> None:
         self._metrics |= evaluation.metrics()
@@ -91,7 +92,7 @@ class Progress(Observer):
     def step_done(self, step: int) -> None:
         """Writes the step's line."""
         if "policy_version" not in self._metrics:  # its weights were not published
-            self._close_step(math.nan)
+            self._close_step(None)
         stats = self._hub.stats()
         self._write(
             {
@@ -219,12 +220,13 @@ class Progress(Observer):
             self._view.say(f"waits for {waits}")
             self._waits_since = math.inf
 
-    def _close_step(self, probe_gap: float) -> None:
+    def _close_step(self, gap: Gap | None) -> None:
         """What the step took is measured now; an evaluation may follow, which is no part of it."""
-        gaps = [self._metrics.get("logprob_gap/max", math.nan), probe_gap]
-        self._metrics["logprob_gap/max"] = max(
-            (gap for gap in gaps if not math.isnan(gap)), default=math.nan
-        )
+        largest = self._metrics.get("logprob_gap/max", math.nan)  # of tokens of age 0
+        if gap is not None:
+            self._metrics |= gap.metrics()
+            largest = gap.max if math.isnan(largest) else max(gap.max, largest)
+        self._metrics["logprob_gap/max"] = largest
         self._metrics["time/publish_s"] = self._lap()
         self._metrics["policy_version"] = self._hub.version
         self._measure_rates()

@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 # What a trainer tells that is not of its weights and samples alone: times, how often ranks were
 # started, and a gap that the probe of a publish had its part in.
-_NOT_OF_WEIGHTS = ("time/", "trainer/restarts", "logprob_gap/max")
+_NOT_OF_WEIGHTS = ("time/", "trainer/restarts", "logprob_gap/")
 _SHARE, _LEAST = 0.01, 1e-3
 
 

@@ -20,7 +20,7 @@ from flash.errors import TrainerFailure
 from flash.trainer.checkpoint import checkpoint_version
 from flash.trainer.redo import BatchLog, Tell, redo, tell_nobody
 from flash.trainer.trainer import Trainer
-from flash.types import Batch, TrainerState, Weights
+from flash.types import Batch, Scores, TrainerState, Weights
 
 logger = logging.getLogger(__name__)
 
@@ -122,19 +122,17 @@ class LastingTrainer:
             self._exported = replace(weights, score=partial(self._score_at, self.version))
         return self._exported
 
-    async def _score_at(
-        self, version: int, sequences: Sequence[Sequence[int]]
-    ) -> list[list[float]] | None:
+    async def _score_at(self, version: int, sequences: Sequence[Sequence[int]]) -> Scores | None:
         """As `score`; None if it has another version by now."""
 
-        async def ask() -> list[list[float]] | None:
+        async def ask() -> Scores | None:
             if self._trainer.version != version:
                 return None
             return await self._trainer.score(sequences)
 
         return await self._call(ask)
 
-    async def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+    async def score(self, sequences: Sequence[Sequence[int]]) -> Scores:
         """As `Trainer.score`."""
         return await self._call(lambda: self._trainer.score(sequences))
 

@@ -52,7 +52,7 @@ from flash.trainer.sharding import (
 )
 from flash.trainer.statistics import StepStatistics
 from flash.trainer.values import trained
-from flash.types import Sample
+from flash.types import Sample, Scores
 
 logger = logging.getLogger(__name__)
 
@@ -329,19 +329,21 @@ class Rank:
             (loss * expert.weight * self._ranks).backward()
 
     @torch.no_grad()
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Logprobs of the tokens of each after its first, under the present weights."""
+    def score(self, sequences: Sequence[Sequence[int]]) -> Scores:
+        """Under the present weights."""
         logprobs: list[list[float]] = []
+        largest = 0.0
         for passed in in_passes(sequences, self._config.tokens_of_pass):
             lengths = [len(token_ids) for token_ids in passed]
             first = torch.ones(sum(lengths), dtype=torch.bool, device=self._device)
             first[[0, *itertools.accumulate(lengths[:-1])]] = False
             token_ids_N = torch.tensor(list(itertools.chain(*passed)), device=self._device)
             scored_T = torch.arange(len(token_ids_N), device=self._device)[first]
-            logprobs_T = self._scorer(token_ids_N, lengths, scored_T)
+            logprobs_T, sizes_T = self._scorer(token_ids_N, lengths, scored_T, with_size=True)
             each = logprobs_T.split([length - 1 for length in lengths])
             logprobs += [logprobs_S.tolist() for logprobs_S in each]
-        return logprobs
+            largest = max(largest, *sizes_T.tolist())
+        return Scores(logprobs=logprobs, largest_logit=largest)
 
     @torch.no_grad()
     def _score(self, micro: MicroBatch, scorer: TokenScorer | None = None) -> Tensor:

@@ -3,7 +3,7 @@
 The sequences lie one after the other, without padding: N tokens, of which T are scored.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,9 @@ from flash.trainer.attention import Packing
 # Heads that are more than one matrix; their models compute their own logits.
 _HEAD_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+# What else is told of logits [C, V] and the logarithm of their sum [C]: [C].
+More = Callable[[Tensor, Tensor], Tensor]
 
 
 class TokenScorer(nn.Module):
@@ -64,35 +67,38 @@ class TokenScorer(nn.Module):
         *,
         temperatures_T: Tensor | None = None,
         with_entropy: bool = False,
+        with_size: bool = False,
     ) -> Tensor:
         """Logprobs of the tokens at the indices `scored_T`, [T], float32, natural log.
 
         Each is given those before it in its own sequence; `lengths` says where the sequences
         end. The first token of a sequence has no logprob and must not be asked for. With
         `temperatures_T` they are those of a sampler at these temperatures. With `with_entropy` the
-        answer is [2, T]: logprobs, and the entropy of what each token was chosen from.
+        answer is [2, T]: logprobs, and the entropy of what each token was chosen from; with
+        `with_size` the latter is the size of the largest logit of these.
         """
+        more = _entropy if with_entropy else _size if with_size else None
         inputs = packed_inputs(token_ids_N, lengths)
         targets_T = token_ids_N[scored_T]
         if not self._plain_head:
             logits_NV = self.model(**inputs).logits[0]
-            return _pick(logits_NV[scored_T - 1], targets_T, temperatures_T, with_entropy)
+            return _pick(logits_NV[scored_T - 1], targets_T, temperatures_T, more)
         hidden_ND = self.model.base_model(**inputs).last_hidden_state[0]
-        return self._in_chunks(hidden_ND[scored_T - 1], targets_T, temperatures_T, with_entropy)
+        return self._in_chunks(hidden_ND[scored_T - 1], targets_T, temperatures_T, more)
 
     def _in_chunks(
         self,
         hidden_TD: Tensor,
         targets_T: Tensor,
         temperatures_T: Tensor | None,
-        with_entropy: bool,
+        more: More | None,
     ) -> Tensor:
         head = self.model.get_output_embeddings()
         if len(targets_T) <= self._chunk:
-            return _pick(head(hidden_TD), targets_T, temperatures_T, with_entropy)
+            return _pick(head(hidden_TD), targets_T, temperatures_T, more)
 
         def score(hidden_CD: Tensor, targets_C: Tensor, temperatures_C: Tensor | None) -> Tensor:
-            return _pick(head(hidden_CD), targets_C, temperatures_C, with_entropy)
+            return _pick(head(hidden_CD), targets_C, temperatures_C, more)
 
         scored = []
         for start in range(0, len(targets_T), self._chunk):
@@ -118,15 +124,23 @@ def packed_inputs(token_ids_N: Tensor, lengths: Sequence[int]) -> dict[str, Any]
 
 
 def _pick(
-    logits_CV: Tensor, targets_C: Tensor, temperatures_C: Tensor | None, with_entropy: bool
+    logits_CV: Tensor, targets_C: Tensor, temperatures_C: Tensor | None, more: More | None
 ) -> Tensor:
-    """Log-softmax at the targets, [C], in float32; with entropy [2, C]."""
+    """Log-softmax at the targets, [C], in float32; with more of the logits [2, C]."""
     logits_CV = logits_CV.float()
     if temperatures_C is not None:
         logits_CV = logits_CV / temperatures_C[:, None]
     total_C = logits_CV.logsumexp(-1)
     logprobs_C = logits_CV.gather(-1, targets_C[:, None])[:, 0] - total_C
-    if not with_entropy:
+    if more is None:
         return logprobs_C
+    return torch.stack([logprobs_C, more(logits_CV, total_C)])
+
+
+def _entropy(logits_CV: Tensor, total_C: Tensor) -> Tensor:
     mean_logit_CV = (logits_CV - total_C[:, None]).exp() * logits_CV
-    return torch.stack([logprobs_C, total_C - mean_logit_CV.sum(-1)])
+    return total_C - mean_logit_CV.sum(-1)
+
+
+def _size(logits_CV: Tensor, total_C: Tensor) -> Tensor:
+    return torch.maximum(logits_CV.amax(-1), -logits_CV.amin(-1))

@@ -30,6 +30,7 @@ from flash.types import (
     ExpertShare,
     Sample,
     SampledSequence,
+    Scores,
     TrainerState,
     Weights,
 )
@@ -338,11 +339,10 @@ class Trainer:
             waits_for=self._starter.waits_for,
         )
 
-    async def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """The trainer's own logprobs of the tokens of each after its first, under the present
-        weights: as few forward passes as hold them all."""
-        logprobs: list[list[float]] = await self._call("score", [list(s) for s in sequences])
-        return logprobs
+    async def score(self, sequences: Sequence[Sequence[int]]) -> Scores:
+        """Of the present weights, in as few forward passes as hold all sequences."""
+        scores: Scores = await self._call("score", [list(s) for s in sequences])
+        return scores
 
     async def export_weights(self) -> Weights:
         """Weights of the present version, in memory where there is a tmpfs.

@@ -1,7 +1,9 @@
 """A run whose episodes are played by explorers, which come, go, and are lost."""
 
 import asyncio
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from flash.errors import PublishFailure
@@ -9,9 +11,10 @@ from flash.evaluation.config import EvalConfig
 from flash.evaluation.evaluations import Evaluations
 from flash.explorer.crew import FleetCrew
 from flash.fakes import FakeEnvs, FakeWires, KeepingObserver
+from flash.hub.probe import Probe
 from flash.rollout.observer import Observer
 from flash.rollout.tasks import TaskSet
-from flash.types import Task
+from flash.types import Scores, Task
 from flash.virtual_time import in_virtual_time
 from tests.explorer.fleets import Controller, Explorer
 from tests.steady import weights
@@ -269,6 +272,25 @@ async def test_an_explorer_says_that_its_workers_were_not_probed_for_long(caplog
             await loop.publish(weights(version, score))
             await asyncio.sleep(5)
     assert caplog.text.count("could not be compared with the trainer for 50 versions") == 1
+
+
+@in_virtual_time
+async def test_an_explorers_probe_is_told_how_large_the_logits_are():
+    """By which its limit grows in half precision."""
+
+    async def score(sequences):
+        logprobs = [[np.float64(-1.0)] * (len(each) - 1) for each in sequences]
+        return Scores(logprobs=logprobs, largest_logit=1e4)
+
+    wires = FakeWires()
+    controller = Controller(wires)
+    async with controller.running() as loop:
+        a = Explorer(wires, "a", workers=1, probe=Probe(of_largest=1.0)).start()
+        await loop.next_batch()
+        await loop.publish(replace(weights(1), score=score))
+        await asyncio.sleep(5)
+        assert a.hub.version == 1
+        assert a.hub.stats().publishes == 1, "the probe is over, and was no failure"
 
 
 class Examined(Observer):

@@ -1,6 +1,7 @@
 """New weights on their way to the workers: publish, probe, lend."""
 
 import asyncio
+import itertools
 import math
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from flash.errors import PublishFailure
 from flash.fakes import FakeWorker
 from flash.hub.hub import InferenceHub
 from flash.hub.policy import Policy
+from flash.hub.probe import Probe
 from flash.hub.publisher import Publisher
 from flash.hub.queue import RequestQueue
 from flash.hub.slot import Slot
@@ -28,7 +30,7 @@ def publisher(slots: list[Slot], tasks: asyncio.TaskGroup, excluded: list[Slot])
     return Publisher(
         slots, RequestQueue(slots, max_running=1), Policy(0, None), tasks,
         ask=nobody_asks, exclude=lambda slot, cause: excluded.append(slot), update_mode="keep",
-        control_timeout_s=10.0, request_timeout_s=10.0, gap_limit=1e-3,
+        control_timeout_s=10.0, request_timeout_s=10.0, probe=Probe(),
     )  # fmt: skip
 
 
@@ -45,7 +47,7 @@ async def test_keep_freezes_requests_and_their_later_tokens_carry_the_new_versio
         assert answered.versions == [0, 0, 0] + [1] * 7
         assert report.paused_s == 1
         assert hub.version == 1
-        assert math.isnan(report.gap_max)
+        assert report.gap is None
 
 
 @in_virtual_time
@@ -142,7 +144,7 @@ async def test_a_publish_to_nobody_has_no_gap_to_tell():
     async with InferenceHub([worker]) as hub:
         worker.fail_next(1)
         report = await hub.publish(weights(1, score))
-        assert math.isnan(report.gap_max)
+        assert report.gap is None
         assert report.workers == 0
 
 
@@ -286,13 +288,14 @@ async def test_a_worker_that_refuses_the_weights_gets_no_more_requests():
 @in_virtual_time
 async def test_the_report_tells_each_workers_pause_and_gap():
     workers = [steady("a"), steady("b", load_s=(3, 3)), steady("c")]
-    said = {}
     for worker in workers:
-        worker.lie_next(logprobs=[-0.5] * 12)
+        for _ in range(8):
+            worker.lie_next(logprobs=[-0.5] * 16)
+    scored = itertools.count()
 
     async def score(token_ids):
-        said[len(said)] = token_ids
-        return [-0.5 - 1e-4 * len(said)] * (len(token_ids) - 1)
+        of_worker = next(scored) // 8
+        return [-0.5 - 1e-4 * (1 + of_worker)] * (len(token_ids) - 1)
 
     async with InferenceHub(workers) as hub:
         workers[2].die()
@@ -301,9 +304,9 @@ async def test_the_report_tells_each_workers_pause_and_gap():
         assert [worker.updated for worker in report.per_worker] == [True, True, False]
         assert [worker.paused_s for worker in report.per_worker] == [1, 3, 0]
         gaps = [worker.gap for worker in report.per_worker]
-        assert gaps[:2] == pytest.approx([1e-4, 2e-4])
-        assert math.isnan(gaps[2])
-        assert report.gap_max == gaps[1]
+        assert [gap.max for gap in gaps[:2]] == pytest.approx([1e-4, 2e-4])
+        assert gaps[2] is None
+        assert report.gap == gaps[1], "the worst"
 
 
 # ── probe ────────────────────────────────────────────────────────────────────────────────────────
@@ -311,18 +314,20 @@ async def test_the_report_tells_each_workers_pause_and_gap():
 
 def probed(worker: FakeWorker, by: float):
     """A score that differs from what the worker says by `by`."""
-    said: list[float] = []
+    said: dict[tuple[int, ...], list[float]] = {}
     generate = worker.generate
 
     async def listening(request_id, token_ids, sampling, on_tokens=None):
         completion = await generate(request_id, token_ids, sampling)
-        said[:] = completion.logprobs
+        said[*token_ids, *completion.token_ids] = completion.logprobs
         return completion
 
     worker.generate = listening
 
     async def score(token_ids):
-        return [0.0] * (len(token_ids) - 1 - len(said)) + [logprob + by for logprob in said]
+        of_answer = said[tuple(token_ids)]
+        unknown = [0.0] * (len(token_ids) - 1 - len(of_answer))
+        return unknown + [logprob + by for logprob in of_answer]
 
     return score
 
@@ -331,15 +336,20 @@ def probed(worker: FakeWorker, by: float):
 async def test_the_probe_accepts_equal_logprobs_and_tells_the_gap():
     worker = steady()
     async with InferenceHub([worker]) as hub:
-        report = await hub.publish(weights(1, probed(worker, 1e-4)))
-        assert report.gap_max == pytest.approx(1e-4)
+        report = await hub.publish(weights(1, probed(worker, 5e-5)))
+        gap = report.gap
+        assert [gap.median, gap.p90, gap.max] == pytest.approx([5e-5] * 3)
+        assert gap.kl == pytest.approx(25e-10 / 2, rel=1e-3)
+        assert 5e-5 < gap.logits < 1e-3
 
 
 @in_virtual_time
 async def test_a_worker_with_other_weights_than_the_trainer_fails_the_publish():
     worker = steady("tied")
     async with InferenceHub([worker]) as hub:
-        with pytest.raises(PublishFailure, match="tied should sample with version 1.*0.01"):
+        with pytest.raises(
+            PublishFailure, match=r"tied should sample with version 1.*\(engine.gap_limit\).*0\.01"
+        ):
             await hub.publish(weights(1, probed(worker, 0.01)))
 
 
@@ -353,7 +363,7 @@ async def test_a_nan_anywhere_in_the_probe_fails_the_publish():
         return [*logprobs[:-1], math.nan]
 
     async with InferenceHub([worker]) as hub:
-        with pytest.raises(PublishFailure, match="differ from the trainer's by nan"):
+        with pytest.raises(PublishFailure, match="within nan of the trainer's"):
             await hub.publish(weights(1, score))
 
 
@@ -373,8 +383,8 @@ async def test_a_worker_that_still_samples_with_the_old_version_fails_the_publis
 async def test_a_probe_can_be_made_without_a_publish():
     worker = steady(version=3)
     async with InferenceHub([worker], version=3) as hub:
-        assert await hub.probe(weights(3, probed(worker, 0.0))) == 0
-        assert math.isnan(await hub.probe(weights(3)))
+        assert (await hub.probe(weights(3, probed(worker, 0.0)))).logits == 0
+        assert await hub.probe(weights(3)) is None
         with pytest.raises(PublishFailure, match="0.5"):
             await hub.probe(weights(3, probed(worker, 0.5)))
 
@@ -483,7 +493,10 @@ async def test_a_probe_after_a_long_prompt_shows_what_a_short_one_hides():
 
     worker.generate = recorded
     async with InferenceHub([worker]) as hub:
-        assert await hub.probe(weights(0, score)) == 0
-        with pytest.raises(PublishFailure, match=r"by 0\.01 after a prompt of 64 tok"):
-            await hub.probe(weights(0, score), range(64))
-    assert (len(asked[0]) < 64, asked[1:]) == (True, [list(range(64))])
+        assert (await hub.probe(weights(0, score))).max == 0
+        long = Probe(prompts=[range(64)], tokens=96)
+        with pytest.raises(
+            PublishFailure, match=r"96 tokens, after prompts of 64, differ by 0\.01"
+        ):
+            await hub.probe(weights(0, score), long)
+    assert (max(map(len, asked[:-1])) < 64, asked[-1]) == (True, list(range(64)))

@@ -12,6 +12,7 @@ from flash.hub.hub import InferenceHub
 from flash.hub.slot import Slot
 from flash.hub.waves import Waves, each, loads_in_a_row
 from flash.hub.worker import BadRequest
+from flash.types import Scores
 from flash.virtual_time import in_virtual_time
 from tests.steady import now, request, steady, weights
 
@@ -222,16 +223,18 @@ async def test_what_nobody_expected_ends_the_wave_and_says_so():
 async def test_all_workers_are_probed_at_the_same_time_and_scored_at_once():
     workers = [steady(f"w{number}", load_s=(0, 0)) for number in range(40)]
     for worker in workers:
-        worker.lie_next(logprobs=[-0.5] * 12)
+        for _ in range(8):
+            worker.lie_next(logprobs=[-0.5] * 16)
     scored = []
 
     async def score(sequences):
         scored.append(len(sequences))
-        return [[-0.5] * (len(tokens) - 1) for tokens in sequences]
+        return Scores(logprobs=[[-0.5] * (len(tokens) - 1) for tokens in sequences])
 
     async with InferenceHub(workers) as hub:
-        assert await hub.probe(replace(weights(0), score=score)) == 0
-        assert (now(), scored) == (12, [40])
+        gap = await hub.probe(replace(weights(0), score=score))
+        assert (gap.tokens, gap.max) == (128, 0)
+        assert (now(), scored) == (16, [320]), "as long as one answer takes"
 
 
 @in_virtual_time

@@ -70,7 +70,7 @@ async def logged(
 
 
 def publish(version: int) -> PublishReport:
-    return PublishReport(version=version, gap_max=0.0, paused_s=0.0, workers=1, per_worker=())
+    return PublishReport(version=version, gap=None, paused_s=0.0, workers=1, per_worker=())
 
 
 @in_virtual_time

@@ -200,7 +200,7 @@ async def test_what_is_handed_over_is_not_given_up_for_weights_of_a_later_versio
     class PublishesAtOnce(InferenceHub):
         async def publish(self, weights):
             return PublishReport(
-                version=weights.version, gap_max=0.0, paused_s=0.0, workers=1, per_worker=()
+                version=weights.version, gap=None, paused_s=0.0, workers=1, per_worker=()
             )
 
     books = Books()

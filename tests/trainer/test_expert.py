@@ -212,7 +212,7 @@ async def test_two_ranks_imitate_as_one_does_and_the_critic_learns_nothing_of_it
         config = settings.model_copy(update={"ranks": ranks, "tokens_per_micro_batch": 50})
         async with Trainer(model=model, config=config, run_dir=tmp_path / case) as trainer:
             told[case] = await trainer.step(batch)
-            scores[case] = (await trainer.score([range(20)]))[0]
+            scores[case] = (await trainer.score([range(20)])).logprobs[0]
         del told[case]["time/train_s"]
     assert told["two"] == pytest.approx(told["one"], rel=1e-5, abs=1e-7)
     assert scores["two"] == pytest.approx(scores["one"], rel=1e-5)
@@ -239,7 +239,7 @@ async def test_two_ranks_imitate_beside_a_batch_in_parts_as_beside_a_whole_one(
             for part in parts[:-1]:
                 await trainer.add(part)
             told.append(await trainer.step(parts[-1]))
-            scores.append((await trainer.score([range(20)]))[0])
+            scores.append((await trainer.score([range(20)])).logprobs[0])
         del told[-1]["time/train_s"]
     assert told[1] == pytest.approx(told[0], rel=1e-5, abs=1e-7)
     assert scores[1] == pytest.approx(scores[0], rel=1e-5)

@@ -16,7 +16,7 @@ from flash.trainer.config import TrainerConfig
 from flash.trainer.lasting import LastingTrainer
 from flash.trainer.objectives.settings import Function
 from flash.trainer.trainer import Trainer
-from flash.types import Batch, Sample
+from flash.types import Batch, Sample, Scores
 
 SamplesOf = Callable[..., list[Sample]]
 SaveModel = Callable[..., Path]
@@ -288,11 +288,11 @@ async def test_a_trainer_that_starts_anew_is_told_to_be_at_it_and_not_dead(
     class Restarting(Trainer):
         failures = 1
 
-        async def score(self, sequences: Any) -> list[list[float]]:
+        async def score(self, sequences: Any) -> Scores:
             if self.failures:
                 self.failures -= 1
                 raise TrainerFailure("trainer rank 0 was killed")
-            return [[0.0]]
+            return Scores(logprobs=[[0.0]])
 
         async def restart(self, checkpoint: Path | None) -> None:
             begun.set()
@@ -307,5 +307,5 @@ async def test_a_trainer_that_starts_anew_is_told_to_be_at_it_and_not_dead(
     state = trainer.state()
     assert (state.doing, state.dead, trainer.can_save) == ("restart", "", False)
     may_end.set()
-    assert await scoring == [[0.0]]
+    assert (await scoring).logprobs == [[0.0]]
     assert trainer.state().doing == ""

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flash import virtual_time
@@ -204,11 +205,11 @@ def test_the_proximal_policy_of_all_mini_batches_is_that_of_the_start_of_the_ste
     samples = samples_of(4)
     config = TrainerConfig(mini_batches=2, learning_rate=0.05, warmup_steps=0)
     with started(model, tmp_path, config) as rank:
-        before = {s.episode: rank.score([s.token_ids.tolist()])[0] for s in samples}
+        before = {s.episode: rank.score([s.token_ids.tolist()]).logprobs[0] for s in samples}
         # The first mini-batch alone gives the weights that the second one meets.
         alone = TrainerConfig(learning_rate=0.05, warmup_steps=0)
         step(rank, samples[0::2], alone)
-        between = {s.episode: rank.score([s.token_ids.tolist()])[0] for s in samples}
+        between = {s.episode: rank.score([s.token_ids.tolist()]).logprobs[0] for s in samples}
     with started(model, tmp_path, config) as rank:
         metrics = step(rank, samples, config)
     ratios = []
@@ -234,9 +235,9 @@ def test_an_export_reloads_to_the_same_logprobs(
     config = TrainerConfig(learning_rate=1e-2, warmup_steps=0)
     probe = list(range(20))
     with started(model, tmp_path, config) as rank:
-        untrained = rank.score([probe])[0]
+        untrained = rank.score([probe]).logprobs[0]
         step(rank, samples_of(5), config)
-        score = rank.score([probe])[0]
+        score = rank.score([probe]).logprobs[0]
         rank.export(str(tmp_path / "exported"))
         rank.save(str(tmp_path / "saved"), 1, False)
     assert np.abs(np.subtract(score, untrained)).max() > 0.01
@@ -354,7 +355,7 @@ def test_no_forward_of_the_trainer_has_dropout_or_jitter(
         with started(noisy, tmp_path, config) as rank:
             gradients.append(gradients_of(rank))
             expected = reference_logprobs(Model.from_pretrained(noisy), list(range(30)))
-            assert rank.score([range(30)])[0] == pytest.approx(expected, abs=1e-4)
+            assert rank.score([range(30)]).logprobs[0] == pytest.approx(expected, abs=1e-4)
             results.append(step(rank, samples_of(4), config))
     assert close(*results)
     torch.testing.assert_close(*gradients)
@@ -367,7 +368,7 @@ def test_sequences_are_scored_together_as_each_is_alone(
     config = TrainerConfig(tokens_per_micro_batch=tokens_per_micro_batch)
     sequences = [range(start, start + length) for start, length in enumerate([5, 9, 2, 20, 3])]
     with started(model, tmp_path, config) as rank:
-        scored = rank.score(sequences)
+        scored = rank.score(sequences).logprobs
     reference = Model.from_pretrained(model)
     for sequence, logprobs in zip(sequences, scored, strict=True):
         assert logprobs == pytest.approx(reference_logprobs(reference, list(sequence)), abs=1e-5)
@@ -386,15 +387,21 @@ def test_activations_are_computed_again_in_the_backward_pass(
     assert (calls.count(False), calls.count(True)) == (1, 2)
 
 
+@pytest.mark.parametrize("way", ["one unit", "layers are units", "in chunks", "recomputed"])
 def test_a_temperature_is_exact_where_layers_compute_in_bfloat16(
-    model: Path, tmp_path: Path
+    way: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """0.7 in bfloat16 is 0.6992, which moves a logprob of -8 by 0.01."""
+    if way == "layers are units":
+        monkeypatch.setattr("flash.trainer.sharding._ONE_UNIT_PARAMETERS", 0)
+    config = TrainerConfig(dtype="bfloat16", gradient_checkpointing=way == "recomputed")
     token_ids, scored_T = torch.arange(20), torch.arange(1, 20)
     half = Model.from_pretrained(model, dtype=torch.bfloat16)
     logits_TV = half(token_ids[None]).logits[0, :-1].detach().double() / 0.7
     expected_T = logits_TV.log_softmax(-1).gather(-1, token_ids[1:, None])[:, 0]
-    with started(model, tmp_path, TrainerConfig(dtype="bfloat16")) as rank, torch.no_grad():
+    with started(model, tmp_path, config) as rank, torch.no_grad():
+        if way == "in chunks":
+            rank._scorer._chunk = 4
         found_T = rank._scorer(
             token_ids, (20,), scored_T, temperatures_T=torch.full((19,), 0.7)
         ).double()
@@ -404,6 +411,31 @@ def test_a_temperature_is_exact_where_layers_compute_in_bfloat16(
     # Kernels of attention differ in bfloat16, a rounded temperature differs everywhere.
     assert (found_T - expected_T).mean().abs() < (rounded_T - expected_T).mean().abs()
     assert (found_T - rounded_T).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "gemma3_text"])
+def test_units_of_layers_round_nothing_in_bfloat16_that_one_unit_does_not(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FSDP casts what its units are given, but for the outermost; so what a layer is given besides
+    activations must be what a model in bfloat16 gives it itself."""
+    config = AutoConfig.for_model(
+        kind, vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=256,
+        initializer_range=0.3, sliding_window=16, bos_token_id=None, eos_token_id=1,
+        layer_types=["full_attention", "sliding_attention"] if kind == "gemma3_text" else None,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        Model.from_config(config).save_pretrained(tmp_path / "model")
+    found = []
+    for parameters in (10**9, 0):
+        monkeypatch.setattr("flash.trainer.sharding._ONE_UNIT_PARAMETERS", parameters)
+        with started(tmp_path / "model", tmp_path, TrainerConfig(dtype="bfloat16")) as rank:
+            layer = rank._model.base_model.layers[0]
+            assert isinstance(layer, FSDPModule) == (not parameters)
+            found.append(rank.score([range(40), range(50, 90)]))
+    assert found[0] == found[1]
 
 
 def test_a_model_that_can_not_be_trained_is_told_in_a_line(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ async def test_two_ranks_compute_what_one_does_and_one_goes_on_where_two_stopped
         assert exports[-1].version == two.version == 2
         reloaded: Any = AutoModelForCausalLM.from_pretrained(exports[-1].path)
         assert exports[-1].score is not None
-        scored = (await exports[-1].score([PROBE]))[0]
+        scored = (await exports[-1].score([PROBE])).logprobs[0]
         assert reference_logprobs(reloaded, PROBE) == pytest.approx(scored, abs=1e-5)
 
         # One trainer would have stopped here, and the other never did.
@@ -206,12 +206,12 @@ async def test_a_batch_given_in_parts_trains_what_the_whole_one_does(
     samples, scores, told = samples_of(7), [], []
     async with Trainer(model=model, config=config, run_dir=tmp_path / "a") as trainer:
         told.append(await trainer.step(batch_of(samples)))
-        scores.append((await trainer.score([PROBE]))[0])
+        scores.append((await trainer.score([PROBE])).logprobs[0])
     async with Trainer(model=model, config=config, run_dir=tmp_path / "b") as trainer:
         for part in (samples[:1], samples[1:3]):
             await trainer.add(replace(batch_of(part), last=False))
         told.append(await trainer.step(batch_of(samples[3:])))
-        scores.append((await trainer.score([PROBE]))[0])
+        scores.append((await trainer.score([PROBE])).logprobs[0])
         assert trainer.version == 1
     for metrics in told:
         del metrics["time/train_s"]
@@ -262,8 +262,8 @@ async def same_step(a: Trainer, b: Trainer, batch: Batch) -> None:
     del metrics_a["time/train_s"], metrics_b["time/train_s"]
     assert metrics_a == pytest.approx(metrics_b, abs=1e-6, rel=1e-6)
     assert metrics_a["tokens/trained"] == sum((s.loss_mask > 0).sum() for s in batch.samples)
-    (scores_a,), (scores_b,) = await asyncio.gather(a.score([PROBE]), b.score([PROBE]))
-    assert scores_a == pytest.approx(scores_b, abs=2e-5)
+    scores_a, scores_b = await asyncio.gather(a.score([PROBE]), b.score([PROBE]))
+    assert scores_a.logprobs[0] == pytest.approx(scores_b.logprobs[0], abs=2e-5)
 
 
 def listening(pid: int) -> list[str]:
@@ -368,7 +368,7 @@ async def test_what_stands_beside_a_trainer_begins_before_its_ranks_are_ready(
     async with trainer.starting():
         began_before = not trainer._starting.done()
         await trainer.ready()
-        assert len((await trainer.score([PROBE]))[0]) == len(PROBE) - 1
+        assert len((await trainer.score([PROBE])).logprobs[0]) == len(PROBE) - 1
     assert began_before
     assert not any(child.alive for child in trainer._children)
 
