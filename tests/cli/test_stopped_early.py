@@ -11,7 +11,7 @@ def stopped(tmp_path, monkeypatch, capsys):
     """What `flash train` says that is stopped while it starts."""
     monkeypatch.chdir(tmp_path)
 
-    async def train(config, *, stop, opened):
+    async def train(config, *, stop, opened, starter):
         return None
 
     monkeypatch.setattr(flash.train, "train", train)
