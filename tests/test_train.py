@@ -165,7 +165,7 @@ async def test_workers_that_run_already_get_the_weights_that_a_resume_has_redone
     assert 0 < line["logprob_gap/median"] <= line["logprob_gap/p90"] <= line["logprob_gap/max"]
     assert line["logprob_gap/max"] < 1e-3
     assert 0 <= line["logprob_gap/kl"] < 1e-6
-    assert line["logprob_gap/p90"] <= line["logprob_gap/logits"] < 1e-3
+    assert 0 <= line["logprob_gap/logits"] < 1e-3
     assert line["policy_version"] == 3
 
 

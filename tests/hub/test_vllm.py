@@ -265,7 +265,7 @@ async def test_a_head_that_keeps_its_old_weights_ends_the_run(servers, tmp_path)
     planted = tmp_path / "planted"
     shutil.copytree(model, planted)
     (planted / "planted").touch()
-    with pytest.raises(PublishFailure, match="logprobs differ from the trainer's by"):
+    with pytest.raises(PublishFailure, match="of its logits are within .* of the trainer.s, where"):
         await servers.hub.publish(weights(version, planted))
 
 
