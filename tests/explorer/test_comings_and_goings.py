@@ -30,7 +30,7 @@ from flash.hub.hub import InferenceHub
 from flash.hub.worker import BadRequest
 from flash.rollout.committed import NoLog
 from flash.rollout.restored import DueEpisode, OpenGroup, Restored
-from flash.types import Task
+from flash.types import Task, Weights
 from flash.virtual_time import in_virtual_time
 from tests.explorer.fleets import Controller, Disk, Explorer, run
 from tests.explorer.test_fleet import train
@@ -422,10 +422,10 @@ async def test_weights_that_were_removed_while_they_were_loaded_are_no_failure()
         return Path(files.path)
 
     class Loads(FakeWorker):
-        async def load_weights(self, path: Path) -> None:
+        async def load_weights(self, weights: Weights) -> None:
             await asyncio.sleep(20)
-            if str(path) in removed:
-                raise BadRequest(f"no safetensors in {path}")
+            if str(weights.path) in removed:
+                raise BadRequest(f"no safetensors in {weights.path}")
 
     async with Controller(wires).running() as loop:
         a = Explorer(wires, "a", have=have)

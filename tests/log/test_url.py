@@ -36,7 +36,14 @@ def with_password(server):
         with open(path, "w", encoding="utf-8") as file:
             file.write(f"local all stranger scram-sha-256\n{before}")
         connection.execute("SELECT pg_reload_conf()")
-    return url.replace("postgres:@", "{user}:{password}@", 1)
+    url = url.replace("postgres:@", "{user}:{password}@", 1)
+    asks = False
+    while not asks:  # new connections may be made by the old file for a moment yet
+        try:
+            psycopg.connect(url.format(user="stranger", password="wrong")).close()
+        except psycopg.OperationalError:
+            asks = True
+    return url
 
 
 @pytest.mark.slow

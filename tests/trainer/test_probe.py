@@ -65,8 +65,8 @@ class EngineWorker:
     async def pause(self, mode: Any) -> None:
         await self._engine.pause(mode)
 
-    async def load_weights(self, path: Path) -> None:
-        self._engine.load_weights(path)
+    async def load_weights(self, weights: Weights) -> None:
+        self._engine.load_weights(weights.path)
 
     async def set_version(self, version: int) -> None:
         self._engine.set_version(version)
@@ -82,14 +82,13 @@ class EngineWorker:
 
 
 @contextlib.contextmanager
-def started(model: Path, tmp_path: Path, config: TrainerConfig) -> Iterator[Rank]:
+def started(model: Path, config: TrainerConfig) -> Iterator[Rank]:
     rank = Rank()
     try:
-        rank.start(str(model), None, config, 0, 1, str(tmp_path / "rendezvous"), 0)
+        rank.start(str(model), None, config, 0, 1, None, 0)
         yield rank
     finally:
         dist.destroy_process_group()
-        (tmp_path / "rendezvous").unlink(missing_ok=True)
 
 
 def probe_between(worker: str, trainer: str) -> Any:
@@ -125,7 +124,7 @@ async def test_the_probe_lets_new_weights_pass_and_none_of_which_a_part_is_old(
     model = save_model(tmp_path / "model", tied=False)
     config = TrainerConfig(dtype=trainer_dtype, learning_rate=5e-3)
     worker = EngineWorker(model, worker_dtype)
-    with started(model, tmp_path, config) as rank:
+    with started(model, config) as rank:
         old = exported(rank, tmp_path / "old")
         for number in range(40):
             rank.step(divide(samples_of(8, seed=number), config)[0], number)
@@ -161,7 +160,7 @@ async def test_a_worker_with_another_window_is_seen_after_a_long_text_alone(
     text = [(7 * place) % 97 for place in range(100)]
     probe = probe_between(worker_dtype, trainer_dtype)
     long = replace(probe, prompts=[text], tokens=96)
-    with started(models[0], tmp_path, TrainerConfig(dtype=trainer_dtype)) as rank:
+    with started(models[0], TrainerConfig(dtype=trainer_dtype)) as rank:
 
         async def score(sequences: Any) -> Scores:
             return rank.score(sequences)
