@@ -143,6 +143,8 @@ class SharedClockLoop(VirtualTimeLoop):
 class PipeWire:
     """One end of a connection between the two."""
 
+    local_address = "127.0.0.1"
+
     def __init__(self, loop: SharedClockLoop) -> None:
         self.counts: Counter[str] = Counter()
         self.lags: list[float] = []
