@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from flash.cluster.place import Place
-from flash.errors import ProcessFailure
-from flash.trainer.ranks import LOOPBACK, Meeting, NodeLost, StartedRanks
+from flash.errors import NodeLost, ProcessFailure
+from flash.trainer.ranks import LOOPBACK, Meeting, StartedRanks
 
 
 class FakeRank:
-    """A RankProcess of `flash.trainer.ranks`.
+    """A Process of `flash.system.process`.
 
     Args:
         answers: what each method returns; one that is not here has no end.
