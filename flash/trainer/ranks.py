@@ -1,6 +1,6 @@
 """Where a trainer's ranks are: processes on this machine, or elsewhere by another starter.
 
-    Trainer ─► RankStarter ─► Process × ranks, which find each other at rank 0's node
+Trainer ─► RankStarter ─► Process × ranks, which find each other at rank 0's node
 """
 
 import asyncio

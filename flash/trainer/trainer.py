@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from flash.errors import ProcessFailure, TrainerFailure, first_error
+from flash.errors import NodeLost, ProcessFailure, TrainerFailure, first_error
+from flash.system.process import Process
 from flash.trainer.advantage_settings import Gae
 from flash.trainer.advantages import Floats
 from flash.trainer.checkpoint import CRITIC_FILE, MODEL_FOLDER, checkpoint_version
