@@ -144,7 +144,7 @@ class FarHosts:
         """NodeLost if no node has room for it for minutes."""
         node = self._nodes.get(log_path)
         if node is None:
-            node = self._spare.pop() if self._spare else self._new(f"{self._of}-{log_path.stem}")
+            node = self._spare.pop(0) if self._spare else self._new(f"{self._of}-{log_path.stem}")
             self._nodes[log_path] = node
         log_path.parent.mkdir(parents=True, exist_ok=True)
         log_path.touch()  # where it is seen, it is written to

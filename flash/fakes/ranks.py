@@ -7,7 +7,7 @@ from typing import Any
 
 from flash.cluster.hosts import Wanted
 from flash.cluster.place import Place
-from flash.errors import NodeLost, ProcessFailure
+from flash.errors import NodeLost, ProcessEnded, ProcessFailure
 from flash.trainer.ranks import LOOPBACK, Meeting, StartedRanks
 
 
@@ -99,10 +99,9 @@ class FakeNode:
     async def call(self, start: str, number: int, method: str, args: Sequence[Any]) -> Any:
         try:
             return await self._process(start, number).call(method, *args)
-        except ProcessFailure:
-            if self._there.is_set():
-                raise
-            raise NodeLost(f"{self.name} is lost") from None
+        except ProcessFailure as killed:
+            gone = ProcessEnded(str(killed))
+            raise gone if self._there.is_set() else NodeLost(f"{self.name} is lost") from None
 
     async def wait_dead(self, start: str, number: int) -> str:
         await self._process(start, number).wait_dead()
