@@ -141,9 +141,10 @@ def test_hosts_have_what_the_trainer_and_the_least_explorers_leave():
 
 def test_trainer_and_explorers_are_counted_where_they_leave_most_to_hosts():
     nodes = [Node("a", 3, 0), Node("b", 4, 0), Node("c", 4, 0)]
-    hosts(2, nodes, hosts={"cpus": 4}, explorers={"min": 1, "cpus": 2})
-    with pytest.raises(ValueError, match="there is room for 2; there are"):
-        hosts(3, nodes, hosts={"cpus": 4}, explorers={"min": 1, "cpus": 2})
+    for ordered in (nodes, nodes[::-1]):
+        hosts(2, ordered, hosts={"cpus": 4}, explorers={"min": 1, "cpus": 2})
+        with pytest.raises(ValueError, match="there is room for 2; there are"):
+            hosts(3, ordered, hosts={"cpus": 4}, explorers={"min": 1, "cpus": 2})
 
 
 def test_hosts_of_explorers_that_need_not_be_there_are_not_counted():
