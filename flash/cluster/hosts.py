@@ -25,8 +25,8 @@ from flash.system.process import Answers, Child
 _T = TypeVar("_T")
 
 _PATIENCE_S = 10.0  # a node that has room has what is asked by then
-_ROOM_S = 300.0
-_JITTER = 1.3  # of several that each have a part of what they need, one must give up first
+_ROOM_S = 310.0  # longer than an explorer's role takes for a start that fails at once
+_JITTER = 1.3  # of explorers that each have a part of what they need, one gives up first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +48,8 @@ class HostNode(Processes, Protocol):
         ...
 
     async def start(self, name: str, number: int, wanted: Wanted) -> tuple[Place, str]:
-        """Starts it as soon as this is on a node: where that is, and the folder of its log."""
+        """Starts it as soon as this is on a node: where that is, and below which folder its log is
+        if that node does not see the one that was asked for."""
         ...
 
     def end(self) -> None:
@@ -67,9 +68,10 @@ class HostRole(HasProcesses):
         return self._place
 
     async def start(self, name: str, number: int, wanted: Wanted) -> tuple[Place, str]:
-        log = Path(wanted.log_path)
+        log, logs = Path(wanted.log_path), ""
         if not log.exists():  # the explorer has made it on its own disk
-            log = folder_of_node("hosts", str(log.parent)) / log.name
+            folder = folder_of_node("hosts", str(log.parent))
+            log, logs = folder / log.name, str(folder.parent)
         self._start = name
         self._processes[number] = await Child.start(
             wanted.module,
@@ -79,7 +81,7 @@ class HostRole(HasProcesses):
             answers=wanted.answers,
             cwd=wanted.cwd if Path(wanted.cwd).is_dir() else None,
         )
-        return self._place, str(log.parent)
+        return self._place, logs
 
 
 class FarHosts:
@@ -114,7 +116,7 @@ class FarHosts:
         self._spare: list[HostNode] = []
         self._nodes: dict[Path, HostNode] = {}  # by the log of what they have
         self._places: dict[str, Place] = {}
-        self._folders: dict[str, str] = {}  # of logs, by the node that has no other
+        self._logs: dict[str, str] = {}  # where they are, by the node that has its own
         self._told = ""
 
     async def __aenter__(self) -> "FarHosts":
@@ -123,12 +125,12 @@ class FarHosts:
             with first_error():
                 async with asyncio.TaskGroup() as tasks:
                     telling = tasks.create_task(self._tell_of_waiting(), name="what is awaited")
-                    placing = [
-                        tasks.create_task(self._place(node), name=f"place {node.name}")
-                        for node in self._spare
-                    ]
-                    await asyncio.wait(placing)
+                    one = f"one of {self._count} environment hosts and reward processes"
+                    await self._with_room(self._place_all(), one)
                     telling.cancel()
+        except NodeLost as lost:
+            self._end()
+            raise ClusterFailure(str(lost)) from None
         except BaseException:
             self._end()
             raise
@@ -156,18 +158,21 @@ class FarHosts:
             answers=answers,
             cwd=str(Path.cwd()),
         )
-        place, folder = await self._with_room(node.start(self._start, number, wanted), name)
+        place, logs = await self._with_room(node.start(self._start, number, wanted), name)
         self._places[node.name] = place
-        if folder != str(log_path.absolute().parent):
-            self._folders[place.node] = folder
+        if logs:
+            self._logs[place.node] = logs
         self._tell()
         return FarProcess(f"{name} at {place.address}", node, self._start, number)
 
-    async def _place(self, node: HostNode) -> None:
-        try:
-            self._places[node.name] = await self._with_room(node.place(), node.name)
-        except NodeLost as error:
-            raise ClusterFailure(str(error)) from None
+    async def _place_all(self) -> None:
+        async def place(node: HostNode) -> None:
+            self._places[node.name] = await node.place()
+
+        with first_error():
+            async with asyncio.TaskGroup() as tasks:
+                for node in self._spare:
+                    tasks.create_task(place(node), name=f"place {node.name}")
 
     async def _with_room(self, there: Awaitable[_T], name: str) -> _T:
         limit_s = _ROOM_S * random.uniform(1.0, _JITTER)
@@ -193,7 +198,7 @@ class FarHosts:
         on = Counter((place.node, place.address) for place in self._places.values())
         each = []
         for (node, address), count in on.items():
-            logs = f", logs there in {self._folders[node]}" if node in self._folders else ""
+            logs = f", logs there in {self._logs[node]}" if node in self._logs else ""
             each.append(f"{count} on node {node} ({address}){logs}")
         told = f"{self._of}: environment hosts and reward processes: {'; '.join(each)}"
         if told != self._told:

@@ -1,6 +1,7 @@
 """Actors of Ray as the roles that they are of, for who calls them."""
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import Awaitable, Callable, Sequence
@@ -99,7 +100,8 @@ class RemoteHost(RemoteProcesses):
         return started
 
     def end(self) -> None:
-        ray.kill(self._actor)
+        with contextlib.suppress(RayError):  # it ends with this process anyway
+            ray.kill(self._actor)
 
 
 class HostActor(HostRole):

@@ -136,6 +136,18 @@ async def test_without_room_for_minutes_it_gives_back_what_it_has(tmp_path):
 
 
 @in_virtual_time
+async def test_what_can_not_be_made_on_any_node_is_told_of_at_once(tmp_path):
+    class Unmade(FakeHostNode):
+        async def place(self):
+            raise ProcessEnded(f"{self.name} is no more: its environment can't be set up")
+
+    hosts = FarHosts(lambda name: Unmade(name, {}), of="x", count=2, cpus=1)
+    with pytest.raises(ProcessEnded, match="^x-host-0 is no more: its environment can't be set up"):
+        await hosts.__aenter__()
+    assert asyncio.get_running_loop().time() < 1
+
+
+@in_virtual_time
 async def test_heldout_environments_share_the_cores_of_those_that_train(tmp_path):
     cluster = Cluster()
     async with (
@@ -267,9 +279,9 @@ async def test_logs_of_a_node_that_lacks_the_explorers_disk_are_told_of(tmp_path
         with pytest.raises(ProcessEnded):
             await process.call("open", 0)
         await process.stop()
-    folder = said[-1].rpartition("logs there in ")[2]
-    assert folder.startswith(str(tmp_path / "tmp" / f"flash-hosts-{os.getuid()}"))
-    assert os.listdir(folder) == ["a.log"]
+    folder = tmp_path / "tmp" / f"flash-hosts-{os.getuid()}"
+    assert said[-1].endswith(f"1 on node 1a2b (127.0.0.1), logs there in {folder}")
+    assert [path.name for path in folder.glob("*/*")] == ["a.log"]
 
 
 def test_how_answers_are_read_is_sent_to_where_they_are_read():
