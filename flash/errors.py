@@ -15,6 +15,8 @@
     ├── ClusterFailure        the cluster lost what the run can't do without
     ├── LogFailure            what happens can't be written down, so it must not count
     └── ProcessFailure        a child process of ours died or raised
+        └── ProcessEnded      it died, or was ended
+            └── NodeLost      with its node: it is nothing that it did
 
 A user's mistake is a `ValueError` with the field, the value and the remedy.
 """
@@ -103,6 +105,14 @@ class RolloutStall(RolloutFailure):
 
 class ProcessFailure(FlashError):
     """A child process died or raised; the message holds its last output or traceback."""
+
+
+class ProcessEnded(ProcessFailure):
+    """A process on another node is no more."""
+
+
+class NodeLost(ProcessEnded):
+    """The node of a process is lost, can't be reached, or is none: it is nothing that it did."""
 
 
 def one_line(error: BaseException) -> str:

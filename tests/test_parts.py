@@ -15,13 +15,14 @@ from flash.agents import EnvironmentAgent, ExternalAgent
 from flash.config import load
 from flash.evaluate import evaluate
 from flash.evaluation.play import heldout_tasks
-from flash.fakes import FakeWorker
+from flash.fakes import FakeRank, FakeWorker
 from flash.hub.hub import InferenceHub
 from flash.parts.agents import Playing, open_agents
 from flash.parts.door import open_door
 from flash.parts.expert import expert_of
 from flash.parts.model import load_tokenizer, make_style, prepared_model
 from flash.parts.open import open_parts
+from flash.parts.reward import open_reward
 from flash.parts.training import as_logged
 from flash.parts.workers import open_hub, probe_of
 from flash.seeds import HELDOUT_SEEDS
@@ -184,6 +185,31 @@ async def test_an_open_door_alone_makes_nobody_elses_agents(tmp_path):
     async with open_agents(sets, door=object()) as agents:
         assert type(agents.make["ours"]()) is EnvironmentAgent
         assert type(agents.make["own"]()) is ExternalAgent
+
+
+async def test_environment_hosts_and_reward_processes_are_started_where_they_are_to_be(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "my_scores.py").write_text("def score(transcript):\n    return 0\n")
+    monkeypatch.chdir(tmp_path)
+    reward = {"name": "process", "run": "my_scores:score", "concurrency": 2}
+    config = load("frozen_lake", {"env.hosts": 1, "reward": reward})
+    started = []
+
+    async def start(module, *, name, log_path, answers=None):
+        started.append((module, log_path.name))
+        return FakeRank(name, {"configure": None, "open": False})
+
+    tokenizer = SimpleNamespace(decode=str)
+    async with open_reward(config, None, tokenizer=tokenizer, log_dir=tmp_path, start=start):
+        playing = Playing(config=config, style=None, reward=None, log_dir=tmp_path)
+        for heldout in (False, True):
+            async with open_agents(
+                {"": playing}, door=None, heldout=heldout, start=start
+            ) as agents:
+                await agents.hosts[0].open()
+    rewards = [("flash.reward.host", f"reward_{number}.log") for number in range(2)]
+    assert started == [*rewards, *[("flash.environments.host", "env_host_0.log")] * 2]
 
 
 @pytest.mark.parametrize(

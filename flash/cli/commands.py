@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from flash.cli.words import listed, only, split_words, swept
 from flash.command_line import Options, nearest
 from flash.section import revealed
 from flash.system import machine
+from flash.system.process import StartProcess
 from flash.trainer.ranks import RankStarter
 
 # Imported where they are needed: mistakes must not wait for torch, or for what simulates.
@@ -211,6 +213,14 @@ def _export(arguments: Sequence[str]) -> None:
 
 
 def _explore(arguments: Sequence[str]) -> None:
+    run_explorer(arguments)
+
+
+def run_explorer(
+    arguments: Sequence[str],
+    elsewhere: AbstractAsyncContextManager[StartProcess] | None = None,
+) -> None:
+    """`flash explore`; `elsewhere` as `explore` has it."""
     parser = Options("flash explore", add_help=False)
     parser.add_argument("--token", default="")
     parser.add_argument("--name", default="")
@@ -235,7 +245,8 @@ def _explore(arguments: Sequence[str]) -> None:
         overrides=overrides,
     )  # fmt: skip
     stop = asyncio.Event()
-    run_loop(explore(told, stop=stop), stop=stop, stopping="leaving the run")
+    exploring = explore(told, stop=stop, elsewhere=elsewhere)
+    run_loop(exploring, stop=stop, stopping="leaving the run")
 
 
 def _status(arguments: Sequence[str]) -> None:

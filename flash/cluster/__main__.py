@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flash.cli.main import as_process, log_to_stderr, main
+from flash.cluster.hosts import FarHosts
 from flash.cluster.ranks import RanksOnNodes
+from flash.cluster.roles import HostsAsked
 from flash.command_line import ended
 from flash.system.durable import write_whole
 from flash.trainer.ranks import LocalRanks, RankStarter
@@ -31,10 +33,23 @@ def _train(settings: str, marker: str, *others: str) -> None:
     run_training(loaded, opened=told, starter=starter)
 
 
+def _explore(arguments: Sequence[str], hosts: HostsAsked) -> None:
+    """An explorer that has these on other nodes."""
+    from flash.cli.commands import run_explorer  # noqa: PLC0415  (seconds to import)
+    from flash.cluster.remote import hosts_of  # noqa: PLC0415  (it imports ray)
+
+    of = arguments[arguments.index("--name") + 1]
+    run_explorer(arguments, FarHosts(hosts_of(hosts), of=of, count=hosts.count, cpus=hosts.cpus))
+
+
 def _role(arguments: Sequence[str]) -> None:
-    if arguments[0] == "train":
+    role, *rest = arguments
+    if role == "train":
         log_to_stderr()
-        as_process(lambda: ended(lambda: _train(*arguments[1:])))
+        as_process(lambda: ended(lambda: _train(*rest)))
+    elif (hosts := HostsAsked.told()) is not None:
+        log_to_stderr()
+        as_process(lambda: ended(lambda: _explore(rest, hosts)))
     else:
         main(arguments)
 

@@ -45,6 +45,17 @@ class ClusterExplorersConfig(Section):
         return self
 
 
+class ClusterHostsConfig(Section):
+    """What environment hosts and reward processes get, which explorers have."""
+
+    cpus: int = Field(
+        0,
+        ge=0,
+        description="cores that each environment host and reward process asks of any node; 0: they "
+        "are on their explorer's node, within its cores",
+    )
+
+
 class ClusterConfig(Section):
     """Where a run's processes are placed; `--cluster KIND` sets the kind alone."""
 
@@ -60,6 +71,7 @@ class ClusterConfig(Section):
     )
     trainer: ClusterTrainerConfig = ClusterTrainerConfig()
     explorers: ClusterExplorersConfig = ClusterExplorersConfig()
+    hosts: ClusterHostsConfig = ClusterHostsConfig()
 
     @field_validator("address")
     @classmethod

@@ -1,9 +1,6 @@
 """An explorer's role on a cluster: it plays for the run wherever the controller is by now."""
 
 import asyncio
-import hashlib
-import os
-import tempfile
 from collections.abc import Awaitable
 from pathlib import Path
 from typing import Protocol
@@ -11,10 +8,12 @@ from typing import Protocol
 from flash.cluster.command import Command, Stream
 from flash.cluster.place import Place
 from flash.cluster.roles import (
+    HostsAsked,
     Plan,
     Whereabouts,
     environment,
     explorer_command,
+    folder_of_node,
     working_directory,
 )
 
@@ -35,8 +34,12 @@ class Controller(Protocol):
 class ExplorerRole:
     """Runs `flash explore`; its methods are called from elsewhere in the cluster."""
 
-    def __init__(self, plan: Plan, place: Place, controller: Controller) -> None:
+    def __init__(
+        self, plan: Plan, place: Place, controller: Controller, hosts: HostsAsked | None = None
+    ) -> None:
+        """`hosts`: what it has on other nodes."""
         self._plan = plan
+        self._hosts = hosts.variables if hosts is not None else {}
         self._place = place
         self._controller = controller
         self._command = Command(self._say)
@@ -80,7 +83,7 @@ class ExplorerRole:
             began = clock()
             code = await self._command.run(
                 explorer_command(self._plan, self._place, folder),
-                env=environment(self._plan, "explorer"),
+                env=environment(self._plan, "explorer") | self._hosts,
                 cwd=working_directory(self._plan),
             )
             if code == 0:
@@ -99,11 +102,7 @@ class ExplorerRole:
         if Path(self._plan.marker).exists():
             parent = Path(at.folder) / "explorers"
         else:
-            parent = Path(tempfile.gettempdir()) / f"flash-explorers-{os.getuid()}"
-            parent.mkdir(exist_ok=True, mode=0o700)
-            if parent.stat().st_uid != os.getuid():
-                raise PermissionError(f"{parent} is another user's: remove it, or set $TMPDIR")
-            parent /= hashlib.sha256(at.folder.encode()).hexdigest()[:16]
+            parent = folder_of_node("explorers", at.folder)
         folder = parent / self._place.role
         folder.mkdir(parents=True, exist_ok=True)
         return folder

@@ -5,6 +5,8 @@
          └─────────────────┤                                    ▼
     Ranks × nodes - 1 ─────┤ the trainer's further nodes ──► their ranks
     Explorer × max ────────┘ spread ───────────────────────► flash explore: its workers
+                                                                 │
+    Host × what environments and rewards have ◄──────────────────┘ where there are cores
 
 The trainer's nodes are the bundles of one placement group, so that a run has all of them or none.
 
@@ -37,18 +39,15 @@ from flash.cli.event_loop import run_loop
 from flash.cluster.config import ClusterTrainerConfig
 from flash.cluster.controller import ControllerRole
 from flash.cluster.explorer import ExplorerRole
-from flash.cluster.place import Place
 from flash.cluster.ranks import RanksRole
-from flash.cluster.remote import RemoteController
+from flash.cluster.remote import NAME_SHOWN, RemoteController, here, hosts_asked
 from flash.cluster.roles import Plan, plan_of
 from flash.cluster.room import Node, check_answers, check_room, check_shared
 from flash.config import Config
 from flash.config.mistakes import validated
 from flash.errors import ClusterFailure, first_error
-from flash.system import machine
 
 _LOOK_S = 30.0  # for a node to say whether it sees a file
-_SHOWN = 8  # characters of a node's name
 _LAST_WORDS_S = 30.0  # for explorers to leave, and for the last lines to come
 
 
@@ -57,23 +56,27 @@ class ControllerActor(ControllerRole):
 
     def __init__(self, plan: Plan, cpus: int, ranks: Sequence[str]) -> None:
         """`ranks`: what the actors with ranks of further nodes are called."""
-        here = ray.get_runtime_context()
-        others = (here.gcs_address, here.namespace, *ranks) if ranks else ()
-        super().__init__(plan, _here("controller", cpus), others)
+        context = ray.get_runtime_context()
+        others = (context.gcs_address, context.namespace, *ranks) if ranks else ()
+        super().__init__(plan, here("controller", cpus), others)
 
 
 class RanksActor(RanksRole):
     """In a process that Ray has placed. `controller`: what that actor is called."""
 
     def __init__(self, plan: Plan, name: str, cpus: int, controller: str) -> None:
-        super().__init__(plan, _here(name, cpus), RemoteController(controller))
+        super().__init__(plan, here(name, cpus), RemoteController(controller))
 
 
 class ExplorerActor(ExplorerRole):
-    """In a process that Ray has placed. `controller`: what that actor is called."""
+    """In a process that Ray has placed. `controller`: what that actor is called.
 
-    def __init__(self, plan: Plan, name: str, cpus: int, controller: str) -> None:
-        super().__init__(plan, _here(name, cpus), RemoteController(controller))
+    `host_cpus`: of each environment host and reward process that it has on other nodes.
+    """
+
+    def __init__(self, plan: Plan, name: str, cpus: int, controller: str, host_cpus: int) -> None:
+        hosts = hosts_asked(host_cpus, plan.hosts) if plan.hosts else None
+        super().__init__(plan, here(name, cpus), RemoteController(controller), hosts)
 
 
 def launch(config: Config) -> int:
@@ -94,7 +97,8 @@ def launch(config: Config) -> int:
         check_room(
             config.cluster,
             [_node(node) for node in nodes],
-            pinned=home and home[:_SHOWN],
+            pinned=home and home[:NAME_SHOWN],
+            hosts=config.hosted,
         )
         plan = plan_of(config, token=secrets.token_urlsafe(24), marker=marker)
         validated(Config, plan.settings | {"explorers": plan.settings["explorers"] | {"token": ""}})
@@ -139,7 +143,9 @@ class _Launched:
             **lasting,
         )
         self._explorers = [
-            explorer.remote(plan, f"explorer-{number}", asked.explorers.cpus, name)
+            explorer.remote(
+                plan, f"explorer-{number}", asked.explorers.cpus, name, asked.hosts.cpus
+            )
             for number in range(asked.explorers.most)
         ]
         self._is_there = False
@@ -279,17 +285,4 @@ def _sees(path: str) -> bool:
 
 def _node(node: dict[str, Any]) -> Node:
     has = node["Resources"]
-    return Node(node["NodeID"][:_SHOWN], has.get("CPU", 0), has.get("GPU", 0))
-
-
-def _here(role: str, cpus: int) -> Place:
-    here = ray.get_runtime_context().get_node_id()
-    return Place(
-        role=role,
-        node=here[:_SHOWN],
-        host=machine.where(),
-        address=next(n["NodeManagerAddress"] for n in ray.nodes() if n["NodeID"] == here),
-        pid=os.getpid(),
-        cpus=cpus,
-        gpus=tuple(machine.gpus()) if ray.get_gpu_ids() else (),
-    )
+    return Node(node["NodeID"][:NAME_SHOWN], has.get("CPU", 0), has.get("GPU", 0))

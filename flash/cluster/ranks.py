@@ -8,25 +8,17 @@ controller that was lost perhaps, are ended, and whoever still calls them is tol
 """
 
 import asyncio
-import contextlib
 import logging
 import uuid
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+from flash.cluster.far import FarProcess, HasProcesses, Processes
 from flash.cluster.place import Place
 from flash.cluster.roles import Plan, working_directory
-from flash.errors import ProcessFailure, first_error
-from flash.trainer.ranks import (
-    Meeting,
-    NodeLost,
-    RankProcess,
-    RankStarter,
-    StartedRanks,
-    end_ranks,
-    start_ranks,
-)
+from flash.errors import first_error
+from flash.trainer.ranks import Meeting, RankStarter, StartedRanks, end_ranks, start_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -39,43 +31,24 @@ class Controller(Protocol):
     def register(self, place: Place) -> Awaitable[None]: ...
 
 
-class RanksNode(Protocol):
-    """What has ranks on a further node, or will have them: `RanksRole`, wherever that is.
-
-    All but `start` raise NodeLost if it is, ProcessFailure if the rank alone has ended.
-    """
-
-    @property
-    def name(self) -> str: ...
+class RanksNode(Processes, Protocol):
+    """What has ranks on a further node, or will have them: `RanksRole`, wherever that is."""
 
     async def start(self, name: str, ranks: Sequence[int], logs: str) -> Place:
         """Ends the ranks that it has and starts these, as soon as it is on a node: there is no
         deadline to that. ValueError for a node that lacks what the run needs."""
         ...
 
-    async def call(self, start: str, rank: int, method: str, args: Sequence[Any]) -> Any: ...
 
-    async def wait_dead(self, start: str, rank: int) -> str: ...
-
-    async def kill(self, start: str, rank: int) -> None: ...
-
-    async def stop(self, start: str, rank: int, grace_s: float) -> None: ...
-
-
-class RanksRole:
+class RanksRole(HasProcesses):
     """Has the ranks of a node; its methods are called from elsewhere in the cluster."""
 
     def __init__(self, plan: Plan, place: Place, controller: Controller) -> None:
+        super().__init__(place.role, "trainer rank")
         self._plan = plan
         self._place = place
         self._controller = controller
-        self._start = ""
-        self._ranks: Mapping[int, RankProcess] = {}
         self._starting = asyncio.Lock()
-
-    @property
-    def name(self) -> str:
-        return self._place.role
 
     async def start(self, name: str, ranks: Sequence[int], logs: str) -> Place:
         if not Path(self._plan.marker).exists():
@@ -85,7 +58,7 @@ class RanksRole:
                 f"nodes share"
             )
         async with self._starting:
-            left, self._start, self._ranks = self._ranks, name, {}
+            left, self._start, self._processes = self._processes, name, {}
             await end_ranks(left.values())
             started = await start_ranks(
                 ranks,
@@ -94,30 +67,9 @@ class RanksRole:
                 env=None if self._place.gpus else {"CUDA_VISIBLE_DEVICES": ""},
                 cwd=working_directory(self._plan),
             )
-            self._ranks = dict(zip(ranks, started, strict=True))
+            self._processes = dict(zip(ranks, started, strict=True))
         await self._controller.register(self._place)
         return self._place
-
-    async def call(self, start: str, rank: int, method: str, args: Sequence[Any]) -> Any:
-        return await self._rank(start, rank).call(method, *args)
-
-    async def wait_dead(self, start: str, rank: int) -> str:
-        """Why it has ended, once it has."""
-        return str(await self._rank(start, rank).wait_dead())
-
-    async def kill(self, start: str, rank: int) -> None:
-        self._rank(start, rank).kill()
-
-    async def stop(self, start: str, rank: int, grace_s: float) -> None:
-        await self._rank(start, rank).stop(grace_s)
-
-    def _rank(self, start: str, rank: int) -> RankProcess:
-        if start != self._start or rank not in self._ranks:
-            raise ProcessFailure(
-                f"trainer rank {rank} has ended: {self.name} has started anew since, or another "
-                f"trainer has taken its place"
-            )
-        return self._ranks[rank]
 
 
 class RanksOnNodes:
@@ -149,7 +101,10 @@ class RanksOnNodes:
         here = await self._here.start(each, logs)
         started, meetings = [*here.ranks], [*here.meetings]
         for node, place, numbers in zip(self._others, places, of_others, strict=True):
-            started += [_FarRank(node, place, name, number) for number in numbers]
+            started += [
+                FarProcess(f"trainer rank {number}{_at(place)}", node, name, number)
+                for number in numbers
+            ]
             meetings += [Meeting(meetings[0].host, meetings[0].port, place.address)] * each
         return StartedRanks(started, meetings)
 
@@ -183,60 +138,6 @@ class RanksOnNodes:
             "(cluster.trainer)",
             self.waits_for,
         )
-
-
-class _FarRank:
-    """A rank of a further node, as if it ran here."""
-
-    def __init__(self, node: RanksNode, place: Place, start: str, number: int) -> None:
-        self.name = f"trainer rank {number}{_at(place)}"
-        self._node = node
-        self._key = (start, number)
-        self._dead: ProcessFailure | None = None
-        self._killing: asyncio.Task[None] | None = None
-        self._watching = asyncio.create_task(self._watch(), name=f"watch {self.name}")
-
-    @property
-    def alive(self) -> bool:
-        return self._dead is None
-
-    async def call(self, method: str, *args: Any, timeout_s: float | None = None) -> Any:
-        if self._dead is not None:
-            raise self._dead
-        async with asyncio.timeout(timeout_s):
-            return await self._node.call(*self._key, method, args)
-
-    async def wait_dead(self) -> ProcessFailure:
-        await asyncio.wait((self._watching,))
-        assert self._dead is not None
-        return self._dead
-
-    async def stop(self, grace_s: float = 5.0) -> None:
-        """No longer than a moment more than that: a node may be lost and nobody know it yet."""
-        with contextlib.suppress(ProcessFailure, TimeoutError):
-            async with asyncio.timeout(grace_s):
-                await self._node.stop(*self._key, grace_s)
-        self._dead = self._dead or ProcessFailure(f"{self.name} was ended")
-        left = [task for task in (self._watching, self._killing) if task is not None]
-        for task in left:
-            task.cancel()
-        await asyncio.wait(left)
-
-    def kill(self) -> None:
-        if self._killing is None and self._dead is None:
-            self._killing = asyncio.create_task(self._kill(), name=f"kill {self.name}")
-
-    async def _kill(self) -> None:
-        with contextlib.suppress(ProcessFailure):  # it is dead
-            await self._node.kill(*self._key)
-
-    async def _watch(self) -> None:
-        try:
-            self._dead = ProcessFailure(await self._node.wait_dead(*self._key))
-        except NodeLost as lost:
-            self._dead = NodeLost(f"{self.name}: {lost}")
-        except ProcessFailure as gone:
-            self._dead = gone
 
 
 def _at(place: Place) -> str:

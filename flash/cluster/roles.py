@@ -1,12 +1,15 @@
 """What each role of a run on a cluster is started with."""
 
+import hashlib
 import os
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from pydantic import BaseModel, SecretStr
 
 from flash.cluster.place import Place
@@ -16,6 +19,7 @@ from flash.section import revealed
 
 _SECRET = "FLASH_CLUSTER_SECRET_"  # and a number
 _TOKEN = "FLASH_CLUSTER_TOKEN"
+_HOSTS = "FLASH_CLUSTER_HOSTS"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +38,7 @@ class Plan:
     workers: int
     ca: str | None
     gpus: dict[str, int]  # by role
+    hosts: int  # environment hosts and reward processes of each explorer, on nodes that have room
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,28 @@ class Whereabouts:
 
     address: Address
     folder: str
+
+
+class HostsAsked(msgspec.Struct, frozen=True):
+    """The environment hosts and reward processes that an explorer's process has on other nodes of a
+    cluster: how many, with how many cores each. `runtime_env` is as Ray has it, and may hold keys.
+    """
+
+    address: str
+    namespace: str
+    runtime_env: str
+    cpus: int
+    count: int
+
+    @property
+    def variables(self) -> dict[str, str]:
+        return {_HOSTS: msgspec.json.encode(self).decode()}
+
+    @classmethod
+    def told(cls) -> "HostsAsked | None":
+        """By the variables of this process, which has them no more then."""
+        told = os.environ.pop(_HOSTS, "")
+        return msgspec.json.decode(told, type=cls) if told else None
 
 
 def plan_of(config: Config, *, token: str, marker: Path) -> Plan:
@@ -69,6 +96,7 @@ def plan_of(config: Config, *, token: str, marker: Path) -> Plan:
         workers=config.engine.workers or 1,
         ca=str(config.explorers.certificate.resolve()) if config.explorers.certificate else None,
         gpus={"controller": asked.trainer.gpus, "explorer": asked.explorers.gpus},
+        hosts=config.hosted if asked.hosts.cpus else 0,
     )
 
 
@@ -111,6 +139,15 @@ def environment(plan: Plan, role: str) -> dict[str, str]:
 def working_directory(plan: Plan) -> str | None:
     """The one in which `flash train` was called, where a node has it."""
     return plan.cwd if Path(plan.cwd).is_dir() else None
+
+
+def folder_of_node(what: str, of: str) -> Path:
+    """For what is not on a disk that nodes share: the same again for the same."""
+    parent = Path(tempfile.gettempdir()) / f"flash-{what}-{os.getuid()}"
+    parent.mkdir(exist_ok=True, mode=0o700)
+    if parent.stat().st_uid != os.getuid():
+        raise PermissionError(f"{parent} is another user's: remove it, or set $TMPDIR")
+    return parent / hashlib.sha256(of.encode()).hexdigest()[:16]
 
 
 def _named(section: BaseModel, variables: dict[str, str]) -> dict[str, Any]:

@@ -40,10 +40,14 @@ def check_answers(address: str) -> None:
         ) from error
 
 
-def check_room(asked: ClusterConfig, nodes: Sequence[Node], *, pinned: str | None = None) -> None:
-    """ValueError if the trainer, or the least number of explorers, has no place.
+def check_room(
+    asked: ClusterConfig, nodes: Sequence[Node], *, hosts: int = 0, pinned: str | None = None
+) -> None:
+    """ValueError if the trainer, or the least number of explorers with what they have, has no
+    place.
 
-    `pinned`: the node that alone has the run's disk, on which the controller must be.
+    `hosts`: environment hosts and reward processes of an explorer. `pinned`: the node that alone
+    has the run's disk, on which the controller must be.
     """
     trainer, explorers = asked.trainer, asked.explorers
     homes = [
@@ -79,6 +83,34 @@ def check_room(asked: ClusterConfig, nodes: Sequence[Node], *, pinned: str | Non
             f"for {most}; "
             f"there {_told(nodes)}: ask for less, or add a node"
         )
+    if asked.hosts.cpus and (needed := explorers.min * hosts):
+        most = _room_for_hosts(asked, nodes, homes)
+        if most < needed:
+            raise ValueError(
+                f"cluster.hosts.cpus={asked.hosts.cpus} of each of {needed} environment hosts and "
+                f"reward processes, {hosts} of each of cluster.explorers.min={explorers.min}: "
+                f"beside the trainer and these explorers there is room for {most}; "
+                f"there {_told(nodes)}: ask for less, or add a node"
+            )
+
+
+def _room_for_hosts(asked: ClusterConfig, nodes: Sequence[Node], homes: Sequence[Node]) -> int:
+    """The most of them that there is room for, wherever the trainer and the least number of
+    explorers are; these have room."""
+    trainer, explorers = asked.trainer, asked.explorers
+    best = {(0, 0): 0}  # by how many nodes have ranks so far, and how many explorers are on them
+    for node in nodes:
+        before, best = best, {}
+        for (ranks, playing), hosts in before.items():
+            for trains in range(1 + (node in homes and ranks < trainer.nodes)):
+                left = node.less(trains * trainer.cpus, trains * trainer.gpus)
+                most = min(left.holds(explorers.cpus, explorers.gpus), explorers.min - playing)
+                for more in range(most + 1):
+                    rest = left.less(more * explorers.cpus, more * explorers.gpus)
+                    key = ranks + trains, playing + more
+                    room = hosts + rest.holds(asked.hosts.cpus, 0)
+                    best[key] = max(best.get(key, 0), room)
+    return best[trainer.nodes, explorers.min]
 
 
 def check_shared(config: Config, marker: Path, shared: Callable[[Path], bool]) -> None:

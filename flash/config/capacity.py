@@ -24,12 +24,15 @@ _PER_CORE = {"engine.workers": 8, "trainer.ranks": 8, "env.hosts": 100, "reward.
 _OPEN_FILES = 64  # of a run: its files, its logs, its children's sockets
 
 
-def check_capacity(config: Config, has: Capacity, *, trains: bool = True, nodes: int = 1) -> None:
+def check_capacity(
+    config: Config, has: Capacity, *, trains: bool = True, nodes: int = 1, hosts: bool = True
+) -> None:
     """ValueError for the first size that it can't hold. An evaluation trains nothing.
 
-    The trainer's ranks are on so many `nodes` like this one, as many each.
+    The trainer's ranks are on so many `nodes` like this one, as many each. `hosts`: whether this
+    one has the environment hosts and reward processes.
     """
-    for field, count, bytes_each in _processes(config, trains=trains, nodes=nodes):
+    for field, count, bytes_each in _processes(config, trains=trains, nodes=nodes, hosts=hosts):
         most = min(has.cores * _PER_CORE[field], int(has.memory_bytes / bytes_each))
         if count > most:
             raise ValueError(f"{field}={count}: {has} is enough for {most}: take no more")
@@ -57,12 +60,16 @@ def check_capacity(config: Config, has: Capacity, *, trains: bool = True, nodes:
         )
 
 
-def _processes(config: Config, *, trains: bool, nodes: int) -> Iterator[tuple[str, int, float]]:
+def _processes(
+    config: Config, *, trains: bool, nodes: int, hosts: bool
+) -> Iterator[tuple[str, int, float]]:
     """Of each kind: the field, how many are started, and the bytes of one."""
     if not config.engine.urls:
         yield "engine.workers", config.engine.workers, _TORCH_PROCESS
     if trains:
         yield "trainer.ranks", config.trainer.ranks // nodes, _TORCH_PROCESS
+    if not hosts:
+        return
     sets = config.own_sets.values()
     yield "env.hosts", sum(of_set.env.hosts for of_set in sets), _PLAIN_PROCESS
     rewards = [of_set.reward for of_set in sets if isinstance(of_set.reward, ProcessReward)]

@@ -17,7 +17,7 @@ from flash.evaluation.config import EvalConfig
 from flash.explorer.config import ExplorersConfig
 from flash.hub.config import EngineConfig
 from flash.log.config import LogConfig
-from flash.reward.config import AnyReward, EnvReward
+from flash.reward.config import AnyReward, EnvReward, ProcessReward
 from flash.rollout.config import RolloutSettings
 from flash.section import Section
 from flash.seeds import LARGEST
@@ -138,6 +138,15 @@ class RunFields(Section):
     def own_sets(self) -> Mapping[str, Self]:
         """Those of `sets` whose tasks can be played here."""
         return {name: of_set for name, of_set in self.sets.items() if name not in self.brought}
+
+    @property
+    def hosted(self) -> int:
+        """How many environment hosts and reward processes there are wherever it is played."""
+        return sum(
+            (0 if of_set.agent.run else of_set.env.hosts)
+            + (of_set.reward.concurrency if isinstance(of_set.reward, ProcessReward) else 0)
+            for of_set in self.own_sets.values()
+        )
 
     @property
     def sets(self) -> Mapping[str, Self]:

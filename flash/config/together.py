@@ -153,6 +153,11 @@ def _check_cluster(config: RunFields) -> None:
             f"trainer.ranks={ranks} with cluster.trainer.nodes={asked.nodes}: nodes have as many "
             f"ranks each: use a multiple of {asked.nodes}"
         )
+    if (cpus := config.cluster.hosts.cpus) and not config.hosted:
+        raise ValueError(
+            f"cluster.hosts.cpus={cpus} with env.hosts=0, and no rewards in processes: there is "
+            f"nothing to place: set env.hosts or reward.name=process, or leave it out"
+        )
     if config.engine.transport == "nccl" and not (asked.gpus and config.cluster.explorers.gpus):
         raise ValueError(
             f"engine.transport=nccl with cluster.trainer.gpus={asked.gpus} and "

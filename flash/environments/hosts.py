@@ -11,7 +11,7 @@ from typing import Any
 from flash.environments import boundary
 from flash.environments.host import EnvHost
 from flash.errors import EnvFailure, ProcessFailure
-from flash.system.process import Child, Declared
+from flash.system.process import Child, Declared, Process, StartProcess
 from flash.types import AsyncEnv, Observation, Task
 
 logger = logging.getLogger(__name__)
@@ -28,6 +28,7 @@ class EnvHosts:
         call_timeout_s: a host that works on one call for longer is hung: it is killed and
             replaced, and what it held fails with EnvFailure. Waiting behind others doesn't count.
         log_dir: where `env_host_<n>.log` goes.
+        start: starts each.
     """
 
     def __init__(
@@ -38,11 +39,12 @@ class EnvHosts:
         hosts: int,
         call_timeout_s: float,
         log_dir: Path,
+        start: StartProcess = Child.start,
     ) -> None:
         if hosts < 1:
             raise ValueError(f"hosts={hosts} must be at least 1")
         self._hosts = [
-            _Host(index, name, options, call_timeout_s, log_dir) for index in range(hosts)
+            _Host(index, name, options, call_timeout_s, log_dir, start) for index in range(hosts)
         ]
         self._tasks = asyncio.TaskGroup()
         self._running: list[asyncio.Task[None]] = []
@@ -64,8 +66,9 @@ class EnvHosts:
         return len(self._hosts)
 
     async def open(self) -> AsyncEnv:
-        """A new environment, on the host that holds the fewest."""
-        host = min(self._hosts, key=lambda host: host.open_envs)
+        """A new environment, on the host that holds the fewest; not on one that is being started,
+        which may wait for a node, if another is there."""
+        host = min(self._hosts, key=lambda host: (host.starting, host.open_envs))
         return await host.open()
 
     @property
@@ -80,8 +83,8 @@ class EnvHosts:
 
     @property
     def pids(self) -> list[int]:
-        """Process ids of the hosts that run now."""
-        return [host.child.pid for host in self._hosts if host.child is not None]
+        """Process ids of the hosts that run now on this machine."""
+        return [host.child.pid for host in self._hosts if isinstance(host.child, Child)]
 
 
 @dataclass(slots=True, eq=False)
@@ -102,9 +105,11 @@ class _Host:
         options: Mapping[str, Any],
         call_timeout_s: float,
         log_dir: Path,
+        start: StartProcess,
     ) -> None:
         self.index = index
-        self.child: Child | None = None
+        self.child: Process | None = None
+        self.starting = False
         self.open_envs = 0
         self.busy_s = 0.0
         self.replaced = 0
@@ -114,6 +119,7 @@ class _Host:
         self._options = dict(options)
         self._call_timeout_s = call_timeout_s
         self._log_path = log_dir / f"env_host_{index}.log"
+        self._start_process = start
         self._env_ids = itertools.count()
         # Bound: each agent that holds an environment here has one call under way, and a close.
         self._calls: asyncio.Queue[_Call] = asyncio.Queue()
@@ -189,13 +195,17 @@ class _Host:
             opened = call.method == "open"
             call.answer.set_result((self._generation, answer) if opened else answer)
 
-    async def _start(self) -> Child:
-        child = await Child.start(
-            "flash.environments.host",
-            name=f"environment host {self.index}",
-            log_path=self._log_path,
-            answers=Declared(EnvHost),
-        )
+    async def _start(self) -> Process:
+        self.starting = True
+        try:
+            child = await self._start_process(
+                "flash.environments.host",
+                name=f"environment host {self.index}",
+                log_path=self._log_path,
+                answers=Declared(EnvHost),
+            )
+        finally:
+            self.starting = False
         try:
             await child.call("configure", self._name, self._options, timeout_s=_START_TIMEOUT_S)
         except BaseException:

@@ -16,6 +16,7 @@ import os
 import re
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -46,6 +47,7 @@ from flash.stop import unless
 from flash.system import machine
 from flash.system.durable import HeldError, locked
 from flash.system.listener import from_elsewhere
+from flash.system.process import Child, StartProcess
 from flash.types import Weights
 
 logger = logging.getLogger(__name__)
@@ -119,9 +121,15 @@ def _revealed(token: str) -> str:
 
 
 async def explore(
-    options: Options, *, stop: asyncio.Event, say: Callable[[str], None] = print
+    options: Options,
+    *,
+    stop: asyncio.Event,
+    say: Callable[[str], None] = print,
+    elsewhere: AbstractAsyncContextManager[StartProcess] | None = None,
 ) -> None:
     """Plays for the run until that is over, or until `stop` is set and what runs has ended.
+
+    `elsewhere`: starts environment hosts and reward processes on other machines.
 
     Raises ValueError for what the user got wrong, FlashError if it can't go on.
     """
@@ -130,6 +138,11 @@ async def explore(
     folder = options.folder or parent / "explorers" / name
     tls = _trusted(options.ca)
     async with contextlib.AsyncExitStack() as opened:
+        start: StartProcess | None = None
+        if elsewhere is not None:
+            start = await unless(stop, opened.enter_async_context(elsewhere))
+            if start is None:
+                return
         # Before the run begins there is no folder of it, or never will be.
         owned = options.folder is not None or await asyncio.to_thread(folder.is_dir)
         if owned:
@@ -184,7 +197,9 @@ async def explore(
                     model = await unless(stop, connection.model_by(models.fetch))
                     if model is None:
                         break
-                    await _play_for(options, welcome, model, connection, player, folder, stop, say)
+                    await _play_for(
+                        options, welcome, model, connection, player, folder, stop, say, start
+                    )
         except RunIsOver as over:
             say(f"{name}: {over}")
 
@@ -220,8 +235,12 @@ async def _play_for(
     folder: Path,
     stop: asyncio.Event,
     say: Callable[[str], None],
+    start: StartProcess | None,
 ) -> None:
-    """Plays for a run as long as it stays as it is, or until `stop` is set."""
+    """Plays for a run as long as it stays as it is, or until `stop` is set.
+
+    `start`: of environment hosts and reward processes, if they are elsewhere.
+    """
     config = local_config(
         welcome,
         model,
@@ -230,7 +249,7 @@ async def _play_for(
         tasks_only=options.tasks_only,
         evaluates=options.evaluates,
     )
-    configuration.check_capacity(config, machine.capacity(), trains=False)
+    configuration.check_capacity(config, machine.capacity(), trains=False, hosts=start is None)
     player.doing = "starts its workers"
 
     async def weights() -> Weights:
@@ -245,6 +264,7 @@ async def _play_for(
             log_dir=folder / "logs",
             say=say,
             senders=connection.senders.of,
+            start=start or Child.start,
         ) as parts,
         parts.agents() as agents,
         parts.agents(heldout=True) as heldout_agents,

@@ -9,7 +9,7 @@ from flash.fakes.batch_log import FakeBatchLog
 from flash.fakes.crew import FakeCrew
 from flash.fakes.environments import FakeEnvs, FakeStyle
 from flash.fakes.observer import KeepingObserver
-from flash.fakes.ranks import FakeRank, FakeRanks, FakeRanksNode
+from flash.fakes.ranks import FakeHostNode, FakeRank, FakeRanks, FakeRanksNode
 from flash.fakes.routes import worker_app
 from flash.fakes.samples import fake_sample
 from flash.fakes.wires import FakeWires
@@ -19,6 +19,7 @@ __all__ = [
     "FakeBatchLog",
     "FakeCrew",
     "FakeEnvs",
+    "FakeHostNode",
     "FakePool",
     "FakeRank",
     "FakeRanks",

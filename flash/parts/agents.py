@@ -15,6 +15,7 @@ from flash.environments.hosts import EnvHosts
 from flash.environments.inline import InlineEnvs
 from flash.reward.stage import RewardStage
 from flash.rollout.episode import AgentFactory
+from flash.system.process import Child, StartProcess
 from flash.types import EnvSource, PromptStyle
 
 
@@ -40,12 +41,19 @@ class Agents:
 
 @contextlib.asynccontextmanager
 async def open_agents(
-    sets: Mapping[str, Playing], *, door: Door | None, heldout: bool = False
+    sets: Mapping[str, Playing],
+    *,
+    door: Door | None,
+    heldout: bool = False,
+    start: StartProcess = Child.start,
 ) -> AsyncIterator[Agents]:
-    """Opens environments of the training or the held-out kind, for agents that act in them."""
+    """Opens environments of the training or the held-out kind, for agents that act in them.
+
+    `start` starts the hosts of environments that are in some.
+    """
     async with contextlib.AsyncExitStack() as opened:
         envs = {
-            name: await opened.enter_async_context(_open_envs(playing, heldout=heldout))
+            name: await opened.enter_async_context(_open_envs(playing, start, heldout=heldout))
             for name, playing in sets.items()
         }
         yield Agents(
@@ -93,7 +101,9 @@ def _factory(
 
 
 @contextlib.asynccontextmanager
-async def _open_envs(playing: Playing, *, heldout: bool) -> AsyncIterator[EnvSource | None]:
+async def _open_envs(
+    playing: Playing, start: StartProcess, *, heldout: bool
+) -> AsyncIterator[EnvSource | None]:
     """Environments of the training or the held-out kind; in hosts if any are configured.
 
     None for an agent of the user's own, which brings its world along.
@@ -113,6 +123,7 @@ async def _open_envs(playing: Playing, *, heldout: bool) -> AsyncIterator[EnvSou
         hosts=config.env.hosts,
         call_timeout_s=config.agent.step_timeout_s,
         log_dir=playing.log_dir,
+        start=start,
     ) as hosts:
         yield hosts
 

@@ -22,6 +22,7 @@ from flash.parts.door import open_door
 from flash.parts.model import load_tokenizer, make_style
 from flash.parts.reward import open_reward
 from flash.parts.workers import open_hub
+from flash.system.process import Child, StartProcess
 from flash.types import Weights
 
 
@@ -33,10 +34,11 @@ class Parts:
     tokenizer: Any
     door: Door | None
     sets: Mapping[str, Playing]
+    start: StartProcess
 
     def agents(self, *, heldout: bool = False) -> contextlib.AbstractAsyncContextManager[Agents]:
         """Agents that train, or those of an evaluation."""
-        return open_agents(self.sets, door=self.door, heldout=heldout)
+        return open_agents(self.sets, door=self.door, heldout=heldout, start=self.start)
 
 
 @contextlib.asynccontextmanager
@@ -50,6 +52,7 @@ async def open_parts(
     say: Callable[[str], None],
     door_file: Path | None = None,
     senders: Callable[[int], StartSender] | None = None,
+    start: StartProcess = Child.start,
 ) -> AsyncIterator[Parts]:
     """The parts of a configuration, closed in the end.
 
@@ -59,6 +62,7 @@ async def open_parts(
         say: is told which workers these are, and why.
         door_file: where a run tells its door's URL and token.
         senders: as for the hub's workers.
+        start: starts environment hosts and reward processes.
 
     Raises ValueError for what the model or the machine can't do.
     """
@@ -82,7 +86,7 @@ async def open_parts(
         for name, of_set in config.own_sets.items():
             logs = log_dir / name  # of a set without a name it is the run's
             reward = await opened.enter_async_context(
-                open_reward(of_set, hub, tokenizer=tokenizer, log_dir=logs)
+                open_reward(of_set, hub, tokenizer=tokenizer, log_dir=logs, start=start)
             )
             sets[name] = Playing(config=of_set, style=styles[name], reward=reward, log_dir=logs)
-        yield Parts(hub=hub, tokenizer=tokenizer, door=door, sets=sets)
+        yield Parts(hub=hub, tokenizer=tokenizer, door=door, sets=sets, start=start)

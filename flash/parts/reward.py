@@ -16,13 +16,19 @@ from flash.reward.processes import RewardProcesses
 from flash.reward.prompt import PROMPT
 from flash.reward.stage import FunctionScorer, RewardStage, Scorer
 from flash.section import revealed
+from flash.system.process import Child, StartProcess
 
 
 @contextlib.asynccontextmanager
 async def open_reward(
-    config: Config, hub: InferenceHub, *, tokenizer: Any, log_dir: Path
+    config: Config,
+    hub: InferenceHub,
+    *,
+    tokenizer: Any,
+    log_dir: Path,
+    start: StartProcess = Child.start,
 ) -> AsyncIterator[RewardStage | None]:
-    """The reward stage, if the reward is not the environment's own."""
+    """The reward stage, if the reward is not the environment's own. `start`: of its processes."""
     reward = config.reward
     if isinstance(reward, EnvReward):
         yield None
@@ -33,7 +39,9 @@ async def open_reward(
             scorer = FunctionScorer(registry.function(reward.run, "reward.run"))
         elif isinstance(reward, ProcessReward):
             scorer = await parts.enter_async_context(
-                RewardProcesses(reward.run, processes=reward.concurrency, log_dir=log_dir)
+                RewardProcesses(
+                    reward.run, processes=reward.concurrency, log_dir=log_dir, start=start
+                )
             )
         else:
             if reward.url:

@@ -4,9 +4,9 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-from flash.errors import ProcessFailure, RewardFailure, first_error
+from flash.errors import NodeLost, ProcessFailure, RewardFailure, first_error
 from flash.reward.host import RewardHost
-from flash.system.process import Child, Declared
+from flash.system.process import Child, Declared, Process, StartProcess
 from flash.types import Transcript
 
 _STARTS = 3  # in place of a killed one
@@ -20,18 +20,27 @@ class RewardProcesses:
     episode is given up, its process is killed with all that it started, and another one takes its
     place. What it prints is in `log_dir/reward_<n>.log`.
 
-    Entering starts all processes; ValueError if they can't import the function.
+    Entering starts all processes, each by `start`; ValueError if they can't import the function,
+    NodeLost if there is no place for them.
     """
 
-    def __init__(self, function: str, *, processes: int = 2, log_dir: Path) -> None:
+    def __init__(
+        self,
+        function: str,
+        *,
+        processes: int = 2,
+        log_dir: Path,
+        start: StartProcess = Child.start,
+    ) -> None:
         self._function = function
         self._processes = processes
         self._log_dir = log_dir
+        self._start_process = start
         # Bound: the processes.
-        self._free: asyncio.Queue[Child] = asyncio.Queue(processes)
+        self._free: asyncio.Queue[Process] = asyncio.Queue(processes)
         self._tasks = asyncio.TaskGroup()
         self._restarts: set[asyncio.Task[None]] = set()
-        self._children: set[Child] = set()
+        self._numbers: dict[Process, int] = {}
 
     async def __aenter__(self) -> "RewardProcesses":
         await self._tasks.__aenter__()
@@ -42,7 +51,7 @@ class RewardProcesses:
                         starts.create_task(self._start(number), name=f"start reward {number}")
         except BaseException as error:
             await self.__aexit__()
-            if not isinstance(error, Exception):  # cancelled
+            if not isinstance(error, Exception) or isinstance(error, NodeLost):  # or cancelled
                 raise
             raise ValueError(f"reward.run={self._function!r}: {error}") from error
         return self
@@ -50,9 +59,9 @@ class RewardProcesses:
     async def __aexit__(self, *exc_info: object) -> None:
         for task in self._restarts:
             task.cancel()
-        for child in self._children:
+        for child in self._numbers:
             child.kill()
-        for child in list(self._children):
+        for child in list(self._numbers):
             await child.stop()
         with first_error():
             await self._tasks.__aexit__(None, None, None)
@@ -73,16 +82,15 @@ class RewardProcesses:
         self._free.put_nowait(child)
         return answer
 
-    def _replace(self, child: Child) -> None:
+    def _replace(self, child: Process) -> None:
         restart = self._tasks.create_task(self._restart(child), name=f"restart {child.name}")
         self._restarts.add(restart)
         restart.add_done_callback(self._restarts.discard)
 
-    async def _restart(self, child: Child) -> None:
+    async def _restart(self, child: Process) -> None:
         child.kill()
         await child.stop()
-        self._children.discard(child)
-        number = int(child.name.removeprefix("reward "))
+        number = self._numbers.pop(child)
         for attempt in range(_STARTS):
             try:
                 await self._start(number)
@@ -92,13 +100,13 @@ class RewardProcesses:
                     raise RewardFailure(f"{child.name} can't be started again: {error}") from error
 
     async def _start(self, number: int) -> None:
-        child = await Child.start(
+        child = await self._start_process(
             "flash.reward.host",
             name=f"reward {number}",
             log_path=self._log_dir / f"reward_{number}.log",
             answers=Declared(RewardHost),
         )
-        self._children.add(child)
+        self._numbers[child] = number
         try:
             await child.call("configure", self._function, timeout_s=_START_TIMEOUT_S)
         except BaseException:

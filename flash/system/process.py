@@ -73,6 +73,7 @@ class Declared:
     max_bytes = 64 << 20  # more than an environment's longest texts in all
 
     def __init__(self, handler: type) -> None:
+        self._handler = handler
         self._envelope = msgspec.msgpack.Decoder(tuple[int, bool, msgspec.Raw])
         self._error = msgspec.msgpack.Decoder(str)
         self._results = {
@@ -85,6 +86,38 @@ class Declared:
         call_id, ok, value = self._envelope.decode(answer)
         result = self._results[methods[call_id]]
         return call_id, ok, (result if ok else self._error).decode(value)
+
+    def __reduce__(self) -> tuple[type["Declared"], tuple[type]]:
+        return Declared, (self._handler,)
+
+
+class Process(Protocol):
+    """One that was started and answers calls, as `Child` does: here, or on another node."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def alive(self) -> bool: ...
+
+    async def call(self, method: str, *args: Any, timeout_s: float | None = None) -> Any: ...
+
+    async def wait_dead(self) -> ProcessFailure: ...
+
+    async def stop(self, grace_s: float = 5.0) -> None: ...
+
+    def kill(self) -> None: ...
+
+
+class StartProcess(Protocol):
+    """Starts `python -m module`, as `Child.start` does, here or on another node.
+
+    Raises ProcessFailure if there is no place for it.
+    """
+
+    async def __call__(
+        self, module: str, *, name: str, log_path: Path, answers: Answers | None = None
+    ) -> Process: ...
 
 
 class Child:

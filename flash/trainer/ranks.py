@@ -1,8 +1,6 @@
 """Where a trainer's ranks are: processes on this machine, or elsewhere by another starter.
 
-    Trainer ─► RankStarter ─► RankProcess × ranks, which find each other at rank 0's node
-
-`Child` is a RankProcess; one on another node passes on what it is asked.
+Trainer ─► RankStarter ─► Process × ranks, which find each other at rank 0's node
 """
 
 import asyncio
@@ -10,34 +8,11 @@ import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
-from flash.errors import ProcessFailure
-from flash.system.process import Child
+from flash.system.process import Child, Process
 
 LOOPBACK = "127.0.0.1"
-
-
-class NodeLost(ProcessFailure):
-    """A rank's node is lost, or can't be reached: it is nothing that the rank did."""
-
-
-class RankProcess(Protocol):
-    """A rank that was started. As `Child` has it, in all that it has here."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def alive(self) -> bool: ...
-
-    async def call(self, method: str, *args: Any, timeout_s: float | None = None) -> Any: ...
-
-    async def wait_dead(self) -> ProcessFailure: ...
-
-    async def stop(self, grace_s: float = 5.0) -> None: ...
-
-    def kill(self) -> None: ...
 
 
 class Meeting(NamedTuple):
@@ -52,7 +27,7 @@ class Meeting(NamedTuple):
 class StartedRanks:
     """All ranks of a start, in their order, and where each finds the others."""
 
-    ranks: Sequence[RankProcess]
+    ranks: Sequence[Process]
     meetings: Sequence[Meeting]
 
 
@@ -102,12 +77,12 @@ async def start_ranks(
     meeting: socket.socket | None = None,
     env: Mapping[str, str] | None = None,
     cwd: str | None = None,
-) -> list[RankProcess]:
+) -> list[Process]:
     """Ranks of those numbers, on this machine.
 
     `at` is added to their names. `meeting`: where rank 0 listens for the others.
     """
-    started: list[RankProcess] = []
+    started: list[Process] = []
     try:
         for number in numbers:
             listens = number == 0 and meeting is not None
@@ -128,7 +103,7 @@ async def start_ranks(
     return started
 
 
-async def end_ranks(ranks: Iterable[RankProcess]) -> None:
+async def end_ranks(ranks: Iterable[Process]) -> None:
     """At once: a rank keeps nothing that a checkpoint has not."""
     async with asyncio.TaskGroup() as tasks:
         for rank in ranks:

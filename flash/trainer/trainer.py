@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from flash.errors import ProcessFailure, TrainerFailure, first_error
+from flash.errors import NodeLost, ProcessFailure, TrainerFailure, first_error
+from flash.system.process import Process
 from flash.trainer.advantage_settings import Gae
 from flash.trainer.advantages import Floats
 from flash.trainer.checkpoint import CRITIC_FILE, MODEL_FOLDER, checkpoint_version
@@ -22,7 +23,7 @@ from flash.trainer.packing import (
     divide_expert,
     plan,
 )
-from flash.trainer.ranks import LocalRanks, NodeLost, RankProcess, RankStarter, end_ranks
+from flash.trainer.ranks import LocalRanks, RankStarter, end_ranks
 from flash.trainer.scratch import Scratch
 from flash.trainer.values import less_penalties, with_values
 from flash.types import (
@@ -81,7 +82,7 @@ class Trainer:
         self._seed = seed
         self._doing, self._since = "", 0.0  # a call, or none, since when
         self._interrupted = False  # a step was given up: which weights there are is not known
-        self._children: Sequence[RankProcess] = []
+        self._children: Sequence[Process] = []
         self._scratch: Scratch | None = None  # there while it runs
         self._parts = 0  # of the next batch, given to the ranks
         self._parts_tokens = 0
@@ -421,7 +422,7 @@ class Trainer:
         if not isinstance(first, ProcessFailure):
             return first
 
-        async def noticed(child: RankProcess) -> None:
+        async def noticed(child: Process) -> None:
             raise await child.wait_dead()
 
         try:

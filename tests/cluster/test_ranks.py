@@ -14,11 +14,11 @@ from flash import config as configuration
 from flash.cluster.place import Place
 from flash.cluster.ranks import RanksOnNodes, RanksRole
 from flash.cluster.roles import plan_of
-from flash.errors import ProcessFailure
+from flash.errors import NodeLost, ProcessFailure
 from flash.fakes import FakeBatchLog, FakeRanks, FakeRanksNode, fake_sample
 from flash.trainer.config import TrainerConfig
 from flash.trainer.lasting import LastingTrainer
-from flash.trainer.ranks import LocalRanks, NodeLost
+from flash.trainer.ranks import LocalRanks
 from flash.trainer.trainer import Trainer
 from flash.types import Batch
 from flash.virtual_time import in_virtual_time

@@ -212,3 +212,35 @@ def test_ranks_on_two_nodes_make_the_steps_of_one_whatever_is_lost_of_them(tmp_p
         [*FLASH, "replay", str(run), "--retrain"], text=True, capture_output=True, check=False
     )
     assert "weights equal to the last bit to those of" in retrained.stdout, retrained.stderr
+
+
+def test_environment_hosts_are_where_there_are_cores_and_those_of_a_lost_node_elsewhere(tmp_path):
+    with Nodes() as cluster:
+        for _ in range(2):  # one for the controller, one for the explorer
+            cluster.add(2)
+        fields = {"cluster.trainer.cpus": 2, "cluster.explorers.cpus": 2, "env.hosts": 2}
+        fields |= {"cluster.explorers.min": 0, "cluster.hosts.cpus": 3}
+        driver = submitted(cluster, tmp_path, fields)
+        try:
+            driver.says("explorer-0 waits for a node for 2 of its 2 environment hosts and reward")
+            lost = cluster.add(6)
+            driver.says(rf"explorer-0: environment hosts and .*: 2 on node {lost} ")
+            driver.says("plays for run run as explorer-0")
+            driver.says(STEP)
+            before = len(driver.said)
+            cluster.remove(lost)
+            joined = cluster.add(6)
+            driver.says(rf"explorer-0: environment hosts and .*: 2 on node {joined} ", since=before)
+            before = len(driver.said)
+            driver.says(STEP, since=before)
+            assert not any("engine:" in line for line in driver.said[before:]), "it lives on"
+            logs = tmp_path / "runs/run/explorers/explorer-0/logs"
+            assert {path.name for path in logs.glob("env_*")} == {
+                "env_host_0.log", "env_host_1.log",
+            }  # fmt: skip
+            driver.process.send_signal(signal.SIGINT)
+            assert driver.end() == 0, driver.told()
+        finally:
+            driver.process.kill()
+            driver.end()
+    assert whole_steps(tmp_path) > 1

@@ -90,3 +90,15 @@ def test_a_node_without_the_folder_of_the_call_runs_roles_where_it_may(tmp_path,
 def test_paths_do_not_depend_on_where_a_role_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert Path(plan(tmp_path, runs_dir="out").settings["runs_dir"]) == tmp_path / "out"
+
+
+def test_an_explorer_has_all_hosts_elsewhere_or_none(tmp_path, monkeypatch):
+    (tmp_path / "my_scores.py").write_text("def score(transcript):\n    return 0\n")
+    monkeypatch.chdir(tmp_path)
+    reward = {"name": "process", "run": "my_scores:score", "concurrency": 3}
+    changes = {"env.hosts": 2, "reward": reward}
+    assert plan(tmp_path, **changes).hosts == 0
+    assert plan(tmp_path, **changes, **{"cluster.hosts.cpus": 1}).hosts == 5
+    sets = {"easy": {}, "hard": {"env": {"name": "frozen_lake", "hosts": 7}}}
+    planned = plan(tmp_path, **changes, **{"cluster.hosts.cpus": 1, "task_sets": sets})
+    assert planned.hosts == (2 + 3) + (7 + 3)

@@ -115,3 +115,37 @@ def test_ranks_on_several_nodes_are_refused_what_these_do_not_share(tmp_path):
     )
     with pytest.raises(ValueError, match=r"runs_dir='runs' with .*nodes=2: not all nodes"):
         check_shared(config, marker, lambda path: path == reference)
+
+
+def hosts(count, nodes, **fields):
+    check_room(asked(**fields), nodes, hosts=count)
+
+
+def test_hosts_that_ask_for_nothing_are_on_their_explorers_nodes():
+    hosts(100, [Node("a", 2, 0)], explorers={"min": 1})
+
+
+def test_hosts_have_what_the_trainer_and_the_least_explorers_leave():
+    nodes = [Node("gpu", 16, 8), Node("cpu", 8, 0)]
+    few = {"trainer": {"gpus": 4, "cpus": 8}, "explorers": {"min": 2, "gpus": 2, "cpus": 4}}
+    hosts(2, nodes, hosts={"cpus": 2}, **few)
+    with pytest.raises(ValueError) as refused:
+        hosts(3, nodes, hosts={"cpus": 2}, **few)
+    assert str(refused.value) == (
+        "cluster.hosts.cpus=2 of each of 6 environment hosts and reward processes, 3 of each of "
+        "cluster.explorers.min=2: beside the trainer and these explorers there is room for 4; "
+        "there are 1 node of 16 cores and 8 GPUs, 1 node of 8 cores and 0 GPUs: ask for less, or "
+        "add a node"
+    )
+
+
+def test_trainer_and_explorers_are_counted_where_they_leave_most_to_hosts():
+    nodes = [Node("a", 3, 0), Node("b", 4, 0), Node("c", 4, 0)]
+    for ordered in (nodes, nodes[::-1]):
+        hosts(2, ordered, hosts={"cpus": 4}, explorers={"min": 1, "cpus": 2})
+        with pytest.raises(ValueError, match="there is room for 2; there are"):
+            hosts(3, ordered, hosts={"cpus": 4}, explorers={"min": 1, "cpus": 2})
+
+
+def test_hosts_of_explorers_that_need_not_be_there_are_not_counted():
+    hosts(4, [Node("a", 1, 0)], hosts={"cpus": 2}, explorers={"min": 0, "max": 8})

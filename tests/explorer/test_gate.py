@@ -202,6 +202,28 @@ async def test_waiting_for_a_run_makes_no_folder_of_it(tmp_path):
     assert not (tmp_path / "typo").exists()
 
 
+async def test_an_explorer_that_waits_for_nodes_for_what_it_has_leaves_when_it_is_asked_to(
+    tmp_path,
+):
+    stop, came, went = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    @contextlib.asynccontextmanager
+    async def elsewhere():
+        came.set()
+        try:
+            await asyncio.Event().wait()
+            yield
+        finally:
+            went.set()
+
+    told = checked(source=str(tmp_path), token="", overrides={})
+    exploring = asyncio.create_task(explore(told, stop=stop, elsewhere=elsewhere()))
+    await came.wait()
+    stop.set()
+    await exploring
+    assert went.is_set()
+
+
 def test_an_explorer_without_workers_is_refused():
     config = load("frozen_lake", {"explorers.expected": 1}).model_dump(mode="json")
     welcome = Welcome(
