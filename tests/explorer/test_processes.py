@@ -41,6 +41,13 @@ def check(folder, *, alpha=1):
     return records
 
 
+async def has_weights(folder, explorer: str, running: asyncio.Task) -> None:
+    """Waits until that explorer plays with weights that the run has trained."""
+    while not any(role.role == f"explorer {explorer}" and role.version for role in roles(folder)):
+        assert not running.done()
+        await asyncio.sleep(0.1)
+
+
 async def test_a_killed_explorers_episodes_are_played_by_another_and_one_that_leaves_costs_none(
     tmp_path,
 ):
@@ -50,11 +57,10 @@ async def test_a_killed_explorers_episodes_are_played_by_another_and_one_that_le
         stop = asyncio.Event()
         running = asyncio.create_task(run(config, stop))
         await steps(folder, 2, running)
+        await has_weights(folder, "a", running)
         a.send_signal(signal.SIGKILL)
         async with flash("explore", folder, "--name", "c") as c:
-            while not any(role.role == "explorer c" and role.version for role in roles(folder)):
-                assert not running.done()
-                await asyncio.sleep(0.1)
+            await has_weights(folder, "c", running)
             b.send_signal(signal.SIGTERM)
             out, _ = await b.communicate()
             assert b.returncode == 0, out
