@@ -1,7 +1,7 @@
 """What the last start of a run had given out: it goes on at who holds it, if that comes in time."""
 
 import asyncio
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from flash.explorer.messages import Ended, GiveUp, Holding, Said, Step, start_of
 from flash.explorer.seat import Explorer, Play
@@ -14,7 +14,7 @@ class Claims:
 
     Args:
         explorers: those that are here, or away.
-        due: numbers of episodes that they may hold.
+        due: numbers of episodes that they may hold, each with the start that gave it out.
         known: the newest version that is still what the start of that number called so.
         wait_s: how long an episode waits for its holder, and a holder for its episode; from when
             the first episode began.
@@ -26,13 +26,14 @@ class Claims:
         self,
         explorers: Mapping[str, Explorer],
         *,
-        due: Collection[int],
+        due: Mapping[int, int],
         known: Callable[[int], int],
         wait_s: float,
         on_claim: Callable[[Explorer, Play, Sequence[Step]], None],
         on_unclaimed: Callable[[Play], None],
     ) -> None:
         self._explorers = explorers
+        self._starts = due
         self._due = set(due)
         self._known = known
         self._wait_s = wait_s
@@ -47,9 +48,15 @@ class Claims:
         """Episodes that wait for their holders."""
         return len(self._claimable)
 
-    def __contains__(self, number: int) -> bool:
-        """Whether an explorer may go on with it."""
-        return number in self._due or number in self._claimable
+    def may_go_on(self, held: Holding) -> bool:
+        """Whether an explorer may, with what it holds.
+
+        A start that died before its log knew of an episode leaves the number to another episode of
+        the next: who holds the former does not hold that.
+        """
+        number = held.episode
+        due = number in self._due or number in self._claimable
+        return due and start_of(held.controller) >= self._starts[number]
 
     def close(self) -> None:
         if self._until is not None:

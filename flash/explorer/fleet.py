@@ -20,7 +20,15 @@ import contextlib
 import itertools
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self
@@ -90,9 +98,9 @@ class Fleet:
     Args:
         run: what explorers are told of it.
         lease_s: who is not heard of for so long has lost what it held.
-        due: episodes that the run's last start gave to explorers, perhaps. One that a FleetCrew
-            continues waits for who holds it, and who holds it plays on: until `lease_s` after the
-            first episode began.
+        due: episodes that explorers may hold, and which start of the run gave each. One that a
+            FleetCrew continues waits for who holds it, and who holds it plays on: until `lease_s`
+            after the first episode began.
         start: the number of this start of the run's controller.
         known: the newest version that is still what the start of that number called so.
         after_commit: calls once what was told of an episode can't be lost any more.
@@ -110,7 +118,7 @@ class Fleet:
         run: Run,
         *,
         lease_s: float,
-        due: Collection[int] = (),
+        due: Mapping[int, int] | None = None,
         start: int = 0,
         known: Callable[[int], int] = lambda start: 0,
         after_commit: Callable[[Callable[[], None]], None] = lambda then: then(),
@@ -140,7 +148,7 @@ class Fleet:
         )
         self._claims = Claims(
             self.explorers,
-            due=due,
+            due=due or {},
             known=known,
             wait_s=lease_s,
             on_claim=self._go_on,
@@ -389,7 +397,7 @@ class Fleet:
         for held in (one for one in hello.holds if one.run == self._run.id):
             number = held.episode
             if held.controller != self._controller:
-                if number in self._claims and (plays_on or held.ended):
+                if self._claims.may_go_on(held) and (plays_on or held.ended):
                     self._claims.keep(explorer, held)
                     keeps.append(Kept(held, 0))
                     self._loop.call_soon(self._claims.claim, number)

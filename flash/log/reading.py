@@ -453,7 +453,11 @@ def _due(
         due[row.attempt] -= 1
         if _was_cut_off(row) and row.episode not in continued:
             history = _said_until(row, by_id, histories)
-            cut_off.append(DueEpisode(attempt=row.attempt, episode=row.episode, history=history))
+            cut_off.append(
+                DueEpisode(
+                    attempt=row.attempt, episode=row.episode, start=row.start, history=history
+                )
+            )
         elif row.outcome == "failed" and row.attempt < max_attempts:
             due[row.attempt + 1] += 1
         elif row.outcome in ("cancelled", "dropped") and row.reason in _BEGUN_AGAIN:

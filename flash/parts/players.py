@@ -6,7 +6,7 @@ import itertools
 import re
 import secrets
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +65,7 @@ async def open_players(
     weights: Callable[[], Awaitable[Weights]],
     folder: Path,
     say: Callable[[str], None],
-    due: Collection[int],
+    due: Mapping[int, int],
     start: int,
     known: Callable[[int], int],
     after_commit: Callable[[Callable[[], None]], None],
@@ -74,10 +74,10 @@ async def open_players(
 ) -> AsyncIterator[Players]:
     """Those of a configuration; of `model`, at that version.
 
-    `due`: episodes of the run's last start that explorers may hold, if it had some. `start`
-    is the number of this one, and `known` tells of any the newest version whose weights stay what
-    they were then. `is_over`: whether the run has come to
-    its end, when its gate closes. `trainer`: what it is at.
+    `due`: episodes that explorers may hold, if the run had some, and which start of it gave each.
+    `start` is the number of this one, and `known` tells of any the newest version whose weights
+    stay what they were then. `is_over`: whether the run has come to its end, when its gate closes.
+    `trainer`: what it is at.
     """
     before = Address.read(folder)
     async with contextlib.AsyncExitStack() as opened:
@@ -118,7 +118,7 @@ async def open_players(
         fleet = Fleet(
             await _run(config, folder, files, model=model, version=version),
             lease_s=config.explorers.lease_s,
-            due=due if before else (),
+            due=due if before else {},
             start=start,
             known=known,
             after_commit=after_commit,

@@ -20,10 +20,12 @@ class ReadyEpisode:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DueEpisode:
-    """One that is to begin; where it was under way before as `episode`, with what had been said."""
+    """One that is to begin; where it was under way before as `episode`, which that `start` of the
+    run began, with what had been said."""
 
     attempt: int = 1
     episode: int | None = None
+    start: int = 0
     history: History = ()
 
     @property
@@ -72,7 +74,7 @@ class Restored:
     first_ids: tuple[int, int] = (0, 0)
 
     @property
-    def cut_off(self) -> list[int]:
-        """Episodes that were under way, and are due."""
-        due = (each.episode for group in self.groups for each in group.due)
-        return [episode for episode in due if episode is not None]
+    def cut_off(self) -> dict[int, int]:
+        """Episodes that were under way, and are due: the start of the run that began each."""
+        due = (each for group in self.groups for each in group.due)
+        return {each.episode: each.start for each in due if each.episode is not None}

@@ -71,7 +71,8 @@ class Controller:
         if start_sender is not None:
             after["sending"] = Sending(start=start_sender, weights=weights)
         self.fleet = Fleet(
-            run(model_files=model_files, version=version, **of_run), lease_s=lease_s, due=due,
+            run(model_files=model_files, version=version, **of_run), lease_s=lease_s,
+            due=due if isinstance(due, dict) else dict.fromkeys(due, 0),
             start=start, known=known if callable(known) else lambda start: known,
             version=lambda: hub.version, publish=lambda: hub.message, score=hub.score,
             apart=apart, brought=brought, **after,

@@ -640,6 +640,27 @@ async def test_an_explorer_that_missed_a_start_goes_on_with_what_no_start_did_an
 
 
 @in_virtual_time
+@pytest.mark.parametrize("given_out_by, claims", [(1, 4), (2, 0)])
+async def test_a_number_that_was_given_out_again_is_not_claimed_by_who_holds_the_former(
+    given_out_by, claims
+):
+    """Start 1 died before its log knew of these episodes, so start 2 may have used the numbers."""
+    wires = FakeWires()
+    controller = Controller(wires)
+    async with controller.killed(start=1) as loop:
+        Explorer(wires, "a", envs=FakeEnvs(**SLOW)).start()
+        await train(loop, [1, 2])
+        await asyncio.sleep(3)
+        episodes = sorted(controller.fleet.explorers["a"].plays)[-4:]
+    again = Controller(wires, **due(episodes))
+    async with again.running(
+        start=3, due=dict.fromkeys(episodes, given_out_by), known=2, version=2
+    ):
+        await asyncio.sleep(20)
+        assert again.fleet.counts["claims"] == claims
+
+
+@in_virtual_time
 async def test_an_explorer_begins_anew_for_another_run_though_the_versions_are_the_same():
     """A run that was started anew under its name may have another model."""
     wires = FakeWires()
