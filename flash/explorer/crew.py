@@ -80,17 +80,19 @@ class FleetCrew:
         """All are given up; explorers have as long as agents to say so."""
         for play in list(self._plays.values()):
             self.give_up(play.episode, SHUTDOWN)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_GRACE_S):
-                while any(play.explorer is not None for play in self._plays.values()):
-                    self._left.clear()
-                    await self._left.wait()
-        for play in [play for play in self._plays.values() if not play.here]:
-            self._fleet.drop(play)
-            self._end(play.episode, Cancelled())
-        if self._local is not None:
-            await self._local.__aexit__(*exc_info)
-        self._fleet.on_fatal.remove(self._on_fatal)
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_GRACE_S):
+                    while any(play.explorer is not None for play in self._plays.values()):
+                        self._left.clear()
+                        await self._left.wait()
+        finally:  # also if that wait is cancelled
+            for play in [play for play in self._plays.values() if not play.here]:
+                self._fleet.drop(play)
+                self._end(play.episode, Cancelled())
+            self._fleet.on_fatal.remove(self._on_fatal)
+            if self._local is not None:
+                await self._local.__aexit__(*exc_info)
 
     def begin(
         self,

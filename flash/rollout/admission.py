@@ -102,11 +102,10 @@ class Admission:
 
     def _has_slot(self, limit: int, *, spare: bool = False) -> bool:
         """Whether there is room for another episode, with so many slots in all."""
-        under_way = self._running + self._ledger.ready_of[self._task_set]
+        under_way = self._running + self._ledger.ready_of[self._task_set] + self._slots.held
         if under_way >= limit + self._slots.spares:
             return False
-        spares = self._groups.counts(self._task_set).spares
-        return spare or under_way - spares + self._slots.held < limit
+        return spare or under_way - self._groups.counts(self._task_set).spares < limit
 
     def _may_begin(self, next_version: int) -> bool:
         counts = self._groups.counts(self._task_set)

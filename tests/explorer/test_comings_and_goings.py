@@ -29,6 +29,7 @@ from flash.fakes import FakeEnvs, FakeStyle, FakeWires, FakeWorker, KeepingObser
 from flash.hub.hub import InferenceHub
 from flash.hub.worker import BadRequest
 from flash.rollout.committed import NoLog
+from flash.rollout.crew import AgentCrew
 from flash.rollout.restored import DueEpisode, OpenGroup, Restored
 from flash.types import Task, Weights
 from flash.virtual_time import in_virtual_time
@@ -492,6 +493,37 @@ async def test_after_an_evaluation_the_run_hears_still_of_what_ends_it():
         await asyncio.sleep(1)
         with pytest.raises(PublishFailure, match="explorer a: planned"):
             await loop.next_batch()
+
+
+@in_virtual_time
+async def test_an_evaluation_that_is_cancelled_while_it_ends_leaves_nothing_behind():
+    wires = FakeWires()
+    controller = Controller(wires)
+
+    def agent():
+        return EnvironmentAgent(envs=FakeEnvs(**SLOW), style=FakeStyle(), max_tokens=8)
+
+    async with InferenceHub([FakeWorker("here")]) as local, controller.running() as loop:
+        Explorer(wires, "a", envs=FakeEnvs(**SLOW)).start()
+        here = AgentCrew(agent, local)
+        crew = FleetCrew(
+            controller.fleet, loop.hub, local=here, room=lambda: 2 - len(here.episodes()),
+            heldout=True,
+        )  # fmt: skip
+        tasks = [Task(-seed) for seed in range(8)]
+        exam = asyncio.create_task(play(loop.hub, None, tasks, concurrency=8, crew=crew))
+        await asyncio.sleep(2)
+        assert 0 < len(here.episodes()) < len(crew.episodes())
+        wires.parted = True  # nobody says that it has given them up
+        for _ in range(2):
+            exam.cancel()
+            await asyncio.sleep(1)
+        await asyncio.wait([exam], timeout=30)
+        assert exam.cancelled()
+        assert not crew.episodes()
+        assert not here.episodes()
+        wires.parted = False
+        await train(loop, [1])
 
 
 @in_virtual_time

@@ -35,9 +35,12 @@ SAMPLING = SamplingParams(max_tokens=4)
 class Player(Actor):
     """Samples a few tokens, then takes the seconds that its task and number in the group say."""
 
-    def __init__(self, seconds, rewards=lambda task, number: number, failing=lambda *_: False):
+    def __init__(
+        self, seconds, rewards=lambda task, number: number, failing=lambda *_: False, lingers_s=0
+    ):
         super().__init__(episode_timeout_s=1e6)
         self._told = seconds, rewards, failing
+        self._lingers_s = lingers_s  # when it is given up
 
     async def play(self, episode):
         seconds, rewards, failing = self._told
@@ -45,7 +48,11 @@ class Player(Actor):
         tokens.add_sampled(await episode.generate([1, 2], SAMPLING))
         number = self.numbers[episode.group]
         self.numbers[episode.group] += 1
-        await asyncio.sleep(seconds(episode.group, number))
+        try:
+            await asyncio.sleep(seconds(episode.group, number))
+        except asyncio.CancelledError:
+            await asyncio.sleep(self._lingers_s)
+            raise
         if failing(episode.group, number):
             raise EnvFailure("planned")
         reward = rewards(episode.group, number)
@@ -55,7 +62,9 @@ class Player(Actor):
 @contextlib.asynccontextmanager
 async def rollouts(seconds=lambda *_: 1.0, records=None, workers=None, **options):
     numbers = defaultdict(int)
-    told = {name: options.pop(name) for name in ("rewards", "failing") if name in options}
+    told = {
+        name: options.pop(name) for name in ("rewards", "failing", "lingers_s") if name in options
+    }
 
     def make_agent():
         agent = Player(seconds, **told)
@@ -189,6 +198,21 @@ async def test_redundancy_does_not_make_rollout_run_further_ahead():
         await loop.next_batch()
         await asyncio.sleep(1000)
         assert (loop.ledger.running, loop.ledger.ready) == (0, 4)
+
+
+@in_virtual_time
+async def test_spares_in_the_place_of_some_that_linger_take_no_slots_of_an_unpublished_batch():
+    takes = lambda group, number: 1.0 if group < 2 else 99.0  # noqa: E731
+    async with rollouts(takes, redundant_episodes=1, lingers_s=20) as loop:
+        batch = await loop.next_batch()
+        await asyncio.sleep(30)
+        for _ in range(4):
+            loop.replace(next(e for e in loop.episodes() if e.cancel_reason is None))
+            loop.use_alpha(1)  # begins what there is room for
+            assert loop.ledger.running + len(batch.samples) <= loop.capacity
+        assert loop.ledger.running == 8
+        await asyncio.sleep(30)
+        assert loop.ledger.running == 6, "those that lingered were replaced"
 
 
 def test_a_group_outlives_an_episode_that_keeps_failing_if_it_has_a_spare():
