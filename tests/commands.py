@@ -18,7 +18,7 @@ async def started(*words: object, inside: tuple[object, ...] = ()) -> AsyncItera
     process = await asyncio.create_subprocess_exec(
         *map(str, inside), *map(str, words),
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
     )  # fmt: skip
     try:
         yield process
@@ -47,6 +47,10 @@ class Lines:
             while not any(words in line for line in self.said[after:]):
                 assert not self._reading.done(), f"no line has {words!r}: {self}"
                 await self._more.wait()
+
+    async def end(self) -> None:
+        """Waits for the last one."""
+        await asyncio.wait((self._reading,))
 
     async def close(self) -> None:
         self._reading.cancel()

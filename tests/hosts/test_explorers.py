@@ -13,6 +13,7 @@ from tests.hosts.network import Network, Weather, unavailable
 
 MOST_S = 300  # it takes 50
 GOES_S = 20
+LAST_LINES = 60
 PORT = 8765
 TOKEN = "known-to-all-hosts-of-the-run"
 BAD = Weather(loss=0.03, delay_s=0.02, jitter_s=0.03, doubled=0.01, reordered=0.01)
@@ -21,6 +22,7 @@ TINY = PROMISED | {
     "eval_every": 0, "eval.tasks": 4, "policy.layers": 1, "policy.hidden_size": 32,
     "policy.heads": 2, "warm_start.steps": 3, "warm_start.demonstrations": 12,
     "explorers.expected": 3, "explorers.lease_s": 6, "engine.workers": 0, "steps": 1000,
+    "rollout.stall_timeout_s": 60,
 }  # fmt: skip
 
 
@@ -66,6 +68,15 @@ class Hosts:
             assert {process.returncode for process in self._processes} == {None}
             await asyncio.sleep(0.1)
 
+    async def tell_where_they_are(self) -> None:
+        """The last that each has said, and where each thread of it is: it ends by that."""
+        for process in self._processes:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGABRT)
+        for name, lines in reversed(self.said.items()):
+            await lines.end()
+            print(f"── {name}", *lines.said[-LAST_LINES:], sep="\n")
+
     def status(self):
         with contextlib.suppress(ValueError):
             return Status.read(self.run)
@@ -80,9 +91,8 @@ async def hosts(folder):
             async with asyncio.timeout(MOST_S):
                 yield there
         except BaseException:
-            for name, lines in there.said.items():
-                print(f"── {name}\n{lines}")
             print(network.counts, there.status())
+            await there.tell_where_they_are()
             raise
         finally:
             for lines in there.said.values():
