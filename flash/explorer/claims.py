@@ -71,7 +71,6 @@ class Claims:
         if continues is None or continues not in self._due:
             return False
         self._due.discard(continues)
-        play.number = continues
         self._claimable[continues] = play
         if any(continues in explorer.early for explorer in self._explorers.values()):
             loop.call_soon(self.claim, continues)
@@ -81,10 +80,11 @@ class Claims:
 
     def drop(self, play: Play) -> bool:
         """It is not wanted any more; whether it waited here."""
-        if self._claimable.get(play.number) is not play:
+        number = play.episode.continues
+        if number is None or self._claimable.get(number) is not play:
             return False
-        del self._claimable[play.number]
-        self._refuse(play.number)
+        del self._claimable[number]
+        self._refuse(number)
         return True
 
     def keep(self, explorer: Explorer, held: Holding) -> None:
@@ -109,6 +109,9 @@ class Claims:
                 return
         del self._claimable[number], explorer.early[number]
         self._refuse(number)  # of others, where a spool was copied
+        # Of one that nobody claims this is not the number: what was refused under it, and not told
+        # of that yet, would be taken for what is played anew.
+        play.number = number
         play.explorer = explorer
         explorer.plays[number] = play
         self._on_claim(explorer, play, steps)

@@ -200,8 +200,6 @@ class Fleet:
             self._catch_up()
         if play.heldout or not self._claims.begin(play):
             self._place(play)
-        else:
-            self._continuing[play.episode.id] = play.number
 
     def give_up(self, play: Play) -> None:
         """Nothing is wanted of it any more; its end is reported."""
@@ -227,6 +225,7 @@ class Fleet:
     def _go_on(self, explorer: Explorer, play: Play, steps: Sequence[Step]) -> None:
         """An explorer has what it was given by the last start of the run."""
         self.counts["claims"] += 1
+        self._continuing[play.episode.id] = play.number
         self._follow(explorer, play, steps)
 
     def _fail(self, error: Exception) -> None:

@@ -16,7 +16,7 @@ class Play:
     """An episode to be played here or at an explorer, and what was told of it from there.
 
     `number`: what the fleet calls it; those of training are called as in the run, or as the one
-    that they continue.
+    that they continue, if its holder goes on with it.
     """
 
     number: int = 0

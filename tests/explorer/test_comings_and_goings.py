@@ -636,6 +636,28 @@ async def test_what_was_sampled_by_weights_that_will_never_be_again_does_not_cou
         await b.kill()
 
 
+@in_virtual_time
+async def test_what_was_refused_is_not_taken_for_what_is_played_in_its_place():
+    """The explorer has not heard of either when its link is lost."""
+    wires = FakeWires()
+    async with Controller(wires).killed() as loop:
+        a = Explorer(wires, "a", envs=FakeEnvs(**SLOW)).start()
+        await train(loop, [1])
+        await asyncio.sleep(8)
+        wires.parted = True
+        await asyncio.sleep(20)
+        episodes = [episode for _, episode in a.disk.kept][:4]
+    again = Controller(wires, batch_size=4, **due(episodes))
+    async with again.killed(due=episodes) as loop:
+        wires.parted = False
+        while not ("a" in again.fleet.explorers and again.fleet.explorers["a"].plays):
+            await asyncio.sleep(1e-4)
+        wires.cut("a")
+        assert a.disk.kept, "it has not heard that they were refused"
+        batch = await loop.next_batch()
+        assert {version for sample in batch.samples for version in sample.versions} == {-1, 0}
+
+
 @pytest.mark.parametrize("known", [1, 2])
 @in_virtual_time
 async def test_an_explorer_begins_anew_where_its_weights_are_not_known(known):
