@@ -240,6 +240,14 @@ class Fleet:
             if not self._is_examined(explorer):
                 explorer.send(message)
 
+    def _weights(self) -> Publish | None:
+        """The newest. One that is back from an earlier start may lack those that this one began
+        with, and could play nothing until there are newer ones."""
+        run, published = self._run, self._publish()
+        if published is None and run.model_files is not None:
+            return Publish(run.version, run.model_files, probe=False)
+        return published
+
     def _is_examined(self, explorer: Explorer) -> bool:
         """Whether the weights that it has are what an evaluation is of."""
         due = self._apart and self._placing.has_heldout
@@ -247,7 +255,7 @@ class Fleet:
 
     def _catch_up(self) -> None:
         """Gives evaluators the weights that came out while an evaluation was played."""
-        weights = self._publish()
+        weights = self._weights()
         if weights is None:
             return
         for explorer in self.explorers.values():
@@ -358,7 +366,7 @@ class Fleet:
         for play in explorer.plays.values():
             if (reason := play.episode.cancel_reason) is not None:
                 link.send(GiveUp(play.number, reason))
-        if (weights := self._publish()) is not None:
+        if (weights := self._weights()) is not None:
             link.send(weights)
         for play in lost:
             self._cut_off(play)

@@ -674,6 +674,27 @@ async def test_an_explorer_begins_anew_where_its_weights_are_not_known(known):
         assert a.hub.version == known
 
 
+@in_virtual_time
+async def test_an_explorer_that_missed_the_last_weights_of_a_start_gets_them_from_the_next():
+    wires = FakeWires()
+    async with Controller(wires, alpha=0).killed() as loop:
+        a = Explorer(wires, "a").start()
+        await loop.next_batch()
+        wires.parted = True
+        await loop.publish(weights(1))
+        await asyncio.sleep(1)
+        assert a.hub.version == 0
+    wires.parted = False
+    model = Files(path="/model/1", stamp="", key="")
+    async with (
+        Controller(wires, alpha=0).running(known=1, version=1, model_files=model) as loop,
+        asyncio.timeout(100),
+    ):
+        first = a.hub
+        await train(loop, [2])
+        assert a.hub is first, "its workers are the same"
+
+
 @pytest.mark.parametrize(("known", "goes_on"), [({1: 2, 2: 2}, True), ({1: 1, 2: 2}, False)])
 @in_virtual_time
 async def test_an_explorer_that_missed_a_start_goes_on_with_what_no_start_did_anew(known, goes_on):

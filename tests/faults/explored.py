@@ -132,9 +132,10 @@ class ExploredStart(Start):
             if self.has_workers:
                 local = await opened.enter_async_context(Schedule._new_hub(self, version))
             hub = FleetHub(local, version=version, offer=self._offer)
+            model = self._path_of(version)
             run = Run(
                 id="run", name="run", config={"samples": self.samples}, where="here",
-                model=str(self._path_of(version)), model_files=None, version=version,
+                model=str(model), model_files=await self._offer(model), version=version,
             )  # fmt: skip
             self.fleet = fleet = self.of_run.fleet_class(
                 run, lease_s=self.world.lease_s,
