@@ -200,6 +200,7 @@ def recorded() -> Iterator[weakref.WeakSet[nn.Module]]:
     yield _recorded
 
 
+@torch.compiler.disable  # it goes by the sequences' lengths, which are others in each pass
 def _packed_attention(
     module: nn.Module,
     query_1HND: Tensor,
