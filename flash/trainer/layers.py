@@ -57,6 +57,7 @@ def compile_layers(model: Any) -> None:
 
 def missing_to_compile(device: str) -> str:
     """What torch.compile needs for that kind of device and is not here; empty if it is."""
+    usual: tuple[str, ...]
     if device == "cuda":
         if importlib.util.find_spec("triton") is None:
             return "triton, which torch's builds for CUDA bring along"
