@@ -56,7 +56,7 @@ class Trainer:
         run_dir: where the ranks' logs go.
         resume_from: a checkpoint of `save_checkpoint`; its model takes the place of `model`.
         starter: of its ranks; by default they are processes on this machine.
-        say: is told in a line what is chosen for the passes of the first step, on a GPU.
+        say: is told in a line what is chosen for passes on a GPU, and what takes long at first.
 
     `version` counts the batches trained into the weights; a batch is one version, however many
     optimizer steps (`mini_batches`) it takes, because α is measured in batches.
@@ -154,6 +154,8 @@ class Trainer:
         )
         if refusals[0]:  # all ranks say the same of the same model
             raise ValueError(f"model={self.model!r}: {refusals[0]}")
+        if self.config.compile:
+            self._say("trainer: compiles layers in the first passes, for a minute or more")
 
     async def restart(self, checkpoint: Path | None) -> None:
         """Ends its ranks, dead or not, and starts others: from a checkpoint, or as at first.
