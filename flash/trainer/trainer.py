@@ -56,7 +56,8 @@ class Trainer:
         run_dir: where the ranks' logs go.
         resume_from: a checkpoint of `save_checkpoint`; its model takes the place of `model`.
         starter: of its ranks; by default they are processes on this machine.
-        say: is told in a line what is chosen for passes on a GPU, and what takes long at first.
+        say: is told in a line what is chosen for passes on a GPU, and what takes long at first; by
+            default the log is.
 
     `version` counts the batches trained into the weights; a batch is one version, however many
     optimizer steps (`mini_batches`) it takes, because α is measured in batches.
@@ -74,10 +75,10 @@ class Trainer:
         seed: int = 0,
         resume_from: Path | None = None,
         starter: RankStarter | None = None,
-        say: Callable[[str], None] = logger.info,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         self.config = config
-        self._say = say
+        self._say = say or logger.info
         self._starter: RankStarter = starter or LocalRanks()
         # The policy may have gone on from there; the reference stays where it began.
         self._reference = config.kl.reference or str(model) if config.kl.coefficient else None
