@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 # In float32 it is 1e-12, in bfloat16 1e-3; logprobs without their temperature give 0.1 and more.
 _MISMATCH_ALARM = 0.05
+_CHOSEN = ("trainer/tokens_per_pass", "trainer/recomputes")
 _DEATH_NOTICE_S = 1.0  # for a rank's death to be known, once another complains of it
 
 
@@ -79,6 +80,7 @@ class Trainer:
     ) -> None:
         self.config = config
         self._say = say or logger.info
+        self._chosen: dict[str, int] = {}  # of passes, on a GPU
         self._starter: RankStarter = starter or LocalRanks()
         # The policy may have gone on from there; the reference stays where it began.
         self._reference = config.kl.reference or str(model) if config.kl.coefficient else None
@@ -236,8 +238,7 @@ class Trainer:
         return {
             **metrics,
             "tokens/trained": trained,
-            "trainer/tokens_per_pass": self.config.tokens_of_pass,
-            "trainer/recomputes": int(bool(self.config.gradient_checkpointing)),
+            **self._chosen,
             "time/train_s": elapsed,
         }
 
@@ -323,6 +324,7 @@ class Trainer:
             if chosen[1] and not recompute:
                 await self._call_each("recompute", [()] * self.config.ranks)
             self._say(room.told(*chosen))
+            self._chosen = dict(zip(_CHOSEN, map(int, chosen), strict=True))
         names = ("tokens_per_micro_batch", "gradient_checkpointing")
         self.config = self.config.model_copy(update=dict(zip(names, chosen, strict=True)))
 

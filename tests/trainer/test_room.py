@@ -20,6 +20,7 @@ from flash.trainer.trainer import Trainer
 from flash.types import Batch
 
 SaveModel = Callable[..., Path]
+CHOSEN = ("trainer/tokens_per_pass", "trainer/recomputes")
 
 
 def loaded(save_model: SaveModel, folder: Path, device: str) -> tuple[TokenScorer, Any]:
@@ -121,7 +122,8 @@ async def test_ranks_are_asked_once_and_only_if_something_is_left_open(
         metrics = await trainer.step(Batch(samples=[fake_sample(range(9))], version=version))
     config = trainer.config
     assert (config.tokens_per_micro_batch, config.gradient_checkpointing) == chosen
-    assert (metrics["trainer/tokens_per_pass"], metrics["trainer/recomputes"]) == chosen
+    recorded = tuple(metrics[name] for name in CHOSEN if name in metrics)
+    assert recorded == (chosen if said else ())  # of a GPU alone
     asks = ["room"] * (rooms is not None) + ["recompute"] * chosen[1]
     assert asked == [*asks, "step", "step"]
     assert told == said
