@@ -1,5 +1,6 @@
 """Which engine samples, and whether GPUs are used, on machines of all kinds."""
 
+import asyncio
 import os
 
 import pytest
@@ -8,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from flash.config import load
 from flash.parts.engine import choose_engine, keep_to_quickest_device
 from flash.parts.model import parameters_of
+from flash.parts.workers import open_hub
 from flash.warm_start.small_policy import create
 
 FEW, MANY = 900_000, 500_000_000
@@ -55,6 +57,33 @@ async def test_parameters_are_counted_in_the_models_files(tmp_path):
     model = create(tmp_path / "m", ["a", "b"], layers=1, hidden_size=32, seed=0)
     loaded = AutoModelForCausalLM.from_pretrained(model)
     assert await parameters_of(str(model)) == loaded.num_parameters()
+
+
+async def test_a_run_beside_a_gpu_says_why_its_small_policy_is_not_on_vllm(tmp_path, monkeypatch):
+    model = create(tmp_path / "m", ["a", "b"], layers=1, hidden_size=32, seed=0)
+    monkeypatch.setattr("flash.parts.workers.gpus", lambda: [0])
+    monkeypatch.setattr("flash.parts.workers.has_vllm", lambda: True)
+    monkeypatch.setattr(
+        "flash.hub.embedded_pool.EmbeddedPool.start", lambda *_: asyncio.sleep(0, [])
+    )
+    said = []
+
+    async def no_weights():
+        raise AssertionError("its own workers need none")
+
+    async with open_hub(
+        load("frozen_lake", {}),
+        model=str(model),
+        version=0,
+        weights=no_weights,
+        log_dir=tmp_path,
+        say=said.append,
+    ):
+        pass
+    (line,) = said
+    assert line.startswith(
+        "engine: 1 embedded worker on GPU 0, because it samples a policy of 0.0 "
+    )
 
 
 OLD = "device: the CPU, which is quicker for a small policy than a GPU of compute capability 7.5 "
