@@ -21,8 +21,10 @@ from flash.hub.probe import Probe
 from flash.hub.sender import StartSender, nccl_sender
 from flash.hub.vllm_pool import VllmPool
 from flash.hub.worker import Worker
+from flash.parts.engine import Choice, choose_engine
+from flash.parts.model import parameters_of
 from flash.section import revealed
-from flash.system.machine import Gpu, gpus, has_vllm, how_to_install
+from flash.system.machine import Gpu, gpus, has_vllm
 from flash.types import Weights
 
 _ASK_TIMEOUT_S = 10.0
@@ -54,12 +56,19 @@ async def open_hub(
     weights to a worker, by its number; by default these are on the trainer's GPUs, here.
     """
     engine = config.engine
+    devices = engine.devices or worker_gpus(config.trainer.ranks)
+    parameters = None
+    if engine.kind == "auto" and not engine.urls and devices and has_vllm():
+        parameters = await parameters_of(model)
     workers, why = _workers(
         config,
+        choose_engine(engine, devices=devices, vllm=has_vllm(), parameters=parameters),
         model=model,
+        devices=devices,
         version=version,
         log_dir=log_dir,
         senders=senders or functools.partial(_sender, config, log_dir),
+        say=say,
     )
     say(f"engine: {why}")
     with first_error():
@@ -162,11 +171,14 @@ def _vllm_arguments(words: Sequence[str]) -> dict[str, str]:
 
 def _workers(
     config: Config,
+    choice: Choice,
     *,
     model: str,
+    devices: Sequence[Gpu],
     version: int,
     log_dir: Path,
     senders: Callable[[int], StartSender],
+    say: Callable[[str], None],
 ) -> tuple[list[Worker | str] | ProcessPool, str]:
     """The workers of the configuration, and one line that says which and why."""
     engine = config.engine
@@ -175,8 +187,7 @@ def _workers(
         urls = [_client(config, url, senders(number)) for number, url in enumerate(engine.urls)]
         running = _count(len(urls), "worker")
         return urls, f"{running} that ran before, because engine.urls names them"
-    devices = engine.devices or worker_gpus(config.trainer.ranks)
-    if engine.kind == "vllm" or (engine.kind == "auto" and has_vllm() and devices):
+    if choice.kind == "vllm":
         start: Callable[..., VllmPool] = VllmPool
         if engine.transport == "nccl":
             start = functools.partial(NcclPool, senders=senders)
@@ -195,10 +206,10 @@ def _workers(
             arguments=engine.vllm_args,
             log_dir=log_dir,
             start_timeout_s=engine.start_timeout_s,
+            say=say,
         )
-        why = "as engine.kind says" if engine.kind == "vllm" else "because it is installed"
         where = _where(devices, engine.workers * engine.tensor_parallel)
-        return vllm, f"{_count(engine.workers, 'vLLM server')} on {where}, {why}"
+        return vllm, f"{_count(engine.workers, 'vLLM server')} on {where}, {choice.why}"
     embedded = EmbeddedPool(
         model,
         size=engine.workers,
@@ -212,14 +223,8 @@ def _workers(
         log_dir=log_dir,
         start_timeout_s=engine.start_timeout_s,
     )
-    if engine.kind == "embedded":
-        why = "as engine.kind says"
-    elif has_vllm():
-        why = "because vLLM has no GPU here"
-    else:
-        why = f"because vLLM is not installed ({how_to_install('vllm')})"
     where = _where(devices, engine.workers)
-    return embedded, f"{_count(engine.workers, 'embedded worker')} on {where}, {why}"
+    return embedded, f"{_count(engine.workers, 'embedded worker')} on {where}, {choice.why}"
 
 
 def _count(number: int, what: str) -> str:
