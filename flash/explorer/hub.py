@@ -74,7 +74,13 @@ class FleetHub:
             return await self.local.publish(weights)
         self._version = weights.version
         return PublishReport(
-            version=weights.version, gap=None, paused_s=0.0, workers=0, per_worker=()
+            version=weights.version,
+            gap=None,
+            paused_s=0.0,
+            load_s=0.0,
+            reset_s=0.0,
+            workers=0,
+            per_worker=(),
         )
 
     def weights_of(self, version: int) -> Weights | None:
@@ -130,6 +136,9 @@ class FleetHub:
             retries=sum(part.retries for part in counted),
             publishes=self._publishes,
             paused_s=sum(part.paused_s for part in counted),
+            load_s=sum(part.load_s for part in counted),
+            reset_s=sum(part.reset_s for part in counted),
+            mixed_tokens=sum(part.mixed_tokens for part in counted),
             workers=tuple(workers),
         )
 
