@@ -28,7 +28,8 @@ _SUFFIX = ".changes"
 _WEIGHTS = ".safetensors"
 # Larger ones are fetched whole: what is saved must be worth comparing, and writing it twice.
 _MOST = 0.5
-_CHUNK_WORDS = 8 << 20
+_CHUNK_WORDS = 1 << 20
+_NO_WORDS: Words = np.empty(0, np.uint16)
 _SIZES = struct.Struct("<III")
 _NO_CHANGE, _LARGE = 255, -128
 
@@ -89,20 +90,21 @@ def _parts(before: Path, after: Path, size: int) -> Iterator[bytes]:
 
 def _words(path: Path, size: int) -> Words:
     if size < 2:
-        return np.empty(0, np.uint16)
+        return _NO_WORDS  # nothing can be mapped
     return np.memmap(path, np.uint16, mode="r", shape=size // 2)
 
 
 def _difference(old: Words, new: Words) -> bytes:
-    (places,) = np.nonzero(old != new)
-    between = np.diff(places, prepend=-1) - 1
+    places = np.flatnonzero(old != new).astype(np.int32)
+    between = np.diff(places, prepend=np.int32(-1)) - 1
     ends = np.cumsum(between // _NO_CHANGE + 1)
     steps = np.full(ends[-1] if len(ends) else 0, _NO_CHANGE, np.uint8)
     steps[ends - 1] = between % _NO_CHANGE
     values = new[places]
     differences = (values - old[places]).view(np.int16)
     large = (differences <= _LARGE) | (differences > -_LARGE - 1)
-    small = np.where(large, _LARGE, differences).astype(np.int8)
+    small = differences.astype(np.int8)
+    small[large] = _LARGE
     rest = values[large]
     sizes = _SIZES.pack(len(steps), len(small), len(rest))
     return b"".join((sizes, steps.tobytes(), small.tobytes(), rest.tobytes()))
@@ -111,13 +113,17 @@ def _difference(old: Words, new: Words) -> bytes:
 def _apply(before: Path, changes: Path, into: Path) -> None:
     shutil.copyfile(before, into)
     size = into.stat().st_size
+    words = np.memmap(into, np.uint16, mode="r+", shape=size // 2) if size >= 2 else _NO_WORDS
+
+    def change(part: tuple[int, bytes]) -> None:
+        start, data = part
+        _change(words[start : start + _CHUNK_WORDS], data)
+
     with changes.open("rb") as source:
-        if size >= 2:
-            words = np.memmap(into, np.uint16, mode="r+", shape=size // 2)
-            for start in range(0, len(words), _CHUNK_WORDS):
-                _change(words[start : start + _CHUNK_WORDS], source)
-            words.flush()
+        parts = [(n, _next_part(source)) for n in range(0, len(words), _CHUNK_WORDS)]
         last = source.read()
+    for _ in in_threads(change, parts):
+        pass
     if len(last) != size % 2:
         raise ValueError(f"{changes} is not of {before}: {len(last)} bytes are left of it")
     if last:
@@ -126,17 +132,24 @@ def _apply(before: Path, changes: Path, into: Path) -> None:
             file.write(last)
 
 
-def _change(words: Words, source: BinaryIO) -> None:
-    """One chunk, in place."""
+def _next_part(source: BinaryIO) -> bytes:
     sizes = source.read(_SIZES.size)
-    if len(sizes) < _SIZES.size:
-        raise ValueError("the changes end before the file does")
-    of_steps, of_small, of_rest = _SIZES.unpack(sizes)
-    steps = np.frombuffer(source.read(of_steps), np.uint8)
-    small = np.frombuffer(source.read(of_small), np.int8)
-    rest = np.frombuffer(source.read(2 * of_rest), np.uint16)
+    if len(sizes) == _SIZES.size:
+        steps, small, rest = _SIZES.unpack(sizes)
+        data = source.read(steps + small + 2 * rest)
+        if len(data) == steps + small + 2 * rest:
+            return sizes + data
+    raise ValueError("the changes end before the file does")
+
+
+def _change(words: Words, part: bytes) -> None:
+    """In place."""
+    of_steps, of_small, of_rest = _SIZES.unpack_from(part)
+    steps = np.frombuffer(part, np.uint8, of_steps, _SIZES.size)
+    small = np.frombuffer(part, np.int8, of_small, _SIZES.size + of_steps)
+    rest = np.frombuffer(part[_SIZES.size + of_steps + of_small :], np.uint16, of_rest)
     changes = steps != _NO_CHANGE
-    places = np.cumsum(steps.astype(np.int64) + changes)[changes] - 1
+    places = np.cumsum(steps + changes, dtype=np.int64)[changes] - 1
     large = small == _LARGE
     if len(places) != len(small) or large.sum() != len(rest) or (places[-1:] >= len(words)).any():
         raise ValueError("the changes are of another file")

@@ -42,6 +42,7 @@ _LARGEST_MESSAGE = 4096
 _PIECE_BYTES = 8 << 20
 _CHUNK_BYTES = 1 << 20
 _SHORTEST_TURN_S = 10.0
+_QUICK_BYTES_PER_S = 1e9
 _SLOWEST_BYTES_PER_S = 100e6  # whoever takes files more slowly keeps nobody else waiting
 
 
@@ -60,6 +61,9 @@ class FileServer:
         self._piece_bytes = piece_bytes
         self._shortest_turn_s = shortest_turn_s
         self._offers: dict[str, _Offer] = {}
+        self._bytes_per_s = (
+            0.0  # of the last folder that explorers took whole, the quickest of them
+        )
         self._vouch: Callable[[web.Request], None] = lambda request: None
         self._listener: Listener | None = None
         self._tasks = asyncio.TaskGroup()
@@ -110,9 +114,14 @@ class FileServer:
         return files
 
     async def _changes(self, before: Files, folder: Path) -> Changes | None:
-        """None if nobody here lacks the files `before`, or there is too much that changed."""
+        """None if nobody lacked the files `before`, if whole folders come as quickly as changes are
+        found and made, or if there is too much that changed."""
         offer = self._offers.get(before.key)
         if offer is None or offer.manifest is None:
+            return None
+        if before.changes is None and offer.turns.quickest_s:
+            self._bytes_per_s = offer.size / offer.turns.quickest_s
+        if self._bytes_per_s > _QUICK_BYTES_PER_S:
             return None
         changes = folder / _CHANGES
         try:
@@ -143,7 +152,7 @@ class FileServer:
         contents = await asyncio.to_thread(contents_of, folder)
         size = sum(size for size, _ in contents.values())
         turns = Turns(turn_s=self._turn_s(size))
-        self._offers[key] = _Offer(folder, contents, turns, manifest)
+        self._offers[key] = _Offer(folder, contents, size, turns, manifest)
 
     def _turn_s(self, size: int) -> float:
         """Twice what the quickest took for the folder before, if that is longer: where a line is
@@ -238,11 +247,13 @@ class _Offer:
         self,
         folder: Path,
         contents: dict[str, tuple[int, int]],
+        size: int,
         turns: Turns,
         manifest: Manifest | None,
     ) -> None:
         self.folder = folder
         self.contents = contents
+        self.size = size
         self.turns = turns
         self.seats: set[Seat] = set()
         self.manifest = manifest

@@ -197,7 +197,7 @@ class InferenceHub:
                 check_age(part, slot, since=partial.version)
                 slot.failures = 0
                 if self._publisher.update_mode == "keep_stale_kv":
-                    self._mixed_tokens += sum(v != part.versions[0] for v in part.versions)
+                    self._mixed_tokens += sum(v != partial.version for v in part.versions)
             except WorkerFailure as failure:
                 self._retries += 1
                 failures += slot.healthy  # else it was excluded for another request's sake

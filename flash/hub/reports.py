@@ -69,5 +69,5 @@ class HubStats:
     paused_s: float
     load_s: float
     reset_s: float
-    mixed_tokens: int  # sampled over keys and values of older weights than their own
+    mixed_tokens: int  # that may have seen keys and values of older weights than their own
     workers: tuple[WorkerStats, ...]

@@ -26,7 +26,7 @@ METRICS = {
     "waste/env_s": "seconds of environments and agents of such episodes, since the start",
     "tokens/prompt": "sent to workers, since the start",
     "tokens/generated": "sampled by workers, since the start",
-    "tokens/mixed": "of these, over keys and values of older weights: engine.update_mode",
+    "tokens/mixed": "of these, what may have seen keys and values of older weights",
     "tokens/trained": "sampled tokens in this batch",
     "tokens_per_s": "sampled by workers, over this step",
     "idle/trainer": "share of this step in which the trainer waited for a batch",

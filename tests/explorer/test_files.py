@@ -9,6 +9,7 @@ import shutil
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import cast
 
 import aiohttp
 import msgspec
@@ -33,9 +34,12 @@ from flash.explorer.files import (
     manifest_of,
     stamp_of,
 )
+from flash.explorer.fleet import Fleet
 from flash.explorer.gate import Gate
-from flash.explorer.messages import Files
+from flash.explorer.hub import FleetHub
+from flash.explorer.messages import Files, Publish
 from flash.fakes import FakeWires
+from flash.types import Weights
 from flash.virtual_time import in_virtual_time
 from tests.explorer.fleets import Controller, Explorer
 from tests.steady import weights
@@ -555,6 +559,40 @@ async def test_changes_are_looked_for_only_if_somebody_lacks_files_and_offered_i
         assert not (second / "changes").exists()
         shutil.rmtree(first)
         assert (await site.files.offer(after, before=files)).changes is None
+
+
+async def test_a_version_is_published_with_what_changed_since_the_last_one(tmp_path: Path):
+    told: list[Publish] = []
+
+    class Told:
+        def publish(self, message: Publish) -> None:
+            told.append(msgspec.msgpack.decode(encode(message), type=Publish))
+
+    before, after = (Weights(version=n, path=tmp_path / str(n)) for n in (1, 2))
+    model(before.path)
+    stepped(before.path, after.path)
+    async with Site().open() as site, fetcher(site, tmp_path / "into") as explorer:
+        hub = FleetHub(None, version=0, offer=site.files.offer)
+        hub.over(cast(Fleet, Told()))
+        for weights in (before, after):
+            await hub.publish(weights)
+            folder = await explorer.fetch(elsewhere(told[-1].files))
+            assert content(folder) == content(weights.path)
+    assert told[0].files.changes is None
+    assert told[1].files.changes is not None
+    assert told[1].files.changes.base == told[0].files.stamp
+
+
+async def test_a_quick_link_brings_whole_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    async with two_versions(tmp_path) as (site, _, first):
+        turns = site.files._offers[first.key].turns
+        while not turns.quickest_s:
+            await asyncio.sleep(0)
+        monkeypatch.setattr(file_server, "_QUICK_BYTES_PER_S", 1.0)
+        after = stepped(tmp_path / "first", tmp_path / "after")
+        assert (await site.files.offer(after, before=first)).changes is None
+        monkeypatch.undo()
+        assert (await site.files.offer(after, before=first)).changes is not None
 
 
 async def test_a_relay_ends_with_the_offer(tmp_path: Path):
