@@ -29,6 +29,8 @@ _WEIGHTS = ".safetensors"
 # Larger ones are fetched whole: what is saved must be worth comparing, and writing it twice.
 _MOST = 0.5
 _CHUNK_WORDS = 1 << 20
+# After so many, what was compared stands for the rest: in float32 that need not be looked at.
+_FIRST_BYTES = 64 << 20
 _NO_WORDS: Words = np.empty(0, np.uint16)
 _SIZES = struct.Struct("<III")
 _NO_CHANGE, _LARGE = 255, -128
@@ -42,7 +44,8 @@ def write_changes(before: Path, after: Path, into: Path) -> bool:
     old, new = contents_of(before), contents_of(after)
     most = _MOST * sum(size for size, _ in new.values())
     into.mkdir()
-    written = 0
+    written = compared = 0
+    too_many = False
     for name, (size, _) in new.items():
         if not name.endswith(_WEIGHTS) or name not in old or old[name][0] != size:
             written += size
@@ -52,9 +55,10 @@ def write_changes(before: Path, after: Path, into: Path) -> bool:
             with (into / (name + _SUFFIX)).open("wb") as file:
                 for part in _parts(before / name, after / name, size):
                     written += file.write(part)
-                    if written > most:
+                    compared += 2 * _CHUNK_WORDS
+                    if too_many := written > _MOST * max(compared, _FIRST_BYTES):
                         break
-        if written > most:
+        if too_many or written > most:
             shutil.rmtree(into)
             return False
     return True

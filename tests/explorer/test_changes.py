@@ -92,6 +92,17 @@ def test_nothing_is_written_where_that_saves_little(tmp_path):
     assert not write_changes(other, after, tmp_path / "changes")
 
 
+def test_what_was_compared_first_stands_for_the_rest(tmp_path, monkeypatch):
+    old = np.random.default_rng(4).integers(0, 1 << 16, 50_000).astype(np.uint16)
+    new = old.copy()
+    new[:3000] += 1000
+    before, after = folder(tmp_path / "before", old), folder(tmp_path / "after", new)
+    assert write_changes(before, after, tmp_path / "changes")
+    monkeypatch.setattr(changes, "_FIRST_BYTES", 4000)
+    assert not write_changes(before, after, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
 def test_changes_of_another_file_or_cut_ones_are_refused(tmp_path):
     old = np.arange(3000)
     before = folder(tmp_path / "before", old)
