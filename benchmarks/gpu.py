@@ -17,7 +17,7 @@ the table says so:
     compiled    the same with layers that torch.compile made, and how long that takes at first
     small       seconds a step of the ALFWorld preset on the CPU, and on vLLM if it is installed
 
-All of them take ten minutes (`--limit 600`); within five the last are left out.
+All of them take twelve minutes (`--limit 720`); within five the last are left out.
 
 `--policy` is a small policy that was taught before: after `make train ENV=alfworld` the folder
 `runs/.small_policies/alfworld-…`; without it that part is left out. Without a GPU the model is
