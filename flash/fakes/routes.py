@@ -58,6 +58,7 @@ def worker_app(worker: FakeWorker) -> web.Application:
         return web.json_response({"results": [checksum(path)]})
 
     async def reset_prefix_cache(request: web.Request) -> web.Response:
+        await worker.recompute()
         return web.json_response({"success": True})
 
     async def update_weight_version(request: web.Request) -> web.Response:

@@ -44,7 +44,8 @@ class EngineConfig(Section):
     update_mode: UpdateMode = Field(
         "keep",
         description="what a publish does to requests under way: keep goes on with the new weights, "
-        "abort samples the rest anew, wait lets them end first",
+        "keep_stale_kv (vLLM) does so on keys and values of the old ones, abort samples the rest "
+        "anew, wait lets them end first",
     )
     transport: Literal["disk", "nccl"] = Field(
         "disk",
@@ -148,6 +149,11 @@ class EngineConfig(Section):
             )
         if self.transport == "nccl":
             self._check_nccl()
+        if self.update_mode == "keep_stale_kv" and self.kind != "vllm" and not self.urls:
+            raise ValueError(
+                f"engine.update_mode=keep_stale_kv is vLLM's, and engine.kind={self.kind} can mean "
+                f"embedded workers: use engine.kind=vllm, or engine.update_mode=keep"
+            )
         return self
 
     def _check_nccl(self) -> None:

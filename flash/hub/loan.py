@@ -81,6 +81,9 @@ class LentWorker:
     async def load_weights(self, weights: Weights) -> None:
         raise AssertionError("a lent worker takes no weights")
 
+    async def recompute(self) -> None:
+        raise AssertionError("a lent worker takes no weights")
+
     async def close(self) -> None:
         """It is the lender's."""
 
