@@ -25,7 +25,7 @@ from flash.virtual_time import in_virtual_time
 
 CONFIG = TrainerConfig(ranks=2, threads=1, learning_rate=1e-3, tokens_per_micro_batch=60)
 AWAY = Place("trainer-1", "1a2b", "n1", "127.0.0.1", 1, 1, ())
-ANSWERS = {"start": "", "step": {"loss": 1.0}}
+ANSWERS = {"start": "", "room": None, "step": {"loss": 1.0}}
 
 
 def batch(version: int = 0) -> Batch:
