@@ -99,6 +99,16 @@ class HttpWorker:
     async def resume(self) -> None:
         await self._call("POST", "/resume")
 
+    async def sleep(self, mode: UpdateMode) -> None:
+        # At level 1 the weights would be kept in host memory, and who wakes it has newer ones.
+        await self._call("POST", f"/sleep?level=2&mode={mode}")
+
+    async def wake_weights(self) -> None:
+        await self._call("POST", "/wake_up?tags=weights")
+
+    async def wake_rest(self) -> None:
+        await self._call("POST", "/wake_up?tags=kv_cache")
+
     async def check_health(self) -> None:
         await self._call("GET", "/health")
 

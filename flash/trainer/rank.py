@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from flash.trainer.fused import fuse
 from flash.trainer.micro_batch import MicroBatch, pack
 from flash.trainer.objectives.choose import make_objective
 from flash.trainer.objectives.regularisers import kl_estimate, kl_loss, kl_penalty
+from flash.trainer.offload import Offload, make_room, memory_of
 from flash.trainer.packing import NOTHING, MiniBatchShare, in_passes
 from flash.trainer.ranks import LOOPBACK, Meeting
 from flash.trainer.room import tokens_with_room
@@ -122,6 +124,8 @@ class Rank:
             self._critic = Critic(model, config, ranks=ranks, device=self._device, half=self._half)
         if checkpoint is not None:
             self._load(Path(checkpoint))
+        critics = [] if self._critic is None else [self._critic.optimizer]
+        self._offload = Offload([self._optimizer, *critics])
         return ""
 
     def _store(self, meeting: Meeting | None, ranks: int) -> Any:
@@ -153,8 +157,16 @@ class Rank:
 
     def room(self) -> int:
         """How many tokens a pass of the next steps has memory for."""
+        self._offload.to_device()
         models = 1 if self._critic is None else 2
         return tokens_with_room(self._scorer, self._optimizer, models=models)
+
+    def make_room(self, share: float) -> float:
+        """Leaves that share of its GPU to others, if it can, until the next step or save; the
+        share that is free. All of a CPU is."""
+        if not isinstance(self._device, torch.device):
+            return 1.0
+        return make_room(self._offload, share, partial(memory_of, self._device))
 
     # ── learning ─────────────────────────────────────────────────────────────────────────────
 
@@ -195,6 +207,7 @@ class Rank:
     ) -> dict[str, float]:
         """One optimizer step a mini-batch, each with its share of what an expert wrote, if there
         is any; the metrics are over all tokens of the batch."""
+        self._offload.to_device()
         self._seed_step(version)
         expert = expert or [NOTHING] * len(mini_batches)
         packed = [self._packed(mini, version) for mini in mini_batches]
@@ -245,6 +258,7 @@ class Rank:
     def finish(self, denominator: float, expert: MiniBatchShare = NOTHING) -> dict[str, float]:
         """The optimizer step of the batch whose parts were added, and of what an expert wrote;
         metrics as of `step`."""
+        self._offload.to_device()
         for parameter in self._scorer.parameters():
             if parameter.grad is not None:
                 parameter.grad.div_(denominator / (1 - expert.weight))
@@ -369,6 +383,7 @@ class Rank:
 
     def save(self, directory: str, version: int, optimizer: bool) -> None:
         """Write a Hugging Face model, and with `optimizer` all it takes to go on training."""
+        self._offload.to_device()
         weights: dict[str, Any] = get_model_state_dict(self._model, options=WHOLE)
         state = optimizer_state(self._scorer, self._optimizer) if optimizer else None
         of_critic = self._critic.state() if self._critic is not None and optimizer else None

@@ -356,6 +356,12 @@ class Trainer:
         await self._scratch.keep(path)
         return Weights(version=self.version, path=path, score=self.score)
 
+    async def make_room(self, share: float) -> float:
+        """Has every rank keep so little of its GPU that this share is free, if it can; the share
+        that is. The next step or save takes it back."""
+        free: list[float] = await self._call_each("make_room", [(share,)] * self.config.ranks)
+        return min(free)
+
     @property
     def can_save(self) -> bool:
         """Whether its ranks live, and none was left in the middle of a step."""

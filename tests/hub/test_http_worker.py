@@ -111,6 +111,17 @@ async def test_the_control_routes(scripted, tmp_path):
     ]
 
 
+async def test_sleep_forgets_the_weights_and_they_wake_before_the_keys_and_values(scripted):
+    await scripted.worker.sleep("keep")
+    await scripted.worker.wake_weights()
+    await scripted.worker.wake_rest()
+    assert scripted.asked == [
+        ("POST", "/sleep?level=2&mode=keep", None),
+        ("POST", "/wake_up?tags=weights", None),
+        ("POST", "/wake_up?tags=kv_cache", None),
+    ]
+
+
 @pytest.mark.parametrize(
     ("status", "answer", "error"),
     [
