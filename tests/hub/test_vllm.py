@@ -205,6 +205,29 @@ async def test_wait_lets_every_request_end_with_the_weights_it_began_with(server
     servers.assert_all_exact(answers)
 
 
+@pytest.mark.parametrize("mode", ["keep", "abort"])
+async def test_servers_sleep_with_their_requests_and_wake_with_the_new_weights(servers, mode):
+    """Without a GPU they give no memory away, but all else is as with one."""
+    hub = servers.hub
+    await servers.publish(mode)  # they know which weights they would wake with
+    hub._turns._update_mode = mode
+    async with traffic(hub) as answers:
+        async with hub.asleep():
+            workers = [slot.worker for slot in hub._slots]
+            for worker in workers:
+                assert b"true" in await worker._call("GET", "/is_sleeping")
+            sampled = hub.stats().generated_tokens
+            report = await servers.publish(mode)
+            assert report.workers == 2
+        async with hub.asleep():  # they wake with the weights that they had
+            pass
+        for worker in workers:
+            assert b"false" in await worker._call("GET", "/is_sleeping")
+    assert hub.stats().generated_tokens > sampled
+    assert [hub.version - 1, hub.version] in versions_of(answers)
+    servers.assert_all_exact(answers)
+
+
 async def test_a_server_that_is_killed_loses_no_token_and_returns_with_the_present_weights(servers):
     hub = servers.hub
     restarts = hub.stats().retries
