@@ -11,6 +11,7 @@ the table says so:
     embedded    the embedded worker's decoding, with the same model
     attention   one layer's, by every way there is
     publish     export, load, and how many of the weights a step changes
+    colocated   trainer and a vLLM server in turns on the one card: what a turn costs
 
 `--policy` is a small policy that was taught before: after `make train ENV=alfworld` the folder
 `runs/.small_policies/alfworld-…`; without it that part is left out. Without a GPU the model is
@@ -59,6 +60,10 @@ from trainer import (
 )
 from transformers import AutoModelForCausalLM
 
+from flash.hub.hub import InferenceHub
+from flash.hub.probe import Probe
+from flash.hub.vllm_pool import VllmPool
+from flash.system.machine import gpus, has_vllm
 from flash.system.quiet import no_progress_bars
 from flash.trainer.attention import Packing, attend_one_by_one, varlen_kernel
 from flash.trainer.config import TrainerConfig
@@ -66,7 +71,8 @@ from flash.trainer.micro_batch import pack
 from flash.trainer.objectives.aggregation import scales
 from flash.trainer.packing import divide
 from flash.trainer.rank import Rank
-from flash.types import Sample
+from flash.trainer.trainer import Trainer
+from flash.types import Batch, GenerateRequest, Sample, SamplingParams
 from flash.worker.engine import EmbeddedEngine, EngineRequest
 
 RESULTS = Path(__file__).parent / "results"
@@ -78,6 +84,7 @@ EPISODES = {"short": (220, 256), "long": (2000, 48)} if CUDA else {"short": (40,
 # Tokens a pass; the most may be more than the card has memory for.
 BUDGETS, MOST = ((16_384, 8_192), 32_768) if CUDA else ((512,), 1024)
 REPEATS = 2
+VLLM_SHARE = 0.7  # of the card, in its turn
 MOST_REQUESTS = 256 if CUDA else 8
 NAMES = itertools.count()  # of requests
 END_S = 10  # for a part to end itself, once it is told to
@@ -377,6 +384,84 @@ def changed(before: Path, after: Path) -> Figures:
     return {"values changed %": 100 * different / total, "of millions": total / 1e6}
 
 
+def colocated(_: argparse.Namespace) -> Iterator[Row]:
+    if not has_vllm():
+        yield "", {"left out": "vLLM is not installed: make setup-vllm"}
+        return
+    with made_model() as model:
+        yield from asyncio.run(taking_turns(model))
+
+
+async def taking_turns(model: Path) -> list[Row]:
+    """A server with requests under way sleeps, the trainer steps, it wakes with the weights."""
+    samples = of_kind("long" if CUDA else "short")[:16]
+    requests, tokens = (64, 512) if CUDA else (4, 64)
+    rows: list[Row] = []
+    clock = time.perf_counter
+    async with Trainer(model=model, config=TrainerConfig(), run_dir=model) as trainer:
+        first = await trainer.export_weights()
+
+        async def make_room() -> None:
+            await trainer.make_room(VLLM_SHARE)
+
+        pool = VllmPool(
+            str(model), size=1, max_running=requests, max_tokens=2048, cache_tokens=16_384,
+            tensor_parallel=1, devices=gpus()[:1], gpu_memory=VLLM_SHARE,
+            dtype=str(DTYPE).removeprefix("torch."), threads=0, seed=0, sleeps=True,
+            arguments=["--skip-tokenizer-init"], log_dir=model, start_timeout_s=300,
+        )  # fmt: skip
+        began = clock()
+        async with InferenceHub(
+            pool,
+            max_running=requests,
+            weights=first,
+            make_room=make_room,
+            probe=Probe(gap_limit=10),
+        ) as hub:
+            rows.append(("a server from start to ready", {"s": clock() - began}))
+            for turn in range(3):
+                asked = [
+                    asyncio.create_task(
+                        hub.generate(
+                            GenerateRequest(
+                                token_ids=[7 + number] * 64,
+                                sampling=SamplingParams(max_tokens=tokens),
+                            )
+                        )
+                    )
+                    for number in range(requests)
+                ]
+                await asyncio.sleep(1.0 if CUDA else 0.3)  # they are under way
+                figures = {"free % before": free_percent()}
+                began = clock()
+                async with hub.asleep():
+                    figures |= {"sleep s": clock() - began, "free % of the trainer": free_percent()}
+                    told = await trainer.step(Batch(samples=samples, version=turn))
+                    began = clock()
+                    weights = await trainer.export_weights()
+                    exported_s, began = clock() - began, clock()
+                    report = await hub.publish(weights)
+                    took_s = clock() - began
+                answers = await asyncio.gather(*asked)
+                assert {len(answer.token_ids) for answer in answers} == {tokens}
+                seams = sum(len(set(answer.versions)) > 1 for answer in answers)
+                figures |= {
+                    "train s": told["time/train_s"], "export s": exported_s,
+                    "wake, load and probe s": took_s, "of it wake and load s": report.paused_s,
+                    "probe, 90% of logits": report.gap.logits if report.gap else math.nan,
+                    "answers of two versions": seams,
+                }  # fmt: skip
+                rows.append((f"turn {turn + 1}, {requests} requests", figures))
+    return rows
+
+
+def free_percent() -> float:
+    if not CUDA:
+        return math.nan
+    free, total = torch.cuda.mem_get_info()
+    return 100 * free / total
+
+
 # ── what they share ──────────────────────────────────────────────────────────────────────────
 
 
@@ -537,6 +622,7 @@ PARTS = {
     "embedded": Part(embedded, 25, 50),
     "attention": Part(attention, 20, 45),
     "publish": Part(publish, 25, 60),
+    "colocated": Part(colocated, 90, 180),
 }
 
 
