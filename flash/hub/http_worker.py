@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -12,6 +14,8 @@ from flash.hub.http_client import HttpAnswer, HttpClient
 from flash.hub.worker import BadRequest, OnTokens, WorkerFailure
 from flash.types import Completion, SamplingParams, UpdateMode, Weights
 from flash.worker.checksum import checksum
+
+logger = logging.getLogger(__name__)
 
 # vLLM puts it before the client's request_id, and abort_requests wants it there.
 _REQUEST_PREFIX = "generate-tokens-"
@@ -75,7 +79,21 @@ class HttpWorker:
         await self._call("POST", f"/pause?mode={mode}")
 
     async def load_weights(self, weights: Weights) -> None:
-        path = weights.path
+        if weights.shared is None or not await self._load_shared(weights.shared):
+            await self._load_files(weights.path)
+        await self._forget_keys_and_values()
+
+    async def _load_shared(self, directory: Path) -> bool:
+        """From memory of the trainer's, on the same device; no if that can't be."""
+        body = {"method": "load_shared_flash_weights", "kwargs": {"directory": str(directory)}}
+        try:
+            await self._call("POST", "/collective_rpc", body)
+        except WorkerFailure as failure:
+            logger.warning("weights come as files, not from the trainer's memory: %s", failure)
+            return False
+        return True
+
+    async def _load_files(self, path: Path) -> None:
         body = {"method": "load_flash_weights", "kwargs": {"weights_path": str(path)}}
         try:
             answer = await self._call("POST", "/collective_rpc", body)
@@ -91,7 +109,6 @@ class HttpWorker:
                 f"{self.name} has read other weights in {path} than are there now: checksum "
                 f"{' and '.join(sorted(loaded))}, not {wanted}"
             )
-        await self._forget_keys_and_values()
 
     async def set_version(self, version: int) -> None:
         await self._call("POST", "/update_weight_version", {"new_version": str(version)})

@@ -3,14 +3,17 @@
     workers' turn    they sample; the trainer has made room
          │ sleep       those that are being started come back first; requests stay where they are
     trainer's turn   nobody samples, nobody is started; no time passes for requests
-         │ wake        room is made; memory for weights, the present weights, version, the rest
+         │ wake        room is made; all have memory for weights, and load them from the trainer's
+         │             memory, or else from files; then they take the rest
     workers' turn    requests go on: what they had is computed anew, by the weights there are now
 
 A worker that does not fall asleep or does not wake is started anew, in the workers' turn.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import replace
 
 from flash.errors import PublishFailure
 from flash.hub.policy import Policy
@@ -19,7 +22,7 @@ from flash.hub.slot import Slot
 from flash.hub.supervisor import Supervisor
 from flash.hub.waves import each
 from flash.hub.worker import BadRequest, WorkerBroken, WorkerFailure
-from flash.types import UpdateMode
+from flash.types import UpdateMode, Weights
 
 MakeRoom = Callable[[], Awaitable[None]]
 
@@ -82,18 +85,17 @@ class Turns:
         if not self.asleep or self._queue.failure is not None:
             return {}
         await self._make_room()
-        took_s: dict[Slot, float] = {}
         clock = asyncio.get_running_loop().time
-
-        async def wake(slot: Slot) -> None:
-            began = clock()
-            try:
-                await self._wake(slot)
-            finally:
-                took_s[slot] = clock() - began
-
+        began = clock()
+        weights = self._policy.weights
+        assert weights is not None
+        sleeping = [slot for slot in self._slots if slot.healthy]
         try:
-            await each([slot for slot in self._slots if slot.healthy], wake)
+            async with _shared(weights) as shared:
+                await each(sleeping, lambda slot: self._load(slot, shared))
+            # Not before all have loaded: what the trainer shares takes of their memory.
+            await each([slot for slot in sleeping if slot.healthy], self._wake)
+            return dict.fromkeys(sleeping, clock() - began)
         finally:
             for slot in self._slots:
                 if slot.asleep and slot.healthy:
@@ -101,7 +103,6 @@ class Turns:
                 slot.asleep = False  # those that are out have lost their requests
             self.asleep = False
             self._supervisor.go_on()
-        return took_s
 
     async def _put_to_sleep(self, slot: Slot) -> None:
         timeout_s = self._control_timeout_s
@@ -121,27 +122,44 @@ class Turns:
             if slot.healthy:
                 slot.fall_asleep()
 
+    async def _load(self, slot: Slot, weights: Weights) -> None:
+        async with self._waking(slot):
+            await slot.worker.wake_weights()
+            await slot.worker.load_weights(weights)
+            await slot.worker.set_version(weights.version)
+            slot.version = weights.version
+
     async def _wake(self, slot: Slot) -> None:
-        weights = self._policy.weights
-        assert weights is not None
+        async with self._waking(slot):
+            await slot.worker.wake_rest()
+        if slot.healthy:
+            slot.awake()
+            self._queue.accepts(slot)
+
+    @contextlib.asynccontextmanager
+    async def _waking(self, slot: Slot) -> AsyncIterator[None]:
+        """One that fails in the block is given up."""
         try:
             async with slot.control(self._control_timeout_s):
-                await slot.worker.wake_weights()
-                await slot.worker.load_weights(weights)
-                await slot.worker.set_version(weights.version)
-                slot.version = weights.version
-                await slot.worker.wake_rest()
+                yield
         except WorkerFailure as failure:
             self._give_up(slot, f"it did not wake: {failure}")
         except BadRequest as error:
             self._give_up(slot, str(error))
-            raise PublishFailure(f"version {weights.version}: {error}") from error
+            raise PublishFailure(str(error)) from error
         except asyncio.CancelledError:
             self._give_up(slot, "it was cancelled as it woke")
             raise
-        else:
-            slot.awake()
-            self._queue.accepts(slot)
 
     def _give_up(self, slot: Slot, why: str) -> None:
         self._supervisor.exclude(slot, WorkerBroken(f"{slot.worker.name}: {why}"))
+
+
+@contextlib.asynccontextmanager
+async def _shared(weights: Weights) -> AsyncIterator[Weights]:
+    """The weights, in the trainer's memory too if it has them there."""
+    if weights.share is None:
+        yield weights
+        return
+    async with weights.share() as directory:
+        yield replace(weights, shared=directory)

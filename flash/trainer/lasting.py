@@ -122,7 +122,11 @@ class LastingTrainer:
         until the export of the version after next."""
         if self._exported is None or self._exported.version != self.version:
             weights = await self._call(self._trainer.export_weights)
-            self._exported = replace(weights, score=partial(self._score_at, self.version))
+            self._exported = replace(
+                weights,
+                score=partial(self._score_at, self.version),
+                share=partial(self._shared_at, self.version),
+            )
         return self._exported
 
     async def _score_at(self, version: int, sequences: Sequence[Sequence[int]]) -> Scores | None:
@@ -134,6 +138,18 @@ class LastingTrainer:
             return await self._trainer.score(sequences)
 
         return await self._call(ask)
+
+    @contextlib.asynccontextmanager
+    async def _shared_at(self, version: int) -> AsyncIterator[Path | None]:
+        """As `Weights.share`; None as well if it has another version by now."""
+
+        async def share() -> Path | None:
+            return await self._trainer.share_weights() if self._trainer.version == version else None
+
+        directory = await self._call(share)
+        yield directory
+        if directory is not None:
+            await self._call(self._trainer.unshare)
 
     async def score(self, sequences: Sequence[Sequence[int]]) -> Scores:
         """As `Trainer.score`."""

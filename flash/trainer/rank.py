@@ -30,7 +30,7 @@ from flash.system.process import serve
 from flash.trainer.checkpoint import CRITIC_FILE, MODEL_FOLDER, OPTIMIZER_FILE, write_state
 from flash.trainer.config import TrainerConfig
 from flash.trainer.critic import Critic
-from flash.trainer.export import write_weights
+from flash.trainer.export import layout, whole_tensors, write_weights
 from flash.trainer.fused import fuse
 from flash.trainer.micro_batch import MicroBatch, pack
 from flash.trainer.objectives.choose import make_objective
@@ -55,6 +55,7 @@ from flash.trainer.sharding import (
 from flash.trainer.statistics import StepStatistics
 from flash.trainer.values import trained
 from flash.types import Sample, Scores
+from flash.worker.shared import SharedWeights, release
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class Rank:
 
     def __init__(self, listening: int | None = None) -> None:
         self._listening = listening
+        self._shared: SharedWeights | None = None
 
     def start(
         self,
@@ -376,10 +378,46 @@ class Rank:
         partial = Path(f"{directory}.partial")
         if self._rank == 0:
             partial.mkdir(parents=True)
-        dtype = torch.bfloat16 if self._half else torch.float32  # as layers compute
-        write_weights(self._model, partial, dtype=dtype, write=self._rank == 0)
+        write_weights(self._model, partial, dtype=self._exported, write=self._rank == 0)
         if self._rank == 0:
             partial.rename(directory)
+
+    @property
+    def _exported(self) -> torch.dtype:
+        return torch.bfloat16 if self._half else torch.float32  # as layers compute
+
+    @torch.no_grad()
+    def share(self, directory: str) -> bool:
+        """Has what `export` writes in memory for other processes on its GPU, until `unshare`.
+
+        On a CPU rank 0 has it for all. No if a rank has no memory for it.
+        """
+        on_cpu = torch.device(self._device).type == "cpu"
+        memory = None
+        fits = torch.ones(1, device=self._device)
+        if self._rank == 0 or not on_cpu:
+            try:
+                whole = layout(self._model, self._exported)
+                memory = SharedWeights(whole, Path(directory), self._device)
+            except torch.OutOfMemoryError:
+                fits.zero_()
+        dist.all_reduce(fits, dist.ReduceOp.MIN)
+        if not fits.item():
+            return False
+        for name, tensor in whole_tensors(self._model, self._exported):
+            if memory is not None:
+                memory.fill([(name, tensor)])
+        if memory is not None:
+            memory.tell()
+        self._shared = memory
+        return True
+
+    def unshare(self) -> None:
+        """Forgets what `share` has made."""
+        self._shared = None
+        if isinstance(self._device, torch.device):
+            release(self._device)
+            torch.cuda.empty_cache()
 
     def save(self, directory: str, version: int, optimizer: bool) -> None:
         """Write a Hugging Face model, and with `optimizer` all it takes to go on training."""

@@ -122,6 +122,22 @@ async def test_sleep_forgets_the_weights_and_they_wake_before_the_keys_and_value
     ]
 
 
+async def test_weights_in_the_trainers_memory_are_read_there_and_else_as_files(scripted, tmp_path):
+    shared = tmp_path / "shared"
+    weights = Weights(version=1, path=tmp_path, shared=shared)
+    in_memory = {"method": "load_shared_flash_weights", "kwargs": {"directory": str(shared)}}
+    files = {"method": "load_flash_weights", "kwargs": {"weights_path": str(tmp_path)}}
+    scripted.answer = {"results": [None]}
+    await scripted.worker.load_weights(weights)
+    asked = [body for _, route, body in scripted.asked if route == "/collective_rpc"]
+    assert asked == [in_memory]
+    scripted.asked.clear()
+    scripted.status = 500
+    with pytest.raises(WorkerFailure, match="see the files in"):
+        await scripted.worker.load_weights(weights)
+    assert [body for _, _, body in scripted.asked] == [in_memory, files]
+
+
 @pytest.mark.parametrize(
     ("status", "answer", "error"),
     [

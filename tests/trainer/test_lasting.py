@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 import pytest
+from safetensors.torch import load_file
 
 from flash.errors import TrainerFailure
 from flash.fakes import FakeBatchLog
@@ -18,6 +19,7 @@ from flash.trainer.lasting import LastingTrainer
 from flash.trainer.objectives.settings import Function
 from flash.trainer.trainer import Trainer
 from flash.types import Batch, Sample, Scores
+from flash.worker.shared import shared_weights
 
 SamplesOf = Callable[..., list[Sample]]
 SaveModel = Callable[..., Path]
@@ -405,3 +407,27 @@ async def test_a_share_that_the_weights_do_not_leave_is_refused_before_others_st
     await trainer.make_room(0.5)
     inner.free = 0.45  # others that sleep have some, which they bring along
     await trainer.make_room(0.5)
+
+
+@pytest.mark.slow
+async def test_ranks_share_the_weights_that_they_export_as_long_as_they_have_them(
+    tmp_path: Path, save_model: SaveModel, samples_of: SamplesOf
+) -> None:
+    log = FakeBatchLog()
+    async with lasting(save_model(tmp_path / "model"), tmp_path / "run", log) as trainer:
+        log.handed_over(batch(0, samples_of))
+        weights = await trainer.export_weights()
+        assert weights.share is not None
+        exported = load_file(weights.path / "model-00001.safetensors")
+        await killed(1)  # others take their place first
+        async with weights.share() as directory:
+            assert directory is not None
+            with shared_weights(directory, "cpu") as tensors:
+                assert {name: tensor.tolist() for name, tensor in tensors} == {
+                    name: tensor.tolist() for name, tensor in exported.items()
+                }
+        assert not directory.exists()
+        assert weights.path.exists()
+        await trainer.step(batch(0, samples_of))
+        async with weights.share() as directory:
+            assert directory is None
