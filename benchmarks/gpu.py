@@ -35,7 +35,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ from trainer import (
 )
 from transformers import AutoModelForCausalLM
 
+from flash.fakes import FakeBatchLog
 from flash.hub.hub import InferenceHub
 from flash.hub.probe import Probe
 from flash.hub.vllm_pool import VllmPool
@@ -67,6 +68,7 @@ from flash.system.machine import gpus, has_vllm
 from flash.system.quiet import no_progress_bars
 from flash.trainer.attention import Packing, attend_one_by_one, varlen_kernel
 from flash.trainer.config import TrainerConfig
+from flash.trainer.lasting import LastingTrainer
 from flash.trainer.micro_batch import pack
 from flash.trainer.objectives.aggregation import scales
 from flash.trainer.packing import divide
@@ -393,42 +395,34 @@ def colocated(_: argparse.Namespace) -> Iterator[Row]:
 
 
 async def taking_turns(model: Path) -> list[Row]:
-    """A server with requests under way sleeps, the trainer steps, it wakes with the weights."""
+    """A server with requests under way sleeps, the trainer steps, it wakes with the weights: as
+    files, and from the trainer's memory."""
     samples = of_kind("long" if CUDA else "short")[:16]
     requests, tokens = (64, 512) if CUDA else (4, 64)
     rows: list[Row] = []
     clock = time.perf_counter
-    async with Trainer(model=model, config=TrainerConfig(), run_dir=model) as trainer:
-        first = await trainer.export_weights()
-
-        async def make_room() -> None:
-            await trainer.make_room(VLLM_SHARE)
-
-        pool = VllmPool(
-            str(model), size=1, max_running=requests, max_tokens=2048, cache_tokens=16_384,
-            tensor_parallel=1, devices=gpus()[:1], gpu_memory=VLLM_SHARE,
-            dtype=str(DTYPE).removeprefix("torch."), threads=0, seed=0, sleeps=True,
-            arguments=["--skip-tokenizer-init"], log_dir=model, start_timeout_s=300,
-        )  # fmt: skip
+    pool = VllmPool(
+        str(model), size=1, max_running=requests, max_tokens=2048, cache_tokens=16_384,
+        tensor_parallel=1, devices=gpus()[:1], gpu_memory=VLLM_SHARE,
+        dtype=str(DTYPE).removeprefix("torch."), threads=0, seed=0, sleeps=True,
+        arguments=["--skip-tokenizer-init"], log_dir=model, start_timeout_s=300,
+    )  # fmt: skip
+    async with LastingTrainer(
+        Trainer(model=model, config=TrainerConfig(), run_dir=model),
+        log=FakeBatchLog(), newest=lambda: None, max_restarts=0,
+    ) as trainer:  # fmt: skip
         began = clock()
         async with InferenceHub(
             pool,
             max_running=requests,
-            weights=first,
-            make_room=make_room,
-            probe=Probe(gap_limit=10),
+            weights=await trainer.export_weights(),
+            make_room=partial(trainer.make_room, VLLM_SHARE),
+            probe=Probe(gap_limit=10),  # it is reported here
         ) as hub:
             rows.append(("a server from start to ready", {"s": clock() - began}))
-            for turn in range(3):
+            for turn, way in enumerate(("files", "files", "memory", "memory")):
                 asked = [
-                    asyncio.create_task(
-                        hub.generate(
-                            GenerateRequest(
-                                token_ids=[7 + number] * 64,
-                                sampling=SamplingParams(max_tokens=tokens),
-                            )
-                        )
-                    )
+                    asyncio.create_task(hub.generate(request_of([7 + number] * 64, tokens)))
                     for number in range(requests)
                 ]
                 await asyncio.sleep(1.0 if CUDA else 0.3)  # they are under way
@@ -439,20 +433,23 @@ async def taking_turns(model: Path) -> list[Row]:
                     told = await trainer.step(Batch(samples=samples, version=turn))
                     began = clock()
                     weights = await trainer.export_weights()
-                    exported_s, began = clock() - began, clock()
+                    figures |= {"train s": told["time/train_s"], "export s": clock() - began}
+                    if way == "files":
+                        weights = replace(weights, share=None)
                     report = await hub.publish(weights)
-                    took_s = clock() - began
                 answers = await asyncio.gather(*asked)
                 assert {len(answer.token_ids) for answer in answers} == {tokens}
-                seams = sum(len(set(answer.versions)) > 1 for answer in answers)
                 figures |= {
-                    "train s": told["time/train_s"], "export s": exported_s,
-                    "wake, load and probe s": took_s, "of it wake and load s": report.paused_s,
+                    "wake and load s": report.paused_s,
                     "probe, 90% of logits": report.gap.logits if report.gap else math.nan,
-                    "answers of two versions": seams,
-                }  # fmt: skip
-                rows.append((f"turn {turn + 1}, {requests} requests", figures))
+                    "answers of two versions": sum(len({*each.versions}) > 1 for each in answers),
+                }
+                rows.append((f"turn {turn + 1}, weights as {way}", figures))
     return rows
+
+
+def request_of(token_ids: list[int], tokens: int) -> GenerateRequest:
+    return GenerateRequest(token_ids=token_ids, sampling=SamplingParams(max_tokens=tokens))
 
 
 def free_percent() -> float:
