@@ -34,10 +34,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -391,15 +393,14 @@ def colocated(_: argparse.Namespace) -> Iterator[Row]:
         yield "", {"left out": "vLLM is not installed: make setup-vllm"}
         return
     with made_model() as model:
-        yield from asyncio.run(taking_turns(model))
+        yield from as_they_come(taking_turns(model))
 
 
-async def taking_turns(model: Path) -> list[Row]:
+async def taking_turns(model: Path) -> AsyncIterator[Row]:
     """A server with requests under way sleeps, the trainer steps, it wakes with the weights: as
     files, and from the trainer's memory."""
-    samples = of_kind("long" if CUDA else "short")[:16]
+    samples = of_kind("long" if CUDA else "short")[: 16 if CUDA else 2]
     requests, tokens = (64, 512) if CUDA else (4, 64)
-    rows: list[Row] = []
     clock = time.perf_counter
     pool = VllmPool(
         str(model), size=1, max_running=requests, max_tokens=2048, cache_tokens=16_384,
@@ -419,7 +420,7 @@ async def taking_turns(model: Path) -> list[Row]:
             make_room=partial(trainer.make_room, VLLM_SHARE),
             probe=Probe(gap_limit=10),  # it is reported here
         ) as hub:
-            rows.append(("a server from start to ready", {"s": clock() - began}))
+            yield "a server from start to ready", {"s": clock() - began}
             for turn, way in enumerate(("files", "files", "memory", "memory")):
                 asked = [
                     asyncio.create_task(hub.generate(request_of([7 + number] * 64, tokens)))
@@ -444,8 +445,25 @@ async def taking_turns(model: Path) -> list[Row]:
                     "probe, 90% of logits": report.gap.logits if report.gap else math.nan,
                     "answers of two versions": sum(len({*each.versions}) > 1 for each in answers),
                 }
-                rows.append((f"turn {turn + 1}, weights as {way}", figures))
-    return rows
+                yield f"turn {turn + 1}, weights as {way}", figures
+
+
+def as_they_come(rows: AsyncIterator[Row]) -> Iterator[Row]:
+    """Of a part that runs in an event loop, from another thread, for it is all one task there."""
+    found: SimpleQueue[Row | None] = SimpleQueue()
+
+    async def put() -> None:
+        try:
+            async for row in rows:
+                found.put(row)
+        finally:
+            found.put(None)
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(asyncio.run, put())
+        while (row := found.get()) is not None:
+            yield row
+        running.result()
 
 
 def request_of(token_ids: list[int], tokens: int) -> GenerateRequest:
