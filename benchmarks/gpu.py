@@ -11,7 +11,12 @@ the table says so:
     embedded    the embedded worker's decoding, with the same model
     attention   one layer's, by every way there is
     publish     export, load, and how many of the weights a step changes
+    recomputed  the trainer's steps with activations recomputed, and what is chosen for this card
+    compiled    the same with layers that torch.compile made, and how long that takes at first
+    small       seconds a step of the ALFWorld preset on the CPU, and on vLLM if it is installed
     colocated   trainer and a vLLM server in turns on the one card: what a turn costs
+
+All of them take twelve minutes (`--limit 720`); within five the last are left out.
 
 `--policy` is a small policy that was taught before: after `make train ENV=alfworld` the folder
 `runs/.small_policies/alfworld-…`; without it that part is left out. Without a GPU the model is
@@ -34,7 +39,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -135,33 +140,87 @@ def trainer(_: argparse.Namespace) -> Iterator[Row]:
     samples = {name: of_kind(name) for name in EPISODES}
     with made_model() as model:
         with started(model, TrainerConfig()) as rank:
-            yield "room", {"tokens a pass": rank.room()}
+            yield "room", room(rank)
             for budget, (name, of) in itertools.product(BUDGETS, samples.items()):
                 yield f"{name}, {budget} a pass", steps(rank, of, budget)
             for name, of in samples.items() if CUDA else ():
                 yield f"{name}, one pass of {BUDGETS[0]}", kernels(rank, of)
             for name, of in samples.items():
                 yield f"{name}, {MOST} a pass", steps(rank, of, MOST)
-        with started(model, TrainerConfig(gradient_checkpointing=True)) as rank:
-            for name, of in samples.items():
-                yield f"{name}, {MOST} a pass, recomputed", steps(rank, of, MOST)
-            for name, of in samples.items():
-                yield f"{name}, {BUDGETS[0]} a pass, padded", padded(model, of, BUDGETS[0])
+        for name, of in samples.items():
+            yield f"{name}, {BUDGETS[0]} a pass, padded", padded(model, of, BUDGETS[0])
+
+
+def compiled(_: argparse.Namespace) -> Iterator[Row]:
+    """The first step's seconds are compiling; the median is of the steps after it."""
+    yield from of_settings(TrainerConfig(compile=True), "compiled")
+    yield from of_settings(TrainerConfig(compile=True, gradient_checkpointing=True), "both")
+
+
+def recomputed(_: argparse.Namespace) -> Iterator[Row]:
+    yield from of_settings(TrainerConfig(gradient_checkpointing=True), "recomputed")
+    with made_model() as model, started(model, TrainerConfig()) as rank:
+        yield "room", room(rank)
+
+
+def of_settings(config: TrainerConfig, told: str) -> Iterator[Row]:
+    """Steps of both kinds of episodes, with passes as long as they are chosen at most."""
+    with made_model() as model, started(model, config) as rank:
+        for name in EPISODES:
+            yield f"{name}, {MOST} a pass, {told}", steps(rank, of_kind(name), MOST)
+
+
+def room(rank: Rank) -> Figures:
+    """What a pass has room for, and what is made of it."""
+    if (found := rank.room()) is None:
+        return {"tokens a pass": TrainerConfig().tokens_of_pass}
+    tokens, recompute = found.choose()
+    return {
+        "kept": found.kept, "recomputed": found.recomputed,
+        "tokens a pass": tokens, "recompute": recompute,
+    }  # fmt: skip
 
 
 def alfworld(options: argparse.Namespace) -> Iterator[Row]:
+    settings = ("--engine=embedded", "--eval.tasks=64")
+    yield from trained(options, *settings, steps=options.steps, kept="gpu_alfworld.jsonl")
+
+
+def small(options: argparse.Namespace) -> Iterator[Row]:
+    """Where a small policy is quickest: what `alfworld` has on the card, elsewhere."""
+    ways = {"on the CPU": ("--engine=embedded", {"CUDA_VISIBLE_DEVICES": ""})}
+    if CUDA and has_vllm():
+        ways["on vLLM"] = ("--engine=vllm", {})
+    for way, (engine, environment) in ways.items():
+        each = argparse.Namespace(**vars(options) | {"limit": options.limit / len(ways)})
+        kept = f"gpu_alfworld_{way.split()[-1].lower()}.jsonl"
+        for what, figures in trained(each, engine, steps=6, kept=kept, environment=environment):
+            if what in ("", "the run", "a step, median"):
+                yield f"{what} {way}".strip(), figures
+
+
+def trained(
+    options: argparse.Namespace,
+    *settings: str,
+    steps: int,
+    kept: str,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Row]:
+    """What a run of the ALFWorld preset has to say of so many steps, or as many as there is time
+    for; its lines are kept among the results."""
     if not options.policy:
         yield "", {"left out": "no --policy"}
         return
     with tempfile.TemporaryDirectory(dir=in_memory()) as folder:
         command = [
             sys.executable, "-c", "from flash.cli.main import main; main()", "train", "alfworld",
-            "--name=gpu", f"--runs_dir={folder}", "--engine=embedded", "--eval_every=0",
-            "--eval.tasks=64", f"--steps={options.steps}",
+            "--name=gpu", f"--runs_dir={folder}", "--eval_every=0", f"--steps={steps}", *settings,
             # Reported here; in a run of its own a larger one than the default ends it.
             "--engine.gap_limit=10", f"--model={options.policy}",
         ]  # fmt: skip
-        process = subprocess.Popen(command, stdout=sys.stderr)
+        process = subprocess.Popen(
+            command, stdout=sys.stderr, env={**os.environ, **(environment or {})}
+        )
         try:
             process.wait(options.limit - 2 * END_S)
         except subprocess.TimeoutExpired:
@@ -176,7 +235,7 @@ def alfworld(options: argparse.Namespace) -> Iterator[Row]:
             raise RuntimeError(f"the run ended with {process.returncode} before its first step")
         rows = lines(metrics)
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "gpu_alfworld.jsonl").write_text(metrics.read_text())
+        (RESULTS / kept).write_text(metrics.read_text())
     if process.returncode:
         yield "the run", {"ended with": process.returncode}
     yield from of_run(rows)
@@ -633,10 +692,13 @@ def in_memory() -> str | None:
 PARTS = {
     "facts": Part(facts, 10, 40),
     "alfworld": Part(alfworld, 60, 110),
-    "trainer": Part(trainer, 40, 140),
+    "trainer": Part(trainer, 40, 100),
     "embedded": Part(embedded, 25, 50),
     "attention": Part(attention, 20, 45),
     "publish": Part(publish, 25, 60),
+    "recomputed": Part(recomputed, 25, 50),
+    "compiled": Part(compiled, 60, 150),
+    "small": Part(small, 90, 240),
     "colocated": Part(colocated, 90, 180),
 }
 

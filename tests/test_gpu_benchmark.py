@@ -89,6 +89,25 @@ def test_a_run_is_told_by_its_steps_whichever_numbers_they_lack() -> None:
     }  # fmt: skip
 
 
+def test_what_a_card_has_room_for_is_told_with_what_is_chosen() -> None:
+    import gpu
+
+    from flash.trainer.passes import Room
+
+    class OnCard:
+        def room(self):
+            return Room(8_192, 90_112)
+
+    class OnCpu:
+        def room(self):
+            return None
+
+    assert gpu.room(OnCard()) == {
+        "kept": 8_192, "recomputed": 90_112, "tokens a pass": 32_768, "recompute": True,
+    }  # fmt: skip
+    assert gpu.room(OnCpu()) == {"tokens a pass": 4096}
+
+
 def test_the_peak_of_a_card_is_its_own_and_not_that_of_one_whose_name_its_begins_with() -> None:
     import trainer
 

@@ -46,8 +46,11 @@ def run_training(
     nodes = 1 if starter is None else starter.nodes
     configuration.check_capacity(config, machine.capacity(), nodes=nodes)
     _check(config)
+    from flash.parts.engine import keep_to_quickest_device
     from flash.train import train
 
+    if told := keep_to_quickest_device(config):
+        print(told)
     stop = asyncio.Event()
     summary = run_loop(train(config, stop=stop, opened=opened, starter=starter), stop=stop)
     if summary is None:

@@ -19,8 +19,8 @@ class EngineConfig(Section):
 
     kind: Literal["auto", "embedded", "vllm", "urls"] = Field(
         "auto",
-        description="auto: urls if any are given, else vllm where it is installed and has a GPU, "
-        "else embedded workers",
+        description="auto: urls if any are given, else vllm where it is installed, has a GPU and a "
+        "model of 100 million parameters or more, else embedded workers",
     )
     workers: int = Field(
         1,

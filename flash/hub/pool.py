@@ -3,13 +3,15 @@
 import abc
 import asyncio
 import contextlib
+import logging
 import os
 import secrets
 import signal
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import psutil
 
@@ -19,9 +21,12 @@ from flash.hub.worker import OnExit, OnReady, Worker, WorkerFailure
 from flash.system.machine import Gpu
 from flash.system.process import PARENT_PID_VARIABLE, log_report
 
+logger = logging.getLogger(__name__)
+
 _HOST = "127.0.0.1"
 _STOP_GRACE_S = 5.0
 _READY_CHECK_S = 0.2
+_MOST_READ = 1 << 18  # bytes of a log at a time
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.5, 30.0
 # One that dies so often, without having lived as long between, will not live.
 _DEATHS_IN_A_ROW, _SETTLED_S = 5, 60.0
@@ -37,6 +42,7 @@ class _Seat:
     worker: HttpWorker
     log: Path
     log_start: int = 0  # of the present process's lines
+    log_read: int = 0  # up to there
     process: asyncio.subprocess.Process | None = None
 
 
@@ -47,10 +53,23 @@ class ProcessPool(abc.ABC):
         size: how many workers.
         log_dir: where `worker_<n>.log` goes.
         start_timeout_s: for a worker to load the model and answer its health check.
+        say: is told in a line what the workers are at while they start, and when they are ready.
     """
 
-    def __init__(self, *, size: int, log_dir: Path, start_timeout_s: float) -> None:
+    # What they are at from the first line of a log on that has one of these, in their order.
+    _STAGES: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(
+        self,
+        *,
+        size: int,
+        log_dir: Path,
+        start_timeout_s: float,
+        say: Callable[[str], None] = logger.info,
+    ) -> None:
         self._size = size
+        self._say = say
+        self._stage = -1  # the furthest that any of them has come
         self._log_dir = log_dir
         self._start_timeout_s = start_timeout_s
         self._seats: list[_Seat] = []
@@ -84,6 +103,8 @@ class ProcessPool(abc.ABC):
         process was started anew and is well; after a final death it is not. Raises
         InferenceFailure with the end of the log of a worker that does not get ready at first.
         """
+        clock = asyncio.get_running_loop().time
+        self._began = clock()
         self._log_dir.mkdir(parents=True, exist_ok=True)
         self._seats = [self._seat(number) for number in range(self._size)]
         try:
@@ -94,6 +115,8 @@ class ProcessPool(abc.ABC):
         except BaseException:
             await self.stop()
             raise
+        if self._STAGES:
+            self._say(f"engine: ready after {clock() - self._began:.0f} s")
         self._keepers = [
             asyncio.create_task(
                 self._keep(seat, on_exit, on_ready), name=f"keep worker {seat.number}"
@@ -154,7 +177,7 @@ class ProcessPool(abc.ABC):
     async def _launch(self, seat: _Seat) -> None:
         """Starts the seat's process and waits until it is well; InferenceFailure if it is not."""
         with seat.log.open("ab") as log:
-            seat.log_start = log.tell()
+            seat.log_start = seat.log_read = log.tell()
             seat.process = await asyncio.create_subprocess_exec(
                 *self._command(seat.number, _HOST, seat.port),
                 stdin=asyncio.subprocess.DEVNULL,
@@ -176,6 +199,7 @@ class ProcessPool(abc.ABC):
                             await seat.worker.check_health()
                             return
                     await asyncio.wait((exited,), timeout=_READY_CHECK_S)
+                    self._tell_stage(seat)
         except TimeoutError:
             _kill(seat)
             raise InferenceFailure(
@@ -189,6 +213,23 @@ class ProcessPool(abc.ABC):
             f"worker {seat.number} ended at its start with exit code {seat.process.returncode}. "
             f"{_log_of(seat)}"
         )
+
+    def _tell_stage(self, seat: _Seat) -> None:
+        """Tells what the seat's process is at, if none has come so far."""
+        words = list(self._STAGES.items())
+        if self._stage == len(words) - 1:
+            return
+        with seat.log.open("rb") as log:
+            log.seek(seat.log_read)
+            new = log.read(_MOST_READ)
+        if b"\n" in new or len(new) == _MOST_READ:  # what is not a whole line is read again
+            seat.log_read += new.rfind(b"\n") + 1 or len(new)
+        text = new.decode(errors="replace")
+        found = [number for number, (word, _) in enumerate(words) if word in text]
+        if found and found[-1] > self._stage:
+            self._stage = found[-1]
+            after_s = asyncio.get_running_loop().time() - self._began
+            self._say(f"engine: {words[self._stage][1]} (after {after_s:.0f} s)")
 
     async def _keep(self, seat: _Seat, on_exit: OnExit, on_ready: OnReady) -> None:
         """Waits for the worker's death, again and again, and starts it anew."""

@@ -1,12 +1,16 @@
 """A pool of vLLM servers."""
 
+import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from flash.hub.pool import ProcessPool, visible_gpus
 from flash.seeds import derived
 from flash.system.machine import Gpu
+
+logger = logging.getLogger(__name__)
 
 _BLOCK_TOKENS = 32  # the least that attention on a CPU takes
 
@@ -27,6 +31,14 @@ class VllmPool(ProcessPool):
         arguments: further arguments of `vllm serve`, after ours.
     """
 
+    _STAGES: ClassVar[Mapping[str, str]] = {
+        "Initializing a V1 LLM engine": "vLLM starts its engine",
+        "Starting to load model": "vLLM loads the model",
+        "Loading model from scratch": "vLLM loads the model",  # the V2 model runner's
+        "for vLLM's torch.compile": "vLLM compiles the model, or takes what it compiled before",
+        "Capturing CUDA graphs": "vLLM captures CUDA graphs",
+    }
+
     def __init__(
         self,
         model: str,
@@ -45,8 +57,9 @@ class VllmPool(ProcessPool):
         log_dir: Path,
         start_timeout_s: float,
         sleeps: bool = False,
+        say: Callable[[str], None] = logger.info,
     ) -> None:
-        super().__init__(size=size, log_dir=log_dir, start_timeout_s=start_timeout_s)
+        super().__init__(size=size, log_dir=log_dir, start_timeout_s=start_timeout_s, say=say)
         if devices and tensor_parallel > len(devices):
             raise ValueError(
                 f"engine.tensor_parallel={tensor_parallel} exceeds the {len(devices)} GPUs that "

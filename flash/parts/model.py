@@ -68,6 +68,13 @@ def vocabulary_of(model: str) -> int:
     return int(AutoConfig.from_pretrained(model).get_text_config().vocab_size)
 
 
+async def parameters_of(model: str) -> int:
+    """How many parameters the model has, by its files' headers."""
+    from flash.trainer.model_files import count_parameters  # noqa: PLC0415  (seconds to import)
+
+    return await asyncio.to_thread(count_parameters, model)
+
+
 async def check_model_files(model: str, *, field: str = "model") -> None:
     """ValueError for a model whose files are not whole, don't fit together, or can't be trained."""
     from flash.trainer.model_files import check_files  # noqa: PLC0415  (seconds to import)

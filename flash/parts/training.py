@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -144,7 +144,7 @@ async def open_training(
         redone = RedoneSteps(past.steps, exact=config.trainer.dtype != "bfloat16" and not gpus())
         for until, settings in past.with_other_settings:
             past = await _redo_as_logged(
-                config, model, folder, run_log, past, until, settings, redone, starter
+                config, model, folder, run_log, past, until, settings, redone, starter, view.say
             )
         if past.alpha is not None:
             adaptive.restore(past.alpha)
@@ -197,7 +197,9 @@ async def _open(
         every_s=60 * config.checkpoint.minutes,
         observer=observers,
     )
-    trainer = _trainer(config, config.trainer, model, folder, run_log, past, redone, starter)
+    trainer = _trainer(
+        config, config.trainer, model, folder, run_log, past, redone, starter, view.say
+    )
     engine = config.engine
     given = bool(engine.urls) or engine.colocated
     async with (
@@ -322,6 +324,7 @@ def _trainer(
     past: Past,
     redone: RedoneSteps,
     starter: RankStarter | None,
+    say: Callable[[str], None],
 ) -> LastingTrainer:
     """It begins where the run stood, by the log's batches since the checkpoint."""
 
@@ -336,6 +339,7 @@ def _trainer(
         seed=config.seed,
         resume_from=folder.checkpoint.path if folder.checkpoint else None,
         starter=starter,
+        say=say,
     )
     return LastingTrainer(
         trainer,
@@ -357,13 +361,14 @@ async def _redo_as_logged(
     settings: Mapping[str, Any],
     redone: RedoneSteps,
     starter: RankStarter | None,
+    say: Callable[[str], None],
 ) -> Past:
     """Trains the batches before that version with the settings that they were trained with, and
     saves that: others hold from there on."""
     left = [version for version in past.redo if version >= until]
     done = replace(past, redo=[version for version in past.redo if version < until])
     logged = as_logged(settings, config.trainer)
-    trainer = _trainer(config, logged, model, folder, run_log, done, redone, starter)
+    trainer = _trainer(config, logged, model, folder, run_log, done, redone, starter, say)
     checkpoints = Checkpoints(
         folder.path, resumed=folder.checkpoint, every_s=0, observer=Observer()
     )

@@ -22,8 +22,10 @@ from flash.hub.sender import StartSender, nccl_sender
 from flash.hub.turns import MakeRoom
 from flash.hub.vllm_pool import VllmPool
 from flash.hub.worker import Worker
+from flash.parts.engine import Choice, choose_engine
+from flash.parts.model import parameters_of
 from flash.section import revealed
-from flash.system.machine import Gpu, gpus, has_vllm, how_to_install
+from flash.system.machine import Gpu, gpus, has_vllm
 from flash.types import Weights
 
 _ASK_TIMEOUT_S = 10.0
@@ -58,13 +60,21 @@ async def open_hub(
     given `weights` too, because they lose what they have.
     """
     engine = config.engine
+    shared = make_room is not None
+    devices = engine.devices or worker_gpus(config.trainer.ranks, shared=shared)
+    parameters = None
+    if engine.kind == "auto" and not engine.urls and devices and has_vllm():
+        parameters = await parameters_of(model)
     workers, why = _workers(
         config,
-        shared=make_room is not None,
+        choose_engine(engine, devices=devices, vllm=has_vllm(), parameters=parameters),
+        shared=shared,
         model=model,
+        devices=devices,
         version=version,
         log_dir=log_dir,
         senders=senders or functools.partial(_sender, config, log_dir),
+        say=say,
     )
     say(f"engine: {why}")
     with first_error():
@@ -79,7 +89,7 @@ async def open_hub(
         max_running=engine.max_running,
         update_mode=engine.update_mode,
         version=version,
-        weights=await weights() if engine.urls or make_room is not None else None,
+        weights=await weights() if engine.urls or shared else None,
         make_room=make_room,
         request_timeout_s=engine.request_timeout_s,
         progress_timeout_s=engine.progress_timeout_s,
@@ -168,12 +178,15 @@ def _vllm_arguments(words: Sequence[str]) -> dict[str, str]:
 
 def _workers(
     config: Config,
+    choice: Choice,
     *,
     shared: bool,
     model: str,
+    devices: Sequence[Gpu],
     version: int,
     log_dir: Path,
     senders: Callable[[int], StartSender],
+    say: Callable[[str], None],
 ) -> tuple[list[Worker | str] | ProcessPool, str]:
     """The workers of the configuration, and one line that says which and why."""
     engine = config.engine
@@ -182,8 +195,7 @@ def _workers(
         urls = [_client(config, url, senders(number)) for number, url in enumerate(engine.urls)]
         running = _count(len(urls), "worker")
         return urls, f"{running} that ran before, because engine.urls names them"
-    devices = engine.devices or worker_gpus(config.trainer.ranks, shared=shared)
-    if engine.kind == "vllm" or (engine.kind == "auto" and has_vllm() and devices):
+    if choice.kind == "vllm":
         start: Callable[..., VllmPool] = VllmPool
         if engine.transport == "nccl":
             start = functools.partial(NcclPool, senders=senders)
@@ -203,11 +215,11 @@ def _workers(
             log_dir=log_dir,
             start_timeout_s=engine.start_timeout_s,
             sleeps=shared,
+            say=say,
         )
-        why = "as engine.kind says" if engine.kind == "vllm" else "because it is installed"
         where = _where(devices, engine.workers * engine.tensor_parallel)
         turns = ", in turns with the trainer" if shared else ""
-        return vllm, f"{_count(engine.workers, 'vLLM server')} on {where}{turns}, {why}"
+        return vllm, f"{_count(engine.workers, 'vLLM server')} on {where}{turns}, {choice.why}"
     embedded = EmbeddedPool(
         model,
         size=engine.workers,
@@ -221,14 +233,8 @@ def _workers(
         log_dir=log_dir,
         start_timeout_s=engine.start_timeout_s,
     )
-    if engine.kind == "embedded":
-        why = "as engine.kind says"
-    elif has_vllm():
-        why = "because vLLM has no GPU here"
-    else:
-        why = f"because vLLM is not installed ({how_to_install('vllm')})"
     where = _where(devices, engine.workers)
-    return embedded, f"{_count(engine.workers, 'embedded worker')} on {where}, {why}"
+    return embedded, f"{_count(engine.workers, 'embedded worker')} on {where}, {choice.why}"
 
 
 def _count(number: int, what: str) -> str:

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import resource
 import socket
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,6 +56,20 @@ def gpus(dev: Path = Path("/dev")) -> list[Gpu]:
         for name in names
         if (name.isdigit() and int(name) < count) or name.startswith(("GPU-", "MIG-"))
     ]
+
+
+_ASK_S = 20.0
+
+
+def compute_capability() -> tuple[int, int] | None:
+    """That of the oldest NVIDIA GPU, by its driver; None if it does not tell."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=_ASK_S, check=True)
+        found = [line.strip().split(".") for line in told.stdout.splitlines() if line.strip()]
+        return min((int(major), int(minor)) for major, minor in found)
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
 
 
 _REMEDIES = {

@@ -231,5 +231,6 @@ def _packed_attention(
     ), None
 
 
-# No mask function is registered under this name, so transformers makes no mask either.
-AttentionInterface.register(PACKED_ATTENTION, _packed_attention)
+# No mask function is registered under this name, so transformers makes no mask either. Compiled
+# layers call it as it is: it goes by the sequences' lengths, which are others in each pass.
+AttentionInterface.register(PACKED_ATTENTION, torch.compiler.disable(_packed_attention))  # type: ignore[no-untyped-call]

@@ -66,7 +66,15 @@ class TrainerConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of forward and backward; auto: bfloat16 on a GPU, float32 on a CPU"
     )
-    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory")
+    gradient_checkpointing: bool | None = Field(
+        None,
+        description="recompute activations: less memory, a third more work; null: where that makes "
+        "passes on a GPU so much longer that they are quicker, or a pass of "
+        "tokens_per_micro_batch needs it; on a CPU not",
+    )
+    compile: bool = Field(
+        False, description="layers by torch.compile: minutes at the start, then quicker passes"
+    )
     threads: int = Field(0, ge=0, description="CPU threads of a rank; 0 leaves it to torch")
     start_timeout_s: float = Field(600.0, gt=0, description="for the ranks to load the model")
     step_timeout_s: float = Field(1800.0, gt=0, description="for any one step, export or save")

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from flash.trainer.config import TrainerConfig
 from flash.trainer.fused import can_fuse, fuse_layers
+from flash.trainer.layers import compile_layers, recompute_activations
 from flash.trainer.micro_batch import MicroBatch
 from flash.trainer.scorer import packed_inputs
 from flash.trainer.sharding import (
@@ -27,7 +28,6 @@ from flash.trainer.sharding import (
     load_optimizer,
     make_optimizer,
     optimizer_state,
-    recompute_activations,
     shard,
 )
 
@@ -74,11 +74,13 @@ class Critic:
         self, source: str, config: TrainerConfig, *, ranks: int, device: Any, half: bool
     ) -> None:
         model = load_model(source)
-        if config.gradient_checkpointing:
-            recompute_activations(model)
         self._valuer = TokenValuer(model).to(device).eval()
-        if can_fuse(model):
+        if config.compile:
+            compile_layers(model)
+        elif can_fuse(model):
             fuse_layers(model)
+        if config.gradient_checkpointing:
+            self.recompute()
         shard(self._valuer, model, ranks=ranks, half=half, shard_size=config.shard_size)
         self._config = config
         self._ranks = ranks
@@ -86,6 +88,10 @@ class Critic:
         self.optimizer = make_optimizer(
             self._valuer, config, learning_rate=config.critic.learning_rate
         )
+
+    def recompute(self) -> None:
+        """From now on activations are computed again in the backward pass."""
+        recompute_activations(self._valuer.body)
 
     @torch.no_grad()
     def values(self, micro: MicroBatch) -> Tensor:

@@ -57,6 +57,11 @@ def check_files(source: str, *, field: str) -> Any:
     return config
 
 
+def count_parameters(source: str) -> int:
+    """Of the model's files, by their headers. ValueError if they are not whole."""
+    return sum(tensor.numel() for tensor in _headers(source).values())
+
+
 def check_vocabulary(tokenizer: Any, config: Any, *, source: str) -> None:
     """ValueError if the tokenizer gives tokens that the model has no embedding for."""
     rows = int(config.get_text_config().vocab_size)

@@ -32,13 +32,15 @@ from flash.trainer.config import TrainerConfig
 from flash.trainer.critic import Critic
 from flash.trainer.export import layout, whole_tensors, write_weights
 from flash.trainer.fused import fuse
+from flash.trainer.layers import compile_layers, recompute_activations
 from flash.trainer.micro_batch import MicroBatch, pack
 from flash.trainer.objectives.choose import make_objective
 from flash.trainer.objectives.regularisers import kl_estimate, kl_loss, kl_penalty
 from flash.trainer.offload import Offload, make_room, memory_of
 from flash.trainer.packing import NOTHING, MiniBatchShare, in_passes
+from flash.trainer.passes import Room
 from flash.trainer.ranks import LOOPBACK, Meeting
-from flash.trainer.room import tokens_with_room
+from flash.trainer.room import room_of
 from flash.trainer.save import save_model
 from flash.trainer.scorer import TokenScorer
 from flash.trainer.self_test import check_packed
@@ -49,7 +51,6 @@ from flash.trainer.sharding import (
     load_optimizer,
     make_optimizer,
     optimizer_state,
-    recompute_activations,
     shard,
 )
 from flash.trainer.statistics import StepStatistics
@@ -147,7 +148,10 @@ class Rank:
         model = load_model(source)
         scorer = TokenScorer(model).to(self._device)
         check_packed(scorer)
-        fuse(scorer)
+        if self._config.compile:  # fuses what the kernels of `fuse` do
+            compile_layers(model)
+        else:
+            fuse(scorer)
         shard(
             scorer,
             model,
@@ -157,11 +161,21 @@ class Rank:
         )
         return model, scorer
 
-    def room(self) -> int:
-        """How many tokens a pass of the next steps has memory for."""
+    def room(self) -> Room | None:
+        """How many tokens a pass of the next steps has memory for; None where that is as usual."""
         self._offload.to_device()
-        models = 1 if self._critic is None else 2
-        return tokens_with_room(self._scorer, self._optimizer, models=models)
+        return room_of(
+            self._scorer,
+            self._optimizer,
+            recomputed=self._config.gradient_checkpointing,
+            models=1 if self._critic is None else 2,
+        )
+
+    def recompute(self) -> None:
+        """From now on activations are computed again in the backward pass."""
+        recompute_activations(self._model)
+        if self._critic is not None:
+            self._critic.recompute()
 
     def make_room(self, share: float) -> float:
         """Leaves that share of its GPU to others, if it can, until the next step or save; the

@@ -1,10 +1,13 @@
 """How many tokens a forward and backward pass has memory for, on a GPU."""
 
+from typing import Any
+
 import torch
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from flash.trainer.config import TOKENS_OF_PASS
+from flash.trainer.layers import decoder_layers, keep_activations, recompute_activations
+from flash.trainer.passes import Room
 from flash.trainer.scorer import TokenScorer
 
 _MEASURED = (512, 1536)  # tokens
@@ -14,28 +17,46 @@ _SCORED = 64
 _GRADIENT_BYTES, _STATE_BYTES, _HALF_BYTES, _LOGIT_BYTES = 4, 8, 4, 32
 _SHARE = 0.7  # of what is left: the backward pass has activations of its own, the memory has gaps
 _STEP = 1024
-_MOST = 32_768  # with twice as many a step of a model of 0.5 billion took as long
 
 
-def tokens_with_room(scorer: TokenScorer, optimizer: Optimizer, *, models: int = 1) -> int:
-    """Multiples of 1024; on a CPU as many as are usual. A collective of all ranks.
+def room_of(
+    scorer: TokenScorer, optimizer: Optimizer, *, recomputed: bool | None, models: int = 1
+) -> Room | None:
+    """In multiples of 1024; None on a CPU, where it is not measured. A collective of all ranks.
 
     With a critic there are two `models` of this size that a step trains. Gradients are forgotten.
+    `recomputed`: as is configured, and as the model is, None if it is left to what is found here;
+    what is not asked for is not measured.
     """
     device = next(scorer.parameters()).device
     if device.type != "cuda":
-        return TOKENS_OF_PASS
-    first, second = (_kept_bytes(scorer, device, tokens) for tokens in _MEASURED)
-    each = (second - first) / (_MEASURED[1] - _MEASURED[0])
+        return None
+    model: Any = scorer.model
+    layers = len(decoder_layers(model))
+    if recomputed:
+        keep_activations(model)
+    each = kept_each = _kept_of_token(scorer, device)
+    if layers and recomputed is not False:
+        recompute_activations(model)
+        # The backward pass has one layer's at a time.
+        each = _kept_of_token(scorer, device) + kept_each / layers
+        if not recomputed:
+            keep_activations(model)
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
-    return tokens_that_fit(free - models * _to_come(scorer, optimizer), each)
+    left = free - models * _to_come(scorer, optimizer)
+    return Room(tokens_that_fit(left, kept_each), tokens_that_fit(left, each))
 
 
 def tokens_that_fit(free_bytes: float, token_bytes: float) -> int:
-    """So many tokens of that much memory, but as few and as many as make sense."""
+    """So many tokens of that much memory, but as few as make sense."""
     tokens = int(_SHARE * free_bytes / token_bytes) // _STEP * _STEP
-    return min(max(tokens, _STEP), _MOST)
+    return max(tokens, _STEP)
+
+
+def _kept_of_token(scorer: TokenScorer, device: torch.device) -> float:
+    first, second = (_kept_bytes(scorer, device, tokens) for tokens in _MEASURED)
+    return (second - first) / (_MEASURED[1] - _MEASURED[0])
 
 
 def _kept_bytes(scorer: TokenScorer, device: torch.device, tokens: int) -> int:

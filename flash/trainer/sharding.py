@@ -1,6 +1,5 @@
 """Models as the ranks hold them: loaded for packed sequences, sharded with FSDP2, optimized."""
 
-import functools
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from flash.trainer.attention import PACKED_ATTENTION
 from flash.trainer.config import TrainerConfig
@@ -42,20 +39,6 @@ def load_model(source: str) -> Any:
         source, dtype=torch.float32, attn_implementation=PACKED_ATTENTION
     )
     return model
-
-
-def recompute_activations(model: Any) -> None:
-    """Layers keep no activations for the backward pass; transformers' own way needs `train()`."""
-    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
-    if not layers:
-        raise ValueError(
-            f"trainer.gradient_checkpointing=true: model_type={model.config.model_type!r} has no "
-            f"layers that can do it: leave it out"
-        )
-    for layer in layers:
-        layer.forward = functools.partial(
-            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
-        )
 
 
 def shard(

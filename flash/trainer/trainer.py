@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from flash.trainer.packing import (
     divide_expert,
     plan,
 )
+from flash.trainer.passes import Room, common_room
 from flash.trainer.ranks import LocalRanks, RankStarter, end_ranks
 from flash.trainer.scratch import Scratch
 from flash.trainer.values import less_penalties, with_values
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 # In float32 it is 1e-12, in bfloat16 1e-3; logprobs without their temperature give 0.1 and more.
 _MISMATCH_ALARM = 0.05
+_CHOSEN = ("trainer/tokens_per_pass", "trainer/recomputes")
 _DEATH_NOTICE_S = 1.0  # for a rank's death to be known, once another complains of it
 
 
@@ -55,6 +57,8 @@ class Trainer:
         run_dir: where the ranks' logs go.
         resume_from: a checkpoint of `save_checkpoint`; its model takes the place of `model`.
         starter: of its ranks; by default they are processes on this machine.
+        say: is told in a line what is chosen for passes on a GPU, and what takes long at first; by
+            default the log is.
 
     `version` counts the batches trained into the weights; a batch is one version, however many
     optimizer steps (`mini_batches`) it takes, because α is measured in batches.
@@ -72,8 +76,11 @@ class Trainer:
         seed: int = 0,
         resume_from: Path | None = None,
         starter: RankStarter | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         self.config = config
+        self._say = say or logger.info
+        self._chosen: dict[str, int] = {}  # of passes, on a GPU
         self._starter: RankStarter = starter or LocalRanks()
         # The policy may have gone on from there; the reference stays where it began.
         self._reference = config.kl.reference or str(model) if config.kl.coefficient else None
@@ -150,6 +157,8 @@ class Trainer:
         )
         if refusals[0]:  # all ranks say the same of the same model
             raise ValueError(f"model={self.model!r}: {refusals[0]}")
+        if self.config.compile:
+            self._say("trainer: compiles layers in the first passes, for a minute or more")
 
     async def restart(self, checkpoint: Path | None) -> None:
         """Ends its ranks, dead or not, and starts others: from a checkpoint, or as at first.
@@ -226,7 +235,12 @@ class Trainer:
                 mismatch,
             )
         elapsed = asyncio.get_running_loop().time() - started
-        return {**metrics, "tokens/trained": trained, "time/train_s": elapsed}
+        return {
+            **metrics,
+            "tokens/trained": trained,
+            **self._chosen,
+            "time/train_s": elapsed,
+        }
 
     async def add(self, part: Batch) -> None:
         """Compute the gradient of a part of the next batch; `step` with the last part trains it.
@@ -298,11 +312,21 @@ class Trainer:
 
     async def _size_passes(self) -> None:
         """Before the first step, when all that shares a GPU with the ranks is there: how many
-        tokens they have room for, if the configuration leaves it to them."""
-        if self.config.tokens_per_micro_batch is None:
-            rooms = await self._call_each("room", [()] * self.config.ranks)
-            logger.info("%d tokens a pass", tokens := min(rooms))
-            self.config = self.config.model_copy(update={"tokens_per_micro_batch": tokens})
+        tokens a pass has, and whether it recomputes, as far as the configuration leaves it open."""
+        tokens, recompute = self.config.tokens_per_micro_batch, self.config.gradient_checkpointing
+        if tokens is not None and recompute is not None:
+            return
+        rooms: list[Room | None] = await self._call_each("room", [()] * self.config.ranks)
+        if (room := common_room(rooms)) is None:  # on a CPU
+            chosen = self.config.tokens_of_pass, bool(recompute)
+        else:
+            chosen = room.choose(tokens, recompute)
+            if chosen[1] and not recompute:
+                await self._call_each("recompute", [()] * self.config.ranks)
+            self._say(room.told(*chosen))
+            self._chosen = dict(zip(_CHOSEN, map(int, chosen), strict=True))
+        names = ("tokens_per_micro_batch", "gradient_checkpointing")
+        self.config = self.config.model_copy(update=dict(zip(names, chosen, strict=True)))
 
     async def _valued(
         self, samples: Sequence[Sample], settings: Gae

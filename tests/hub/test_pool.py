@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from flash.errors import InferenceFailure
 from flash.hub.embedded_pool import EmbeddedPool
 from flash.hub.hub import InferenceHub
 from flash.hub.pool import ProcessPool
+from flash.hub.vllm_pool import VllmPool
 from flash.types import GenerateRequest, SamplingParams, Scores, Weights
 from flash.warm_start.small_policy import create
 from tests.processes import Watch
@@ -254,3 +256,56 @@ async def test_a_worker_that_dies_at_every_start_is_given_up_with_its_log(tmp_pa
     assert "no memory" in told[-1][1]
     await pool.stop()
     assert exits.empty()
+
+
+SLOW_START = """
+import os, sys, time
+from pathlib import Path
+port, heard = sys.argv[1], Path(sys.argv[2])
+for line in ("(EngineCore pid=9) INFO [core.py:133] Initializing a V1 LLM engine (v0.32.0) with",
+             "(Worker pid=9) INFO [gpu_model_runner.py:5040] Starting to load model org/model...",
+             "Loading safetensors checkpoint shards: 100% Completed | 1/1",
+             "INFO [backends.py:1105] Using cache directory: /c for vLLM's torch.compile",
+             "Capturing CUDA graphs (mixed prefill-decode, PIECEWISE):   0%|   | 0/51"):
+    print(line, end="" if "Capturing" in line else "\\n", flush=True)
+    deadline = time.monotonic() + 60
+    while "shards" not in line and line[-12:] not in heard.read_text():
+        assert time.monotonic() < deadline, heard.read_text()
+        time.sleep(0.01)
+os.execv(sys.executable, [sys.executable, "-c", {quick!r}, port])
+"""
+
+
+class StagedPool(QuickPool):
+    """Its worker goes on with its start only when each stage has been told."""
+
+    _STAGES = VllmPool._STAGES
+
+    def __init__(self, tmp_path: Path) -> None:
+        super().__init__(tmp_path)
+        self.said: list[str] = []
+        self._say = self._told
+        self._heard = tmp_path / "heard"
+        self._heard.touch()
+
+    def _told(self, text: str) -> None:
+        self.said.append(re.sub(r"\d+ s", "N s", text))
+        log = (self._log_dir / "worker_0.log").read_text().splitlines()
+        self._heard.write_text("\n".join([*self._heard.read_text().splitlines(), log[-1][-12:]]))
+
+    def _command(self, number: int, host: str, port: int) -> list[str]:
+        code = SLOW_START.replace("{quick!r}", repr(QUICK))
+        return [sys.executable, "-c", code, str(port), str(self._heard)]
+
+
+async def test_what_vllm_is_at_while_it_starts_is_told(tmp_path):
+    pool = StagedPool(tmp_path)
+    await pool.start(*DEAF)
+    await pool.stop()
+    assert pool.said == [
+        "engine: vLLM starts its engine (after N s)",
+        "engine: vLLM loads the model (after N s)",
+        "engine: vLLM compiles the model, or takes what it compiled before (after N s)",
+        "engine: vLLM captures CUDA graphs (after N s)",
+        "engine: ready after N s",
+    ]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from flash.system.machine import gpus
+from flash.system.machine import compute_capability, gpus
 
 
 @pytest.mark.parametrize(
@@ -27,3 +27,23 @@ def test_gpus_are_named_as_cuda_names_them(nodes, visible, found, tmp_path, monk
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert gpus(tmp_path) == found
+
+
+@pytest.mark.parametrize(
+    ("told", "capability"),
+    [
+        ("echo 9.0", (9, 0)),
+        ("echo 8.6; echo 7.5", (7, 5)),
+        ("echo 12.0; echo 8.9", (8, 9)),
+        ("echo '[N/A]'", None),
+        ("echo NVIDIA-SMI has failed >&2; exit 9", None),
+        ("true", None),
+        (None, None),
+    ],
+)
+def test_the_oldest_gpu_is_known_by_its_driver(told, capability, tmp_path, monkeypatch):
+    if told is not None:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{told}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert compute_capability() == capability

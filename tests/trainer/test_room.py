@@ -1,4 +1,4 @@
-"""How many tokens a pass is given, where the configuration leaves it to the ranks."""
+"""How many tokens a pass is given, and whether it recomputes, where that is left to the ranks."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +11,16 @@ from flash.fakes import fake_sample
 from flash.trainer import sharding
 from flash.trainer.config import TOKENS_OF_PASS, TrainerConfig
 from flash.trainer.fused import can_fuse, fuse, fuse_layers
-from flash.trainer.room import tokens_that_fit, tokens_with_room
+from flash.trainer.layers import keep_activations, recompute_activations
+from flash.trainer.passes import Room
+from flash.trainer.room import room_of, tokens_that_fit
 from flash.trainer.scorer import TokenScorer
 from flash.trainer.sharding import load_model, make_optimizer
 from flash.trainer.trainer import Trainer
 from flash.types import Batch
 
 SaveModel = Callable[..., Path]
+CHOSEN = ("trainer/tokens_per_pass", "trainer/recomputes")
 
 
 def loaded(save_model: SaveModel, folder: Path, device: str) -> tuple[TokenScorer, Any]:
@@ -27,38 +30,117 @@ def loaded(save_model: SaveModel, folder: Path, device: str) -> tuple[TokenScore
 
 @pytest.mark.parametrize(
     ("free_gb", "token_mb", "tokens"),
-    [(100, 4, 17_408), (100, 0.5, 32_768), (0.1, 4, 1024), (-3, 4, 1024)],
+    [(100, 4, 17_408), (100, 0.5, 139_264), (0.1, 4, 1024), (-3, 4, 1024)],
 )
 def test_a_pass_has_what_fits_in_steps_that_make_sense(free_gb, token_mb, tokens):
     assert tokens_that_fit(free_gb * 1e9, token_mb * 1e6) == tokens
 
 
-def test_on_a_cpu_a_pass_has_what_is_usual_there(save_model: SaveModel, tmp_path: Path) -> None:
+def test_on_a_cpu_nothing_is_measured(save_model: SaveModel, tmp_path: Path) -> None:
     scorer, optimizer = loaded(save_model, tmp_path / "m", "cpu")
-    assert tokens_with_room(scorer, optimizer) == TOKENS_OF_PASS == TrainerConfig().tokens_of_pass
+    assert room_of(scorer, optimizer, recomputed=None) is None
 
 
-@pytest.mark.parametrize(("given", "expected"), [(None, 640), (100, 100)])
-async def test_ranks_are_asked_once_and_only_if_nothing_is_configured(
-    given: int | None, expected: int, tmp_path: Path
+@pytest.mark.parametrize(
+    ("kept", "recomputed", "tokens", "recompute"),
+    [
+        # 1.5 billion parameters on a small card: recomputed it trains with long passes.
+        (8_192, 90_000, 32_768, True),
+        (15_360, 200_000, 32_768, True),
+        # As on an H200: what a third more work costs is not made up for.
+        (17_408, 300_000, 17_408, False),
+        (60_000, 900_000, 32_768, False),
+        # Little is gained.
+        (8_192, 10_240, 8_192, False),
+        # A model without layers that can recompute.
+        (2_048, 2_048, 2_048, False),
+    ],
+)
+def test_activations_are_recomputed_where_that_makes_passes_quicker(
+    kept: int, recomputed: int, tokens: int, recompute: bool
+) -> None:
+    assert Room(kept, recomputed).choose() == (tokens, recompute)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "recompute", "chosen"),
+    [
+        (8_192, None, (8_192, False)),
+        (16_384, None, (16_384, True)),  # which would not fit otherwise
+        (16_384, False, (16_384, False)),
+        (None, False, (10_240, False)),
+        (None, True, (32_768, True)),
+    ],
+)
+def test_what_is_configured_of_a_pass_stays(
+    tokens: int | None, recompute: bool | None, chosen: tuple[int, bool]
+) -> None:
+    assert Room(10_240, 65_536).choose(tokens, recompute) == chosen
+
+
+@pytest.mark.parametrize(
+    ("rooms", "given", "chosen", "said"),
+    [
+        ([None, None], {}, (TOKENS_OF_PASS, False), []),
+        (
+            [Room(16_384, 40_960), Room(9_216, 30_720)],
+            {},
+            (30_720, True),
+            [
+                "trainer: 30,720 tokens a pass on a GPU, activations recomputed (kept, 9,216 would "
+                "have room)"
+            ],
+        ),
+        (
+            [Room(20_480, 90_112)] * 2,
+            {},
+            (20_480, False),
+            ["trainer: 20,480 tokens a pass on a GPU, activations kept"],
+        ),
+        (None, {"tokens_per_micro_batch": 100, "gradient_checkpointing": False}, (100, False), []),
+    ],
+)
+async def test_ranks_are_asked_once_and_only_if_something_is_left_open(
+    rooms: Any, given: Any, chosen: tuple[int, bool], said: list[str], tmp_path: Path
 ) -> None:
     """Of several ranks the one with the least room counts, because all pass as often."""
+    told: list[str] = []
     trainer = Trainer(
         model="none",
-        config=TrainerConfig(ranks=2, tokens_per_micro_batch=given),
+        config=TrainerConfig(ranks=2, **given),
         run_dir=tmp_path,
+        say=told.append,
     )
     asked = []
 
     async def call_each(method: str, arguments: list[Any], **_: Any) -> list[Any]:
         asked.append(method)
-        return [1000, 640] if method == "room" else [{}, {}]
+        return rooms if method == "room" else [{}, {}]
 
     trainer._call_each = call_each  # type: ignore[method-assign]
     for version in range(2):
-        await trainer.step(Batch(samples=[fake_sample(range(9))], version=version))
-    assert trainer.config.tokens_per_micro_batch == expected
-    assert asked.count("room") == (1 if given is None else 0)
+        metrics = await trainer.step(Batch(samples=[fake_sample(range(9))], version=version))
+    config = trainer.config
+    assert (config.tokens_per_micro_batch, config.gradient_checkpointing) == chosen
+    recorded = tuple(metrics[name] for name in CHOSEN if name in metrics)
+    assert recorded == (chosen if said else ())  # of a GPU alone
+    asks = ["room"] * (rooms is not None) + ["recompute"] * chosen[1]
+    assert asked == [*asks, "step", "step"]
+    assert told == said
+
+
+def test_what_is_recomputed_can_be_kept_again(save_model: SaveModel, tmp_path: Path) -> None:
+    model = load_model(str(save_model(tmp_path / "m")))
+    scorer = TokenScorer(model)
+    calls: list[int] = []
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    counts = []
+    for change in (recompute_activations, keep_activations):
+        change(model)
+        calls.clear()
+        scorer(torch.arange(9), (9,), torch.arange(1, 9)).sum().backward()
+        counts.append(len(calls))
+    assert counts == [2, 1]
 
 
 def test_on_a_cpu_nothing_is_fused_and_large_models_have_a_unit_for_each_layer(
@@ -88,8 +170,12 @@ def test_a_model_that_is_fused_leaves_others_of_its_type_as_they_are(
 @pytest.mark.gpu
 def test_on_a_gpu_a_pass_of_so_many_tokens_fits(save_model: SaveModel, tmp_path: Path) -> None:
     scorer, optimizer = loaded(save_model, tmp_path / "m", "cuda")
-    tokens = tokens_with_room(scorer, optimizer)
+    room = room_of(scorer, optimizer, recomputed=None)
+    assert room is not None
+    assert room.recomputed > room.kept
+    tokens, recompute = room.choose()
     assert tokens % 1024 == 0
+    assert not recompute  # of so small a model
     assert all(parameter.grad is None for parameter in scorer.parameters())
     assert sharding._most_in_one_unit(1) > sharding._most_in_one_unit(2)
     token_ids = torch.zeros(tokens, dtype=torch.long, device="cuda")

@@ -1,0 +1,55 @@
+"""How long the passes of a step are, and whether they recompute: what follows from the memory that
+ranks have for them. Imports no torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Self
+
+# A pass costs a card as much as so many tokens besides its own: what an H200 came to with 8,192,
+# 16,384 and 32,768 tokens of models of 0.5 and 1.5 billion parameters fits it, recomputation too.
+_PASS_TOKENS = 15_000
+_MOST = 32_768  # with twice as many a step of a model of 0.5 billion took as long
+_RECOMPUTED_RATE = 3 / 4  # forward once more, beside forward and backward of twice that
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Tokens that a pass has memory for, if activations are kept and if they are recomputed."""
+
+    kept: int
+    recomputed: int
+
+    def among(self, other: Self) -> Self:
+        """What both ranks have room for."""
+        return type(self)(min(self.kept, other.kept), min(self.recomputed, other.recomputed))
+
+    def choose(self, tokens: int | None = None, recompute: bool | None = None) -> tuple[int, bool]:
+        """Tokens of a pass, and whether it recomputes, for the quickest step; what is given
+        stays."""
+        if recompute is None and tokens is not None:
+            recompute = tokens > self.kept and self.recomputed > self.kept
+        elif recompute is None:
+            kept, recomputed = (
+                each / (each + _PASS_TOKENS) for each in (self._pass(False), self._pass(True))
+            )
+            recompute = _RECOMPUTED_RATE * recomputed > kept
+        return tokens or self._pass(recompute), recompute
+
+    def _pass(self, recompute: bool) -> int:
+        return min(self.recomputed if recompute else self.kept, _MOST)
+
+    def told(self, tokens: int, recompute: bool) -> str:
+        """In a line, what was chosen, and why."""
+        if not recompute:
+            return f"trainer: {tokens:,} tokens a pass on a GPU, activations kept"
+        return (
+            f"trainer: {tokens:,} tokens a pass on a GPU, activations recomputed (kept, "
+            f"{self.kept:,} would have room)"
+        )
+
+
+def common_room(rooms: Sequence[Room | None]) -> Room | None:
+    """What all ranks have room for; None if that is not measured, as on a CPU."""
+    known = [room for room in rooms if room is not None]
+    return reduce(Room.among, known) if known else None
