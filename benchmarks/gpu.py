@@ -10,13 +10,15 @@ the table says so:
     trainer     a rank's steps: a model of 0.5 billion random parameters, episodes short and long
     embedded    the embedded worker's decoding, with the same model
     attention   one layer's, by every way there is
-    publish     export, load, and how many of the weights a step changes
+    publish     export, load, how many of the weights a step changes, and the bytes of that
+    vllm        what a publish pauses a server for, with requests under way, and how much later
+                their next tokens come; left out where vLLM is not installed
     recomputed  the trainer's steps with activations recomputed, and what is chosen for this card
     compiled    the same with layers that torch.compile made, and how long that takes at first
     small       seconds a step of the ALFWorld preset on the CPU, and on vLLM if it is installed
     colocated   trainer and a vLLM server in turns on the one card: what a turn costs
 
-All of them take twelve minutes (`--limit 720`); within five the last are left out.
+All of them take fifteen minutes (`--limit 900`); within five the last are left out.
 
 `--policy` is a small policy that was taught before: after `make train ENV=alfworld` the folder
 `runs/.small_policies/alfworld-…`; without it that part is left out. Without a GPU the model is
@@ -67,6 +69,7 @@ from trainer import (
 )
 from transformers import AutoModelForCausalLM
 
+from flash.explorer.changes import apply_changes, write_changes
 from flash.fakes import FakeBatchLog
 from flash.hub.hub import InferenceHub
 from flash.hub.probe import Probe
@@ -81,7 +84,9 @@ from flash.trainer.objectives.aggregation import scales
 from flash.trainer.packing import divide
 from flash.trainer.rank import Rank
 from flash.trainer.trainer import Trainer
-from flash.types import Batch, GenerateRequest, Sample, SamplingParams
+from flash.types import Batch, GenerateRequest, Sample, SamplingParams, UpdateMode, Weights
+from flash.warm_start.small_policy import create
+from flash.worker.checksum import checksum
 from flash.worker.engine import EmbeddedEngine, EngineRequest
 
 RESULTS = Path(__file__).parent / "results"
@@ -413,7 +418,7 @@ def publish(_: argparse.Namespace) -> Iterator[Row]:
                 rank.export(str(before))
                 step(rank, samples, config)
                 export_s = seconds(partial(rank.export, str(after)))
-            yield f"one step at {learning_rate:g}", changed(before, after)
+            yield f"one step at {learning_rate:g}", changed(before, after) | sent(before, after)
         size = sum(file.stat().st_size for file in after.glob("*.safetensors"))
         load = asyncio.run(loading(model, after))
         yield "weights on their way", {"GB": size / 1e9, "export s": export_s, **load}
@@ -534,6 +539,94 @@ def free_percent() -> float:
         return math.nan
     free, total = torch.cuda.mem_get_info()
     return 100 * free / total
+
+
+def sent(before: Path, after: Path) -> Figures:
+    """What explorers fetch in place of the whole, and what it costs both sides beside checksums."""
+    size = sum(file.stat().st_size for file in after.glob("*.safetensors"))
+    changes, made = after / "changes", after / "made"
+    began = now()
+    few = write_changes(before, after, changes)
+    write_s = now() - began
+    if not few:
+        return {"sent": "whole", "found out s": write_s}
+    apply_s = seconds(partial(apply_changes, before, changes, made))
+    assert checksum(made) == checksum(after)
+    bytes_sent = sum(file.stat().st_size for file in changes.iterdir())
+    return {"bytes sent %": 100 * bytes_sent / size, "write s": write_s, "apply s": apply_s}
+
+
+def vllm(_: argparse.Namespace) -> Iterator[Row]:
+    if not has_vllm():
+        yield "", {"left out": "vLLM is not installed"}
+        return
+    size, requests, prompt = ((24, 896, 14), 64, 1024) if CUDA else ((2, 64, 2), 8, 128)
+    layers, width, count = size
+    with tempfile.TemporaryDirectory(dir=in_memory()) as folder:
+        words = [f"w{number}" for number in range(1000)]
+        models = [
+            create(Path(folder) / str(seed), words, layers=layers, hidden_size=width, heads=count,
+                   max_tokens=4 * prompt, seed=seed)
+            for seed in range(2)
+        ]  # fmt: skip
+        bytes_of_one = sum(file.stat().st_size for file in models[0].glob("*.safetensors"))
+        yield "the model, float32 as files", {"GB": bytes_of_one / 1e9}
+        pool = VllmPool(
+            str(models[0]), size=1, max_running=requests, max_tokens=4 * prompt,
+            cache_tokens=2 * requests * prompt, tensor_parallel=1, devices=gpus(), gpu_memory=0.5,
+            dtype=str(DTYPE).removeprefix("torch."), threads=0, seed=0, arguments=[],
+            log_dir=Path(folder) / "logs", start_timeout_s=600,
+        )  # fmt: skip
+        with asyncio.Runner() as runner:
+            yield from runner.run(publishes(pool, models, requests, prompt))
+
+
+async def publishes(pool: VllmPool, models: list[Path], requests: int, prompt: int) -> list[Row]:
+    began, found = time.perf_counter(), []
+    async with InferenceHub(pool, max_running=requests) as hub:
+        found.append(("from start to ready", {"s": time.perf_counter() - began}))
+        modes: tuple[UpdateMode, ...] = ("keep", "keep", "keep_stale_kv")
+        for mode in modes:  # the first one warms up
+            hub._publisher.update_mode = mode
+            weights = Weights(version=hub.version + 1, path=models[(hub.version + 1) % len(models)])
+            figures = await published(hub, weights, requests, prompt)
+            found.append((f"{requests} requests of {prompt} and more, {mode}", figures))
+    return found[:1] + found[2:]
+
+
+async def published(hub: InferenceHub, weights: Weights, requests: int, prompt: int) -> Figures:
+    """The pause, and how much longer than ever the next tokens are in coming, pause included."""
+    told: list[list[float]] = [[] for _ in range(requests)]
+    half_way = asyncio.Event()
+
+    async def ask(number: int) -> None:
+        def on_sampled(tokens: int) -> None:
+            told[number].append(time.perf_counter())
+            if tokens >= prompt // 2 and number == requests - 1:
+                half_way.set()
+
+        sampling = SamplingParams(max_tokens=2 * prompt)
+        token_ids = [4 + (number + place) % 990 for place in range(prompt)]
+        await hub.generate(
+            GenerateRequest(token_ids=token_ids, sampling=sampling), on_sampled=on_sampled
+        )
+
+    async with asyncio.TaskGroup() as tasks:
+        for number in range(requests):
+            tasks.create_task(ask(number))
+        await half_way.wait()
+        began = time.perf_counter()
+        report = await hub.publish(weights)
+        ended = time.perf_counter()
+    usual, across = [], []
+    for times in told:
+        for before, after in itertools.pairwise(times):
+            (across if before < ended and after > began else usual).append(after - before)
+    late_s = statistics.median(across) - statistics.median(usual)
+    return {
+        "pause s": report.paused_s, "load s": report.load_s, "reset s": report.reset_s,
+        "next tokens later by s": late_s,
+    }  # fmt: skip
 
 
 # ── what they share ──────────────────────────────────────────────────────────────────────────
@@ -696,6 +789,7 @@ PARTS = {
     "embedded": Part(embedded, 25, 50),
     "attention": Part(attention, 20, 45),
     "publish": Part(publish, 25, 60),
+    "vllm": Part(vllm, 90, 150),
     "recomputed": Part(recomputed, 25, 50),
     "compiled": Part(compiled, 60, 150),
     "small": Part(small, 90, 240),

@@ -2,5 +2,5 @@
 
 from typing import Literal
 
-UpdateMode = Literal["keep", "abort", "wait"]
+UpdateMode = Literal["keep", "keep_stale_kv", "abort", "wait"]
 """What a publish does to requests under way."""

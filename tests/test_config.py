@@ -566,6 +566,7 @@ def test_weights_go_over_nccl_where_each_side_has_gpus_and_the_other_is_vllm(
         ),
         ({"engine.workers": 0}, "engine.workers=0: there is nobody to share .*: start workers, or"),
         ({"engine.transport": "nccl"}, "engine.transport=nccl, which is between GPUs: use .*=disk"),
+        ({"engine.update_mode": "keep_stale_kv"}, "engine.*stale_kv: .*: use engine.*=keep"),
         ({"engine.devices": [1]}, r"engine.devices=\[1\]: .*: leave one of them out"),
         ({"stream": True}, "stream=true: .*: use stream=false"),
         ({"eval.mode": "beside", "engine.workers": 2}, "eval.mode=beside: .*: use eval.mode=pause"),

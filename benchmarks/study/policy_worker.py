@@ -75,6 +75,9 @@ class PolicyWorker:
         self._model.load_state_dict(tensors, strict=False)
         self._model.tie_weights()
 
+    async def recompute(self) -> None:
+        pass  # it keeps no keys and values
+
     async def set_version(self, version: int) -> None:
         self.version = version
 

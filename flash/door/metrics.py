@@ -59,6 +59,9 @@ def _of_the_hub(stats: HubStats) -> Iterator[Metric]:
         "generated_tokens": ("Tokens sampled.", stats.generated_tokens),
         "publishes": ("Publishes.", stats.publishes),
         "paused_seconds": ("Time that publishes took, over all workers.", stats.paused_s),
+        "load_seconds": ("Of that, loading weights.", stats.load_s),
+        "reset_seconds": ("Of that, dropping keys and values of what runs.", stats.reset_s),
+        "mixed_tokens": ("Tokens over keys and values of older weights.", stats.mixed_tokens),
     }
     for name, (about, value) in gauges.items():
         yield GaugeMetricFamily(f"flash_hub_{name}", about, value=value)

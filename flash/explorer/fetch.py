@@ -1,6 +1,6 @@
 """How an explorer comes by folders of the controller's files, and lets other explorers have them.
 
-STAMP.partial/  what was verified of it: that need not be fetched again
+STAMP.partial/  what was fetched of it, or made by changes; of that, what is right is not fetched
 STAMP/          whole, as it was before anybody saw it by that name
 """
 
@@ -16,6 +16,7 @@ from typing import Self
 
 import aiohttp
 
+from flash.explorer.changes import apply_changes
 from flash.explorer.download import Download, SourceFailure, on_disk
 from flash.explorer.file_server import FileServer
 from flash.explorer.files import FetchFailure, Have, Piece, encode, is_here
@@ -61,6 +62,7 @@ class Fetcher:
         self._relay_url = relay_url
         self._tls = tls
         self._backoff_s = backoff_s
+        self._changes = Path()  # those that made the newest of its folders, if any did
         self._whole: list[Path] = []  # oldest first; what another process left is verified again
         self._downloads: dict[Path, Download] = {}  # of which the controller has heard or will
         self._lock = asyncio.Lock()  # room is made for one at a time
@@ -89,19 +91,35 @@ class Fetcher:
         async with self._lock:
             folder = self._into / files.stamp
             if folder not in self._whole:
+                await self._make_room(folder)
+                await self._make_of_changes(files, folder)
                 await self._fetch(files, folder)
+                self._whole.append(folder)
             return folder
 
+    async def _make_of_changes(self, files: Files, folder: Path) -> None:
+        """What the changes make of the folder before, if that is here. It is verified as what was
+        there of a folder always is, and what is wrong of it is fetched."""
+        changes = files.changes
+        if changes is None or (base := self._into / changes.base) not in self._whole:
+            return
+        if not _STAMP.fullmatch(changes.files.stamp):
+            return
+        self._changes = self._into / changes.files.stamp
+        try:
+            await self._fetch(changes.files, self._changes)
+            await on_disk(apply_changes, base, self._changes, _partial_of(folder))
+        except (FetchFailure, ValueError) as failure:
+            logger.warning("fetches %s whole: %s", files.path, failure)
+
     async def _fetch(self, files: Files, folder: Path) -> None:
-        partial = folder.with_suffix(_PARTIAL)
-        await self._make_room(folder, partial)
+        partial = _partial_of(folder)
         download = await self._download(files, partial)
         try:
             await on_disk(partial.rename, folder)
         except BaseException:
             await download.close()
             raise
-        self._whole.append(folder)
         self._downloads[folder] = download
         self._tasks.create_task(self._pass_on(download, files.key, folder), name="relay")
 
@@ -140,12 +158,20 @@ class Fetcher:
                 self._relay.withdraw(key)
             await download.close()
 
-    async def _make_room(self, folder: Path, partial: Path) -> None:
+    async def _make_room(self, folder: Path) -> None:
+        """For it, and for changes that make it."""
         for oldest in self._whole[: max(0, len(self._whole) + 1 - self._keep)]:
             self._whole.remove(oldest)
             await self._downloads.pop(oldest).close()
+        if self._changes in self._downloads:
+            await self._downloads.pop(self._changes).close()
+        partial = _partial_of(folder)
         await on_disk(_sweep, self._into, {*self._whole, folder, partial})
         await on_disk(_begin_again, folder, partial)
+
+
+def _partial_of(folder: Path) -> Path:
+    return folder.with_suffix(_PARTIAL)
 
 
 def _sweep(into: Path, kept: set[Path]) -> None:

@@ -11,8 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
+import msgspec
 from aiohttp import WSMsgType, web
 
+from flash.explorer.changes import write_changes
 from flash.explorer.files import (
     HEARTBEAT_S,
     ROUTE,
@@ -28,17 +30,19 @@ from flash.explorer.files import (
     manifest_of,
     stamp_of,
 )
-from flash.explorer.messages import UNREADABLE, Files
+from flash.explorer.messages import UNREADABLE, Changes, Files
 from flash.explorer.turns import Seat, Turns
 from flash.system.listener import Listener
 
 logger = logging.getLogger(__name__)
 
+_CHANGES = "changes"  # within the folder: it goes with it
 _KEY_BYTES = 32
 _LARGEST_MESSAGE = 4096
 _PIECE_BYTES = 8 << 20
 _CHUNK_BYTES = 1 << 20
 _SHORTEST_TURN_S = 10.0
+_QUICK_BYTES_PER_S = 1e9
 _SLOWEST_BYTES_PER_S = 100e6  # whoever takes files more slowly keeps nobody else waiting
 
 
@@ -57,6 +61,9 @@ class FileServer:
         self._piece_bytes = piece_bytes
         self._shortest_turn_s = shortest_turn_s
         self._offers: dict[str, _Offer] = {}
+        self._bytes_per_s = (
+            0.0  # of the last folder that explorers took whole, the quickest of them
+        )
         self._vouch: Callable[[web.Request], None] = lambda request: None
         self._listener: Listener | None = None
         self._tasks = asyncio.TaskGroup()
@@ -84,17 +91,46 @@ class FileServer:
         self.add_to(app, self._listener.vouch)
         return await self._listener.start(app, tls=tls)
 
-    async def offer(self, folder: Path) -> Files:
+    async def offer(self, folder: Path, *, before: Files | None = None) -> Files:
         """Until `withdraw`, or until the folder is gone when another one is offered; meanwhile
-        nobody gets anything of it that has changed. OSError if it can't be read."""
-        whole = await asyncio.to_thread(folder.resolve)
-        stamp = await asyncio.to_thread(stamp_of, whole)
-        files = Files(str(whole), stamp, secrets.token_hex(_KEY_BYTES))
-        await self._add(files.key, whole)
+        nobody gets anything of it that has changed. OSError if it can't be read.
+
+        What changed since the files `before` is offered too, if they were asked for and it is
+        little: it is written into a folder in this one.
+        """
+        files = await self._offer(folder)
+        if before is not None and (changes := await self._changes(before, Path(files.path))):
+            files = msgspec.structs.replace(files, changes=changes)
         for key, offer in list(self._offers.items()):
             if not await asyncio.to_thread(offer.folder.is_dir):
                 self.withdraw(key)
         return files
+
+    async def _offer(self, folder: Path) -> Files:
+        whole = await asyncio.to_thread(folder.resolve)
+        stamp = await asyncio.to_thread(stamp_of, whole)
+        files = Files(str(whole), stamp, secrets.token_hex(_KEY_BYTES))
+        await self._add(files.key, whole)
+        return files
+
+    async def _changes(self, before: Files, folder: Path) -> Changes | None:
+        """None if nobody lacked the files `before`, if whole folders come as quickly as changes are
+        found and made, or if there is too much that changed."""
+        offer = self._offers.get(before.key)
+        if offer is None or offer.manifest is None:
+            return None
+        if before.changes is None and offer.turns.quickest_s:
+            self._bytes_per_s = offer.size / offer.turns.quickest_s
+        if self._bytes_per_s > _QUICK_BYTES_PER_S:
+            return None
+        changes = folder / _CHANGES
+        try:
+            if not await asyncio.to_thread(write_changes, offer.folder, folder, changes):
+                return None
+            return Changes(before.stamp, await self._offer(changes))
+        except OSError as error:
+            logger.warning("explorers get %s whole: %s", folder, error)
+            return None
 
     async def relay(self, key: str, folder: Path, manifest: Manifest) -> None:
         """Offers what was fetched, by the same key."""
@@ -116,7 +152,7 @@ class FileServer:
         contents = await asyncio.to_thread(contents_of, folder)
         size = sum(size for size, _ in contents.values())
         turns = Turns(turn_s=self._turn_s(size))
-        self._offers[key] = _Offer(folder, contents, turns, manifest)
+        self._offers[key] = _Offer(folder, contents, size, turns, manifest)
 
     def _turn_s(self, size: int) -> float:
         """Twice what the quickest took for the folder before, if that is longer: where a line is
@@ -211,11 +247,13 @@ class _Offer:
         self,
         folder: Path,
         contents: dict[str, tuple[int, int]],
+        size: int,
         turns: Turns,
         manifest: Manifest | None,
     ) -> None:
         self.folder = folder
         self.contents = contents
+        self.size = size
         self.turns = turns
         self.seats: set[Seat] = set()
         self.manifest = manifest

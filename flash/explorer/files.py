@@ -170,7 +170,7 @@ def manifest_of(
         return checksum_of(data)
 
     checksums: dict[str, list[bytes]] = {name: [] for name in sizes}
-    for (name, _, _), digest in zip(parts, _in_threads(checksum, parts), strict=True):
+    for (name, _, _), digest in zip(parts, in_threads(checksum, parts), strict=True):
         checksums[name].append(digest)
     return Manifest(piece_bytes, [FileEntry(name, sizes[name], checksums[name]) for name in sizes])
 
@@ -181,7 +181,7 @@ def missing_in(folder: Path, pieces: list[Piece]) -> list[Piece]:
     def is_there(piece: Piece) -> bool:
         return checksum_of(_read(folder / piece.file, piece.offset, piece.size)) == piece.checksum
 
-    found = list(_in_threads(is_there, pieces))
+    found = list(in_threads(is_there, pieces))
     return [piece for piece, there in zip(pieces, found, strict=True) if not there]
 
 
@@ -195,8 +195,8 @@ def _read(path: Path, offset: int, size: int) -> bytes:
         return file.read(size)
 
 
-def _in_threads(compute: Callable[[T], R], parts: Iterable[T]) -> Iterator[R]:
-    """In order; the first error ends all."""
+def in_threads(compute: Callable[[T], R], parts: Iterable[T]) -> Iterator[R]:
+    """What becomes of the parts, in order; the first error ends all."""
     pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="checksums")
     try:
         yield from pool.map(compute, parts)

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 from flash.errors import InferenceFailure
 from flash.explorer.fleet import Fleet
@@ -18,6 +19,12 @@ _SESSION = "episode-"
 _KEPT = 2  # versions of weights that may be sent: so many the trainer keeps
 
 
+class OfferWeights(Protocol):
+    """`FileServer.offer`."""
+
+    def __call__(self, folder: Path, *, before: Files | None = None) -> Awaitable[Files]: ...
+
+
 class FleetHub:
     """Publishes to all, and waits for the workers here alone: what an explorer lacks the weights
     for, it is not given.
@@ -25,7 +32,7 @@ class FleetHub:
     Args:
         local: over the workers here, if there are any.
         version: of the weights that everybody starts with.
-        offer: lets explorers have a folder of weights.
+        offer: lets explorers have a folder of weights, and what changed since those before.
         is_idle: whether the trainer has time for what explorers ask: it does not make a step wait.
     """
 
@@ -34,7 +41,7 @@ class FleetHub:
         local: InferenceHub | None,
         *,
         version: int,
-        offer: Callable[[Path], Awaitable[Files]],
+        offer: OfferWeights,
         is_idle: Callable[[], bool] = lambda: True,
     ) -> None:
         self.local = local
@@ -65,7 +72,8 @@ class FleetHub:
             raise ValueError(
                 f"version {weights.version} is not newer than the published {self.version}"
             )
-        files = await self._offer(weights.path)
+        before = None if self._message is None else self._message.files
+        files = await self._offer(weights.path, before=before)
         self._recent.append(weights)
         self._message = Publish(weights.version, files, probe=weights.score is not None)
         self._fleet.publish(self._message)
@@ -74,7 +82,13 @@ class FleetHub:
             return await self.local.publish(weights)
         self._version = weights.version
         return PublishReport(
-            version=weights.version, gap=None, paused_s=0.0, workers=0, per_worker=()
+            version=weights.version,
+            gap=None,
+            paused_s=0.0,
+            load_s=0.0,
+            reset_s=0.0,
+            workers=0,
+            per_worker=(),
         )
 
     def weights_of(self, version: int) -> Weights | None:
@@ -130,6 +144,9 @@ class FleetHub:
             retries=sum(part.retries for part in counted),
             publishes=self._publishes,
             paused_s=sum(part.paused_s for part in counted),
+            load_s=sum(part.load_s for part in counted),
+            reset_s=sum(part.reset_s for part in counted),
+            mixed_tokens=sum(part.mixed_tokens for part in counted),
             workers=tuple(workers),
         )
 

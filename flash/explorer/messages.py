@@ -31,7 +31,7 @@ from flash.plain import hashable, packable, plain
 from flash.rollout.history import Sampled
 from flash.types import Observation, SampledSequence, Task, Trajectory
 
-PROTOCOL = 2
+PROTOCOL = 3
 # What decoding raises for bytes that are none of what is expected.
 UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
@@ -240,11 +240,19 @@ FromExplorer = Hello | News | Room | State | Leaving | Returned | Score | Troubl
 
 class Files(Struct, frozen=True):
     """A folder of a model: at `path`, for who shares the disk and finds what `stamp` says there; or
-    to be had by HTTP from the controller, under `key`. See files.py."""
+    to be had by HTTP from the controller, under `key`; or to be made by `changes`. See files.py."""
 
     path: str
     stamp: str
     key: str
+    changes: "Changes | None" = None
+
+
+class Changes(Struct, frozen=True):
+    """`files` make it of the folder whose stamp is `base`: changes.py."""
+
+    base: str
+    files: Files
 
 
 class Publish(Struct, frozen=True, tag=True, array_like=True):

@@ -68,6 +68,7 @@ def worker_app(worker: FakeWorker) -> web.Application:
         return web.json_response({"results": [checksum(path)]})
 
     async def reset_prefix_cache(request: web.Request) -> web.Response:
+        await worker.recompute()
         return web.json_response({"success": True})
 
     async def update_weight_version(request: web.Request) -> web.Response:
@@ -90,15 +91,19 @@ def worker_app(worker: FakeWorker) -> web.Application:
         return response
 
     app = web.Application(middlewares=[failing])
-    app.router.add_post("/inference/v1/generate", generate)
-    app.router.add_post("/inference/v1/abort_requests", abort_requests)
-    app.router.add_post("/pause", pause)
-    app.router.add_post("/resume", resume)
-    app.router.add_post("/sleep", sleep)
-    app.router.add_post("/wake_up", wake_up)
-    app.router.add_post("/collective_rpc", collective_rpc)
-    app.router.add_post("/reset_prefix_cache", reset_prefix_cache)
-    app.router.add_post("/update_weight_version", update_weight_version)
+    posted = {
+        "/inference/v1/generate": generate,
+        "/inference/v1/abort_requests": abort_requests,
+        "/pause": pause,
+        "/resume": resume,
+        "/sleep": sleep,
+        "/wake_up": wake_up,
+        "/collective_rpc": collective_rpc,
+        "/reset_prefix_cache": reset_prefix_cache,
+        "/update_weight_version": update_weight_version,
+    }
+    for route, handler in posted.items():
+        app.router.add_post(route, handler)
     app.router.add_get("/weight_info", weight_info)
     app.router.add_get("/health", health)
     return app

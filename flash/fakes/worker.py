@@ -70,6 +70,7 @@ class FakeWorker:
         first_token_s: seconds before that, for the prompt.
         tokens: how many tokens a response has at most (min, max), within `max_tokens`.
         load_s: seconds a weight load takes.
+        recompute_s: seconds it takes to have what runs computed anew.
         room: how many requests it samples at the same time; the others wait inside.
         tell_s: tell of tokens before the answer is whole, so often; None: never.
         script: the response to a prompt; without it token ids are drawn.
@@ -84,6 +85,7 @@ class FakeWorker:
         first_token_s: Seconds = (0.0, 0.0),
         tokens: tuple[int, int] = (1, 1_000_000),
         load_s: Seconds = (0.0, 0.5),
+        recompute_s: float = 0.0,
         version: int = 0,
         room: int | None = None,
         tell_s: float | None = None,
@@ -96,11 +98,13 @@ class FakeWorker:
         self.started: list[str] = []
         self.aborted: list[str] = []
         self.loaded: list[Path] = []
+        self.recomputed = 0
         self._rng = random.Random(seed)
         self._token_s = token_s
         self._first_token_s = first_token_s
         self._tokens = tokens
         self._load_s = load_s
+        self._recompute_s = recompute_s
         self._room = math.inf if room is None else room
         self._tell_s = tell_s
         self._script = script
@@ -218,6 +222,13 @@ class FakeWorker:
         self._check_alive()
         self._has_weights = True
         self.loaded.append(weights.path)
+
+    async def recompute(self) -> None:
+        self._maybe_fail()
+        if self._recompute_s:
+            await asyncio.sleep(self._recompute_s)
+            self._check_alive()
+        self.recomputed += 1
 
     async def set_version(self, version: int) -> None:
         self._maybe_fail()

@@ -44,7 +44,8 @@ class EngineConfig(Section):
     update_mode: UpdateMode = Field(
         "keep",
         description="what a publish does to requests under way: keep goes on with the new weights, "
-        "abort samples the rest anew, wait lets them end first",
+        "keep_stale_kv (vLLM) does so on keys and values of the old ones, abort samples the rest "
+        "anew, wait lets them end first",
     )
     transport: Literal["disk", "nccl"] = Field(
         "disk",
@@ -157,6 +158,11 @@ class EngineConfig(Section):
             )
         if self.transport == "nccl":
             self._check_nccl()
+        if self.update_mode == "keep_stale_kv" and self.kind != "vllm" and not self.urls:
+            raise ValueError(
+                f"engine.update_mode=keep_stale_kv is vLLM's, and engine.kind={self.kind} can mean "
+                f"embedded workers: use engine.kind=vllm, or engine.update_mode=keep"
+            )
         if self.colocated:
             self._check_colocated()
         return self
@@ -176,6 +182,11 @@ class EngineConfig(Section):
             raise ValueError(
                 "engine.colocated=true with engine.transport=nccl, which is between GPUs: use "
                 "engine.transport=disk"
+            )
+        if self.update_mode == "keep_stale_kv":
+            raise ValueError(
+                "engine.colocated=true with engine.update_mode=keep_stale_kv: servers that sleep "
+                "keep nothing: use engine.update_mode=keep"
             )
         if self.devices:
             raise ValueError(

@@ -34,7 +34,12 @@ class _Loaded(msgspec.Struct):
     results: list[str]
 
 
+class _Reset(msgspec.Struct):
+    success: bool
+
+
 _decode_loaded = msgspec.json.Decoder(_Loaded).decode
+_decode_reset = msgspec.json.Decoder(_Reset).decode
 
 
 class HttpWorker:
@@ -44,6 +49,8 @@ class HttpWorker:
         self.name = url.rstrip("/")
         self.headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._client = HttpClient(url, self.headers)
+        self._keeps_stale = False
+        self._cache_salt = ""  # requests with another one share no keys and values
 
     async def generate(
         self,
@@ -64,6 +71,8 @@ class HttpWorker:
             "token_ids": token_ids if isinstance(token_ids, list) else list(token_ids),
             "sampling_params": params,
         }
+        if self._cache_salt:
+            body["cache_salt"] = self._cache_salt
         if on_tokens is not None and sampling.max_tokens >= STREAMED_FROM_TOKENS:
             params["stream_interval"] = _STREAM_INTERVAL
             body["stream"] = True
@@ -76,12 +85,14 @@ class HttpWorker:
         await self._call("POST", "/inference/v1/abort_requests", body)
 
     async def pause(self, mode: UpdateMode) -> None:
-        await self._call("POST", f"/pause?mode={mode}")
+        self._keeps_stale = mode == "keep_stale_kv"
+        mode = "keep" if self._keeps_stale else mode
+        # vLLM 0.32 would drop keys and values here, also under `keep`, whatever its help says.
+        await self._call("POST", f"/pause?mode={mode}&clear_cache=false")
 
     async def load_weights(self, weights: Weights) -> None:
         if weights.shared is None or not await self._load_shared(weights.shared):
             await self._load_files(weights.path)
-        await self._forget_keys_and_values()
 
     async def _load_shared(self, directory: Path) -> bool:
         """From memory of the trainer's, on the same device; no if that can't be."""
@@ -110,8 +121,17 @@ class HttpWorker:
                 f"{' and '.join(sorted(loaded))}, not {wanted}"
             )
 
+    async def recompute(self) -> None:
+        route = "/reset_prefix_cache?reset_running_requests=true&reset_external=true"
+        answer = await self._call("POST", route)
+        with self._readable(answer):
+            if not _decode_reset(answer).success:
+                raise WorkerFailure(f"{self.name} can't drop the keys and values of old weights")
+
     async def set_version(self, version: int) -> None:
         await self._call("POST", "/update_weight_version", {"new_version": str(version)})
+        if self._keeps_stale:
+            self._cache_salt = str(version)
 
     async def resume(self) -> None:
         await self._call("POST", "/resume")
@@ -131,11 +151,6 @@ class HttpWorker:
 
     async def close(self) -> None:
         await self._client.close()
-
-    async def _forget_keys_and_values(self) -> None:
-        """Those of the old weights serve nobody: what runs is computed anew, so that every token
-        is sampled by one version alone."""
-        await self._call("POST", "/reset_prefix_cache?reset_running_requests=true")
 
     async def _call(self, method: str, route: str, body: Mapping[str, Any] | None = None) -> bytes:
         return (await self._ask(method, route, body)).body

@@ -51,8 +51,9 @@ class InferenceHub:
         progress_timeout_s: for the next tokens of any of its requests, at a worker that streams
             them; one that takes longer hangs.
         update_mode: what a publish does to the requests under way at a worker: `keep` freezes them
-            and goes on with the new weights, `abort` ends them and samples the rest anew, `wait`
-            lets them end first.
+            and goes on with the new weights, with keys and values computed anew; `keep_stale_kv`
+            with those of the old weights, so that their next tokens are of a mixture; `abort` ends
+            them and samples the rest anew, `wait` lets them end first.
         make_room: for workers that share their GPUs with the trainer: awaited before they start and
             before they wake, so that the trainer gives these away; see `asleep`.
         probe: what a worker is asked after a publish, and how far from the trainer it may be; its
@@ -132,7 +133,8 @@ class InferenceHub:
         )
         self._arrivals = itertools.count()
         self._prompt_tokens = self._generated_tokens = self._requests = self._retries = 0
-        self._publishes, self._paused_s = 0, 0.0
+        self._publishes = self._mixed_tokens = 0
+        self._paused_s = self._load_s = self._reset_s = 0.0
 
     async def __aenter__(self) -> "InferenceHub":
         """Starts a pool's workers, and tells every worker its version.
@@ -211,6 +213,8 @@ class InferenceHub:
                 check_completion(part, sampling, self._policy.published)
                 check_age(part, slot, since=partial.version)
                 slot.failures = 0
+                if self._publisher.update_mode == "keep_stale_kv":
+                    self._mixed_tokens += sum(v != partial.version for v in part.versions)
             except WorkerFailure as failure:
                 self._retries += 1
                 failures += slot.healthy  # else it was excluded for another request's sake
@@ -258,6 +262,9 @@ class InferenceHub:
             retries=self._retries,
             publishes=self._publishes,
             paused_s=self._paused_s,
+            load_s=self._load_s,
+            reset_s=self._reset_s,
+            mixed_tokens=self._mixed_tokens,
             workers=tuple(
                 slot.stats(self._clock(), request_timeout_s=self._request_timeout_s)
                 for slot in self._slots
@@ -287,6 +294,8 @@ class InferenceHub:
         report = await self._publisher.publish(weights)
         self._publishes += 1
         self._paused_s += report.paused_s
+        self._load_s += report.load_s
+        self._reset_s += report.reset_s
         return report
 
     async def probe(self, weights: Weights, probe: Probe | None = None) -> Gap | None:

@@ -90,6 +90,9 @@ class LentWorker:
     async def wake_rest(self) -> None:
         raise AssertionError("a lent worker does not sleep")
 
+    async def recompute(self) -> None:
+        raise AssertionError("a lent worker takes no weights")
+
     async def close(self) -> None:
         """It is the lender's."""
 

@@ -107,7 +107,6 @@ class NcclWorker(HttpWorker):
         except BaseException:
             await self._end_sender()
             raise
-        await self._forget_keys_and_values()
 
     async def close(self) -> None:
         await self._end_sender()

@@ -1,9 +1,18 @@
 """What every worker should sample with, and how one worker is given it."""
 
 import asyncio
+from dataclasses import dataclass
 
 from flash.hub.slot import Slot
 from flash.types import UpdateMode, Weights
+
+
+@dataclass(frozen=True, slots=True)
+class Replaced:
+    """How long a worker took to load weights, and to reset what ran there."""
+
+    load_s: float
+    reset_s: float
 
 
 class Policy:
@@ -24,20 +33,20 @@ class Policy:
         self.published.add(weights.version)
         self.weights = weights
 
-    async def replace_weights(self, slot: Slot, weights: Weights, mode: UpdateMode) -> float:
-        """Pauses a worker, with what `mode` does to its requests, and leaves it going.
-
-        Returns how many seconds the load alone took.
-        """
+    async def replace_weights(self, slot: Slot, weights: Weights, mode: UpdateMode) -> Replaced:
+        """Pauses a worker, with what `mode` does to its requests, and leaves it going."""
         clock = asyncio.get_running_loop().time
         await slot.worker.pause(mode)
         began = clock()
         await slot.worker.load_weights(weights)
-        took_s = clock() - began
+        loaded = reset = clock()
+        if mode != "keep_stale_kv":
+            await slot.worker.recompute()
+            reset = clock()
         await slot.worker.set_version(weights.version)
         slot.version = weights.version
         await slot.worker.resume()
-        return took_s
+        return Replaced(load_s=loaded - began, reset_s=reset - loaded)
 
     async def catch_up(self, slot: Slot) -> None:
         """Gives a worker the present weights and version, and leaves it going.

@@ -16,7 +16,7 @@ from dataclasses import replace
 from flash.errors import InferenceFailure, PublishFailure, first_error
 from flash.hub.checks import check_completion
 from flash.hub.loan import LentWorker, Loan
-from flash.hub.policy import Policy
+from flash.hub.policy import Policy, Replaced
 from flash.hub.probe import Gap, Probe, check_gap
 from flash.hub.queue import RequestQueue
 from flash.hub.reports import PublishReport, WorkerPublish
@@ -68,7 +68,7 @@ class Publisher:
         self._turns = turns
         self._ask = ask
         self._exclude = exclude
-        self._update_mode = update_mode
+        self.update_mode = update_mode
         self._control_timeout_s = control_timeout_s
         self._request_timeout_s = request_timeout_s
         self._probe = probe
@@ -87,18 +87,20 @@ class Publisher:
             self._policy.announce(weights)
             if self._turns is not None and self._turns.asleep:
                 paused_s = await self._turns.wake()
+                replaced = {slot: Replaced(took_s, 0.0) for slot, took_s in paused_s.items()}
             else:
-                paused_s = await self._update_all(weights)
+                paused_s, replaced = await self._update_all(weights)
             self._queue.raise_failure()
             self._policy.version = weights.version
             answers = await self._probed(weights, self._probe)
         gaps = await self._gaps(weights, self._probe, answers)
-        return self._report(weights, paused_s, gaps)
+        return self._report(weights, paused_s, replaced, gaps)
 
-    async def _update_all(self, weights: Weights) -> dict[Slot, float]:
-        """In waves; how long each was out."""
+    async def _update_all(self, weights: Weights) -> tuple[dict[Slot, float], dict[Slot, Replaced]]:
+        """In waves; how long each was out, and what of it took how long."""
         clock = asyncio.get_running_loop().time
         paused_s: dict[Slot, float] = {}
+        replaced: dict[Slot, Replaced] = {}
 
         async def update(slot: Slot) -> float | None:
             # Not those that are out, nor one that came back with these weights just now.
@@ -106,23 +108,34 @@ class Publisher:
                 return None
             started = clock()
             try:
-                return await self._update(slot, weights, self._update_mode)
+                took = await self._update(slot, weights, self.update_mode)
             finally:
                 paused_s[slot] = clock() - started
+            if took is None:
+                return None
+            replaced[slot] = took
+            return took.load_s
 
         sampling = sum(slot.healthy and slot.lent is None for slot in self._slots)
         least_busy_first = sorted(self._slots, key=lambda slot: slot.outstanding_tokens)
         await self._waves.over(least_busy_first, update, most_out=spared(sampling))
-        return paused_s
+        return paused_s, replaced
 
     def _report(
-        self, weights: Weights, paused_s: dict[Slot, float], gaps: dict[Slot, Gap]
+        self,
+        weights: Weights,
+        paused_s: dict[Slot, float],
+        replaced: dict[Slot, Replaced],
+        gaps: dict[Slot, Gap],
     ) -> PublishReport:
+        nothing = Replaced(0.0, 0.0)
         per_worker = tuple(
             WorkerPublish(
                 name=slot.worker.name,
                 updated=slot.healthy and slot.version == weights.version,
                 paused_s=paused_s.get(slot, 0.0),
+                load_s=replaced.get(slot, nothing).load_s,
+                reset_s=replaced.get(slot, nothing).reset_s,
                 gap=gaps.get(slot),
             )
             for slot in self._slots
@@ -131,6 +144,8 @@ class Publisher:
             version=weights.version,
             gap=Gap.worst(list(gaps.values())),
             paused_s=sum(paused_s.values()),
+            load_s=sum(took.load_s for took in replaced.values()),
+            reset_s=sum(took.reset_s for took in replaced.values()),
             workers=sum(worker.updated for worker in per_worker),
             per_worker=per_worker,
         )
@@ -185,11 +200,8 @@ class Publisher:
                 logger.warning("%s came back from an evaluation: %s", slot.worker.name, failure)
         self._queue.accepts(slot)
 
-    async def _update(self, slot: Slot, weights: Weights, mode: UpdateMode) -> float | None:
-        """Replaces one worker's weights. Afterwards it has them, or is excluded.
-
-        Returns how many seconds its load took.
-        """
+    async def _update(self, slot: Slot, weights: Weights, mode: UpdateMode) -> Replaced | None:
+        """Replaces one worker's weights. Afterwards it has them, or is excluded."""
         timeout_s = self._control_timeout_s
         if mode == "wait":  # for the requests that it has, as long as each may take
             timeout_s += self._request_timeout_s

@@ -7,23 +7,32 @@ from flash.hub.probe import Gap
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerPublish:
-    """How a publish went at one worker. `gap` is None if it was not probed."""
+    """How a publish went at one worker. `gap` is None if it was not probed.
+
+    Of `paused_s` it loaded the weights for `load_s`, and for `reset_s` it dropped the keys and
+    values of what runs, which is computed anew after the pause; most of the rest is the step that
+    was under way, or with `wait` its requests.
+    """
 
     name: str
     updated: bool
     paused_s: float
+    load_s: float
+    reset_s: float
     gap: Gap | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishReport:
-    """How a publish went. `gap` has the worst of each number of any worker; None if none was
-    probed: the weights came without `score`, or every worker was out (each has the weights before
-    it comes back)."""
+    """How a publish went; seconds are summed over workers. `gap` has the worst of each number of
+    any worker; None if none was probed: the weights came without `score`, or every worker was out
+    (each has the weights before it comes back)."""
 
     version: int
     gap: Gap | None
     paused_s: float
+    load_s: float
+    reset_s: float
     workers: int
     per_worker: tuple[WorkerPublish, ...]
 
@@ -59,4 +68,7 @@ class HubStats:
     retries: int
     publishes: int
     paused_s: float
+    load_s: float
+    reset_s: float
+    mixed_tokens: int  # that may have seen keys and values of older weights than their own
     workers: tuple[WorkerStats, ...]

@@ -126,6 +126,7 @@ class Turns:
         async with self._waking(slot):
             await slot.worker.wake_weights()
             await slot.worker.load_weights(weights)
+            await slot.worker.recompute()
             await slot.worker.set_version(weights.version)
             slot.version = weights.version
 

@@ -33,6 +33,9 @@ class Worker(Protocol):
     hub calls `abort` with the same `request_id`. A worker that can tell of tokens before the
     answer is whole calls `on_tokens(token_ids, logprobs)` with those since the last call; the
     answer holds them again.
+
+    After `load_weights` either `recompute` is called, or the pause was `keep_stale_kv`: then what
+    runs keeps its keys and values, and no later request may get them.
     """
 
     name: str
@@ -50,6 +53,11 @@ class Worker(Protocol):
     async def pause(self, mode: UpdateMode) -> None: ...
 
     async def load_weights(self, weights: Weights) -> None: ...
+
+    async def recompute(self) -> None:
+        """Keys and values of the weights before serve nobody: what runs computes them anew, so
+        that every token is sampled by one version alone."""
+        ...
 
     async def set_version(self, version: int) -> None: ...
 

@@ -26,6 +26,7 @@ METRICS = {
     "waste/env_s": "seconds of environments and agents of such episodes, since the start",
     "tokens/prompt": "sent to workers, since the start",
     "tokens/generated": "sampled by workers, since the start",
+    "tokens/mixed": "of these, what may have seen keys and values of older weights",
     "tokens/trained": "sampled tokens in this batch",
     "tokens_per_s": "sampled by workers, over this step",
     "idle/trainer": "share of this step in which the trainer waited for a batch",
@@ -45,6 +46,8 @@ METRICS = {
     "trainer/restarts": "times that trainer ranks were started anew, since the start",
     "log/lag_s": "seconds that something of the step took to be on disk, at most",
     "publish/paused_s": "seconds that workers were paused, summed over workers, since the start",
+    "publish/load_s": "of these, loading weights",
+    "publish/reset_s": "of these, dropping keys and values, which what runs then computes anew",
 }
 """In every line but that of step 0; the names are fixed. A resume counts as a start."""
 
@@ -81,7 +84,8 @@ MORE_METRICS = {
     "importance/mean": "policy / behaviour policy, whatever the objective; 1 but for noise",
     "alpha": "in force when the batch was taken: the configured bound, or less if it is adaptive",
     "importance/ess": "effective sample size of policy / behaviour policy, as a share of tokens",
-    "mismatch/kl_fresh": "KL(behaviour ‖ proximal) of tokens of age 0: engine against trainer",
+    "mismatch/kl_fresh": "KL(behaviour ‖ proximal) of tokens of age 0: engine against trainer; "
+    "engine.update_mode=keep_stale_kv lets some of them see keys and values of older weights",
     "mismatch/kl_stale": "KL(behaviour ‖ proximal) of older tokens: staleness as well",
     "kl_reference": "KL(policy ‖ reference) in nats a token, k3 estimate",
     "entropy": "of the policy's choice of each trained token, in nats",

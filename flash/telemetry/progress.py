@@ -102,6 +102,9 @@ class Progress(Observer):
                 "tokens/generated": stats.generated_tokens,
                 "publish/count": stats.publishes,
                 "publish/paused_s": stats.paused_s,
+                "publish/load_s": stats.load_s,
+                "publish/reset_s": stats.reset_s,
+                "tokens/mixed": stats.mixed_tokens,
                 "log/lag_s": self._log.take_most_lag_s(),
             }
         )

@@ -231,7 +231,8 @@ class Trainer:
                 "engine and trainer disagree on tokens of the same weights by %.2g nats a token "
                 "(mismatch/kl_fresh), which staleness can't explain: one has other weights, a low "
                 "precision, or samples from a changed distribution (vLLM must run with "
-                "--logprobs-mode processed_logprobs)",
+                "--logprobs-mode processed_logprobs), or on keys and values of older weights "
+                "(engine.update_mode=keep_stale_kv)",
                 mismatch,
             )
         elapsed = asyncio.get_running_loop().time() - started

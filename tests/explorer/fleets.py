@@ -26,8 +26,8 @@ from flash.stop import unless
 from flash.types import Task
 
 
-async def offer(path: Path) -> Files:
-    return Files(path=str(path), stamp="", key="")
+async def offer(folder: Path, *, before: Files | None = None) -> Files:
+    return Files(path=str(folder), stamp="", key="")
 
 
 async def have(files: Files) -> Path:

@@ -7,8 +7,9 @@ import os
 import random
 import shutil
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import cast
 
 import aiohttp
 import msgspec
@@ -18,6 +19,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from flash.explorer import file_server
+from flash.explorer.changes import write_changes
 from flash.explorer.explore import checked
 from flash.explorer.fetch import Fetcher
 from flash.explorer.file_server import FileServer
@@ -32,9 +34,12 @@ from flash.explorer.files import (
     manifest_of,
     stamp_of,
 )
+from flash.explorer.fleet import Fleet
 from flash.explorer.gate import Gate
-from flash.explorer.messages import Files
+from flash.explorer.hub import FleetHub
+from flash.explorer.messages import Files, Publish
 from flash.fakes import FakeWires
+from flash.types import Weights
 from flash.virtual_time import in_virtual_time
 from tests.explorer.fleets import Controller, Explorer
 from tests.steady import weights
@@ -62,13 +67,24 @@ def model(folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
+def stepped(before: Path, folder: Path, *, places: Sequence[int] = (100, 7_000)) -> Path:
+    """Its weights after a step: of the first file these bytes are one more than they were."""
+    shutil.copytree(before, folder, ignore=shutil.ignore_patterns("changes"))
+    file = folder / next(name for name in SIZES if name.endswith(".safetensors"))
+    content = bytearray(file.read_bytes())
+    for place in places:
+        content[place] = (content[place] + 1) % 256
+    file.write_bytes(content)
+    return folder
+
+
 def elsewhere(files: Files) -> Files:
     """As an explorer sees them that does not share the controller's disk."""
     return msgspec.structs.replace(files, path="/not/here")
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 class Site:
@@ -428,6 +444,155 @@ async def test_a_model_that_is_gone_is_had_from_the_controllers_next_start():
         async with controller.killed(model_files=second):
             assert await having == "/fetched"
     assert asked == ["first", "second"]
+
+
+# ── changes ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextlib.asynccontextmanager
+async def two_versions(tmp_path: Path):
+    """A site, an explorer that has the first version of a model, and its files."""
+    first = model(tmp_path / "first")
+    async with Site().open() as site, fetcher(site, tmp_path / "into") as explorer:
+        files = await site.files.offer(first)
+        await explorer.fetch(elsewhere(files))
+        site.bytes = site.pieces = 0
+        yield site, explorer, files
+
+
+async def test_of_weights_whose_last_version_is_here_only_changes_are_fetched(tmp_path: Path):
+    async with two_versions(tmp_path) as (site, explorer, first):
+        small = sum(size for name, size in SIZES.items() if not name.endswith(".safetensors"))
+        before, files = tmp_path / "first", first
+        for number in range(3):
+            after = stepped(before, tmp_path / f"after {number}", places=range(50, 7_000, 500))
+            files = await site.files.offer(after, before=files)
+            site.bytes = 0
+            assert content(await explorer.fetch(elsewhere(files))) == content(after)
+            assert small < site.bytes < small + 200
+            before = after
+        left = {path.name for path in (tmp_path / "into").iterdir()}
+        assert len(left) == 3  # two versions, and what made the second of them
+
+
+async def test_explorers_take_changes_from_each_other(tmp_path: Path):
+    first = model(tmp_path / "first")
+    async with (
+        Site().open() as site,
+        fetcher(site, tmp_path / "a", Site()) as a,
+        fetcher(site, tmp_path / "b", Site()) as b,
+    ):
+        files = await site.files.offer(first)
+        await a.fetch(elsewhere(files))
+        await b.fetch(elsewhere(files))
+        after = stepped(first, tmp_path / "after")
+        files = await site.files.offer(after, before=files)
+        await a.fetch(elsewhere(files))
+        assert files.changes is not None
+        changes = site.files._offers[files.changes.files.key]
+        while not changes.turns._peers:
+            await asyncio.sleep(0)
+        site.bytes = 0
+        assert content(await b.fetch(elsewhere(files))) == content(after)
+        assert site.bytes == 0
+
+
+async def test_changes_that_make_something_else_cost_the_pieces_that_are_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def write_others(before: Path, after: Path, into: Path) -> bool:
+        return write_changes(before, stepped(after, into.parent.parent / "wrong"), into)
+
+    monkeypatch.setattr(file_server, "write_changes", write_others)
+    async with two_versions(tmp_path) as (site, explorer, first):
+        after = stepped(tmp_path / "first", tmp_path / "after", places=[3_000])
+        files = await site.files.offer(after, before=first)
+        assert files.changes is not None
+        of_changes = sum(path.stat().st_size for path in Path(files.changes.files.path).iterdir())
+        assert content(await explorer.fetch(elsewhere(files))) == content(after)
+        assert site.bytes == of_changes + PIECE + 500  # those of bytes 100 and 7,000
+
+
+async def test_changes_that_can_not_be_applied_cost_a_whole_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def write_nonsense(before: Path, after: Path, into: Path) -> bool:
+        assert write_changes(before, after, into)
+        next(into.glob("*.changes")).write_bytes(b"nonsense")
+        return True
+
+    monkeypatch.setattr(file_server, "write_changes", write_nonsense)
+    async with two_versions(tmp_path) as (site, explorer, first):
+        after = stepped(tmp_path / "first", tmp_path / "after")
+        files = await site.files.offer(after, before=first)
+        assert content(await explorer.fetch(elsewhere(files))) == content(after)
+        assert site.pieces > PIECES
+
+
+async def test_who_has_another_version_or_began_anew_gets_weights_whole(tmp_path: Path):
+    async with two_versions(tmp_path) as (site, explorer, first):
+        second = stepped(tmp_path / "first", tmp_path / "second")
+        third = stepped(second, tmp_path / "third")
+        files = await site.files.offer(second, before=first)
+        async with fetcher(site, tmp_path / "new") as new:
+            await new.fetch(elsewhere(files))
+        files = await site.files.offer(third, before=files)
+        async with fetcher(site, tmp_path / "new") as anew:
+            for one in (explorer, anew):
+                site.pieces = 0
+                assert content(await one.fetch(elsewhere(files))) == content(third)
+                assert site.pieces == PIECES
+
+
+async def test_changes_are_looked_for_only_if_somebody_lacks_files_and_offered_if_few(
+    tmp_path: Path,
+):
+    first, second = model(tmp_path / "first"), model(tmp_path / "second", seed=1)
+    async with Site().open() as site, fetcher(site, tmp_path / "into") as explorer:
+        files = await site.files.offer(first)
+        assert await explorer.fetch(files) == first
+        after = stepped(first, tmp_path / "after")
+        assert (await site.files.offer(after, before=files)).changes is None
+        assert not (after / "changes").exists()
+        await explorer.fetch(elsewhere(files))
+        assert (await site.files.offer(second, before=files)).changes is None
+        assert not (second / "changes").exists()
+        shutil.rmtree(first)
+        assert (await site.files.offer(after, before=files)).changes is None
+
+
+async def test_a_version_is_published_with_what_changed_since_the_last_one(tmp_path: Path):
+    told: list[Publish] = []
+
+    class Told:
+        def publish(self, message: Publish) -> None:
+            told.append(msgspec.msgpack.decode(encode(message), type=Publish))
+
+    before, after = (Weights(version=n, path=tmp_path / str(n)) for n in (1, 2))
+    model(before.path)
+    stepped(before.path, after.path)
+    async with Site().open() as site, fetcher(site, tmp_path / "into") as explorer:
+        hub = FleetHub(None, version=0, offer=site.files.offer)
+        hub.over(cast(Fleet, Told()))
+        for weights in (before, after):
+            await hub.publish(weights)
+            folder = await explorer.fetch(elsewhere(told[-1].files))
+            assert content(folder) == content(weights.path)
+    assert told[0].files.changes is None
+    assert told[1].files.changes is not None
+    assert told[1].files.changes.base == told[0].files.stamp
+
+
+async def test_a_quick_link_brings_whole_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    async with two_versions(tmp_path) as (site, _, first):
+        turns = site.files._offers[first.key].turns
+        while not turns.quickest_s:
+            await asyncio.sleep(0)
+        monkeypatch.setattr(file_server, "_QUICK_BYTES_PER_S", 1.0)
+        after = stepped(tmp_path / "first", tmp_path / "after")
+        assert (await site.files.offer(after, before=first)).changes is None
+        monkeypatch.undo()
+        assert (await site.files.offer(after, before=first)).changes is not None
 
 
 async def test_a_relay_ends_with_the_offer(tmp_path: Path):

@@ -101,8 +101,10 @@ class Server(NcclWorker):
                 await worker.set_version(int(body["new_version"]))
             case "/weight_info":
                 answer = {"weight_version": str(worker.version)}
-            case "/health" | "/reset_prefix_cache":
+            case "/health":
                 pass
+            case "/reset_prefix_cache":
+                answer = {"success": True}
             case _:
                 try:
                     answer = await self.server.answer(route, msgspec.to_builtins(body))

@@ -160,7 +160,7 @@ class ExploredStart(Start):
                 await asyncio.sleep(self.rng.random())
                 wires.end(fleet.welcome)
 
-    async def _offer(self, path: Path) -> Files:
+    async def _offer(self, path: Path, *, before: Files | None = None) -> Files:
         return Files(path=str(path), stamp="", key="")
 
     def _path_of(self, version: int) -> Path:

@@ -92,19 +92,20 @@ async def test_a_request_and_its_answer_in_the_protocols_words(scripted):
 
 
 async def test_the_control_routes(scripted, tmp_path):
-    scripted.answer = {"results": [checksum(tmp_path)]}
+    scripted.answer = {"results": [checksum(tmp_path)], "success": True}
     await scripted.worker.abort("id")
     await scripted.worker.pause("keep")
     await scripted.worker.load_weights(Weights(version=1, path=tmp_path))
+    await scripted.worker.recompute()
     await scripted.worker.set_version(1)
     await scripted.worker.resume()
     await scripted.worker.check_health()
     load = {"method": "load_flash_weights", "kwargs": {"weights_path": str(tmp_path)}}
     assert scripted.asked == [
         ("POST", "/inference/v1/abort_requests", {"request_ids": ["generate-tokens-id"]}),
-        ("POST", "/pause?mode=keep", None),
+        ("POST", "/pause?mode=keep&clear_cache=false", None),
         ("POST", "/collective_rpc", load),
-        ("POST", "/reset_prefix_cache?reset_running_requests=true", None),
+        ("POST", "/reset_prefix_cache?reset_running_requests=true&reset_external=true", None),
         ("POST", "/update_weight_version", {"new_version": "1"}),
         ("POST", "/resume", None),
         ("GET", "/health", None),
@@ -136,6 +137,32 @@ async def test_weights_in_the_trainers_memory_are_read_there_and_else_as_files(s
     with pytest.raises(WorkerFailure, match="see the files in"):
         await scripted.worker.load_weights(weights)
     assert [body for _, _, body in scripted.asked] == [in_memory, files]
+
+
+async def test_requests_share_no_keys_and_values_with_those_that_kept_older_ones(scripted):
+    async def salt() -> str | None:
+        scripted.asked.clear()
+        await scripted.worker.generate("id", [1, 2], SAMPLING)
+        return scripted.asked[0][2].get("cache_salt")
+
+    async def publish(mode, version: int) -> None:
+        await scripted.worker.pause(mode)
+        await scripted.worker.set_version(version)
+
+    await publish("keep", 1)
+    assert await salt() is None
+    scripted.asked.clear()
+    await publish("keep_stale_kv", 2)
+    assert scripted.asked[0] == ("POST", "/pause?mode=keep&clear_cache=false", None)
+    assert await salt() == "2"
+    await publish("keep_stale_kv", 3)
+    assert await salt() == "3"
+
+
+async def test_a_server_that_keeps_old_keys_and_values_has_failed(scripted):
+    scripted.answer = {"success": False}
+    with pytest.raises(WorkerFailure, match="can't drop the keys and values of old weights"):
+        await scripted.worker.recompute()
 
 
 @pytest.mark.parametrize(

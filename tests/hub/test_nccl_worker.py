@@ -120,9 +120,8 @@ async def test_a_group_is_formed_once_and_then_serves_every_update(setting, expo
 
     await client.load_weights(of(first))
     update = ["/start_weight_update", *["/update_weights"] * 3, "/finish_weight_update"]
-    forget = ["/reset_prefix_cache"]
     join = ["/get_world_size", "/shutdown_weight_transfer_engine", "/init_weight_transfer_engine"]
-    assert server.asked == ["/weight_info", *join, *update, *forget]
+    assert server.asked == ["/weight_info", *join, *update]
     assert server.has(first)
     (info,) = server.init_infos
     assert len(base64.b64decode(info.pop("nccl_unique_id_b64"))) == 128
@@ -134,7 +133,7 @@ async def test_a_group_is_formed_once_and_then_serves_every_update(setting, expo
     await client.set_version(1)
     server.asked.clear()
     await client.load_weights(of(second))
-    assert server.asked == ["/weight_info", *update, *forget]
+    assert server.asked == ["/weight_info", *update]
     assert server.has(second)
     assert len(setting.senders) == 1
 

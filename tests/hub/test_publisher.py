@@ -47,7 +47,50 @@ async def test_keep_freezes_requests_and_their_later_tokens_carry_the_new_versio
         assert answered.versions == [0, 0, 0] + [1] * 7
         assert report.paused_s == 1
         assert hub.version == 1
+        assert hub.stats().mixed_tokens == 0
         assert report.gap is None
+
+
+@in_virtual_time
+async def test_a_publish_tells_what_the_workers_were_paused_for():
+    def worker(name: str, load_s: float) -> FakeWorker:
+        return FakeWorker(name, token_s=(1, 1), load_s=(load_s, load_s), recompute_s=2)
+
+    async with InferenceHub([worker("a", 1), worker("b", 5)]) as hub:
+        report = await hub.publish(weights(1))
+        assert [(w.paused_s, w.load_s, w.reset_s) for w in report.per_worker] == [
+            (3, 1, 2), (7, 5, 2)
+        ]  # fmt: skip
+        assert (report.paused_s, report.load_s, report.reset_s) == (10, 6, 4)
+        await hub.publish(weights(2))
+        stats = hub.stats()
+        assert (stats.paused_s, stats.load_s, stats.reset_s) == (20, 12, 8)
+
+
+@in_virtual_time
+async def test_stale_keys_and_values_are_kept_if_so_wished_and_their_tokens_counted():
+    worker = steady()
+    async with InferenceHub([worker], update_mode="keep_stale_kv") as hub:
+        call = asyncio.ensure_future(hub.generate(request(max_tokens=10)))
+        await asyncio.sleep(3.5)
+        report = await hub.publish(weights(1))
+        assert (await call).versions == [0, 0, 0] + [1] * 7
+        assert (worker.recomputed, report.reset_s) == (0, 0)
+        await hub.generate(request(max_tokens=5))
+        assert hub.stats().mixed_tokens == 7
+
+
+@in_virtual_time
+async def test_a_worker_that_was_away_computes_everything_anew_whatever_is_kept_else():
+    worker = steady()
+    async with InferenceHub([worker], update_mode="keep_stale_kv") as hub:
+        await hub.publish(weights(1))
+        worker.die()
+        call = asyncio.ensure_future(hub.generate(request(max_tokens=4)))
+        await asyncio.sleep(3)
+        worker.restart()
+        assert (await call).versions == [1] * 4
+        assert worker.recomputed == 1
 
 
 @in_virtual_time

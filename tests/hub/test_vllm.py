@@ -76,7 +76,7 @@ class Servers:
         version = self.hub.version + 1
         model = self.models[version % len(self.models)]
         self.model_of[version] = model
-        self.hub._publisher._update_mode = mode
+        self.hub._publisher.update_mode = mode
         new = weights(version, model)
         if share is not None:
             new = replace(new, share=lambda: share(model))
@@ -129,6 +129,16 @@ def logprobs(model: Path, token_ids: list[int], temperature: float = 1.0) -> lis
     return (logits / temperature).log_softmax(-1).gather(-1, tokens[0, 1:, None])[:, 0].tolist()
 
 
+def mixed_logprobs(old: Path, new: Path, token_ids: list[int], kept: int) -> list[float]:
+    """Of `token_ids[kept + 1:]` by `new`, on keys and values of the first `kept` by `old`."""
+    tokens = torch.tensor([token_ids])
+    with torch.no_grad():
+        cache = AutoModelForCausalLM.from_pretrained(old)(tokens[:, :kept]).past_key_values
+        model = AutoModelForCausalLM.from_pretrained(new)
+        logits = model(tokens[:, kept:], past_key_values=cache).logits[0, :-1]
+    return logits.log_softmax(-1).gather(-1, tokens[0, kept + 1 :, None])[:, 0].tolist()
+
+
 def weights(version: int, model: Path) -> Weights:
     async def score(sequences):
         return Scores(
@@ -144,7 +154,7 @@ def request(max_tokens: int, prompt=PROMPT, temperature: float = 1.0) -> Generat
 
 
 @asynccontextmanager
-async def traffic(hub: InferenceHub) -> AsyncIterator[list[Answer]]:
+async def traffic(hub: InferenceHub, prefix=PROMPT) -> AsyncIterator[list[Answer]]:
     """Eight who each ask anew when they are answered, no two at the same time.
 
     So some requests are in flight whenever the body of the block runs, however fast the machine.
@@ -153,7 +163,7 @@ async def traffic(hub: InferenceHub) -> AsyncIterator[list[Answer]]:
     over = False
 
     async def ask(number: int, answered: asyncio.Event) -> None:
-        prompt = [*PROMPT, 20 + number]
+        prompt = [*prefix, 20 + number]
         max_tokens = 150 + 20 * number
         while not over:
             answer = await hub.generate(request(max_tokens, prompt))
@@ -204,8 +214,36 @@ async def test_keep_goes_on_with_the_new_weights_exactly_from_the_seam(servers):
         report = await servers.publish("keep")
     assert report.workers == 2
     assert report.gap.max < 1e-3
+    assert 0 < report.reset_s < report.paused_s - report.load_s
     assert [servers.hub.version - 1, servers.hub.version] in versions_of(answers)
     servers.assert_all_exact(answers)
+
+
+async def test_stale_keys_and_values_are_those_of_what_ran_and_of_nothing_later(servers):
+    hub = servers.hub
+    shared = list(range(5, 105))  # three blocks of the cache, which every later request looks for
+    async with traffic(hub, shared) as answers:
+        report = await servers.publish("keep_stale_kv")
+    old, new = servers.model_of[hub.version - 1], servers.model_of[hub.version]
+    assert report.workers == 2
+    assert report.gap.max < 1e-3
+    assert report.reset_s == 0
+    later = [[*shared, 20 + number] for number in range(8)]
+    completions = await asyncio.gather(*(hub.generate(request(20, prompt)) for prompt in later))
+    servers.assert_all_exact(list(zip(later, completions, strict=True)))
+    mixed = [answer for answer in answers if len(set(answer[1].versions)) == 2]
+    assert mixed
+    of_mixed = 0
+    for prompt, answer in mixed:
+        before = answer.versions.count(hub.version - 1)
+        of_mixed += len(answer.versions) - before
+        sequence = [*prompt, *answer.token_ids]
+        # The last token before the seam is computed with the first one after it.
+        expected = mixed_logprobs(old, new, sequence, len(prompt) + before - 1)
+        assert answer.logprobs[before:] == pytest.approx(expected, abs=1e-3)
+        anew = logprobs(new, sequence)[len(prompt) + before - 1 :]
+        assert answer.logprobs[before:] != pytest.approx(anew, abs=1e-2)
+    assert hub.stats().mixed_tokens >= of_mixed
 
 
 async def test_abort_samples_the_rest_anew(servers):

@@ -70,7 +70,9 @@ async def logged(
 
 
 def publish(version: int) -> PublishReport:
-    return PublishReport(version=version, gap=None, paused_s=0.0, workers=1, per_worker=())
+    return PublishReport(
+        version=version, gap=None, paused_s=0.0, load_s=0.0, reset_s=0.0, workers=1, per_worker=()
+    )
 
 
 @in_virtual_time

@@ -200,8 +200,9 @@ async def test_what_is_handed_over_is_not_given_up_for_weights_of_a_later_versio
     class PublishesAtOnce(InferenceHub):
         async def publish(self, weights):
             return PublishReport(
-                version=weights.version, gap=None, paused_s=0.0, workers=1, per_worker=()
-            )
+                version=weights.version, gap=None, paused_s=0.0, load_s=0.0, reset_s=0.0,
+                workers=1, per_worker=(),
+            )  # fmt: skip
 
     books = Books()
     async with rollouts(books, kind=PublishesAtOnce, alpha=0) as loop:
