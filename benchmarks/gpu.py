@@ -16,8 +16,9 @@ the table says so:
     recomputed  the trainer's steps with activations recomputed, and what is chosen for this card
     compiled    the same with layers that torch.compile made, and how long that takes at first
     small       seconds a step of the ALFWorld preset on the CPU, and on vLLM if it is installed
+    colocated   trainer and a vLLM server in turns on the one card: what a turn costs
 
-All of them take twelve minutes (`--limit 720`); within five the last are left out.
+All of them take fifteen minutes (`--limit 900`); within five the last are left out.
 
 `--policy` is a small policy that was taught before: after `make train ENV=alfworld` the folder
 `runs/.small_policies/alfworld-…`; without it that part is left out. Without a GPU the model is
@@ -40,10 +41,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -67,17 +70,21 @@ from trainer import (
 from transformers import AutoModelForCausalLM
 
 from flash.explorer.changes import apply_changes, write_changes
+from flash.fakes import FakeBatchLog
 from flash.hub.hub import InferenceHub
+from flash.hub.probe import Probe
 from flash.hub.vllm_pool import VllmPool
 from flash.system.machine import gpus, has_vllm
 from flash.system.quiet import no_progress_bars
 from flash.trainer.attention import Packing, attend_one_by_one, varlen_kernel
 from flash.trainer.config import TrainerConfig
+from flash.trainer.lasting import LastingTrainer
 from flash.trainer.micro_batch import pack
 from flash.trainer.objectives.aggregation import scales
 from flash.trainer.packing import divide
 from flash.trainer.rank import Rank
-from flash.types import GenerateRequest, Sample, SamplingParams, UpdateMode, Weights
+from flash.trainer.trainer import Trainer
+from flash.types import Batch, GenerateRequest, Sample, SamplingParams, UpdateMode, Weights
 from flash.warm_start.small_policy import create
 from flash.worker.checksum import checksum
 from flash.worker.engine import EmbeddedEngine, EngineRequest
@@ -91,6 +98,7 @@ EPISODES = {"short": (220, 256), "long": (2000, 48)} if CUDA else {"short": (40,
 # Tokens a pass; the most may be more than the card has memory for.
 BUDGETS, MOST = ((16_384, 8_192), 32_768) if CUDA else ((512,), 1024)
 REPEATS = 2
+VLLM_SHARE = 0.7  # of the card, in its turn
 MOST_REQUESTS = 256 if CUDA else 8
 NAMES = itertools.count()  # of requests
 END_S = 10  # for a part to end itself, once it is told to
@@ -444,6 +452,95 @@ def changed(before: Path, after: Path) -> Figures:
     return {"values changed %": 100 * different / total, "of millions": total / 1e6}
 
 
+def colocated(_: argparse.Namespace) -> Iterator[Row]:
+    if not has_vllm():
+        yield "", {"left out": "vLLM is not installed: make setup-vllm"}
+        return
+    with made_model() as model:
+        yield from as_they_come(taking_turns(model))
+
+
+async def taking_turns(model: Path) -> AsyncIterator[Row]:
+    """A server with requests under way sleeps, the trainer steps, it wakes with the weights: as
+    files, and from the trainer's memory."""
+    samples = of_kind("long" if CUDA else "short")[: 16 if CUDA else 2]
+    requests, tokens = (64, 512) if CUDA else (4, 64)
+    clock = time.perf_counter
+    pool = VllmPool(
+        str(model), size=1, max_running=requests, max_tokens=2048, cache_tokens=16_384,
+        tensor_parallel=1, devices=gpus()[:1], gpu_memory=VLLM_SHARE,
+        dtype=str(DTYPE).removeprefix("torch."), threads=0, seed=0, sleeps=True,
+        arguments=["--skip-tokenizer-init"], log_dir=model, start_timeout_s=300,
+    )  # fmt: skip
+    async with LastingTrainer(
+        Trainer(model=model, config=TrainerConfig(), run_dir=model),
+        log=FakeBatchLog(), newest=lambda: None, max_restarts=0,
+    ) as trainer:  # fmt: skip
+        began = clock()
+        async with InferenceHub(
+            pool,
+            max_running=requests,
+            weights=await trainer.export_weights(),
+            make_room=partial(trainer.make_room, VLLM_SHARE),
+            probe=Probe(gap_limit=10),  # it is reported here
+        ) as hub:
+            yield "a server from start to ready", {"s": clock() - began}
+            for turn, way in enumerate(("files", "files", "memory", "memory")):
+                asked = [
+                    asyncio.create_task(hub.generate(request_of([7 + number] * 64, tokens)))
+                    for number in range(requests)
+                ]
+                await asyncio.sleep(1.0 if CUDA else 0.3)  # they are under way
+                figures = {"free % before": free_percent()}
+                began = clock()
+                async with hub.asleep():
+                    figures |= {"sleep s": clock() - began, "free % of the trainer": free_percent()}
+                    told = await trainer.step(Batch(samples=samples, version=turn))
+                    began = clock()
+                    weights = await trainer.export_weights()
+                    figures |= {"train s": told["time/train_s"], "export s": clock() - began}
+                    if way == "files":
+                        weights = replace(weights, share=None)
+                    report = await hub.publish(weights)
+                answers = await asyncio.gather(*asked)
+                assert {len(answer.token_ids) for answer in answers} == {tokens}
+                figures |= {
+                    "wake and load s": report.paused_s,
+                    "probe, 90% of logits": report.gap.logits if report.gap else math.nan,
+                    "answers of two versions": sum(len({*each.versions}) > 1 for each in answers),
+                }
+                yield f"turn {turn + 1}, weights as {way}", figures
+
+
+def as_they_come(rows: AsyncIterator[Row]) -> Iterator[Row]:
+    """Of a part that runs in an event loop, from another thread, for it is all one task there."""
+    found: SimpleQueue[Row | None] = SimpleQueue()
+
+    async def put() -> None:
+        try:
+            async for row in rows:
+                found.put(row)
+        finally:
+            found.put(None)
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(asyncio.run, put())
+        while (row := found.get()) is not None:
+            yield row
+        running.result()
+
+
+def request_of(token_ids: list[int], tokens: int) -> GenerateRequest:
+    return GenerateRequest(token_ids=token_ids, sampling=SamplingParams(max_tokens=tokens))
+
+
+def free_percent() -> float:
+    if not CUDA:
+        return math.nan
+    free, total = torch.cuda.mem_get_info()
+    return 100 * free / total
+
+
 def sent(before: Path, after: Path) -> Figures:
     """What explorers fetch in place of the whole, and what it costs both sides beside checksums."""
     size = sum(file.stat().st_size for file in after.glob("*.safetensors"))
@@ -696,6 +793,7 @@ PARTS = {
     "recomputed": Part(recomputed, 25, 50),
     "compiled": Part(compiled, 60, 150),
     "small": Part(small, 90, 240),
+    "colocated": Part(colocated, 90, 180),
 }
 
 

@@ -19,11 +19,15 @@ class Deadline:
     from a TimeoutError of somebody else's.
     """
 
-    __slots__ = ("_cancelling", "_line", "_loop", "_over", "_task", "_timeout_s", "due", "expired")
+    __slots__ = (
+        *("_cancelling", "_left_s", "_line", "_loop", "_over", "_task", "_timeout_s", "_timer"),
+        *("due", "expired"),
+    )
 
     def __init__(self, timeout_s: float) -> None:
         self.expired = False
         self._over = False
+        self._timer: asyncio.TimerHandle | None = None  # of one that was stopped once
         self._timeout_s = timeout_s
 
     def __enter__(self) -> Self:
@@ -46,11 +50,28 @@ class Deadline:
         traceback: TracebackType | None,
     ) -> None:
         self._over = True
-        self._line.calls.pop(self, None)
+        self._untime()
         # Another request to cancel than this one is somebody else's, and goes on.
         alone = self.expired and self._task.uncancel() <= self._cancelling
         if alone and kind is asyncio.CancelledError:
             raise TimeoutError from error
+
+    def stop(self) -> None:
+        """Until `go_on` no time passes."""
+        self._untime()
+        self._left_s = self.due - self._loop.time()
+
+    def go_on(self) -> None:
+        """After `stop`."""
+        self.due = self._loop.time() + self._left_s
+        if not self._over:
+            self._timer = self._loop.call_at(self.due, self.expire)
+
+    def _untime(self) -> None:
+        self._line.calls.pop(self, None)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def expire_soon(self) -> None:
         """As if the time had passed, from the next turn of the loop."""

@@ -69,10 +69,11 @@ async def train(
                 batch = await _next_batch(run, stop)
                 if batch is None:
                     break
-                tell.trained(await run.step(batch))
-                step = trainer.version
-                if run.publishes_after(step):
-                    await rollouts.publish(await trainer.export_weights())
+                async with trainer.turn():
+                    tell.trained(await run.step(batch))
+                    step = trainer.version
+                    if run.publishes_after(step):
+                        await rollouts.publish(await trainer.export_weights())
                 rollouts.use_alpha(run.adaptive_alpha.after_step(run.progress.metrics))
                 await run.evaluations.after(step)
                 tell.step_done(step)

@@ -4,6 +4,7 @@ Arrays are NumPy, one-dimensional over the S tokens of one sequence: [S].
 """
 
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, fields
 from itertools import groupby
 from pathlib import Path
@@ -85,11 +86,17 @@ class Weights:
     `score` gives the trainer's own logprobs of sequences under these weights, or None if the
     trainer can't say any more; with it, every publish is probed.
     Without it the probe can't be made and the gap is not known.
+
+    `share` has the trainer keep them in the memory of its devices too while a block runs, for
+    workers on the same: it gives the folder that tells of that memory, or None if it has none.
+    `shared` is that folder, in such a block.
     """
 
     version: int
     path: Path
     score: Score | None = None
+    share: Callable[[], AbstractAsyncContextManager[Path | None]] | None = None
+    shared: Path | None = None
 
 
 # ── environments ─────────────────────────────────────────────────────────────────────────────

@@ -557,6 +557,43 @@ def test_weights_go_over_nccl_where_each_side_has_gpus_and_the_other_is_vllm(
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"engine.kind": "embedded"},
+            "engine.kind=embedded: only vLLM .*: use engine.kind=v",
+        ),
+        ({"engine.workers": 0}, "engine.workers=0: there is nobody to share .*: start workers, or"),
+        ({"engine.transport": "nccl"}, "engine.transport=nccl, which is between GPUs: use .*=disk"),
+        ({"engine.update_mode": "keep_stale_kv"}, "engine.*stale_kv: .*: use engine.*=keep"),
+        ({"engine.devices": [1]}, r"engine.devices=\[1\]: .*: leave one of them out"),
+        ({"stream": True}, "stream=true: .*: use stream=false"),
+        ({"eval.mode": "beside", "engine.workers": 2}, "eval.mode=beside: .*: use eval.mode=pause"),
+        ({"explorers.expected": 1}, "explorers.expected=1: .*: leave one of them out"),
+        ({"cluster": "ray"}, "cluster.kind=ray: .*: leave one of them out"),
+    ],
+)
+def test_gpus_are_shared_in_turns_where_each_side_can_wait_for_the_other(
+    changes, message, monkeypatch
+):
+    monkeypatch.setattr("flash.system.machine.has_vllm", lambda: True)
+    colocated = {"engine.colocated": True, "engine.kind": "vllm"}
+    load("frozen_lake", colocated)
+    with pytest.raises(ValueError, match=f"engine.colocated=true with {message}"):
+        load("frozen_lake", colocated | changes)
+
+
+def test_servers_that_share_the_trainers_gpus_are_no_more_than_these(monkeypatch):
+    monkeypatch.setattr("flash.system.machine.has_vllm", lambda: True)
+    changes = {"engine.colocated": True, "engine.kind": "vllm", "engine.workers": 2}
+    has = Capacity(cores=64, memory_bytes=10**12, gpus=[0, 1], open_files=65_536)
+    check_capacity(load("frozen_lake", changes | {"trainer.ranks": 2}), has)
+    with pytest.raises(ValueError, match="engine.workers=2 of .* has 1 .trainer.ranks.: take fewe"):
+        check_capacity(load("frozen_lake", changes), has)
+    check_capacity(load("frozen_lake", changes), has, trains=False)
+
+
 def test_what_goes_over_nccl_is_seen_by_others_and_needs_gpus_of_a_cluster(monkeypatch, tmp_path):
     monkeypatch.setattr("flash.system.machine.has_vllm", lambda: True)
     for name in ("certificate", "key"):

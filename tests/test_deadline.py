@@ -126,3 +126,21 @@ async def test_many_calls_arm_one_timer():
     await call()
     await asyncio.sleep(20)
     assert timers == [10], "nobody is left when it passes"
+
+
+@in_virtual_time
+async def test_one_that_is_stopped_has_as_long_left_when_it_goes_on():
+    loop = asyncio.get_running_loop()
+    with pytest.raises(TimeoutError), Deadline(10) as deadline:
+        for _ in range(2):
+            await asyncio.sleep(3)
+            deadline.stop()
+            await asyncio.sleep(100)
+            deadline.go_on()
+        await asyncio.sleep(50)
+    assert loop.time() == 210
+    with Deadline(10) as other:
+        other.stop()
+        other.go_on()
+    await asyncio.sleep(20)
+    assert not other.expired

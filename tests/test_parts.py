@@ -28,7 +28,7 @@ from flash.parts.workers import open_hub, probe_of
 from flash.seeds import HELDOUT_SEEDS
 from flash.train import warn_of_idle_steps
 from flash.trainer.checkpoint import write_state
-from flash.types import Task
+from flash.types import Task, Weights
 from flash.warm_start import small_policy
 
 
@@ -283,6 +283,40 @@ async def test_a_run_says_which_workers_it_takes_and_which_gpus_are_idle(
         async with hub:
             pass
     assert line in said[0]
+
+
+async def test_servers_that_take_turns_are_on_the_trainers_gpus_and_start_when_it_has_made_room(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("flash.parts.workers.gpus", lambda: [0, 1, 2])
+    monkeypatch.setattr("flash.system.machine.has_vllm", lambda: True)
+    said, happened = [], []
+
+    async def weights():
+        happened.append("the trainer has loaded")
+        return Weights(version=3, path=tmp_path)
+
+    async def make_room():
+        happened.append("the trainer has made room")
+
+    async def start(pool, on_exit, on_ready):
+        happened.append(pool._command(1, "", 0)[-1])
+        happened.append(pool._environment(1)["CUDA_VISIBLE_DEVICES"])
+        return []
+
+    monkeypatch.setattr("flash.hub.vllm_pool.VllmPool.start", start)
+    engine = {"engine.kind": "vllm", "engine.colocated": True, "engine.workers": 2}
+    config = load("frozen_lake", {**engine, "trainer.ranks": 2})
+    async with open_hub(
+        config, model="", version=3, weights=weights, log_dir=tmp_path, say=said.append,
+        make_room=make_room,
+    ):  # fmt: skip
+        pass
+    assert said == ["engine: 2 vLLM servers on GPU 0, 1, in turns with the trainer, as engine.kind "
+                    "says"]  # fmt: skip
+    assert happened == [
+        "the trainer has loaded", "the trainer has made room", "--enable-sleep-mode", "1"
+    ]  # fmt: skip
 
 
 async def test_workers_are_asked_for_their_room_all_at_once(tmp_path):

@@ -16,6 +16,7 @@ from flash.cli.main import run as flash
 from flash.errors import RolloutFailure
 from flash.evaluate import evaluate
 from flash.hub.embedded_pool import EmbeddedPool
+from flash.hub.hub import InferenceHub
 from flash.parts.model import prepared_model
 from flash.replay.logged_run import open_run
 from flash.seeds import first_task
@@ -56,6 +57,36 @@ async def test_a_run_on_vllm_servers_goes_on_when_one_is_killed(tmp_path):
         counts = {name: line[f"episodes/{name}"] for name in OUTCOMES}
         assert counts.pop("admitted") == sum(counts.values())
     assert not await asyncio.to_thread(watch.left)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(not has_vllm(), reason="vLLM is not installed: make setup-vllm")
+async def test_a_run_whose_servers_take_turns_with_the_trainer(tmp_path, monkeypatch):
+    """Without a GPU they give no memory away, but are as silent as with one."""
+    asleep: list[bytes] = []
+    step = Trainer.step
+
+    async def watched(self, batch):
+        for hub in hubs:  # there is none yet at the warm start
+            for slot in hub._slots:
+                asleep.append(await slot.worker._call("GET", "/is_sleeping"))
+        return await step(self, batch)
+
+    hubs: list[InferenceHub] = []
+    enter = InferenceHub.__aenter__
+    monkeypatch.setattr(InferenceHub, "__aenter__", lambda hub: hubs.append(hub) or enter(hub))
+    monkeypatch.setattr(Trainer, "step", watched)
+    engine = {"kind": "vllm", "max_running": 16, "colocated": True}
+    changes = {"policy.hidden_size": 64, "publish_every": 2, "alpha": 1, "checkpoint.every": 1}
+    config = tiny("frozen_lake", tmp_path, name="r", engine=engine, **changes)
+    summary = await run(config)
+    assert summary["steps"] == 3
+    assert asleep == [b'{"is_sleeping":true}'] * 3
+    for line in read_lines(tmp_path / "r" / "metrics.jsonl")[1:]:
+        assert line["staleness/max"] <= 1
+        counts = {name: line[f"episodes/{name}"] for name in OUTCOMES}
+        assert counts.pop("admitted") == sum(counts.values())
+        assert line["episodes/failed"] == 0
 
 
 class SetAtWait(asyncio.Event):

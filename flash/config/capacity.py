@@ -39,6 +39,8 @@ def check_capacity(
     _check_gpus(config, has, trains=trains, nodes=nodes)
     if config.engine.transport == "nccl":
         _check_nccl(config, has.gpus, trains=trains)
+    if config.engine.colocated and trains and has.gpus:
+        _check_turns(config)
     for field, threads in (
         ("engine.threads", config.engine.threads),
         ("trainer.threads", config.trainer.threads),
@@ -88,6 +90,17 @@ def _check_gpus(config: Config, has: Capacity, *, trains: bool, nodes: int) -> N
         raise ValueError(
             f"trainer.ranks={config.trainer.ranks}: each takes a GPU of {has}: take {len(gpus)} or "
             f"fewer"
+        )
+
+
+def _check_turns(config: Config) -> None:
+    """That each server has GPUs of the trainer's, and no two the same."""
+    engine, ranks = config.engine, config.trainer.ranks
+    if engine.workers * engine.tensor_parallel > ranks:
+        raise ValueError(
+            f"engine.colocated=true with engine.workers={engine.workers} of engine.tensor_parallel="
+            f"{engine.tensor_parallel} GPUs each: the trainer has {ranks} (trainer.ranks): take "
+            f"fewer, or more ranks"
         )
 
 

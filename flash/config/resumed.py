@@ -50,7 +50,7 @@ KINDS: Final[Mapping[str, Kind]] = {
             *["name", "runs_dir", "steps", "stream", "eval_every", "transcripts", "checkpoint"],
             *_of("env", "hosts"),
             *_of("engine", "kind workers urls api_key max_running cache_tokens threads transport"),
-            *_of("engine", "tensor_parallel devices gpu_memory door_port gap_limit"),
+            *_of("engine", "tensor_parallel devices gpu_memory colocated door_port gap_limit"),
             *_of("engine", "start_timeout_s request_timeout_s progress_timeout_s"),
             *_of("agent", "step_timeout_s episode_timeout_s"),
             *_of("reward", "api_key concurrency retries timeout_s"),

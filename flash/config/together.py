@@ -27,6 +27,8 @@ def check_together(config: RunFields) -> None:
         )
     _check_share(config)
     _check_workers(config)
+    if config.engine.colocated:
+        _check_turns(config)
     if config.cluster.kind != "none":
         _check_cluster(config)
     _check_rollout(config)
@@ -113,6 +115,35 @@ def _check_workers(config: RunFields) -> None:
             f"engine.door_port={config.engine.door_port} with engine.workers=0: behind that door "
             f"would be no worker: leave it out"
         )
+
+
+def _check_turns(config: RunFields) -> None:
+    """That whoever trains or samples can wait while the other one does."""
+    for given, is_so, why in (
+        (
+            "stream=true",
+            config.stream,
+            "groups would be trained while others are sampled, and the GPUs are one's at a time: "
+            "use stream=false",
+        ),
+        (
+            "eval.mode=beside",
+            config.eval.mode == "beside",
+            "workers of an evaluation would sleep with the others: use eval.mode=pause",
+        ),
+        (
+            f"explorers.expected={config.explorers.expected}",
+            config.explorers.may_come,
+            "explorers have GPUs of their own, and wait for nobody's turn: leave one of them out",
+        ),
+        (
+            f"cluster.kind={config.cluster.kind}",
+            config.cluster.kind != "none",
+            "there explorers have all workers: leave one of them out",
+        ),
+    ):
+        if is_so:
+            raise ValueError(f"engine.colocated=true with {given}: {why}")
 
 
 def _check_brought(config: RunFields) -> None:

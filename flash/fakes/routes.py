@@ -50,6 +50,16 @@ def worker_app(worker: FakeWorker) -> web.Application:
         await worker.resume()
         return web.json_response({})
 
+    async def sleep(request: web.Request) -> web.Response:
+        assert request.query["level"] == "2"
+        await worker.sleep(request.query["mode"])  # type: ignore[arg-type]
+        return web.json_response({"status": "sleeping"})
+
+    async def wake_up(request: web.Request) -> web.Response:
+        wake = {"weights": worker.wake_weights, "kv_cache": worker.wake_rest}
+        await wake[request.query["tags"]]()
+        return web.json_response({"status": "awake"})
+
     async def collective_rpc(request: web.Request) -> web.Response:
         body = await request.json()
         assert body["method"] == "load_flash_weights"
@@ -81,13 +91,19 @@ def worker_app(worker: FakeWorker) -> web.Application:
         return response
 
     app = web.Application(middlewares=[failing])
-    app.router.add_post("/inference/v1/generate", generate)
-    app.router.add_post("/inference/v1/abort_requests", abort_requests)
-    app.router.add_post("/pause", pause)
-    app.router.add_post("/resume", resume)
-    app.router.add_post("/collective_rpc", collective_rpc)
-    app.router.add_post("/reset_prefix_cache", reset_prefix_cache)
-    app.router.add_post("/update_weight_version", update_weight_version)
+    posted = {
+        "/inference/v1/generate": generate,
+        "/inference/v1/abort_requests": abort_requests,
+        "/pause": pause,
+        "/resume": resume,
+        "/sleep": sleep,
+        "/wake_up": wake_up,
+        "/collective_rpc": collective_rpc,
+        "/reset_prefix_cache": reset_prefix_cache,
+        "/update_weight_version": update_weight_version,
+    }
+    for route, handler in posted.items():
+        app.router.add_post(route, handler)
     app.router.add_get("/weight_info", weight_info)
     app.router.add_get("/health", health)
     return app

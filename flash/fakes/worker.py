@@ -55,6 +55,9 @@ class _Run:
         self.versions += [version] * (tokens - len(self.versions))
 
 
+_MEMORY = ("weights", "rest")
+
+
 class FakeWorker:
     """A worker that samples nonsense, or what a script says, with true versions.
 
@@ -110,6 +113,8 @@ class FakeWorker:
         self._frozen = False  # nor does what runs go on
         self._hung = False
         self._dead = False
+        self._awake = set(_MEMORY)  # the memory that it has
+        self._has_weights = True
         self._failures_planned = 0
         self._lies: list[dict[str, Any]] = []
         self._losses_planned = 0
@@ -143,13 +148,24 @@ class FakeWorker:
     def die(self) -> None:
         """Fail every call from now on, and those that wait."""
         self._dead = True
+        self._awake.clear()
         self._tell()
 
     def restart(self, *, version: int = 0) -> None:
         """Live again after `die`, as a server that was started anew: with its first weights."""
         self._dead = self._hung = self._paused = self._frozen = False
+        self._awake, self._has_weights = set(_MEMORY), True
         self.version = version
         self._tell()
+
+    @property
+    def dead(self) -> bool:
+        return self._dead
+
+    @property
+    def has_memory(self) -> bool:
+        """Any of the GPU that it may share: not while it sleeps, nor when it is dead."""
+        return bool(self._awake)
 
     # ── the Worker protocol ──────────────────────────────────────────────────────────────────
 
@@ -200,8 +216,11 @@ class FakeWorker:
 
     async def load_weights(self, weights: Weights) -> None:
         self._maybe_fail()
+        if "weights" not in self._awake:
+            raise WorkerFailure(f"{self.name} sleeps, and has no memory for weights")
         await asyncio.sleep(self._draw(self._load_s))
         self._check_alive()
+        self._has_weights = True
         self.loaded.append(weights.path)
 
     async def recompute(self) -> None:
@@ -218,8 +237,24 @@ class FakeWorker:
 
     async def resume(self) -> None:
         self._maybe_fail()
+        if len(self._awake) < len(_MEMORY) or not self._has_weights:
+            raise WorkerFailure(f"{self.name} sleeps, or has no weights")
         self._paused = self._frozen = False
         self._tell()
+
+    async def sleep(self, mode: UpdateMode) -> None:
+        await self.pause(mode)
+        self._awake.clear()
+        self._has_weights = False
+
+    async def wake_weights(self) -> None:
+        self._maybe_fail()
+        self._awake.add("weights")
+
+    async def wake_rest(self) -> None:
+        self._maybe_fail()
+        self._awake.add("rest")
+        await self.resume()
 
     async def check_health(self) -> None:
         self._maybe_fail()
@@ -318,6 +353,8 @@ class FakePool:
         self._start_s = start_s
         self._lives = {worker.name: lives for worker in workers}
         self._timers: list[asyncio.TimerHandle] = []
+        self._holds = False
+        self._held: list[FakeWorker] = []
 
     async def start(self, on_exit: OnExit, on_ready: OnReady) -> list[Worker]:
         self._on_exit, self._on_ready = on_exit, on_ready
@@ -326,7 +363,8 @@ class FakePool:
     def restart(self, worker: Worker) -> None:
         """As the hub asks for it; `kill` in a test's words."""
         (fake,) = (known for known in self._workers if known is worker)
-        self.kill(fake)
+        if not fake.dead:
+            self.kill(fake)
 
     def kill(self, worker: FakeWorker) -> None:
         """The worker's process dies, and its pool tells so and starts it anew."""
@@ -339,11 +377,23 @@ class FakePool:
             loop = asyncio.get_running_loop()
             self._timers.append(loop.call_later(self._start_s, self._return, worker))
 
+    def hold(self) -> None:
+        self._holds = True
+
+    def release(self) -> None:
+        self._holds = False
+        held, self._held = self._held, []
+        for worker in held:
+            self._return(worker)
+
     async def stop(self) -> None:
         for timer in self._timers:
             timer.cancel()
 
     def _return(self, worker: FakeWorker) -> None:
+        if self._holds:
+            self._held.append(worker)
+            return
         worker.restart()
         self._on_ready(worker)
 

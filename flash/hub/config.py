@@ -52,6 +52,11 @@ class EngineConfig(Section):
         description="how weights get to the workers. disk: as files in the trainer's memory, which "
         "explorers elsewhere fetch; nccl: from the trainer's GPUs to those of vLLM servers",
     )
+    colocated: bool = Field(
+        False,
+        description="vLLM servers on the trainer's own GPUs, in turns: they sleep while it trains, "
+        "and it makes room while they sample",
+    )
     tensor_parallel: int = Field(1, ge=1, description="GPUs of a vLLM server")
     devices: Numbers = Field(
         (),
@@ -59,7 +64,11 @@ class EngineConfig(Section):
         "leaves",
     )
     gpu_memory: float = Field(
-        0.5, gt=0, le=1, description="share of a GPU's memory that a vLLM server takes"
+        0.5,
+        gt=0,
+        le=1,
+        description="share of a GPU's memory that a vLLM server takes; with engine.colocated the "
+        "trainer keeps no more beside it than its weights",
     )
     vllm_args: tuple[str, ...] = Field(
         (), description="further arguments of vLLM's servers: a list, or a text as in a shell"
@@ -154,7 +163,36 @@ class EngineConfig(Section):
                 f"engine.update_mode=keep_stale_kv is vLLM's, and engine.kind={self.kind} can mean "
                 f"embedded workers: use engine.kind=vllm, or engine.update_mode=keep"
             )
+        if self.colocated:
+            self._check_colocated()
         return self
+
+    def _check_colocated(self) -> None:
+        if self.kind != "vllm":
+            raise ValueError(
+                f"engine.colocated=true with engine.kind={self.kind}: only vLLM servers that the "
+                f"run starts can sleep: use engine.kind=vllm, or leave it out"
+            )
+        if not self.workers:
+            raise ValueError(
+                "engine.colocated=true with engine.workers=0: there is nobody to share the GPUs "
+                "with: start workers, or leave it out"
+            )
+        if self.transport == "nccl":
+            raise ValueError(
+                "engine.colocated=true with engine.transport=nccl, which is between GPUs: use "
+                "engine.transport=disk"
+            )
+        if self.update_mode == "keep_stale_kv":
+            raise ValueError(
+                "engine.colocated=true with engine.update_mode=keep_stale_kv: servers that sleep "
+                "keep nothing: use engine.update_mode=keep"
+            )
+        if self.devices:
+            raise ValueError(
+                f"engine.colocated=true with engine.devices={list(self.devices)}: the servers take "
+                f"the trainer's GPUs, which trainer.ranks says: leave one of them out"
+            )
 
     def _check_nccl(self) -> None:
         instead = "engine.transport=disk"

@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -12,6 +14,8 @@ from flash.hub.http_client import HttpAnswer, HttpClient
 from flash.hub.worker import BadRequest, OnTokens, WorkerFailure
 from flash.types import Completion, SamplingParams, UpdateMode, Weights
 from flash.worker.checksum import checksum
+
+logger = logging.getLogger(__name__)
 
 # vLLM puts it before the client's request_id, and abort_requests wants it there.
 _REQUEST_PREFIX = "generate-tokens-"
@@ -87,7 +91,20 @@ class HttpWorker:
         await self._call("POST", f"/pause?mode={mode}&clear_cache=false")
 
     async def load_weights(self, weights: Weights) -> None:
-        path = weights.path
+        if weights.shared is None or not await self._load_shared(weights.shared):
+            await self._load_files(weights.path)
+
+    async def _load_shared(self, directory: Path) -> bool:
+        """From memory of the trainer's, on the same device; no if that can't be."""
+        body = {"method": "load_shared_flash_weights", "kwargs": {"directory": str(directory)}}
+        try:
+            await self._call("POST", "/collective_rpc", body)
+        except WorkerFailure as failure:
+            logger.warning("weights come as files, not from the trainer's memory: %s", failure)
+            return False
+        return True
+
+    async def _load_files(self, path: Path) -> None:
         body = {"method": "load_flash_weights", "kwargs": {"weights_path": str(path)}}
         try:
             answer = await self._call("POST", "/collective_rpc", body)
@@ -118,6 +135,16 @@ class HttpWorker:
 
     async def resume(self) -> None:
         await self._call("POST", "/resume")
+
+    async def sleep(self, mode: UpdateMode) -> None:
+        # At level 1 the weights would be kept in host memory, and who wakes it has newer ones.
+        await self._call("POST", f"/sleep?level=2&mode={mode}")
+
+    async def wake_weights(self) -> None:
+        await self._call("POST", "/wake_up?tags=weights")
+
+    async def wake_rest(self) -> None:
+        await self._call("POST", "/wake_up?tags=kv_cache")
 
     async def check_health(self) -> None:
         await self._call("GET", "/health")

@@ -25,6 +25,7 @@ from flash.hub.reports import HubStats, PublishReport
 from flash.hub.response import Response
 from flash.hub.slot import Slot
 from flash.hub.supervisor import Supervisor
+from flash.hub.turns import MakeRoom, Turns
 from flash.hub.worker import BadRequest, Pool, Worker, WorkerBroken, WorkerFailure
 from flash.types import Completion, GenerateRequest, UpdateMode, Weights
 
@@ -53,6 +54,8 @@ class InferenceHub:
             and goes on with the new weights, with keys and values computed anew; `keep_stale_kv`
             with those of the old weights, so that their next tokens are of a mixture; `abort` ends
             them and samples the rest anew, `wait` lets them end first.
+        make_room: for workers that share their GPUs with the trainer: awaited before they start and
+            before they wake, so that the trainer gives these away; see `asleep`.
         probe: what a worker is asked after a publish, and how far from the trainer it may be; its
             default is for float32 on both sides.
 
@@ -71,6 +74,7 @@ class InferenceHub:
         recovery_timeout_s: float = 60.0,
         progress_timeout_s: float = 120.0,
         update_mode: UpdateMode = "keep",
+        make_room: MakeRoom | None = None,
         probe: Probe = Probe(),  # noqa: B008 (it is frozen)
     ) -> None:
         if isinstance(workers, str):
@@ -102,12 +106,24 @@ class InferenceHub:
             recovery_timeout_s=recovery_timeout_s,
             progress_timeout_s=progress_timeout_s,
         )
+        self._make_room = make_room or _nothing
+        self._turns = Turns(
+            self._slots,
+            self._queue,
+            self._policy,
+            self._supervisor,
+            make_room=self._make_room,
+            update_mode=update_mode,
+            control_timeout_s=control_timeout_s,
+            request_timeout_s=request_timeout_s,
+        )
         self._attempts = Attempts(self._queue, self._tasks, request_timeout_s=request_timeout_s)
         self._publisher = Publisher(
             self._slots,
             self._queue,
             self._policy,
             self._tasks,
+            turns=self._turns,
             ask=self._attempts.ask,
             exclude=self._supervisor.exclude,
             update_mode=update_mode,
@@ -126,6 +142,7 @@ class InferenceHub:
         One that does not answer is excluded until it does: a server may start after the hub.
         """
         self._clock = asyncio.get_running_loop().time
+        await self._make_room()
         if isinstance(self._given, Sequence):
             workers = [HttpWorker(w) if isinstance(w, str) else w for w in self._given]
         else:
@@ -290,6 +307,19 @@ class InferenceHub:
         return await self._publisher.probe(weights, probe)
 
     @contextlib.asynccontextmanager
+    async def asleep(self) -> AsyncIterator[None]:
+        """The GPUs are the trainer's while the block runs, or until it publishes.
+
+        Workers sleep, and what they were asked waits with them, for as long as it takes: requests
+        have no deadline meanwhile. They wake with the present weights. Blocks may be nested: the
+        outermost one ends their sleep. One that raises leaves them asleep, for the run to end.
+        """
+        fell_asleep = await self._turns.sleep()
+        yield
+        if fell_asleep:
+            await self._turns.wake()
+
+    @contextlib.asynccontextmanager
     async def lend(self, workers: int) -> AsyncIterator["InferenceHub"]:
         """A hub over so many of the workers, while the block runs, with the weights they have now.
 
@@ -316,3 +346,7 @@ class InferenceHub:
                 self._requests += totals.requests
                 self._prompt_tokens += totals.prompt_tokens
                 self._generated_tokens += totals.generated_tokens
+
+
+async def _nothing() -> None:
+    pass

@@ -81,6 +81,15 @@ class LentWorker:
     async def load_weights(self, weights: Weights) -> None:
         raise AssertionError("a lent worker takes no weights")
 
+    async def sleep(self, mode: UpdateMode) -> None:
+        raise AssertionError("a lent worker does not sleep")
+
+    async def wake_weights(self) -> None:
+        raise AssertionError("a lent worker does not sleep")
+
+    async def wake_rest(self) -> None:
+        raise AssertionError("a lent worker does not sleep")
+
     async def recompute(self) -> None:
         raise AssertionError("a lent worker takes no weights")
 
@@ -108,6 +117,12 @@ class Loan:
         for lent in self._workers:
             if lent is worker:
                 lent.end("it hangs, or answers nonsense")
+
+    def hold(self) -> None:
+        pass
+
+    def release(self) -> None:
+        pass
 
     async def stop(self) -> None:
         pass

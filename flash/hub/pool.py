@@ -74,6 +74,8 @@ class ProcessPool(abc.ABC):
         self._start_timeout_s = start_timeout_s
         self._seats: list[_Seat] = []
         self._keepers: list[asyncio.Task[None]] = []
+        self._may_start = asyncio.Event()
+        self._may_start.set()
         # Nobody else on this machine may ask the workers anything.
         self._api_key = secrets.token_urlsafe(16)
 
@@ -128,6 +130,14 @@ class ProcessPool(abc.ABC):
         for seat in self._seats:
             if seat.worker is worker:
                 _kill(seat)
+
+    def hold(self) -> None:
+        """Those that die are not started anew until `release`."""
+        self._may_start.clear()
+
+    def release(self) -> None:
+        """Those that died meanwhile are started anew."""
+        self._may_start.set()
 
     async def stop(self) -> None:
         """SIGTERM, and SIGKILL to those that take longer than a few seconds."""
@@ -229,6 +239,7 @@ class ProcessPool(abc.ABC):
         while True:
             try:
                 if not started:
+                    await self._may_start.wait()
                     await self._launch(seat)
                     on_ready(seat.worker)
                 since = clock()

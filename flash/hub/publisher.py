@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 
 from flash.errors import InferenceFailure, PublishFailure, first_error
@@ -22,6 +22,7 @@ from flash.hub.queue import RequestQueue
 from flash.hub.reports import PublishReport, WorkerPublish
 from flash.hub.response import PartialCompletion
 from flash.hub.slot import Slot
+from flash.hub.turns import Turns
 from flash.hub.waves import Waves, each, spared
 from flash.hub.worker import BadRequest, WorkerFailure
 from flash.types import Completion, SamplingParams, UpdateMode, Weights
@@ -39,6 +40,7 @@ class Publisher:
         queue: it is told when a worker takes requests again.
         policy: what is published last.
         tasks: where lent workers get the present weights.
+        turns: workers that sleep get what is published as they wake; None if none ever does.
         ask: gets one completion from one worker.
         exclude: takes a worker that failed out of the pool.
         update_mode, control_timeout_s, request_timeout_s, probe: as for the hub.
@@ -51,6 +53,7 @@ class Publisher:
         policy: Policy,
         tasks: asyncio.TaskGroup,
         *,
+        turns: Turns | None = None,
         ask: Ask,
         exclude: Callable[[Slot, WorkerFailure], None],
         update_mode: UpdateMode,
@@ -62,6 +65,7 @@ class Publisher:
         self._queue = queue
         self._policy = policy
         self._tasks = tasks
+        self._turns = turns
         self._ask = ask
         self._exclude = exclude
         self.update_mode = update_mode
@@ -73,7 +77,6 @@ class Publisher:
 
     async def publish(self, weights: Weights) -> PublishReport:
         """Makes these weights the policy of every worker that is healthy and not lent."""
-        clock = asyncio.get_running_loop().time
         async with self._one_at_a_time:
             self._queue.raise_failure()
             if weights.version <= self._policy.version:
@@ -82,30 +85,41 @@ class Publisher:
                     f"{self._policy.version}"
                 )
             self._policy.announce(weights)
-            paused_s: dict[Slot, float] = {}
-            replaced: dict[Slot, Replaced] = {}
-
-            async def update(slot: Slot) -> float | None:
-                # Not those that are out, nor one that came back with these weights just now.
-                if not slot.healthy or slot.lent is not None or slot.version == weights.version:
-                    return None
-                started = clock()
-                try:
-                    took = await self._update(slot, weights, self.update_mode)
-                finally:
-                    paused_s[slot] = clock() - started
-                if took is None:
-                    return None
-                replaced[slot] = took
-                return took.load_s
-
-            sampling = sum(slot.healthy and slot.lent is None for slot in self._slots)
-            least_busy_first = sorted(self._slots, key=lambda slot: slot.outstanding_tokens)
-            await self._waves.over(least_busy_first, update, most_out=spared(sampling))
+            if self._turns is not None and self._turns.asleep:
+                paused_s = await self._turns.wake()
+                replaced = {slot: Replaced(took_s, 0.0) for slot, took_s in paused_s.items()}
+            else:
+                paused_s, replaced = await self._update_all(weights)
             self._queue.raise_failure()
             self._policy.version = weights.version
-            gaps = await self._gaps(weights, self._probe)
-            return self._report(weights, paused_s, replaced, gaps)
+            answers = await self._probed(weights, self._probe)
+        gaps = await self._gaps(weights, self._probe, answers)
+        return self._report(weights, paused_s, replaced, gaps)
+
+    async def _update_all(self, weights: Weights) -> tuple[dict[Slot, float], dict[Slot, Replaced]]:
+        """In waves; how long each was out, and what of it took how long."""
+        clock = asyncio.get_running_loop().time
+        paused_s: dict[Slot, float] = {}
+        replaced: dict[Slot, Replaced] = {}
+
+        async def update(slot: Slot) -> float | None:
+            # Not those that are out, nor one that came back with these weights just now.
+            if not slot.healthy or slot.lent is not None or slot.version == weights.version:
+                return None
+            started = clock()
+            try:
+                took = await self._update(slot, weights, self.update_mode)
+            finally:
+                paused_s[slot] = clock() - started
+            if took is None:
+                return None
+            replaced[slot] = took
+            return took.load_s
+
+        sampling = sum(slot.healthy and slot.lent is None for slot in self._slots)
+        least_busy_first = sorted(self._slots, key=lambda slot: slot.outstanding_tokens)
+        await self._waves.over(least_busy_first, update, most_out=spared(sampling))
+        return paused_s, replaced
 
     def _report(
         self,
@@ -138,8 +152,10 @@ class Publisher:
 
     async def probe(self, weights: Weights, probe: Probe | None) -> Gap | None:
         """The worst gap of any worker; None if none could be asked."""
+        probe = probe or self._probe
         async with self._one_at_a_time:
-            return Gap.worst(list((await self._gaps(weights, probe or self._probe)).values()))
+            answers = await self._probed(weights, probe)
+        return Gap.worst(list((await self._gaps(weights, probe, answers)).values()))
 
     @contextlib.asynccontextmanager
     async def lend(self, workers: int) -> AsyncIterator[Loan]:
@@ -207,10 +223,10 @@ class Publisher:
             slot.updating = False
             self._queue.accepts(slot)
 
-    async def _gaps(self, weights: Weights, probe: Probe) -> dict[Slot, Gap]:
-        """The gap of each worker that could be asked; of none if nobody can `score`.
+    async def _probed(self, weights: Weights, probe: Probe) -> dict[Slot, list[Completion]]:
+        """What each worker that could be asked answers; of none if nobody can `score`.
 
-        All are asked everything at the same time, and the trainer is once.
+        All are asked everything at the same time.
         """
         if weights.score is None:
             return {}
@@ -241,9 +257,18 @@ class Publisher:
 
         able = [s for s in self._slots if s.healthy and s.version == weights.version]
         await each(able, ask)
-        asked = [slot for slot in able if slot in answers]
-        if not asked:
+        return {slot: answers[slot] for slot in able if slot in answers}
+
+    async def _gaps(
+        self, weights: Weights, probe: Probe, answers: Mapping[Slot, Sequence[Completion]]
+    ) -> dict[Slot, Gap]:
+        """Of what workers have answered; the trainer is asked once.
+
+        It may take the workers' GPUs for it, where they take turns: nothing is locked.
+        """
+        if weights.score is None or not answers:
             return {}
+        asked = list(answers)
         expected = await weights.score(
             [
                 [*prompt, *completion.token_ids]

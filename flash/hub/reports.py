@@ -48,6 +48,7 @@ class WorkerStats:
     outstanding_tokens: int
     busy_s: float
     updating: bool = False
+    asleep: bool = False
     lent: bool = False
     quiet_s: float = 0.0  # since its last tokens or answer, while it has requests
     oldest_s: float = 0.0  # since the first of the requests that it has

@@ -25,6 +25,7 @@ class Slot:
     healthy: bool = True
     lost: bool = False  # its process died, and nobody starts it again
     updating: bool = False
+    asleep: bool = False  # its GPU is the trainer's meanwhile, and its weights are gone
     lent: LentWorker | None = None
     started: asyncio.Event = field(default_factory=asyncio.Event)  # clear while a pool restarts it
     failures: int = 0  # since its last good answer
@@ -42,7 +43,7 @@ class Slot:
 
     @property
     def accepting(self) -> bool:
-        return self.healthy and not self.updating and self.lent is None
+        return self.healthy and not self.updating and not self.asleep and self.lent is None
 
     def begin(self, cost: int) -> None:
         """A request of so many tokens at most is given to it."""
@@ -55,8 +56,23 @@ class Slot:
         """That request is over."""
         self.running -= 1
         self.outstanding_tokens -= cost
-        if self.running == 0:
+        if self.running == 0 and not self.asleep:
             self.busy_s += _now() - self.busy_since
+
+    def fall_asleep(self) -> None:
+        """Its requests wait with it, and no time passes for them."""
+        if self.running:
+            self.busy_s += _now() - self.busy_since
+        self.asleep = True
+        for deadline in self.deadlines.values():
+            deadline.stop()
+
+    def awake(self) -> None:
+        """It goes on with them."""
+        self.asleep = False
+        self.busy_since = self.progress_at = _now()
+        for deadline in self.deadlines.values():
+            deadline.go_on()
 
     def expire_calls(self) -> None:
         """Ends every call to this worker now, as if it had taken too long."""
@@ -90,8 +106,11 @@ class Slot:
             version=self.version,
             running=self.running,
             outstanding_tokens=self.outstanding_tokens,
-            busy_s=self.busy_s + lent_s + (now - self.busy_since) * (self.running > 0),
+            busy_s=self.busy_s
+            + lent_s
+            + (now - self.busy_since) * (self.running > 0 and not self.asleep),
             updating=self.updating,
+            asleep=self.asleep,
             lent=self.lent is not None,
             quiet_s=(now - self.progress_at) * (self.running > 0),
             oldest_s=max(ages_s, default=0.0),

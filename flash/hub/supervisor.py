@@ -48,6 +48,9 @@ class Supervisor:
         self._catch_up = catch_up
         self._control_timeout_s = control_timeout_s
         self._recoveries: set[asyncio.Task[None]] = set()
+        self._at_work = asyncio.Event()  # clear while workers sleep
+        self._at_work.set()
+        self._last_cause = WorkerFailure("no worker has failed")
         # Runs while no worker is healthy.
         self._recovery_deadline: asyncio.TimerHandle | None = None
 
@@ -71,17 +74,15 @@ class Supervisor:
         slot.expire_calls()
         if self._queue.failure is not None:
             return
-        if isinstance(cause, WorkerBroken):
+        if isinstance(cause, WorkerBroken) or slot.asleep:
             self._restart(slot)
         if was_healthy:
             logger.warning("worker excluded: %s", cause)
         if all(other.lost for other in self._slots):
             self._fail(cause)
             return
-        if self._recovery_deadline is None and not any(other.healthy for other in self._slots):
-            self._recovery_deadline = asyncio.get_running_loop().call_later(
-                self.recovery_timeout_s, self._fail, cause
-            )
+        self._last_cause = cause
+        self._set_recovery_deadline()
         if was_healthy:
             recovery = self._tasks.create_task(
                 self._recover(slot), name=f"recover {slot.worker.name}"
@@ -100,6 +101,7 @@ class Supervisor:
             # A worker that fails again before it has answered anything waits longer.
             await asyncio.sleep(min(_FIRST_BACKOFF_S * 2**slot.failures, _LONGEST_BACKOFF_S))
             slot.failures = min(slot.failures + 1, 10)
+            await self._at_work.wait()
             try:
                 async with slot.control(_HEALTH_TIMEOUT_S):
                     await slot.worker.check_health()
@@ -120,6 +122,35 @@ class Supervisor:
                 self._cancel_recovery_deadline()
                 self._queue.accepts(slot)
                 return
+
+    async def recovered(self, timeout_s: float) -> None:
+        """Waits until none of those that are out now is to be waited for, or so long."""
+        if self._recoveries:
+            await asyncio.wait(self._recoveries.copy(), timeout=timeout_s)
+
+    def rest(self) -> None:
+        """Nobody is brought back until `go_on`."""
+        self._at_work.clear()
+        self._cancel_recovery_deadline()
+        if self._pool is not None:
+            self._pool.hold()
+        for slot in self._slots:
+            if not slot.healthy:
+                slot.expire_calls()
+
+    def end_those_out(self) -> None:
+        """Those that are not healthy have no process until `go_on`; it could be of any kind."""
+        for slot in self._slots:
+            if self._pool is not None and not slot.healthy and not slot.lost:
+                slot.started.clear()
+                self._pool.restart(slot.worker)
+
+    def go_on(self) -> None:
+        """After `rest`."""
+        self._at_work.set()
+        if self._pool is not None:
+            self._pool.release()
+        self._set_recovery_deadline()
 
     def _restart(self, slot: Slot) -> None:
         """If it is ours to do."""
@@ -158,7 +189,7 @@ class Supervisor:
         if slot.running == 0 or not slot.healthy:
             return  # the next request looks again
         now = asyncio.get_running_loop().time()
-        if slot.updating or not slot.streams:
+        if slot.updating or slot.asleep or not slot.streams:
             slot.progress_at = now  # a freeze has a deadline of its own
         if now < slot.progress_at + self.progress_timeout_s:
             self.watch_progress(slot)
@@ -175,6 +206,15 @@ class Supervisor:
         failure.__cause__ = cause
         self._cancel_recovery_deadline()
         self._queue.close(failure)
+
+    def _set_recovery_deadline(self) -> None:
+        """It runs while nobody is healthy, in the workers' turn."""
+        if any(slot.healthy for slot in self._slots) or not self._at_work.is_set():
+            return
+        if self._recovery_deadline is None:
+            self._recovery_deadline = asyncio.get_running_loop().call_later(
+                self.recovery_timeout_s, self._fail, self._last_cause
+            )
 
     def _cancel_recovery_deadline(self) -> None:
         if self._recovery_deadline is not None:

@@ -26,6 +26,7 @@ class VllmPool(ProcessPool):
         tensor_parallel: GPUs of a server.
         devices: the GPUs to use, in the order in which the servers take them; [] for a CPU.
         gpu_memory: the share of a GPU's memory that a server takes.
+        sleeps: whether it can give that away; without a GPU it only pauses.
         threads: CPU threads of a server; 0 leaves it to torch.
         arguments: further arguments of `vllm serve`, after ours.
     """
@@ -55,6 +56,7 @@ class VllmPool(ProcessPool):
         arguments: Sequence[str],
         log_dir: Path,
         start_timeout_s: float,
+        sleeps: bool = False,
         say: Callable[[str], None] = logger.info,
     ) -> None:
         super().__init__(size=size, log_dir=log_dir, start_timeout_s=start_timeout_s, say=say)
@@ -91,6 +93,7 @@ class VllmPool(ProcessPool):
             "--enable-scale-out",
             "--disable-uvicorn-access-log",
             *([] if self._devices else ["--enforce-eager"]),
+            *(["--enable-sleep-mode"] if sleeps and self._devices else []),
             *arguments,
         ]
 

@@ -63,6 +63,18 @@ class Worker(Protocol):
 
     async def resume(self) -> None: ...
 
+    async def sleep(self, mode: UpdateMode) -> None:
+        """Pauses, and gives away the memory of its GPU; its weights are gone."""
+        ...
+
+    async def wake_weights(self) -> None:
+        """Has memory for weights again, which are to be loaded then."""
+        ...
+
+    async def wake_rest(self) -> None:
+        """Has the rest of its memory again, and goes on."""
+        ...
+
     async def check_health(self) -> None: ...
 
     async def close(self) -> None: ...
@@ -81,6 +93,14 @@ class Pool(Protocol):
 
     def restart(self, worker: Worker) -> None:
         """Ends a worker that is of no use any more; `on_exit` and `on_ready` tell of it as ever."""
+        ...
+
+    def hold(self) -> None:
+        """From now on no process is started."""
+        ...
+
+    def release(self) -> None:
+        """From now on processes are started again, in the place of those that died meanwhile."""
         ...
 
     async def stop(self) -> None: ...

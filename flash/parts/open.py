@@ -17,6 +17,7 @@ from flash.config import Config
 from flash.door import Door
 from flash.hub.hub import InferenceHub
 from flash.hub.sender import StartSender
+from flash.hub.turns import MakeRoom
 from flash.parts.agents import Agents, Playing, open_agents
 from flash.parts.door import open_door
 from flash.parts.model import load_tokenizer, make_style
@@ -52,6 +53,7 @@ async def open_parts(
     say: Callable[[str], None],
     door_file: Path | None = None,
     senders: Callable[[int], StartSender] | None = None,
+    make_room: MakeRoom | None = None,
     start: StartProcess = Child.start,
 ) -> AsyncIterator[Parts]:
     """The parts of a configuration, closed in the end.
@@ -61,7 +63,7 @@ async def open_parts(
         version, weights: of the policy at the start. Workers that run already are given `weights`.
         say: is told which workers these are, and why.
         door_file: where a run tells its door's URL and token.
-        senders: as for the hub's workers.
+        senders, make_room: as for the hub's workers.
         start: starts environment hosts and reward processes.
 
     Raises ValueError for what the model or the machine can't do.
@@ -78,6 +80,7 @@ async def open_parts(
             log_dir=log_dir,
             say=say,
             senders=senders,
+            make_room=make_room,
         ) as hub,
         open_door(config, hub, tokenizer=tokenizer, told_in=door_file) as door,
         contextlib.AsyncExitStack() as opened,

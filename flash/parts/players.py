@@ -26,6 +26,7 @@ from flash.explorer.hub import FleetHub
 from flash.explorer.senders import Sending
 from flash.hub.hub import InferenceHub
 from flash.hub.sender import SenderProcess, listening_at, nccl_sender
+from flash.hub.turns import MakeRoom
 from flash.log.run_log import ID_FILE
 from flash.parts.model import load_tokenizer
 from flash.parts.open import Parts, open_parts
@@ -71,13 +72,14 @@ async def open_players(
     after_commit: Callable[[Callable[[], None]], None],
     is_over: Callable[[], bool],
     trainer: Callable[[], TrainerState],
+    make_room: MakeRoom | None,
 ) -> AsyncIterator[Players]:
     """Those of a configuration; of `model`, at that version.
 
     `due`: episodes that explorers may hold, if the run had some, and which start of it gave each.
     `start` is the number of this one, and `known` tells of any the newest version whose weights
     stay what they were then. `is_over`: whether the run has come to its end, when its gate closes.
-    `trainer`: what it is at.
+    `trainer`: what it is at. `make_room` is there if it shares its GPUs with the workers here.
     """
     before = Address.read(folder)
     async with contextlib.AsyncExitStack() as opened:
@@ -95,6 +97,7 @@ async def open_players(
                     log_dir=folder / "logs",
                     say=say,
                     door_file=folder / "logs" / "door.json",
+                    make_room=make_room,
                 )
             )
             agents = await opened.enter_async_context(parts.agents())

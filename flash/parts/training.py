@@ -5,6 +5,7 @@ import contextlib
 import math
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,8 @@ async def _open(
     trainer = _trainer(
         config, config.trainer, model, folder, run_log, past, redone, starter, view.say
     )
+    engine = config.engine
+    given = bool(engine.urls) or engine.colocated
     async with (
         trainer.starting(),
         Rescue(checkpoints, trainer) as rescue,
@@ -206,7 +209,7 @@ async def _open(
             config,
             model=trainer.model,
             # The run's own workers start with what the trainer does; others are given what is now.
-            version=past.version if config.engine.urls else past.checkpoint,
+            version=past.version if given else past.checkpoint,
             weights=trainer.first_weights,
             folder=folder.path,
             say=view.say,
@@ -216,8 +219,12 @@ async def _open(
             after_commit=log.after_commit,
             is_over=lambda: trainer.version >= config.steps,
             trainer=trainer.state,
+            make_room=partial(trainer.make_room, engine.gpu_memory) if engine.colocated else None,
         ) as players,
     ):
+        if engine.colocated:
+            assert isinstance(players.hub, InferenceHub)  # no explorer comes
+            trainer.take_turns(players.hub.asleep)
         decode = players.tokenizer.decode
         per_step, steps = config.transcripts, config.steps
         observers.add(Transcripts(folder.transcript, decode=decode, per_step=per_step, steps=steps))

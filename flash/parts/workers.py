@@ -19,6 +19,7 @@ from flash.hub.nccl_worker import NcclPool, NcclWorker
 from flash.hub.pool import ProcessPool
 from flash.hub.probe import Probe
 from flash.hub.sender import StartSender, nccl_sender
+from flash.hub.turns import MakeRoom
 from flash.hub.vllm_pool import VllmPool
 from flash.hub.worker import Worker
 from flash.parts.engine import Choice, choose_engine
@@ -48,21 +49,26 @@ async def open_hub(
     log_dir: Path,
     say: Callable[[str], None],
     senders: Callable[[int], StartSender] | None = None,
+    make_room: MakeRoom | None = None,
 ) -> AsyncIterator[InferenceHub]:
     """The hub, over workers that run already or over a pool that it starts; `say` is told which.
 
     A pool's workers start with `model`. Those that run already may have any weights, of another
     run too, so they are given `weights` before they are asked anything. `senders` starts what sends
     weights to a worker, by its number; by default these are on the trainer's GPUs, here.
+    `make_room` has the trainer make room for workers on its own GPUs, if they share these; they are
+    given `weights` too, because they lose what they have.
     """
     engine = config.engine
-    devices = engine.devices or worker_gpus(config.trainer.ranks)
+    shared = make_room is not None
+    devices = engine.devices or worker_gpus(config.trainer.ranks, shared=shared)
     parameters = None
     if engine.kind == "auto" and not engine.urls and devices and has_vllm():
         parameters = await parameters_of(model)
     workers, why = _workers(
         config,
         choose_engine(engine, devices=devices, vllm=has_vllm(), parameters=parameters),
+        shared=shared,
         model=model,
         devices=devices,
         version=version,
@@ -83,7 +89,8 @@ async def open_hub(
         max_running=engine.max_running,
         update_mode=engine.update_mode,
         version=version,
-        weights=await weights() if engine.urls else None,
+        weights=await weights() if engine.urls or shared else None,
+        make_room=make_room,
         request_timeout_s=engine.request_timeout_s,
         progress_timeout_s=engine.progress_timeout_s,
         # Long enough for all of a pool to be started anew.
@@ -173,6 +180,7 @@ def _workers(
     config: Config,
     choice: Choice,
     *,
+    shared: bool,
     model: str,
     devices: Sequence[Gpu],
     version: int,
@@ -206,10 +214,12 @@ def _workers(
             arguments=engine.vllm_args,
             log_dir=log_dir,
             start_timeout_s=engine.start_timeout_s,
+            sleeps=shared,
             say=say,
         )
         where = _where(devices, engine.workers * engine.tensor_parallel)
-        return vllm, f"{_count(engine.workers, 'vLLM server')} on {where}, {choice.why}"
+        turns = ", in turns with the trainer" if shared else ""
+        return vllm, f"{_count(engine.workers, 'vLLM server')} on {where}{turns}, {choice.why}"
     embedded = EmbeddedPool(
         model,
         size=engine.workers,
@@ -256,10 +266,11 @@ def _sender(config: Config, log_dir: Path, number: int) -> StartSender:
     )
 
 
-def worker_gpus(ranks: int) -> list[Gpu]:
-    """The GPUs that the trainer's ranks leave to the workers; all of them if they leave none."""
+def worker_gpus(ranks: int, *, shared: bool = False) -> list[Gpu]:
+    """The GPUs that the trainer's ranks leave to the workers; all of them if they leave none. Or
+    those that the ranks share with them."""
     present = gpus()
-    return present[ranks:] or present
+    return present[:ranks] if shared else present[ranks:] or present
 
 
 def _dtype(dtype: str, devices: Sequence[Gpu]) -> str:

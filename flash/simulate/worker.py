@@ -164,6 +164,15 @@ class SimulatedWorker:
         self._frozen = False
         self._plan()
 
+    async def sleep(self, mode: UpdateMode) -> None:
+        raise AssertionError("a simulated worker has GPUs of its own")
+
+    async def wake_weights(self) -> None:
+        raise AssertionError("a simulated worker has GPUs of its own")
+
+    async def wake_rest(self) -> None:
+        raise AssertionError("a simulated worker has GPUs of its own")
+
     async def check_health(self) -> None:
         pass
 

@@ -251,6 +251,8 @@ def _by_age(ages: Mapping[int, int]) -> dict[str, int]:
 def _of_worker(worker: WorkerStats) -> Role:
     waits = "" if worker.healthy else "its restart"
     doing = "new weights" if worker.updating else f"{worker.running} requests"
+    if worker.asleep:
+        doing = f"sleeps in the trainer's turn, with {doing}"
     return Role(
         role=f"worker {worker.name}",
         where=machine.where(),

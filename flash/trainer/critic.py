@@ -85,7 +85,7 @@ class Critic:
         self._config = config
         self._ranks = ranks
         self._device = device
-        self._optimizer = make_optimizer(
+        self.optimizer = make_optimizer(
             self._valuer, config, learning_rate=config.critic.learning_rate
         )
 
@@ -115,8 +115,8 @@ class Critic:
             (loss * self._ranks).backward()
             told += torch.stack([loss.detach(), (stopped_T * weights_T).sum()])
         norm = clip_gradient(self._valuer, self._config)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         dist.all_reduce(told)
         return {
             "critic/loss": float(told[0]),
@@ -128,11 +128,11 @@ class Critic:
         """Weights and optimizer, whole on rank 0."""
         return {
             "model": get_model_state_dict(self._valuer, options=WHOLE),
-            "optimizer": optimizer_state(self._valuer, self._optimizer),
+            "optimizer": optimizer_state(self._valuer, self.optimizer),
         }
 
     def load(self, path: Path) -> None:
         """Goes on from what `state` was."""
         kept = torch.load(path, weights_only=True, map_location="cpu")
         set_model_state_dict(self._valuer, kept["model"], options=WHOLE)
-        load_optimizer(self._valuer, self._optimizer, kept["optimizer"])
+        load_optimizer(self._valuer, self.optimizer, kept["optimizer"])

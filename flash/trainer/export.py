@@ -6,6 +6,7 @@ What is written is a Hugging Face checkpoint without tokenizer: names as there, 
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +27,35 @@ def write_weights(
     With the dtype that the trainer computes in, a worker has the very weights that the trainer
     computed with. Nobody holds more than one whole tensor, the writer up to `file_bytes` more.
     """
-    tied = set(model.all_tied_weights_keys)
-    parameters = {name for name, _ in model.named_parameters()}
     writer = _Writer(directory, file_bytes)
-    for name, tensor in model.state_dict().items():
-        if name in tied:
-            continue
-        # Cast first: the gather then moves what is wanted and no more.
-        whole = _gather(tensor.to(dtype) if name in parameters else tensor)
+    for name, whole in whole_tensors(model, dtype):
         if write:
             writer.add(name, whole)
         del whole
     if write:
         writer.close()
         model.config.save_pretrained(directory)
+
+
+def whole_tensors(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Those that `write_weights` writes, one by one, on the device; a collective of all ranks."""
+    for name, tensor, wanted in _exported(model, dtype):
+        # Cast first: the gather then moves what is wanted and no more.
+        yield name, _gather(tensor.to(wanted))
+
+
+def layout(model: Any, dtype: torch.dtype) -> list[tuple[str, torch.dtype, torch.Size]]:
+    """Their names, dtypes and shapes."""
+    return [(name, wanted, tensor.shape) for name, tensor, wanted in _exported(model, dtype)]
+
+
+def _exported(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, torch.dtype]]:
+    """What each is now, and the dtype that it gets: parameters that, buffers their own."""
+    tied = set(model.all_tied_weights_keys)
+    parameters = {name for name, _ in model.named_parameters()}
+    for name, tensor in model.state_dict().items():
+        if name not in tied:
+            yield name, tensor, dtype if name in parameters else tensor.dtype
 
 
 def _gather(tensor: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -72,6 +73,8 @@ class LastingTrainer:
         self._given_up: TrainerFailure | None = None
         self._exported: Weights | None = None
         self._one_at_a_time = asyncio.Lock()
+        self._turn: Callable[[], AbstractAsyncContextManager[None]] = contextlib.nullcontext
+        self._has_made_room = False
 
     async def __aenter__(self) -> Self:
         await self._trainer.__aenter__()
@@ -103,7 +106,7 @@ class LastingTrainer:
 
     async def step(self, batch: Batch) -> dict[str, float]:
         """As `Trainer.step`, and how often ranks were started anew."""
-        metrics = await self._call(lambda: self._trainer.step(batch))
+        metrics = await self._call(lambda: self._trainer.step(batch), alone=True)
         self.version = self._trainer.version
         self._parts = []
         self._in_a_row = 0
@@ -111,7 +114,7 @@ class LastingTrainer:
 
     async def add(self, part: Batch) -> None:
         """As `Trainer.add`."""
-        await self._call(lambda: self._trainer.add(part))
+        await self._call(lambda: self._trainer.add(part), alone=True)
         self._parts.append(part)
 
     async def export_weights(self) -> Weights:
@@ -119,7 +122,11 @@ class LastingTrainer:
         until the export of the version after next."""
         if self._exported is None or self._exported.version != self.version:
             weights = await self._call(self._trainer.export_weights)
-            self._exported = replace(weights, score=partial(self._score_at, self.version))
+            self._exported = replace(
+                weights,
+                score=partial(self._score_at, self.version),
+                share=partial(self._shared_at, self.version),
+            )
         return self._exported
 
     async def _score_at(self, version: int, sequences: Sequence[Sequence[int]]) -> Scores | None:
@@ -132,13 +139,50 @@ class LastingTrainer:
 
         return await self._call(ask)
 
+    @contextlib.asynccontextmanager
+    async def _shared_at(self, version: int) -> AsyncIterator[Path | None]:
+        """As `Weights.share`; None as well if it has another version by now."""
+
+        async def share() -> Path | None:
+            return await self._trainer.share_weights() if self._trainer.version == version else None
+
+        directory = await self._call(share)
+        yield directory
+        if directory is not None:
+            await self._call(self._trainer.unshare)
+
     async def score(self, sequences: Sequence[Sequence[int]]) -> Scores:
         """As `Trainer.score`."""
         return await self._call(lambda: self._trainer.score(sequences))
 
     async def save_checkpoint(self, directory: Path) -> None:
         """As `Trainer.save_checkpoint`."""
-        await self._call(lambda: self._trainer.save_checkpoint(directory))
+        await self._call(lambda: self._trainer.save_checkpoint(directory), alone=True)
+
+    def take_turns(self, turn: Callable[[], AbstractAsyncContextManager[None]]) -> None:
+        """From now on its ranks share their GPUs, which they have to themselves in a `turn`.
+
+        They take one to step, to save and to start anew, not to export or to score.
+        """
+        self._turn = turn
+
+    def turn(self) -> AbstractAsyncContextManager[None]:
+        """The ranks have their GPUs to themselves in the block; it may be nested."""
+        return self._turn()
+
+    async def make_room(self, share: float) -> None:
+        """Leaves that share of each GPU's memory to others, until the next turn.
+
+        The optimizer's state moves to host memory if it must. Raises ValueError if even then there
+        is less before anybody else has any.
+        """
+        free = await self._call(lambda: self._trainer.make_room(share))
+        if free < share and not self._has_made_room:
+            raise ValueError(
+                f"engine.gpu_memory={share:g} with engine.colocated=true: the trainer's weights "
+                f"leave {free:.2f} of a GPU's memory free: lower it, or take more trainer.ranks"
+            )
+        self._has_made_room = True
 
     @property
     def can_save(self) -> bool:
@@ -155,16 +199,24 @@ class LastingTrainer:
             doing = f"restart: {doing}" if doing else "restart"
         return replace(state, doing=doing, dead="")
 
-    async def _call(self, call: Callable[[], Awaitable[T]]) -> T:
-        """Its result, from ranks that are started anew as often as they fail and may."""
-        async with self._one_at_a_time:
-            while self._given_up is None:
+    async def _call(self, call: Callable[[], Awaitable[T]], *, alone: bool = False) -> T:
+        """Its result, from ranks that are started anew as often as they fail and may.
+
+        `alone`: in a turn of their own, which they take to start anew in any case.
+        """
+        while self._given_up is None:
+            mends = self._failure is not None or self._behind
+            # Whoever ends a turn has room made, which is a call as well: no lock around it.
+            turn = self._turn() if alone or mends else contextlib.nullcontext()
+            async with turn, self._one_at_a_time:
+                if self._given_up is not None:
+                    break
                 try:
                     await self._mend()
                     return await call()
                 except TrainerFailure as failure:
                     self._count(failure)
-            raise self._given_up
+        raise self._given_up
 
     def _count(self, failure: TrainerFailure) -> None:
         """The trainer is given up, or started anew before the next call."""

@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,13 @@ from flash.system.process import serve
 from flash.trainer.checkpoint import CRITIC_FILE, MODEL_FOLDER, OPTIMIZER_FILE, write_state
 from flash.trainer.config import TrainerConfig
 from flash.trainer.critic import Critic
-from flash.trainer.export import write_weights
+from flash.trainer.export import layout, whole_tensors, write_weights
 from flash.trainer.fused import fuse
 from flash.trainer.layers import compile_layers, recompute_activations
 from flash.trainer.micro_batch import MicroBatch, pack
 from flash.trainer.objectives.choose import make_objective
 from flash.trainer.objectives.regularisers import kl_estimate, kl_loss, kl_penalty
+from flash.trainer.offload import Offload, make_room, memory_of
 from flash.trainer.packing import NOTHING, MiniBatchShare, in_passes
 from flash.trainer.passes import Room
 from flash.trainer.ranks import LOOPBACK, Meeting
@@ -54,6 +56,7 @@ from flash.trainer.sharding import (
 from flash.trainer.statistics import StepStatistics
 from flash.trainer.values import trained
 from flash.types import Sample, Scores
+from flash.worker.shared import SharedWeights, release
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +66,7 @@ class Rank:
 
     def __init__(self, listening: int | None = None) -> None:
         self._listening = listening
+        self._shared: SharedWeights | None = None
 
     def start(
         self,
@@ -123,6 +127,8 @@ class Rank:
             self._critic = Critic(model, config, ranks=ranks, device=self._device, half=self._half)
         if checkpoint is not None:
             self._load(Path(checkpoint))
+        critics = [] if self._critic is None else [self._critic.optimizer]
+        self._offload = Offload([self._optimizer, *critics])
         return ""
 
     def _store(self, meeting: Meeting | None, ranks: int) -> Any:
@@ -157,6 +163,7 @@ class Rank:
 
     def room(self) -> Room | None:
         """How many tokens a pass of the next steps has memory for; None where that is as usual."""
+        self._offload.to_device()
         return room_of(
             self._scorer,
             self._optimizer,
@@ -169,6 +176,13 @@ class Rank:
         recompute_activations(self._model)
         if self._critic is not None:
             self._critic.recompute()
+
+    def make_room(self, share: float) -> float:
+        """Leaves that share of its GPU to others, if it can, until the next step or save; the
+        share that is free. All of a CPU is."""
+        if not isinstance(self._device, torch.device):
+            return 1.0
+        return make_room(self._offload, share, partial(memory_of, self._device))
 
     # ── learning ─────────────────────────────────────────────────────────────────────────────
 
@@ -209,6 +223,7 @@ class Rank:
     ) -> dict[str, float]:
         """One optimizer step a mini-batch, each with its share of what an expert wrote, if there
         is any; the metrics are over all tokens of the batch."""
+        self._offload.to_device()
         self._seed_step(version)
         expert = expert or [NOTHING] * len(mini_batches)
         packed = [self._packed(mini, version) for mini in mini_batches]
@@ -259,6 +274,7 @@ class Rank:
     def finish(self, denominator: float, expert: MiniBatchShare = NOTHING) -> dict[str, float]:
         """The optimizer step of the batch whose parts were added, and of what an expert wrote;
         metrics as of `step`."""
+        self._offload.to_device()
         for parameter in self._scorer.parameters():
             if parameter.grad is not None:
                 parameter.grad.div_(denominator / (1 - expert.weight))
@@ -376,13 +392,50 @@ class Rank:
         partial = Path(f"{directory}.partial")
         if self._rank == 0:
             partial.mkdir(parents=True)
-        dtype = torch.bfloat16 if self._half else torch.float32  # as layers compute
-        write_weights(self._model, partial, dtype=dtype, write=self._rank == 0)
+        write_weights(self._model, partial, dtype=self._exported, write=self._rank == 0)
         if self._rank == 0:
             partial.rename(directory)
 
+    @property
+    def _exported(self) -> torch.dtype:
+        return torch.bfloat16 if self._half else torch.float32  # as layers compute
+
+    @torch.no_grad()
+    def share(self, directory: str) -> bool:
+        """Has what `export` writes in memory for other processes on its GPU, until `unshare`.
+
+        On a CPU rank 0 has it for all. No if a rank has no memory for it.
+        """
+        on_cpu = torch.device(self._device).type == "cpu"
+        memory = None
+        fits = torch.ones(1, device=self._device)
+        if self._rank == 0 or not on_cpu:
+            try:
+                whole = layout(self._model, self._exported)
+                memory = SharedWeights(whole, Path(directory), self._device)
+            except torch.OutOfMemoryError:
+                fits.zero_()
+        dist.all_reduce(fits, dist.ReduceOp.MIN)
+        if not fits.item():
+            return False
+        for name, tensor in whole_tensors(self._model, self._exported):
+            if memory is not None:
+                memory.fill([(name, tensor)])
+        if memory is not None:
+            memory.tell()
+        self._shared = memory
+        return True
+
+    def unshare(self) -> None:
+        """Forgets what `share` has made."""
+        self._shared = None
+        if isinstance(self._device, torch.device):
+            release(self._device)
+            torch.cuda.empty_cache()
+
     def save(self, directory: str, version: int, optimizer: bool) -> None:
         """Write a Hugging Face model, and with `optimizer` all it takes to go on training."""
+        self._offload.to_device()
         weights: dict[str, Any] = get_model_state_dict(self._model, options=WHOLE)
         state = optimizer_state(self._scorer, self._optimizer) if optimizer else None
         of_critic = self._critic.state() if self._critic is not None and optimizer else None

@@ -381,6 +381,26 @@ class Trainer:
         await self._scratch.keep(path)
         return Weights(version=self.version, path=path, score=self.score)
 
+    async def make_room(self, share: float) -> float:
+        """Has every rank keep so little of its GPU that this share is free, if it can; the share
+        that is. The next step or save takes it back."""
+        free: list[float] = await self._call_each("make_room", [(share,)] * self.config.ranks)
+        return min(free)
+
+    async def share_weights(self) -> Path | None:
+        """Has every rank keep the weights in memory for others on its device, until `unshare`; the
+        folder that tells of them, or None if there is no memory for it."""
+        assert self._scratch is not None, "the trainer is not entered"
+        directory = self._scratch.new_export(self.version).with_suffix(".shared")
+        directory.mkdir()
+        shared = await self._call("share", str(directory))
+        return directory if shared else None
+
+    async def unshare(self) -> None:
+        assert self._scratch is not None, "the trainer is not entered"
+        await self._call("unshare")
+        await self._scratch.sweep()
+
     @property
     def can_save(self) -> bool:
         """Whether its ranks live, and none was left in the middle of a step."""

@@ -23,11 +23,26 @@ class WeightLoader:
     """Mixed into vLLM's worker class, one in each tensor-parallel rank."""
 
     model_runner: Any
+    device: Any
 
     def load_flash_weights(self, weights_path: str) -> str:
         """Replace the weights in place by the safetensors in a directory; their checksum."""
         loaded = checksum(Path(weights_path))
         self.model_runner.reload_weights(weights_path=weights_path)
+        self._pack_head()
+        return loaded
+
+    def load_shared_flash_weights(self, directory: str) -> None:
+        """Replace the weights by those that a rank of the trainer's has in this device's memory."""
+        # Here, because whoever guards routes needs no torch.
+        from flash.worker.shared import shared_weights  # noqa: PLC0415
+
+        with shared_weights(Path(directory), self.device) as tensors:
+            self.model_runner.reload_weights(weights_iterator=tensors)
+            tensors.clear()
+        self._pack_head()
+
+    def _pack_head(self) -> None:
         model = self.model_runner.get_model()
         head: Any = getattr(model, "lm_head", None)
         if hasattr(head, "cpu_linear") and model.config.tie_word_embeddings:
@@ -38,7 +53,6 @@ class WeightLoader:
             )
 
             dispatch_cpu_unquantized_gemm(head, remove_weight=False)
-        return loaded
 
 
 class RequireKey:

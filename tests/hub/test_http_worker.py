@@ -112,6 +112,33 @@ async def test_the_control_routes(scripted, tmp_path):
     ]
 
 
+async def test_sleep_forgets_the_weights_and_they_wake_before_the_keys_and_values(scripted):
+    await scripted.worker.sleep("keep")
+    await scripted.worker.wake_weights()
+    await scripted.worker.wake_rest()
+    assert scripted.asked == [
+        ("POST", "/sleep?level=2&mode=keep", None),
+        ("POST", "/wake_up?tags=weights", None),
+        ("POST", "/wake_up?tags=kv_cache", None),
+    ]
+
+
+async def test_weights_in_the_trainers_memory_are_read_there_and_else_as_files(scripted, tmp_path):
+    shared = tmp_path / "shared"
+    weights = Weights(version=1, path=tmp_path, shared=shared)
+    in_memory = {"method": "load_shared_flash_weights", "kwargs": {"directory": str(shared)}}
+    files = {"method": "load_flash_weights", "kwargs": {"weights_path": str(tmp_path)}}
+    scripted.answer = {"results": [None]}
+    await scripted.worker.load_weights(weights)
+    asked = [body for _, route, body in scripted.asked if route == "/collective_rpc"]
+    assert asked == [in_memory]
+    scripted.asked.clear()
+    scripted.status = 500
+    with pytest.raises(WorkerFailure, match="see the files in"):
+        await scripted.worker.load_weights(weights)
+    assert [body for _, _, body in scripted.asked] == [in_memory, files]
+
+
 async def test_requests_share_no_keys_and_values_with_those_that_kept_older_ones(scripted):
     async def salt() -> str | None:
         scripted.asked.clear()

@@ -228,6 +228,23 @@ async def test_a_worker_that_dies_is_started_anew_under_its_name(tmp_path):
     await pool.stop()
 
 
+async def test_a_pool_that_is_held_starts_nobody_until_it_is_released(tmp_path):
+    exits: asyncio.Queue = asyncio.Queue()
+    returns: asyncio.Queue = asyncio.Queue()
+    pool = QuickPool(tmp_path)
+    (worker,) = await pool.start(lambda *told: exits.put_nowait(told), returns.put_nowait)
+    pool.hold()
+    pool.restart(worker)
+    await exits.get()
+    (waits,) = [task for task in asyncio.all_tasks() if task.get_name() == "keep worker 0"]
+    with pytest.raises(TimeoutError):  # longer than it backs off
+        await asyncio.wait_for(asyncio.shield(waits), timeout=2)
+    assert pool.starts == 1
+    pool.release()
+    assert await returns.get() is worker
+    await pool.stop()
+
+
 async def test_a_worker_that_dies_at_every_start_is_given_up_with_its_log(tmp_path, monkeypatch):
     monkeypatch.setattr("flash.hub.pool._FIRST_BACKOFF_S", 0.0)
     exits: asyncio.Queue = asyncio.Queue()

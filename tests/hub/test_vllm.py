@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
@@ -16,15 +17,18 @@ import psutil
 import pytest
 import pytest_asyncio
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from examples import attach_to_vllm
 from flash.errors import InferenceFailure, PublishFailure
+from flash.hub.http_worker import HttpWorker
 from flash.hub.hub import InferenceHub
 from flash.hub.vllm_pool import VllmPool
 from flash.system.machine import gpus, has_vllm
 from flash.types import Completion, GenerateRequest, SamplingParams, Scores, Weights
 from flash.warm_start.small_policy import create
+from flash.worker.shared import SharedWeights
 from tests.processes import Watch
 
 pytestmark = [
@@ -67,13 +71,16 @@ class Servers:
         self.models = models
         self.model_of = {0: models[0]}
 
-    async def publish(self, mode="keep"):
+    async def publish(self, mode="keep", share=None):
         """The model after the present one, as the next version."""
         version = self.hub.version + 1
         model = self.models[version % len(self.models)]
         self.model_of[version] = model
         self.hub._publisher.update_mode = mode
-        return await self.hub.publish(weights(version, model))
+        new = weights(version, model)
+        if share is not None:
+            new = replace(new, share=lambda: share(model))
+        return await self.hub.publish(new)
 
     def assert_exact(self, prompt: list[int], answer: Completion, temperature: float = 1.0) -> None:
         """Each token's logprob is that of the model of its version, by a plain forward pass."""
@@ -101,6 +108,17 @@ async def servers(models, tmp_path_factory):
             yield Servers(hub, pool, models)
             watch = Watch(pool.pids)
     assert not await asyncio.to_thread(watch.left)
+
+
+@asynccontextmanager
+async def in_memory(model: Path, folder: Path) -> AsyncIterator[Path]:
+    """As a rank shares them."""
+    tensors = load_file(model / "model.safetensors")
+    layout = [(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
+    memory = SharedWeights(layout, folder, "cpu")
+    memory.fill(tensors.items())
+    memory.tell()
+    yield folder
 
 
 def logprobs(model: Path, token_ids: list[int], temperature: float = 1.0) -> list[float]:
@@ -240,6 +258,34 @@ async def test_wait_lets_every_request_end_with_the_weights_it_began_with(server
         await servers.publish("wait")
     assert all(len(versions) == 1 for versions in versions_of(answers))
     assert versions_of(answers)[-1] == [servers.hub.version]
+    servers.assert_all_exact(answers)
+
+
+@pytest.mark.parametrize("mode", ["keep", "abort"])
+async def test_servers_sleep_with_their_requests_and_wake_with_the_new_weights(
+    servers, mode, tmp_path, monkeypatch
+):
+    """Without a GPU they give no memory away, but all else is as with one."""
+    hub = servers.hub
+    await servers.publish(mode)  # they know which weights they would wake with
+    hub._turns._update_mode = mode
+    async with traffic(hub) as answers:
+        async with hub.asleep():
+            workers = [slot.worker for slot in hub._slots]
+            for worker in workers:
+                assert b"true" in await worker._call("GET", "/is_sleeping")
+            sampled = hub.stats().generated_tokens
+            with monkeypatch.context() as patch:
+                patch.setattr(HttpWorker, "_load_files", None)  # it would fail
+                report = await servers.publish(mode, share=lambda of: in_memory(of, tmp_path))
+            assert report.workers == 2
+            assert report.gap.max < 1e-3
+        async with hub.asleep():  # they wake with the weights that they had
+            pass
+        for worker in workers:
+            assert b"false" in await worker._call("GET", "/is_sleeping")
+    assert hub.stats().generated_tokens > sampled
+    assert [hub.version - 1, hub.version] in versions_of(answers)
     servers.assert_all_exact(answers)
 
 

@@ -1,14 +1,16 @@
 """Ranks that die: others take their place, and the weights are those of a trainer undisturbed."""
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from safetensors.torch import load_file
 
 from flash.errors import TrainerFailure
 from flash.fakes import FakeBatchLog
@@ -17,6 +19,7 @@ from flash.trainer.lasting import LastingTrainer
 from flash.trainer.objectives.settings import Function
 from flash.trainer.trainer import Trainer
 from flash.types import Batch, Sample, Scores
+from flash.worker.shared import shared_weights
 
 SamplesOf = Callable[..., list[Sample]]
 SaveModel = Callable[..., Path]
@@ -309,3 +312,124 @@ async def test_a_trainer_that_starts_anew_is_told_to_be_at_it_and_not_dead(
     may_end.set()
     assert (await scoring).logprobs == [[0.0]]
     assert trainer.state().doing == ""
+
+
+class TurnTaking(Trainer):
+    """Keeps what it was asked, and whether it had the GPUs to itself then."""
+
+    failures = 0
+    free = 1.0
+
+    def __init__(self, run: Path) -> None:
+        super().__init__(model="none", config=CONFIG, run_dir=run)
+        self.asked: list[tuple[str, bool]] = []
+        self.alone = 0
+
+    def ask(self, method: str) -> None:
+        self.asked.append((method, self.alone > 0))
+        if self.failures:
+            self.failures -= 1
+            raise TrainerFailure("trainer rank 0 was killed")
+
+    async def step(self, batch: Batch) -> dict[str, float]:
+        self.ask("step")
+        self.version += 1
+        return {}
+
+    async def save_checkpoint(self, directory: Path) -> None:
+        self.ask("save")
+
+    async def score(self, sequences: Any) -> Scores:
+        self.ask("score")
+        return Scores(logprobs=[])
+
+    async def make_room(self, share: float) -> float:
+        self.ask("make_room")
+        return self.free
+
+    async def restart(self, checkpoint: Path | None) -> None:
+        self.ask("restart")
+
+
+def turn_taking(run: Path) -> tuple[LastingTrainer, TurnTaking]:
+    """A turn that was taken ends with room for others, as one at a hub does."""
+    inner = TurnTaking(run)
+    trainer = LastingTrainer(inner, log=FakeBatchLog(), newest=lambda: None, max_restarts=2)
+
+    @contextlib.asynccontextmanager
+    async def turn() -> AsyncIterator[None]:
+        inner.alone += 1
+        yield
+        if inner.alone == 1:
+            await trainer.make_room(0.5)
+        inner.alone -= 1
+
+    trainer.take_turns(turn)
+    return trainer, inner
+
+
+async def test_ranks_have_their_gpus_to_themselves_to_step_and_to_save_and_not_to_score(
+    tmp_path: Path, samples_of: SamplesOf
+) -> None:
+    trainer, inner = turn_taking(tmp_path)
+    async with trainer.turn():
+        await trainer.step(batch(0, samples_of))
+        await trainer.score([])
+    await trainer.score([])
+    await trainer.step(batch(1, samples_of))
+    await trainer.save_checkpoint(tmp_path)
+    assert inner.asked == [
+        ("step", True), ("score", True), ("make_room", True),
+        ("score", False),
+        ("step", True), ("make_room", True),
+        ("save", True), ("make_room", True),
+    ]  # fmt: skip
+
+
+async def test_ranks_that_die_where_others_have_the_gpus_take_a_turn_to_start_anew(
+    tmp_path: Path,
+) -> None:
+    trainer, inner = turn_taking(tmp_path)
+    inner.failures = 1
+    async with asyncio.timeout(5):  # room is made at the end of a turn, by the same trainer
+        await trainer.score([])
+    assert inner.asked == [
+        ("score", False), ("restart", True), ("score", True), ("make_room", True)
+    ]  # fmt: skip
+
+
+async def test_a_share_that_the_weights_do_not_leave_is_refused_before_others_start(
+    tmp_path: Path,
+) -> None:
+    trainer, inner = turn_taking(tmp_path)
+    inner.free = 0.4
+    with pytest.raises(ValueError, match=r"engine.gpu_memory=0.5 .* leave 0.40 of a GPU's memory"):
+        await trainer.make_room(0.5)
+    inner.free = 0.6
+    await trainer.make_room(0.5)
+    inner.free = 0.45  # others that sleep have some, which they bring along
+    await trainer.make_room(0.5)
+
+
+@pytest.mark.slow
+async def test_ranks_share_the_weights_that_they_export_as_long_as_they_have_them(
+    tmp_path: Path, save_model: SaveModel, samples_of: SamplesOf
+) -> None:
+    log = FakeBatchLog()
+    async with lasting(save_model(tmp_path / "model"), tmp_path / "run", log) as trainer:
+        log.handed_over(batch(0, samples_of))
+        weights = await trainer.export_weights()
+        assert weights.share is not None
+        exported = load_file(weights.path / "model-00001.safetensors")
+        await killed(1)  # others take their place first
+        async with weights.share() as directory:
+            assert directory is not None
+            with shared_weights(directory, "cpu") as tensors:
+                assert {name: tensor.tolist() for name, tensor in tensors} == {
+                    name: tensor.tolist() for name, tensor in exported.items()
+                }
+        assert not directory.exists()
+        assert weights.path.exists()
+        await trainer.step(batch(0, samples_of))
+        async with weights.share() as directory:
+            assert directory is None

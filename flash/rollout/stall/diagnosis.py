@@ -126,7 +126,7 @@ def _of_the_caller(loop: InspectedLoop, trainer: TrainerState | None) -> Cause:
 
 def _of_the_publish(stats: HubStats) -> Cause:
     for worker in stats.workers:
-        if worker.updating:
+        if worker.updating or worker.asleep:
             words = f"the publish is stuck: worker {worker.name} does not take the new weights"
             return Cause(name="publish_stuck", words=words, worker=worker.name)
     words = "the publish is stuck: the workers have the weights, and the probe of them has no end"
@@ -296,6 +296,7 @@ def _longest_first(episodes: Sequence[Episode]) -> list[Episode]:
 def _describe_worker(worker: WorkerStats) -> str:
     health = "healthy" if worker.healthy else "out"
     updating = ", takes new weights" if worker.updating else ""
+    updating += ", sleeps" if worker.asleep else ""
     signs = f", last sign {worker.quiet_s:.1f} s ago, oldest request {worker.oldest_s:.1f} s"
     return (
         f"worker {worker.name}: {health}{updating}, version {worker.version}, {worker.running} "
