@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 from flash.answers import failing_as, shown
@@ -74,10 +75,13 @@ class EnvironmentAgent(Actor):
         super().__init__(episode_timeout_s=episode_timeout_s, reward_stage=reward_stage)
         self._envs = envs
         self._style = style
-        self._max_tokens = max_tokens
         self._max_turns = max_turns
         self._max_sequence_tokens = max_sequence_tokens
-        self._temperature = temperature
+        self._sampling = SamplingParams(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            stop_token_ids=style.stop_token_ids,
+        )
         self._a_sample_a_turn = samples == "turns"
         self._step_timeout_s = step_timeout_s
         self._reward = reward
@@ -166,12 +170,9 @@ class EnvironmentAgent(Actor):
         return tokenise(*args)
 
     async def _generate(self, episode: Episode, token_ids: Sequence[int]) -> Completion:
-        room = self._max_sequence_tokens - len(token_ids)
-        sampling = SamplingParams(
-            max_tokens=min(self._max_tokens, room),
-            temperature=self._temperature,
-            stop_token_ids=self._style.stop_token_ids,
-        )
+        sampling, room = self._sampling, self._max_sequence_tokens - len(token_ids)
+        if room < sampling.max_tokens:
+            sampling = replace(sampling, max_tokens=room)
         try:
             return await episode.generate(token_ids, sampling)
         except ValueError as error:

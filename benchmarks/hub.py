@@ -231,6 +231,9 @@ class Unchanging(HttpWorker):
     async def load_weights(self, weights: Weights) -> None:
         pass
 
+    async def recompute(self) -> None:
+        pass
+
 
 def client_of(worker: HttpWorker) -> HttpWorker:
     """Another client of the same server, for the hub to close."""

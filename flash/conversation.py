@@ -8,10 +8,11 @@ assistant's words.
 import contextlib
 import inspect
 import secrets
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from struct import pack
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from flash.types import Completion, SampledSequence
 
 Message = Mapping[str, Any]
+_Number = TypeVar("_Number", np.float32, np.int64)
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 # Any words of theirs.
 USER: Message = {"role": "user", "content": "?"}
@@ -34,14 +36,21 @@ def longest_text(max_sequence_tokens: int) -> int:
     return min(CHARS_A_TOKEN * max_sequence_tokens, MAX_CHARS)
 
 
-@dataclass(frozen=True, slots=True)
+# What an array has for a token that was read: float32 and int64, as they lie in memory.
+_ZERO, _ONE, _NONE = pack("=f", 0.0), pack("=f", 1.0), pack("=q", -1)
+
+
+@dataclass(slots=True)
 class _Sampled:
-    """Where the tokens of a completion lie, and what the engine said of them."""
+    """Where the tokens of a completion lie, and what the engine said of them.
+
+    `logprobs` and `versions` are float32 and int64, as they lie in memory.
+    """
 
     start: int
     end: int
-    logprobs: NDArray[np.float32]
-    versions: NDArray[np.int64]
+    logprobs: bytes
+    versions: bytes
     temperature: float
     turn: int
 
@@ -62,33 +71,53 @@ class TokenSequence:
         """`turn` is which response of the episode it is; without it the next one."""
         turn = self._turn if turn is None else turn
         self._turn = turn + 1
-        start, end = len(self.token_ids), len(self.token_ids) + len(completion.token_ids)
-        if start == end:
+        tokens = len(completion.token_ids)
+        if tokens == 0:
             return
+        start = len(self.token_ids)
         self.token_ids += completion.token_ids
-        logprobs = np.array(completion.logprobs, dtype=np.float32)
-        versions = np.array(completion.versions, dtype=np.int64)
-        self._sampled.append(_Sampled(start, end, logprobs, versions, completion.temperature, turn))
+        logprobs = pack(f"={tokens}f", *completion.logprobs)
+        version = completion.only_version
+        versions = (
+            pack("=q", version) * tokens
+            if version is not None
+            else pack(f"={tokens}q", *completion.versions)
+        )
+        self._sampled.append(
+            _Sampled(start, start + tokens, logprobs, versions, completion.temperature, turn)
+        )
 
     def snapshot(self) -> SampledSequence:
-        """As arrays, up to the last sampled token: what was read after it trains nothing."""
-        end = self._sampled[-1].end if self._sampled else 0
-        sequence = SampledSequence(
-            token_ids=np.array(self.token_ids[:end], dtype=np.int64),
-            loss_mask=np.zeros(end, np.float32),
-            logprobs=np.zeros(end, np.float32),
-            versions=np.full(end, -1, np.int64),
-            temperatures=np.ones(end, np.float32),
-            turns=np.full(end, -1, np.int64),
-        )
+        """As arrays, up to the last sampled token: what was read after it trains nothing.
+
+        Bytes are joined, which takes half the time of arrays that are filled part by part.
+        """
+        loss_mask: list[bytes] = []
+        logprobs: list[bytes] = []
+        versions: list[bytes] = []
+        temperatures: list[bytes] = []
+        turns: list[bytes] = []
+        end = 0
         for sampled in self._sampled:
-            span = slice(sampled.start, sampled.end)
-            sequence.loss_mask[span] = 1
-            sequence.logprobs[span] = sampled.logprobs
-            sequence.versions[span] = sampled.versions
-            sequence.temperatures[span] = sampled.temperature
-            sequence.turns[span] = sampled.turn
-        return sequence
+            read, tokens = sampled.start - end, sampled.end - sampled.start
+            end = sampled.end
+            loss_mask += _ZERO * read, _ONE * tokens
+            logprobs += _ZERO * read, sampled.logprobs
+            versions += _NONE * read, sampled.versions
+            temperatures += _ONE * read, pack("=f", sampled.temperature) * tokens
+            turns += _NONE * read, pack("=q", sampled.turn) * tokens
+        return SampledSequence(
+            token_ids=_array([pack(f"={end}q", *self.token_ids[:end])], np.int64),
+            loss_mask=_array(loss_mask, np.float32),
+            logprobs=_array(logprobs, np.float32),
+            versions=_array(versions, np.int64),
+            temperatures=_array(temperatures, np.float32),
+            turns=_array(turns, np.int64),
+        )
+
+
+def _array(parts: Iterable[bytes], dtype: type[_Number]) -> NDArray[_Number]:
+    return np.frombuffer(bytearray().join(parts), dtype)  # of a bytearray, so that it is writable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,10 +1,10 @@
 """Deadlines of calls that are made thousands of times a second."""
 
 import asyncio
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from types import TracebackType
 from typing import Self
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 
 class Deadline:
@@ -20,7 +20,7 @@ class Deadline:
     """
 
     __slots__ = (
-        *("_cancelling", "_left_s", "_line", "_loop", "_over", "_task", "_timeout_s", "_timer"),
+        *("_cancelling", "_left_s", "_line", "_over", "_task", "_timeout_s", "_timer"),
         *("due", "expired"),
     )
 
@@ -31,16 +31,16 @@ class Deadline:
         self._timeout_s = timeout_s
 
     def __enter__(self) -> Self:
-        task = asyncio.current_task()
+        loop = asyncio.get_running_loop()
+        task = asyncio.current_task(loop)
         if task is None:
             raise RuntimeError("a deadline is for what a task does")
         self._task, self._cancelling = task, task.cancelling()
-        self._loop = task.get_loop()
-        self.due = self._loop.time() + self._timeout_s
-        self._line = line = _line(self._loop, self._timeout_s)
+        self.due = loop.time() + self._timeout_s
+        self._line = line = _lines.get(loop, self._timeout_s)
         line.calls[self] = None
         if not line.timed:
-            line.arm(self._loop, self.due)
+            line.arm(loop, self.due)
         return self
 
     def __exit__(
@@ -59,13 +59,14 @@ class Deadline:
     def stop(self) -> None:
         """Until `go_on` no time passes."""
         self._untime()
-        self._left_s = self.due - self._loop.time()
+        self._left_s = self.due - self._task.get_loop().time()
 
     def go_on(self) -> None:
         """After `stop`."""
-        self.due = self._loop.time() + self._left_s
+        loop = self._task.get_loop()
+        self.due = loop.time() + self._left_s
         if not self._over:
-            self._timer = self._loop.call_at(self.due, self.expire)
+            self._timer = loop.call_at(self.due, self.expire)
 
     def _untime(self) -> None:
         self._line.calls.pop(self, None)
@@ -75,7 +76,7 @@ class Deadline:
 
     def expire_soon(self) -> None:
         """As if the time had passed, from the next turn of the loop."""
-        self._loop.call_soon(self.expire)
+        self._task.get_loop().call_soon(self.expire)
 
     def expire(self) -> None:
         if not self._over and not self.expired:
@@ -109,15 +110,26 @@ class _Line:
             call.expire()
 
 
-# No entry holds its loop: the timer of a line that is empty does, until it has passed.
-_lines: MutableMapping[asyncio.AbstractEventLoop, dict[float, _Line]] = WeakKeyDictionary()
+class _Lines:
+    """Of every loop. No entry holds its loop: the timer of a line that is empty does, until it has
+    passed."""
+
+    def __init__(self) -> None:
+        self._of: MutableMapping[asyncio.AbstractEventLoop, dict[float, _Line]]
+        self._of = WeakKeyDictionary()
+        # Nearly always the one that is asked for; together, as other threads have other loops.
+        self._latest: tuple[Callable[[], asyncio.AbstractEventLoop | None], dict[float, _Line]]
+        self._latest = (lambda: None), {}
+
+    def get(self, loop: asyncio.AbstractEventLoop, timeout_s: float) -> _Line:
+        of_loop, lines = self._latest
+        if of_loop() is not loop:
+            lines = self._of.setdefault(loop, {})
+            self._latest = ref(loop), lines
+        line = lines.get(timeout_s)
+        if line is None:
+            line = lines[timeout_s] = _Line()
+        return line
 
 
-def _line(loop: asyncio.AbstractEventLoop, timeout_s: float) -> _Line:
-    lines = _lines.get(loop)
-    if lines is None:
-        lines = _lines[loop] = {}
-    line = lines.get(timeout_s)
-    if line is None:
-        line = lines[timeout_s] = _Line()
-    return line
+_lines = _Lines()

@@ -62,6 +62,13 @@ class Completion:
     finish_reason: FinishReason
     worker: str = ""
 
+    @property
+    def only_version(self) -> int | None:
+        """The version that sampled all of it; None if several did, or there is nothing."""
+        if not self.versions or self.versions.count(self.versions[0]) < len(self.versions):
+            return None
+        return self.versions[0]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from flash.deadline import Deadline
-from flash.virtual_time import in_virtual_time
+from flash.virtual_time import VirtualTimeLoop, in_virtual_time
 
 
 def now() -> float:
@@ -98,6 +98,26 @@ async def test_one_that_is_to_expire_soon_does_unless_its_block_has_ended():
         deadline.expire_soon()
     await asyncio.sleep(20)
     assert not deadline.expired
+
+
+def test_loops_that_run_in_turn_have_timers_of_their_own():
+    async def call(loop: asyncio.AbstractEventLoop) -> str:
+        try:
+            with Deadline(10):
+                await forever()
+        except TimeoutError:
+            return f"late at {loop.time():g}"
+        return "in time"
+
+    loops = [VirtualTimeLoop() for _ in range(2)]
+    tasks = []
+    for loop in loops:  # each begins before the other's call has ended
+        tasks.append(loop.create_task(call(loop)))
+        loop.run_until_complete(asyncio.sleep(1))
+    ends = [loop.run_until_complete(task) for loop, task in zip(loops, tasks, strict=True)]
+    for loop in loops:
+        loop.close()
+    assert ends == ["late at 10"] * 2
 
 
 @in_virtual_time

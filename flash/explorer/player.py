@@ -339,6 +339,9 @@ class _Witness:
     def __init__(self, player: Player) -> None:
         self._player = player
 
+    def hears(self, event: str) -> bool:
+        return True
+
     def observed(self, episode: Episode, observation: Observation) -> None:
         self._player.add(episode, Told.of(observation))
 

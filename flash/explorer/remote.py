@@ -40,8 +40,7 @@ class RemoteEpisode(Episode):
         self.turns += 1
         self.generated_tokens += len(completion.token_ids)
         if completion.versions:
-            self._note_version(min(completion.versions))
-            self.newest_version = max(self.newest_version or 0, *completion.versions)
+            self._note_versions(completion)
         if self._witness is not None:
             self._witness.sampled(self, said.step)
 

@@ -16,9 +16,10 @@ def check_completion(answer: Completion, sampling: SamplingParams, published: Se
             f"{answer.worker} answered {len(answer.token_ids)} tokens, {len(answer.logprobs)} "
             f"logprobs, {len(answer.versions)} versions to max_tokens={sampling.max_tokens}"
         )
-    if not all(map(math.isfinite, answer.logprobs)):
+    if not math.isfinite(sum(answer.logprobs)) and not all(map(math.isfinite, answer.logprobs)):
         raise WorkerBroken(f"{answer.worker} answered a logprob that is not finite")
-    versions = set(answer.versions)
+    only = answer.only_version
+    versions = set(answer.versions) if only is None else {only}
     if unknown := versions - published:
         raise WorkerBroken(
             f"{answer.worker} answered with policy versions {sorted(unknown)}, which were "

@@ -113,7 +113,7 @@ class HttpClient:
 
     def keep(self, connection: "_Connection") -> None:
         """It can be asked again."""
-        loop = asyncio.get_running_loop()
+        loop = connection.loop
         connection.idle_since = loop.time()
         self._idle[connection] = None
         if self._closing_idle is None:
@@ -129,7 +129,7 @@ class HttpClient:
         if not self._idle:
             return None
         connection, _ = self._idle.popitem()
-        if asyncio.get_running_loop().time() - connection.idle_since < _KEPT_S:
+        if connection.loop.time() - connection.idle_since < _KEPT_S:
             return connection
         connection.abort()
         return None  # and the others are older still
@@ -162,7 +162,7 @@ class HttpClient:
             raise failure from error
         try:
             _, connection = await loop.create_connection(
-                lambda: _Connection(self),
+                lambda: _Connection(self, loop),
                 sock=sock,
                 ssl=self._tls,
                 server_hostname=self._host if self._tls else None,
@@ -192,10 +192,11 @@ class _Connection(asyncio.Protocol):
 
     __slots__ = (
         "_answer", "_client", "_complete", "_has_length", "_on_piece", "_parser", "_pieces",
-        "_reusable", "_since_body", "_status", "_streams", "_transport", "idle_since",
+        "_reusable", "_since_body", "_status", "_streams", "_transport", "idle_since", "loop",
     )  # fmt: skip
 
-    def __init__(self, client: HttpClient) -> None:
+    def __init__(self, client: HttpClient, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
         self.idle_since = 0.0
         self._client = client
         self._parser = httptools.HttpResponseParser(self)
@@ -205,7 +206,7 @@ class _Connection(asyncio.Protocol):
         self, request: bytes, on_piece: Callable[[bytes], None] | None
     ) -> asyncio.Future[HttpAnswer]:
         """What is answered; if that is cancelled the connection is of no use any more."""
-        self._answer = asyncio.get_running_loop().create_future()
+        self._answer = self.loop.create_future()
         self._on_piece = on_piece
         self._begin()
         self._transport.write(request)

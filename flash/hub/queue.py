@@ -57,6 +57,11 @@ class RequestQueue:
     async def acquire(self, request: GenerateRequest, *, cost: int, arrival: int) -> Slot:
         """Waits for room at a worker; `release` gives it back."""
         self.raise_failure()
+        if self._started_this_turn < _STARTS_A_TURN:  # room that others wait for is theirs by now
+            least = self._least_loaded()
+            if least is not None and (slot := self._best(request, least)) is not None:
+                self._give(slot, request, cost)
+                return slot
         waiter = _Waiter(arrival, request, cost, asyncio.get_running_loop().create_future())
         if self._waiting and self._waiting[-1].arrival > arrival:  # it lost its worker
             bisect.insort(self._waiting, waiter, key=lambda other: other.arrival)
@@ -97,19 +102,22 @@ class RequestQueue:
             if slot is None:
                 passed += 1
                 continue
-            if self._started_this_turn == 0:
-                asyncio.get_running_loop().call_soon(self._next_turn)
-            self._started_this_turn += 1
             del self._waiting[passed]
-            slot.begin(waiter.cost)
-            self._sort(slot)
-            for key in (waiter.request.session, waiter.request.pin):
-                if key:
-                    self._last_slot[key] = slot
-                    self._last_slot.move_to_end(key)
-                    if len(self._last_slot) > _SESSIONS_KEPT:
-                        self._last_slot.popitem(last=False)
+            self._give(slot, waiter.request, waiter.cost)
             waiter.slot.set_result(slot)
+
+    def _give(self, slot: Slot, request: GenerateRequest, cost: int) -> None:
+        if self._started_this_turn == 0:
+            asyncio.get_running_loop().call_soon(self._next_turn)
+        self._started_this_turn += 1
+        slot.begin(cost)
+        self._sort(slot)
+        for key in (request.session, request.pin):
+            if key:
+                self._last_slot[key] = slot
+                self._last_slot.move_to_end(key)
+                if len(self._last_slot) > _SESSIONS_KEPT:
+                    self._last_slot.popitem(last=False)
 
     def _next_turn(self) -> None:
         self._started_this_turn = 0
@@ -130,7 +138,8 @@ class RequestQueue:
 
     def _least_loaded(self) -> Slot | None:
         """Of those that accept and have room; of equals the first."""
-        self._meet_new_ones()
+        if len(self._places) < len(self._slots):
+            self._meet_new_ones()
         while self._free:
             slot = self._slots[self._free[0][1]]
             if slot.accepting:

@@ -37,6 +37,10 @@ class Generator(Protocol):
 class Witness(Protocol):
     """Hears what is said in an episode, as it is said."""
 
+    def hears(self, event: str) -> bool:
+        """Whether it wants to know of that: what nobody does is not prepared."""
+        ...
+
     def observed(self, episode: "Episode", observation: Observation) -> None: ...
 
     def sampled(self, episode: "Episode", step: Sampled) -> None: ...
@@ -89,6 +93,7 @@ class Episode:
         witness: Witness | None = None,
     ) -> None:
         self.id = episode_id
+        self.session = f"episode-{episode_id}"  # its turns have it in common for the hub
         self.task = task
         self.group = group
         self.attempt = attempt
@@ -118,11 +123,6 @@ class Episode:
         self.oldest_version: int | None = None
         self.newest_version: int | None = None
 
-    @property
-    def session(self) -> str:
-        """Names the episode to the hub, so that its turns can share a prefix."""
-        return f"episode-{self.id}"
-
     async def generate(self, token_ids: Sequence[int], sampling: SamplingParams) -> Completion:
         """One sampled response after `token_ids`; counted, timed and stamped."""
         request = GenerateRequest(
@@ -151,10 +151,8 @@ class Episode:
         self.prompt_tokens += len(token_ids)
         count(len(completion.token_ids))
         if completion.versions:
-            self._note_version(min(completion.versions))
-            newest = max(completion.versions)
-            self.newest_version = max(self.newest_version or 0, newest)
-        if self._witness is not None:
+            self._note_versions(completion)
+        if self._witness is not None and self._witness.hears("sampled"):
             step = Sampled(prompt_sum=prompt_sum(token_ids), completion=completion)
             self._witness.sampled(self, step)
         return completion
@@ -191,6 +189,15 @@ class Episode:
         """A worker at `version` began to sample for us: no token of ours can be older."""
         if self.oldest_version is None or version < self.oldest_version:
             self.oldest_version = version
+
+    def _note_versions(self, completion: Completion) -> None:
+        """Those of tokens that it has."""
+        oldest = newest = completion.only_version
+        if oldest is None or newest is None:
+            oldest, newest = min(completion.versions), max(completion.versions)
+        self._note_version(oldest)
+        if self.newest_version is None or newest > self.newest_version:
+            self.newest_version = newest
 
     @property
     def stage_name(self) -> str:
@@ -254,6 +261,10 @@ def _tokens_of(trajectory: Trajectory) -> Counter[int]:
     for sequence in trajectory.sequences:
         versions = sequence.sampled_versions()
         if versions.size:
+            first = int(versions[0])
+            if np.count_nonzero(versions == first) == versions.size:  # as nearly always
+                counts[first] += versions.size
+                continue
             first = int(versions.min())
             sampled = enumerate(np.bincount(versions - first).tolist(), start=first)
             counts.update({version: count for version, count in sampled if count})

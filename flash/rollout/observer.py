@@ -91,12 +91,22 @@ class Observers(Observer):
     ) -> None:
         self._observers = list(observers)
         self._on_error = on_error
-        self._hearers: dict[str, list[Callable[..., None]]] = {}
+        self._hearers: dict[str, list[_Hearer]] = {}
+        self._part_of: list[Observers] = []
+        for observer in self._observers:
+            if isinstance(observer, Observers):
+                observer._part_of.append(self)
 
     def add(self, observer: Observer) -> None:
         """It hears of what happens from now on."""
         self._observers.append(observer)
-        self._hearers.clear()
+        if isinstance(observer, Observers):
+            observer._part_of.append(self)
+        self._look_again()
+
+    def hears(self, event: str) -> bool:
+        """Whether any of them does anything at that event."""
+        return bool(self._hearers_of(event))
 
     def admitted(self, episode: Episode) -> None:
         self._tell("admitted", episode)
@@ -147,18 +157,36 @@ class Observers(Observer):
         self._tell("stalled", report)
 
     def _tell(self, event: str, *of_it: Any) -> None:
-        """Those who do anything at that event: most observers hear of a few alone."""
         hearers = self._hearers.get(event)
         if hearers is None:
-            silent = getattr(Observer, event)
-            methods = [getattr(observer, event) for observer in self._observers]
-            hearers = self._hearers[event] = [
-                method for method in methods if getattr(method, "__func__", None) is not silent
-            ]
-        for hear in hearers:
+            hearers = self._hearers_of(event)
+        for hear, on_error in hearers:
             try:
                 hear(*of_it)
             except Exception as error:  # the boundary to the observer's code
-                if self._on_error is None:
+                if on_error is None:
                     raise
-                self._on_error(error)
+                on_error(error)
+
+    def _hearers_of(self, event: str) -> "list[_Hearer]":
+        """Those who do anything at it, in whatever observers they are: most hear of a few alone."""
+        hearers = self._hearers.get(event)
+        if hearers is None:
+            hearers = self._hearers[event] = []
+            silent = getattr(Observer, event)
+            for observer in self._observers:
+                if isinstance(observer, Observers):
+                    within = observer._hearers_of(event)
+                    hearers += [(hear, own or self._on_error) for hear, own in within]
+                elif getattr(hear := getattr(observer, event), "__func__", None) is not silent:
+                    hearers.append((hear, self._on_error))
+        return hearers
+
+    def _look_again(self) -> None:
+        self._hearers.clear()
+        for several in self._part_of:
+            several._look_again()
+
+
+_Hearer = tuple[Callable[..., None], Callable[[Exception], None] | None]
+"""What hears, and what gets its errors."""

@@ -428,6 +428,7 @@ async def test_a_request_that_is_refused_is_its_callers_mistake_alone():
         answer(logprobs=[-1.0]),
         answer(versions=[0, 0, 0]),
         answer(logprobs=[-1.0, math.nan]),
+        answer(logprobs=[math.inf, -math.inf]),
         answer(versions=[0, 7]),
         answer(versions=[0, -1]),
         answer(token_ids=[], logprobs=[], versions=[]),

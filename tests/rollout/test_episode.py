@@ -3,6 +3,8 @@
 import asyncio
 from dataclasses import replace
 
+import pytest
+
 from flash.fakes import FakeWorker
 from flash.hub.hub import InferenceHub
 from flash.rollout.episode import Episode
@@ -46,6 +48,45 @@ def test_an_inner_stages_time_is_not_the_outer_ones():
         return one.seconds
 
     assert run(main()) == {"agent": 3.0, "generate": 4.0}
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_what_is_sampled_is_told_to_a_witness_that_wants_to_know_of_it(wanted):
+    heard = []
+
+    class Witness:
+        def hears(self, event):
+            return wanted and event == "sampled"
+
+        def sampled(self, episode, step):
+            heard.append((episode.id, step.completion.token_ids))
+
+    async def main():
+        one = Episode(1, Task(1), hub=SlowHub(), witness=Witness())
+        await one.generate([5], SamplingParams(max_tokens=1))
+
+    run(main())
+    assert heard == ([(1, [1])] if wanted else [])
+
+
+def test_the_versions_of_an_episode_span_those_of_all_its_answers():
+    answers = [[4, 4], [3, 5], [4, 4]]
+
+    class Hub:
+        async def generate(self, request, on_start=None, on_sampled=None):
+            return Completion(
+                token_ids=[1, 2], logprobs=[-1.0, -1.0], versions=answers.pop(0),
+                temperature=1.0, finish_reason="stop",
+            )  # fmt: skip
+
+    async def main():
+        one, spans = Episode(1, Task(1), hub=Hub()), []
+        while answers:
+            await one.generate([5], SamplingParams(max_tokens=2))
+            spans.append((one.oldest_version, one.newest_version))
+        return spans
+
+    assert run(main()) == [(4, 4), (3, 5), (3, 5)]
 
 
 def test_a_call_that_outlives_its_episode_changes_nothing():

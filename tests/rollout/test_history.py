@@ -45,6 +45,9 @@ class Log:
     def __init__(self):
         self.said, self.forgotten = [], []
 
+    def hears(self, event):
+        return True
+
     def observed(self, episode, observation):
         self.said.append(observation)
 

@@ -90,6 +90,32 @@ def test_an_observer_that_is_added_late_hears_what_comes_then():
     assert late.heard == [2]
 
 
+def test_so_does_one_that_is_added_to_observers_within_others():
+    late, within = Listing(), Observers()
+    several = Observers([Observers([within])])
+    late.step_done = late.heard.append
+    several.step_done(1)
+    assert not several.hears("step_done")
+    within.add(Observers([late]))
+    several.step_done(2)
+    assert late.heard == [2]
+    assert several.hears("step_done")
+    assert not several.hears("saved")
+
+
+def test_errors_within_others_go_to_the_nearest_that_takes_them():
+    class Full(Observer):
+        def step_done(self, step):
+            raise OSError(f"no space left for {step}")
+
+    outer, inner = [], []
+    several = Observers(
+        [Observers([Full()], on_error=inner.append), Observers([Full()])], on_error=outer.append
+    )
+    several.step_done(5)
+    assert [len(inner), len(outer)] == [1, 1]
+
+
 def test_one_that_raises_keeps_the_others_from_nothing_where_errors_are_taken():
     class Full(Observer):
         def step_done(self, step):

@@ -155,7 +155,7 @@ def test_workers_that_are_all_out_are_named_before_the_hub_gives_them_up():
 
 def test_a_queue_that_gives_nobody_a_place_is_named(monkeypatch):
     """That would be a bug of ours, so it is planted by a patch."""
-    monkeypatch.setattr(RequestQueue, "_dispatch", lambda queue: None)
+    monkeypatch.setattr(RequestQueue, "_least_loaded", lambda queue: None)
 
     async def main():
         async with rollouts() as loop:
