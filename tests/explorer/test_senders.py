@@ -78,6 +78,10 @@ class Server(NcclWorker):
         self.generate, self.abort, self.resume = worker.generate, worker.abort, worker.resume
         self.pause, self.runs = worker.pause, True
 
+    @property
+    def dead(self):
+        return self.server.worker.dead
+
     def die(self):
         self.runs = False
         self.server.worker.die()

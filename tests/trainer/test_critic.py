@@ -121,7 +121,7 @@ def test_loss_metrics_and_gradients_do_not_depend_on_micro_batches_or_order(
 
             assert rank._critic is not None
             keep = functools.partial(keep_gradients, valuer_of(rank), gradients)
-            rank._critic._optimizer.register_step_pre_hook(keep)
+            rank._critic.optimizer.register_step_pre_hook(keep)
             metrics = step(rank, [samples[i] for i in order], config)
             results.append((metrics, gradients))
     for metrics, gradients in results[1:]:
@@ -206,8 +206,8 @@ def test_a_resumed_critic_has_the_settings_of_its_new_configuration(
     resumed = config_of(critic=CriticConfig(learning_rate=1e-4), weight_decay=0.5, betas=(0.8, 0.9))
     with started(checkpoint / "model", tmp_path, resumed, checkpoint) as rank:
         assert rank._critic is not None
-        (group,) = rank._critic._optimizer.param_groups
-        assert rank._critic._optimizer.state[group["params"][-1]]["exp_avg"].full_tensor().any()
+        (group,) = rank._critic.optimizer.param_groups
+        assert rank._critic.optimizer.state[group["params"][-1]]["exp_avg"].full_tensor().any()
     assert (group["lr"], group["weight_decay"], group["betas"]) == (1e-4, 0.5, (0.8, 0.9))
 
 

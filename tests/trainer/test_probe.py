@@ -68,6 +68,9 @@ class EngineWorker:
     async def load_weights(self, weights: Weights) -> None:
         self._engine.load_weights(weights.path)
 
+    async def recompute(self) -> None:
+        """It is in what it loads."""
+
     async def set_version(self, version: int) -> None:
         self._engine.set_version(version)
 
