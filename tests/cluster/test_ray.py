@@ -194,7 +194,9 @@ def test_ranks_on_two_nodes_make_the_steps_of_one_whatever_is_lost_of_them(tmp_p
             at = step(driver.says(STEP, since=before))
 
             placed = json.loads((tmp_path / "runs/run/placement.json").read_text())
-            assert [place["role"] for place in placed] == ["controller", "explorer-0", "trainer-1"]
+            controller, explorer, ranks = (place["role"] for place in placed)
+            assert (controller, ranks) == ("controller", "trainer-1")
+            assert explorer in ("explorer-0", "explorer-1"), "which of them has room is open"
             before = len(driver.said)
             os.kill(placed[0]["pid"], signal.SIGKILL)  # trainer-1 still has its ranks
             driver.says(r"^goes on from .* logged batches", since=before)
