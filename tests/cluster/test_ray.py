@@ -173,7 +173,7 @@ def test_ranks_on_two_nodes_make_the_steps_of_one_whatever_is_lost_of_them(tmp_p
     with Nodes() as cluster:
         nodes = [cluster.add(2) for _ in range(2)]
         fields = {"cluster.trainer.nodes": 2, "cluster.trainer.cpus": 2, "trainer.ranks": 2}
-        fields |= {"cluster.explorers.max": 2}  # one of them waits for room
+        fields |= {"cluster.explorers.max": 1}  # another would take the room of a lost node
         fields |= {"trainer.entropy_bonus": 0.01}  # something to learn without any success
         driver = submitted(cluster, tmp_path, fields)
         try:
@@ -194,9 +194,7 @@ def test_ranks_on_two_nodes_make_the_steps_of_one_whatever_is_lost_of_them(tmp_p
             at = step(driver.says(STEP, since=before))
 
             placed = json.loads((tmp_path / "runs/run/placement.json").read_text())
-            controller, explorer, ranks = (place["role"] for place in placed)
-            assert (controller, ranks) == ("controller", "trainer-1")
-            assert explorer in ("explorer-0", "explorer-1"), "which of them has room is open"
+            assert [place["role"] for place in placed] == ["controller", "explorer-0", "trainer-1"]
             before = len(driver.said)
             os.kill(placed[0]["pid"], signal.SIGKILL)  # trainer-1 still has its ranks
             driver.says(r"^goes on from .* logged batches", since=before)
