@@ -51,7 +51,7 @@ async def run(folder: Path):
         RolloutLoop(
             hub,
             agent=lambda: EnvironmentAgent(
-                envs=InlineEnvs(FrozenLakeTextEnv), style=style, max_tokens=64, max_turns=3,
+                envs=InlineEnvs(FrozenLakeTextEnv), style=style, max_tokens=160, max_turns=3,
                 temperature=TEMPERATURE,
             ),
             tasks=(Task(seed) for seed in itertools.count()),

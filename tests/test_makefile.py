@@ -24,7 +24,8 @@ def dry_run(folder: Path, *words: str, gpu: bool) -> str:
     for name in NEEDED:
         (folder / name).touch()
     environment = {**os.environ, "PATH": str(folder / "bin"), "MAKEFLAGS": ""}
-    command = [MAKE, "-n", "-f", str(ROOT / "Makefile"), "PYTHON=python3", *words]
+    options = ["-n", "--no-print-directory", "-f", str(ROOT / "Makefile")]
+    command = [MAKE, *options, "PYTHON=python3", *words]
     made = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, check=True
     )

@@ -15,7 +15,7 @@ from flash.agents import EnvironmentAgent, ExternalAgent
 from flash.config import load
 from flash.evaluate import evaluate
 from flash.evaluation.play import heldout_tasks
-from flash.fakes import FakeRank, FakeWorker
+from flash.fakes import FakeRank, FakeStyle, FakeWorker
 from flash.hub.hub import InferenceHub
 from flash.parts.agents import Playing, open_agents
 from flash.parts.door import open_door
@@ -179,7 +179,7 @@ async def test_an_open_door_alone_makes_nobody_elses_agents(tmp_path):
     config = load("frozen_lake", {"engine.door_port": 0})
     own = load("frozen_lake", {"agent.run": ["sh", "agent.sh"]})
     sets = {
-        name: Playing(config=each, style=None, reward=None, log_dir=tmp_path)
+        name: Playing(config=each, style=FakeStyle(), reward=None, log_dir=tmp_path)
         for name, each in {"ours": config, "own": own}.items()
     }
     async with open_agents(sets, door=object()) as agents:
