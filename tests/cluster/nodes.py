@@ -7,6 +7,13 @@ node's name; it ends, with all nodes, when there is nothing more to read.
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+import psutil
+
+T = TypeVar("T")
+TRIES = 4
 
 
 class Nodes:
@@ -19,7 +26,11 @@ class Nodes:
             # By itself Ray has what it starts wait for all else that runs on a machine.
             env=os.environ | {"RAY_worker_niceness": "0"},
         )  # fmt: skip
-        self.address = self._answer()
+        try:
+            self.address = self._answer()
+        except BaseException:
+            self.__exit__()
+            raise
         self.added: list[str] = []  # beside the head
         return self
 
@@ -47,16 +58,32 @@ class Nodes:
         return answer
 
 
+def up(start: Callable[[], T]) -> T:
+    """What a start gives. Ray gives nodes half a minute, which is too short on a busy machine: what
+    has started till then is ended, and another one is tried."""
+    before = set(psutil.Process().children())
+    for left in reversed(range(TRIES)):
+        try:
+            return start()
+        except Exception:
+            if not left:
+                raise
+            for process in set(psutil.Process().children()) - before:
+                process.kill()
+    raise AssertionError
+
+
 def main() -> None:
     from ray.cluster_utils import Cluster  # noqa: PLC0415  (only this process has it)
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster = up(lambda: Cluster(initialize_head=True, head_node_args={"num_cpus": 1}))
     print(cluster.address, flush=True)
     nodes = {}
     for line in sys.stdin:
         what, argument = line.split()
         if what == "add":
-            node = cluster.add_node(num_cpus=int(argument))
+            cores = int(argument)
+            node = up(lambda: cluster.add_node(num_cpus=cores))  # noqa: B023  (called at once)
             name = node.node_id[:8]
             nodes[name] = node
         else:
