@@ -67,7 +67,7 @@ async def nothing(files: Files) -> Path:
     return Path(files.path)
 
 
-async def offered(path: Path) -> Files:
+async def offered(path: Path, *, before: Files | None = None) -> Files:
     return Files(path=str(path), stamp="", key="")
 
 

@@ -61,9 +61,8 @@ class FileServer:
         self._piece_bytes = piece_bytes
         self._shortest_turn_s = shortest_turn_s
         self._offers: dict[str, _Offer] = {}
-        self._bytes_per_s = (
-            0.0  # of the last folder that explorers took whole, the quickest of them
-        )
+        # Of the quickest explorer, for the last folder that they took whole.
+        self._bytes_per_s = 0.0
         self._vouch: Callable[[web.Request], None] = lambda request: None
         self._listener: Listener | None = None
         self._tasks = asyncio.TaskGroup()
