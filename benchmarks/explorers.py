@@ -67,8 +67,8 @@ async def nothing(files: Files) -> Path:
     return Path(files.path)
 
 
-async def offered(path: Path, *, before: Files | None = None) -> Files:
-    return Files(path=str(path), stamp="", key="")
+async def offered(folder: Path, *, before: Files | None = None) -> Files:
+    return Files(path=str(folder), stamp="", key="")
 
 
 async def measured(hub: RolloutHub, crew: Crew, seconds: float) -> Row:

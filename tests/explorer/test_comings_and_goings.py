@@ -61,6 +61,20 @@ def due(episodes, **options):
     return {"restored": Restored(groups=[group], first_ids=(100, 10))} | options
 
 
+async def finished_alone(wires):
+    """An explorer and four episodes that it finished with version 1, while it was cut off from a
+    controller that is gone by now."""
+    async with Controller(wires).killed() as loop:
+        a = Explorer(wires, "a", envs=FakeEnvs(**SLOW)).start()
+        await train(loop, [1])
+        await asyncio.sleep(8)
+        wires.parted = True
+        await asyncio.sleep(20)
+        episodes = [episode for _, episode in a.disk.kept][:4]
+        assert len(episodes) == 4
+    return a, episodes
+
+
 # ── links ────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -614,15 +628,8 @@ async def test_an_explorer_that_cannot_have_the_weights_ends_alone():
 async def test_what_was_sampled_by_weights_that_will_never_be_again_does_not_count():
     """The last start's version 1, and this one's, are different weights: it trains otherwise."""
     wires, kept = FakeWires(), KeepingObserver()
-    async with Controller(wires).killed() as loop:
-        a = Explorer(wires, "a", envs=FakeEnvs(**SLOW)).start()
-        await train(loop, [1])
-        await asyncio.sleep(8)
-        wires.parted = True
-        await asyncio.sleep(20)
-        episodes = [episode for _, episode in a.disk.kept][:4]
-        assert len(episodes) == 4
-        await a.kill()
+    a, episodes = await finished_alone(wires)
+    await a.kill()
     wires.parted = False
     for known, claims in ((0, 0), (1, 4)):
         disk = Disk()
@@ -640,13 +647,7 @@ async def test_what_was_sampled_by_weights_that_will_never_be_again_does_not_cou
 async def test_what_was_refused_is_not_taken_for_what_is_played_in_its_place():
     """The explorer has not heard of either when its link is lost."""
     wires = FakeWires()
-    async with Controller(wires).killed() as loop:
-        a = Explorer(wires, "a", envs=FakeEnvs(**SLOW)).start()
-        await train(loop, [1])
-        await asyncio.sleep(8)
-        wires.parted = True
-        await asyncio.sleep(20)
-        episodes = [episode for _, episode in a.disk.kept][:4]
+    a, episodes = await finished_alone(wires)
     again = Controller(wires, batch_size=4, **due(episodes))
     async with again.killed(due=episodes) as loop:
         wires.parted = False
