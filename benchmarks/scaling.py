@@ -187,8 +187,9 @@ def in_two_processes(case: Case) -> Row:
     try:
         row: Row = hear.recv()
     finally:
-        for process in reversed(processes):  # none hears of the other's end
+        for process in processes:  # before one of them hears of the other's end
             process.kill()
+        for process in processes:
             process.join()
     return row
 
