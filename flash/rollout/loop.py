@@ -662,8 +662,10 @@ class RolloutLoop:
         left = [group for group in self._groups if group not in self._taken]
         fresh: list[Group] = []
         again: list[Group] = []
+        awaited: list[Group] = []
+        kept = 0
         for share in self._shares:
-            chosen, kept = choose_groups(
+            choice = choose_groups(
                 [group for group in left if group.task.task_set == share.name],
                 wanted[share.name],
                 version=self._next_version,
@@ -674,14 +676,18 @@ class RolloutLoop:
                     else None
                 ),
             )
-            fresh += chosen
-            if not kept:
-                lacking = wanted[share.name] - len(chosen)
+            fresh += choice.groups
+            awaited += choice.awaited
+            kept += choice.kept
+            if not choice.kept:
+                lacking = wanted[share.name] - len(choice.groups)
                 again += share.reuse.choose(lacking, version=self._next_version)
         if len(fresh) + len(again) < wanted.total():
             again = []
         if len(fresh) + len(again) < at_least:
             self._vain_choice = self._choice(at_least)
+            # Others can't help where the places that are kept alone are too many.
+            self._groups.wait_for(awaited if wanted.total() - kept < at_least else ())
         return sorted(fresh, key=lambda group: group.id), again
 
     def _wanted(self) -> Counter[str]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from flash.rollout.episode import Episode
 from flash.rollout.groups import Group
@@ -17,6 +18,18 @@ def stale_episodes(group: Group, *, version: int, alpha: float) -> list[Episode]
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Groups of a batch, oldest first; and how many of its other places are kept.
+
+    `awaited` are the groups that those are kept for: while they stay as they are, so do the places.
+    """
+
+    groups: list[Group]
+    kept: int
+    awaited: list[Group]
+
+
 def choose_groups(
     groups: Sequence[Group],
     wanted: int,
@@ -24,9 +37,8 @@ def choose_groups(
     version: int,
     alpha: float,
     wait_for: tuple[int, int] | None = None,
-) -> tuple[list[Group], int]:
-    """The complete ones of `groups` for a batch for this version, oldest first; `wanted` at most.
-    And how many of the other places are kept for groups that are not complete.
+) -> Choice:
+    """Of the complete ones of `groups` for a batch for this version; `wanted` at most.
 
     With `wait_for`, the groups of a batch and the version that is published now, nobody is
     overtaken who would find no place later: of those that must be in one of the next h batches,
@@ -34,6 +46,7 @@ def choose_groups(
     always possible, but for an α that is no integer, and for redundant groups.
     """
     chosen: set[Group] = set()
+    awaited: list[Group] = []
     places = 0  # given, or kept for groups that are not complete
     of_batch, published = wait_for or (0, 0)
     last = [_last(group, alpha, published) for group in groups] if wait_for else []
@@ -44,10 +57,12 @@ def choose_groups(
             ready = [group for group in due if group.complete and group not in chosen]
             chosen.update(ready[:needed])
             places += needed
+            if needed > len(ready):
+                awaited = [group for group in due if not group.complete]
     kept = places - len(chosen)
     others = [group for group in groups if group.complete and group not in chosen]
     chosen.update(others[: wanted - places])
-    return [group for group in groups if group in chosen], kept
+    return Choice([group for group in groups if group in chosen], kept, awaited)
 
 
 def _last(group: Group, alpha: float, published: int) -> int:
