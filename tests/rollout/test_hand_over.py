@@ -268,9 +268,10 @@ async def test_nobody_waits_for_a_group_that_was_given_up():
 
 @in_virtual_time
 async def test_a_part_is_what_is_complete_of_one_task_set_while_another_waits_for_its_late_groups():
-    """Each set has two batches' groups at first, of which half is quick and half are late; for those
-    of `a`, which have begun to sample, the next batch keeps all places of theirs."""
-    books, clock, groups, seen = Books(), asyncio.get_running_loop().time, BATCH // GROUP // 2, set()
+    """Each set has two batches' groups at first, of which half is quick and half are late; for
+    those of `a`, which have begun to sample, the next batch keeps all places of theirs."""
+    books, clock = Books(), asyncio.get_running_loop().time
+    groups, seen = BATCH // GROUP // 2, set()
 
     def seconds(episode):
         if not groups <= episode.task.seed < 2 * groups:
