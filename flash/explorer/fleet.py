@@ -160,7 +160,7 @@ class Fleet:
         self._heldout = itertools.count(1)
         self._continuing: dict[int, int] = {}  # the numbers of episodes that have another's
         self._over: RunOver | None = None
-        self._parted = asyncio.Event()
+        self._changed = asyncio.Event()  # one parted, or was compared
         self._counted: dict[str, HubStats] = {}  # by process, which counts on when it is back
 
     async def __aenter__(self) -> Self:
@@ -185,11 +185,18 @@ class Fleet:
                 explorer.lease.cancel()
             if explorer.link is not None:
                 explorer.link.send(self._over)
+        await self._until(
+            lambda: all(explorer.link is None for explorer in self.explorers.values()),
+            within_s=_GOODBYE_S,
+        )
+
+    async def _until(self, done: Callable[[], bool], *, within_s: float) -> None:
+        """Or until so much time is over."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_GOODBYE_S):
-                while any(explorer.link is not None for explorer in self.explorers.values()):
-                    self._parted.clear()
-                    await self._parted.wait()
+            async with asyncio.timeout(within_s):
+                while not done():
+                    self._changed.clear()
+                    await self._changed.wait()
 
     # ── what crews ask for ───────────────────────────────────────────────────────────────────
 
@@ -239,6 +246,20 @@ class Fleet:
         for explorer in self.explorers.values():
             if not self._is_examined(explorer):
                 explorer.send(message)
+
+    async def compared(self, *, within_s: float) -> None:
+        """Waits for those that have weights to have asked the trainer about them, unless they have
+        since the last call."""
+        due = [
+            explorer
+            for explorer in self.explorers.values()
+            if explorer.version >= 0 and not self._is_examined(explorer)
+        ]
+        await self._until(
+            lambda: all(each.compared or each.link is None for each in due), within_s=within_s
+        )
+        for explorer in self.explorers.values():
+            explorer.compared = False
 
     def _weights(self) -> Publish | None:
         """The newest. One that is back from an earlier start may lack those that this one began
@@ -455,7 +476,7 @@ class Fleet:
         explorer.last_heard_at = explorer.link.heard_at
         explorer.link = None
         explorer.room = 0
-        self._parted.set()
+        self._changed.set()
         if explorer.leaving and not (explorer.plays or explorer.early):
             del self.explorers[explorer.name]
             self.counts["drains"] += 1
@@ -578,6 +599,8 @@ class Fleet:
         if scores is None:
             explorer.send(Scored(question.number, None))
             return
+        explorer.compared = True
+        self._changed.set()
         logprobs = [list(map(float, each)) for each in scores.logprobs]
         explorer.send(Scored(question.number, logprobs, scores.largest_logit))
 
