@@ -55,7 +55,6 @@ from flash.explorer.messages import (
     Room,
     RunOver,
     Score,
-    Scored,
     State,
     Step,
     Trouble,
@@ -67,6 +66,7 @@ from flash.explorer.placing import Placing
 from flash.explorer.remote import cut_off
 from flash.explorer.seat import Explorer, Play
 from flash.explorer.senders import Senders, Sending
+from flash.explorer.updates import Updates
 from flash.hub.reports import HubStats
 from flash.rollout.committed import INTERRUPTED
 from flash.rollout.episode import Cancelled
@@ -90,6 +90,13 @@ class Run:
     model: str
     model_files: Files | None
     version: int  # of the model
+
+    @property
+    def first_weights(self) -> Publish | None:
+        """Those of the model, if it is a folder of the controller's."""
+        if self.model_files is None:
+            return None
+        return Publish(self.version, self.model_files, probe=False)
 
 
 class Fleet:
@@ -139,12 +146,16 @@ class Fleet:
         self._known = known
         self._after_commit = after_commit
         self._version = version
-        self._publish = publish
-        self._score = score
-        self._apart = apart
         self._sending = sending
-        self._placing = Placing(
+        self.placing = Placing(
             self.explorers, brought=self.brought, apart=apart, on_fatal=self._fail
+        )
+        self.updates = Updates(
+            self.explorers,
+            first=run.first_weights,
+            published=publish,
+            score=score,
+            exam_waits=lambda: apart and self.placing.has_heldout,
         )
         self._claims = Claims(
             self.explorers,
@@ -160,7 +171,7 @@ class Fleet:
         self._heldout = itertools.count(1)
         self._continuing: dict[int, int] = {}  # the numbers of episodes that have another's
         self._over: RunOver | None = None
-        self._changed = asyncio.Event()  # one parted, or was compared
+        self._parted = asyncio.Event()
         self._counted: dict[str, HubStats] = {}  # by process, which counts on when it is back
 
     async def __aenter__(self) -> Self:
@@ -185,26 +196,19 @@ class Fleet:
                 explorer.lease.cancel()
             if explorer.link is not None:
                 explorer.link.send(self._over)
-        await self._until(
-            lambda: all(explorer.link is None for explorer in self.explorers.values()),
-            within_s=_GOODBYE_S,
-        )
-
-    async def _until(self, done: Callable[[], bool], *, within_s: float) -> None:
-        """Or until so much time is over."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(within_s):
-                while not done():
-                    self._changed.clear()
-                    await self._changed.wait()
+            async with asyncio.timeout(_GOODBYE_S):
+                while any(explorer.link is not None for explorer in self.explorers.values()):
+                    self._parted.clear()
+                    await self._parted.wait()
 
     # ── what crews ask for ───────────────────────────────────────────────────────────────────
 
     def begin(self, play: Play) -> None:
         """To be played as soon as there is room for it."""
         play.number = -next(self._heldout) if play.heldout else play.episode.id
-        if play.heldout and not self._placing.has_heldout:  # an evaluation begins, perhaps
-            self._catch_up()
+        if play.heldout and not self.placing.has_heldout:  # an evaluation begins, perhaps
+            self.updates.catch_up()
         if play.heldout or not self._claims.begin(play):
             self._place(play)
 
@@ -223,11 +227,11 @@ class Fleet:
             del play.explorer.plays[play.number]
             play.explorer = None
         elif not self._claims.drop(play):
-            self._placing.drop(play)
+            self.placing.drop(play)
 
     def _place(self, play: Play) -> None:
-        self._placing.wait(play)
-        self._placing.place()
+        self.placing.wait(play)
+        self.placing.place()
 
     def _go_on(self, explorer: Explorer, play: Play, steps: Sequence[Step]) -> None:
         """An explorer has what it was given by the last start of the run."""
@@ -240,48 +244,6 @@ class Fleet:
             on_fatal(error)
 
     # ── who comes and goes ───────────────────────────────────────────────────────────────────
-
-    def publish(self, message: Publish) -> None:
-        """Tells all that are here of new weights."""
-        for explorer in self.explorers.values():
-            if not self._is_examined(explorer):
-                explorer.send(message)
-
-    async def compared(self, *, within_s: float) -> None:
-        """Waits for those that have weights to have asked the trainer about them, unless they have
-        since the last call."""
-        due = [
-            explorer
-            for explorer in self.explorers.values()
-            if explorer.version >= 0 and not self._is_examined(explorer)
-        ]
-        await self._until(
-            lambda: all(each.compared or each.link is None for each in due), within_s=within_s
-        )
-        for explorer in self.explorers.values():
-            explorer.compared = False
-
-    def _weights(self) -> Publish | None:
-        """The newest. One that is back from an earlier start may lack those that this one began
-        with, and could play nothing until there are newer ones."""
-        run, published = self._run, self._publish()
-        if published is None and run.model_files is not None:
-            return Publish(run.version, run.model_files, probe=False)
-        return published
-
-    def _is_examined(self, explorer: Explorer) -> bool:
-        """Whether the weights that it has are what an evaluation is of."""
-        due = self._apart and self._placing.has_heldout
-        return explorer.evaluates and (bool(explorer.plays) or due)
-
-    def _catch_up(self) -> None:
-        """Gives evaluators the weights that came out while an evaluation was played."""
-        weights = self._weights()
-        if weights is None:
-            return
-        for explorer in self.explorers.values():
-            if explorer.evaluates and not self._is_examined(explorer):
-                explorer.send(weights)
 
     async def welcome(self, wire: Wire) -> None:
         """Has the explorer at the other end until its link is lost, or it leaves."""
@@ -387,11 +349,11 @@ class Fleet:
         for play in explorer.plays.values():
             if (reason := play.episode.cancel_reason) is not None:
                 link.send(GiveUp(play.number, reason))
-        if (weights := self._weights()) is not None:
+        if (weights := self.updates.newest) is not None:
             link.send(weights)
         for play in lost:
             self._cut_off(play)
-        self._placing.place()
+        self.placing.place()
         return explorer
 
     def _put_back(self, plays: Iterable[Play]) -> list[Play]:
@@ -402,7 +364,7 @@ class Fleet:
                 others.append(play)
             else:
                 play.explorer = None
-                self._placing.wait(play, first=True)
+                self.placing.wait(play, first=True)
         return others
 
     def _seat_of(self, hello: Hello) -> Explorer | None:
@@ -476,7 +438,8 @@ class Fleet:
         explorer.last_heard_at = explorer.link.heard_at
         explorer.link = None
         explorer.room = 0
-        self._changed.set()
+        self._parted.set()
+        self.updates.is_not_due(explorer)
         if explorer.leaving and not (explorer.plays or explorer.early):
             del self.explorers[explorer.name]
             self.counts["drains"] += 1
@@ -524,7 +487,7 @@ class Fleet:
                 explorer.version = message.version
                 explorer.room = message.room - (explorer.begun - message.begun)
                 if explorer.room > 0:
-                    self._placing.place()
+                    self.placing.place()
             case State():
                 explorer.state = message
                 if message.stats is not None:
@@ -537,7 +500,7 @@ class Fleet:
             case Returned():
                 self._hear_of_return(explorer, message)
             case Score():
-                self._tasks.create_task(self._answer(explorer, message), name="score")
+                self._tasks.create_task(self.updates.answer(explorer, message), name="score")
             case Trouble():
                 self._hear_trouble(explorer, message)
 
@@ -547,7 +510,7 @@ class Fleet:
             plays, explorer.plays, explorer.early = explorer.plays, {}, {}
             for play in self._put_back(plays.values()):
                 self._cut_off(play)
-            self._placing.place()
+            self.placing.place()
 
     def _hear_of_return(self, explorer: Explorer, returned: Returned) -> None:
         for episode in returned.episodes:
@@ -582,27 +545,14 @@ class Fleet:
                 explorer.played += 1
                 play.explorer = None
                 play.on_end(play.episode, end)
-            if explorer.evaluates and not self._is_examined(explorer):
-                self._catch_up()
+            if explorer.evaluates and not self.updates.is_examined(explorer):
+                self.updates.catch_up()
             self._after_commit(partial(self._committed, play.number))
             return
 
     def _committed(self, number: int) -> None:
         if (explorer := self._uncommitted.pop(number, None)) is not None:
             explorer.settle(number)
-
-    async def _answer(self, explorer: Explorer, question: Score) -> None:
-        scores = None
-        with contextlib.suppress(FlashError):  # the trainer's, of which others tell
-            if self._score is not None:
-                scores = await self._score(question)
-        if scores is None:
-            explorer.send(Scored(question.number, None))
-            return
-        explorer.compared = True
-        self._changed.set()
-        logprobs = [list(map(float, each)) for each in scores.logprobs]
-        explorer.send(Scored(question.number, logprobs, scores.largest_logit))
 
     def _hear_trouble(self, explorer: Explorer, trouble: Trouble) -> None:
         error: FlashError
@@ -614,38 +564,10 @@ class Fleet:
 
     # ── how it stands ────────────────────────────────────────────────────────────────────────
 
-    def waits_for(self, *, heldout: bool = False, here: bool = False) -> str:
-        """What must come before all of that kind can be played; empty if it can be. `here`: what
-        nobody brings is played in this process as well."""
-        kinds = [] if here or not self.brought.has_others else [""]
-        kinds += [
-            name for name in self.brought if self._placing.waits(heldout=heldout, brought=name)
-        ]
-        return "; ".join(filter(None, (self._lacks(name, heldout=heldout) for name in kinds)))
-
-    def _lacks(self, brought: str, *, heldout: bool) -> str:
-        able = [
-            explorer
-            for explorer in self.explorers.values()
-            if self._placing.is_for(explorer, heldout=heldout, brought=brought)
-        ]
-        if not able:
-            option = " --evaluates" if heldout and self._apart else ""
-            if brought:
-                return (
-                    f"an explorer that brings task set {brought}: flash explore{option} --tasks "
-                    f"FILE starts one"
-                )
-            return f"an explorer: flash explore{option} starts one"
-        if all(explorer.version < 0 for explorer in able):
-            told = (f"{e.name} ({e.state.doing or 'away'})" for e in able)
-            return f"explorers: {', '.join(told)}"
-        return ""
-
     @property
     def waiting(self) -> int:
         """Episodes that no explorer has yet."""
-        return len(self._placing) + len(self._claims)
+        return len(self.placing) + len(self._claims)
 
     def stats(self) -> dict[str, HubStats]:
         """Of each explorer that told them."""

@@ -82,14 +82,14 @@ class FleetHub:
         files = await self._offer(weights.path, before=before)
         self._recent.append(weights)
         self._message = Publish(weights.version, files, probe=weights.score is not None)
-        self._fleet.publish(self._message)
+        self._fleet.updates.publish(self._message)
         self._publishes += 1
         within_s = 0.0 if weights.score is None else self._may_wait_s()
         self._waits = within_s > 0
         try:
             report = await self._publish_here(weights)
             if self._waits:
-                await self._fleet.compared(within_s=within_s)
+                await self._fleet.updates.compared(within_s=within_s)
                 self._waited_at = asyncio.get_running_loop().time()
         finally:
             self._waits = False

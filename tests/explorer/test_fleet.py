@@ -259,10 +259,10 @@ async def test_an_explorer_that_evaluates_plays_nothing_else_with_weights_that_s
         assert fleet.explorers["exam"].played == 8
         await asyncio.sleep(5)
         assert exam.hub.version == 29
-        assert fleet.waits_for() == fleet.waits_for(heldout=True) == ""
+        assert fleet.placing.waits_for() == fleet.placing.waits_for(heldout=True) == ""
         await exam.kill()
         await asyncio.sleep(60)
-        assert "--evaluates" in fleet.waits_for(heldout=True)
+        assert "--evaluates" in fleet.placing.waits_for(heldout=True)
 
 
 @in_virtual_time
