@@ -77,7 +77,16 @@ def measure_dispatch() -> None:
         print(f"{workers:7}{1e6 * asyncio.run(dispatch(workers)):16.1f}", flush=True)
 
 
-def at_least_one(share: float, workers: int) -> int:
+def with_each_share(scenario: Scenario) -> list[Result]:
+    """As many workers out at a time as each of the shares says."""
+    results = []
+    for share in SHARES.values():
+        with patch("flash.hub.publisher.spared", partial(_at_least_one, share)):
+            results.append(simulate(scenario))
+    return results
+
+
+def _at_least_one(share: float, workers: int) -> int:
     return max(1, int(share * workers))
 
 
@@ -85,12 +94,7 @@ def measure_publishes(steps: int) -> None:
     print("load s  alpha" + "".join(f"{share:>16}" for share in SHARES))
     for load_s in LOADS_S:
         for alpha in (0, 1):
-            results: list[Result] = []
-            scenario = job(1, steps, alpha=alpha, **{"workers.load_s": load_s})
-            for share in SHARES.values():
-                spared = partial(at_least_one, share)
-                with patch("flash.hub.publisher.spared", spared):
-                    results.append(simulate(scenario))
+            results = with_each_share(job(1, steps, alpha=alpha, **{"workers.load_s": load_s}))
             cells = [
                 f"{result.samples_per_s / results[0].samples_per_s:8.2f}x"
                 f"{result.steps[-1].publish_s:5.0f} s"
