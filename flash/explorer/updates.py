@@ -69,6 +69,7 @@ class Updates:
                 explorer.send(newest)
 
     async def answer(self, explorer: Explorer, question: Score) -> None:
+        """Tells it what the trainer says, or that it has no time."""
         scores = None
         with contextlib.suppress(FlashError):  # the trainer's, of which others tell
             if self._score is not None:

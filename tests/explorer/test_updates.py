@@ -125,19 +125,22 @@ async def test_a_trainer_waits_for_no_explorer_longer_than_its_steps_take():
 
 
 @in_virtual_time
-async def test_a_trainer_waits_for_no_explorer_that_is_lost_meanwhile_or_has_no_weights_yet():
+async def test_a_trainer_waits_for_no_explorer_that_is_away_is_lost_or_has_no_weights_yet():
     wires, trainer = FakeWires(), Scoring()
     controller = Controller(wires)
     async with controller.running() as loop:
         explorer(wires, "quick")
-        explorer(wires, "gone", load_s=2 * STEP_S)
+        explorer(wires, "lost", load_s=2 * STEP_S)
+        away = explorer(wires, "away", load_s=2 * STEP_S)
         controller.busy = True
         await busy_steps(loop, range(1, COMPARED_EVERY), trainer.weights)
+        await away.kill()
         starts = Explorer(wires, "starts").connection
         async with starts.kept():
             await starts.welcomed()
-            asyncio.get_running_loop().call_later(STEP_S + 3.0, wires.cut, "gone")
+            asyncio.get_running_loop().call_later(STEP_S + 3.0, wires.cut, "lost")
             (took_s,) = await busy_steps(loop, [COMPARED_EVERY], trainer.weights)
+            assert "away" in controller.fleet.explorers
     assert took_s == pytest.approx(3.0)
 
 
