@@ -221,12 +221,12 @@ class Connection:
             self._player.tell_state()
 
     def _note_probe(self, report: PublishReport) -> None:
-        """The trainer answers while it has nothing else to do: that may be never."""
+        """The trainer answers while it has nothing else to do, and waits a little now and then."""
         self._not_probed = self._not_probed + 1 if report.gap is None else 0
         if self._not_probed == _MOST_NOT_PROBED:
             logger.warning(
                 "the workers here could not be compared with the trainer for %d versions: it was "
-                "busy",
+                "busy when they had its weights",
                 _MOST_NOT_PROBED,
             )
 

@@ -142,10 +142,11 @@ async def test_a_next_start_may_evaluate_where_the_last_did_not():
         a = Explorer(wires, "a").start()
         await loop.next_batch()
         await a.kill()
-        assert controller.fleet.waits_for(heldout=True)
+        assert controller.fleet.placing.waits_for(heldout=True)
         Explorer(wires, "a", evaluates=True).start()
         await asyncio.sleep(5)
-        assert controller.fleet.waits_for() and not controller.fleet.waits_for(heldout=True)
+        assert controller.fleet.placing.waits_for()
+        assert not controller.fleet.placing.waits_for(heldout=True)
 
 
 @in_virtual_time
