@@ -20,7 +20,7 @@ from flash.errors import ClusterFailure, NodeLost, first_error
 from flash.stop import unless
 
 _LOOK_S = 1.0  # between two looks: Ray tells nobody when a placement group has lost a node
-_NOTICED_S = 60.0  # Ray knows of a lost node after 15 s, or after 50 s if its machine is lost
+_NOTICED_S = 75.0  # Ray knows of a lost node after 15 s; of one that is silent after 65 s
 _PATIENCE_S = 10.0  # a node that has room is the trainer's by then
 _MAKE_WAY_S = 60.0  # from one node to the next: a lost one may be back by then
 
@@ -166,20 +166,19 @@ class AskedExplorers:
         for playing in self._playing.values():
             if playing.node in lack.homes and playing.since > self._lacks_since - _NOTICED_S:
                 playing.makes_way.set()
-        if now - self._lacks_since >= _PATIENCE_S:
+        if now - self._lacks_since >= _PATIENCE_S and not self._told:
             self._tell(lack)
         if now - self._made_way_at >= _MAKE_WAY_S:
             self._made_way_at = now
             self._make_way(lack)
 
     def _tell(self, lack: Lack) -> None:
-        if not self._told:
-            self._told = True
-            self._say(
-                f"explorers wait for the trainer, which lacks {lack.nodes} of "
-                f"{self._trainer.count} nodes: Ray has none with room (cluster.trainer); "
-                f"{len(self._playing)} of {self._count} play on"
-            )
+        self._told = True
+        self._say(
+            f"explorers wait for the trainer, which lacks {lack.nodes} of {self._trainer.count} "
+            f"nodes: Ray has none with room (cluster.trainer); {len(self._playing)} of "
+            f"{self._count} play on"
+        )
 
     def _make_way(self, lack: Lack) -> None:
         """On the node where it costs the fewest, unless nobody would be left to learn from."""

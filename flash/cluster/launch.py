@@ -13,7 +13,7 @@ The trainer's nodes are the bundles of one placement group, so that a run has al
 All explorers that there may be are asked for once the trainer has its nodes (asking.py). Those for
 which there is no room wait in Ray's queue until a node joins, which is also what makes a cluster
 that scales grow. What is lost with its node or process starts again wherever there is room; so does
-the controller, where all nodes share the disk that the run's folder is on, and goes on from it.
+the controller, where all nodes share the disk with the run's folder, and goes on from its log.
 """
 
 import asyncio
@@ -42,13 +42,7 @@ from flash.cluster.config import ClusterTrainerConfig
 from flash.cluster.controller import ControllerRole
 from flash.cluster.explorer import ExplorerRole
 from flash.cluster.ranks import RanksRole
-from flash.cluster.remote import (
-    NAME_SHOWN,
-    RemoteController,
-    RemoteExplorer,
-    here,
-    hosts_asked,
-)
+from flash.cluster.remote import NAME_SHOWN, RemoteController, RemoteExplorer, here, hosts_asked
 from flash.cluster.roles import Plan, plan_of
 from flash.cluster.room import Node, check_answers, check_room, check_shared
 from flash.config import Config
