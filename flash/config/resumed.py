@@ -27,9 +27,7 @@ def _of(section: str, fields: str) -> list[str]:
 
 # A section that is here by its own name is of one kind, with all that it will ever hold.
 KINDS: Final[Mapping[str, Kind]] = {
-    **dict.fromkeys(
-        ("model", "seed", "policy", "warm_start", "trainer.lora", "log.url"), "fixed"
-    ),
+    **dict.fromkeys(("model", "seed", "policy", "warm_start", "trainer.lora", "log.url"), "fixed"),
     **dict.fromkeys(
         (
             *["alpha", "batch_size", "group_size", "publish_every", "task_sets"],

@@ -27,6 +27,7 @@ from flash.seeds import derived
 from flash.system import machine
 from flash.trainer.checkpoint import ADAPTERS_FILE
 from flash.trainer.config import ALL_LINEAR, LoraConfig
+from flash.trainer.save import save_model
 from flash.trainer.scorer import TokenScorer
 from flash.trainer.sharding import WHOLE
 
@@ -47,7 +48,7 @@ def check_installed(settings: LoraConfig) -> None:
 
 def check_targets(model: Any, settings: LoraConfig) -> None:
     """ValueError if the model, with weights or without, has not what adapters are asked for."""
-    if settings.targets == (ALL_LINEAR,):
+    if not settings.rank or settings.targets == (ALL_LINEAR,):
         return
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     found = {name.rpartition(".")[2] for name, m in linear.items() if m is not _head(model)}
@@ -132,7 +133,8 @@ def merged(model: Any, name: str, weight: Tensor) -> Tensor:
     if not name.endswith(f"{_OWN}weight"):
         return weight
     layer = model.get_submodule(name.removesuffix(f"{_OWN}weight"))
-    return weight.float() + layer.get_delta_weight(_NAME)
+    added: Tensor = layer.get_delta_weight(_NAME)
+    return weight.float() + added
 
 
 # ── checkpoints ──────────────────────────────────────────────────────────────────────────────
@@ -141,7 +143,7 @@ def merged(model: Any, name: str, weight: Tensor) -> Tensor:
 def adapters_of(model: Any) -> dict[str, Tensor]:
     """The adapters, whole on rank 0, by their names in PEFT's files; a collective of all ranks."""
     options = replace(WHOLE, ignore_frozen_params=True)
-    state = get_model_state_dict(model, options=options)
+    state: dict[str, Any] = get_model_state_dict(model, options=options)
     return {_in_file(name): tensor for name, tensor in state.items() if is_adapter(name)}
 
 
@@ -165,8 +167,27 @@ def load_adapters(model: Any, directory: Path, settings: LoraConfig) -> None:
             f"{directory} has adapters of another rank, alpha or other targets than trainer.lora: "
             f"give it as the run had it, or begin at the first model"
         )
-    state = {names[name]: tensor for name, tensor in kept.items()}
+    state: dict[str, Any] = {names[name]: tensor for name, tensor in kept.items()}
     set_model_state_dict(model, state, options=replace(WHOLE, strict=False))
+
+
+def merge(adapters: Path, directory: Path) -> None:
+    """Writes the model that those of `save_adapters` make of theirs, in float32.
+
+    ValueError if that model is not where it was.
+    """
+    from peft import AutoPeftModelForCausalLM  # noqa: PLC0415  (it is optional)
+
+    peft_class: Any = AutoPeftModelForCausalLM
+    base = json.loads((adapters / _CONFIG_FILE).read_text())["base_model_name_or_path"]
+    try:
+        model = peft_class.from_pretrained(adapters, dtype=torch.float32).merge_and_unload()
+    except OSError as error:
+        raise ValueError(
+            f"{adapters} has adapters of the model {base!r}, which can't be loaded: bring it back, "
+            f"or name where it is in {_CONFIG_FILE} (base_model_name_or_path) ({error})"
+        ) from error
+    save_model(model, directory, source=str(adapters), weights=model.state_dict())
 
 
 def _in_file(name: str) -> str:

@@ -154,9 +154,7 @@ class Rank:
             meeting.host, meeting.port, world_size=ranks, wait_for_workers=False, **more
         )
 
-    def _load_model(
-        self, source: str, lora: LoraConfig | None = None
-    ) -> tuple[Any, TokenScorer]:
+    def _load_model(self, source: str, lora: LoraConfig | None = None) -> tuple[Any, TokenScorer]:
         """A model and the sharded module that scores tokens with it; ValueError if it can't."""
         model = load_model(source)
         scorer = TokenScorer(model).to(self._device)
@@ -453,11 +451,11 @@ class Rank:
         takes to go on training."""
         self._offload.to_device()
         adapted = self._config.lora.rank > 0
-        weights: dict[str, Tensor] = (
-            adapters_of(self._model)
-            if adapted
-            else get_model_state_dict(self._model, options=WHOLE)
-        )
+        weights: dict[str, Any]
+        if adapted:
+            weights = adapters_of(self._model)
+        else:
+            weights = get_model_state_dict(self._model, options=WHOLE)
         state = optimizer_state(self._scorer, self._optimizer) if optimizer else None
         of_critic = self._critic.state() if self._critic is not None and optimizer else None
         if self._rank != 0:
