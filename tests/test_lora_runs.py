@@ -1,4 +1,4 @@
-"""A run that trains adapters: a stop and a resume, an evaluation, a merged model; all parts real."""
+"""A run with adapters: a stop and a resume, an evaluation, a merged model; all parts real."""
 
 import json
 
