@@ -115,6 +115,14 @@ _EXPORT = """\
 A row is an episode: its task, outcome, reward and versions; what was read and said in turns and as
 messages; tokens, logprobs, versions and loss mask of each sequence.
 """
+_MERGE = """\
+  flash merge runs/alfworld/checkpoints/step_000100 --out merged
+
+  --out DIR               a folder to be made
+
+A run with trainer.lora.rank has adapters alone in its checkpoints. What is written is a Hugging
+Face model in float32, with its tokenizer.
+"""
 _SIMULATE = """\
   flash simulate scenario.yaml
   flash simulate scenario.yaml --alpha 2 --workers.count 24 --timeline
@@ -151,12 +159,13 @@ _USAGE = {
     "explore": ("RUN|URL [--field value …]", _EXPLORE),
     "status": ("RUN [--json]", _STATUS),
     "export": ("RUN --format jsonl|parquet", _EXPORT),
+    "merge": ("CHECKPOINT --out DIR", _MERGE),
     "simulate": ("FILE.yaml [--field.sub value …]", _SIMULATE),
     "plan": ("FILE.yaml --gpus N [--field.sub value …]", _PLAN),
 }
 
 _FIELDS: dict[str, type[BaseModel]] = {"simulate": Scenario, "plan": Scenario, "replay": Retraining}
-_NO_FIELDS = ("show", "export")
+_NO_FIELDS = ("show", "export", "merge")
 
 
 def of(command: str, about: str, words: Sequence[str]) -> str:
