@@ -30,6 +30,7 @@ from flash.system.process import serve
 from flash.trainer.checkpoint import CRITIC_FILE, MODEL_FOLDER, OPTIMIZER_FILE, write_state
 from flash.trainer.config import LoraConfig, TrainerConfig
 from flash.trainer.critic import Critic
+from flash.trainer.delta import write_delta
 from flash.trainer.export import layout, whole_tensors, write_weights
 from flash.trainer.fused import fuse
 from flash.trainer.layers import compile_layers, recompute_activations
@@ -400,14 +401,20 @@ class Rank:
 
     # ── weights and checkpoints ──────────────────────────────────────────────────────────────
 
-    def export(self, directory: str) -> None:
-        """Write the weights as safetensors under their Hugging Face names; rank 0 writes."""
+    def export(self, directory: str, before: str | None = None) -> float | None:
+        """Write the weights as safetensors under their Hugging Face names; rank 0 writes.
+
+        It knows then which share of them changed since the export `before`.
+        """
         partial = Path(f"{directory}.partial")
         if self._rank == 0:
             partial.mkdir(parents=True)
         write_weights(self._model, partial, dtype=self._exported, write=self._rank == 0)
-        if self._rank == 0:
-            partial.rename(directory)
+        if self._rank:
+            return None
+        changed = None if before is None else write_delta(Path(before), partial)
+        partial.rename(directory)
+        return changed
 
     @property
     def _exported(self) -> torch.dtype:

@@ -391,10 +391,10 @@ class Trainer:
         They stay until the export after next; `score` answers for them until the next step.
         """
         assert self._scratch is not None, "the trainer is not entered"
-        path = self._scratch.new_export(self.version)
-        await self._call("export", str(path))
+        path, before = self._scratch.new_export(self.version), self._scratch.newest
+        changed = await self._call("export", str(path), None if before is None else str(before))
         await self._scratch.keep(path)
-        return Weights(version=self.version, path=path, score=self.score)
+        return Weights(version=self.version, path=path, score=self.score, changed=changed)
 
     async def make_room(self, share: float) -> float:
         """Has every rank keep so little of its GPU that this share is free, if it can; the share

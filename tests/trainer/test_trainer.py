@@ -24,6 +24,7 @@ from flash.trainer.objectives.settings import Gspo, KlSettings
 from flash.trainer.trainer import Trainer
 from flash.types import Batch, Sample
 from flash.virtual_time import in_virtual_time
+from flash.worker.delta import delta_of
 
 SamplesOf = Callable[..., list[Sample]]
 SaveModel = Callable[..., Path]
@@ -150,6 +151,10 @@ async def test_two_ranks_compute_what_one_does_and_one_goes_on_where_two_stopped
         exports = [await two.export_weights() for _ in range(3)]
         assert [weights.path.is_dir() for weights in exports] == [False, True, True]
         assert exports[-1].version == two.version == 2
+        assert [weights.changed for weights in exports] == [None, 0.0, 0.0]
+        delta = delta_of(exports[-1].path)
+        assert delta is not None
+        assert delta.before == str(exports[-2].path)
         reloaded: Any = AutoModelForCausalLM.from_pretrained(exports[-1].path)
         assert exports[-1].score is not None
         scored = (await exports[-1].score([PROBE])).logprobs[0]
