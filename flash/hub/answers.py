@@ -13,7 +13,7 @@ from flash.types import Completion, FinishReason, SamplingParams
 
 # vLLM sends this for a logprob that is nan.
 _CLAMPED_LOGPROB = -9000.0
-_LONGEST_LINE_BYTES = 1 << 20
+_LONGEST_LINE_BYTES = 1 << 22  # SGLang repeats all of an answer in each event
 _EVENT = b"data: "
 _DONE = b"data: [DONE]"
 
