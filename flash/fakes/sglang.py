@@ -104,8 +104,8 @@ class FakeSglang:
         context_length: the longest sequence, as /v1/models tells it.
 
     `asked`: routes and bodies, in order. `changes` are made to the next answers or events;
-    `cut_after` so many events of a stream the connection ends, -1: never; `load_error`: what a
-    load of weights fails with.
+    `cut_after` so many events of the next stream the connection ends, -1: never; `load_error`: what
+    loads of weights fail with.
     """
 
     def __init__(
@@ -234,6 +234,7 @@ class FakeSglang:
                 await more.wait()
                 more.clear()
                 if number == self.cut_after:
+                    self.cut_after = -1
                     assert request.transport is not None
                     request.transport.abort()
                 if sampling.done():
