@@ -64,7 +64,7 @@ def test_a_server_can_not_have_more_gpus_than_there_are(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("update_mode", ["keep", "keep_stale_kv", "abort", "wait"])
+@pytest.mark.parametrize("update_mode", ["keep", "keep_stale_kv"])
 async def test_a_run_on_sglang_servers_goes_on_when_one_is_killed(
     update_mode, tmp_path, monkeypatch
 ):

@@ -6,6 +6,7 @@ They are read, not imported: that takes a GPU's libraries.
 import ast
 import functools
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,23 @@ def test_what_a_request_leaves_out_is_to_the_fake_what_it_is_to_sglang(ours, pat
     for field in msgspec.structs.fields(ours):
         if known[field.name] is not ...:  # top_k: a large number, as -1 means there too
             assert field.default == known[field.name], field.name
+
+
+def test_a_request_is_of_sglangs_contract():
+    """Of the one that it holds each body of /generate against."""
+    path = Path(SPEC.submodule_search_locations[0]) / "api/v1/api_types.py"
+    of_file = importlib.util.spec_from_file_location("sglang_api_types", path)
+    module = importlib.util.module_from_spec(of_file)
+    sys.modules[of_file.name] = module
+    of_file.loader.exec_module(module)
+    sampling = sglang_worker._Sampling(3, 0.5, (9,), ignore_eos=False, stream_interval=32)
+    request = sglang_worker._Request("id.", [1, 2], sampling, return_logprob=True, cache_salt="1")
+    request.stream = True
+    body = msgspec.json.decode(msgspec.json.encode(request))
+    parsed = module.GenerateRequest.from_json_value(body)
+    assert (parsed.rid, parsed.input_ids, parsed.cache_salt) == ("id.", [1, 2], "1")
+    with pytest.raises(module.JsonContractError):
+        module.GenerateRequest.from_json_value({**body, "request_id": "id"})
 
 
 def test_the_routes_are_there():
