@@ -15,7 +15,7 @@ from flash.agents import EnvironmentAgent, ExternalAgent
 from flash.config import load
 from flash.evaluate import evaluate
 from flash.evaluation.play import heldout_tasks
-from flash.fakes import FakeRank, FakeStyle, FakeWorker
+from flash.fakes import FakeRank, FakeSglang, FakeStyle, FakeWorker
 from flash.hub.hub import InferenceHub
 from flash.parts.agents import Playing, open_agents
 from flash.parts.door import open_door
@@ -415,6 +415,27 @@ async def test_a_worker_that_takes_shorter_sequences_is_refused_with_the_remedy(
                     config, model="", version=0, weights=weights, log_dir=tmp_path, say=print
                 ):
                     pass
+
+
+async def test_sglang_servers_that_run_already_get_the_weights_by_routes_of_theirs(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+
+    async def weights():
+        return Weights(version=3, path=tmp_path)
+
+    server = FakeSglang(FakeWorker("worker", load_s=(0, 0)), api_key="sesame")
+    async with TestServer(server.app()) as listener:
+        engine = {"engine.kind": "sglang", "engine.urls": str(listener.make_url(""))}
+        config = load("frozen_lake", {**engine, "engine.api_key": "sesame"})
+        said = []
+        async with open_hub(
+            config, model="", version=3, weights=weights, log_dir=tmp_path, say=said.append
+        ) as hub:
+            assert hub.stats().workers[0].healthy
+    assert server.asked[0] == ("/v1/models", None)
+    updates = [body for route, body in server.asked if route == "/update_weights_from_disk"]
+    assert [body["model_path"] for body in updates] == [str(tmp_path)]
+    assert said == ["engine: 1 worker that ran before, because engine.urls names them"]
 
 
 def test_held_out_tasks_are_the_same_for_every_run():

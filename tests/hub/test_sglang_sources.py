@@ -110,7 +110,7 @@ def test_a_request_is_of_sglangs_contract():
     parsed = module.GenerateRequest.from_json_value(body)
     assert (parsed.rid, parsed.input_ids, parsed.cache_salt) == ("id.", [1, 2], "1")
     with pytest.raises(module.JsonContractError):
-        module.GenerateRequest.from_json_value({**body, "request_id": "id"})
+        module.GenerateRequest.from_json_value({**body, "sampling_params": {"max_tokens": 3}})
 
 
 def test_the_routes_are_there():
