@@ -67,17 +67,6 @@ def test_ranks_have_a_gpu_each_where_there_are_gpus():
     check_capacity(load("frozen_lake", {"trainer.ranks": 16}), NODE, nodes=2)
 
 
-def test_sglang_servers_need_a_gpu_unless_they_run_elsewhere(monkeypatch):
-    monkeypatch.setattr("flash.system.machine.has_sglang", lambda: True)
-    sglang = {"engine.kind": "sglang"}
-    with pytest.raises(ValueError, match="engine.kind=sglang needs an NVIDIA GPU .*shows none"):
-        check_capacity(load("frozen_lake", sglang), SMALL)
-    check_capacity(load("frozen_lake", sglang), NODE)
-    elsewhere = {"engine.workers": 0, "explorers.expected": 1}
-    check_capacity(load("frozen_lake", {**sglang, **elsewhere}), SMALL)
-    check_capacity(load("frozen_lake", {**sglang, "engine.urls": "http://a:1"}), SMALL)
-
-
 def test_an_evaluation_starts_no_ranks_and_keeps_no_batch():
     large = load("frozen_lake", {"trainer.ranks": 64, "batch_size": 1 << 20})
     check_capacity(large, SMALL, trains=False)

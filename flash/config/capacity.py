@@ -86,11 +86,6 @@ def _check_gpus(config: Config, has: Capacity, *, trains: bool, nodes: int) -> N
             f"engine.devices={list(engine.devices)}: {has} shows no GPU {missing}: name others, or "
             f"leave it out"
         )
-    if engine.kind == "sglang" and engine.workers and not engine.urls and not gpus:
-        raise ValueError(
-            f"engine.kind=sglang needs an NVIDIA GPU for its servers, and {has} shows none: use "
-            f"engine.kind=embedded, or name servers that run elsewhere (engine.urls)"
-        )
     if trains and gpus and config.trainer.ranks > nodes * len(gpus):
         raise ValueError(
             f"trainer.ranks={config.trainer.ranks}: each takes a GPU of {has}: take {len(gpus)} or "

@@ -21,16 +21,19 @@ class SglangPool(ProcessPool):
         model: directory or hub name.
         max_running: requests in one step of a server.
         max_tokens: the longest sequence.
+        cache_tokens: room for keys and values in a server without GPU; on a GPU `gpu_memory` says.
         tensor_parallel: GPUs of a server.
-        devices: the GPUs to use, in the order in which the servers take them.
+        devices: the GPUs to use, in the order in which the servers take them; [] for a CPU.
         gpu_memory: the share of a GPU's memory that a server takes for weights, keys and values.
-        sleeps: whether it can give that away.
+        sleeps: whether it can give that away; without a GPU it can't.
+        threads: CPU threads of a server; 0 leaves it to torch.
         keeps_stale: whether a publish may keep keys and values: steps do not overlap then.
         arguments: further arguments of `sglang serve`, after ours.
     """
 
     _STAGES: ClassVar[Mapping[str, str]] = {
         "Loading safetensors checkpoint shards": "SGLang loads the model",
+        "Multi-thread loading shards": "SGLang loads the model",
         "Capturing batches": "SGLang captures CUDA graphs",
     }
 
@@ -41,10 +44,12 @@ class SglangPool(ProcessPool):
         size: int,
         max_running: int,
         max_tokens: int,
+        cache_tokens: int,
         tensor_parallel: int,
         devices: Sequence[Gpu],
         gpu_memory: float,
         dtype: str,
+        threads: int,
         seed: int,
         arguments: Sequence[str],
         log_dir: Path,
@@ -58,6 +63,7 @@ class SglangPool(ProcessPool):
         self._model = model
         self._devices = list(devices)
         self._tensor_parallel = tensor_parallel
+        self._threads = threads
         self._seed = seed
         options = {
             "dtype": dtype,
@@ -68,11 +74,15 @@ class SglangPool(ProcessPool):
             # It would log its arguments, of which one is the key.
             "log-level": "warning",
         }
+        if not self._devices:
+            options["device"] = "cpu"
+            options["attention-backend"] = "torch_native"
+            options["max-total-tokens"] = cache_tokens
         self._arguments = [
             *(f"--{name}={value}" for name, value in options.items()),
             "--skip-tokenizer-init",
             "--incremental-streaming-output",
-            *(["--enable-memory-saver"] if sleeps else []),
+            *(["--enable-memory-saver"] if sleeps and self._devices else []),
             *(["--disable-overlap-schedule"] if keeps_stale else []),
             *arguments,
         ]
@@ -86,12 +96,16 @@ class SglangPool(ProcessPool):
         ]  # fmt: skip
 
     def _environment(self, number: int) -> Mapping[str, str]:
-        return {
+        environment = {
             "SGLANG_API_KEY": self._api_key,
             # Logprobs are of the distribution that was sampled from: after the temperature.
             "SGLANG_RETURN_ORIGINAL_LOGPROB": "false",
-            **visible_gpus(self._devices, number, self._tensor_parallel),
         }
+        if self._devices:
+            environment |= visible_gpus(self._devices, number, self._tensor_parallel)
+        elif self._threads:
+            environment["OMP_NUM_THREADS"] = str(self._threads)
+        return environment
 
     def _client(self, number: int, url: str) -> SglangWorker:
         return SglangWorker(url, api_key=self._api_key)

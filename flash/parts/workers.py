@@ -240,10 +240,12 @@ def _server_pool(
         "size": engine.workers,
         "max_running": engine.max_running,
         "max_tokens": config.agent.max_sequence_tokens,
+        "cache_tokens": engine.cache_tokens,
         "tensor_parallel": engine.tensor_parallel,
         "devices": devices,
         "gpu_memory": engine.gpu_memory,
         "dtype": _dtype(engine.dtype, devices),
+        "threads": engine.threads,
         "seed": config.seed,
         "log_dir": log_dir,
         "start_timeout_s": engine.start_timeout_s,
@@ -257,13 +259,7 @@ def _server_pool(
     start: Callable[..., VllmPool] = VllmPool
     if engine.transport == "nccl":
         start = functools.partial(NcclPool, senders=senders)
-    vllm = start(
-        model,
-        cache_tokens=engine.cache_tokens,
-        threads=engine.threads,
-        arguments=engine.vllm_args,
-        **of_both,
-    )
+    vllm = start(model, arguments=engine.vllm_args, **of_both)
     return vllm, "vLLM server"
 
 

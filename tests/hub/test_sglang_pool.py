@@ -22,6 +22,7 @@ def make_pool(tmp_path: Path, **options) -> SglangPool:
         **{
             "size": 2, "max_running": 8, "max_tokens": 512, "tensor_parallel": 2,
             "devices": [1, 2, 3, 4], "gpu_memory": 0.7, "dtype": "bfloat16", "seed": 3,
+            "cache_tokens": 4096, "threads": 5,
             "arguments": ("--attention-backend=fa3",), "log_dir": tmp_path, "start_timeout_s": 60,
             **options,
         },
@@ -45,6 +46,18 @@ def test_a_server_is_started_with_what_rollout_needs(tmp_path):
     assert environment["SGLANG_RETURN_ORIGINAL_LOGPROB"] == "false"
     assert environment["CUDA_VISIBLE_DEVICES"] == "3,4"
     assert not any(environment["SGLANG_API_KEY"] in word for word in first)
+
+
+def test_without_a_gpu_it_is_on_the_cpu(tmp_path):
+    pool = make_pool(tmp_path, devices=[], tensor_parallel=1)
+    assert pool._command(0, "", 0)[-6:-1] == [
+        "--device=cpu", "--attention-backend=torch_native", "--max-total-tokens=4096",
+        "--skip-tokenizer-init", "--incremental-streaming-output",
+    ]  # fmt: skip
+    environment = pool._environment(0)
+    assert environment["OMP_NUM_THREADS"] == "5"
+    assert "CUDA_VISIBLE_DEVICES" not in environment
+    assert "OMP_NUM_THREADS" not in make_pool(tmp_path)._environment(0)
 
 
 @pytest.mark.parametrize(

@@ -129,12 +129,13 @@ def test_answers_have_what_is_read_of_them():
 
 def test_arguments_of_servers_are_sglangs():
     pool = SglangPool(
-        "m", size=1, max_running=1, max_tokens=1, tensor_parallel=1, devices=[0], gpu_memory=0.5,
-        dtype="auto", seed=0, arguments=(), log_dir=Path(), start_timeout_s=1, sleeps=True,
-        keeps_stale=True,
+        "m", size=1, max_running=1, max_tokens=1, cache_tokens=1, tensor_parallel=1, devices=[],
+        gpu_memory=0.5, dtype="auto", threads=1, seed=0, arguments=(), log_dir=Path(),
+        start_timeout_s=1, keeps_stale=True,
     )  # fmt: skip
     words = [word for word in pool._command(0, "h", 1) if word.startswith("--")]
     names = {word.removeprefix("--").partition("=")[0] for word in words}
+    names.add("enable-memory-saver")
     names |= {*_SAMPLING_ARGS["sglang_args"], _LENGTH_ARGS[1], "api-key", "admin-api-key"}
     folder = Path(SPEC.submodule_search_locations[0]) / "srt/arg_groups/fields"
     declared = "\n".join(path.read_text() for path in folder.glob("*.py"))
