@@ -357,7 +357,7 @@ def local_config(
     engine["workers"] = engine["workers"] or 1
     if evaluates:
         engine["transport"] = "disk"  # what an evaluation is of must be to be had until its end
-    if engine["kind"] == "urls":
+    if engine["kind"] == "urls" or (engine["kind"] == "sglang" and settings["engine"]["urls"]):
         engine["kind"] = "vllm" if engine["transport"] == "nccl" else "auto"
     if welcome.where != machine.where():  # there are no trainer's ranks to leave some to
         engine["devices"] = machine.gpus()
