@@ -124,6 +124,7 @@ class Server:
     def __init__(self) -> None:
         self.asked: list[str] = []
         self.after_delta: object = None
+        self.fails_in = ""  # a method
         self.gone = False
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
@@ -131,6 +132,8 @@ class Server:
         self.asked.append(body["method"])
         if self.gone:
             request.transport.close()
+        if body["method"] == self.fails_in:
+            return web.json_response({"results": [{"error": "OSError('no room')"}]})
         if body["method"] == "load_flash_delta":
             if isinstance(self.after_delta, int):
                 return web.Response(status=self.after_delta)
@@ -216,6 +219,15 @@ async def test_one_that_goes_away_while_it_is_given_a_delta_takes_others_later(s
     server.after_delta = [[[4, 2]]]
     await server.worker.load_weights(versions[2])
     assert server.asked[-2:] == [WHOLE, DELTA]
+
+
+async def test_a_rank_that_says_what_it_failed_by_has_loaded_nothing(server, versions, tmp_path):
+    server.fails_in = "load_shared_flash_weights"
+    await server.worker.load_weights(replace(versions[0], shared=tmp_path))
+    assert server.asked == ["load_shared_flash_weights", WHOLE]
+    server.fails_in = WHOLE
+    with pytest.raises(WorkerFailure, match="load_flash_weights: OSError.'no room'"):
+        await server.worker.load_weights(versions[4])
 
 
 async def test_one_that_has_slept_or_copied_from_a_gpu_is_given_all(server, versions, tmp_path):
