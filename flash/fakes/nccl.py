@@ -25,7 +25,7 @@ from flash.fakes.routes import worker_app
 from flash.fakes.worker import FakeWorker
 from flash.hub.sender import ChunkInfo
 from flash.types import Weights
-from flash.worker.delta import FOLDER, PLACE_BYTES, TensorInfo
+from flash.worker.delta import FOLDER, PLACE_BYTES, Had, TensorInfo
 
 Chunk = tuple[ChunkInfo, bytes]
 
@@ -180,7 +180,7 @@ class FakeVllm:
         self._group: _Group | None = None
         self._active = False
         self._tensors: list[TensorInfo] = []  # of the export that a delta is to lead to
-        self._methods: dict[str, Callable[..., Awaitable[dict[str, Any]]]] = {
+        self._methods: dict[str, Callable[..., Awaitable[Any]]] = {
             "begin_flash_delta": self._begin_delta,
             "receive_flash_delta": self._receive_delta,
             "finish_flash_delta": self._finish_delta,
@@ -287,16 +287,20 @@ class FakeVllm:
         return {}
 
     async def _called(self, body: Any) -> dict[str, Any]:
+        """What fails is an answer here, as of our extension."""
         self.asked.append(body["method"])
-        return await self._methods[body["method"]](**body["kwargs"])
+        try:
+            answer = await self._methods[body["method"]](**body["kwargs"])
+        except RuntimeError as error:
+            answer = {"error": repr(error)}
+        return {"results": [answer] * self._nccl.ranks}
 
-    async def _begin_delta(self, tensors: list[Any]) -> dict[str, Any]:
+    async def _begin_delta(self, tensors: list[Any]) -> None:
         if self.refuses_deltas:
-            raise RuntimeError("ValueError: quantized")
+            raise RuntimeError("quantized")
         self._tensors = msgspec.convert(tensors, list[TensorInfo])
-        return {"results": [None] * self._nccl.ranks}
 
-    async def _receive_delta(self, chunk: Any) -> dict[str, Any]:
+    async def _receive_delta(self, chunk: Any) -> None:
         parts = await self._receive(chunk)
         for tensor in self._tensors:
             if (part := parts.get(tensor.name)) is not None:
@@ -306,15 +310,14 @@ class FakeVllm:
                 changed = tensor.changed - (tensor.name == self.loses)
                 words[np.frombuffer(part, np.int32, changed)] = values[:changed]
                 self.loaded[tensor.name] = words.tobytes()
-        return {"results": [None] * self._nccl.ranks}
 
-    async def _finish_delta(self) -> dict[str, Any]:
+    async def _finish_delta(self) -> list[Had]:
         """Each rank has all of every tensor."""
-        had = []
+        had: list[Had] = []
         for tensor in self._tensors:
             words = np.frombuffer(self.loaded[tensor.name], _WORDS[tensor.dtype])
             had.append((len(words), int(words.sum(dtype=np.int64))))
-        return {"results": [had] * self._nccl.ranks}
+        return had
 
 
 def _tensors(folder: Path) -> list[tuple[str, str, list[int], bytes]]:
