@@ -31,8 +31,8 @@ from flash.trainer.checkpoint import CRITIC_FILE, MODEL_FOLDER, OPTIMIZER_FILE, 
 from flash.trainer.config import TrainerConfig
 from flash.trainer.critic import Critic
 from flash.trainer.export import layout, whole_tensors, write_weights
-from flash.trainer.fused import fuse
-from flash.trainer.layers import compile_layers, recompute_activations
+from flash.trainer.layers import recompute_activations
+from flash.trainer.loading import sharded_scorer
 from flash.trainer.micro_batch import MicroBatch, pack
 from flash.trainer.objectives.choose import make_objective
 from flash.trainer.objectives.regularisers import kl_estimate, kl_loss, kl_penalty
@@ -43,15 +43,12 @@ from flash.trainer.ranks import LOOPBACK, Meeting
 from flash.trainer.room import room_of
 from flash.trainer.save import save_model
 from flash.trainer.scorer import TokenScorer
-from flash.trainer.self_test import check_packed
 from flash.trainer.sharding import (
     WHOLE,
     clip_gradient,
-    load_model,
     load_optimizer,
     make_optimizer,
     optimizer_state,
-    shard,
 )
 from flash.trainer.statistics import StepStatistics
 from flash.trainer.values import trained
@@ -111,11 +108,14 @@ class Rank:
         self._half = config.dtype == "bfloat16" or (config.dtype == "auto" and cuda)
         self._reference: TokenScorer | None = None
         try:
-            self._model, self._scorer = self._load_model(model)
+            self._scorer = sharded_scorer(model, config, device=self._device, half=self._half)
+            self._model: Any = self._scorer.model
             if config.gradient_checkpointing:
                 recompute_activations(self._model)
             if reference is not None:
-                _, self._reference = self._load_model(reference)
+                self._reference = sharded_scorer(
+                    reference, config, device=self._device, half=self._half
+                )
                 self._reference.requires_grad_(False)
         except ValueError as error:
             logger.exception("the model can't be trained")
@@ -142,24 +142,6 @@ class Rank:
         return stores.TCPStore(
             meeting.host, meeting.port, world_size=ranks, wait_for_workers=False, **more
         )
-
-    def _load_model(self, source: str) -> tuple[Any, TokenScorer]:
-        """A model and the sharded module that scores tokens with it; ValueError if it can't."""
-        model = load_model(source)
-        scorer = TokenScorer(model).to(self._device)
-        check_packed(scorer)
-        if self._config.compile:  # fuses what the kernels of `fuse` do
-            compile_layers(model)
-        else:
-            fuse(scorer)
-        shard(
-            scorer,
-            model,
-            ranks=self._ranks,
-            half=self._half,
-            shard_size=self._config.shard_size,
-        )
-        return model, scorer
 
     def room(self) -> Room | None:
         """How many tokens a pass of the next steps has memory for; None where that is as usual."""
