@@ -25,7 +25,7 @@ from transformers.utils.hub import cached_file
 
 from flash.system.quiet import no_progress_bars
 from flash.trainer.attention import PACKED_ATTENTION
-from flash.trainer.scorer import TokenScorer
+from flash.trainer.scorer import TokenScorer, by_itself
 from flash.trainer.self_test import check_layers
 
 # In the order in which transformers looks for them.
@@ -128,6 +128,8 @@ def _empty_model(config: Any) -> Any:
                 config, dtype=torch.bfloat16, attn_implementation=PACKED_ATTENTION
             )
     except Exception as error:  # the boundary to transformers' classes, which raise all kinds
+        if isinstance(error, KeyError) and error.args == (PACKED_ATTENTION,):  # its own table
+            raise ValueError(by_itself(config.model_type)) from error
         raise ValueError(
             f"config.json (model_type={config.model_type!r}) makes no causal language model: give "
             f"one that is, or correct its sizes ({type(error).__name__}: {str(error)[:200]})"
