@@ -73,6 +73,7 @@ def test_a_layer_whose_attention_is_its_own_is_counted(tmp_path: Path) -> None:
         ({"sliding_window": 100}, 40, [40, 5, 33]),
         ({"sliding_window": 100, "max_position_embeddings": 20}, None, [20, 5]),
         ({"sliding_window": 100_000}, None, [64, 5, 33]),
+        ({"max_position_embeddings": -1}, None, [64, 5, 33]),
     ],
 )
 def test_texts_are_longer_than_a_window_as_far_as_they_may_be(
