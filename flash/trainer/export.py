@@ -2,14 +2,12 @@
 
     for each tensor: all ranks gather it ─► rank 0 keeps it ─► a file's worth? write it, forget it
 
-What is written is a Hugging Face checkpoint without tokenizer: names as there, tied weights once,
-and apart what is apart there. In memory a layer's experts are one tensor; in files each has its
-own, and servers look for those.
+What is written is a Hugging Face checkpoint without tokenizer: names and parts as there, tied
+weights once, adapters merged into the weights that they belong to.
 """
 
 import json
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +15,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    rename_source_key,
-    revert_weight_conversion,
-)
+
+from flash.trainer.lora import is_adapter, merged, own_name
+from flash.trainer.stored import as_stored, parts_of
 
 _FILE_BYTES = 1 << 30
 _INDEX_FILE = "model.safetensors.index.json"
@@ -50,60 +44,32 @@ def write_weights(
 
 def whole_tensors(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Those that `write_weights` writes, one by one, on the device; a collective of all ranks."""
-    for part in _exported(model, dtype):
-        # Cast first: the gather then moves what is wanted and no more.
-        whole = {name: _gather(tensor.to(wanted)) for name, (tensor, wanted) in part.items()}
-        yield from _as_in_files(model, whole).items()
+    exported = {own_name(each[0]): each for each in _exported(model, dtype)}
+    for part in parts_of(model, exported):
+        whole = {}
+        for own in part:
+            name, tensor, wanted = exported[own]
+            # Cast first: the gather then moves what is wanted and no more.
+            whole[own] = _gather(merged(model, name, tensor).to(wanted))
+        yield from as_stored(model, whole).items()
 
 
 def layout(model: Any, dtype: torch.dtype) -> list[tuple[str, torch.dtype, torch.Size]]:
     """Their names, dtypes and shapes."""
-    return [
-        (name, empty.dtype, empty.shape)
-        for part in _exported(model, dtype)
-        for name, empty in _as_in_files(
-            model,
-            {
-                name: torch.empty(tensor.shape, dtype=wanted, device="meta")
-                for name, (tensor, wanted) in part.items()
-            },
-        ).items()
-    ]
+    empty = {
+        own_name(name): torch.empty(tensor.shape, dtype=wanted, device="meta")
+        for name, tensor, wanted in _exported(model, dtype)
+    }
+    return [(name, t.dtype, t.shape) for name, t in as_stored(model, empty).items()]
 
 
-def _exported(model: Any, dtype: torch.dtype) -> Iterator[dict[str, tuple[Tensor, torch.dtype]]]:
-    """What each is now, and the dtype that it gets: parameters that, buffers their own. Together
-    are those that files hold as one."""
+def _exported(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, torch.dtype]]:
+    """What each is now, and the dtype that it gets: parameters that, buffers their own."""
     tied = set(model.all_tied_weights_keys)
     parameters = {name for name, _ in model.named_parameters()}
-    tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
-    for names in _parts(model, tensors):
-        yield {
-            name: (tensors[name], dtype if name in parameters else tensors[name].dtype)
-            for name in names
-        }
-
-
-def _parts(model: Any, names: Iterable[str]) -> list[list[str]]:
-    """The model's names, those together that are one tensor in its files."""
-    # What its own files needed, as transformers knows after it has read them.
-    conversions = getattr(model, "_weight_conversions", None)
-    if conversions is None:
-        conversions = get_model_conversion_mapping(model, add_legacy=False)
-    reverse: list[Any] = [conversion.reverse_transform() for conversion in conversions[::-1]]
-    renamings = [each for each in reverse if isinstance(each, WeightRenaming)]
-    converters = [each for each in reverse if isinstance(each, WeightConverter)]
-    parts: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        parts[rename_source_key(name, renamings, converters, reverse=True)[0]].append(name)
-    return list(parts.values())
-
-
-def _as_in_files(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Under the names, and in the parts, that `save_pretrained` would write."""
-    untyped_revert: Any = revert_weight_conversion
-    stored: dict[str, Tensor] = untyped_revert(model, tensors)
-    return stored
+    for name, tensor in model.state_dict().items():
+        if name not in tied and not is_adapter(name):
+            yield name, tensor, dtype if name in parameters else tensor.dtype
 
 
 def _gather(tensor: Tensor) -> Tensor:
