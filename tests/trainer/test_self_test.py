@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 
+from flash.trainer.attention import PACKED_ATTENTION
 from flash.trainer.scorer import TokenScorer
 from flash.trainer.self_test import check_packed, texts
 from flash.trainer.sharding import load_model
@@ -54,6 +55,23 @@ def test_a_model_that_looks_ahead_is_no_language_model(tmp_path: Path) -> None:
         r"the end of 64 tokens \(config\.json has no windows\): it would not learn from",
     ):
         check_packed(scorer_of(tmp_path, "bert"))
+
+
+def test_sizes_that_fail_in_the_model_s_own_attention_are_the_config_s_to_correct(
+    tmp_path: Path,
+) -> None:
+    latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
+    scorer = scorer_of(tmp_path, "deepseek_v2", v_head_dim=8, **latent)
+    with pytest.raises(
+        ValueError, match=r"'deepseek_v2' can't compute a forward pass: correct its config\.json"
+    ):
+        check_packed(scorer)
+
+
+def test_the_check_leaves_attention_as_it_was(tmp_path: Path) -> None:
+    scorer = scorer_of(tmp_path, "llama")
+    check_packed(scorer)
+    assert scorer.model.config._attn_implementation == PACKED_ATTENTION  # type: ignore[union-attr]
 
 
 def test_a_layer_whose_attention_is_its_own_is_counted(tmp_path: Path) -> None:
