@@ -57,14 +57,24 @@ def test_a_model_that_looks_ahead_is_no_language_model(tmp_path: Path) -> None:
         check_packed(scorer_of(tmp_path, "bert"))
 
 
-def test_sizes_that_fail_in_the_model_s_own_attention_are_the_config_s_to_correct(
-    tmp_path: Path,
-) -> None:
-    latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
-    scorer = scorer_of(tmp_path, "deepseek_v2", v_head_dim=8, **latent)
-    with pytest.raises(
-        ValueError, match=r"'deepseek_v2' can't compute a forward pass: correct its config\.json"
-    ):
+def test_what_a_model_raises_is_told_with_its_type(tmp_path: Path) -> None:
+    scorer = scorer_of(tmp_path, "llama")
+    model: Any = scorer.model.base_model
+    forward = model.forward
+
+    def fails_alone(*args: Any, **settings: Any) -> Any:
+        if "packing" not in settings:
+            raise RuntimeError("sizes differ")
+        return forward(*args, **settings)
+
+    def fails(*args: Any, **settings: Any) -> Any:
+        raise KeyError("heads")
+
+    model.forward = fails_alone
+    with pytest.raises(ValueError, match=r"'llama' can't compute a forward pass.*sizes differ"):
+        check_packed(scorer)
+    model.forward = fails
+    with pytest.raises(ValueError, match=r"'llama' can't compute packed sequences.*heads"):
         check_packed(scorer)
 
 
