@@ -28,7 +28,7 @@ from flash.trainer.attention import PACKED_ATTENTION
 from flash.trainer.checkpoint import ADAPTERS_FILE
 from flash.trainer.config import LoraConfig
 from flash.trainer.lora import check_targets
-from flash.trainer.scorer import TokenScorer
+from flash.trainer.scorer import TokenScorer, by_itself
 from flash.trainer.self_test import check_layers
 
 # In the order in which transformers looks for them.
@@ -142,6 +142,8 @@ def empty_model(config: Any, dtype: torch.dtype) -> Any:
                 config, dtype=dtype, attn_implementation=PACKED_ATTENTION
             )
     except Exception as error:  # the boundary to transformers' classes, which raise all kinds
+        if isinstance(error, KeyError) and error.args == (PACKED_ATTENTION,):  # its own table
+            raise ValueError(by_itself(config.model_type)) from error
         raise ValueError(
             f"config.json (model_type={config.model_type!r}) makes no causal language model: give "
             f"one that is, or correct its sizes ({type(error).__name__}: {str(error)[:200]})"
