@@ -8,6 +8,7 @@ file has, it does here too: each rank with its own rows.
 """
 
 import contextlib
+import gc
 from typing import Any
 
 import torch
@@ -61,6 +62,8 @@ def sharded_scorer(source: str, config: TrainerConfig, *, device: Any, half: boo
     if half:
         scorer = _unloaded_scorer(source, config, half=True)
         _take_over(scorer, checked)
+        del checked
+        gc.collect()  # FSDP's states refer to each other, and keep copies where rows are uneven
         if fused:
             fuse_layers(scorer.model)
     if config.compile:

@@ -370,11 +370,15 @@ class Rank:
     # ── weights and checkpoints ──────────────────────────────────────────────────────────────
 
     def export(self, directory: str) -> None:
-        """Write the weights as safetensors under their Hugging Face names; rank 0 writes."""
+        """Write the weights as safetensors under their Hugging Face names.
+
+        The ranks that see the folder that rank 0 makes share the work.
+        """
         partial = Path(f"{directory}.partial")
         if self._rank == 0:
             partial.mkdir(parents=True)
-        write_weights(self._model, partial, dtype=self._exported, write=self._rank == 0)
+        dist.barrier()
+        write_weights(self._model, partial, dtype=self._exported, write=partial.is_dir())
         if self._rank == 0:
             partial.rename(directory)
 
