@@ -21,13 +21,12 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from transformers.utils import logging as untyped_logging
 
 from flash.seeds import derived
 from flash.system import machine
 from flash.system.process import serve
-from flash.trainer.checkpoint import CRITIC_FILE, MODEL_FOLDER, OPTIMIZER_FILE, write_state
+from flash.trainer.checkpoint import CRITIC_FOLDER, MODEL_FOLDER, OPTIMIZER_FOLDER, write_state
 from flash.trainer.config import TrainerConfig
 from flash.trainer.critic import Critic
 from flash.trainer.export import layout, whole_tensors, write_weights
@@ -41,15 +40,10 @@ from flash.trainer.packing import NOTHING, MiniBatchShare, in_passes
 from flash.trainer.passes import Room
 from flash.trainer.ranks import LOOPBACK, Meeting
 from flash.trainer.room import room_of
-from flash.trainer.save import save_model
+from flash.trainer.save import save_beside
 from flash.trainer.scorer import TokenScorer
-from flash.trainer.sharding import (
-    WHOLE,
-    clip_gradient,
-    load_optimizer,
-    make_optimizer,
-    optimizer_state,
-)
+from flash.trainer.sharding import clip_gradient, make_optimizer
+from flash.trainer.shards import load_shards, save_shards
 from flash.trainer.statistics import StepStatistics
 from flash.trainer.values import trained
 from flash.types import Sample, Scores
@@ -420,31 +414,36 @@ class Rank:
             torch.cuda.empty_cache()
 
     def save(self, directory: str, version: int, optimizer: bool) -> None:
-        """Write a Hugging Face model, and with `optimizer` all it takes to go on training."""
+        """Write a Hugging Face model, and with `optimizer` all it takes to go on training.
+
+        Each rank writes its share, in a folder that all of them see.
+        """
         self._offload.to_device()
-        weights: dict[str, Any] = get_model_state_dict(self._model, options=WHOLE)
-        state = optimizer_state(self._scorer, self._optimizer) if optimizer else None
-        of_critic = self._critic.state() if self._critic is not None and optimizer else None
+        partial = Path(f"{directory}.partial")
+        model = partial / MODEL_FOLDER if optimizer else partial
+        if self._rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            model.mkdir(parents=True)
+        dist.barrier()
+        write_weights(self._model, model, dtype=torch.float32, write=model.is_dir())
+        if optimizer:
+            save_shards(
+                partial / OPTIMIZER_FOLDER, self._scorer, self._optimizer, updates=self._updates
+            )
+            if self._critic is not None:
+                self._critic.save(partial / CRITIC_FOLDER)
         if self._rank != 0:
             return
-        partial = Path(f"{directory}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        model = partial / MODEL_FOLDER if optimizer else partial
-        save_model(self._model, model, source=self._source, weights=weights)
+        save_beside(self._model, model, source=self._source)
         if optimizer:
-            torch.save({"optimizer": state, "updates": self._updates}, partial / OPTIMIZER_FILE)
-            if of_critic is not None:
-                torch.save(of_critic, partial / CRITIC_FILE)
             write_state(partial, version)
         shutil.rmtree(directory, ignore_errors=True)
         partial.rename(directory)
 
     def _load(self, directory: Path) -> None:
-        kept = torch.load(directory / OPTIMIZER_FILE, weights_only=True, map_location="cpu")
-        load_optimizer(self._scorer, self._optimizer, kept["optimizer"])
-        self._updates = kept["updates"]
+        self._updates = load_shards(directory / OPTIMIZER_FOLDER, self._scorer, self._optimizer)
         if self._critic is not None:
-            self._critic.load(directory / CRITIC_FILE)
+            self._critic.load(directory / CRITIC_FOLDER)
 
 
 def _keep_to(address: str) -> None:

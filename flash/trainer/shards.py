@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
 _WEIGHTS, _GATHERED, _UPDATES = "weights", "optimizer", "updates"
@@ -34,12 +36,12 @@ def save_shards(
     if optimizer.state:
         # Asked before its first step, torch would make it take one of nothing, which counts.
         state[_GATHERED] = get_optimizer_state_dict(module, optimizer)["state"]
-    dcp.save(state, storage_writer=dcp.FileSystemWriter(directory))
+    save(state, storage_writer=FileSystemWriter(directory))
 
 
 def load_shards(directory: Path, module: nn.Module, optimizer: Optimizer) -> int:
     """Go on from there with the optimizer's present settings; its steps so far. A collective."""
-    reader = dcp.FileSystemReader(directory)
+    reader = FileSystemReader(directory)
     kept = {name.partition(".")[0] for name in reader.read_metadata().state_dict_metadata}
     updates = torch.tensor(0)
     state: dict[str, Any] = {_UPDATES: updates}
@@ -48,7 +50,7 @@ def load_shards(directory: Path, module: nn.Module, optimizer: Optimizer) -> int
     if _GATHERED in kept:
         gathered = get_optimizer_state_dict(module, optimizer)  # of a step of nothing, to be filled
         state[_GATHERED] = gathered["state"]
-    dcp.load(state, storage_reader=reader)
+    load(state, storage_reader=reader)
     if _WEIGHTS in kept:
         set_model_state_dict(module, state[_WEIGHTS])
     if _GATHERED in kept:

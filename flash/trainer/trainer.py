@@ -14,7 +14,7 @@ from flash.errors import NodeLost, ProcessFailure, TrainerFailure, first_error
 from flash.system.process import Process
 from flash.trainer.advantage_settings import Gae
 from flash.trainer.advantages import Floats
-from flash.trainer.checkpoint import CRITIC_FILE, MODEL_FOLDER, checkpoint_version
+from flash.trainer.checkpoint import CRITIC_FOLDER, MODEL_FOLDER, checkpoint_version
 from flash.trainer.config import TrainerConfig
 from flash.trainer.packing import (
     MiniBatchShare,
@@ -103,9 +103,9 @@ class Trainer:
         self._checkpoint = checkpoint
         if checkpoint is None or not self.config.has_critic:
             return
-        if not (checkpoint / CRITIC_FILE).exists():
+        if not (checkpoint / CRITIC_FOLDER).exists():
             raise ValueError(
-                f"{checkpoint} has no critic ({CRITIC_FILE}), which trainer.advantages=gae "
+                f"{checkpoint} has no critic ({CRITIC_FOLDER}/), which trainer.advantages=gae "
                 f"needs: resume from a checkpoint of a run with gae, or start anew from its "
                 f"{MODEL_FOLDER}/ folder"
             )
