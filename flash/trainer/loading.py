@@ -8,6 +8,7 @@ file has, it does here too: each rank with its own rows.
 """
 
 import contextlib
+import gc
 from typing import Any
 
 import torch
@@ -67,6 +68,8 @@ def sharded_scorer(
         lora = None if adapters is None else config.lora
         scorer = _unloaded_scorer(source, config, half=half, lora=lora)
         _take_over(scorer, checked)
+        del checked
+        gc.collect()  # FSDP's states refer to each other, and keep copies where rows are uneven
         if adapters is not None:
             begin_adapters(scorer, seed=adapters, device=device)
         if fused:

@@ -20,22 +20,27 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.tensor import distribute_tensor
+from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from flash.seeds import derived
 from flash.system import machine
 from flash.trainer.checkpoint import ADAPTERS_FILE
 from flash.trainer.config import ALL_LINEAR, LoraConfig
-from flash.trainer.save import save_model
+from flash.trainer.save import save_beside
 from flash.trainer.scorer import TokenScorer
-from flash.trainer.sharding import WHOLE
 
 _CONFIG_FILE = "adapter_config.json"
 _NAME = "default"  # PEFT's, of the only adapter
 _OWN = ".base_layer."  # in the name of what is a layer's own
 _ADAPTERS = (".lora_A.", ".lora_B.")
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0
 
 
 def check_installed(settings: LoraConfig) -> None:
@@ -164,17 +169,14 @@ def merged(model: Any, name: str, weight: Tensor) -> Tensor:
 # ── checkpoints ──────────────────────────────────────────────────────────────────────────────
 
 
-def adapters_of(model: Any) -> dict[str, Tensor]:
-    """The adapters, whole on rank 0, by their names in PEFT's files; a collective of all ranks."""
-    options = replace(WHOLE, ignore_frozen_params=True)
-    state: dict[str, Any] = get_model_state_dict(model, options=options)
-    return {_in_file(name): tensor for name, tensor in state.items() if is_adapter(name)}
-
-
-def save_adapters(model: Any, directory: Path, adapters: dict[str, Tensor]) -> None:
-    """Writes them where PEFT and transformers find them, with what they belong to."""
-    model.peft_config[_NAME].save_pretrained(directory)
-    save_file(adapters, directory / ADAPTERS_FILE, metadata={"format": "pt"})
+def save_adapters(model: Any, directory: Path, *, write: bool) -> None:
+    """Writes them where PEFT and transformers find them, with what they belong to; a collective of
+    all ranks, rank 0 has `write`."""
+    state = get_model_state_dict(model, options=replace(_WHOLE, ignore_frozen_params=True))
+    if write:
+        model.peft_config[_NAME].save_pretrained(directory)
+        adapters: Any = {_in_file(name): t for name, t in state.items() if is_adapter(name)}
+        save_file(adapters, directory / ADAPTERS_FILE, metadata={"format": "pt"})
 
 
 def load_adapters(model: Any, directory: Path, settings: LoraConfig) -> None:
@@ -192,7 +194,7 @@ def load_adapters(model: Any, directory: Path, settings: LoraConfig) -> None:
             f"give it as the run had it, or begin at the first model"
         )
     state: dict[str, Any] = {names[name]: tensor for name, tensor in kept.items()}
-    set_model_state_dict(model, state, options=replace(WHOLE, strict=False))
+    set_model_state_dict(model, state, options=replace(_WHOLE, strict=False))
 
 
 def merge(adapters: Path, directory: Path) -> None:
@@ -211,7 +213,12 @@ def merge(adapters: Path, directory: Path) -> None:
             f"{adapters} has adapters of the model {base!r}, which can't be loaded: bring it back, "
             f"or name where it is in {_CONFIG_FILE} (base_model_name_or_path) ({error})"
         ) from error
-    save_model(model, directory, source=str(adapters), weights=model.state_dict())
+    generation_class: Any = GenerationConfig  # its types are not published
+    # Its own may be one that transformers loads and refuses to save.
+    generation, model.generation_config = model.generation_config, generation_class()
+    model.save_pretrained(directory)
+    model.generation_config = generation
+    save_beside(model, directory, source=str(adapters))
 
 
 def _in_file(name: str) -> str:

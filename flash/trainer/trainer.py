@@ -16,7 +16,7 @@ from flash.trainer.advantage_settings import Gae
 from flash.trainer.advantages import Floats
 from flash.trainer.checkpoint import (
     ADAPTERS_FILE,
-    CRITIC_FILE,
+    CRITIC_FOLDER,
     MODEL_FOLDER,
     checkpoint_version,
 )
@@ -118,9 +118,9 @@ class Trainer:
                 f"{checkpoint} has {has}, with trainer.lora.rank={self.config.lora.rank}: give "
                 f"trainer.lora as it was when that was saved, or begin at the first model"
             )
-        if self.config.has_critic and not (checkpoint / CRITIC_FILE).exists():
+        if self.config.has_critic and not (checkpoint / CRITIC_FOLDER).exists():
             raise ValueError(
-                f"{checkpoint} has no critic ({CRITIC_FILE}), which trainer.advantages=gae "
+                f"{checkpoint} has no critic ({CRITIC_FOLDER}/), which trainer.advantages=gae "
                 f"needs: resume from a checkpoint of a run with gae, or start anew from its "
                 f"{MODEL_FOLDER}/ folder"
             )
