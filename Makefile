@@ -19,7 +19,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist loadfile --no-loadsco
 GPU := $(shell command -v nvidia-smi 2>/dev/null)
 # The engines that vLLM is needed for, or may be.
 VLLM_FOR := vllm $(if $(GPU),auto)
-EXTRAS := alfworld,reasoning,postgres,parquet,ray,dev$(if $(GPU),$(comma)gpu)
+EXTRAS := alfworld,reasoning,postgres,parquet,ray,lora,dev$(if $(GPU),$(comma)gpu)
 READY := .venv/.ready
 LOWEST := .venv-lowest
 VLLM_READY := .venv/.vllm_ready
@@ -89,7 +89,7 @@ crash: $(READY)  ## N=1000 kills of small runs, which are resumed; FIRST=0 is th
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy flash envs agents examples
+	$(BIN)/mypy flash envs agents examples benchmarks
 
 bench: $(READY)  ## every script in benchmarks/, with its tables
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done

@@ -1,6 +1,9 @@
 """`flash eval`: how a run, or one checkpoint of it, does on held-out tasks."""
 
-from collections.abc import Callable, Mapping
+import asyncio
+import contextlib
+import tempfile
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from flash.parts.model import check_model_files
 from flash.parts.open import open_parts
 from flash.system import machine
 from flash.system.own_logs import own_logs
-from flash.trainer.checkpoint import MODEL_FOLDER, checkpoint_version
+from flash.trainer.checkpoint import ADAPTERS_FILE, MODEL_FOLDER, checkpoint_version
 from flash.types import Weights
 
 
@@ -36,16 +39,39 @@ async def evaluate(
     config = configuration.load(str(run / "config.yaml"), overrides)
     configuration.check_capacity(config, machine.capacity(), trains=False)
     _tell_of_brought(config, say)
-    model = (checkpoint / MODEL_FOLDER).resolve()
-    await check_model_files(str(model))
+    async with _whole((checkpoint / MODEL_FOLDER).resolve()) as model:
+        await check_model_files(str(model))
+        return await _play(config, Weights(version=version, path=model), say)
 
+
+@contextlib.asynccontextmanager
+async def _whole(model: Path) -> AsyncIterator[Path]:
+    """The model of a checkpoint; one that is made for so long, if there are adapters alone."""
+    if not (model / ADAPTERS_FILE).exists():
+        yield model
+        return
+    from flash.trainer.lora import merge  # noqa: PLC0415  (imports torch)
+
+    with tempfile.TemporaryDirectory(prefix="flash-merged-") as folder:
+        await asyncio.to_thread(merge, model, Path(folder))
+        yield Path(folder)
+
+
+async def _play(
+    config: configuration.Config, policy: Weights, say: Callable[[str], None]
+) -> Evaluation:
     async def weights() -> Weights:
-        return Weights(version=version, path=model)
+        return policy
 
     with own_logs("flash-eval-") as log_dir:
         async with (
             open_parts(
-                config, model=str(model), version=version, weights=weights, log_dir=log_dir, say=say
+                config,
+                model=str(policy.path),
+                version=policy.version,
+                weights=weights,
+                log_dir=log_dir,
+                say=say,
             ) as parts,
             parts.agents(heldout=True) as agents,
         ):

@@ -148,8 +148,12 @@ def test_async_generation_ratio_is_another_name_for_alpha():
         ({"engine": {"vllm_args": 3}}, "engine.vllm_args=3: must be a list: [one, two]"),
         ({"traner": {"ranks": 1}}, "traner: unknown field"),
         (
+            {"trainer": {"zeal": 1}},
+            "trainer.zeal: unknown field; trainer has ranks, shard_size, aggregation, fixed_",
+        ),
+        (
             {"trainer": {"lr": 1}},
-            "trainer.lr: unknown field; trainer has ranks, shard_size, aggregation, fixed_",
+            "trainer.lr: unknown field; did you mean trainer.learning_rate?",
         ),
         (
             {"policy": {"heads": 3}},

@@ -215,6 +215,28 @@ def _export(arguments: Sequence[str]) -> None:
     )  # fmt: skip
 
 
+def _merge(arguments: Sequence[str]) -> None:
+    parser = Options("flash merge", add_help=False)
+    parser.add_argument("--out", type=Path)
+    options, words = parser.parse_known_args(arguments)
+    for name in (word.partition("=")[0] for word in words if word.startswith("-")):
+        parser.error(f"{name} is unknown: {nearest(name, parser.names(), 'leave it out')}")
+    source = only(words, "a checkpoint")
+    if source is None or options.out is None:
+        raise ValueError("flash merge what? Give a checkpoint, and --out and a folder to be made")
+    from flash.trainer.checkpoint import ADAPTERS_FILE, MODEL_FOLDER, checkpoint_version
+
+    checkpoint_version(checkpoint := Path(source))
+    adapters = checkpoint / MODEL_FOLDER
+    if not (adapters / ADAPTERS_FILE).exists():
+        raise ValueError(f"{checkpoint} has no adapters: {adapters} is a whole model already")
+    if options.out.exists():
+        raise ValueError(f"--out {options.out} is there already: give a folder to be made")
+    from flash.trainer.lora import merge
+
+    merge(adapters, options.out)
+
+
 def _explore(arguments: Sequence[str]) -> None:
     run_explorer(arguments)
 
@@ -231,6 +253,7 @@ def run_explorer(
     parser.add_argument("--ca", type=Path)
     parser.add_argument("--relay", default="")
     parser.add_argument("--drain_s", type=float, default=120.0)
+    parser.add_argument("--wait_s", type=float, default=3600.0)
     parser.add_argument("--evaluates", action="store_true")
     parser.add_argument("--tasks", type=Path)
     parser.add_argument("--tasks-only", dest="tasks_only", action="store_true")
@@ -243,7 +266,7 @@ def run_explorer(
 
     told = checked(
         source=source, token=options.token, name=options.name, folder=options.folder,
-        ca=options.ca, relay=options.relay, drain_s=options.drain_s,
+        ca=options.ca, relay=options.relay, drain_s=options.drain_s, wait_s=options.wait_s,
         evaluates=options.evaluates, tasks=options.tasks, tasks_only=options.tasks_only,
         overrides=overrides,
     )  # fmt: skip
@@ -350,6 +373,7 @@ BY_NAME: dict[str, Callable[[Sequence[str]], None]] = {
     "show": _show,
     "replay": _replay,
     "export": _export,
+    "merge": _merge,
     "explore": _explore,
     "status": _status,
     "simulate": _simulate,

@@ -84,6 +84,8 @@ _EXPLORE = """\
   --relay ADDRESS         of this machine, at which other explorers take weights from this one, so
                           that the trainer need not send them to each: 10.0.0.7, or 10.0.0.7:8766
   --drain_s SECONDS       for episodes to come to their ends when it leaves [120]
+  --wait_s SECONDS        for a controller that is away or not there yet; it leaves after that, with
+                          exit code 1; inf: it waits for ever [3600]
   --evaluates             it plays evaluations alone, each with the weights of its step
   --tasks FILE            YAML with task sets that it brings, NAME: {env, agent, reward}; the run
                           has task_sets.NAME.brought=true
@@ -112,6 +114,14 @@ _EXPORT = """\
 
 A row is an episode: its task, outcome, reward and versions; what was read and said in turns and as
 messages; tokens, logprobs, versions and loss mask of each sequence.
+"""
+_MERGE = """\
+  flash merge runs/alfworld/checkpoints/step_000100 --out merged
+
+  --out DIR               a folder to be made
+
+A run with trainer.lora.rank has adapters alone in its checkpoints. What is written is a Hugging
+Face model in float32, with its tokenizer.
 """
 _SIMULATE = """\
   flash simulate scenario.yaml
@@ -149,12 +159,13 @@ _USAGE = {
     "explore": ("RUN|URL [--field value …]", _EXPLORE),
     "status": ("RUN [--json]", _STATUS),
     "export": ("RUN --format jsonl|parquet", _EXPORT),
+    "merge": ("CHECKPOINT --out DIR", _MERGE),
     "simulate": ("FILE.yaml [--field.sub value …]", _SIMULATE),
     "plan": ("FILE.yaml --gpus N [--field.sub value …]", _PLAN),
 }
 
 _FIELDS: dict[str, type[BaseModel]] = {"simulate": Scenario, "plan": Scenario, "replay": Retraining}
-_NO_FIELDS = ("show", "export")
+_NO_FIELDS = ("show", "export", "merge")
 
 
 def of(command: str, about: str, words: Sequence[str]) -> str:

@@ -33,6 +33,7 @@ _REMEDIES = {
     "path_type": "must be a path; write it in quotes",
     "tuple_type": "must be a list: [one, two]",
     "model_attributes_type": "must be a name, or a section with a name",
+    "too_short": "name at least one",
 }
 
 
@@ -126,7 +127,8 @@ def _meant(name: str, model: type[BaseModel]) -> str:
     section, _, key = name.rpartition(".")
     siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
     keys = difflib.get_close_matches(key, siblings, n=1, cutoff=0.6)
-    near = [siblings[k] for k in keys]
+    initials = [k for k in siblings if "_" in k and key == "".join(w[:1] for w in k.split("_"))]
+    near = [siblings[k] for k in initials or keys]
     near = near or [k for k in known if k.rpartition(".")[2] == key]
     if near:
         return f"did you mean {near[0]}?"

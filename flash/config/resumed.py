@@ -27,7 +27,7 @@ def _of(section: str, fields: str) -> list[str]:
 
 # A section that is here by its own name is of one kind, with all that it will ever hold.
 KINDS: Final[Mapping[str, Kind]] = {
-    **dict.fromkeys(("model", "seed", "policy", "warm_start", "log.url"), "fixed"),
+    **dict.fromkeys(("model", "seed", "policy", "warm_start", "trainer.lora", "log.url"), "fixed"),
     **dict.fromkeys(
         (
             *["alpha", "batch_size", "group_size", "publish_every", "task_sets"],
@@ -72,6 +72,7 @@ _FIXED_BY = {
     "model": "which is what its checkpoint has gone on from",
     "seed": "which decides the order of its tasks",
     "log.url": "which is where its log is",
+    **dict.fromkeys(_of("trainer.lora", "rank alpha targets"), "which its adapters were made with"),
 }
 # With model=small: what that policy was made from. With another model nothing is made of these.
 _OF_SMALL = ("policy", "warm_start", "env.name", "env.options")

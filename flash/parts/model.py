@@ -9,6 +9,7 @@ from typing import Any
 from flash import registry
 from flash.config import SMALL, Config
 from flash.positions import check_positions
+from flash.trainer.config import LoraConfig
 from flash.types import PromptStyle
 from flash.warm_start.teach import OnProgress, key_of, small_model
 
@@ -18,20 +19,24 @@ async def prepared_model(config: Config, on_progress: OnProgress) -> str:
 
     ValueError for one whose files are not whole, don't fit together, or can't be trained.
     """
+    if (lora := config.trainer.lora).rank:
+        from flash.trainer.lora import check_installed  # noqa: PLC0415  (seconds to import)
+
+        check_installed(lora)
     reference = config.trainer.kl.reference
     if reference is not None and config.trainer.kl.coefficient:
         await check_model_files(reference, field="trainer.kl.reference")
     if config.model != SMALL:
         local = Path(config.model).expanduser()
         if local.is_dir():
-            await check_model_files(str(local))
+            await check_model_files(str(local), lora=lora)
             return str(local)
         check_positions(
             _hub_config(config.model),
             model=config.model,
             max_sequence_tokens=config.agent.max_sequence_tokens,
         )
-        await check_model_files(config.model)
+        await check_model_files(config.model, lora=lora)
         return config.model
     env_key = key_of(of_set.env.model_dump() for of_set in config.sets.values())
     path = await small_model(
@@ -75,11 +80,14 @@ async def parameters_of(model: str) -> int:
     return await asyncio.to_thread(count_parameters, model)
 
 
-async def check_model_files(model: str, *, field: str = "model") -> None:
-    """ValueError for a model whose files are not whole, don't fit together, or can't be trained."""
+async def check_model_files(
+    model: str, *, field: str = "model", lora: LoraConfig | None = None
+) -> None:
+    """ValueError for a model whose files are not whole, don't fit together, or can't be trained, or
+    not with those adapters."""
     from flash.trainer.model_files import check_files  # noqa: PLC0415  (seconds to import)
 
-    await asyncio.to_thread(check_files, model, field=field)
+    await asyncio.to_thread(check_files, model, field=field, lora=lora)
 
 
 def self_test_text(model: str, *, at_most: int) -> list[int]:

@@ -202,6 +202,8 @@ async def _open(
     )
     engine = config.engine
     given = bool(engine.urls) or engine.colocated
+    # A checkpoint of adapters has no model for workers to start with.
+    begins_at = 0 if config.trainer.lora.rank else past.checkpoint
     async with (
         trainer.starting(),
         Rescue(checkpoints, trainer) as rescue,
@@ -209,7 +211,7 @@ async def _open(
             config,
             model=trainer.model,
             # The run's own workers start with what the trainer does; others are given what is now.
-            version=past.version if given else past.checkpoint,
+            version=past.version if given else begins_at,
             weights=trainer.first_weights,
             folder=folder.path,
             say=view.say,

@@ -127,7 +127,7 @@ def plan(run: LoggedRun, changes: Mapping[str, Any], *, checkpoint: str) -> Plan
     for leg in legs:
         if changes:
             check_staleness(leg.settings, alpha=run.config.get("alpha", 1.0))
-    if path is not None and not any(_compares_to_first_model(leg.settings) for leg in legs):
+    if path is not None and not any(_needs_first_model(leg.settings) for leg in legs):
         model = str(path / MODEL_FOLDER)
     else:
         model = first_model(run)
@@ -306,8 +306,9 @@ def _leg(versions: Sequence[int], logged: Mapping[str, Any], changes: Mapping[st
     )
 
 
-def _compares_to_first_model(settings: TrainerConfig) -> bool:
-    return bool(settings.kl.coefficient) and settings.kl.reference is None
+def _needs_first_model(settings: TrainerConfig) -> bool:
+    compares = bool(settings.kl.coefficient) and settings.kl.reference is None
+    return compares or settings.lora.rank > 0
 
 
 def _checkpoint(run: LoggedRun, name: str) -> Path:

@@ -1,7 +1,7 @@
 """The groups on their way into a batch, and what they add up to."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from flash.rollout.episode import Episode
@@ -39,6 +39,14 @@ class Group:
                 oldest = version
         return oldest
 
+    def older_than(self, version: float) -> list[Episode]:
+        """The members of which a token is older."""
+        return [
+            member
+            for member in self.members.values()
+            if (oldest := member.oldest_version) is not None and oldest < version
+        ]
+
 
 @dataclass(slots=True)
 class Counts:
@@ -53,11 +61,12 @@ class Groups:
     """In the order of their tasks, those of all task sets.
 
     `changes` counts what may make another choice of groups possible: one is complete, one is on its
-    way no longer, one has lost a member.
+    way no longer, one has lost a member; of those that are awaited, if only they matter.
     """
 
     def __init__(self, first_id: int = 0) -> None:
         self.changes = 0
+        self._awaited: set[Group] = set()
         self._groups: dict[int, Group] = {}
         self._counts: dict[str, Counts] = defaultdict(Counts)
         self._next_id = first_id
@@ -77,6 +86,10 @@ class Groups:
     def counts(self, task_set: str) -> Counts:
         """Of that task set; read them when you need them."""
         return self._counts[task_set]
+
+    def wait_for(self, groups: Iterable[Group]) -> None:
+        """Only what changes in these counts from now on; in any, if there are none."""
+        self._awaited = {*groups}
 
     def begin(self, task: Task, *, size: int, episodes: int) -> Group:
         """A new group, of which so many episodes are to begin."""
@@ -98,7 +111,7 @@ class Groups:
         del self._groups[group.id]
         self._counts[group.task.task_set].groups -= 1
         self._count(group, -1)
-        self.changes += 1
+        self._changed(group)
 
     def add(self, group: Group, episode: Episode) -> None:
         self._count(group, -1)
@@ -110,7 +123,7 @@ class Groups:
         del group.members[episode.id]
         group.ready -= episode.ready
         self._count(group, +1)
-        self.changes += 1
+        self._changed(group)
 
     def finish(self, group: Group, episode: Episode) -> None:
         """This member of it is ready."""
@@ -118,7 +131,12 @@ class Groups:
         episode.ready = True
         group.ready += 1
         self._count(group, +1)
-        self.changes += group.complete
+        if group.complete:
+            self._changed(group)
+
+    def _changed(self, group: Group) -> None:
+        if not self._awaited or group in self._awaited:
+            self.changes += 1
 
     def _count(self, group: Group, sign: int) -> None:
         counts = self._counts[group.task.task_set]

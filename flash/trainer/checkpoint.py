@@ -1,6 +1,7 @@
 """What a checkpoint is made of, and whether one is whole; imports no torch.
 
-model/         a Hugging Face model, with its tokenizer if it has one
+model/         a Hugging Face model, with its tokenizer if it has one; with trainer.lora adapters
+               alone, in PEFT's format
 optimizer.pt   what the optimizer has gathered, its steps so far
 critic.pt      of advantages=gae: the critic and its optimizer
 trainer.json   the policy version, and of every file its size and a sum over its ends; written
@@ -16,6 +17,7 @@ import msgspec
 from flash.system.durable import sync, write_whole
 
 MODEL_FOLDER = "model"
+ADAPTERS_FILE = "adapter_model.safetensors"  # in it, in the place of weights
 OPTIMIZER_FILE = "optimizer.pt"
 CRITIC_FILE = "critic.pt"
 STATE_FILE = "trainer.json"

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from flash.section import Section
+from flash.section import Names, Section
 from flash.trainer.advantage_settings import AnyAdvantages, Gae, Grpo
 from flash.trainer.objectives.settings import (
     Aggregation,
@@ -14,6 +14,7 @@ from flash.trainer.objectives.settings import (
 )
 
 _Beta = Annotated[float, Field(ge=0, lt=1)]
+ALL_LINEAR = "all-linear"
 TOKENS_OF_PASS = 4096  # where nothing says more
 _DEFAULTS = {"objective": "decoupled_ppo", "advantages": "grpo"}
 
@@ -27,6 +28,19 @@ class CriticConfig(Section):
     )
     warmup_batches: int = Field(
         0, ge=0, description="at first so many batches teach the critic alone, not the policy"
+    )
+
+
+class LoraConfig(Section):
+    """Low-rank adapters, trained in the place of the model's weights (Hu et al. 2021)."""
+
+    rank: int = Field(0, ge=0, description="of the adapters; 0: none, all weights are trained")
+    alpha: int = Field(32, ge=1, description="what an adapter adds is times alpha/rank")
+    targets: Names = Field(
+        (ALL_LINEAR,),
+        min_length=1,
+        description=f"modules that have one, by the ends of their names, as q_proj; {ALL_LINEAR}: "
+        "each linear one but the head",
     )
 
 
@@ -87,6 +101,7 @@ class TrainerConfig(Section):
     advantages: AnyAdvantages = Field(Grpo(), description="by name; see docs/objectives.md")
     kl: KlSettings = KlSettings()
     critic: CriticConfig = CriticConfig()
+    lora: LoraConfig = LoraConfig()
 
     @property
     def between_batches_s(self) -> float:
@@ -154,5 +169,27 @@ class TrainerConfig(Section):
             raise ValueError(
                 "trainer.kl.place=reward with trainer.advantages.name=gae: the critic would not "
                 "know of what is taken from the returns: use trainer.kl.place=loss"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_are_used(self) -> Self:
+        lora = self.lora
+        if not lora.rank and lora != LoraConfig():
+            raise ValueError(
+                f"trainer.lora.alpha={lora.alpha} and trainer.lora.targets={list(lora.targets)} "
+                f"with trainer.lora.rank=0, so that there is no adapter: give a rank, for example "
+                f"16, or leave them out"
+            )
+        if ALL_LINEAR in lora.targets and len(lora.targets) > 1:
+            raise ValueError(
+                f"trainer.lora.targets={list(lora.targets)}: {ALL_LINEAR} has the others too: give "
+                f"it alone, or leave it out"
+            )
+        if lora.rank and self.has_critic:
+            raise ValueError(
+                f"trainer.lora.rank={lora.rank} with trainer.advantages.name=gae: the critic is a "
+                f"second model with all its weights, so that adapters would save little: use other "
+                f"advantages, as grpo, or leave trainer.lora out"
             )
         return self

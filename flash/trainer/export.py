@@ -2,7 +2,8 @@
 
     for each tensor: all ranks gather it ─► rank 0 keeps it ─► a file's worth? write it, forget it
 
-What is written is a Hugging Face checkpoint without tokenizer: names as there, tied weights once.
+What is written is a Hugging Face checkpoint without tokenizer: names as there, tied weights once,
+adapters merged into the weights that they belong to.
 """
 
 import json
@@ -14,6 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+from flash.trainer.lora import is_adapter, merged, own_name
 
 _FILE_BYTES = 1 << 30
 _INDEX_FILE = "model.safetensors.index.json"
@@ -41,12 +44,13 @@ def whole_tensors(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]
     """Those that `write_weights` writes, one by one, on the device; a collective of all ranks."""
     for name, tensor, wanted in _exported(model, dtype):
         # Cast first: the gather then moves what is wanted and no more.
-        yield name, _gather(tensor.to(wanted))
+        yield own_name(name), _gather(merged(model, name, tensor).to(wanted))
 
 
 def layout(model: Any, dtype: torch.dtype) -> list[tuple[str, torch.dtype, torch.Size]]:
     """Their names, dtypes and shapes."""
-    return [(name, wanted, tensor.shape) for name, tensor, wanted in _exported(model, dtype)]
+    exported = _exported(model, dtype)
+    return [(own_name(name), wanted, tensor.shape) for name, tensor, wanted in exported]
 
 
 def _exported(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, torch.dtype]]:
@@ -54,7 +58,7 @@ def _exported(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, tor
     tied = set(model.all_tied_weights_keys)
     parameters = {name for name, _ in model.named_parameters()}
     for name, tensor in model.state_dict().items():
-        if name not in tied:
+        if name not in tied and not is_adapter(name):
             yield name, tensor, dtype if name in parameters else tensor.dtype
 
 

@@ -25,6 +25,9 @@ from transformers.utils.hub import cached_file
 
 from flash.system.quiet import no_progress_bars
 from flash.trainer.attention import PACKED_ATTENTION
+from flash.trainer.checkpoint import ADAPTERS_FILE
+from flash.trainer.config import LoraConfig
+from flash.trainer.lora import check_targets
 from flash.trainer.scorer import TokenScorer
 from flash.trainer.self_test import check_layers
 
@@ -36,12 +39,13 @@ _PLACEHOLDERS = ("image_token", "video_token", "audio_token")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
 
 
-def check_files(source: str, *, field: str) -> Any:
+def check_files(source: str, *, field: str, lora: LoraConfig | None = None) -> Any:
     """The model's configuration, if its weights are whole and fit it, and it can be trained.
 
     Args:
         source: a directory or a hub name; what is not here yet is fetched.
         field: the setting that names it.
+        lora: the adapters that it is to have.
 
     Raises ValueError with what is wrong and what to do.
     """
@@ -54,6 +58,8 @@ def check_files(source: str, *, field: str) -> Any:
     except ValueError as error:
         why = " ".join(str(error).split())
         raise ValueError(f"{field}={source!r}: {why}") from error
+    if lora is not None:
+        check_targets(model, lora)
     return config
 
 
@@ -92,6 +98,10 @@ def _is_in_files(source: str, token: str) -> bool:
 
 def _config(source: str) -> Any:
     path = _file(source, "config.json")
+    if path is None and _file(source, ADAPTERS_FILE) is not None:
+        raise ValueError(
+            "there are adapters and no model: make one of them and theirs by flash merge"
+        )
     if path is None:
         raise ValueError("there is no config.json, so it is not a model")
     try:

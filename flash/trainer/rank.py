@@ -28,11 +28,18 @@ from flash.seeds import derived
 from flash.system import machine
 from flash.system.process import serve
 from flash.trainer.checkpoint import CRITIC_FILE, MODEL_FOLDER, OPTIMIZER_FILE, write_state
-from flash.trainer.config import TrainerConfig
+from flash.trainer.config import LoraConfig, TrainerConfig
 from flash.trainer.critic import Critic
 from flash.trainer.export import layout, whole_tensors, write_weights
 from flash.trainer.fused import fuse
 from flash.trainer.layers import compile_layers, recompute_activations
+from flash.trainer.lora import (
+    adapters_of,
+    add_adapters,
+    load_adapters,
+    save_adapters,
+    without_adapters,
+)
 from flash.trainer.micro_batch import MicroBatch, pack
 from flash.trainer.objectives.choose import make_objective
 from flash.trainer.objectives.regularisers import kl_estimate, kl_loss, kl_penalty
@@ -41,7 +48,7 @@ from flash.trainer.packing import NOTHING, MiniBatchShare, in_passes
 from flash.trainer.passes import Room
 from flash.trainer.ranks import LOOPBACK, Meeting
 from flash.trainer.room import room_of
-from flash.trainer.save import save_model
+from flash.trainer.save import copy_beside, save_model
 from flash.trainer.scorer import TokenScorer
 from flash.trainer.self_test import check_packed
 from flash.trainer.sharding import (
@@ -109,14 +116,18 @@ class Rank:
         self._config = config
         self._objective = make_objective(config.objective)
         self._half = config.dtype == "bfloat16" or (config.dtype == "auto" and cuda)
-        self._reference: TokenScorer | None = None
+        self._reference: Callable[..., Tensor] | None = None
         try:
-            self._model, self._scorer = self._load_model(model)
+            self._model, self._scorer = self._load_model(model, config.lora)
+            if config.lora.rank and checkpoint is not None:
+                load_adapters(self._model, Path(checkpoint) / MODEL_FOLDER, config.lora)
             if config.gradient_checkpointing:
                 recompute_activations(self._model)
-            if reference is not None:
-                _, self._reference = self._load_model(reference)
-                self._reference.requires_grad_(False)
+            if reference is not None and reference == model and config.lora.rank:
+                self._reference = without_adapters(self._scorer)
+            elif reference is not None:
+                _, other = self._load_model(reference)
+                self._reference = other.requires_grad_(False)
         except ValueError as error:
             logger.exception("the model can't be trained")
             return " ".join(str(error).split())
@@ -143,7 +154,7 @@ class Rank:
             meeting.host, meeting.port, world_size=ranks, wait_for_workers=False, **more
         )
 
-    def _load_model(self, source: str) -> tuple[Any, TokenScorer]:
+    def _load_model(self, source: str, lora: LoraConfig | None = None) -> tuple[Any, TokenScorer]:
         """A model and the sharded module that scores tokens with it; ValueError if it can't."""
         model = load_model(source)
         scorer = TokenScorer(model).to(self._device)
@@ -152,6 +163,8 @@ class Rank:
             compile_layers(model)
         else:
             fuse(scorer)
+        if lora is not None and lora.rank:
+            add_adapters(model, lora, source=source, seed=self._seed, half=self._half)
         shard(
             scorer,
             model,
@@ -314,6 +327,8 @@ class Rank:
     ) -> Any:
         """The micro-batch's part of the loss of mini-batch `number`."""
         kl, bonus = self._config.kl, self._config.entropy_bonus
+        # Before the policy's pass, of whose weights the reference may be a part.
+        reference_T = None if self._reference is None else self._score(micro, self._reference)
         scored = self._scorer(
             micro.token_ids_N,
             micro.lengths,
@@ -324,9 +339,7 @@ class Rank:
         logprobs_T = scored[0] if bonus else scored
         batch = micro.with_logprobs(logprobs_T, proximal_T, number / mini_batches)
         more: dict[str, Tensor] = {}
-        reference_T = None
-        if self._reference is not None:
-            reference_T = self._score(micro, self._reference)
+        if reference_T is not None:
             more["kl_reference"] = kl_estimate(logprobs_T.detach(), reference_T, "k3")
             if kl.place == "reward" and not self._config.finishes_advantages:
                 penalty_T = kl_penalty(batch, reference_T, estimator=kl.estimator)
@@ -376,7 +389,7 @@ class Rank:
         return Scores(logprobs=logprobs, largest_logit=largest)
 
     @torch.no_grad()
-    def _score(self, micro: MicroBatch, scorer: TokenScorer | None = None) -> Tensor:
+    def _score(self, micro: MicroBatch, scorer: Callable[..., Tensor] | None = None) -> Tensor:
         logprobs_T: Tensor = (scorer or self._scorer)(
             micro.token_ids_N,
             micro.lengths,
@@ -434,9 +447,15 @@ class Rank:
             torch.cuda.empty_cache()
 
     def save(self, directory: str, version: int, optimizer: bool) -> None:
-        """Write a Hugging Face model, and with `optimizer` all it takes to go on training."""
+        """Write a Hugging Face model, or its adapters if it has some, and with `optimizer` all it
+        takes to go on training."""
         self._offload.to_device()
-        weights: dict[str, Any] = get_model_state_dict(self._model, options=WHOLE)
+        adapted = self._config.lora.rank > 0
+        weights: dict[str, Any]
+        if adapted:
+            weights = adapters_of(self._model)
+        else:
+            weights = get_model_state_dict(self._model, options=WHOLE)
         state = optimizer_state(self._scorer, self._optimizer) if optimizer else None
         of_critic = self._critic.state() if self._critic is not None and optimizer else None
         if self._rank != 0:
@@ -444,7 +463,11 @@ class Rank:
         partial = Path(f"{directory}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         model = partial / MODEL_FOLDER if optimizer else partial
-        save_model(self._model, model, source=self._source, weights=weights)
+        if adapted:
+            save_adapters(self._model, model, weights)
+            copy_beside(self._source, model)
+        else:
+            save_model(self._model, model, source=self._source, weights=weights)
         if optimizer:
             torch.save({"optimizer": state, "updates": self._updates}, partial / OPTIMIZER_FILE)
             if of_critic is not None:

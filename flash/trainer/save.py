@@ -46,6 +46,11 @@ def save_model(model: Any, directory: Path, *, source: str, weights: dict[str, T
     finally:
         model.generation_config = generation
     generation.to_json_file(directory / GENERATION_CONFIG_NAME, use_diff=True)
+    copy_beside(source, directory)
+
+
+def copy_beside(source: str, directory: Path) -> None:
+    """What lay beside the weights that a model was loaded from."""
     folder = Path(source)
     if not folder.is_dir():
         folder = Path(str(cached_file(source, CONFIG_NAME))).parent

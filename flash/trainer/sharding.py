@@ -78,7 +78,7 @@ def make_optimizer(
     module: nn.Module, config: TrainerConfig, *, learning_rate: float
 ) -> torch.optim.AdamW:
     return torch.optim.AdamW(
-        module.parameters(),
+        [parameter for parameter in module.parameters() if parameter.requires_grad],
         lr=learning_rate,
         betas=config.betas,
         weight_decay=config.weight_decay,

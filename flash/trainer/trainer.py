@@ -14,7 +14,12 @@ from flash.errors import NodeLost, ProcessFailure, TrainerFailure, first_error
 from flash.system.process import Process
 from flash.trainer.advantage_settings import Gae
 from flash.trainer.advantages import Floats
-from flash.trainer.checkpoint import CRITIC_FILE, MODEL_FOLDER, checkpoint_version
+from flash.trainer.checkpoint import (
+    ADAPTERS_FILE,
+    CRITIC_FILE,
+    MODEL_FOLDER,
+    checkpoint_version,
+)
 from flash.trainer.config import TrainerConfig
 from flash.trainer.packing import (
     MiniBatchShare,
@@ -55,7 +60,8 @@ class Trainer:
     Args:
         model: a directory or a hub name, for AutoModelForCausalLM.
         run_dir: where the ranks' logs go.
-        resume_from: a checkpoint of `save_checkpoint`; its model takes the place of `model`.
+        resume_from: a checkpoint of `save_checkpoint`; its model takes the place of `model`, or
+            with `config.lora` its adapters are added to it.
         starter: of its ranks; by default they are processes on this machine.
         say: is told in a line what is chosen for passes on a GPU, and what takes long at first; by
             default the log is.
@@ -99,11 +105,20 @@ class Trainer:
     def _go_on_from(self, checkpoint: Path | None) -> None:
         """Ranks that start will have what is in it; ValueError if that is not all they need."""
         self.version = 0 if checkpoint is None else checkpoint_version(checkpoint)
-        self.model = self._first_model if checkpoint is None else str(checkpoint / MODEL_FOLDER)
+        adapted = self.config.lora.rank > 0
+        self.model = self._first_model
+        if checkpoint is not None and not adapted:
+            self.model = str(checkpoint / MODEL_FOLDER)
         self._checkpoint = checkpoint
-        if checkpoint is None or not self.config.has_critic:
+        if checkpoint is None:
             return
-        if not (checkpoint / CRITIC_FILE).exists():
+        if adapted != (checkpoint / MODEL_FOLDER / ADAPTERS_FILE).exists():
+            has = "a whole model and no adapters" if adapted else "adapters and no whole model"
+            raise ValueError(
+                f"{checkpoint} has {has}, with trainer.lora.rank={self.config.lora.rank}: give "
+                f"trainer.lora as it was when that was saved, or begin at the first model"
+            )
+        if self.config.has_critic and not (checkpoint / CRITIC_FILE).exists():
             raise ValueError(
                 f"{checkpoint} has no critic ({CRITIC_FILE}), which trainer.advantages=gae "
                 f"needs: resume from a checkpoint of a run with gae, or start anew from its "

@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 
 from flash.conversation import TokenSequence
+from flash.errors import AgentFailure
 from flash.fakes import FakeCrew, FakeWorker
 from flash.hub.hub import InferenceHub
 from flash.hub.reports import PublishReport
-from flash.rollout import loop as loop_module
+from flash.rollout import choosing
+from flash.rollout.choosing import choose_groups
 from flash.rollout.config import RolloutSettings
 from flash.rollout.loop import RolloutLoop
 from flash.rollout.observer import Observer
-from flash.rollout.staleness import choose_groups
+from flash.rollout.tasks import TaskSet
 from flash.trainer.advantage_settings import Grpo, Reinforce
 from flash.trainer.advantages import make_advantages
 from flash.types import Completion, Task, Trajectory
@@ -229,7 +231,7 @@ async def test_groups_are_chosen_from_again_only_where_one_of_them_has_come_or_g
     def seconds(episode):
         return 50.0 if episode.id == 0 else 1 + episode.id * 7919 % 1009 / 1009
 
-    monkeypatch.setattr(loop_module, "choose_groups", counted)
+    monkeypatch.setattr(choosing, "choose_groups", counted)
     settings = RolloutSettings(on_stale="wait")
     async with rollouts(books, seconds=seconds, alpha=2, settings=settings) as loop:
         for version in (1, 2):
@@ -238,4 +240,59 @@ async def test_groups_are_chosen_from_again_only_where_one_of_them_has_come_or_g
         choices.clear()
         batch = await loop.next_batch()
         assert 0 in {sample.group for sample in batch.samples}, "it was waited for"
-        assert len(choices) <= 3 * BATCH / GROUP, "which so many groups can end in"
+        assert len(choices) == 2, "when there were enough of others, and when it had come"
+
+
+@in_virtual_time
+async def test_nobody_waits_for_a_group_that_was_given_up():
+    books, clock = Books(), asyncio.get_running_loop().time
+
+    def fails(episode):
+        return episode.group == 0 and episode.id % GROUP == 0
+
+    def play(episode):
+        return AgentFailure("no") if fails(episode) else said([loop.hub.version] * 2)
+
+    def seconds(episode):
+        return 50.0 if fails(episode) else 1 + episode.id * 7919 % 1009 / 1009
+
+    settings = RolloutSettings(on_stale="wait", max_attempts=1)
+    async with rollouts(books, play=play, seconds=seconds, alpha=2, settings=settings) as loop:
+        for version in (1, 2):
+            await loop.next_batch()
+            await loop.publish(weights(version))
+        batch = await loop.next_batch()
+        assert 0 not in {sample.group for sample in batch.samples}
+        assert clock() == pytest.approx(50.0)
+
+
+@in_virtual_time
+async def test_a_part_is_what_is_complete_of_one_task_set_while_another_waits_for_its_late_groups():
+    """Each set has two batches' groups at first, of which half is quick and half are late; for
+    those of `a`, which have begun to sample, the next batch keeps all places of theirs."""
+    books, clock = Books(), asyncio.get_running_loop().time
+    groups, seen = BATCH // GROUP // 2, set()
+
+    def seconds(episode):
+        if not groups <= episode.task.seed < 2 * groups:
+            return 1.0
+        if episode.task.task_set == "b":
+            return 20.0
+        first = episode.group not in seen
+        seen.add(episode.group)
+        return 50.0 if first else 1.0
+
+    sets = [
+        TaskSet(
+            name=name, tasks=[Task(seed, task_set=name) for seed in range(tasks * groups)],
+            groups_per_batch=groups, group_size=GROUP,
+        )
+        for name, tasks in (("a", 5), ("b", 2))
+    ]  # fmt: skip
+    settings = RolloutSettings(on_stale="wait")
+    async with rollouts(books, seconds=seconds, task_sets=sets, settings=settings) as loop:
+        await loop.next_batch()
+        await loop.publish(weights(1))
+        part = await loop.next_part()
+        assert clock() == pytest.approx(20.0)
+        assert len(part.samples) == BATCH / 2

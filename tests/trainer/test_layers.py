@@ -13,8 +13,9 @@ from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flash.trainer import layers
-from flash.trainer.config import TrainerConfig
+from flash.trainer.config import LoraConfig, TrainerConfig
 from flash.trainer.layers import missing_to_compile
+from flash.trainer.objectives.settings import KlSettings
 from flash.trainer.packing import divide
 from flash.trainer.rank import Rank
 from flash.trainer.trainer import Trainer
@@ -63,9 +64,9 @@ def save_windowed(folder: Path, kind: str = "qwen2") -> Path:
 
 
 @contextlib.contextmanager
-def started(model: Path, config: TrainerConfig) -> Iterator[Rank]:
+def started(model: Path, config: TrainerConfig, reference: Path | None = None) -> Iterator[Rank]:
     rank = Rank()
-    assert not rank.start(str(model), None, config, 0, 1, None, 0)
+    assert not rank.start(str(model), None, config, 0, 1, None, 0, reference and str(reference))
     try:
         yield rank
     finally:
@@ -108,6 +109,30 @@ def test_compiled_layers_have_the_same_gradients(
     )
     assert any(gradient.abs().max() > 1e-3 for gradient in plain)
     torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("traced")
+def test_layers_with_adapters_are_compiled_as_the_reference_without_them_is(
+    tmp_path: Path, samples_of: SamplesOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flash.trainer.sharding._ONE_UNIT_PARAMETERS", 0)
+    model = save_windowed(tmp_path / "model")
+    more = {
+        "lora": LoraConfig(rank=4),
+        "kl": KlSettings(coefficient=0.5),
+        "gradient_checkpointing": True,
+        "tokens_per_micro_batch": 60,
+    }
+    told = []
+    for config in (COMPILED, PLAIN):
+        adapted = config.model_copy(update=more)
+        with started(model, adapted, model) as rank:
+            steps = [divide(samples_of(8, seed=version), adapted)[0] for version in range(3)]
+            told.append([rank.step(share, version) for version, share in enumerate(steps)])
+    for compiled, plain in zip(*told, strict=True):
+        assert compiled == pytest.approx(plain, rel=1e-3, abs=1e-6)
+    assert plain["kl_reference"] > 1e-5
 
 
 @pytest.mark.slow

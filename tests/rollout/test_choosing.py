@@ -2,8 +2,8 @@
 
 from types import SimpleNamespace
 
+from flash.rollout.choosing import choose_groups
 from flash.rollout.groups import Group
-from flash.rollout.staleness import choose_groups
 from flash.types import Task
 
 
@@ -14,7 +14,7 @@ def group(number, *, oldest, complete):
 
 
 def chosen(groups, wanted, **options):
-    return [group.id for group in choose_groups(groups, wanted, **options)[0]]
+    return [group.id for group in choose_groups(groups, wanted, **options).groups]
 
 
 def test_the_oldest_complete_groups_are_chosen_and_nobody_is_waited_for():
@@ -52,3 +52,18 @@ def test_with_wait_a_group_that_has_not_begun_to_sample_may_do_so_from_what_is_p
     ]
     assert chosen(groups, 1, version=1, alpha=2, wait_for=(1, 0)) == []
     assert chosen(groups, 1, version=1, alpha=2, wait_for=(1, 1)) == [3]
+
+
+def test_it_says_for_whom_places_are_kept():
+    early, late, begun_late = (
+        group(number, oldest=oldest, complete=False) for number, oldest in ((0, 0), (1, 0), (2, 1))
+    )
+    ready = [group(number, oldest=1, complete=True) for number in (3, 4, 5)]
+
+    def choice(groups, **options):
+        return choose_groups(groups, 3, version=1, alpha=1, **options)
+
+    kept = choice([early, late, begun_late, *ready], wait_for=(3, 1))
+    assert (kept.groups, kept.kept, kept.awaited) == (ready[:1], 2, [early, late])
+    assert choice([begun_late, *ready], wait_for=(3, 1)).awaited == []
+    assert choice([early, late, *ready]).awaited == []

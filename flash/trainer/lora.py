@@ -1,0 +1,194 @@
+"""Low-rank adapters by PEFT, trained in the place of a model's weights.
+
+    weight W, frozen ─────────────────► W x ─┐
+    adapter A, B, trained ► (α/rank) B A x ──┴─► what the layer computes
+
+    export      W + (α/rank) B A, under the model's own names: a worker knows of no adapter
+    checkpoint  A and B alone, in files as PEFT and transformers load them
+    reference   W alone: the model that the run began with is there already
+
+Hu et al. 2021. PEFT is optional, and imported where an adapter is asked for.
+"""
+
+import importlib.util
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from transformers.pytorch_utils import Conv1D
+
+from flash.seeds import derived
+from flash.system import machine
+from flash.trainer.checkpoint import ADAPTERS_FILE
+from flash.trainer.config import ALL_LINEAR, LoraConfig
+from flash.trainer.save import save_model
+from flash.trainer.scorer import TokenScorer
+from flash.trainer.sharding import WHOLE
+
+_CONFIG_FILE = "adapter_config.json"
+_NAME = "default"  # PEFT's, of the only adapter
+_OWN = ".base_layer."  # in the name of what is a layer's own
+_ADAPTERS = (".lora_A.", ".lora_B.")
+
+
+def check_installed(settings: LoraConfig) -> None:
+    """ValueError if there are to be adapters, and PEFT is not installed."""
+    if settings.rank and importlib.util.find_spec("peft") is None:
+        raise ValueError(
+            f"trainer.lora.rank={settings.rank} needs PEFT, which is not installed: "
+            f"{machine.how_to_install('lora')}, or leave trainer.lora out"
+        )
+
+
+def check_targets(model: Any, settings: LoraConfig) -> None:
+    """ValueError if the model, with weights or without, has not what adapters are asked for."""
+    if not settings.rank or settings.targets == (ALL_LINEAR,):
+        return
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    found = {name.rpartition(".")[2] for name, m in linear.items() if m is not _head(model)}
+    for target in settings.targets:
+        matched = [name for name in linear if f".{name}".endswith(f".{target}")]
+        if not matched or any(linear[name] is _head(model) for name in matched):
+            why = "is the head, which has none" if matched else "is no linear module of the model"
+            raise ValueError(
+                f"trainer.lora.targets={list(settings.targets)}: {target!r} {why}: there are "
+                f"{', '.join(sorted(found))}, or {ALL_LINEAR}"
+            )
+
+
+def _head(model: Any) -> nn.Module:
+    head: nn.Module = model.get_output_embeddings()
+    return head
+
+
+def add_adapters(model: Any, settings: LoraConfig, *, source: str, seed: int, half: bool) -> None:
+    """Freezes the model's weights and gives each target an adapter, which adds nothing yet.
+
+    Args:
+        model: whole, in float32, not sharded yet.
+        source: what it was loaded from, which checkpoints name.
+        seed: of the adapters, which are the same ones on every rank.
+        half: layers compute in bfloat16, and so frozen weights are kept; adapters in float32.
+
+    ValueError if PEFT is not installed, or the model has not what is asked for.
+    """
+    check_installed(settings)
+    check_targets(model, settings)
+    from peft import LoraConfig as PeftConfig  # noqa: PLC0415  (it is optional)
+    from peft import inject_adapter_in_model  # noqa: PLC0415
+
+    all_linear = settings.targets == (ALL_LINEAR,)
+    config = PeftConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        target_modules=ALL_LINEAR if all_linear else list(settings.targets),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=str(Path(source).resolve()) if Path(source).is_dir() else source,
+    )
+    with torch.random.fork_rng(devices=[]):  # PEFT draws on the CPU, wherever the model is
+        torch.manual_seed(derived(seed, "adapters"))
+        inject_adapter_in_model(config, model)
+    for parameter in model.parameters() if half else ():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+
+
+def without_adapters(scorer: TokenScorer) -> Callable[..., Tensor]:
+    """Scores as the model did before it had adapters."""
+    from peft.helpers import rescale_adapter_scale  # noqa: PLC0415  (it is optional)
+
+    def score(*args: Any, **settings: Any) -> Tensor:
+        with rescale_adapter_scale(scorer, 0):
+            logprobs_T: Tensor = scorer(*args, **settings)
+        return logprobs_T
+
+    return score
+
+
+# ── what is exported ─────────────────────────────────────────────────────────────────────────
+
+
+def is_adapter(name: str) -> bool:
+    """Whether the parameter of that name is an adapter's."""
+    return any(part in name for part in _ADAPTERS)
+
+
+def own_name(name: str) -> str:
+    """A parameter's in the model without adapters."""
+    return name.replace(_OWN, ".")
+
+
+@torch.no_grad()
+def merged(model: Any, name: str, weight: Tensor) -> Tensor:
+    """A parameter with what its adapter adds, in float32; without one as it is.
+
+    Of a sharded model a collective of all ranks, each of which computes its own rows.
+    """
+    if not name.endswith(f"{_OWN}weight"):
+        return weight
+    layer = model.get_submodule(name.removesuffix(f"{_OWN}weight"))
+    added: Tensor = layer.get_delta_weight(_NAME)
+    return weight.float() + added
+
+
+# ── checkpoints ──────────────────────────────────────────────────────────────────────────────
+
+
+def adapters_of(model: Any) -> dict[str, Tensor]:
+    """The adapters, whole on rank 0, by their names in PEFT's files; a collective of all ranks."""
+    options = replace(WHOLE, ignore_frozen_params=True)
+    state: dict[str, Any] = get_model_state_dict(model, options=options)
+    return {_in_file(name): tensor for name, tensor in state.items() if is_adapter(name)}
+
+
+def save_adapters(model: Any, directory: Path, adapters: dict[str, Tensor]) -> None:
+    """Writes them where PEFT and transformers find them, with what they belong to."""
+    model.peft_config[_NAME].save_pretrained(directory)
+    save_file(adapters, directory / ADAPTERS_FILE, metadata={"format": "pt"})
+
+
+def load_adapters(model: Any, directory: Path, settings: LoraConfig) -> None:
+    """Goes on from those of `save_adapters`, each rank with its share of them.
+
+    ValueError if they were made with other settings.
+    """
+    kept = load_file(directory / ADAPTERS_FILE)
+    names = {_in_file(name): name for name, _ in model.named_parameters() if is_adapter(name)}
+    shapes = {name: model.get_parameter(own).shape for name, own in names.items()}
+    alpha = json.loads((directory / _CONFIG_FILE).read_text())["lora_alpha"]
+    if alpha != settings.alpha or {name: t.shape for name, t in kept.items()} != shapes:
+        raise ValueError(
+            f"{directory} has adapters of another rank, alpha or other targets than trainer.lora: "
+            f"give it as the run had it, or begin at the first model"
+        )
+    state: dict[str, Any] = {names[name]: tensor for name, tensor in kept.items()}
+    set_model_state_dict(model, state, options=replace(WHOLE, strict=False))
+
+
+def merge(adapters: Path, directory: Path) -> None:
+    """Writes the model that those of `save_adapters` make of theirs, in float32.
+
+    ValueError if that model is not where it was.
+    """
+    from peft import AutoPeftModelForCausalLM  # noqa: PLC0415  (it is optional)
+
+    peft_class: Any = AutoPeftModelForCausalLM
+    base = json.loads((adapters / _CONFIG_FILE).read_text())["base_model_name_or_path"]
+    try:
+        model = peft_class.from_pretrained(adapters, dtype=torch.float32).merge_and_unload()
+    except OSError as error:
+        raise ValueError(
+            f"{adapters} has adapters of the model {base!r}, which can't be loaded: bring it back, "
+            f"or name where it is in {_CONFIG_FILE} (base_model_name_or_path) ({error})"
+        ) from error
+    save_model(model, directory, source=str(adapters), weights=model.state_dict())
+
+
+def _in_file(name: str) -> str:
+    return f"base_model.model.{name.replace(f'.{_NAME}.', '.')}"

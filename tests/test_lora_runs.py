@@ -1,0 +1,60 @@
+"""A run with adapters: a stop and a resume, an evaluation, a merged model; all parts real."""
+
+import json
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from flash.cli import main as cli
+from flash.evaluate import evaluate
+from flash.replay.logged_run import open_run
+from flash.replay.retrain import Compared, plan, retrain
+from tests.tiny_runs import run, tiny
+
+pytestmark = pytest.mark.slow
+
+OPTIONS = {
+    "trainer.lora.rank": 4,
+    "trainer.lora.targets": "q_proj,down_proj",
+    "trainer.learning_rate": 0.01,
+    "trainer.warmup_steps": 0,
+    "trainer.kl.coefficient": 0.01,
+    "reward": {"name": "process", "run": "tests.replay.rewards:spread"},
+    "rollout.filters": "",
+    "alpha": 0,
+    "eval_every": 0,
+    "name": "r",
+}
+
+
+async def test_a_run_with_adapters_goes_on_from_them_and_is_evaluated_merged_and_retrained(
+    tmp_path, capsys
+):
+    folder = tmp_path / "r"
+    await run(tiny("frozen_lake", tmp_path, **{**OPTIONS, "steps": 2}))
+    more = {"steps": 4, "checkpoint.resume": True}
+    await run(tiny("frozen_lake", tmp_path, **{**OPTIONS, **more}))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "kl_reference" in line]
+    # Workers have what the trainer has: as it began, merged, and merged again after the resume.
+    assert [step["mismatch/kl_fresh"] for step in steps] == pytest.approx([0] * 4, abs=1e-5)
+    assert steps[0]["kl_reference"] == 0 < steps[1]["kl_reference"] < steps[3]["kl_reference"]
+
+    evaluation = await evaluate(folder / "checkpoints" / "step_000002", {})
+    assert evaluation.metrics()["eval/episodes"] == 8
+    again = {**OPTIONS, "checkpoint.resume": True, "trainer.lora.rank": 8}
+    with pytest.raises(ValueError, match=r"lora\.rank=8 with checkpoint\.resume: the run began wi"):
+        await run(tiny("frozen_lake", tmp_path, **again))
+
+    told = []
+    with open_run(folder) as opened:
+        await retrain(opened, plan(opened, {}, checkpoint="step_000002"), told.append)
+    (compared,) = (each for each in told if isinstance(each, Compared))
+    assert (compared.checkpoint.name, compared.equal) == ("step_000004", True)
+
+    saved, out = str(folder / "checkpoints" / "step_000004"), tmp_path / "merged"
+    assert cli.run(["merge", saved, "--out", str(out)]) == 0
+    assert AutoTokenizer.from_pretrained(out)("up")
+    assert "peft" not in repr(type(AutoModelForCausalLM.from_pretrained(out)))
+    assert cli.run(["merge", saved, "--out", str(out)]) == 2
+    assert "is there already: give a folder to be made" in capsys.readouterr().err
