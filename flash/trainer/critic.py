@@ -66,12 +66,11 @@ class Critic:
         model = unloaded(source)
         self._valuer = TokenValuer(model).eval()
         shard(self._valuer, model, ranks=ranks, half=half, shard_size=config.shard_size)
-        body = self._valuer.body
-        load_weights(body, source, device)
+        load_weights(self._valuer.body, source, device)
         if config.compile:
-            compile_layers(body)
-        elif can_fuse(body):
-            fuse_layers(body)
+            compile_layers(model)
+        elif can_fuse(model):
+            fuse_layers(model)
         if config.gradient_checkpointing:
             self.recompute()
         self._config = config
