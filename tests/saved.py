@@ -7,9 +7,10 @@ from flash.trainer.checkpoint import write_state
 
 def fill(directory: Path, version: int) -> None:
     """As a trainer writes it, with nothing in its files that loads."""
-    (directory / "model").mkdir(parents=True)
+    for folder in ("model", "optimizer"):
+        (directory / folder).mkdir(parents=True)
     (directory / "model" / "model.safetensors").write_bytes(b"w" * 100)
-    (directory / "optimizer.pt").write_bytes(b"o" * 100)
+    (directory / "optimizer" / ".metadata").write_bytes(b"o" * 100)
     write_state(directory, version)
 
 

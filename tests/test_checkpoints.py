@@ -98,7 +98,7 @@ def _folder(path):
 
 
 @pytest.mark.parametrize("damage", [_remove, _cut, _empty, _garble, _folder])
-@pytest.mark.parametrize("name", ["trainer.json", "optimizer.pt", "model/model.safetensors"])
+@pytest.mark.parametrize("name", ["trainer.json", "optimizer/.metadata", "model/model.safetensors"])
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_and_named(
     name, damage, tmp_path, caplog
 ):
@@ -120,10 +120,10 @@ def test_what_is_of_another_version_is_damaged(tmp_path):
 
 def test_if_none_is_whole_all_are_named_with_the_remedy(tmp_path):
     for version in (1, 2):
-        (fake_checkpoint(tmp_path, version) / "optimizer.pt").unlink()
+        (fake_checkpoint(tmp_path, version) / "optimizer/.metadata").unlink()
     with pytest.raises(ValueError, match="is whole: start anew under another name") as caught:
         newest_checkpoint(tmp_path)
-    assert str(caught.value).count("optimizer.pt is missing") == 2
+    assert str(caught.value).count("optimizer/.metadata is missing") == 2
 
 
 def test_a_run_without_a_whole_one_goes_on_from_the_first_model_and_that_is_said(tmp_path, caplog):
@@ -131,7 +131,7 @@ def test_a_run_without_a_whole_one_goes_on_from_the_first_model_and_that_is_said
     assert not caplog.messages
     whole = fake_checkpoint(tmp_path, 1)
     assert checkpoint_to_go_on_from(tmp_path).path == whole
-    (whole / "optimizer.pt").unlink()
+    (whole / "optimizer/.metadata").unlink()
     assert checkpoint_to_go_on_from(tmp_path) is None
     assert "or all that the log has is trained again, from the start" in caplog.text
 
@@ -171,7 +171,7 @@ async def test_what_a_crash_left_half_written_is_removed_by_the_next_run(tmp_pat
 async def test_a_damaged_one_is_replaced_when_its_version_comes_again(tmp_path):
     fake_checkpoint(tmp_path, 1)
     damaged = fake_checkpoint(tmp_path, 2)
-    (damaged / "optimizer.pt").unlink()
+    (damaged / "optimizer/.metadata").unlink()
     found = newest_checkpoint(tmp_path)
     checkpoints = Checkpoints(tmp_path, resumed=found, every_s=0, observer=Observer())
     await checkpoints.save(FakeTrainer(1), spare=False)  # is there already

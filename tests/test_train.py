@@ -224,7 +224,7 @@ async def test_a_rank_that_dies_where_no_checkpoint_is_whole_is_replaced_from_th
     damaged = []
 
     async def step(trainer: Trainer, batch: Batch) -> dict[str, float]:
-        saved = [*(tmp_path / "r" / "checkpoints").glob("*/optimizer.pt")]
+        saved = [*(tmp_path / "r" / "checkpoints").glob("*/optimizer/.metadata")]
         if len(saved) == 2 and not damaged:
             damaged.extend(saved)
             for path in damaged:

@@ -143,6 +143,10 @@ class EngineConfig(Section):
                     f"--{name}: command lines and the run's config.yaml are for others to read: "
                     f"leave it out; servers have a key of their own, and find $HF_TOKEN"
                 )
+            if word.startswith("--") and name == "log-level" and info.field_name == "sglang_args":
+                raise ValueError(
+                    f"{word}: SGLang then writes its servers' key into the run's logs: leave it out"
+                )
             if word.startswith("--") and name in _LENGTH_ARGS:
                 raise ValueError(f"{word} is agent.max_sequence_tokens: leave it out, and set that")
         return value

@@ -337,17 +337,22 @@ def _newest_within(run: LoggedRun, plan: Plan) -> tuple[Path, int] | None:
 def _compare(folder: Path, other: Path) -> tuple[bool, float]:
     """Whether the weights of two models are the same, and the largest difference."""
     equal, largest = True, 0.0
-    files = [sorted(f.name for f in of.glob("*.safetensors")) for of in (folder, other)]
-    if files[0] != files[1]:
-        return False, math.inf
-    for name in files[0]:
-        with (
-            safe_open(folder / name, framework="numpy") as mine,
-            safe_open(other / name, framework="numpy") as theirs,
-        ):
-            for key in mine.keys():  # noqa: SIM118  (it is no mapping)
-                one, another = mine.get_tensor(key), theirs.get_tensor(key)
-                if one.tobytes() != another.tobytes():
-                    equal = False
-                    largest = max(largest, float(np.abs(one - another).max()))
+    with contextlib.ExitStack() as opened:
+        mine, theirs = (_weights_in(of, opened) for of in (folder, other))
+        if mine.keys() != theirs.keys():
+            return False, math.inf
+        for name in mine:
+            one, another = (files[name].get_tensor(name) for files in (mine, theirs))
+            if one.tobytes() != another.tobytes():
+                equal = False
+                largest = max(largest, float(np.abs(one - another).max()))
     return equal, largest
+
+
+def _weights_in(folder: Path, opened: contextlib.ExitStack) -> dict[str, Any]:
+    """The open file of each weight: how many files there are depends on the ranks."""
+    weights: dict[str, Any] = {}
+    for path in folder.glob("*.safetensors"):
+        file = opened.enter_context(safe_open(path, framework="numpy"))
+        weights |= dict.fromkeys(file.keys(), file)
+    return weights

@@ -2,8 +2,8 @@
 
 model/         a Hugging Face model, with its tokenizer if it has one; with trainer.lora adapters
                alone, in PEFT's format
-optimizer.pt   what the optimizer has gathered, its steps so far
-critic.pt      of advantages=gae: the critic and its optimizer
+optimizer/     what the optimizer has gathered, its steps so far, each rank's shards
+critic/        of advantages=gae: the critic and its optimizer, likewise
 trainer.json   the policy version, and of every file its size and a sum over its ends; written
                once the disk has the others
 """
@@ -18,9 +18,11 @@ from flash.system.durable import sync, write_whole
 
 MODEL_FOLDER = "model"
 ADAPTERS_FILE = "adapter_model.safetensors"  # in it, in the place of weights
-OPTIMIZER_FILE = "optimizer.pt"
-CRITIC_FILE = "critic.pt"
+OPTIMIZER_FOLDER = "optimizer"
+CRITIC_FOLDER = "critic"
 STATE_FILE = "trainer.json"
+
+_OLD_OPTIMIZER_FILE = "optimizer.pt"  # of versions that gathered all of it on one rank
 
 # At each end of a file: where its format keeps the table of what is in it. A sum over all of a
 # large model would take as long as its writing.
@@ -55,6 +57,11 @@ def checkpoint_version(directory: Path) -> int:
         raise ValueError(
             f"{directory} is not a checkpoint, or not a whole one ({STATE_FILE}: {error}): {remedy}"
         ) from error
+    if _OLD_OPTIMIZER_FILE in state.files:
+        raise ValueError(
+            f"the checkpoint {directory} is of an earlier version ({_OLD_OPTIMIZER_FILE}): start "
+            f"anew under another name, with --model of its {MODEL_FOLDER}/ folder"
+        )
     for name, saved in state.files.items():
         if damage := _damage(directory / name, saved):
             raise ValueError(f"the checkpoint {directory} is damaged ({name} {damage}): {remedy}")

@@ -11,25 +11,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    set_model_state_dict,
-)
 
 from flash.trainer.config import TrainerConfig
 from flash.trainer.fused import can_fuse, fuse_layers
 from flash.trainer.layers import compile_layers, recompute_activations
+from flash.trainer.loading import load_weights, unloaded
 from flash.trainer.micro_batch import MicroBatch
 from flash.trainer.scorer import packed_inputs
-from flash.trainer.sharding import (
-    WHOLE,
-    clip_gradient,
-    load_model,
-    load_optimizer,
-    make_optimizer,
-    optimizer_state,
-    shard,
-)
+from flash.trainer.sharding import clip_gradient, make_optimizer, shard
+from flash.trainer.shards import load_shards, save_shards
 
 
 def value_loss(
@@ -68,20 +58,22 @@ class TokenValuer(nn.Module):
 
 
 class Critic:
-    """Valuer and optimizer of one rank; every call but `load` is a collective."""
+    """Valuer and optimizer of one rank; every call is a collective."""
 
     def __init__(
         self, source: str, config: TrainerConfig, *, ranks: int, device: Any, half: bool
     ) -> None:
-        model = load_model(source)
-        self._valuer = TokenValuer(model).to(device).eval()
+        model = unloaded(source)
+        self._valuer = TokenValuer(model).eval()
+        shard(self._valuer, model, ranks=ranks, half=half, shard_size=config.shard_size)
+        body = self._valuer.body
+        load_weights(body, source, device)
         if config.compile:
-            compile_layers(model)
-        elif can_fuse(model):
-            fuse_layers(model)
+            compile_layers(body)
+        elif can_fuse(body):
+            fuse_layers(body)
         if config.gradient_checkpointing:
             self.recompute()
-        shard(self._valuer, model, ranks=ranks, half=half, shard_size=config.shard_size)
         self._config = config
         self._ranks = ranks
         self._device = device
@@ -124,15 +116,10 @@ class Critic:
             "critic/grad_norm": norm,
         }
 
-    def state(self) -> dict[str, Any]:
-        """Weights and optimizer, whole on rank 0."""
-        return {
-            "model": get_model_state_dict(self._valuer, options=WHOLE),
-            "optimizer": optimizer_state(self._valuer, self.optimizer),
-        }
+    def save(self, directory: Path) -> None:
+        """Weights and optimizer, each rank's shards."""
+        save_shards(directory, self._valuer, self.optimizer, updates=0, weights=True)
 
-    def load(self, path: Path) -> None:
-        """Goes on from what `state` was."""
-        kept = torch.load(path, weights_only=True, map_location="cpu")
-        set_model_state_dict(self._valuer, kept["model"], options=WHOLE)
-        load_optimizer(self._valuer, self.optimizer, kept["optimizer"])
+    def load(self, directory: Path) -> None:
+        """Goes on from what was saved."""
+        load_shards(directory, self._valuer, self.optimizer)

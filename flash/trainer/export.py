@@ -1,6 +1,6 @@
 """A sharded model's weights on their way to the workers: gathered one by one, written by the file.
 
-    for each tensor: all ranks gather it ─► rank 0 keeps it ─► a file's worth? write it, forget it
+    for each tensor: all ranks gather it ─► one keeps it ─► a file's worth? write it, forget it
 
 What is written is a Hugging Face checkpoint without tokenizer: names and parts as there, tied
 weights once, adapters merged into the weights that they belong to.
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -26,20 +27,38 @@ _INDEX_FILE = "model.safetensors.index.json"
 def write_weights(
     model: Any, directory: Path, *, dtype: torch.dtype, write: bool, file_bytes: int = _FILE_BYTES
 ) -> None:
-    """Write the parameters in `dtype`, and buffers as they are; a collective, rank 0 has `write`.
+    """Write the parameters in `dtype`, and buffers as they are; a collective.
 
-    With the dtype that the trainer computes in, a worker has the very weights that the trainer
-    computed with. Nobody holds more than one whole tensor of the model or of its files, the writer
-    up to `file_bytes` more.
+    Ranks with `write` share the work: each writes files of its own; rank 0 is one of them. When it
+    returns there, all files are written. With the dtype that the trainer computes in, a worker has
+    the very weights that the trainer computed with. Nobody holds more than one whole tensor of the
+    model or of its files, a writer up to `file_bytes` more.
     """
-    writer = _Writer(directory, file_bytes)
+    writers = _writers(write)
+    bytes_of = dict.fromkeys(writers, 0)
+    rank = dist.get_rank()
+    writer = _Writer(directory, f"model-{rank:05d}", file_bytes)
     for name, whole in whole_tensors(model, dtype):
-        if write:
+        # The same one in each export of this model, so that files can be compared.
+        owner = min(writers, key=bytes_of.__getitem__)
+        bytes_of[owner] += whole.nbytes
+        if owner == rank:
             writer.add(name, whole)
         del whole
-    if write:
-        writer.close()
+    of_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.gather_object(writer.close(), of_ranks if rank == 0 else None)
+    if rank == 0:
+        places = {name: file for files in of_ranks for name, file in files.items()}
+        index = {"metadata": {}, "weight_map": places}
+        (directory / _INDEX_FILE).write_text(json.dumps(index))
         model.config.save_pretrained(directory)
+
+
+def _writers(write: bool) -> list[int]:
+    """The ranks that write."""
+    each: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(each, write)
+    return [rank for rank, writes in enumerate(each) if writes]
 
 
 def whole_tensors(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -77,10 +96,11 @@ def _gather(tensor: Tensor) -> Tensor:
 
 
 class _Writer:
-    """Fills one file after the other."""
+    """Fills one file after the other, whose names begin alike."""
 
-    def __init__(self, directory: Path, file_bytes: int) -> None:
+    def __init__(self, directory: Path, prefix: str, file_bytes: int) -> None:
         self._directory = directory
+        self._prefix = prefix
         self._file_bytes = file_bytes
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
@@ -93,14 +113,15 @@ class _Writer:
         self._pending[name] = tensor.contiguous().cpu()
         self._pending_bytes += tensor.nbytes
 
-    def close(self) -> None:
-        self._flush()
-        index = {"metadata": {}, "weight_map": self._files}
-        (self._directory / _INDEX_FILE).write_text(json.dumps(index))
+    def close(self) -> dict[str, str]:
+        """Each tensor's file."""
+        if self._pending:
+            self._flush()
+        return self._files
 
     def _flush(self) -> None:
         self._written += 1
-        file = f"model-{self._written:05d}.safetensors"
+        file = f"{self._prefix}-{self._written:05d}.safetensors"
         save_file(self._pending, self._directory / file, metadata={"format": "pt"})
         self._files |= dict.fromkeys(self._pending, file)
         self._pending, self._pending_bytes = {}, 0

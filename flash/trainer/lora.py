@@ -20,21 +20,27 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+from torch.distributed.tensor import distribute_tensor
+from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from flash.seeds import derived
 from flash.system import machine
 from flash.trainer.checkpoint import ADAPTERS_FILE
 from flash.trainer.config import ALL_LINEAR, LoraConfig
-from flash.trainer.save import save_model
+from flash.trainer.save import save_beside
 from flash.trainer.scorer import TokenScorer
-from flash.trainer.sharding import WHOLE
 
 _CONFIG_FILE = "adapter_config.json"
 _NAME = "default"  # PEFT's, of the only adapter
 _OWN = ".base_layer."  # in the name of what is a layer's own
 _ADAPTERS = (".lora_A.", ".lora_B.")
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0
 
 
 def check_installed(settings: LoraConfig) -> None:
@@ -67,13 +73,12 @@ def _head(model: Any) -> nn.Module:
     return head
 
 
-def add_adapters(model: Any, settings: LoraConfig, *, source: str, seed: int, half: bool) -> None:
-    """Freezes the model's weights and gives each target an adapter, which adds nothing yet.
+def add_adapters(model: Any, settings: LoraConfig, *, source: str, half: bool) -> None:
+    """Freezes the model's weights and gives each target an adapter, which begins later.
 
     Args:
-        model: whole, in float32, not sharded yet.
-        source: what it was loaded from, which checkpoints name.
-        seed: of the adapters, which are the same ones on every rank.
+        model: on torch's meta device, in float32, not sharded yet.
+        source: what it is loaded from, which checkpoints name.
         half: layers compute in bfloat16, and so frozen weights are kept; adapters in float32.
 
     ValueError if PEFT is not installed, or the model has not what is asked for.
@@ -91,12 +96,36 @@ def add_adapters(model: Any, settings: LoraConfig, *, source: str, seed: int, ha
         task_type="CAUSAL_LM",
         base_model_name_or_path=str(Path(source).resolve()) if Path(source).is_dir() else source,
     )
-    with torch.random.fork_rng(devices=[]):  # PEFT draws on the CPU, wherever the model is
-        torch.manual_seed(derived(seed, "adapters"))
-        inject_adapter_in_model(config, model)
+    inject_adapter_in_model(config, model, low_cpu_mem_usage=True)
     for parameter in model.parameters() if half else ():
         if not parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()
+
+
+@torch.no_grad()
+def begin_adapters(scorer: TokenScorer, *, seed: int, device: Any) -> None:
+    """Gives adapters their first weights, which add nothing: the same on however many ranks.
+
+    The scorer is sharded, and all but adapters has its weights.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derived(seed, "adapters"))
+        for name, layer in scorer.named_modules():
+            if isinstance(layer, nn.Linear) and is_adapter(f"{name}.weight"):
+                empty: Any = layer.weight
+                whole = nn.Linear(layer.in_features, layer.out_features, bias=False).weight
+                if ".lora_B." in name:
+                    whole.zero_()
+                shards = distribute_tensor(
+                    whole.to(device), empty.device_mesh, empty.placements, src_data_rank=None
+                )
+                layer.weight = nn.Parameter(shards)
+
+
+def own_layer(layer: nn.Module) -> nn.Module:
+    """What an adapter was added to; the layer itself, if it has none."""
+    own: nn.Module = getattr(layer, "base_layer", layer)
+    return own
 
 
 def without_adapters(scorer: TokenScorer) -> Callable[..., Tensor]:
@@ -140,17 +169,14 @@ def merged(model: Any, name: str, weight: Tensor) -> Tensor:
 # ── checkpoints ──────────────────────────────────────────────────────────────────────────────
 
 
-def adapters_of(model: Any) -> dict[str, Tensor]:
-    """The adapters, whole on rank 0, by their names in PEFT's files; a collective of all ranks."""
-    options = replace(WHOLE, ignore_frozen_params=True)
-    state: dict[str, Any] = get_model_state_dict(model, options=options)
-    return {_in_file(name): tensor for name, tensor in state.items() if is_adapter(name)}
-
-
-def save_adapters(model: Any, directory: Path, adapters: dict[str, Tensor]) -> None:
-    """Writes them where PEFT and transformers find them, with what they belong to."""
-    model.peft_config[_NAME].save_pretrained(directory)
-    save_file(adapters, directory / ADAPTERS_FILE, metadata={"format": "pt"})
+def save_adapters(model: Any, directory: Path, *, write: bool) -> None:
+    """Writes them where PEFT and transformers find them, with what they belong to; a collective of
+    all ranks, rank 0 has `write`."""
+    state = get_model_state_dict(model, options=replace(_WHOLE, ignore_frozen_params=True))
+    if write:
+        model.peft_config[_NAME].save_pretrained(directory)
+        adapters: Any = {_in_file(name): t for name, t in state.items() if is_adapter(name)}
+        save_file(adapters, directory / ADAPTERS_FILE, metadata={"format": "pt"})
 
 
 def load_adapters(model: Any, directory: Path, settings: LoraConfig) -> None:
@@ -168,7 +194,7 @@ def load_adapters(model: Any, directory: Path, settings: LoraConfig) -> None:
             f"give it as the run had it, or begin at the first model"
         )
     state: dict[str, Any] = {names[name]: tensor for name, tensor in kept.items()}
-    set_model_state_dict(model, state, options=replace(WHOLE, strict=False))
+    set_model_state_dict(model, state, options=replace(_WHOLE, strict=False))
 
 
 def merge(adapters: Path, directory: Path) -> None:
@@ -187,7 +213,12 @@ def merge(adapters: Path, directory: Path) -> None:
             f"{adapters} has adapters of the model {base!r}, which can't be loaded: bring it back, "
             f"or name where it is in {_CONFIG_FILE} (base_model_name_or_path) ({error})"
         ) from error
-    save_model(model, directory, source=str(adapters), weights=model.state_dict())
+    generation_class: Any = GenerationConfig  # its types are not published
+    # Its own may be one that transformers loads and refuses to save.
+    generation, model.generation_config = model.generation_config, generation_class()
+    model.save_pretrained(directory)
+    model.generation_config = generation
+    save_beside(model, directory, source=str(adapters))
 
 
 def _in_file(name: str) -> str:

@@ -21,25 +21,19 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from transformers.utils import logging as untyped_logging
 
 from flash.seeds import derived
 from flash.system import machine
 from flash.system.process import serve
-from flash.trainer.checkpoint import CRITIC_FILE, MODEL_FOLDER, OPTIMIZER_FILE, write_state
-from flash.trainer.config import LoraConfig, TrainerConfig
+from flash.trainer.checkpoint import CRITIC_FOLDER, MODEL_FOLDER, OPTIMIZER_FOLDER, write_state
+from flash.trainer.config import TrainerConfig
 from flash.trainer.critic import Critic
+from flash.trainer.delta import write_delta
 from flash.trainer.export import layout, whole_tensors, write_weights
-from flash.trainer.fused import fuse
-from flash.trainer.layers import compile_layers, recompute_activations
-from flash.trainer.lora import (
-    adapters_of,
-    add_adapters,
-    load_adapters,
-    save_adapters,
-    without_adapters,
-)
+from flash.trainer.layers import recompute_activations
+from flash.trainer.loading import sharded_scorer
+from flash.trainer.lora import load_adapters, save_adapters, without_adapters
 from flash.trainer.micro_batch import MicroBatch, pack
 from flash.trainer.objectives.choose import make_objective
 from flash.trainer.objectives.regularisers import kl_estimate, kl_loss, kl_penalty
@@ -48,18 +42,10 @@ from flash.trainer.packing import NOTHING, MiniBatchShare, in_passes
 from flash.trainer.passes import Room
 from flash.trainer.ranks import LOOPBACK, Meeting
 from flash.trainer.room import room_of
-from flash.trainer.save import copy_beside, save_model
+from flash.trainer.save import save_beside
 from flash.trainer.scorer import TokenScorer
-from flash.trainer.self_test import check_packed
-from flash.trainer.sharding import (
-    WHOLE,
-    clip_gradient,
-    load_model,
-    load_optimizer,
-    make_optimizer,
-    optimizer_state,
-    shard,
-)
+from flash.trainer.sharding import clip_gradient, make_optimizer
+from flash.trainer.shards import load_shards, save_shards
 from flash.trainer.statistics import StepStatistics
 from flash.trainer.values import trained
 from flash.types import Sample, Scores
@@ -118,16 +104,17 @@ class Rank:
         self._half = config.dtype == "bfloat16" or (config.dtype == "auto" and cuda)
         self._reference: Callable[..., Tensor] | None = None
         try:
-            self._model, self._scorer = self._load_model(model, config.lora)
-            if config.lora.rank and checkpoint is not None:
+            adapted = config.lora.rank > 0
+            self._scorer = self._loaded(model, adapters=seed if adapted else None)
+            self._model: Any = self._scorer.model
+            if adapted and checkpoint is not None:
                 load_adapters(self._model, Path(checkpoint) / MODEL_FOLDER, config.lora)
             if config.gradient_checkpointing:
                 recompute_activations(self._model)
-            if reference is not None and reference == model and config.lora.rank:
+            if adapted and reference == model:
                 self._reference = without_adapters(self._scorer)
             elif reference is not None:
-                _, other = self._load_model(reference)
-                self._reference = other.requires_grad_(False)
+                self._reference = self._loaded(reference).requires_grad_(False)
         except ValueError as error:
             logger.exception("the model can't be trained")
             return " ".join(str(error).split())
@@ -154,25 +141,10 @@ class Rank:
             meeting.host, meeting.port, world_size=ranks, wait_for_workers=False, **more
         )
 
-    def _load_model(self, source: str, lora: LoraConfig | None = None) -> tuple[Any, TokenScorer]:
-        """A model and the sharded module that scores tokens with it; ValueError if it can't."""
-        model = load_model(source)
-        scorer = TokenScorer(model).to(self._device)
-        check_packed(scorer)
-        if self._config.compile:  # fuses what the kernels of `fuse` do
-            compile_layers(model)
-        else:
-            fuse(scorer)
-        if lora is not None and lora.rank:
-            add_adapters(model, lora, source=source, seed=self._seed, half=self._half)
-        shard(
-            scorer,
-            model,
-            ranks=self._ranks,
-            half=self._half,
-            shard_size=self._config.shard_size,
+    def _loaded(self, source: str, adapters: int | None = None) -> TokenScorer:
+        return sharded_scorer(
+            source, self._config, device=self._device, half=self._half, adapters=adapters
         )
-        return model, scorer
 
     def room(self) -> Room | None:
         """How many tokens a pass of the next steps has memory for; None where that is as usual."""
@@ -400,14 +372,22 @@ class Rank:
 
     # ── weights and checkpoints ──────────────────────────────────────────────────────────────
 
-    def export(self, directory: str) -> None:
-        """Write the weights as safetensors under their Hugging Face names; rank 0 writes."""
+    def export(self, directory: str, before: str | None = None) -> float | None:
+        """Write the weights as safetensors under their Hugging Face names.
+
+        The ranks that see the folder that rank 0 makes share the work. Rank 0 knows then which
+        share of the weights changed since the export `before`.
+        """
         partial = Path(f"{directory}.partial")
         if self._rank == 0:
             partial.mkdir(parents=True)
-        write_weights(self._model, partial, dtype=self._exported, write=self._rank == 0)
-        if self._rank == 0:
-            partial.rename(directory)
+        dist.barrier()
+        write_weights(self._model, partial, dtype=self._exported, write=partial.is_dir())
+        if self._rank:
+            return None
+        changed = None if before is None else write_delta(Path(before), partial)
+        partial.rename(directory)
+        return changed
 
     @property
     def _exported(self) -> torch.dtype:
@@ -448,40 +428,39 @@ class Rank:
 
     def save(self, directory: str, version: int, optimizer: bool) -> None:
         """Write a Hugging Face model, or its adapters if it has some, and with `optimizer` all it
-        takes to go on training."""
+        takes to go on training.
+
+        Each rank writes its share, in a folder that all of them see; rank 0 writes adapters.
+        """
         self._offload.to_device()
-        adapted = self._config.lora.rank > 0
-        weights: dict[str, Any]
-        if adapted:
-            weights = adapters_of(self._model)
+        partial = Path(f"{directory}.partial")
+        model = partial / MODEL_FOLDER if optimizer else partial
+        if self._rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            model.mkdir(parents=True)
+        dist.barrier()
+        if self._config.lora.rank:
+            save_adapters(self._model, model, write=self._rank == 0)
         else:
-            weights = get_model_state_dict(self._model, options=WHOLE)
-        state = optimizer_state(self._scorer, self._optimizer) if optimizer else None
-        of_critic = self._critic.state() if self._critic is not None and optimizer else None
+            write_weights(self._model, model, dtype=torch.float32, write=model.is_dir())
+        if optimizer:
+            save_shards(
+                partial / OPTIMIZER_FOLDER, self._scorer, self._optimizer, updates=self._updates
+            )
+            if self._critic is not None:
+                self._critic.save(partial / CRITIC_FOLDER)
         if self._rank != 0:
             return
-        partial = Path(f"{directory}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        model = partial / MODEL_FOLDER if optimizer else partial
-        if adapted:
-            save_adapters(self._model, model, weights)
-            copy_beside(self._source, model)
-        else:
-            save_model(self._model, model, source=self._source, weights=weights)
+        save_beside(self._model, model, source=self._source)
         if optimizer:
-            torch.save({"optimizer": state, "updates": self._updates}, partial / OPTIMIZER_FILE)
-            if of_critic is not None:
-                torch.save(of_critic, partial / CRITIC_FILE)
             write_state(partial, version)
         shutil.rmtree(directory, ignore_errors=True)
         partial.rename(directory)
 
     def _load(self, directory: Path) -> None:
-        kept = torch.load(directory / OPTIMIZER_FILE, weights_only=True, map_location="cpu")
-        load_optimizer(self._scorer, self._optimizer, kept["optimizer"])
-        self._updates = kept["updates"]
+        self._updates = load_shards(directory / OPTIMIZER_FOLDER, self._scorer, self._optimizer)
         if self._critic is not None:
-            self._critic.load(directory / CRITIC_FILE)
+            self._critic.load(directory / CRITIC_FOLDER)
 
 
 def _keep_to(address: str) -> None:

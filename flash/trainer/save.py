@@ -1,6 +1,6 @@
 """A trained model as a Hugging Face directory, with what lay beside the weights it began with.
 
-    weights, config.json          ◄── transformers, from the model
+    weights, config.json          ◄── export.py, from the model
     tokenizer, template, how to generate ◄── copied, as the model's makers gave them
 
 transformers loads much that it refuses to save: a temperature without do_sample in
@@ -11,8 +11,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-from transformers import GenerationConfig
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file
 
@@ -32,25 +30,13 @@ _PATTERNS = (
 )
 
 
-def save_model(model: Any, directory: Path, *, source: str, weights: dict[str, Tensor]) -> None:
-    """Writes a Hugging Face model.
+def save_beside(model: Any, directory: Path, *, source: str) -> None:
+    """Writes how to generate, and copies what lay beside the weights that the model began with.
 
     Args:
         source: what the model was loaded from: a directory or a hub name.
-        weights: whole, under the model's own names.
     """
-    generation_class: Any = GenerationConfig  # its types are not published
-    generation, model.generation_config = model.generation_config, generation_class()
-    try:
-        model.save_pretrained(directory, state_dict=weights)
-    finally:
-        model.generation_config = generation
-    generation.to_json_file(directory / GENERATION_CONFIG_NAME, use_diff=True)
-    copy_beside(source, directory)
-
-
-def copy_beside(source: str, directory: Path) -> None:
-    """What lay beside the weights that a model was loaded from."""
+    model.generation_config.to_json_file(directory / GENERATION_CONFIG_NAME, use_diff=True)
     folder = Path(source)
     if not folder.is_dir():
         folder = Path(str(cached_file(source, CONFIG_NAME))).parent

@@ -5,11 +5,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -17,8 +12,6 @@ from transformers import AutoModelForCausalLM
 
 from flash.trainer.attention import PACKED_ATTENTION
 from flash.trainer.config import TrainerConfig
-
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0
 
 # Below it one FSDP unit is faster than one a layer: gathering small layers is all overhead.
 _ONE_UNIT_PARAMETERS = 50_000_000
@@ -84,32 +77,6 @@ def make_optimizer(
         weight_decay=config.weight_decay,
         fused=True,
     )
-
-
-def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
-    """What it has gathered, whole on rank 0; None before its first step.
-
-    Asked then, torch would make it take a step of nothing, which counts as the first.
-    """
-    if not optimizer.state:
-        return None
-    state: dict[str, Any] = get_optimizer_state_dict(module, optimizer, options=WHOLE)
-    return state
-
-
-def load_optimizer(
-    module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any] | None
-) -> None:
-    """Goes on from `optimizer_state`; its settings stay the present ones."""
-    if state is None:
-        return
-    settings = [
-        {name: value for name, value in group.items() if name != "params"}
-        for group in optimizer.param_groups
-    ]
-    set_optimizer_state_dict(module, optimizer, optim_state_dict=state, options=WHOLE)
-    for group, present in zip(optimizer.param_groups, settings, strict=True):
-        group.update(present)
 
 
 def clip_gradient(module: nn.Module, config: TrainerConfig) -> float:

@@ -16,7 +16,7 @@ from flash.trainer.advantage_settings import Gae
 from flash.trainer.advantages import Floats
 from flash.trainer.checkpoint import (
     ADAPTERS_FILE,
-    CRITIC_FILE,
+    CRITIC_FOLDER,
     MODEL_FOLDER,
     checkpoint_version,
 )
@@ -118,9 +118,9 @@ class Trainer:
                 f"{checkpoint} has {has}, with trainer.lora.rank={self.config.lora.rank}: give "
                 f"trainer.lora as it was when that was saved, or begin at the first model"
             )
-        if self.config.has_critic and not (checkpoint / CRITIC_FILE).exists():
+        if self.config.has_critic and not (checkpoint / CRITIC_FOLDER).exists():
             raise ValueError(
-                f"{checkpoint} has no critic ({CRITIC_FILE}), which trainer.advantages=gae "
+                f"{checkpoint} has no critic ({CRITIC_FOLDER}/), which trainer.advantages=gae "
                 f"needs: resume from a checkpoint of a run with gae, or start anew from its "
                 f"{MODEL_FOLDER}/ folder"
             )
@@ -391,10 +391,10 @@ class Trainer:
         They stay until the export after next; `score` answers for them until the next step.
         """
         assert self._scratch is not None, "the trainer is not entered"
-        path = self._scratch.new_export(self.version)
-        await self._call("export", str(path))
+        path, before = self._scratch.new_export(self.version), self._scratch.newest
+        changed = await self._call("export", str(path), None if before is None else str(before))
         await self._scratch.keep(path)
-        return Weights(version=self.version, path=path, score=self.score)
+        return Weights(version=self.version, path=path, score=self.score, changed=changed)
 
     async def make_room(self, share: float) -> float:
         """Has every rank keep so little of its GPU that this share is free, if it can; the share

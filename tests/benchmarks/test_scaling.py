@@ -4,7 +4,7 @@ import asyncio
 import multiprocessing
 
 import pytest
-from scaling import FRAME_S, Case, SharedClockLoop, in_two_processes
+from scaling import ALPHA, FRAME_S, Case, SharedClockLoop, in_two_processes
 
 
 class OtherSide:
@@ -47,6 +47,7 @@ def test_what_one_side_sends_before_the_other_has_begun_arrives():
 
 @pytest.mark.slow
 def test_a_case_is_measured_in_two_processes_which_end():
-    row = in_two_processes(Case(explorers=2, in_flight=64, batches=1))
+    # More batches than may be ready when it begins to count.
+    row = in_two_processes(Case(explorers=2, in_flight=64, batches=ALPHA + 4))
     assert min(row["episodes_per_s"], row["messages_sent"], row["messages_received"]) > 0
     assert multiprocessing.active_children() == []

@@ -73,7 +73,7 @@ def test_or_from_a_checkpoint_that_is_named(trained):
 
 def test_a_checkpoint_that_is_damaged_is_no_beginning(trained):
     path = fake_checkpoint(trained.path, 1)
-    (path / "optimizer.pt").write_bytes(b"")
+    (path / "optimizer/.metadata").write_bytes(b"")
     with pytest.raises(ValueError, match="is damaged"):
         planned(trained, checkpoint="step_000001")
 

@@ -1,19 +1,34 @@
-"""What is written of a model's weights, without ranks; tests of the trainer have those."""
+"""What is written of a model's weights, by one rank and by several."""
 
-from collections.abc import Callable
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from flash.trainer.config import TrainerConfig
 from flash.trainer.export import layout, whole_tensors, write_weights
+from flash.trainer.trainer import Trainer
 from tests.families import save_family
 
 SaveModel = Callable[..., Path]
 Model: Any = AutoModelForCausalLM
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    """The only rank."""
+    store: Any = dist
+    dist.init_process_group("gloo", store=store.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 def written(directory: Path) -> dict[str, torch.Tensor]:
@@ -74,8 +89,54 @@ def test_what_is_apart_together_or_otherwise_called_in_files_is_written_so(
     assert {dtype for _, dtype, _ in layout(model, torch.bfloat16)} == {torch.bfloat16}
 
 
-def test_a_rank_that_does_not_write_leaves_no_file(save_model: SaveModel, tmp_path: Path) -> None:
-    model = Model.from_pretrained(save_model(tmp_path / "model"))
+@pytest.mark.slow
+async def test_each_rank_writes_a_share_of_whole_tensors(
+    save_model: SaveModel, tmp_path: Path
+) -> None:
+    source = save_model(tmp_path / "model", tied=False)
+    config = TrainerConfig(ranks=3)
+    async with Trainer(model=source, config=config, run_dir=tmp_path / "run") as trainer:
+        first = (await trainer.export_weights()).path
+        sizes = [file.stat().st_size for file in sorted(first.glob("*.safetensors"))]
+        assert len(sizes) == 3
+        assert max(sizes) < 2 * min(sizes)
+        places = json.loads((first / "model.safetensors.index.json").read_text())["weight_map"]
+        of_files = {
+            name: file.name for file in first.glob("*.safetensors") for name in load_file(file)
+        }
+        assert places == of_files
+        exported, expected = written(first), load_file(source / "model.safetensors")
+        assert exported.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(exported[name], tensor), name
+
+        second = (await trainer.export_weights()).path
+        for file in first.glob("*.safetensors"):
+            assert load_file(file).keys() == load_file(second / file.name).keys()
+
+
+EXPORT_WITHOUT_RANK_1 = """
+import sys, torch, torch.distributed as dist
+from pathlib import Path
+from transformers import AutoModelForCausalLM
+from flash.trainer.export import write_weights
+source, out, store, rank = sys.argv[1:]
+dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=int(rank), world_size=2)
+model = AutoModelForCausalLM.from_pretrained(source)
+write_weights(model, Path(out), dtype=torch.float32, write=rank == "0")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_does_not_see_the_folder_leaves_the_work_to_others(
+    save_model: SaveModel, tmp_path: Path
+) -> None:
+    source = save_model(tmp_path / "model")
     (tmp_path / "out").mkdir()
-    write_weights(model, tmp_path / "out", dtype=torch.float32, write=False)
-    assert not list((tmp_path / "out").iterdir())
+    command = [sys.executable, "-c", EXPORT_WITHOUT_RANK_1]
+    command += map(str, (source, tmp_path / "out", tmp_path / "store"))
+    ranks = [subprocess.Popen([*command, rank]) for rank in "01"]
+    assert [rank.wait(timeout=100) for rank in ranks] == [0, 0]
+    (file,) = (tmp_path / "out").glob("*.safetensors")
+    assert load_file(file).keys() == load_file(source / "model.safetensors").keys()

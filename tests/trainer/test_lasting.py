@@ -122,7 +122,13 @@ async def test_a_trainer_is_given_up_with_the_cause_after_so_many_restarts_witho
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    """All but what has an id of the saving in it, or a sum of that."""
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in files
+        if p.name not in (".metadata", "trainer.json")
+    }
 
 
 @pytest.mark.slow
@@ -162,7 +168,7 @@ async def test_a_call_in_whose_middle_a_rank_dies_is_made_again(
             await calling("save", trainer.save_checkpoint(saved))
             assert trainer.restarts == dies
             assert [path.name for path in saved.parent.glob("end*")] == ["end"]
-            assert files_of(exported.path).keys() >= {"model-00001.safetensors"}
+            assert files_of(exported.path).keys() >= {"model-00000-00001.safetensors"}
             return files_of(saved), scores
 
     with caplog.at_level(logging.WARNING, "flash.trainer.lasting"):

@@ -1,23 +1,37 @@
 """A trained model as a directory that transformers loads again."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 import transformers
 from tokenizers import Tokenizer, models
 
-from flash.trainer.save import save_model
+from flash.trainer.export import write_weights
+from flash.trainer.save import save_beside
 from flash.trainer.sharding import load_model
 
 SaveModel = Callable[..., Path]
 
 
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    """The only rank."""
+    store: Any = dist
+    dist.init_process_group("gloo", store=store.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
 def saved(source: Path, target: Path) -> Path:
     model = load_model(str(source))
-    save_model(model, target, source=str(source), weights=model.state_dict())
+    target.mkdir()
+    write_weights(model, target, dtype=torch.float32, write=True)
+    save_beside(model, target, source=str(source))
     return target
 
 

@@ -24,6 +24,7 @@ from flash.trainer.objectives.settings import Gspo, KlSettings
 from flash.trainer.trainer import Trainer
 from flash.types import Batch, Sample
 from flash.virtual_time import in_virtual_time
+from flash.worker.delta import delta_of
 from tests.families import save_family
 
 SamplesOf = Callable[..., list[Sample]]
@@ -95,9 +96,10 @@ async def test_a_batch_for_another_version_is_refused(
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     directory = tmp_path / "checkpoint"
-    (directory / "model").mkdir(parents=True)
+    for folder in ("model", "optimizer"):
+        (directory / folder).mkdir(parents=True)
     (directory / "model" / "model.safetensors").write_bytes(b"w" * 100)
-    (directory / "optimizer.pt").write_bytes(b"o" * 100)
+    (directory / "optimizer/.metadata").write_bytes(b"o" * 100)
     write_state(directory, 12)
     return directory
 
@@ -106,7 +108,7 @@ def test_a_whole_checkpoint_tells_its_version(checkpoint: Path) -> None:
     assert checkpoint_version(checkpoint) == 12
 
 
-@pytest.mark.parametrize("name", ["trainer.json", "optimizer.pt", "model/model.safetensors"])
+@pytest.mark.parametrize("name", ["trainer.json", "optimizer/.metadata", "model/model.safetensors"])
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
 def test_a_damaged_checkpoint_is_named_with_the_remedy(
     name: str, damage: str, checkpoint: Path, tmp_path: Path
@@ -118,6 +120,15 @@ def test_a_damaged_checkpoint_is_named_with_the_remedy(
         path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(ValueError, match=f"{checkpoint}.*{name}.*resume from another folder"):
         Trainer(model="none", config=CONFIG, run_dir=tmp_path, resume_from=checkpoint)
+
+
+def test_a_checkpoint_that_one_rank_gathered_is_refused_with_the_remedy(checkpoint: Path) -> None:
+    (checkpoint / "optimizer.pt").write_bytes(b"o")
+    write_state(checkpoint, 12)
+    with pytest.raises(
+        ValueError, match=r"earlier version \(optimizer.pt\).*--model of its model/"
+    ):
+        checkpoint_version(checkpoint)
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -151,6 +162,10 @@ async def test_two_ranks_compute_what_one_does_and_one_goes_on_where_two_stopped
         exports = [await two.export_weights() for _ in range(3)]
         assert [weights.path.is_dir() for weights in exports] == [False, True, True]
         assert exports[-1].version == two.version == 2
+        assert [weights.changed for weights in exports] == [None, 0.0, 0.0]
+        delta = delta_of(exports[-1].path)
+        assert delta is not None
+        assert delta.before == str(exports[-2].path)
         reloaded: Any = AutoModelForCausalLM.from_pretrained(exports[-1].path)
         assert exports[-1].score is not None
         scored = (await exports[-1].score([PROBE])).logprobs[0]
@@ -190,6 +205,36 @@ async def test_two_ranks_train_experts_as_one_does_and_write_them_one_by_one(
     for name, tensor in written.items():
         assert np.array_equal(tensor, saved[name]), name
     assert reference_logprobs(reloaded, PROBE) == pytest.approx(scored, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+async def test_training_goes_on_on_another_number_of_ranks(
+    tmp_path: Path, save_model: SaveModel, samples_of: SamplesOf
+) -> None:
+    """From 1 to 3, which can't divide the model evenly, then from 3 to 2."""
+    model = save_model(tmp_path / "model", tied=False)
+    begun, of_one, of_three = (tmp_path / name for name in ("begun", "one", "three"))
+
+    def on(ranks: int, checkpoint: Path | None) -> Trainer:
+        return Trainer(
+            model=model,
+            config=CONFIG.model_copy(update={"ranks": ranks}),
+            run_dir=tmp_path / f"{ranks}",
+            resume_from=checkpoint,
+        )
+
+    async with on(1, None) as trainer:
+        await trainer.step(batch_of(samples_of(7), 0))
+        await trainer.save_checkpoint(begun)
+    async with on(1, begun) as one, on(3, begun) as three:
+        await same_step(one, three, batch_of(samples_of(5, seed=1, version=1), 1))
+        await one.save_checkpoint(of_one)
+        await three.save_checkpoint(of_three)
+    assert len([*(of_three / "model").glob("*.safetensors")]) == 3
+    assert len([*(of_three / "optimizer").glob("*.distcp")]) == 3
+    async with on(1, of_one) as one, on(2, of_three) as two:
+        await same_step(one, two, batch_of(samples_of(5, seed=2, version=2), 2))
 
 
 @pytest.mark.slow
