@@ -92,17 +92,24 @@ def _config(kind: str, settings: dict[str, Any]) -> Any:
     config_class: Any = CONFIG_MAPPING[kind]
     usual = config_class()
     text = usual.get_text_config()
-    aliases = type(text).attribute_map
-    known = set(inspect.signature(type(text).__init__).parameters) | text.to_dict().keys()
-    sizes = {name: size for name, size in SIZES.items() if name in known | aliases.keys()}
-    sizes = {name: size for name, size in sizes.items() if aliases.get(name) not in sizes}
+    sizes = _sizes(text)
     if kinds := _kinds_of_layers(text):
         sizes |= {"layer_types": kinds, "num_hidden_layers": len(kinds)}
     sizes |= SETTINGS.get(kind, {}) | settings
     if text is usual:
         return config_class(**sizes)
-    part = next(name for name in usual.sub_configs if getattr(usual, name) is text)
-    return config_class(**{part: sizes})
+    parts = {name: part for name in usual.sub_configs if (part := getattr(usual, name)) is not None}
+    return config_class(
+        **{name: sizes if part is text else _sizes(part) for name, part in parts.items()}
+    )
+
+
+def _sizes(part: Any) -> dict[str, Any]:
+    """Those that a configuration, or a part of one, knows."""
+    aliases = type(part).attribute_map
+    known = set(inspect.signature(type(part).__init__).parameters) | part.to_dict().keys()
+    sizes = {name: size for name, size in SIZES.items() if name in known | aliases.keys()}
+    return {name: size for name, size in sizes.items() if aliases.get(name) not in sizes}
 
 
 def _kinds_of_layers(text: Any) -> list[str]:

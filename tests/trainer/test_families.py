@@ -20,7 +20,10 @@ from flash.worker.engine import EmbeddedEngine, EngineRequest
 from flash.worker.self_test import check_engine
 from tests.families import WINDOW, WINDOWS, save_family
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning"),
+]
 
 Model: Any = transformers.AutoModelForCausalLM
 PAGE = (Path(__file__).parents[2] / "docs/models.md").read_text()
