@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from flash.seeds import derived
@@ -176,18 +177,19 @@ def merge(adapters: Path, directory: Path) -> None:
 
     ValueError if that model is not where it was.
     """
-    from peft import AutoPeftModelForCausalLM  # noqa: PLC0415  (it is optional)
+    from peft import PeftModel  # noqa: PLC0415  (it is optional)
 
-    peft_class: Any = AutoPeftModelForCausalLM
+    model_class: Any = AutoModelForCausalLM  # its types are not published
     base = json.loads((adapters / _CONFIG_FILE).read_text())["base_model_name_or_path"]
     try:
-        model = peft_class.from_pretrained(adapters, dtype=torch.float32).merge_and_unload()
+        model = model_class.from_pretrained(base, dtype=torch.float32)
     except OSError as error:
         raise ValueError(
             f"{adapters} has adapters of the model {base!r}, which can't be loaded: bring it back, "
             f"or name where it is in {_CONFIG_FILE} (base_model_name_or_path) ({error})"
         ) from error
-    save_model(model, directory, source=str(adapters), weights=model.state_dict())
+    whole: Any = PeftModel.from_pretrained(model, adapters).merge_and_unload()
+    save_model(whole, directory, source=str(adapters), weights=whole.state_dict())
 
 
 def _in_file(name: str) -> str:

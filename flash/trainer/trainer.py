@@ -429,7 +429,7 @@ class Trainer:
         await self._save(directory, optimizer=True)
 
     async def save_model(self, directory: Path) -> None:
-        """The model alone, in Hugging Face format."""
+        """The model alone, in Hugging Face format; with `config.lora` its adapters, in PEFT's."""
         await self._save(directory, optimizer=False)
 
     async def _save(self, directory: Path, *, optimizer: bool) -> None:
