@@ -89,7 +89,7 @@ crash: $(READY)  ## N=1000 kills of small runs, which are resumed; FIRST=0 is th
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy flash envs agents examples
+	$(BIN)/mypy flash envs agents examples benchmarks
 
 bench: $(READY)  ## every script in benchmarks/, with its tables
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done

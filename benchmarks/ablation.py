@@ -9,6 +9,8 @@ feature off is the setting that the field uses in its place.
 
 import json
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -19,13 +21,15 @@ HERE = Path(__file__).parent
 RESULTS, PICTURE = HERE / "results" / "ablation.json", HERE / "pictures" / "ablation.png"
 SEEDS = (0,)
 
+Row = dict[str, Any]
+
 ALL = {
     "time_s": None, "steps": 8, "batch_size": 256, "workers.count": 12, "trainer.gpus": 16,
     "alpha": 2, "rollout.redundant_groups": 4, "rollout.redundant_episodes": 1,
     "rollout.filters": ["equal_rewards"], "workload.success_rate": 0.7,
     "workload.response_scale": {"kind": "lognormal", "mean": 1, "sigma": 0.5},
 }  # fmt: skip
-OFF = {
+OFF: dict[str, dict[str, Any]] = {
     "all features": {},
     "no asynchrony (α = 0)": {"alpha": 0},
     "one step off (α = 1)": {"alpha": 1},
@@ -44,16 +48,16 @@ OFF = {
 
 
 def mean(results: list[Result], name: str) -> float:
-    return sum(getattr(result, name) for result in results) / len(results)
+    return fmean(getattr(result, name) for result in results)
 
 
 def main() -> None:
     job: Scenario = load(HERE / "scenarios" / "agentic_128.yaml").changed(ALL)
     print(f"{'':24} speed  samples/s  idle: trainer  workers  age: mean  max  wasted")
-    rows = []
+    rows: list[Row] = []
     for name, changes in OFF.items():
         results = [simulate(job.changed({**changes, "seed": seed})) for seed in SEEDS]
-        row = {
+        row: Row = {
             "name": name,
             "samples_per_s": mean(results, "samples_per_s"),
             "idle_trainer": mean(results, "idle_trainer"),
@@ -76,7 +80,7 @@ def main() -> None:
     print(f"written to {RESULTS} and {PICTURE}")
 
 
-def draw(rows: list[dict]) -> Figure:
+def draw(rows: list[Row]) -> Figure:
     figure = Figure(figsize=(9, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()

@@ -123,7 +123,7 @@ async def with_explorers(number: int, seconds: float) -> Row:
         for process in processes:
             process.start()
         try:
-            while len(fleet.explorers) < number or fleet.waits_for():  # noqa: ASYNC110
+            while len(fleet.explorers) < number or fleet.placing.waits_for():  # noqa: ASYNC110
                 await asyncio.sleep(0.1)
             return await measured(hub, FleetCrew(fleet, hub), seconds)
         finally:

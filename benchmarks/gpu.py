@@ -66,8 +66,8 @@ from trainer import (
     now,
     padded_rows,
     peak_flops,
+    random_model,
 )
-from transformers import AutoModelForCausalLM
 
 from flash.explorer.changes import apply_changes, write_changes
 from flash.fakes import FakeBatchLog
@@ -131,7 +131,7 @@ def facts(_: argparse.Namespace) -> Iterator[Row]:
         return
     card = torch.cuda.get_device_properties(0)
     yield "card", {"name": card.name, "GB": card.total_memory / 1e9, "cuda": torch.version.cuda}
-    half = {"device": DEVICE, "dtype": torch.bfloat16}
+    half: dict[str, Any] = {"device": DEVICE, "dtype": torch.bfloat16}
     source = torch.randn(1 << 31, **half)
     target = torch.empty_like(source)
     copied_s = median_s(partial(target.copy_, source), 10)
@@ -286,6 +286,7 @@ def of_run(rows: list[Figures]) -> Iterator[Row]:
 
 
 def attention(_: argparse.Namespace) -> Iterator[Row]:
+    ways: dict[str, Callable[[list[int]], Callable[[], None]]]
     ways = {"padded": in_rows, "one by one": partial(packed, attend_one_by_one)}
     if CUDA:
         ways = {"varlen": partial(packed, varlen_kernel().attend)} | ways
@@ -302,17 +303,21 @@ def packed(attend: Callable[..., Tensor], lengths: list[int]) -> Callable[[], No
     inputs = heads(1, sum(lengths))
 
     def run() -> None:
-        attend(*inputs, packing, scaling=None, sliding_window=None).sum().backward()
+        out: Any = attend(*inputs, packing, scaling=None, sliding_window=None)
+        out.sum().backward()
 
     return run
 
 
 def in_rows(lengths: list[int]) -> Callable[[], None]:
     """As `packed`, of rows filled up to the longest."""
-    inputs = heads(len(lengths), max(lengths))
+    queries, keys, values = heads(len(lengths), max(lengths))
 
     def run() -> None:
-        scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True).sum().backward()
+        out: Any = scaled_dot_product_attention(
+            queries, keys, values, is_causal=True, enable_gqa=True
+        )
+        out.sum().backward()
 
     return run
 
@@ -413,7 +418,7 @@ def publish(_: argparse.Namespace) -> Iterator[Row]:
             config = TrainerConfig(learning_rate=learning_rate, warmup_steps=0)
             before, after = (model / f"{when} {learning_rate}" for when in ("before", "after"))
             with started(model, config) as rank:
-                for _ in range(2):  # the first of Adam's steps are its largest
+                for _step in range(2):  # the first of Adam's steps are its largest
                     step(rank, samples, config)
                 rank.export(str(before))
                 step(rank, samples, config)
@@ -618,7 +623,8 @@ async def published(hub: InferenceHub, weights: Weights, requests: int, prompt: 
         began = time.perf_counter()
         report = await hub.publish(weights)
         ended = time.perf_counter()
-    usual, across = [], []
+    usual: list[float] = []
+    across: list[float] = []
     for times in told:
         for before, after in itertools.pairwise(times):
             (across if before < ended and after > began else usual).append(after - before)
@@ -654,7 +660,7 @@ def made_model() -> Iterator[Path]:
         # In float32: between two values of bfloat16 as trained weights are, for `changed`.
         with torch.device(DEVICE), no_progress_bars():
             config = SIZES[SIZE]().config
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = random_model(config, dtype=torch.float32)
             model.save_pretrained(folder)
         del model
         free()

@@ -47,9 +47,10 @@ from flash.cli.event_loop import run_loop
 from flash.fakes import FakeEnvs
 from flash.hub.answers import decode_answer
 from flash.hub.embedded_pool import EmbeddedPool
-from flash.hub.http_worker import STREAMED_FROM_TOKENS, HttpWorker
+from flash.hub.http_worker import HttpWorker
 from flash.hub.hub import InferenceHub
 from flash.hub.pool import ProcessPool
+from flash.hub.server_client import STREAMED_FROM_TOKENS
 from flash.hub.vllm_pool import VllmPool
 from flash.rollout.config import RolloutSettings
 from flash.rollout.loop import RolloutLoop

@@ -142,7 +142,7 @@ class Share:
     def measured(self) -> Iterator[None]:
         """Of every log while the block runs."""
         with ExitStack() as patches:
-            methods = [(Store, "commit", "thread_s")]
+            methods: list[tuple[type, str, str]] = [(Store, "commit", "thread_s")]
             methods += [(Log, name, "loop_s") for name in vars(Observer) if name in vars(Log)]
             for owner, name, kind in methods:
                 timed = self._timed(getattr(owner, name), kind)

@@ -11,15 +11,14 @@ python benchmarks/pool_size.py [--only simulate] [--times 1,4,16] [--steps 3]
 
 import argparse
 import asyncio
-import contextlib
 import random
 import time
 from collections import deque
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 from flash.fakes import FakeWorker
-from flash.hub import publisher
 from flash.hub.queue import RequestQueue
 from flash.hub.slot import Slot
 from flash.simulate.results import Result
@@ -31,13 +30,7 @@ SCENARIO = Path(__file__).parent / "scenarios" / "agentic_128.yaml"
 POOLS = (8, 64, 512, 2048)
 REQUESTS = 20_000
 LOADS_S = (0.5, 5.0, 20.0)
-AT_A_TIME = {
-    "one": lambda workers: 1,
-    "1/8": lambda workers: workers // 8,
-    "1/4": lambda workers: workers // 4,
-    "1/2": lambda workers: workers // 2,
-    "all": lambda workers: workers,
-}
+SHARES = {"one": 0.0, "1/8": 0.125, "1/4": 0.25, "1/2": 0.5, "all": 1.0}
 
 
 def job(times: int, steps: int, **changes: float) -> Scenario:
@@ -84,26 +77,24 @@ def measure_dispatch() -> None:
         print(f"{workers:7}{1e6 * asyncio.run(dispatch(workers)):16.1f}", flush=True)
 
 
-@contextlib.contextmanager
-def out_at_a_time(share: str) -> Iterator[None]:
-    """Another policy than the publisher's own."""
-    own = publisher.spared
-    publisher.spared = lambda workers: max(1, AT_A_TIME[share](workers))
-    try:
-        yield
-    finally:
-        publisher.spared = own
+def with_each_share(scenario: Scenario) -> list[Result]:
+    """As many workers out at a time as each of the shares says."""
+    results = []
+    for share in SHARES.values():
+        with patch("flash.hub.publisher.spared", partial(_at_least_one, share)):
+            results.append(simulate(scenario))
+    return results
+
+
+def _at_least_one(share: float, workers: int) -> int:
+    return max(1, int(share * workers))
 
 
 def measure_publishes(steps: int) -> None:
-    print("load s  alpha" + "".join(f"{share:>16}" for share in AT_A_TIME))
+    print("load s  alpha" + "".join(f"{share:>16}" for share in SHARES))
     for load_s in LOADS_S:
         for alpha in (0, 1):
-            results: list[Result] = []
-            for share in AT_A_TIME:
-                with out_at_a_time(share):
-                    scenario = job(1, steps, alpha=alpha, **{"workers.load_s": load_s})
-                    results.append(simulate(scenario))
+            results = with_each_share(job(1, steps, alpha=alpha, **{"workers.load_s": load_s}))
             cells = [
                 f"{result.samples_per_s / results[0].samples_per_s:8.2f}x"
                 f"{result.steps[-1].publish_s:5.0f} s"

@@ -76,7 +76,8 @@ def make(seed: int, size: float, *, offset: float = 0.0) -> Any:
         num_key_value_heads=2, head_dim=hidden // 4, max_position_embeddings=1024,
         tie_word_embeddings=False, initializer_range=spread, **settings,
     )  # fmt: skip
-    model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model_class: Any = transformers.AutoModelForCausalLM
+    model = model_class.from_config(config, dtype=torch.float32)
     texts_BS = torch.randint(0, config.vocab_size, (8, LONG))
     with torch.no_grad():
         hidden_BSD = model.model(texts_BS).last_hidden_state

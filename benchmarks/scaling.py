@@ -63,9 +63,8 @@ from flash.virtual_time import VirtualTimeLoop
 
 RESULTS = Path(__file__).parent / "results" / "scaling.json"
 TURNS, GROUP, ALPHA, WORKERS = 5, 8, 7, 4
-BATCHES_IN_FLIGHT = (
-    4  # twice as many may be: what is slow grows not too old, and explorers are full
-)
+# Twice as many may be: what is slow grows not too old, and explorers are full.
+BATCHES_IN_FLIGHT = 4
 RESPONSE_S = Distribution(kind="lognormal", mean=4.0, sigma=0.5).sampler()
 STEP_S = (0.5, 2.0)
 RESPONDING = 20.0 / 27.5  # the share of an episode's time
@@ -99,11 +98,14 @@ TABLES = {
 
 
 class SharedClockLoop(VirtualTimeLoop):
-    """The event loop of one of the two; with `works` its clock goes on while it works, too."""
+    """The event loop of one of the two; with `works` its clock goes on while it works, too.
 
-    def __init__(self, pipe: Pipe, *, works: bool) -> None:
+    All wires are there from the start, for what the other side sends before this one has begun.
+    """
+
+    def __init__(self, pipe: Pipe, *, wires: int, works: bool) -> None:
         super().__init__()
-        self.wires: list[PipeWire] = []
+        self.wires = [PipeWire(self, number) for number in range(wires)]
         self.outbox: list[tuple[float, int, bytes]] = []
         self.cpu_s = 0.0
         self._pipe = pipe
@@ -145,13 +147,12 @@ class PipeWire:
 
     local_address = "127.0.0.1"
 
-    def __init__(self, loop: SharedClockLoop) -> None:
+    def __init__(self, loop: SharedClockLoop, number: int) -> None:
         self.counts: Counter[str] = Counter()
         self.lags: list[float] = []
         self._loop = loop
-        self._number = len(loop.wires)
+        self._number = number
         self._frames: asyncio.Queue[bytes] = asyncio.Queue()
-        loop.wires.append(self)
 
     async def send(self, frame: bytes) -> None:
         self._loop.outbox.append((self._loop.time() + FRAME_S, self._number, frame))
@@ -200,7 +201,7 @@ def in_two_processes(case: Case) -> Row:
 def controller(pipe: Pipe, tell: Pipe, case: Case) -> None:
     gc.disable()  # as `run_loop`
     logging.disable(logging.WARNING)  # the first episodes are quick: they wait for no explorer
-    loop = SharedClockLoop(pipe, works=True)
+    loop = SharedClockLoop(pipe, wires=case.explorers, works=True)
     loop.run_until_complete(_control(loop, tell, case))
 
 
@@ -210,8 +211,8 @@ async def _control(loop: SharedClockLoop, tell: Pipe, case: Case) -> None:
     fleet = Fleet(run, lease_s=60, version=lambda: hub.version, publish=lambda: hub.message)
     hub.over(fleet)
     async with fleet, asyncio.TaskGroup() as tasks:
-        for _ in range(case.explorers):
-            tasks.create_task(fleet.welcome(PipeWire(loop)))
+        for wire in loop.wires:
+            tasks.create_task(fleet.welcome(wire))
         async with RolloutLoop(
             hub,
             crew=FleetCrew(fleet, hub),
@@ -269,14 +270,14 @@ def _row(episodes: int, took: dict[str, float], lags: list[float]) -> Row:
 
 def explorers(pipe: Pipe, case: Case) -> None:
     gc.disable()
-    loop = SharedClockLoop(pipe, works=False)
+    loop = SharedClockLoop(pipe, wires=case.explorers, works=False)
     loop.run_until_complete(_explore(loop, case))
 
 
 async def _explore(loop: SharedClockLoop, case: Case) -> None:
     async with asyncio.TaskGroup() as tasks:
-        for number in range(case.explorers):
-            tasks.create_task(_explorer(number, PipeWire(loop), case))
+        for number, wire in enumerate(loop.wires):
+            tasks.create_task(_explorer(number, wire, case))
 
 
 async def _explorer(number: int, wire: Wire, case: Case) -> None:

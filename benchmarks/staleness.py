@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from study.cell import Cell, Job, run_cell
+from study.cell import MODES, Cell, Job, Mode, run_cell
 from study.results import draw, summarise, table
 from study.sorting import SortingEnv
 
@@ -39,7 +39,7 @@ OBJECTIVES = (
 
 
 def grid(
-    modes: Sequence[str], arms: Sequence[str], alphas: Sequence[int], seeds: int
+    modes: Sequence[Mode], arms: Sequence[str], alphas: Sequence[int], seeds: int
 ) -> Iterator[Cell]:
     """The cells, seed by seed, so that a study that is cut short has some of each kind."""
     for seed, mode, alpha, arm in itertools.product(range(seeds), modes, alphas, arms):
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--modes", default="forced", help="of forced, natural and adaptive")
+    parser.add_argument("--modes", default="forced", help=f"of {', '.join(MODES)}")
     parser.add_argument(
         "--arms", default="vanilla,decoupled_ppo,tis,topr", help="objectives; all: every one"
     )
@@ -120,10 +120,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where results go")
     parser.add_argument("--picture", type=Path, default=RESULTS / "staleness.png")
     options = parser.parse_args(arguments)
+    asked = options.modes.split(",")
+    if unknown := set(asked) - set(MODES):
+        parser.error(f"--modes: {', '.join(sorted(unknown))}: give some of {', '.join(MODES)}")
     if not options.report:
+        modes = [mode for mode in MODES if mode in asked]
         arms = OBJECTIVES if options.arms == "all" else options.arms.split(",")
         alphas = [int(alpha) for alpha in options.alphas.split(",")]
-        cells = list(grid(options.modes.split(","), arms, alphas, options.seeds))
+        cells = list(grid(modes, arms, alphas, options.seeds))
         job = Job(steps=options.steps, train_s=options.train_s, uses=options.uses)
         run(cells, job=job, folder=options.folder, jobs=options.jobs)
     summary = summarise(options.folder / "cells")

@@ -168,7 +168,7 @@ async def one_run(
             await rollouts.publish(await trainer.export_weights())
             train_s += of_step_s
             stats = hub.stats()
-            run.step(
+            run.measured(
                 {
                     "step": step,
                     "time_s": clock() - started,
@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("--runs-dir", default="runs", help="where the runs' folders go")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the numbers go")
     options = parser.parse_args()
-    rows = []
+    rows: list[dict[str, Any]] = []
     print(f"{'run':20} {'samples':>7} {'wall s':>7} {'idle trainer':>12} "
           f"{'idle worker':>11} {'wasted tokens':>13} {'speed-up':>8}")  # fmt: skip
     for name, changes in variants(options).items():
@@ -215,7 +215,8 @@ def main() -> None:
             tempfile.TemporaryDirectory() as folder,
             RunFolder(configured(name, changes, options)) as run,
         ):
-            row = {"run": name} | asyncio.run(one_run(run.config, options, run, Path(folder)))
+            took = asyncio.run(one_run(run.config, options, run, Path(folder)))
+        row: dict[str, Any] = {"run": name, **took}
         rows.append(row)
         row["speed_up"] = rows[0]["wall_s"] / row["wall_s"]
         print(

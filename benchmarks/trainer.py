@@ -82,6 +82,11 @@ SIZES: dict[str, Callable[[], Size]] = {
 }  # fmt: skip
 
 
+def random_model(config: Any, **settings: Any) -> Any:
+    model_class: Any = AutoModelForCausalLM  # its types are not published
+    return model_class.from_config(config, **settings)
+
+
 def episodes(count: int, size: Size, seed: int = 0) -> list[Sample]:
     rng = np.random.default_rng(seed)
     drawn = np.exp(rng.normal(np.log(size.median), SIGMA, count)).astype(int)
@@ -107,14 +112,14 @@ class PaddedScorer(TokenScorer):
     """As TokenScorer, by rows that are filled up to the longest."""
 
     def forward(self, token_ids_N: Tensor, lengths: Any, scored_T: Tensor, **_: Any) -> Tensor:
-        rows_BL = pad_sequence(list(token_ids_N.split(list(lengths))), batch_first=True)
+        rows_BL = pad_sequence(list(torch.split(token_ids_N, list(lengths))), batch_first=True)
         longest = rows_BL.shape[1]
         starts = torch.tensor([0, *lengths[:-1]], device=scored_T.device).cumsum(0)
         row_T = torch.searchsorted(starts, scored_T, right=True) - 1
         hidden_BLD = self.model.base_model(input_ids=rows_BL, use_cache=False).last_hidden_state
         places_T = row_T * longest + scored_T - starts[row_T] - 1
         return self._in_chunks(
-            hidden_BLD.flatten(0, 1)[places_T], token_ids_N[scored_T], None, False
+            hidden_BLD.flatten(0, 1)[places_T], token_ids_N[scored_T], None, None
         )
 
 
@@ -258,10 +263,9 @@ def flops(samples: Sequence[Sample], config: Any) -> float:
     tokens = sum(sample.num_tokens for sample in samples)
     trained = sum(float(sample.loss_mask[1:].sum()) for sample in samples)
     looks = sum(sample.num_tokens**2 / 2 for sample in samples)
-    return 6.0 * (
-        config.num_hidden_layers * (of_layer * tokens + 2 * config.hidden_size * looks)
-        + config.vocab_size * config.hidden_size * trained
-    )
+    of_layers = config.num_hidden_layers * (of_layer * tokens + 2 * config.hidden_size * looks)
+    of_head = config.vocab_size * config.hidden_size * trained
+    return 6.0 * float(of_layers + of_head)
 
 
 # ── logits in chunks and whole ───────────────────────────────────────────────────────────────
@@ -282,7 +286,7 @@ def logits(how: str) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        random_model(config).save_pretrained(folder)
         scorer = TokenScorer(load_model(folder), kept_logits=KEPT_LOGITS[how]).to(DEVICE)
     tokens = torch.randint(config.vocab_size, (4097,), device=DEVICE)
     scored = torch.arange(1, 4097, device=DEVICE)
@@ -326,7 +330,9 @@ def balance(lengths: Sequence[int], budget: int) -> dict[str, dict[str, float]]:
             "balanced": [sum(lengths[i] for micro in rank for i in micro) for rank in ours],
             "round_robin": [sum(lengths[rank::ranks]) for rank in range(ranks)],
         }
-        found[f"{ranks} ranks"] = {name: max(of) / np.mean(of) for name, of in loads.items()}
+        found[f"{ranks} ranks"] = {
+            name: max(of) / statistics.fmean(of) for name, of in loads.items()
+        }
     return found
 
 
@@ -376,7 +382,7 @@ def measure(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         model_dir = str(Path(folder) / "model")
-        AutoModelForCausalLM.from_config(size.config).save_pretrained(model_dir)
+        random_model(size.config).save_pretrained(model_dir)
         dist.init_process_group(
             "nccl" if CUDA else "gloo", init_method=f"file://{folder}/rendezvous", rank=0,
             world_size=1,

@@ -21,6 +21,7 @@ from .hub.hub import InferenceHub as InferenceHub
 from .hub.probe import Gap as Gap
 from .hub.probe import Probe as Probe
 from .hub.reports import PublishReport as PublishReport
+from .hub.sglang_worker import SglangWorker as SglangWorker
 from .hub.worker import Worker as Worker
 from .reward.stage import FunctionScorer as FunctionScorer
 from .reward.stage import RewardStage as RewardStage

@@ -92,3 +92,4 @@ def test_what_to_install_is_said_for_a_clone_and_for_an_installed_package(tmp_pa
     (tmp_path / "Makefile").touch()
     assert how_to_install("vllm", clone=tmp_path) == "`make setup-vllm`"
     assert how_to_install("alfworld", clone=tmp_path) == "`make setup`"
+    assert how_to_install("sglang", clone=tmp_path) == "`pip install sglang`"

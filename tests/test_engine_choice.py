@@ -41,12 +41,14 @@ FEW, MANY = 900_000, 500_000_000
         ({"engine.kind": "vllm"}, [0], True, FEW, "vllm", "as engine.kind says"),
         ({"engine.kind": "vllm"}, [], True, FEW, "vllm", "as engine.kind says"),
         ({"engine.kind": "embedded"}, [0], True, MANY, "embedded", "as engine.kind says"),
+        ({"engine.kind": "sglang"}, [0], False, FEW, "sglang", "as engine.kind says"),
     ],
 )
 def test_small_policies_have_the_engine_that_is_quick_for_them(
     changes, devices, vllm, parameters, kind, why, monkeypatch
 ):
     monkeypatch.setattr("flash.system.machine.has_vllm", lambda: True)
+    monkeypatch.setattr("flash.system.machine.has_sglang", lambda: True)
     engine = load("frozen_lake", changes).engine
     choice = choose_engine(engine, devices=devices, vllm=vllm, parameters=parameters)
     assert choice.kind == kind
@@ -102,6 +104,7 @@ OLD = "device: the CPU, which is quicker for a small policy than a GPU of comput
         ({"model": "org/model"}, [0], (7, 5), ""),
         ({"engine.devices": "0"}, [0], (7, 5), ""),
         ({"engine.kind": "vllm"}, [0], (7, 5), ""),
+        ({"engine.kind": "sglang"}, [0], (7, 5), ""),
         ({"engine.urls": "http://127.0.0.1:1"}, [0], (7, 5), ""),
         ({"trainer.ranks": 2}, [0, 1], (7, 5), ""),
         ({"trainer.dtype": "float32", "engine.dtype": "float32"}, [0], (7, 5), ""),
@@ -113,6 +116,7 @@ def test_a_small_policy_leaves_a_gpu_that_is_slower_than_the_cpu(
 ):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setattr("flash.system.machine.has_vllm", lambda: True)
+    monkeypatch.setattr("flash.system.machine.has_sglang", lambda: True)
     monkeypatch.setattr("flash.system.machine.gpus", lambda: gpus)
     monkeypatch.setattr("flash.system.machine.compute_capability", lambda: capability)
     said = keep_to_quickest_device(load("frozen_lake", changes))

@@ -15,7 +15,7 @@ from flash.agents import EnvironmentAgent, ExternalAgent
 from flash.config import load
 from flash.evaluate import evaluate
 from flash.evaluation.play import heldout_tasks
-from flash.fakes import FakeRank, FakeStyle, FakeWorker
+from flash.fakes import FakeRank, FakeSglang, FakeStyle, FakeWorker
 from flash.hub.hub import InferenceHub
 from flash.parts.agents import Playing, open_agents
 from flash.parts.door import open_door
@@ -212,6 +212,9 @@ async def test_environment_hosts_and_reward_processes_are_started_where_they_are
     assert started == [*rewards, *[("flash.environments.host", "env_host_0.log")] * 2]
 
 
+SGLANG = {"engine.kind": "sglang", "engine.urls": "http://127.0.0.1:1"}
+
+
 @pytest.mark.parametrize(
     ("changes", "gpus", "limit"),
     [
@@ -231,6 +234,13 @@ async def test_environment_hosts_and_reward_processes_are_started_where_they_are
         ({"engine.vllm_args": "--kv-cache-dtype fp8 --enforce-eager"}, [0], 40 / 2),
         ({"engine.vllm_args": "--kv_cache_dtype=auto"}, [0], 40 / 32),
         ({"engine.vllm_args": "--quantization=fp8"}, [0], 40 / 2),
+        # What SGLang is, and not vLLM beside it.
+        (
+            {**SGLANG, "engine.sglang_args": "--quantization fp8"},
+            [0],
+            40 / 2,
+        ),
+        ({**SGLANG, "engine.vllm_args": "--quantization=fp8"}, [0], 40 / 32),
         ({"engine.gap_limit": 0.02}, [0], 0.02),
         ({"engine.gap_limit": 0.02}, [], 0.02),
     ],
@@ -285,11 +295,18 @@ async def test_a_run_says_which_workers_it_takes_and_which_gpus_are_idle(
     assert line in said[0]
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "sleeps"),
+    [
+        ("vllm", "vLLM", "--enable-sleep-mode"),
+        ("sglang", "SGLang", "--enable-memory-saver"),
+    ],
+)
 async def test_servers_that_take_turns_are_on_the_trainers_gpus_and_start_when_it_has_made_room(
-    tmp_path, monkeypatch
+    kind, name, sleeps, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("flash.parts.workers.gpus", lambda: [0, 1, 2])
-    monkeypatch.setattr("flash.system.machine.has_vllm", lambda: True)
+    monkeypatch.setattr(f"flash.system.machine.has_{kind}", lambda: True)
     said, happened = [], []
 
     async def weights():
@@ -304,19 +321,49 @@ async def test_servers_that_take_turns_are_on_the_trainers_gpus_and_start_when_i
         happened.append(pool._environment(1)["CUDA_VISIBLE_DEVICES"])
         return []
 
-    monkeypatch.setattr("flash.hub.vllm_pool.VllmPool.start", start)
-    engine = {"engine.kind": "vllm", "engine.colocated": True, "engine.workers": 2}
+    monkeypatch.setattr("flash.hub.pool.ProcessPool.start", start)
+    engine = {"engine.kind": kind, "engine.colocated": True, "engine.workers": 2}
     config = load("frozen_lake", {**engine, "trainer.ranks": 2})
     async with open_hub(
         config, model="", version=3, weights=weights, log_dir=tmp_path, say=said.append,
         make_room=make_room,
     ):  # fmt: skip
         pass
-    assert said == ["engine: 2 vLLM servers on GPU 0, 1, in turns with the trainer, as engine.kind "
-                    "says"]  # fmt: skip
+    assert said == [f"engine: 2 {name} servers on GPU 0, 1, in turns with the trainer, as engine."
+                    f"kind says"]  # fmt: skip
     assert happened == [
-        "the trainer has loaded", "the trainer has made room", "--enable-sleep-mode", "1"
+        "the trainer has loaded", "the trainer has made room", sleeps, "1"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("update_mode", ["keep", "keep_stale_kv"])
+async def test_sglang_servers_are_started_with_what_the_run_says(
+    update_mode, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("flash.parts.workers.gpus", lambda: [0, 1, 2])
+    monkeypatch.setattr("flash.system.machine.has_sglang", lambda: True)
+    started = []
+
+    async def start(pool, on_exit, on_ready):
+        started.append(pool)
+        return []
+
+    async def weights():
+        raise AssertionError("a run's own servers start with the model")
+
+    monkeypatch.setattr("flash.hub.pool.ProcessPool.start", start)
+    engine = {"engine.kind": "sglang", "engine.update_mode": update_mode, "engine.workers": 2}
+    engine |= {"engine.sglang_args": "--attention-backend fa3", "engine.vllm_args": "--enforce"}
+    config = load("frozen_lake", engine)
+    async with open_hub(config, model="m", version=0, weights=weights, log_dir=tmp_path, say=print):
+        pass
+    (pool,) = started
+    command = pool._command(0, "", 0)
+    assert command[-2:] == ["--attention-backend", "fa3"]
+    assert "--dtype=bfloat16" in command
+    assert f"--context-length={config.agent.max_sequence_tokens}" in command
+    assert ("--disable-overlap-schedule" in command) == (update_mode == "keep_stale_kv")
+    assert pool._environment(1)["CUDA_VISIBLE_DEVICES"] == "2"
 
 
 async def test_workers_are_asked_for_their_room_all_at_once(tmp_path):
@@ -342,7 +389,12 @@ async def test_workers_are_asked_for_their_room_all_at_once(tmp_path):
                 pass
 
 
-async def test_a_worker_that_takes_shorter_sequences_is_refused_with_the_remedy(tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "option"), [("urls", "max-model-len"), ("sglang", "context-length")]
+)
+async def test_a_worker_that_takes_shorter_sequences_is_refused_with_the_remedy(
+    kind, option, tmp_path
+):
     async def models(request):
         return web.json_response({"data": [{"id": "policy", "max_model_len": 300}]})
 
@@ -354,17 +406,36 @@ async def test_a_worker_that_takes_shorter_sequences_is_refused_with_the_remedy(
     async with TestServer(app) as server:
         for tokens, says in (
             (300, "it takes them"),
-            (301, "exceeds the 300 tokens"),
+            (301, f"exceeds the 300 tokens.*--{option}=301"),
         ):
-            config = load(
-                "frozen_lake",
-                {"engine.urls": str(server.make_url("")), "agent.max_sequence_tokens": tokens},
-            )
+            engine = {"engine.urls": str(server.make_url("")), "engine.kind": kind}
+            config = load("frozen_lake", {**engine, "agent.max_sequence_tokens": tokens})
             with pytest.raises(ValueError, match=says):
                 async with open_hub(
                     config, model="", version=0, weights=weights, log_dir=tmp_path, say=print
                 ):
                     pass
+
+
+async def test_sglang_servers_that_run_already_get_the_weights_by_routes_of_theirs(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+
+    async def weights():
+        return Weights(version=3, path=tmp_path)
+
+    server = FakeSglang(FakeWorker("worker", load_s=(0, 0)), api_key="sesame")
+    async with TestServer(server.app()) as listener:
+        engine = {"engine.kind": "sglang", "engine.urls": str(listener.make_url(""))}
+        config = load("frozen_lake", {**engine, "engine.api_key": "sesame"})
+        said = []
+        async with open_hub(
+            config, model="", version=3, weights=weights, log_dir=tmp_path, say=said.append
+        ) as hub:
+            assert hub.stats().workers[0].healthy
+    assert server.asked[0] == ("/v1/models", None)
+    updates = [body for route, body in server.asked if route == "/update_weights_from_disk"]
+    assert [body["model_path"] for body in updates] == [str(tmp_path)]
+    assert said == ["engine: 1 worker that ran before, because engine.urls names them"]
 
 
 def test_held_out_tasks_are_the_same_for_every_run():

@@ -19,7 +19,7 @@ import tempfile
 from collections import deque
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch.distributed as dist
@@ -37,6 +37,9 @@ from flash.trainer.rank import Rank
 from flash.types import AsyncEnv, Batch, EnvSource, Observation, Weights
 from study.policy_worker import PolicyWorker
 from study.sorting import SortingEnv
+
+Mode = Literal["forced", "natural", "adaptive"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 _KEPT = ("importance/ess", "weight/ess", "weight/p01", "weight/p50", "weight/p99", "kl_behaviour",
          "mismatch/kl_fresh", "mismatch/kl_stale", "ratio/clip_fraction", "grad_norm")  # fmt: skip
@@ -67,7 +70,7 @@ class Job:
 class Cell:
     """One run. `arm` is an objective by name or a variant of the study's (see ARMS)."""
 
-    mode: Literal["forced", "natural", "adaptive"]
+    mode: Mode
     arm: str
     alpha: int
     seed: int

@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -34,9 +35,10 @@ class PolicyWorker:
     name = "policy"
 
     def __init__(self, model: Path, *, seed: int, token_s: float) -> None:
-        self._model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             model, dtype=torch.float32, attn_implementation="sdpa"
-        ).eval()
+        )
+        self._model = loaded.eval()
         self._rng = torch.Generator().manual_seed(seed)
         self._token_s = token_s
         self._running: dict[str, _Request] = {}
@@ -51,7 +53,7 @@ class PolicyWorker:
         sampling: SamplingParams,
         on_tokens: OnTokens | None = None,
     ) -> Completion:
-        answer = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
         request = _Request(list(token_ids), sampling, answer, len(token_ids))
         self._running[request_id] = request
         self._wind()
@@ -69,7 +71,7 @@ class PolicyWorker:
         self._paused = True
 
     async def load_weights(self, weights: Weights) -> None:
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for file in sorted(weights.path.glob("*.safetensors")):
             tensors |= load_file(file)
         self._model.load_state_dict(tensors, strict=False)
@@ -84,6 +86,15 @@ class PolicyWorker:
     async def resume(self) -> None:
         self._paused = False
         self._wind()
+
+    async def sleep(self, mode: UpdateMode) -> None:
+        raise AssertionError("the study's worker shares no GPU with its trainer")
+
+    async def wake_weights(self) -> None:
+        raise AssertionError("the study's worker does not sleep")
+
+    async def wake_rest(self) -> None:
+        raise AssertionError("the study's worker does not sleep")
 
     async def check_health(self) -> None:
         pass

@@ -253,6 +253,7 @@ def run_explorer(
     parser.add_argument("--ca", type=Path)
     parser.add_argument("--relay", default="")
     parser.add_argument("--drain_s", type=float, default=120.0)
+    parser.add_argument("--wait_s", type=float, default=3600.0)
     parser.add_argument("--evaluates", action="store_true")
     parser.add_argument("--tasks", type=Path)
     parser.add_argument("--tasks-only", dest="tasks_only", action="store_true")
@@ -265,7 +266,7 @@ def run_explorer(
 
     told = checked(
         source=source, token=options.token, name=options.name, folder=options.folder,
-        ca=options.ca, relay=options.relay, drain_s=options.drain_s,
+        ca=options.ca, relay=options.relay, drain_s=options.drain_s, wait_s=options.wait_s,
         evaluates=options.evaluates, tasks=options.tasks, tasks_only=options.tasks_only,
         overrides=overrides,
     )  # fmt: skip

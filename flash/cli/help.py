@@ -84,6 +84,8 @@ _EXPLORE = """\
   --relay ADDRESS         of this machine, at which other explorers take weights from this one, so
                           that the trainer need not send them to each: 10.0.0.7, or 10.0.0.7:8766
   --drain_s SECONDS       for episodes to come to their ends when it leaves [120]
+  --wait_s SECONDS        for a controller that is away or not there yet; it leaves after that, with
+                          exit code 1; inf: it waits for ever [3600]
   --evaluates             it plays evaluations alone, each with the weights of its step
   --tasks FILE            YAML with task sets that it brings, NAME: {env, agent, reward}; the run
                           has task_sets.NAME.brought=true

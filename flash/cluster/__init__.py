@@ -8,6 +8,7 @@ explorer.py    an explorer's role    ─┘
 ranks.py       the role of the trainer's ranks on a further node, and the trainer's side of it
 hosts.py       the role of an environment host or reward process, and the explorer's side of it
 far.py         processes on another node, as if they ran here: what both of these are made of
+asking.py      explorers that are asked for after the trainer, and make way for it
 remote.py      roles that are actors elsewhere, for who calls them
 launch.py      `flash train --cluster ray`: the roles as actors, from their start to their end
 """

@@ -45,6 +45,9 @@ class ExplorerRole:
         self._command = Command(self._say)
         self._run: asyncio.Task[str] | None = None
 
+    async def place(self) -> Place:
+        return self._place
+
     async def run(self) -> str:
         """Plays until the run is over; why it gave up, if it did. Asked twice, it plays once."""
         if self._run is None:

@@ -10,10 +10,10 @@
 
 The trainer's nodes are the bundles of one placement group, so that a run has all of them or none.
 
-All explorers that there may be are asked for at once. Those for which there is no room wait in
-Ray's queue until a node joins, which is also what makes a cluster that scales grow. An actor whose
-node or process is lost starts again wherever there is room; so does the controller, where all nodes
-share the disk that the run's folder is on, and goes on from its log.
+All explorers that there may be are asked for once the trainer has its nodes (asking.py). Those for
+which there is no room wait in Ray's queue until a node joins, which is also what makes a cluster
+that scales grow. What is lost with its node or process starts again wherever there is room; so does
+the controller, where all nodes share the disk with the run's folder, and goes on from its log.
 """
 
 import asyncio
@@ -24,23 +24,25 @@ import secrets
 import sys
 import uuid
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
-from ray.util.placement_group import placement_group
+from ray.util.placement_group import placement_group, placement_group_table
 from ray.util.scheduling_strategies import (
     NodeAffinitySchedulingStrategy,
     PlacementGroupSchedulingStrategy,
 )
 
 from flash.cli.event_loop import run_loop
+from flash.cluster.asking import AskedExplorers, Lack
 from flash.cluster.config import ClusterTrainerConfig
 from flash.cluster.controller import ControllerRole
 from flash.cluster.explorer import ExplorerRole
 from flash.cluster.ranks import RanksRole
-from flash.cluster.remote import NAME_SHOWN, RemoteController, here, hosts_asked
+from flash.cluster.remote import NAME_SHOWN, RemoteController, RemoteExplorer, here, hosts_asked
 from flash.cluster.roles import Plan, plan_of
 from flash.cluster.room import Node, check_answers, check_room, check_shared
 from flash.config import Config
@@ -121,33 +123,39 @@ class _Launched:
 
     def __init__(self, config: Config, plan: Plan, home: str | None) -> None:
         asked, name = config.cluster, Path(plan.marker).name
-        lasting = {"max_restarts": -1, "max_task_retries": -1}
         cpus, gpus = asked.trainer.cpus, asked.trainer.gpus
-        of_node = {"num_cpus": cpus, "num_gpus": gpus, **lasting}
         ranks = [f"{name}-{number}" for number in range(1, asked.trainer.nodes)]
-        nodes = _nodes_of_trainer(asked.trainer, home)
-        controller = ray.remote(ControllerActor).options(
-            name=name, scheduling_strategy=nodes[0], **of_node
-        )
+        nodes = _TrainersNodes(asked.trainer, home)
+        lasting = {"max_restarts": -1, "max_task_retries": -1}
+        of_node = [
+            {"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": bundle, **lasting}
+            for bundle in nodes.bundles
+        ]
+        controller = ray.remote(ControllerActor).options(name=name, **of_node[0])
         self._controller = controller.remote(plan, cpus, ranks)
         self._ranks = [
             ray.remote(RanksActor)
-            .options(name=called, scheduling_strategy=node, **of_node)
+            .options(name=called, **options)
             .remote(plan, f"trainer-{number}", cpus, name)
-            for number, (called, node) in enumerate(zip(ranks, nodes[1:], strict=True), 1)
+            for number, (called, options) in enumerate(zip(ranks, of_node[1:], strict=True), 1)
         ]
         explorer = ray.remote(ExplorerActor).options(
             num_cpus=asked.explorers.cpus,
             num_gpus=asked.explorers.gpus,
             scheduling_strategy="SPREAD",
-            **lasting,
+            max_task_retries=-1,
         )
-        self._explorers = [
-            explorer.remote(
-                plan, f"explorer-{number}", asked.explorers.cpus, name, asked.hosts.cpus
+
+        def ask(number: int) -> RemoteExplorer:
+            return RemoteExplorer(
+                explorer.remote(
+                    plan, f"explorer-{number}", asked.explorers.cpus, name, asked.hosts.cpus
+                )
             )
-            for number in range(asked.explorers.most)
-        ]
+
+        self._explorers = AskedExplorers(
+            ask, asked.explorers.most, nodes, partial(print, file=sys.stderr, flush=True)
+        )
         self._is_there = False
 
     async def until_over(self, stop: asyncio.Event) -> int:
@@ -157,16 +165,17 @@ class _Launched:
                 async with asyncio.TaskGroup() as tasks:
                     running = tasks.create_task(_of(self._controller.run), name="run")
                     telling = tasks.create_task(self._tell(), name="what is said")
-                    playing = tasks.create_task(self._watch_explorers(), name="explorers")
+                    playing = tasks.create_task(self._explorers.play(), name="explorers")
                     stopping = tasks.create_task(self._stop(stop, running), name="stop")
                     await asyncio.wait((running,))
                     stopping.cancel()
+                    self._explorers.ask_no_more()
                     await asyncio.wait((telling, playing), timeout=_LAST_WORDS_S)
                     telling.cancel()
                     playing.cancel()
             return 130 if running.cancelled() else running.result()
         finally:
-            for actor in (*self._explorers, self._controller, *self._ranks):
+            for actor in (self._controller, *self._ranks):
                 ray.kill(actor)
 
     async def _tell(self) -> None:
@@ -177,21 +186,6 @@ class _Launched:
             self._is_there = True
             for stream, line in lines:
                 print(line, file=sys.stderr if stream == "err" else sys.stdout, flush=True)
-
-    async def _watch_explorers(self) -> None:
-        """Tells of those that gave up; ClusterFailure once there is none left."""
-        gave_up: list[str] = []
-
-        async def watch(explorer: Any) -> None:
-            if why := await _of(explorer.run):
-                print(why, file=sys.stderr, flush=True)
-                gave_up.append(why)
-            if len(gave_up) == len(self._explorers):
-                raise ClusterFailure(f"no explorer is left: {why}; its lines above tell the cause")
-
-        async with asyncio.TaskGroup() as tasks:
-            for number, explorer in enumerate(self._explorers):
-                tasks.create_task(watch(explorer), name=f"explorer-{number}")
 
     async def _stop(self, stop: asyncio.Event, running: asyncio.Task[int]) -> None:
         await stop.wait()
@@ -248,18 +242,41 @@ def _marker(runs: Path) -> Iterator[Path]:
         marker.unlink(missing_ok=True)
 
 
-def _nodes_of_trainer(asked: ClusterTrainerConfig, home: str | None) -> list[Any]:
-    """How Ray is to schedule what is on each of them, the controller's first."""
-    if home is not None:
-        return [NodeAffinitySchedulingStrategy(home, soft=False)]
-    if asked.nodes == 1:
-        return ["DEFAULT"]
-    bundle = {"CPU": asked.cpus} | ({"GPU": asked.gpus} if asked.gpus else {})
-    group = placement_group([bundle] * asked.nodes, strategy="STRICT_SPREAD")
-    return [
-        PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=number)
-        for number in range(asked.nodes)
-    ]
+class _TrainersNodes:
+    """A placement group, of which each node of the trainer's is a bundle.
+
+    `home`: the node that alone may be it, by its whole name.
+    """
+
+    def __init__(self, asked: ClusterTrainerConfig, home: str | None) -> None:
+        self.count = asked.nodes
+        self._asked = asked
+        self._group = placement_group(
+            [{"CPU": asked.cpus} | ({"GPU": asked.gpus} if asked.gpus else {})] * asked.nodes,
+            strategy="STRICT_SPREAD",
+            bundle_label_selector=None if home is None else [{"ray.io/node-id": home}],
+        )
+
+    @property
+    def bundles(self) -> list[PlacementGroupSchedulingStrategy]:
+        """How Ray is to schedule what is on each of them, the controller's first."""
+        return [
+            PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=number)
+            for number in range(self.count)
+        ]
+
+    async def lack(self) -> Lack:
+        return await asyncio.to_thread(self._lack)
+
+    def _lack(self) -> Lack:
+        table = placement_group_table(self._group)
+        if table["state"] == "CREATED":
+            return Lack()
+        alive = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+        had = alive.keys() & table["bundles_to_node_id"].values()
+        able = (_node(node) for name, node in alive.items() if name not in had)
+        homes = {node.name for node in able if node.holds(self._asked.cpus, self._asked.gpus)}
+        return Lack(self.count - len(had), homes)
 
 
 def _share(nodes: list[dict[str, Any]], path: Path) -> bool:

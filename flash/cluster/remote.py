@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayError, RayTaskError
 from ray.runtime_env import RuntimeEnv
 
 from flash.cluster.hosts import HostRole, Wanted
@@ -34,6 +34,32 @@ class RemoteController:
     def register(self, place: Place) -> Awaitable[None]:
         registered: Awaitable[None] = self._controller.register.remote(place)
         return registered
+
+
+class RemoteExplorer:
+    """An AskedExplorer: the role of `flash.cluster.explorer` in this actor, which Ray does not
+    start again by itself."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    async def place(self) -> Place:
+        place: Place = await self._ask("place")
+        return place
+
+    async def run(self) -> str:
+        return str(await self._ask("run"))
+
+    def end(self) -> None:
+        _kill(self._actor)
+
+    async def _ask(self, method: str) -> Any:
+        try:
+            return await getattr(self._actor, method).remote()
+        except (ActorDiedError, OutOfMemoryError) as error:
+            if isinstance(error, ActorDiedError) and error.actor_init_failed:
+                raise
+            raise NodeLost(f"an explorer's node or process has ended: {error}") from error
 
 
 class RemoteProcesses:
@@ -100,8 +126,7 @@ class RemoteHost(RemoteProcesses):
         return started
 
     def end(self) -> None:
-        with contextlib.suppress(RayError):  # it ends with this process anyway
-            ray.kill(self._actor)
+        _kill(self._actor)
 
 
 class HostActor(HostRole):
@@ -153,6 +178,11 @@ def hosts_asked(cpus: int, count: int) -> HostsAsked:
         cpus=cpus,
         count=count,
     )
+
+
+def _kill(actor: Any) -> None:
+    with contextlib.suppress(RayError):  # it ends with this process anyway
+        ray.kill(actor)
 
 
 def _join(address: str, namespace: str, **options: Any) -> None:

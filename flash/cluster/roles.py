@@ -119,9 +119,10 @@ def controller_command(settings_file: Path, plan: Plan, others: Sequence[str] = 
 
 
 def explorer_command(plan: Plan, place: Place, folder: Path) -> list[str]:
-    """`folder` has explorers.json, and is its own. It relays weights, but for a run with TLS."""
+    """`folder` has explorers.json, and is its own. It relays weights, but for a run with TLS. It
+    waits for the controller however long that is away: its role ends it with the run."""
     command = [sys.executable, "-m", "flash.cluster", "explore", str(folder), "--name", place.role]
-    command += ["--folder", str(folder), f"--engine.workers={plan.workers}"]
+    command += ["--folder", str(folder), "--wait_s", "inf", f"--engine.workers={plan.workers}"]
     if place.gpus:
         command.append(f"--engine.devices={','.join(map(str, place.gpus))}")
     command += ["--relay", place.address] if plan.ca is None else ["--ca", plan.ca]

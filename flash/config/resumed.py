@@ -32,7 +32,7 @@ KINDS: Final[Mapping[str, Kind]] = {
         (
             *["alpha", "batch_size", "group_size", "publish_every", "task_sets"],
             *_of("env", "name options eval_options"),
-            *_of("engine", "dtype update_mode vllm_args"),
+            *_of("engine", "dtype update_mode vllm_args sglang_args"),
             *_of("agent", "run env ignore samples style style_options"),
             *_of("agent", "max_turns max_tokens max_sequence_tokens temperature"),
             *_of("reward", "name run url model prompt max_score max_tokens"),

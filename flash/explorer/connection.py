@@ -77,6 +77,7 @@ class Connection:
         evaluates: it is for evaluations alone.
         brings: the task sets that it brings, by name, as `source_of_brought` tells them.
         tasks_only: it is for these alone.
+        wait_s: how long a controller may be away, FlashError after that.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Connection:
         evaluates: bool = False,
         brings: Mapping[str, str] = _NONE,
         tasks_only: bool = False,
+        wait_s: float = math.inf,
     ) -> None:
         self.name = name
         self.senders = RemoteSenders()
@@ -100,6 +102,8 @@ class Connection:
         self._have = have
         self._player = player
         self._say = say
+        self._wait_s = wait_s
+        self._away_since = asyncio.get_running_loop().time()
         self._process = uuid.uuid4().hex
         self._link: Link[FromController] | None = None
         self._welcome: Welcome | None = None
@@ -221,12 +225,12 @@ class Connection:
             self._player.tell_state()
 
     def _note_probe(self, report: PublishReport) -> None:
-        """The trainer answers while it has nothing else to do: that may be never."""
+        """The trainer answers while it has nothing else to do, and waits a little now and then."""
         self._not_probed = self._not_probed + 1 if report.gap is None else 0
         if self._not_probed == _MOST_NOT_PROBED:
             logger.warning(
                 "the workers here could not be compared with the trainer for %d versions: it was "
-                "busy",
+                "busy when they had its weights",
                 _MOST_NOT_PROBED,
             )
 
@@ -272,12 +276,22 @@ class Connection:
                 if not said:
                     self._say(f"waiting for the run's controller: {refusal}")
                 said = True
+                self._check_patience(refusal)
             except LinkLost as lost:
                 self._say(f"the controller is away ({lost}): {self._player.running} episodes go on")
+                self._check_patience(lost)
             await asyncio.sleep(pause_s)
             # What is held here is waited for as long as a lease.
             most_s = math.inf if self._welcome is None else self._welcome.lease_s / 4
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S, most_s)
+
+    def _check_patience(self, away: Exception) -> None:
+        if asyncio.get_running_loop().time() - self._away_since >= self._wait_s:
+            raise FlashError(
+                f"{self.name} leaves: the run's controller has been away for {self._wait_s:g} s "
+                f"({away}), or the run is over; what {self.name} finished is handed in by the next "
+                f"start of that name (--wait_s)"
+            )
 
     async def _serve(self, link: Link[FromController]) -> None:
         link.send(self._hello())
@@ -295,6 +309,7 @@ class Connection:
                 self._hear(message)
         finally:
             self._link = self._weights = None  # the next one tells of what there is
+            self._away_since = asyncio.get_running_loop().time()
             self.senders.detach()
             self._player.detach()
             for asked in self._questions.values():

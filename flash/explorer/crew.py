@@ -55,7 +55,7 @@ class FleetCrew:
 
     @property
     def waits_for(self) -> str:
-        return self._fleet.waits_for(heldout=self._heldout, here=self._local is not None)
+        return self._fleet.placing.waits_for(heldout=self._heldout, here=self._local is not None)
 
     def report_to(
         self,

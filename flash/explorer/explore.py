@@ -67,6 +67,7 @@ class Options:
     ca: Path | None = None
     relay: str = ""  # the address at which other explorers take files from this one
     drain_s: float = 120.0
+    wait_s: float = 3600.0  # for a controller that is away
     evaluates: bool = False
     tasks: Mapping[str, PlayedWith] = dataclasses.field(default_factory=dict)  # brought
     tasks_only: bool = False  # it plays no others
@@ -94,6 +95,10 @@ def checked(*, token: str, tasks: Path | None = None, **options: Any) -> Options
         )
     if not (math.isfinite(told.drain_s) and told.drain_s >= 0):
         raise ValueError(f"--drain_s {told.drain_s:g}: must be a number of seconds, at least 0")
+    if not told.wait_s >= 0:
+        raise ValueError(
+            f"--wait_s {told.wait_s:g}: must be a number of seconds, at least 0, or inf"
+        )
     if told.relay:
         _host_and_port(told.relay)
         if told.ca or told.source.lower().startswith("https:"):
@@ -186,6 +191,7 @@ async def explore(
             evaluates=options.evaluates,
             brings=await asyncio.to_thread(_sources, options.tasks),
             tasks_only=options.tasks_only,
+            wait_s=options.wait_s,
         )
         try:
             async with connection.kept():
@@ -351,7 +357,7 @@ def local_config(
     engine["workers"] = engine["workers"] or 1
     if evaluates:
         engine["transport"] = "disk"  # what an evaluation is of must be to be had until its end
-    if engine["kind"] == "urls":
+    if engine["kind"] == "urls" or (engine["kind"] == "sglang" and settings["engine"]["urls"]):
         engine["kind"] = "vllm" if engine["transport"] == "nccl" else "auto"
     if welcome.where != machine.where():  # there are no trainer's ranks to leave some to
         engine["devices"] = machine.gpus()

@@ -55,7 +55,6 @@ from flash.explorer.messages import (
     Room,
     RunOver,
     Score,
-    Scored,
     State,
     Step,
     Trouble,
@@ -67,6 +66,7 @@ from flash.explorer.placing import Placing
 from flash.explorer.remote import cut_off
 from flash.explorer.seat import Explorer, Play
 from flash.explorer.senders import Senders, Sending
+from flash.explorer.updates import Updates
 from flash.hub.reports import HubStats
 from flash.rollout.committed import INTERRUPTED
 from flash.rollout.episode import Cancelled
@@ -90,6 +90,13 @@ class Run:
     model: str
     model_files: Files | None
     version: int  # of the model
+
+    @property
+    def first_weights(self) -> Publish | None:
+        """Those of the model, if it is a folder of the controller's."""
+        if self.model_files is None:
+            return None
+        return Publish(self.version, self.model_files, probe=False)
 
 
 class Fleet:
@@ -139,12 +146,16 @@ class Fleet:
         self._known = known
         self._after_commit = after_commit
         self._version = version
-        self._publish = publish
-        self._score = score
-        self._apart = apart
         self._sending = sending
-        self._placing = Placing(
+        self.placing = Placing(
             self.explorers, brought=self.brought, apart=apart, on_fatal=self._fail
+        )
+        self.updates = Updates(
+            self.explorers,
+            first=run.first_weights,
+            published=publish,
+            score=score,
+            exam_waits=lambda: apart and self.placing.has_heldout,
         )
         self._claims = Claims(
             self.explorers,
@@ -196,8 +207,8 @@ class Fleet:
     def begin(self, play: Play) -> None:
         """To be played as soon as there is room for it."""
         play.number = -next(self._heldout) if play.heldout else play.episode.id
-        if play.heldout and not self._placing.has_heldout:  # an evaluation begins, perhaps
-            self._catch_up()
+        if play.heldout and not self.placing.has_heldout:  # an evaluation begins, perhaps
+            self.updates.catch_up()
         if play.heldout or not self._claims.begin(play):
             self._place(play)
 
@@ -216,11 +227,11 @@ class Fleet:
             del play.explorer.plays[play.number]
             play.explorer = None
         elif not self._claims.drop(play):
-            self._placing.drop(play)
+            self.placing.drop(play)
 
     def _place(self, play: Play) -> None:
-        self._placing.wait(play)
-        self._placing.place()
+        self.placing.wait(play)
+        self.placing.place()
 
     def _go_on(self, explorer: Explorer, play: Play, steps: Sequence[Step]) -> None:
         """An explorer has what it was given by the last start of the run."""
@@ -233,34 +244,6 @@ class Fleet:
             on_fatal(error)
 
     # ── who comes and goes ───────────────────────────────────────────────────────────────────
-
-    def publish(self, message: Publish) -> None:
-        """Tells all that are here of new weights."""
-        for explorer in self.explorers.values():
-            if not self._is_examined(explorer):
-                explorer.send(message)
-
-    def _weights(self) -> Publish | None:
-        """The newest. One that is back from an earlier start may lack those that this one began
-        with, and could play nothing until there are newer ones."""
-        run, published = self._run, self._publish()
-        if published is None and run.model_files is not None:
-            return Publish(run.version, run.model_files, probe=False)
-        return published
-
-    def _is_examined(self, explorer: Explorer) -> bool:
-        """Whether the weights that it has are what an evaluation is of."""
-        due = self._apart and self._placing.has_heldout
-        return explorer.evaluates and (bool(explorer.plays) or due)
-
-    def _catch_up(self) -> None:
-        """Gives evaluators the weights that came out while an evaluation was played."""
-        weights = self._weights()
-        if weights is None:
-            return
-        for explorer in self.explorers.values():
-            if explorer.evaluates and not self._is_examined(explorer):
-                explorer.send(weights)
 
     async def welcome(self, wire: Wire) -> None:
         """Has the explorer at the other end until its link is lost, or it leaves."""
@@ -366,11 +349,11 @@ class Fleet:
         for play in explorer.plays.values():
             if (reason := play.episode.cancel_reason) is not None:
                 link.send(GiveUp(play.number, reason))
-        if (weights := self._weights()) is not None:
+        if (weights := self.updates.newest) is not None:
             link.send(weights)
         for play in lost:
             self._cut_off(play)
-        self._placing.place()
+        self.placing.place()
         return explorer
 
     def _put_back(self, plays: Iterable[Play]) -> list[Play]:
@@ -381,7 +364,7 @@ class Fleet:
                 others.append(play)
             else:
                 play.explorer = None
-                self._placing.wait(play, first=True)
+                self.placing.wait(play, first=True)
         return others
 
     def _seat_of(self, hello: Hello) -> Explorer | None:
@@ -456,6 +439,7 @@ class Fleet:
         explorer.link = None
         explorer.room = 0
         self._parted.set()
+        self.updates.is_not_due(explorer)
         if explorer.leaving and not (explorer.plays or explorer.early):
             del self.explorers[explorer.name]
             self.counts["drains"] += 1
@@ -503,7 +487,7 @@ class Fleet:
                 explorer.version = message.version
                 explorer.room = message.room - (explorer.begun - message.begun)
                 if explorer.room > 0:
-                    self._placing.place()
+                    self.placing.place()
             case State():
                 explorer.state = message
                 if message.stats is not None:
@@ -516,7 +500,7 @@ class Fleet:
             case Returned():
                 self._hear_of_return(explorer, message)
             case Score():
-                self._tasks.create_task(self._answer(explorer, message), name="score")
+                self._tasks.create_task(self.updates.answer(explorer, message), name="score")
             case Trouble():
                 self._hear_trouble(explorer, message)
 
@@ -526,7 +510,7 @@ class Fleet:
             plays, explorer.plays, explorer.early = explorer.plays, {}, {}
             for play in self._put_back(plays.values()):
                 self._cut_off(play)
-            self._placing.place()
+            self.placing.place()
 
     def _hear_of_return(self, explorer: Explorer, returned: Returned) -> None:
         for episode in returned.episodes:
@@ -561,25 +545,14 @@ class Fleet:
                 explorer.played += 1
                 play.explorer = None
                 play.on_end(play.episode, end)
-            if explorer.evaluates and not self._is_examined(explorer):
-                self._catch_up()
+            if explorer.evaluates and not self.updates.is_examined(explorer):
+                self.updates.catch_up()
             self._after_commit(partial(self._committed, play.number))
             return
 
     def _committed(self, number: int) -> None:
         if (explorer := self._uncommitted.pop(number, None)) is not None:
             explorer.settle(number)
-
-    async def _answer(self, explorer: Explorer, question: Score) -> None:
-        scores = None
-        with contextlib.suppress(FlashError):  # the trainer's, of which others tell
-            if self._score is not None:
-                scores = await self._score(question)
-        if scores is None:
-            explorer.send(Scored(question.number, None))
-            return
-        logprobs = [list(map(float, each)) for each in scores.logprobs]
-        explorer.send(Scored(question.number, logprobs, scores.largest_logit))
 
     def _hear_trouble(self, explorer: Explorer, trouble: Trouble) -> None:
         error: FlashError
@@ -591,38 +564,10 @@ class Fleet:
 
     # ── how it stands ────────────────────────────────────────────────────────────────────────
 
-    def waits_for(self, *, heldout: bool = False, here: bool = False) -> str:
-        """What must come before all of that kind can be played; empty if it can be. `here`: what
-        nobody brings is played in this process as well."""
-        kinds = [] if here or not self.brought.has_others else [""]
-        kinds += [
-            name for name in self.brought if self._placing.waits(heldout=heldout, brought=name)
-        ]
-        return "; ".join(filter(None, (self._lacks(name, heldout=heldout) for name in kinds)))
-
-    def _lacks(self, brought: str, *, heldout: bool) -> str:
-        able = [
-            explorer
-            for explorer in self.explorers.values()
-            if self._placing.is_for(explorer, heldout=heldout, brought=brought)
-        ]
-        if not able:
-            option = " --evaluates" if heldout and self._apart else ""
-            if brought:
-                return (
-                    f"an explorer that brings task set {brought}: flash explore{option} --tasks "
-                    f"FILE starts one"
-                )
-            return f"an explorer: flash explore{option} starts one"
-        if all(explorer.version < 0 for explorer in able):
-            told = (f"{e.name} ({e.state.doing or 'away'})" for e in able)
-            return f"explorers: {', '.join(told)}"
-        return ""
-
     @property
     def waiting(self) -> int:
         """Episodes that no explorer has yet."""
-        return len(self._placing) + len(self._claims)
+        return len(self.placing) + len(self._claims)
 
     def stats(self) -> dict[str, HubStats]:
         """Of each explorer that told them."""

@@ -1,5 +1,6 @@
 """The hub of a run with explorers: its policy is theirs, and that of workers here if there are."""
 
+import asyncio
 import contextlib
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -17,6 +18,7 @@ from flash.types import Completion, GenerateRequest, Scores, Weights
 
 _SESSION = "episode-"
 _KEPT = 2  # versions of weights that may be sent: so many the trainer keeps
+_COMPARED_EVERY = 25  # publishes: what waiting costs then is 4% of the time at most
 
 
 class OfferWeights(Protocol):
@@ -34,6 +36,8 @@ class FleetHub:
         version: of the weights that everybody starts with.
         offer: lets explorers have a folder of weights, and what changed since those before.
         is_idle: whether the trainer has time for what explorers ask: it does not make a step wait.
+            Where it never has, it takes some: every 25th publish waits for those that it could not
+            answer, as long as a step took on average since the last of these, and no longer.
     """
 
     def __init__(
@@ -51,6 +55,8 @@ class FleetHub:
         self._recent: deque[Weights] = deque(maxlen=_KEPT)
         self._message: Publish | None = None
         self._publishes = 0
+        self._waits = False  # for what explorers ask
+        self._waited_at: float | None = None  # or the first publish
 
     def over(self, fleet: Fleet) -> None:
         """Whom it publishes to."""
@@ -76,8 +82,28 @@ class FleetHub:
         files = await self._offer(weights.path, before=before)
         self._recent.append(weights)
         self._message = Publish(weights.version, files, probe=weights.score is not None)
-        self._fleet.publish(self._message)
+        self._fleet.updates.publish(self._message)
         self._publishes += 1
+        within_s = 0.0 if weights.score is None else self._may_wait_s()
+        self._waits = within_s > 0
+        try:
+            report = await self._publish_here(weights)
+            if self._waits:
+                await self._fleet.updates.compared(within_s=within_s)
+                self._waited_at = asyncio.get_running_loop().time()
+        finally:
+            self._waits = False
+        return report
+
+    def _may_wait_s(self) -> float:
+        """For explorers; 0 most of the time."""
+        now = asyncio.get_running_loop().time()
+        if self._waited_at is None:
+            self._waited_at = now
+        due = self._publishes % _COMPARED_EVERY == 0
+        return (now - self._waited_at) / _COMPARED_EVERY if due else 0.0
+
+    async def _publish_here(self, weights: Weights) -> PublishReport:
         if self.local is not None:
             return await self.local.publish(weights)
         self._version = weights.version
@@ -96,11 +122,11 @@ class FleetHub:
         return next((each for each in self._recent if each.version == version), None)
 
     async def score(self, question: Score) -> Scores | None:
-        """The trainer's logprobs, if it is at that version and does nothing else."""
+        """The trainer's logprobs, if it is at that version and does nothing else, or waits."""
         weights = self.weights_of(question.version)
         if weights is None or weights.score is None or weights is not self._recent[-1]:
             return None
-        if not self._is_idle():
+        if not (self._waits or self._is_idle()):
             return None
         return await weights.score(question.sequences)
 

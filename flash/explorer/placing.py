@@ -1,4 +1,4 @@
-"""Who plays what: episodes wait here until somebody has room for them."""
+"""Who plays what: episodes wait here until somebody has room for them, and for whom they wait."""
 
 import asyncio
 from collections import OrderedDict
@@ -50,10 +50,6 @@ class Placing:
         """Whether one of an evaluation waits."""
         return any(waiting for (_, heldout), waiting in self._waiting.items() if heldout)
 
-    def waits(self, *, heldout: bool, brought: str) -> bool:
-        """Whether an episode of that kind does, of a set that is brought, or of others."""
-        return bool(self._waiting[brought, heldout])
-
     def is_for(self, explorer: Explorer, *, heldout: bool, brought: str = "") -> bool:
         """Whether episodes of that kind are for it."""
         if (brought not in explorer.brings) if brought else explorer.tasks_only:
@@ -61,6 +57,32 @@ class Placing:
         if heldout:
             return explorer.evaluates or not self._apart
         return not explorer.evaluates
+
+    def waits_for(self, *, heldout: bool = False, here: bool = False) -> str:
+        """What must come before all of that kind can be played; empty if it can be. `here`: what
+        nobody brings is played in this process as well."""
+        kinds = [] if here or not self._brought.has_others else [""]
+        kinds += [name for name in self._brought if self._waiting[name, heldout]]
+        return "; ".join(filter(None, (self._lacks(name, heldout=heldout) for name in kinds)))
+
+    def _lacks(self, brought: str, *, heldout: bool) -> str:
+        able = [
+            explorer
+            for explorer in self._explorers.values()
+            if self.is_for(explorer, heldout=heldout, brought=brought)
+        ]
+        if not able:
+            option = " --evaluates" if heldout and self._apart else ""
+            if brought:
+                return (
+                    f"an explorer that brings task set {brought}: flash explore{option} --tasks "
+                    f"FILE starts one"
+                )
+            return f"an explorer: flash explore{option} starts one"
+        if all(explorer.version < 0 for explorer in able):
+            told = (f"{e.name} ({e.state.doing or 'away'})" for e in able)
+            return f"explorers: {', '.join(told)}"
+        return ""
 
     def wait(self, play: Play, *, first: bool = False) -> None:
         waiting = self._of(play)

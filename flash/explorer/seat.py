@@ -49,6 +49,7 @@ class Explorer:
     room: int = 0
     begun: int = 0  # on this link
     leaving: bool = False
+    compared: bool = False  # its workers with the trainer, since they were last due
     plays: dict[int, Play] = field(default_factory=dict)
     early: dict[int, list[Step]] = field(default_factory=dict)  # of what is due and did not begin
     state: State = State("starts", None, {})  # noqa: RUF009  (frozen)

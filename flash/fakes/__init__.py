@@ -12,6 +12,7 @@ from flash.fakes.observer import KeepingObserver
 from flash.fakes.ranks import FakeHostNode, FakeRank, FakeRanks, FakeRanksNode
 from flash.fakes.routes import worker_app
 from flash.fakes.samples import fake_sample
+from flash.fakes.sglang import FakeSglang
 from flash.fakes.wires import FakeWires
 from flash.fakes.worker import FakePool, FakeWorker
 
@@ -24,6 +25,7 @@ __all__ = [
     "FakeRank",
     "FakeRanks",
     "FakeRanksNode",
+    "FakeSglang",
     "FakeStyle",
     "FakeWires",
     "FakeWorker",

@@ -1,4 +1,10 @@
-"""What a worker answers to a request for tokens, on the wire: JSON, whole or in events."""
+"""What a worker answers to a request for tokens, on the wire: JSON, whole or in events.
+
+The events, and what vLLM says in them; SGLang's words are in flash/hub/sglang_answers.py.
+"""
+
+import abc
+from collections.abc import Sequence
 
 import msgspec
 
@@ -7,7 +13,7 @@ from flash.types import Completion, FinishReason, SamplingParams
 
 # vLLM sends this for a logprob that is nan.
 _CLAMPED_LOGPROB = -9000.0
-_LONGEST_LINE_BYTES = 1 << 20
+_LONGEST_LINE_BYTES = 1 << 22  # SGLang repeats all of an answer in each event
 _EVENT = b"data: "
 _DONE = b"data: [DONE]"
 
@@ -20,7 +26,9 @@ class _Logprobs(msgspec.Struct, gc=False):
     content: list[_Entry]
 
 
-class _Span(msgspec.Struct, gc=False):
+class Span(msgspec.Struct, gc=False):
+    """Tokens of one version, from `start` to before `end`."""
+
     version: str
     start: int
     end: int
@@ -32,7 +40,7 @@ class Choice(msgspec.Struct, gc=False):
     token_ids: list[int]
     logprobs: _Logprobs | None
     finish_reason: FinishReason | None
-    weight_versions: list[_Span] | None
+    weight_versions: list[Span] | None
 
     def numbers(self) -> list[float]:
         """The logprobs; ValueError for one that stands for nan."""
@@ -53,13 +61,14 @@ class Answer(msgspec.Struct, gc=False):
 decode_answer = msgspec.json.Decoder(Answer).decode
 
 
-class TokenStream:
-    """An answer in server-sent events, which is fed as it comes; `last` is its last one."""
+class EventStream(abc.ABC):
+    """An answer in server-sent events, which is fed as it comes."""
+
+    complete = False  # its last event has come
 
     def __init__(self, worker: str, on_tokens: OnTokens) -> None:
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
-        self.last: Choice | None = None
         self._worker = worker
         self._on_tokens = on_tokens
         self._rest = b""  # the beginning of a line
@@ -68,22 +77,33 @@ class TokenStream:
         """Some more bytes, cut anywhere; raises WorkerFailure for what is not of this protocol."""
         *lines, self._rest = (self._rest + piece).split(b"\n")
         for line in lines:
-            if line.startswith(_EVENT) and self.last is None and not line.startswith(_DONE):
-                self._hear(line[len(_EVENT) :])
+            if line.startswith(_EVENT) and not self.complete and not line.startswith(_DONE):
+                event = line[len(_EVENT) :]
+                try:
+                    token_ids, logprobs = self._hear(event)
+                except (IndexError, ValueError) as error:  # msgspec's errors are ValueErrors
+                    raise unreadable(self._worker, event, error) from error
+                self.token_ids += token_ids
+                self.logprobs += logprobs
+                self._on_tokens(token_ids, logprobs)
         if len(self._rest) > _LONGEST_LINE_BYTES:
             raise WorkerFailure(f"{self._worker} sent a line of a stream that is too long")
 
-    def _hear(self, event: bytes) -> None:
-        try:
-            choice = decode_answer(event).choices[0]
-            logprobs = choice.numbers()
-        except (IndexError, ValueError) as error:  # msgspec's errors are ValueErrors
-            raise unreadable(self._worker, event, error) from error
-        self.token_ids += choice.token_ids
-        self.logprobs += logprobs
-        self._on_tokens(choice.token_ids, logprobs)
+    @abc.abstractmethod
+    def _hear(self, event: bytes) -> tuple[list[int], list[float]]:
+        """New tokens and their logprobs; ValueError or IndexError if it is not of this protocol."""
+
+
+class TokenStream(EventStream):
+    """vLLM's; `last` is its last event."""
+
+    last: Choice | None = None
+
+    def _hear(self, event: bytes) -> tuple[list[int], list[float]]:
+        choice = decode_answer(event).choices[0]
         if choice.finish_reason is not None:
-            self.last = choice
+            self.last, self.complete = choice, True
+        return choice.token_ids, choice.numbers()
 
 
 def completion_of(
@@ -96,20 +116,24 @@ def completion_of(
     """From all tokens and what came last; ValueError if there can be none."""
     if last.finish_reason is None:
         raise ValueError("an answer without finish_reason")
-    count = len(token_ids)
-    versions = [-1] * count
-    for span in last.weight_versions or ():
-        if not 0 <= span.start <= span.end <= count:
-            raise ValueError(f"span {span.start} … {span.end} of {count} tokens")
-        versions[span.start : span.end] = [int(span.version)] * (span.end - span.start)
     return Completion(
         token_ids=token_ids,
         logprobs=logprobs,
-        versions=versions,
+        versions=versions_of(last.weight_versions or (), len(token_ids)),
         temperature=sampling.temperature,
         finish_reason=last.finish_reason,
         worker=worker,
     )
+
+
+def versions_of(spans: Sequence[Span], count: int) -> list[int]:
+    """Of each of so many tokens; -1 where no span says it. ValueError for a span beyond them."""
+    versions = [-1] * count
+    for span in spans:
+        if not 0 <= span.start <= span.end <= count:
+            raise ValueError(f"span {span.start} … {span.end} of {count} tokens")
+        versions[span.start : span.end] = [int(span.version)] * (span.end - span.start)
+    return versions
 
 
 def unreadable(worker: str, answer: bytes, error: Exception) -> WorkerFailure:

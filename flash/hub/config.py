@@ -3,21 +3,29 @@
 import shlex
 from typing import Any, Literal, Self
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
 
 from flash.choices import UpdateMode
 from flash.section import Numbers, Secret, Section, is_url
 from flash.system import machine
 
-# Of vLLM's arguments: what changes the distribution, or which logprobs are returned.
-_SAMPLING_ARGS = ("logprobs-mode", "generation-config", "override-generation-config")
-_KEY_ARGS = ("api-key", "hf-token")
+# Of the servers' arguments: what changes the distribution, or which logprobs are returned.
+_SAMPLING_ARGS = {
+    "vllm_args": ("logprobs-mode", "generation-config", "override-generation-config"),
+    "sglang_args": (
+        "preferred-sampling-params", "allow-auto-truncate", "watermark-config",
+        "speculative-accept-threshold-single", "speculative-accept-threshold-acc",
+    ),
+}  # fmt: skip
+_KEY_ARGS = ("api-key", "admin-api-key", "hf-token")
+_LENGTH_ARGS = ("max-model-len", "context-length")
+_COMMANDS = {"vllm_args": "vllm serve", "sglang_args": "sglang serve"}
 
 
 class EngineConfig(Section):
     """The inference workers; `--engine KIND` sets the kind alone."""
 
-    kind: Literal["auto", "embedded", "vllm", "urls"] = Field(
+    kind: Literal["auto", "embedded", "vllm", "sglang", "urls"] = Field(
         "auto",
         description="auto: urls if any are given, else vllm where it is installed, has a GPU and a "
         "model of 100 million parameters or more, else embedded workers",
@@ -25,10 +33,12 @@ class EngineConfig(Section):
     workers: int = Field(
         1,
         ge=0,
-        description="embedded workers or vLLM servers to start; 0: none here, explorers play",
+        description="embedded workers or servers to start; 0: none here, explorers play",
     )
     urls: tuple[str, ...] = Field(
-        (), description="workers that run already, vLLM or embedded; with commas between"
+        (),
+        description="workers that run already, vLLM or embedded, or SGLang with engine.kind=sglang;"
+        " with commas between",
     )
     api_key: Secret = Field(
         SecretStr(""), description="bearer token of the workers at `urls`, or $NAME of a variable"
@@ -44,8 +54,8 @@ class EngineConfig(Section):
     update_mode: UpdateMode = Field(
         "keep",
         description="what a publish does to requests under way: keep goes on with the new weights, "
-        "keep_stale_kv (vLLM) does so on keys and values of the old ones, abort samples the rest "
-        "anew, wait lets them end first",
+        "keep_stale_kv (vLLM, SGLang) does so on keys and values of the old ones, abort samples "
+        "the rest anew, wait lets them end first",
     )
     transport: Literal["disk", "nccl"] = Field(
         "disk",
@@ -54,10 +64,10 @@ class EngineConfig(Section):
     )
     colocated: bool = Field(
         False,
-        description="vLLM servers on the trainer's own GPUs, in turns: they sleep while it trains, "
+        description="servers on the trainer's own GPUs, in turns: they sleep while it trains, "
         "and it makes room while they sample",
     )
-    tensor_parallel: int = Field(1, ge=1, description="GPUs of a vLLM server")
+    tensor_parallel: int = Field(1, ge=1, description="GPUs of a server")
     devices: Numbers = Field(
         (),
         description="GPUs for the workers, with commas between; none given: those that the trainer "
@@ -67,11 +77,14 @@ class EngineConfig(Section):
         0.5,
         gt=0,
         le=1,
-        description="share of a GPU's memory that a vLLM server takes; with engine.colocated the "
+        description="share of a GPU's memory that a server takes; with engine.colocated the "
         "trainer keeps no more beside it than its weights",
     )
     vllm_args: tuple[str, ...] = Field(
         (), description="further arguments of vLLM's servers: a list, or a text as in a shell"
+    )
+    sglang_args: tuple[str, ...] = Field(
+        (), description="further arguments of SGLang's servers: a list, or a text as in a shell"
     )
     start_timeout_s: float = Field(600.0, gt=0, description="for a worker to load the model")
     request_timeout_s: float = Field(600.0, gt=0, description="for one response")
@@ -90,10 +103,15 @@ class EngineConfig(Section):
         gt=0,
         description="by how much nine tenths of the logits may be off after a publish, worker "
         "against trainer, in nats; null: 1e-3 in float32, 1/32 of the largest logit where either "
-        "side computes in half precision or may do so, half of it where vLLM quantizes",
+        "side computes in half precision or may do so, half of it where servers quantize",
     )
 
-    @field_validator("vllm_args", mode="before")
+    @property
+    def server_args(self) -> tuple[str, ...]:
+        """The further arguments of the servers that it starts."""
+        return self.sglang_args if self.kind == "sglang" else self.vllm_args
+
+    @field_validator("vllm_args", "sglang_args", mode="before")
     @classmethod
     def _words_of_a_text(cls, value: Any) -> Any:
         if not isinstance(value, str):
@@ -103,14 +121,18 @@ class EngineConfig(Section):
         except ValueError as error:
             raise ValueError(f"{error}: close each quotation, as in a shell") from error
 
-    @field_validator("vllm_args")
+    @field_validator("vllm_args", "sglang_args")
     @classmethod
-    def _samples_as_the_trainer_takes_it(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _samples_as_the_trainer_takes_it(
+        cls, value: tuple[str, ...], info: ValidationInfo
+    ) -> tuple[str, ...]:
+        assert info.field_name is not None
         if value and not value[0].startswith("-"):
-            raise ValueError(f"{value[0]!r} is no option of vllm serve: write --name=value")
+            command = _COMMANDS[info.field_name]
+            raise ValueError(f"{value[0]!r} is no option of {command}: write --name=value")
         for word in value:
             name = word.partition("=")[0].removeprefix("--").replace("_", "-")
-            if word.startswith("--") and name in _SAMPLING_ARGS:
+            if word.startswith("--") and name in _SAMPLING_ARGS[info.field_name]:
                 raise ValueError(
                     f"{word} changes what is sampled or which logprobs are returned, so that every "
                     f"correction for staleness would be wrong: leave it out, and use "
@@ -121,7 +143,7 @@ class EngineConfig(Section):
                     f"--{name}: command lines and the run's config.yaml are for others to read: "
                     f"leave it out; servers have a key of their own, and find $HF_TOKEN"
                 )
-            if word.startswith("--") and name == "max-model-len":
+            if word.startswith("--") and name in _LENGTH_ARGS:
                 raise ValueError(f"{word} is agent.max_sequence_tokens: leave it out, and set that")
         return value
 
@@ -151,6 +173,12 @@ class EngineConfig(Section):
                 f"engine.kind=vllm needs vLLM, which is not installed here: run "
                 f"{machine.how_to_install('vllm')}"
             )
+        if self.kind == "sglang" and not self.urls and not machine.has_sglang():
+            raise ValueError(
+                f"engine.kind=sglang needs SGLang, which is not installed here: run "
+                f"{machine.how_to_install('sglang')}, or name servers that run already "
+                f"(engine.urls)"
+            )
         if self.devices and len(self.devices) % self.tensor_parallel:
             raise ValueError(
                 f"engine.devices names {len(self.devices)} GPUs, which are not divisible by "
@@ -158,20 +186,27 @@ class EngineConfig(Section):
             )
         if self.transport == "nccl":
             self._check_nccl()
-        if self.update_mode == "keep_stale_kv" and self.kind != "vllm" and not self.urls:
+        of_servers = self.kind in ("vllm", "sglang") or self.urls
+        if self.update_mode == "keep_stale_kv" and not of_servers:
             raise ValueError(
-                f"engine.update_mode=keep_stale_kv is vLLM's, and engine.kind={self.kind} can mean "
-                f"embedded workers: use engine.kind=vllm, or engine.update_mode=keep"
+                f"engine.update_mode=keep_stale_kv is vLLM's and SGLang's, and engine.kind="
+                f"{self.kind} can mean embedded workers: use engine.kind=vllm or sglang, or "
+                f"engine.update_mode=keep"
             )
         if self.colocated:
             self._check_colocated()
         return self
 
     def _check_colocated(self) -> None:
-        if self.kind != "vllm":
+        if self.kind not in ("vllm", "sglang"):
             raise ValueError(
-                f"engine.colocated=true with engine.kind={self.kind}: only vLLM servers that the "
-                f"run starts can sleep: use engine.kind=vllm, or leave it out"
+                f"engine.colocated=true with engine.kind={self.kind}: only vLLM and SGLang servers "
+                f"that the run starts can sleep: use engine.kind=vllm or sglang, or leave it out"
+            )
+        if self.urls:
+            raise ValueError(
+                "engine.colocated=true with engine.urls: only servers that the run starts can "
+                "sleep: leave one of them out"
             )
         if not self.workers:
             raise ValueError(
@@ -196,6 +231,11 @@ class EngineConfig(Section):
 
     def _check_nccl(self) -> None:
         instead = "engine.transport=disk"
+        if self.kind == "sglang":
+            raise ValueError(
+                f"engine.transport=nccl with engine.kind=sglang: weights go to SGLang servers as "
+                f"files: use {instead}"
+            )
         if self.kind != "vllm" and not self.urls:
             raise ValueError(
                 f"engine.transport=nccl is vLLM's, and engine.kind={self.kind} can mean embedded "

@@ -1,17 +1,15 @@
 """A worker behind vLLM's token-in-token-out HTTP protocol: a vLLM server or the embedded worker."""
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
-from flash.hub.answers import TokenStream, completion_of, decode_answer, unreadable
-from flash.hub.http_client import HttpAnswer, HttpClient
-from flash.hub.worker import BadRequest, OnTokens, WorkerFailure
+from flash.hub.answers import TokenStream, completion_of, decode_answer
+from flash.hub.server_client import STREAM_INTERVAL, STREAMED_FROM_TOKENS, ServerClient
+from flash.hub.worker import OnTokens, WorkerFailure
 from flash.types import Completion, SamplingParams, UpdateMode, Weights
 from flash.worker.checksum import checksum
 
@@ -20,12 +18,6 @@ logger = logging.getLogger(__name__)
 # vLLM puts it before the client's request_id, and abort_requests wants it there.
 _REQUEST_PREFIX = "generate-tokens-"
 _GENERATE = "/inference/v1/generate"
-# A stream costs this process half as much again as a whole answer, and vLLM 8% of its speed, with
-# 64 tokens in chunks of 16. So it is for answers that are worth keeping when their worker dies.
-STREAMED_FROM_TOKENS, _STREAM_INTERVAL = 128, 32
-_HTTP_REDIRECT, _HTTP_CLIENT_ERROR, _HTTP_SERVER_ERROR = 300, 400, 500
-# Their fault is not the request's: the worker is busy or gone, or lacks our key.
-_HTTP_NOT_THE_REQUEST = (401, 403, 404, 408, 429)
 
 
 class _Sampling(msgspec.Struct, gc=False):
@@ -61,13 +53,11 @@ _decode_loaded = msgspec.json.Decoder(_Loaded).decode
 _decode_reset = msgspec.json.Decoder(_Reset).decode
 
 
-class HttpWorker:
+class HttpWorker(ServerClient):
     """Client of one worker at `url`. Deadlines are the caller's."""
 
     def __init__(self, url: str, *, api_key: str = "") -> None:
-        self.name = url.rstrip("/")
-        self.headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._client = HttpClient(url, self.headers)
+        super().__init__(url, api_key=api_key)
         self._keeps_stale = False
         self._cache_salt = ""  # requests with another one share no keys and values
 
@@ -85,7 +75,7 @@ class HttpWorker:
             cache_salt=self._cache_salt,
         )
         if on_tokens is not None and sampling.max_tokens >= STREAMED_FROM_TOKENS:
-            request.sampling_params.stream_interval = _STREAM_INTERVAL
+            request.sampling_params.stream_interval = STREAM_INTERVAL
             request.stream = True
             return await self._stream(request, sampling, on_tokens)
         answer = await self._ask("POST", _GENERATE, request)
@@ -160,68 +150,21 @@ class HttpWorker:
     async def check_health(self) -> None:
         await self._call("GET", "/health")
 
-    async def close(self) -> None:
-        await self._client.close()
-
-    async def _call(self, method: str, route: str, body: Mapping[str, Any] | None = None) -> bytes:
-        return (await self._ask(method, route, body)).body
-
     async def _stream(
         self, request: _Request, sampling: SamplingParams, on_tokens: OnTokens
     ) -> Completion:
         """An answer in chunks; a worker that does not stream sends it whole."""
         stream = TokenStream(self.name, on_tokens)
-        try:
-            answer = await self._ask("POST", _GENERATE, request, stream)
-        except WorkerFailure:
-            if stream.last is None:
-                raise
-        else:
-            if not answer.streamed:
-                return self._whole(answer.body, sampling)
-        if stream.last is None:
-            raise WorkerFailure(f"{self.name}{_GENERATE} ended its answer before it was complete")
-        try:
+        whole = await self._hear(_GENERATE, request, stream)
+        if whole is not None:
+            return self._whole(whole, sampling)
+        assert stream.last is not None
+        with self._readable(msgspec.json.encode(stream.last)):
             return completion_of(
                 stream.last, stream.token_ids, stream.logprobs, sampling, self.name
             )
-        except ValueError as error:
-            raise unreadable(self.name, msgspec.json.encode(stream.last), error) from error
 
     def _whole(self, answer: bytes, sampling: SamplingParams) -> Completion:
-        try:
+        with self._readable(answer):
             choice = decode_answer(answer).choices[0]
             return completion_of(choice, choice.token_ids, choice.numbers(), sampling, self.name)
-        except (IndexError, ValueError) as error:
-            raise unreadable(self.name, answer, error) from error
-
-    async def _ask(
-        self,
-        method: str,
-        route: str,
-        body: _Request | Mapping[str, Any] | None,
-        stream: TokenStream | None = None,
-    ) -> HttpAnswer:
-        """An answer with a good status; a connection that breaks is a WorkerFailure."""
-        json = b"" if body is None else msgspec.json.encode(body)
-        try:
-            answer = await self._client.send(method, route, json, stream.feed if stream else None)
-        except OSError as error:
-            why = str(error) or repr(error)
-            raise WorkerFailure(f"{self.name}{route} can't be reached: {why}") from error
-        if answer.status >= _HTTP_REDIRECT:
-            message = f"{self.name}{route} answered {answer.status}: "
-            message += answer.body.decode(errors="replace")[:500]
-            of_the_request = _HTTP_CLIENT_ERROR <= answer.status < _HTTP_SERVER_ERROR
-            if of_the_request and answer.status not in _HTTP_NOT_THE_REQUEST:
-                raise BadRequest(message)
-            raise WorkerFailure(message)
-        return answer
-
-    @contextlib.contextmanager
-    def _readable(self, answer: bytes) -> Iterator[None]:
-        """What fails inside is the answer's fault, which is not of this protocol."""
-        try:
-            yield
-        except (IndexError, ValueError) as error:  # msgspec's errors are ValueErrors
-            raise unreadable(self.name, answer, error) from error

@@ -39,7 +39,7 @@ class _Seat:
     number: int
     port: int
     reservation: socket.socket
-    worker: HttpWorker
+    worker: Worker
     log: Path
     log_start: int = 0  # of the present process's lines
     log_read: int = 0  # up to there
@@ -87,7 +87,7 @@ class ProcessPool(abc.ABC):
     def _environment(self, number: int) -> Mapping[str, str]:
         """What it gets beside this process's environment."""
 
-    def _client(self, number: int, url: str) -> HttpWorker:
+    def _client(self, number: int, url: str) -> Worker:
         """What the hub talks to worker `number` through."""
         return HttpWorker(url, api_key=self._api_key)
 
@@ -261,6 +261,16 @@ class ProcessPool(abc.ABC):
             if final:
                 return
             await asyncio.sleep(min(_FIRST_BACKOFF_S * 2**deaths, _LONGEST_BACKOFF_S))
+
+
+def check_parallel(tensor_parallel: int, devices: Sequence[Gpu]) -> None:
+    """ValueError if a server takes more GPUs than there are for all of them."""
+    if devices and tensor_parallel > len(devices):
+        raise ValueError(
+            f"engine.tensor_parallel={tensor_parallel} exceeds the {len(devices)} GPUs that the "
+            f"servers may use ({', '.join(map(str, devices))}): use fewer, or name more in "
+            f"engine.devices"
+        )
 
 
 def visible_gpus(devices: Sequence[Gpu], number: int, each: int = 1) -> dict[str, str]:

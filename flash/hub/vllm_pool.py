@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from flash.hub.pool import ProcessPool, visible_gpus
+from flash.hub.pool import ProcessPool, check_parallel, visible_gpus
 from flash.seeds import derived
 from flash.system.machine import Gpu
 
 logger = logging.getLogger(__name__)
 
+# What `vllm serve` runs; that command itself is missing from the CPU build.
+_SERVER = "vllm.entrypoints.launchers.api_server.entry"
 _BLOCK_TOKENS = 32  # the least that attention on a CPU takes
 
 
@@ -60,12 +62,7 @@ class VllmPool(ProcessPool):
         say: Callable[[str], None] = logger.info,
     ) -> None:
         super().__init__(size=size, log_dir=log_dir, start_timeout_s=start_timeout_s, say=say)
-        if devices and tensor_parallel > len(devices):
-            raise ValueError(
-                f"engine.tensor_parallel={tensor_parallel} exceeds the {len(devices)} GPUs that "
-                f"the servers may use ({', '.join(map(str, devices))}): use fewer, or name more in "
-                f"engine.devices"
-            )
+        check_parallel(tensor_parallel, devices)
         self._model = model
         self._devices = list(devices)
         self._tensor_parallel = tensor_parallel
@@ -99,7 +96,7 @@ class VllmPool(ProcessPool):
 
     def _command(self, number: int, host: str, port: int) -> Sequence[str]:
         return [
-            sys.executable, "-m", "flash.worker.vllm_server", f"--model={self._model}",
+            sys.executable, "-m", "flash.worker.watched_server", _SERVER, f"--model={self._model}",
             f"--host={host}", f"--port={port}", f"--seed={derived(self._seed, f'worker {number}')}",
             *self._arguments,
         ]  # fmt: skip

@@ -24,7 +24,7 @@ _QUICK_CAPABILITY = (8, 0)
 class Choice(NamedTuple):
     """An engine for a pool of workers, and why it is that."""
 
-    kind: Literal["embedded", "vllm"]
+    kind: Literal["embedded", "vllm", "sglang"]
     why: str
 
 
@@ -38,8 +38,8 @@ def choose_engine(
         vllm: whether it is installed.
         parameters: of the model; None if that is not known.
     """
-    if engine.kind in ("embedded", "vllm"):
-        return Choice("vllm" if engine.kind == "vllm" else "embedded", "as engine.kind says")
+    if engine.kind in ("embedded", "vllm", "sglang"):
+        return Choice(engine.kind, "as engine.kind says")
     if not vllm:
         return Choice("embedded", f"because vLLM is not installed ({how_to_install('vllm')})")
     if not devices:
@@ -70,7 +70,7 @@ def keep_to_quickest_device(config: Config) -> str:
         config.model != SMALL
         or config.cluster.kind != "none"
         or config.explorers.may_come
-        or engine.kind in ("vllm", "urls")
+        or engine.kind in ("vllm", "sglang", "urls")
         or engine.urls
         or engine.devices
         or trainer.ranks > 1

@@ -6,6 +6,7 @@ import functools
 import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import msgspec
@@ -19,6 +20,8 @@ from flash.hub.nccl_worker import NcclPool, NcclWorker
 from flash.hub.pool import ProcessPool
 from flash.hub.probe import Probe
 from flash.hub.sender import StartSender, nccl_sender
+from flash.hub.sglang_pool import SglangPool
+from flash.hub.sglang_worker import SglangWorker
 from flash.hub.turns import MakeRoom
 from flash.hub.vllm_pool import VllmPool
 from flash.hub.worker import Worker
@@ -36,7 +39,8 @@ _OF_FLOAT32 = 1e-3
 # deepest and sharpest of them (benchmarks/probe.py).
 _ROUNDING = 8.0
 _OF_BFLOAT16, _OF_FP8 = 2**-8, 2**-4
-_COARSE_ARGS = ("quantization", "q", "kv-cache-dtype")  # of vLLM: weights or keys in 8 bits, or 4
+# Of servers: weights or keys in 8 bits, or 4.
+_COARSE_ARGS = ("quantization", "q", "kv-cache-dtype")
 
 
 @contextlib.asynccontextmanager
@@ -80,10 +84,7 @@ async def open_hub(
     with first_error():
         async with asyncio.TaskGroup() as asking:
             for url in engine.urls:
-                asking.create_task(
-                    _check_room(url, revealed(engine.api_key), config.agent.max_sequence_tokens),
-                    name=f"ask {url}",
-                )
+                asking.create_task(_check_room(config, url), name=f"ask {url}")
     async with InferenceHub(
         workers,
         max_running=engine.max_running,
@@ -100,8 +101,10 @@ async def open_hub(
         yield hub
 
 
-async def _check_room(url: str, api_key: str, tokens: int) -> None:
-    """ValueError if a worker that runs already says that it takes no sequence of so many tokens."""
+async def _check_room(config: Config, url: str) -> None:
+    """ValueError if a worker that runs already says that it takes no sequence as long as ours."""
+    tokens, api_key = config.agent.max_sequence_tokens, revealed(config.engine.api_key)
+    option = "context-length" if config.engine.kind == "sglang" else "max-model-len"
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     timeout = aiohttp.ClientTimeout(total=_ASK_TIMEOUT_S)
     try:
@@ -117,7 +120,7 @@ async def _check_room(url: str, api_key: str, tokens: int) -> None:
             raise ValueError(
                 f"agent.max_sequence_tokens={tokens} exceeds the {card.max_model_len} tokens that "
                 f"the worker at {url} takes: set it to {card.max_model_len} or less, or start the "
-                f"worker with --max-model-len={tokens}"
+                f"worker with --{option}={tokens}"
             )
 
 
@@ -126,7 +129,7 @@ class _Card(msgspec.Struct):
 
 
 class _Cards(msgspec.Struct):
-    """What is read of vLLM's /v1/models."""
+    """What is read of /v1/models, as vLLM and SGLang have it."""
 
     data: list[_Card]
 
@@ -144,7 +147,7 @@ def probe_of(config: Config) -> Probe:
 def _worker_unit(config: Config) -> float:
     """Half of the step from a number near 1 to the next, of workers; 0 of float32."""
     engine = config.engine
-    arguments = _vllm_arguments(engine.vllm_args)
+    arguments = _arguments(engine.server_args)
     if any(arguments.get(name, "auto") not in ("auto", "bfloat16") for name in _COARSE_ARGS):
         return _OF_FP8
     return _unit(arguments.get("dtype", engine.dtype), known=not engine.urls and not _apart(config))
@@ -166,7 +169,7 @@ def _unit(dtype: str, *, known: bool) -> float:
     return 0.0 if dtype in ("float32", "float") else _OF_BFLOAT16
 
 
-def _vllm_arguments(words: Sequence[str]) -> dict[str, str]:
+def _arguments(words: Sequence[str]) -> dict[str, str]:
     """Names and values of a command line, `--name=value` or `--name value`."""
     found = {}
     for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
@@ -195,31 +198,14 @@ def _workers(
         urls = [_client(config, url, senders(number)) for number, url in enumerate(engine.urls)]
         running = _count(len(urls), "worker")
         return urls, f"{running} that ran before, because engine.urls names them"
-    if choice.kind == "vllm":
-        start: Callable[..., VllmPool] = VllmPool
-        if engine.transport == "nccl":
-            start = functools.partial(NcclPool, senders=senders)
-        vllm = start(
-            model,
-            size=engine.workers,
-            max_running=engine.max_running,
-            max_tokens=config.agent.max_sequence_tokens,
-            cache_tokens=engine.cache_tokens,
-            tensor_parallel=engine.tensor_parallel,
-            devices=devices,
-            gpu_memory=engine.gpu_memory,
-            dtype=_dtype(engine.dtype, devices),
-            threads=engine.threads,
-            seed=config.seed,
-            arguments=engine.vllm_args,
-            log_dir=log_dir,
-            start_timeout_s=engine.start_timeout_s,
-            sleeps=shared,
-            say=say,
-        )
+    if choice.kind != "embedded":
+        servers, name = _server_pool(
+            config, choice, shared=shared, model=model, devices=devices, log_dir=log_dir,
+            senders=senders, say=say,
+        )  # fmt: skip
         where = _where(devices, engine.workers * engine.tensor_parallel)
         turns = ", in turns with the trainer" if shared else ""
-        return vllm, f"{_count(engine.workers, 'vLLM server')} on {where}{turns}, {choice.why}"
+        return servers, f"{_count(engine.workers, name)} on {where}{turns}, {choice.why}"
     embedded = EmbeddedPool(
         model,
         size=engine.workers,
@@ -237,6 +223,46 @@ def _workers(
     return embedded, f"{_count(engine.workers, 'embedded worker')} on {where}, {choice.why}"
 
 
+def _server_pool(
+    config: Config,
+    choice: Choice,
+    *,
+    shared: bool,
+    model: str,
+    devices: Sequence[Gpu],
+    log_dir: Path,
+    senders: Callable[[int], StartSender],
+    say: Callable[[str], None],
+) -> tuple[ProcessPool, str]:
+    """Servers of vLLM or SGLang, and what one of them is called."""
+    engine = config.engine
+    of_both: dict[str, Any] = {
+        "size": engine.workers,
+        "max_running": engine.max_running,
+        "max_tokens": config.agent.max_sequence_tokens,
+        "cache_tokens": engine.cache_tokens,
+        "tensor_parallel": engine.tensor_parallel,
+        "devices": devices,
+        "gpu_memory": engine.gpu_memory,
+        "dtype": _dtype(engine.dtype, devices),
+        "threads": engine.threads,
+        "seed": config.seed,
+        "log_dir": log_dir,
+        "start_timeout_s": engine.start_timeout_s,
+        "sleeps": shared,
+        "say": say,
+    }
+    if choice.kind == "sglang":
+        keeps_stale = engine.update_mode == "keep_stale_kv"
+        sglang = SglangPool(model, keeps_stale=keeps_stale, arguments=engine.sglang_args, **of_both)
+        return sglang, "SGLang server"
+    start: Callable[..., VllmPool] = VllmPool
+    if engine.transport == "nccl":
+        start = functools.partial(NcclPool, senders=senders)
+    vllm = start(model, arguments=engine.vllm_args, **of_both)
+    return vllm, "vLLM server"
+
+
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'s' if number > 1 else ''}"
 
@@ -249,9 +275,11 @@ def _where(devices: Sequence[Gpu], wanted: int) -> str:
     return where + idle
 
 
-def _client(config: Config, url: str, start_sender: StartSender) -> HttpWorker:
+def _client(config: Config, url: str, start_sender: StartSender) -> Worker:
     """Of a worker that runs already."""
     api_key = revealed(config.engine.api_key)
+    if config.engine.kind == "sglang":
+        return SglangWorker(url, api_key=api_key)
     if config.engine.transport == "disk":
         return HttpWorker(url, api_key=api_key)
     return NcclWorker(url, api_key=api_key, start_sender=start_sender)

@@ -39,6 +39,14 @@ class Group:
                 oldest = version
         return oldest
 
+    def older_than(self, version: float) -> list[Episode]:
+        """The members of which a token is older."""
+        return [
+            member
+            for member in self.members.values()
+            if (oldest := member.oldest_version) is not None and oldest < version
+        ]
+
 
 @dataclass(slots=True)
 class Counts:

@@ -37,6 +37,7 @@ from flash.errors import EpisodeFailure, RolloutFailure
 from flash.hub.reports import PublishReport
 from flash.rollout.batching import Numbers, parts_of, samples_of, trajectories
 from flash.rollout.bias import LengthBias
+from flash.rollout.choosing import Chooser
 from flash.rollout.committed import INTERRUPTED, OVER, SHUTDOWN, CommitLog, NoLog
 from flash.rollout.config import RolloutSettings
 from flash.rollout.crew import AgentCrew, Crew, SessionHub
@@ -48,7 +49,6 @@ from flash.rollout.observer import Observer, Observers
 from flash.rollout.record import EpisodeRecord
 from flash.rollout.restored import DueEpisode, OpenGroup, ReadyEpisode, Restored, UsedGroup
 from flash.rollout.shares import Share, Shares
-from flash.rollout.staleness import choose_groups, stale_episodes
 from flash.rollout.stall.activity import Activity
 from flash.rollout.stall.diagnosis import AdmissionState
 from flash.rollout.stall.watchdog import PAUSE, RestartingHub, Watchdog
@@ -173,6 +173,9 @@ class RolloutLoop:
                 f"samples together"
             )
         self._groups_per_batch = self._shares.groups_per_batch
+        self._chooser = Chooser(
+            self._groups, self._shares, alpha=alpha, waits=settings.on_stale == "wait"
+        )
         together = not settings.replicate
         self._crew = crew or _agents(agent, hub, together=together, shares=self._shares)
         self._crew.report_to(
@@ -198,7 +201,6 @@ class RolloutLoop:
         self._paused = False
         self._taken: dict[Group, None] = {}  # of the next batch, handed over as parts of it
         self._chosen: dict[Group, None] = {}  # those, and what is handed over now
-        self._vain_choice: tuple[int, ...] = ()
         self._handing_over: Generator[None, None, Batch] | None = None
         self._closing = False  # what was chosen leaves the groups, one by one
         self._uncommitted: Batch | None = None  # handed over, but for its commit
@@ -282,7 +284,7 @@ class RolloutLoop:
                 return batch
             if self._handing_over is None:
                 fresh, again = self._choose(at_least)
-                if len(fresh) + len(again) >= at_least:
+                if fresh or again:
                     self._chosen = dict.fromkeys([*self._taken, *fresh])
                     self._handing_over = self._hand_over(fresh, again, self._next_version)
             elif (handed_over := self._hand_over_further()) is not None:
@@ -628,7 +630,7 @@ class RolloutLoop:
         """Gives up every episode that would break the bound in the next batch already."""
         safe = self._chosen or self._taken
         for group in [group for group in self._groups if group not in safe]:
-            old = stale_episodes(group, version=self._next_version, alpha=self.alpha)
+            old = group.older_than(self._next_version - self.alpha)
             if old and self.settings.on_stale == "drop":
                 self._give_up(group, "stale")
                 continue
@@ -649,67 +651,15 @@ class RolloutLoop:
         self._shares.expect_reuse(self._next_version)
 
     def _choose(self, at_least: int) -> tuple[list[Group], list[Group]]:
-        """Complete groups for the next batch, as many as it has room for; and, if these are not
-        enough and that makes it whole, some that were trained before."""
-        wanted = self._wanted()
-        if not self._may_be_enough(at_least, wanted):
-            return [], []
-        if self._vain_choice == self._choice(at_least):
+        """Fresh groups for the next batch, and such as were trained before; none if there are not
+        enough."""
+        versions = self._next_version, self.hub.version
+        if not self._chooser.may_be_enough(at_least, self._taken, *versions):
             return [], []
         # An episode that was admitted in time may have sampled late, from old weights.
         self._evict_stale()
         self._admit()  # what takes the place of those may be all that there is to wait for
-        left = [group for group in self._groups if group not in self._taken]
-        fresh: list[Group] = []
-        again: list[Group] = []
-        awaited: list[Group] = []
-        kept = 0
-        for share in self._shares:
-            choice = choose_groups(
-                [group for group in left if group.task.task_set == share.name],
-                wanted[share.name],
-                version=self._next_version,
-                alpha=self.alpha,
-                wait_for=(
-                    (share.groups_per_batch, self.hub.version)
-                    if self.settings.on_stale == "wait"
-                    else None
-                ),
-            )
-            fresh += choice.groups
-            awaited += choice.awaited
-            kept += choice.kept
-            if not choice.kept:
-                lacking = wanted[share.name] - len(choice.groups)
-                again += share.reuse.choose(lacking, version=self._next_version)
-        if len(fresh) + len(again) < wanted.total():
-            again = []
-        if len(fresh) + len(again) < at_least:
-            self._vain_choice = self._choice(at_least)
-            # Others can't help where the places that are kept alone are too many.
-            self._groups.wait_for(awaited if wanted.total() - kept < at_least else ())
-        return sorted(fresh, key=lambda group: group.id), again
-
-    def _wanted(self) -> Counter[str]:
-        """Groups of each task set that the next batch has not yet."""
-        wanted = Counter({share.name: share.groups_per_batch for share in self._shares})
-        wanted.subtract(group.task.task_set for group in self._taken)
-        return wanted
-
-    def _may_be_enough(self, at_least: int, wanted: Counter[str]) -> bool:
-        """Whether so many groups are complete, or all are there that the batch has not yet, with
-        those that were trained before."""
-        fresh = again = 0
-        for share in self._shares:
-            taken = share.groups_per_batch - wanted[share.name]
-            complete = min(wanted[share.name], share.counts.complete - taken)
-            fresh += complete
-            again += min(wanted[share.name] - complete, share.reuse.available(self._next_version))
-        return fresh >= at_least or fresh + again >= wanted.total()
-
-    def _choice(self, at_least: int) -> tuple[int, ...]:
-        """What there is to choose from: while it is the same, so is what is chosen."""
-        return at_least, self._groups.changes, self._next_version, self.hub.version
+        return self._chooser.choose(at_least, self._taken, *versions)
 
     def _hand_over_further(self) -> Batch | None:
         """As much as may be done in one turn of the event loop; the batch, if that is all."""

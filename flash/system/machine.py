@@ -22,6 +22,11 @@ def has_vllm() -> bool:
     return importlib.util.find_spec("vllm") is not None
 
 
+def has_sglang() -> bool:
+    """Whether SGLang is installed."""
+    return importlib.util.find_spec("sglang") is not None
+
+
 _OPEN_FILES = 65_536  # no more is of use; some programs walk through all numbers of files
 
 
@@ -139,7 +144,9 @@ def capacity(limit: Path = _CGROUP_LIMIT) -> Capacity:
 
 
 def how_to_install(what: str, clone: Path = Path(__file__).parents[2]) -> str:
-    """The command that adds `vllm`, or else an extra of ours: a clone has a Makefile for it."""
+    """The command that adds vLLM, SGLang, or an extra of ours: a clone has a Makefile for some."""
+    if what == "sglang":
+        return "`pip install sglang`"
     if (clone / "Makefile").is_file():
         return "`make setup-vllm`" if what == "vllm" else "`make setup`"
     return "`pip install vllm`" if what == "vllm" else f"`pip install 'flash-rl[{what}]'`"

@@ -173,13 +173,14 @@ def test_ranks_on_two_nodes_make_the_steps_of_one_whatever_is_lost_of_them(tmp_p
     with Nodes() as cluster:
         nodes = [cluster.add(2) for _ in range(2)]
         fields = {"cluster.trainer.nodes": 2, "cluster.trainer.cpus": 2, "trainer.ranks": 2}
-        fields |= {"cluster.explorers.max": 1}  # another would take the room of a lost node
+        fields |= {"cluster.explorers.max": 3}  # two wait, and would fit into the trainer's nodes
         fields |= {"trainer.entropy_bonus": 0.01}  # something to learn without any success
         driver = submitted(cluster, tmp_path, fields)
         try:
             home = driver.says(r"^controller: node (\w+)").group(1)
             away = driver.says(r"^trainer-1: node (\w+)").group(1)
             assert {home, away} == {*nodes}
+            (plays,) = driver.places(1)
             driver.says(STEP)
 
             before = len(driver.said)
@@ -194,12 +195,21 @@ def test_ranks_on_two_nodes_make_the_steps_of_one_whatever_is_lost_of_them(tmp_p
             at = step(driver.says(STEP, since=before))
 
             placed = json.loads((tmp_path / "runs/run/placement.json").read_text())
-            assert [place["role"] for place in placed] == ["controller", "explorer-0", "trainer-1"]
+            assert [place["role"] for place in placed] == ["controller", plays, "trainer-1"]
             before = len(driver.said)
             os.kill(placed[0]["pid"], signal.SIGKILL)  # trainer-1 still has its ranks
             driver.says(r"^goes on from .* logged batches", since=before)
             assert step(driver.says(STEP, since=before)) >= at
 
+            before = len(driver.said)
+            cluster.remove(joined)
+            back = cluster.add(2)  # Ray does not know yet, and gives it to explorers that wait
+            driver.says(rf"^trainer-1: node {back}", since=before)
+            before = len(driver.said)
+            driver.says(STEP, since=before)
+            spare = cluster.add(2)
+            for role in {"explorer-0", "explorer-1", "explorer-2"} - {plays}:
+                driver.says(rf"^{role}: node {spare}", since=before)
             driver.process.send_signal(signal.SIGINT)
             assert driver.end() == 0, driver.told()
         finally:

@@ -67,6 +67,7 @@ def test_an_explorer_has_the_gpus_that_it_was_given_and_the_runs_workers(tmp_pat
     command = roles.explorer_command(planned, place, tmp_path / "x")
     assert {"--engine.devices=2,3", "--engine.workers=2", "explorer-1"} <= set(command)
     assert command[-2:] == ["--relay", "10.0.0.7"]
+    assert command[command.index("--wait_s") + 1] == "inf", "its role knows when the run is over"
     assert TOKEN not in str(command), "others read command lines"
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 from functools import partial
 from pathlib import Path
 
@@ -139,6 +140,7 @@ class Explorer:
             have=options.pop("have", have), say=self.said.append,
             evaluates=options.pop("evaluates", False), brings=self.brings,
             tasks_only=options.pop("tasks_only", False),
+            wait_s=options.pop("wait_s", math.inf),
         )  # fmt: skip
         self.envs = envs or FakeEnvs(seed=sum(name.encode()))
         self.pool = [

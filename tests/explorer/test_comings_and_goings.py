@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from flash.agents.environment_agent import EnvironmentAgent
-from flash.errors import InferenceFailure, PublishFailure, TrainerFailure
+from flash.errors import FlashError, InferenceFailure, PublishFailure, TrainerFailure
 from flash.evaluation.play import play
 from flash.explorer.crew import FleetCrew
 from flash.explorer.files import FetchFailure, GoneError
@@ -142,10 +142,11 @@ async def test_a_next_start_may_evaluate_where_the_last_did_not():
         a = Explorer(wires, "a").start()
         await loop.next_batch()
         await a.kill()
-        assert controller.fleet.waits_for(heldout=True)
+        assert controller.fleet.placing.waits_for(heldout=True)
         Explorer(wires, "a", evaluates=True).start()
         await asyncio.sleep(5)
-        assert controller.fleet.waits_for() and not controller.fleet.waits_for(heldout=True)
+        assert controller.fleet.placing.waits_for()
+        assert not controller.fleet.placing.waits_for(heldout=True)
 
 
 @in_virtual_time
@@ -303,6 +304,40 @@ async def test_what_two_explorers_hold_counts_once_and_both_may_leave():
         await asyncio.sleep(40)
         assert all(copy.task.done() and copy.player.empty for copy in copies)
         assert [copy.disk.kept for copy in copies] == [{}, {}]
+
+
+@in_virtual_time
+async def test_an_explorer_whose_controller_stays_away_leaves_and_keeps_what_it_finished():
+    a = Explorer(wires := FakeWires(), "a", envs=FakeEnvs(**SLOW), wait_s=300)
+    await killed_at(wires, 4, a)
+    await asyncio.sleep(290)
+    assert not a.task.done()
+    assert len(a.disk.kept) == 16
+    with pytest.raises(FlashError, match=r"^a leaves: .* away for 300 s \(.*\), .*--wait_s"):
+        await a.task
+    assert asyncio.get_running_loop().time() < 330
+    assert len(a.disk.kept) == 16
+
+
+@in_virtual_time
+async def test_how_long_a_controller_is_away_begins_anew_each_time():
+    a = Explorer(wires := FakeWires(), "a", wait_s=300).start()
+    for _ in range(3):
+        await asyncio.sleep(280)
+        async with Controller(wires).killed():
+            await asyncio.sleep(30)
+    assert not a.task.done()
+    await a.kill()
+
+
+@in_virtual_time
+async def test_an_explorer_leaves_a_run_that_never_begins():
+    a = Explorer(FakeWires(), "a", wait_s=300).start()
+    await asyncio.sleep(290)
+    assert not a.task.done()
+    with pytest.raises(FlashError, match="a leaves"):
+        await a.task
+    assert asyncio.get_running_loop().time() < 330
 
 
 @in_virtual_time

@@ -9,6 +9,7 @@ import shutil
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import aiohttp
@@ -573,7 +574,7 @@ async def test_a_version_is_published_with_what_changed_since_the_last_one(tmp_p
     stepped(before.path, after.path)
     async with Site().open() as site, fetcher(site, tmp_path / "into") as explorer:
         hub = FleetHub(None, version=0, offer=site.files.offer)
-        hub.over(cast(Fleet, Told()))
+        hub.over(cast(Fleet, SimpleNamespace(updates=Told())))
         for weights in (before, after):
             await hub.publish(weights)
             folder = await explorer.fetch(elsewhere(told[-1].files))

@@ -1,20 +1,16 @@
 """A run whose episodes are played by explorers, which come, go, and are lost."""
 
 import asyncio
-from dataclasses import replace
 
-import numpy as np
 import pytest
 
-from flash.errors import PublishFailure
 from flash.evaluation.config import EvalConfig
 from flash.evaluation.evaluations import Evaluations
 from flash.explorer.crew import FleetCrew
 from flash.fakes import FakeEnvs, FakeWires, KeepingObserver
-from flash.hub.probe import Probe
 from flash.rollout.observer import Observer
 from flash.rollout.tasks import TaskSet
-from flash.types import Scores, Task
+from flash.types import Task
 from flash.virtual_time import in_virtual_time
 from tests.explorer.fleets import Controller, Explorer
 from tests.steady import weights
@@ -225,74 +221,6 @@ async def test_explorers_may_start_before_the_controller():
         assert loop.crew_waits_for == ""
 
 
-@in_virtual_time
-async def test_an_explorers_workers_are_probed_while_the_trainer_has_time():
-    wires, asked = FakeWires(), []
-
-    def scoring(logprob):
-        async def score(token_ids):
-            asked.append(token_ids)
-            return [logprob] * (len(token_ids) - 1)
-
-        return score
-
-    controller = Controller(wires)
-    async with controller.running() as loop:
-        a = Explorer(wires, "a", workers=1).start()
-        await loop.next_batch()
-        controller.busy = True
-        await loop.publish(weights(1, scoring(-1.0)))
-        await train(loop, [2])
-        await asyncio.sleep(5)
-        assert asked == []  # it was busy
-        assert a.hub.version == 2
-        controller.busy = False
-        await loop.next_batch()
-        await loop.publish(weights(3, scoring(-99.0)))
-        await asyncio.sleep(5)
-        with pytest.raises(PublishFailure, match="explorer a: .*logprob"):
-            await loop.next_batch()
-        assert asked
-        with pytest.raises(PublishFailure):
-            await a.task
-
-
-@in_virtual_time
-async def test_an_explorer_says_that_its_workers_were_not_probed_for_long(caplog):
-    async def score(token_ids):
-        raise AssertionError("it is busy")
-
-    wires = FakeWires()
-    controller = Controller(wires)
-    async with controller.running() as loop:
-        Explorer(wires, "a", workers=1).start()
-        controller.busy = True
-        for version in range(1, 61):
-            await loop.next_batch()
-            await loop.publish(weights(version, score))
-            await asyncio.sleep(5)
-    assert caplog.text.count("could not be compared with the trainer for 50 versions") == 1
-
-
-@in_virtual_time
-async def test_an_explorers_probe_is_told_how_large_the_logits_are():
-    """By which its limit grows in half precision."""
-
-    async def score(sequences):
-        logprobs = [[np.float64(-1.0)] * (len(each) - 1) for each in sequences]
-        return Scores(logprobs=logprobs, largest_logit=1e4)
-
-    wires = FakeWires()
-    controller = Controller(wires)
-    async with controller.running() as loop:
-        a = Explorer(wires, "a", workers=1, probe=Probe(of_largest=1.0)).start()
-        await loop.next_batch()
-        await loop.publish(replace(weights(1), score=score))
-        await asyncio.sleep(5)
-        assert a.hub.version == 1
-        assert a.hub.stats().publishes == 1, "the probe is over, and was no failure"
-
-
 class Examined(Observer):
     def __init__(self):
         self.evaluations = []
@@ -331,10 +259,10 @@ async def test_an_explorer_that_evaluates_plays_nothing_else_with_weights_that_s
         assert fleet.explorers["exam"].played == 8
         await asyncio.sleep(5)
         assert exam.hub.version == 29
-        assert fleet.waits_for() == fleet.waits_for(heldout=True) == ""
+        assert fleet.placing.waits_for() == fleet.placing.waits_for(heldout=True) == ""
         await exam.kill()
         await asyncio.sleep(60)
-        assert "--evaluates" in fleet.waits_for(heldout=True)
+        assert "--evaluates" in fleet.placing.waits_for(heldout=True)
 
 
 @in_virtual_time

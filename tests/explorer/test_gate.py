@@ -180,6 +180,15 @@ async def test_an_explorer_that_was_away_at_the_end_of_a_run_does_not_wait_for_i
         assert "is away" in last
 
 
+async def test_an_explorer_waits_no_longer_than_it_is_told_for_whoever_has_its_url(tmp_path):
+    told = checked(
+        source="http://127.0.0.1:1", token="t", folder=tmp_path, wait_s=0.0, overrides={}
+    )
+    away = r"leaves: .* away for 0 s \(nobody answers at http://127.0.0.1:1\), or the run is over"
+    with pytest.raises(FlashError, match=away):
+        await explore(told, stop=asyncio.Event(), say=[].append)
+
+
 async def test_two_explorers_of_one_folder_are_too_many(tmp_path):
     said = asyncio.Queue()
     (tmp_path / "explorers" / "a").mkdir(parents=True)

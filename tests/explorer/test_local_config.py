@@ -93,6 +93,8 @@ def test_an_explorer_takes_weights_as_the_run_sends_them_or_as_files(monkeypatch
     urls = {"engine.transport": "nccl", "engine.urls": "http://a:1", "engine.kind": "urls"}
     engine = local_config(told(**urls), MODEL, {}).engine
     assert (engine.transport, engine.kind, engine.urls) == ("nccl", "vllm", ())
+    sglang = {"engine.urls": "http://a:1", "engine.kind": "sglang"}
+    assert local_config(told(**sglang), MODEL, {}).engine.kind == "auto"
     by_files = {"engine.transport": "disk", "engine.kind": "embedded"}
     assert local_config(told(**nccl), MODEL, by_files).engine.transport == "disk"
     assert local_config(told(**nccl), MODEL, {}, evaluates=True).engine.transport == "disk"

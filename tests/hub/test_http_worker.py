@@ -309,7 +309,7 @@ async def test_a_worker_that_does_not_stream_answers_whole():
         (chunked(event([7]), b"data: [DONE]\n\n", fields=EVENTS), "ended its answer before"),
         (chunked(event([7]), b'data: {"error": 1}\n\n', fields=EVENTS), "not of this protocol"),
         (chunked(event([7]), b"data: nonsense\n\n", fields=EVENTS), "not of this protocol"),
-        (chunked(event([7]), b"x" * (1 << 21), fields=EVENTS), "a stream that is too long"),
+        (chunked(event([7]), b"x" * (1 << 23), fields=EVENTS), "a stream that is too long"),
         (
             chunked(event([7]), event([8], finish_reason="stop", weight_versions=[
                 {"version": "4", "start": 0, "end": 3}]), fields=EVENTS),

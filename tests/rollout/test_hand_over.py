@@ -13,11 +13,11 @@ from flash.errors import AgentFailure
 from flash.fakes import FakeCrew, FakeWorker
 from flash.hub.hub import InferenceHub
 from flash.hub.reports import PublishReport
-from flash.rollout import loop as loop_module
+from flash.rollout import choosing
+from flash.rollout.choosing import choose_groups
 from flash.rollout.config import RolloutSettings
 from flash.rollout.loop import RolloutLoop
 from flash.rollout.observer import Observer
-from flash.rollout.staleness import choose_groups
 from flash.rollout.tasks import TaskSet
 from flash.trainer.advantage_settings import Grpo, Reinforce
 from flash.trainer.advantages import make_advantages
@@ -231,7 +231,7 @@ async def test_groups_are_chosen_from_again_only_where_one_of_them_has_come_or_g
     def seconds(episode):
         return 50.0 if episode.id == 0 else 1 + episode.id * 7919 % 1009 / 1009
 
-    monkeypatch.setattr(loop_module, "choose_groups", counted)
+    monkeypatch.setattr(choosing, "choose_groups", counted)
     settings = RolloutSettings(on_stale="wait")
     async with rollouts(books, seconds=seconds, alpha=2, settings=settings) as loop:
         for version in (1, 2):

@@ -2,8 +2,8 @@
 
 from types import SimpleNamespace
 
+from flash.rollout.choosing import choose_groups
 from flash.rollout.groups import Group
-from flash.rollout.staleness import choose_groups
 from flash.types import Task
 
 

@@ -1,8 +1,8 @@
-"""`python -m flash.worker.vllm_server …`: one vLLM API server, of which nothing is left behind.
+"""`python -m flash.worker.watched_server MODULE …`: a server, of which nothing is left behind.
 
-vLLM's engine outlives an API server that is killed. So this process starts the server with the
-same arguments and only watches: when the server ends, or it is told to end, or its own parent
-does, the whole process group goes.
+Engines of vLLM and SGLang outlive an API server that is killed. So this process starts the server,
+as `python -m MODULE` with the same arguments, and only watches: when the server ends, or it is told
+to end, or its own parent does, the whole process group goes.
 """
 
 import os
@@ -14,8 +14,6 @@ from types import FrameType
 from flash.system.process import die_with_parent
 
 _GRACE_S = 4.0
-# What `vllm serve` runs; that command itself is missing from the CPU build.
-_SERVER = "vllm.entrypoints.launchers.api_server.entry"
 
 
 def main(arguments: list[str]) -> None:
@@ -26,10 +24,10 @@ def main(arguments: list[str]) -> None:
         os.setpgrp()  # started by hand: a group of our own, that no one else dies with
     try:
         die_with_parent(signal.SIGTERM)
-        server = subprocess.Popen([sys.executable, "-m", _SERVER, *arguments])
+        server = subprocess.Popen([sys.executable, "-m", *arguments])
         try:
             code = server.wait()
-            print(f"the vLLM server ended with exit code {code}", file=sys.stderr, flush=True)
+            print(f"the server ended with exit code {code}", file=sys.stderr, flush=True)
         except _End:
             server.terminate()
             server.wait(_GRACE_S)

@@ -1,23 +1,18 @@
 """benchmarks/staleness.py: what it runs, what it leaves out, and that a cell is what it says."""
 
-# ruff: noqa: PLC0415  (benchmarks are no package: the fixture makes them importable)
-
 import json
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
+import staleness
+from study.cell import Cell, Job, aged
+from study.sorting import SortingEnv
 
 from flash.fakes import fake_sample
-from flash.types import Batch
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
-
-@pytest.fixture(autouse=True)
-def _benchmarks_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+from flash.types import Batch, Task
+from flash.warm_start.small_policy import create
 
 
 def planted(folder: Path, cell, job, *, final: float, rewards=(0.0,) * 12) -> None:
@@ -34,9 +29,6 @@ def planted(folder: Path, cell, job, *, final: float, rewards=(0.0,) * 12) -> No
 
 
 def test_a_study_that_was_stopped_goes_on_with_what_is_missing(tmp_path: Path):
-    import staleness
-    from study.cell import Job
-
     cells = list(staleness.grid(["forced"], ["vanilla", "tis"], [0, 8], 2))
     for done in cells[:5]:
         planted(tmp_path, done, Job(), final=0.5)
@@ -44,9 +36,6 @@ def test_a_study_that_was_stopped_goes_on_with_what_is_missing(tmp_path: Path):
 
 
 def test_cells_of_another_job_do_not_count(tmp_path: Path):
-    import staleness
-    from study.cell import Job
-
     (cell,) = staleness.grid(["forced"], ["vanilla"], [0], 1)
     planted(tmp_path, cell, Job(steps=2), final=0.5)
     assert staleness.missing([cell], Job(steps=2), tmp_path) == []
@@ -54,9 +43,6 @@ def test_cells_of_another_job_do_not_count(tmp_path: Path):
 
 
 def test_a_finished_study_runs_nothing_and_reports(tmp_path: Path):
-    import staleness
-    from study.cell import Cell, Job
-
     for seed, final in enumerate((0.4, 0.5, 0.6)):
         cell = Cell(mode="forced", arm="vanilla", alpha=8, seed=seed)
         planted(tmp_path / "cells", cell, Job(), final=final)
@@ -72,19 +58,19 @@ def test_a_finished_study_runs_nothing_and_reports(tmp_path: Path):
     assert picture.stat().st_size > 10_000
 
 
-def test_weights_that_were_published_late_make_tokens_older_and_prompts_no_version():
-    from study.cell import aged
+def test_a_mode_that_there_is_not_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        staleness.main(["--modes", "forced,forecd", "--folder", str(tmp_path)])
+    assert "--modes: forecd: give some of forced, natural, adaptive" in capsys.readouterr().err
 
+
+def test_weights_that_were_published_late_make_tokens_older_and_prompts_no_version():
     sample = fake_sample([5, 6, 7], versions=np.array([-1, 9, 9]))
     (late,) = aged(Batch(samples=[sample], version=9), 4).samples
     assert late.versions.tolist() == [-1, 5, 5]
 
 
 def test_the_teacher_of_the_study_errs_as_often_as_it_says():
-    from study.sorting import SortingEnv
-
-    from flash.types import Task
-
     env = SortingEnv(length=4, mistakes=0.3)
     told = [env.demonstrate(Task(seed))[0].action.split() for seed in range(500)]
     right = [sorted(env.reset(seed=seed)[0].split()) for seed in range(500)]
@@ -96,12 +82,6 @@ def test_the_teacher_of_the_study_errs_as_often_as_it_says():
 
 @pytest.mark.slow
 def test_forced_tokens_are_exactly_so_old_and_a_cell_is_the_same_each_time(tmp_path: Path):
-    import staleness
-    from study.cell import Cell, Job
-    from study.sorting import SortingEnv
-
-    from flash.warm_start.small_policy import create
-
     def results(folder: str) -> list[dict]:
         (tmp_path / folder).mkdir()
         for cell in cells:

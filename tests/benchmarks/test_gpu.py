@@ -1,27 +1,21 @@
 """benchmarks/gpu.py: what it leaves out, and what it makes of a run's numbers."""
 
-# ruff: noqa: PLC0415  (benchmarks are no package: the fixture makes them importable)
-
+import argparse
 import json
 import math
 import sys
 from pathlib import Path
 
+import gpu
 import pytest
+import trainer
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
-
-@pytest.fixture(autouse=True)
-def _benchmarks_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+from flash.trainer.passes import Room
 
 
 def test_parts_that_no_time_is_left_for_are_in_the_table_all_the_same(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import gpu
-
     monkeypatch.setattr(gpu, "RESULTS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--parts", "publish,trainer", "--limit", "0"])
     gpu.main()
@@ -32,10 +26,6 @@ def test_parts_that_no_time_is_left_for_are_in_the_table_all_the_same(
 
 
 def test_a_part_that_fails_says_why_and_keeps_what_it_had(tmp_path: Path) -> None:
-    import argparse
-
-    import gpu
-
     def half(_):
         yield "a", {"s": 1.0}
         raise OSError("no card")
@@ -52,8 +42,6 @@ def test_a_part_that_fails_says_why_and_keeps_what_it_had(tmp_path: Path) -> Non
 
 
 def test_a_run_is_told_by_its_steps_whichever_numbers_they_lack() -> None:
-    import gpu
-
     def line(step: int, **more: float) -> dict[str, float]:
         return {
             "step": step, "time_s": 10.0 + 2 * step, "time/train_s": 1.5, "time/publish_s": 0.2,
@@ -90,10 +78,6 @@ def test_a_run_is_told_by_its_steps_whichever_numbers_they_lack() -> None:
 
 
 def test_what_a_card_has_room_for_is_told_with_what_is_chosen() -> None:
-    import gpu
-
-    from flash.trainer.passes import Room
-
     class OnCard:
         def room(self):
             return Room(8_192, 90_112)
@@ -109,8 +93,6 @@ def test_what_a_card_has_room_for_is_told_with_what_is_chosen() -> None:
 
 
 def test_the_peak_of_a_card_is_its_own_and_not_that_of_one_whose_name_its_begins_with() -> None:
-    import trainer
-
     assert trainer.of_card("NVIDIA H200") == trainer.of_card("NVIDIA H100 80GB HBM3") == 989e12
     assert trainer.of_card("NVIDIA H20") == 148e12
     assert trainer.of_card("Tesla T4") is None
