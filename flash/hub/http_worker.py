@@ -9,9 +9,10 @@ import msgspec
 
 from flash.hub.answers import TokenStream, completion_of, decode_answer
 from flash.hub.server_client import STREAM_INTERVAL, STREAMED_FROM_TOKENS, ServerClient
-from flash.hub.worker import OnTokens, WorkerFailure
+from flash.hub.worker import BadRequest, OnTokens, WorkerFailure
 from flash.types import Completion, SamplingParams, UpdateMode, Weights
 from flash.worker.checksum import checksum
+from flash.worker.vllm_extension import ADAPTERS
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class _Request(msgspec.Struct, gc=False, omit_defaults=True):
     sampling_params: _Sampling
     cache_salt: str = ""
     stream: bool = False
+    model: str = ""  # the server's own, or its adapter
 
 
 class _Loaded(msgspec.Struct):
@@ -60,6 +62,7 @@ class HttpWorker(ServerClient):
         super().__init__(url, api_key=api_key)
         self._keeps_stale = False
         self._cache_salt = ""  # requests with another one share no keys and values
+        self._model = ""
 
     async def generate(
         self,
@@ -73,6 +76,7 @@ class HttpWorker(ServerClient):
             token_ids if isinstance(token_ids, list) else list(token_ids),
             _Sampling(sampling.max_tokens, sampling.temperature, sampling.stop_token_ids),
             cache_salt=self._cache_salt,
+            model=self._model,
         )
         if on_tokens is not None and sampling.max_tokens >= STREAMED_FROM_TOKENS:
             request.sampling_params.stream_interval = STREAM_INTERVAL
@@ -92,8 +96,22 @@ class HttpWorker(ServerClient):
         await self._call("POST", f"/pause?mode={mode}&clear_cache=false")
 
     async def load_weights(self, weights: Weights) -> None:
-        if weights.shared is None or not await self._load_shared(weights.shared):
-            await self._load_files(weights.path)
+        if weights.adapters:
+            await self._load_adapters(weights.path)
+        elif weights.shared is None or not await self._load_shared(weights.shared):
+            await self._load(weights.path, "load_flash_weights")
+
+    async def _load_adapters(self, path: Path) -> None:
+        """In the place of those before, for requests that run too."""
+        # Given in place by this route, a request would go on with those that it began with.
+        body = {"lora_name": ADAPTERS, "lora_path": str(path)}
+        try:
+            await self._call("POST", "/v1/load_lora_adapter", body)
+        except BadRequest as refusal:
+            if "already been loaded" not in str(refusal):
+                raise WorkerFailure(str(refusal)) from refusal
+        await self._load(path, "load_flash_adapters")
+        self._model = ADAPTERS
 
     async def _load_shared(self, directory: Path) -> bool:
         """From memory of the trainer's, on the same device; no if that can't be."""
@@ -105,8 +123,8 @@ class HttpWorker(ServerClient):
             return False
         return True
 
-    async def _load_files(self, path: Path) -> None:
-        body = {"method": "load_flash_weights", "kwargs": {"weights_path": str(path)}}
+    async def _load(self, path: Path, method: str) -> None:
+        body = {"method": method, "kwargs": {"weights_path": str(path)}}
         try:
             answer = await self._call("POST", "/collective_rpc", body)
         except WorkerFailure as failure:

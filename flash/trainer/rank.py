@@ -401,11 +401,17 @@ class Rank:
     # ── weights and checkpoints ──────────────────────────────────────────────────────────────
 
     def export(self, directory: str) -> None:
-        """Write the weights as safetensors under their Hugging Face names; rank 0 writes."""
+        """Write the weights as safetensors under their Hugging Face names, or the adapters where
+        workers take these; rank 0 writes."""
         partial = Path(f"{directory}.partial")
         if self._rank == 0:
             partial.mkdir(parents=True)
-        write_weights(self._model, partial, dtype=self._exported, write=self._rank == 0)
+        if self._config.lora.publish == "adapters":
+            adapters = adapters_of(self._model)
+            if self._rank == 0:
+                save_adapters(self._model, partial, adapters)
+        else:
+            write_weights(self._model, partial, dtype=self._exported, write=self._rank == 0)
         if self._rank == 0:
             partial.rename(directory)
 
@@ -450,12 +456,7 @@ class Rank:
         """Write a Hugging Face model, or its adapters if it has some, and with `optimizer` all it
         takes to go on training."""
         self._offload.to_device()
-        adapted = self._config.lora.rank > 0
-        weights: dict[str, Any]
-        if adapted:
-            weights = adapters_of(self._model)
-        else:
-            weights = get_model_state_dict(self._model, options=WHOLE)
+        weights = self._weights()
         state = optimizer_state(self._scorer, self._optimizer) if optimizer else None
         of_critic = self._critic.state() if self._critic is not None and optimizer else None
         if self._rank != 0:
@@ -463,7 +464,7 @@ class Rank:
         partial = Path(f"{directory}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         model = partial / MODEL_FOLDER if optimizer else partial
-        if adapted:
+        if self._config.lora.rank:
             save_adapters(self._model, model, weights)
             copy_beside(self._source, model)
         else:
@@ -475,6 +476,12 @@ class Rank:
             write_state(partial, version)
         shutil.rmtree(directory, ignore_errors=True)
         partial.rename(directory)
+
+    def _weights(self) -> dict[str, Any]:
+        """Those of a checkpoint's model, whole on rank 0."""
+        if self._config.lora.rank:
+            return adapters_of(self._model)
+        return get_model_state_dict(self._model, options=WHOLE)
 
     def _load(self, directory: Path) -> None:
         kept = torch.load(directory / OPTIMIZER_FILE, weights_only=True, map_location="cpu")

@@ -394,7 +394,8 @@ class Trainer:
         path = self._scratch.new_export(self.version)
         await self._call("export", str(path))
         await self._scratch.keep(path)
-        return Weights(version=self.version, path=path, score=self.score)
+        adapters = self.config.lora.publish == "adapters"
+        return Weights(version=self.version, path=path, score=self.score, adapters=adapters)
 
     async def make_room(self, share: float) -> float:
         """Has every rank keep so little of its GPU that this share is free, if it can; the share

@@ -15,6 +15,9 @@ from typing import Any
 from flash.system.listener import page_refusal
 from flash.worker.checksum import checksum
 
+ADAPTERS = "adapters"  # the name of all versions of them
+_ADAPTERS_ID = 1  # which a server gives to the first that it is told of
+
 Scope = MutableMapping[str, Any]
 Asgi = Callable[[Scope, Any, Any], Awaitable[None]]
 
@@ -30,6 +33,16 @@ class WeightLoader:
         loaded = checksum(Path(weights_path))
         self.model_runner.reload_weights(weights_path=weights_path)
         self._pack_head()
+        return loaded
+
+    def load_flash_adapters(self, weights_path: str) -> str:
+        """Replace the adapters in place by those in a directory; their checksum."""
+        from vllm.lora.request import LoRARequest  # noqa: PLC0415  (in vLLM only)
+
+        loaded = checksum(Path(weights_path))
+        self.model_runner.add_lora(
+            LoRARequest(ADAPTERS, _ADAPTERS_ID, weights_path, load_inplace=True)
+        )
         return loaded
 
     def load_shared_flash_weights(self, directory: str) -> None:

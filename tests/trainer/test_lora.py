@@ -214,8 +214,10 @@ def test_a_checkpoint_is_an_adapter_that_peft_loads_and_a_resume_goes_on_from(
     files = {path.name for path in (saved / "model").iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= files
     assert "model.safetensors" not in files
-    state = torch.load(saved / "optimizer.pt", weights_only=True)["optimizer"]["state"]
-    assert state and all("lora_" in name for name in state)
+    optimizer = torch.load(saved / "optimizer.pt", weights_only=True)["optimizer"]
+    (group,) = optimizer["param_groups"]
+    assert {*group["params"]} == optimizer["state"].keys()
+    assert all("lora_" in name for name in group["params"])
 
     peft = PeftModel.from_pretrained(Model.from_pretrained(model), saved / "model")
     assert own == pytest.approx(reference_logprobs(peft, TEXT), abs=1e-5)
