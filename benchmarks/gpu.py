@@ -78,6 +78,7 @@ from flash.system.machine import gpus, has_vllm
 from flash.system.quiet import no_progress_bars
 from flash.trainer.attention import Packing, attend_one_by_one, varlen_kernel
 from flash.trainer.config import TrainerConfig
+from flash.trainer.delta import write_delta
 from flash.trainer.lasting import LastingTrainer
 from flash.trainer.micro_batch import pack
 from flash.trainer.objectives.aggregation import scales
@@ -88,6 +89,7 @@ from flash.types import Batch, GenerateRequest, Sample, SamplingParams, UpdateMo
 from flash.warm_start.small_policy import create
 from flash.worker.checksum import checksum
 from flash.worker.engine import EmbeddedEngine, EngineRequest
+from flash.worker.tensors import words_of
 
 RESULTS = Path(__file__).parent / "results"
 SIZE = "0.5b" if CUDA else "small"
@@ -596,7 +598,31 @@ async def publishes(pool: VllmPool, models: list[Path], requests: int, prompt: i
             weights = Weights(version=hub.version + 1, path=models[(hub.version + 1) % len(models)])
             figures = await published(hub, weights, requests, prompt)
             found.append((f"{requests} requests of {prompt} and more, {mode}", figures))
+        if CUDA:  # on a CPU servers take whole weights only
+            hub._publisher.update_mode = "keep"
+            before = as_exported(models[0], models[0].with_name("before"))
+            after = as_exported(models[0], models[0].with_name("after"), change=0.02)
+            compare_s = seconds(partial(write_delta, before, after))
+            for what, folder in (("all weights", before), ("2% of them", after)):
+                weights = Weights(version=hub.version + 1, path=folder)
+                figures = await published(hub, weights, requests, prompt)
+                found.append((f"{requests} requests, keep, {what}", figures))
+            found.append(("to find the 2%", {"s": compare_s}))
     return found[:1] + found[2:]
+
+
+def as_exported(model: Path, folder: Path, change: float = 0.0) -> Path:
+    """In the dtype of computation, with a share of the values changed by a bit."""
+    from safetensors.torch import load_file, save_file  # noqa: PLC0415
+
+    folder.mkdir()
+    tensors = {}
+    for name, tensor in load_file(model / "model.safetensors").items():
+        tensors[name] = tensor.to(DTYPE)
+        words = words_of(tensors[name])
+        words[torch.randperm(len(words))[: int(change * len(words))]] ^= 1
+    save_file(tensors, folder / "model.safetensors")
+    return folder
 
 
 async def published(hub: InferenceHub, weights: Weights, requests: int, prompt: int) -> Figures:

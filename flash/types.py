@@ -99,11 +99,15 @@ class Weights:
     `share` has the trainer keep them in the memory of its devices too while a block runs, for
     workers on the same: it gives the folder that tells of that memory, or None if it has none.
     `shared` is that folder, in such a block.
+
+    `changed` is the share of values that are not what they were in the weights before, None if
+    that is not known. Where it is small the directory may have a delta (flash/worker/delta.py).
     """
 
     version: int
     path: Path
     score: Score | None = None
+    changed: float | None = None
     share: Callable[[], AbstractAsyncContextManager[Path | None]] | None = None
     shared: Path | None = None
     adapters: bool = False

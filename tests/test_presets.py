@@ -28,6 +28,8 @@ async def test_a_tiny_run_of_each_preset_leaves_a_whole_and_true_folder(preset, 
     assert [line["policy_version"] for line in steps] == published
     for line in steps:
         assert METRICS.keys() <= line.keys()
+        if line["policy_version"]:  # they were published
+            assert 0 <= line["publish/changed"] <= 1
         assert line["staleness/max"] <= config.alpha, "invariant 1"
         assert line["logprob_gap/max"] < 1e-3, "invariant 7"
         counts = {name: line[f"episodes/{name}"] for name in OUTCOMES}

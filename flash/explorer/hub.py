@@ -115,6 +115,7 @@ class FleetHub:
             reset_s=0.0,
             workers=0,
             per_worker=(),
+            changed=weights.changed,
         )
 
     def weights_of(self, version: int) -> Weights | None:

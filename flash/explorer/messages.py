@@ -31,7 +31,7 @@ from flash.plain import hashable, packable, plain
 from flash.rollout.history import Sampled
 from flash.types import Observation, SampledSequence, Task, Trajectory
 
-PROTOCOL = 3
+PROTOCOL = 4
 # What decoding raises for bytes that are none of what is expected.
 UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
@@ -205,10 +205,12 @@ class JoinGroup(Struct, frozen=True, tag=True, array_like=True):
 
 
 class OpenWeights(Struct, frozen=True, tag=True, array_like=True):
-    """Weights of that version in chunks; None if they are not to be had any more."""
+    """Weights of that version in chunks, or their delta; None if they are not to be had any
+    more."""
 
     version: int
     chunk_bytes: Annotated[int, Meta(ge=1, le=1 << 32)]
+    delta: bool
 
 
 class SendChunk(Struct, frozen=True, tag=True, array_like=True):

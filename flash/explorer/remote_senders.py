@@ -122,8 +122,10 @@ class RemoteSender:
     async def join(self, size: int) -> None:
         await self._ask(JoinGroup(size))
 
-    async def open(self, weights: Weights, chunk_bytes: int) -> list[ChunkInfo] | None:
-        chunks = await self._ask(OpenWeights(weights.version, chunk_bytes))
+    async def open(
+        self, weights: Weights, chunk_bytes: int, *, delta: bool
+    ) -> list[ChunkInfo] | None:
+        chunks = await self._ask(OpenWeights(weights.version, chunk_bytes, delta))
         if isinstance(chunks, bytes):
             raise ProcessFailure("the controller's sender tells of no chunks")
         return chunks

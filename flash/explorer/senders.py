@@ -127,10 +127,10 @@ class Senders:
                 return await sender.new_id()
             case JoinGroup(size):
                 await sender.join(size)
-            case OpenWeights(version, chunk_bytes):
+            case OpenWeights(version, chunk_bytes, delta):
                 assert self._sending is not None
                 if (weights := await self._sending.weights(version)) is not None:
-                    return await sender.open(weights, chunk_bytes)
+                    return await sender.open(weights, chunk_bytes, delta=delta)
             case SendChunk(chunk):
                 await sender.send(chunk)
         return None

@@ -12,9 +12,12 @@ import base64
 import itertools
 import json
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 from aiohttp import web
 
 from flash.errors import ProcessFailure
@@ -22,12 +25,14 @@ from flash.fakes.routes import worker_app
 from flash.fakes.worker import FakeWorker
 from flash.hub.sender import ChunkInfo
 from flash.types import Weights
+from flash.worker.delta import FOLDER, PLACE_BYTES, Had, TensorInfo
 
 Chunk = tuple[ChunkInfo, bytes]
 
 _ID_BYTES = 128
-_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "U8": "uint8"}
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1}
+_WORDS = {"float32": np.int32, "bfloat16": np.int16, "float16": np.int16}
 
 
 class FakeNccl:
@@ -102,8 +107,12 @@ class FakeSender:
         self._group = self.nccl.group(self._group_id)
         await self._or_death(self._group.meeting.wait())
 
-    async def open(self, weights: Weights, chunk_bytes: int) -> list[ChunkInfo] | None:
+    async def open(
+        self, weights: Weights, chunk_bytes: int, *, delta: bool
+    ) -> list[ChunkInfo] | None:
         self._check_alive()
+        if delta:
+            weights = replace(weights, path=weights.path / FOLDER)
         self._chunks = self.chunks_of(weights, chunk_bytes)
         if not self._chunks:
             raise ProcessFailure(f"no safetensors in {weights.path}: were they replaced already?")
@@ -151,9 +160,10 @@ class FakeSender:
 class FakeVllm:
     """A server with the routes of vLLM's weight transfer, and what they insist on.
 
-    `loaded`: the bytes of each tensor that it has; `asked`: the routes, in order. Updates are
-    counted over all of its life: that of number `fails_in_update` fails, and that of
-    `hangs_in_update` never ends.
+    `loaded`: the bytes of each tensor that it has; `asked`: the routes, in order, and methods that
+    it is called by. Updates, a delta's too, are counted over all of its life: that of number
+    `fails_in_update` fails, and that of `hangs_in_update` never ends. It `refuses_deltas`, or
+    `loses` a value of the tensor of that name as it takes one.
     """
 
     def __init__(self, worker: FakeWorker, nccl: FakeNccl) -> None:
@@ -163,10 +173,18 @@ class FakeVllm:
         self.loaded: dict[str, bytes] = {}
         self.updates = 0
         self.fails_in_update = self.hangs_in_update = -1
+        self.refuses_deltas = False
+        self.loses = ""
         self.hangs = asyncio.Event()  # is set once it does
         self._nccl = nccl
         self._group: _Group | None = None
         self._active = False
+        self._tensors: list[TensorInfo] = []  # of the export that a delta is to lead to
+        self._methods: dict[str, Callable[..., Awaitable[Any]]] = {
+            "begin_flash_delta": self._begin_delta,
+            "receive_flash_delta": self._receive_delta,
+            "finish_flash_delta": self._finish_delta,
+        }
         self._routes: dict[str, Callable[[Any], Awaitable[dict[str, Any]]]] = {
             "/get_world_size": self._world_size,
             "/init_weight_transfer_engine": self._init,
@@ -174,6 +192,7 @@ class FakeVllm:
             "/start_weight_update": self._start,
             "/update_weights": self._update,
             "/finish_weight_update": self._finish,
+            "/collective_rpc": self._called,
         }
 
     def app(self) -> web.Application:
@@ -181,7 +200,7 @@ class FakeVllm:
         app = worker_app(self.worker)
         app.middlewares.append(self._note)
         app.router.add_get("/get_world_size", self._respond)
-        for route in self._routes.keys() - {"/get_world_size"}:
+        for route in self._routes.keys() - {"/get_world_size", "/collective_rpc"}:
             app.router.add_post(route, self._respond)
         return app
 
@@ -200,7 +219,10 @@ class FakeVllm:
 
     @web.middleware
     async def _note(self, request: web.Request, handler: Any) -> web.StreamResponse:
-        self.asked.append(request.path)
+        if request.path == "/collective_rpc":  # its worker's too
+            handler = self._respond
+        else:
+            self.asked.append(request.path)
         response: web.StreamResponse = await handler(request)
         return response
 
@@ -233,30 +255,69 @@ class FakeVllm:
         return {}
 
     async def _update(self, body: Any) -> dict[str, Any]:
-        if self._group is None or not self._active:
-            raise RuntimeError("not initialized, or not started")
+        if not self._active:
+            raise RuntimeError("not started")
+        self.loaded |= await self._receive(body["update_info"])
+        return {}
+
+    async def _receive(self, chunk: Any) -> dict[str, bytes]:
+        """What the sender sends of each tensor."""
+        if self._group is None:
+            raise RuntimeError("not initialized")
         self.updates += 1
         if self.updates == self.fails_in_update:
             raise RuntimeError("out of memory")
         if self.updates == self.hangs_in_update:
             self.hangs.set()
             await asyncio.Event().wait()
-        update = body["update_info"]
         packed = await self._group.receive()
-        end = 0
+        parts, end = {}, 0
         for name, dtype, shape in zip(
-            update["names"], update["dtype_names"], update["shapes"], strict=True
+            chunk["names"], chunk["dtype_names"], chunk["shapes"], strict=True
         ):
             start, end = end, end + _size(dtype, shape)
-            self.loaded[name] = packed[start:end]
+            parts[name] = packed[start:end]
         assert end == len(packed)
-        return {}
+        return parts
 
     async def _finish(self, body: Any) -> dict[str, Any]:
         if not self._active:
             raise RuntimeError("no update to finish")
         self._active = False
         return {}
+
+    async def _called(self, body: Any) -> dict[str, Any]:
+        """What fails is an answer here, as of our extension."""
+        self.asked.append(body["method"])
+        try:
+            answer = await self._methods[body["method"]](**body["kwargs"])
+        except RuntimeError as error:
+            answer = {"error": repr(error)}
+        return {"results": [answer] * self._nccl.ranks}
+
+    async def _begin_delta(self, tensors: list[Any]) -> None:
+        if self.refuses_deltas:
+            raise RuntimeError("quantized")
+        self._tensors = msgspec.convert(tensors, list[TensorInfo])
+
+    async def _receive_delta(self, chunk: Any) -> None:
+        parts = await self._receive(chunk)
+        for tensor in self._tensors:
+            if (part := parts.get(tensor.name)) is not None:
+                end = tensor.changed * PLACE_BYTES
+                words = np.frombuffer(self.loaded[tensor.name], _WORDS[tensor.dtype]).copy()
+                values = np.frombuffer(part, words.dtype, tensor.changed, end)
+                changed = tensor.changed - (tensor.name == self.loses)
+                words[np.frombuffer(part, np.int32, changed)] = values[:changed]
+                self.loaded[tensor.name] = words.tobytes()
+
+    async def _finish_delta(self) -> list[Had]:
+        """Each rank has all of every tensor."""
+        had: list[Had] = []
+        for tensor in self._tensors:
+            words = np.frombuffer(self.loaded[tensor.name], _WORDS[tensor.dtype])
+            had.append((len(words), int(words.sum(dtype=np.int64))))
+        return had
 
 
 def _tensors(folder: Path) -> list[tuple[str, str, list[int], bytes]]:

@@ -26,7 +26,7 @@ _RESOLVED_S = 10.0
 _NEXT_ADDRESS_AFTER_S = 0.25
 _LONGEST_HEAD_BYTES = 1 << 16
 _PATH_CHARACTERS = "/%:@!$&'()*+,;=~"
-_HTTP_OK = 200
+_HTTP_OK, _HTTP_SERVER_ERROR = 200, 500
 _EVENT_STREAM = b"text/event-stream"
 
 
@@ -297,7 +297,9 @@ class _Connection(asyncio.Protocol):
         """The answer is whole."""
         answer, self._answer = self._answer, None
         assert answer is not None
-        if self._reusable and not self._transport.is_closing():
+        # After a fault of its application uvicorn closes a connection that it said it would keep.
+        well = self._status < _HTTP_SERVER_ERROR
+        if self._reusable and well and not self._transport.is_closing():
             self._client.keep(self)
         else:
             self.abort()

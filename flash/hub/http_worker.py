@@ -4,14 +4,16 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from flash.hub.answers import TokenStream, completion_of, decode_answer
 from flash.hub.server_client import STREAM_INTERVAL, STREAMED_FROM_TOKENS, ServerClient
-from flash.hub.worker import BadRequest, OnTokens, WorkerFailure
+from flash.hub.worker import BadRequest, OnTokens, WorkerBroken, WorkerFailure
 from flash.types import Completion, SamplingParams, UpdateMode, Weights
 from flash.worker.checksum import checksum
+from flash.worker.delta import Delta, Had, delta_of, not_had
 from flash.worker.vllm_extension import ADAPTERS
 
 logger = logging.getLogger(__name__)
@@ -41,10 +43,22 @@ class _Request(msgspec.Struct, gc=False, omit_defaults=True):
     model: str = ""  # the server's own, or its adapter
 
 
+class _Results(msgspec.Struct):
+    """What the ranks of a worker answer, whatever it is."""
+
+    results: list[Any]
+
+
 class _Loaded(msgspec.Struct):
     """What the ranks of a worker say of the weights that they loaded."""
 
     results: list[str]
+
+
+class _Changed(msgspec.Struct):
+    """What the ranks of a worker have after a delta; None of one that has other weights."""
+
+    results: list[list[Had] | None]
 
 
 class _Reset(msgspec.Struct):
@@ -52,6 +66,8 @@ class _Reset(msgspec.Struct):
 
 
 _decode_loaded = msgspec.json.Decoder(_Loaded).decode
+_decode_results = msgspec.json.Decoder(_Results).decode
+_decode_changed = msgspec.json.Decoder(_Changed).decode
 _decode_reset = msgspec.json.Decoder(_Reset).decode
 
 
@@ -63,6 +79,8 @@ class HttpWorker(ServerClient):
         self._keeps_stale = False
         self._cache_salt = ""  # requests with another one share no keys and values
         self._model = ""
+        self._has: Path | None = None  # whose weights it has, as far as is known here
+        self._takes_deltas = True
 
     async def generate(
         self,
@@ -97,36 +115,73 @@ class HttpWorker(ServerClient):
 
     async def load_weights(self, weights: Weights) -> None:
         if weights.adapters:
-            await self._load_adapters(weights.path)
-        elif weights.shared is None or not await self._load_shared(weights.shared):
-            await self._load(weights.path, "load_flash_weights")
+            await self._load_adapters(weights)
+            return
+        had, self._has = self._has, None
+        if weights.shared is not None and await self._load_shared(weights.shared):
+            return
+        await self._load_after(had, weights)
+        self._has = weights.path
 
-    async def _load_adapters(self, path: Path) -> None:
+    async def _load_after(self, had: Path | None, weights: Weights) -> None:
+        """By what changed of the weights that it had, if that is all it takes, and can be."""
+        delta = delta_of(weights.path) if had is not None and self._takes_deltas else None
+        if delta is None or delta.before != str(had):
+            await self._load_whole(weights)
+            return
+        try:
+            loaded = await self._load_delta(weights, delta)
+        except WorkerBroken:
+            raise
+        except (WorkerFailure, BadRequest) as failure:
+            await self._load_whole(weights)
+            # Which it could: it is well, and would not take the next delta either.
+            self._takes_deltas = False
+            logger.warning("%s gets whole weights from now on: %s", self.name, failure)
+        else:
+            if not loaded:
+                await self._load_whole(weights)
+
+    async def _load_adapters(self, weights: Weights) -> None:
         """In the place of those before, for requests that run too."""
         # Given in place by this route, a request would go on with those that it began with.
-        body = {"lora_name": ADAPTERS, "lora_path": str(path)}
+        body = {"lora_name": ADAPTERS, "lora_path": str(weights.path)}
         try:
             await self._call("POST", "/v1/load_lora_adapter", body)
         except BadRequest as refusal:
             if "already been loaded" not in str(refusal):
                 raise WorkerFailure(str(refusal)) from refusal
-        await self._load(path, "load_flash_adapters")
+        await self._load_whole(weights)
         self._model = ADAPTERS
 
     async def _load_shared(self, directory: Path) -> bool:
         """From memory of the trainer's, on the same device; no if that can't be."""
-        body = {"method": "load_shared_flash_weights", "kwargs": {"directory": str(directory)}}
         try:
-            await self._call("POST", "/collective_rpc", body)
+            await self._rpc("load_shared_flash_weights", directory=str(directory))
         except WorkerFailure as failure:
             logger.warning("weights come as files, not from the trainer's memory: %s", failure)
             return False
         return True
 
-    async def _load(self, path: Path, method: str) -> None:
-        body = {"method": method, "kwargs": {"weights_path": str(path)}}
+    async def _load_delta(self, weights: Weights, delta: Delta) -> bool:
+        """No if it was started anew, and has others than the delta changes."""
+        answer = await self._rpc("load_flash_delta", directory=str(weights.path))
+        return self._has_all_after(delta, answer)
+
+    def _has_all_after(self, delta: Delta, answer: bytes) -> bool:
+        """WorkerFailure if what it says that it has is not what it should have."""
+        with self._readable(answer):
+            ranks = [rank for rank in _decode_changed(answer).results if rank is not None]
+            lacking = not_had(delta, ranks) if ranks else None
+        if lacking is not None:
+            raise WorkerFailure(f"{self.name} has not all of {lacking} after a delta")
+        return bool(ranks)
+
+    async def _load_whole(self, weights: Weights) -> None:
+        path = weights.path
+        method = "load_flash_adapters" if weights.adapters else "load_flash_weights"
         try:
-            answer = await self._call("POST", "/collective_rpc", body)
+            answer = await self._rpc(method, weights_path=str(path))
         except WorkerFailure as failure:
             raise WorkerFailure(
                 f"{failure} (it must serve the model that is trained, and see the files in {path})"
@@ -156,6 +211,7 @@ class HttpWorker(ServerClient):
         await self._call("POST", "/resume")
 
     async def sleep(self, mode: UpdateMode) -> None:
+        self._has = None
         # At level 1 the weights would be kept in host memory, and who wakes it has newer ones.
         await self._call("POST", f"/sleep?level=2&mode={mode}")
 
@@ -167,6 +223,18 @@ class HttpWorker(ServerClient):
 
     async def check_health(self) -> None:
         await self._call("GET", "/health")
+
+    async def _rpc(self, method: str, **kwargs: Any) -> bytes:
+        """Of a method that our extension gives vLLM's ranks: what each of them answers.
+
+        WorkerFailure if one answers with an error.
+        """
+        answer = await self._call("POST", "/collective_rpc", {"method": method, "kwargs": kwargs})
+        with self._readable(answer):
+            for result in _decode_results(answer).results:
+                if isinstance(result, dict):
+                    raise WorkerFailure(f"{self.name}: {method}: {result.get('error')}")
+        return answer
 
     async def _stream(
         self, request: _Request, sampling: SamplingParams, on_tokens: OnTokens

@@ -14,7 +14,6 @@ server anything.
 
 import asyncio
 import base64
-import contextlib
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -26,6 +25,7 @@ from flash.hub.sender import ChunkInfo, SenderProcess, StartSender
 from flash.hub.vllm_pool import VllmPool
 from flash.hub.worker import WeightsGone, WorkerBroken, WorkerFailure
 from flash.types import Weights
+from flash.worker.delta import Delta
 
 _CHUNK_BYTES = 1 << 28
 _ANSWER_TIMEOUT_S = 5.0
@@ -46,6 +46,7 @@ class NcclWorker(HttpWorker):
     Args:
         start_sender: starts the process that sends; it is used until a transfer fails.
         chunk_bytes: of one broadcast, and of GPU memory at both ends while it lasts.
+        takes_deltas: whether it has our extension; to ask for it would confuse a vLLM without.
 
     A server in which an update broke off is not well until it has been started anew: its weights
     are neither the old nor the new ones, and its ranks may wait for the sender for ever.
@@ -58,8 +59,10 @@ class NcclWorker(HttpWorker):
         start_sender: StartSender,
         api_key: str = "",
         chunk_bytes: int = _CHUNK_BYTES,
+        takes_deltas: bool = False,
     ) -> None:
         super().__init__(url, api_key=api_key)
+        self._takes_deltas = takes_deltas
         self._start_sender = start_sender
         self._chunk_bytes = chunk_bytes
         self._sender: SenderProcess | None = None
@@ -82,17 +85,15 @@ class NcclWorker(HttpWorker):
             self._spoiled = False
 
     async def load_weights(self, weights: Weights) -> None:
+        had, self._has = self._has, None
         try:
             if not self._told_version or await self._was_restarted():
+                had = None
                 if self._joined:
                     await self._end_sender()
                 await self.set_version(_NO_VERSION)  # a mark: its successor will not know it
-            sender, chunks = await self._open(weights)
-            if chunks is None:
-                raise WeightsGone(f"{self.name}: there are newer weights than {weights.version}")
-            if not self._joined:
-                await self._join(sender)
-            await self._send(sender, chunks)
+            await self._load_after(had, weights)
+            self._has = weights.path
         except WeightsGone:
             raise
         except ProcessFailure as failure:
@@ -112,14 +113,27 @@ class NcclWorker(HttpWorker):
         await self._end_sender()
         await super().close()
 
-    async def _open(self, weights: Weights) -> tuple[SenderProcess, list[ChunkInfo] | None]:
-        """The weights in the hands of a sender; one that ended since the last time is replaced."""
+    async def _ready(
+        self, weights: Weights, *, delta: bool = False
+    ) -> tuple[SenderProcess, list[ChunkInfo]]:
+        """A sender that has the weights or their delta, in a group with the server.
+
+        WeightsGone if they are not to be had any more.
+        """
+        chunks = None
         if self._sender is not None:
-            with contextlib.suppress(ProcessFailure):
-                return self._sender, await self._sender.open(weights, self._chunk_bytes)
-            await self._end_sender()
-        self._sender = await self._start_sender()
-        return self._sender, await self._sender.open(weights, self._chunk_bytes)
+            try:
+                chunks = await self._sender.open(weights, self._chunk_bytes, delta=delta)
+            except ProcessFailure:  # it ended since the last time
+                await self._end_sender()
+        if self._sender is None:
+            self._sender = await self._start_sender()
+            chunks = await self._sender.open(weights, self._chunk_bytes, delta=delta)
+        if chunks is None:
+            raise WeightsGone(f"{self.name}: there are newer weights than {weights.version}")
+        if not self._joined:
+            await self._join(self._sender)
+        return self._sender, chunks
 
     async def _join(self, sender: SenderProcess) -> None:
         """Form a group of the sender, its rank 0, and the ranks of the server."""
@@ -149,7 +163,8 @@ class NcclWorker(HttpWorker):
             ) from failure
         self._joined = True
 
-    async def _send(self, sender: SenderProcess, chunks: list[ChunkInfo]) -> None:
+    async def _load_whole(self, weights: Weights) -> None:
+        sender, chunks = await self._ready(weights)
         self._spoiled = True
         await self._call("POST", "/start_weight_update")
         for number, chunk in enumerate(chunks):
@@ -159,6 +174,19 @@ class NcclWorker(HttpWorker):
             )
         await self._call("POST", "/finish_weight_update")
         self._spoiled = False
+
+    async def _load_delta(self, weights: Weights, delta: Delta) -> bool:
+        sender, chunks = await self._ready(weights, delta=True)
+        await self._rpc("begin_flash_delta", tensors=delta.tensors)
+        self._spoiled = True
+        try:
+            for number, chunk in enumerate(chunks):
+                await _both(sender.send(number), self._rpc("receive_flash_delta", chunk=chunk))
+        except WorkerFailure as failure:
+            raise WorkerBroken(str(failure)) from failure  # the group has come apart
+        self._has_all_after(delta, await self._rpc("finish_flash_delta"))
+        self._spoiled = False
+        return True
 
     async def _was_restarted(self) -> bool:
         """Whether it is another process than the one that was told its version last."""
@@ -198,7 +226,9 @@ class NcclPool(VllmPool):
         self._senders = senders
 
     def _client(self, number: int, url: str) -> NcclWorker:
-        return NcclWorker(url, api_key=self._api_key, start_sender=self._senders(number))
+        return NcclWorker(
+            url, api_key=self._api_key, start_sender=self._senders(number), takes_deltas=True
+        )
 
 
 async def _both(*calls: Coroutine[Any, Any, Any]) -> None:

@@ -148,6 +148,7 @@ class Publisher:
             reset_s=sum(took.reset_s for took in replaced.values()),
             workers=sum(worker.updated for worker in per_worker),
             per_worker=per_worker,
+            changed=weights.changed,
         )
 
     async def probe(self, weights: Weights, probe: Probe | None) -> Gap | None:

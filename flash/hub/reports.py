@@ -26,7 +26,7 @@ class WorkerPublish:
 class PublishReport:
     """How a publish went; seconds are summed over workers. `gap` has the worst of each number of
     any worker; None if none was probed: the weights came without `score`, or every worker was out
-    (each has the weights before it comes back)."""
+    (each has the weights before it comes back). `changed` is that of the weights."""
 
     version: int
     gap: Gap | None
@@ -35,6 +35,7 @@ class PublishReport:
     reset_s: float
     workers: int
     per_worker: tuple[WorkerPublish, ...]
+    changed: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

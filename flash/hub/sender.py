@@ -17,13 +17,14 @@ import psutil
 from flash.errors import ProcessFailure
 from flash.system.process import Child
 from flash.types import Weights
+from flash.worker.delta import FOLDER
 
 _MODULE = "flash.trainer.nccl"
 _INTERFACE = "NCCL_SOCKET_IFNAME"
 
 
 class ChunkInfo(msgspec.Struct, frozen=True):
-    """What `/update_weights` must be told of a chunk before it is sent."""
+    """What a server must be told of a chunk before it is sent."""
 
     names: list[str]
     dtype_names: list[str]
@@ -42,8 +43,10 @@ class SenderProcess(Protocol):
         """The group of the last `new_id`, of so many ranks."""
         ...
 
-    async def open(self, weights: Weights, chunk_bytes: int) -> list[ChunkInfo] | None:
-        """None if these weights are not to be had any more."""
+    async def open(
+        self, weights: Weights, chunk_bytes: int, *, delta: bool
+    ) -> list[ChunkInfo] | None:
+        """All of them, or their delta; None if these weights are not to be had any more."""
         ...
 
     async def send(self, number: int) -> None: ...
@@ -73,8 +76,11 @@ class LocalSender:
     async def join(self, size: int) -> None:
         await self._child.call("join", size)
 
-    async def open(self, weights: Weights, chunk_bytes: int) -> list[ChunkInfo] | None:
-        answer = await self._child.call("open", str(weights.path), chunk_bytes)
+    async def open(
+        self, weights: Weights, chunk_bytes: int, *, delta: bool
+    ) -> list[ChunkInfo] | None:
+        path = weights.path / FOLDER if delta else weights.path
+        answer = await self._child.call("open", str(path), chunk_bytes)
         return msgspec.convert(answer, list[ChunkInfo])
 
     async def send(self, number: int) -> None:

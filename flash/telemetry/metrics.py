@@ -52,6 +52,7 @@ METRICS = {
 """In every line but that of step 0; the names are fixed. A resume counts as a start."""
 
 MORE_METRICS = {
+    "publish/changed": "share of the weights, as workers get them, that the last steps changed",
     "eval/version": "whose weights were evaluated; in an earlier line's, with eval.mode=beside",
     "eval/success_rate": "on the held-out tasks, 0 to 1",
     "eval/reward_mean": "of the held-out episodes",

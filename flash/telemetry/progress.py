@@ -78,6 +78,8 @@ class Progress(Observer):
         self._metrics["time/train_s"] = self._train_s
 
     def published(self, report: PublishReport) -> None:
+        if report.changed is not None:
+            self._metrics["publish/changed"] = report.changed
         self._close_step(report.gap)
 
     def evaluated(self, evaluation: Evaluation) -> None:

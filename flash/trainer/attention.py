@@ -207,7 +207,7 @@ def _packed_attention(
     value_1HND: Tensor,
     attention_mask: Tensor | None,
     *,
-    packing: Packing,
+    packing: Packing | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     **settings: Any,
@@ -217,7 +217,10 @@ def _packed_attention(
     for name in _UNKNOWN_TO_US:
         if settings.get(name) is not None:
             raise ValueError(f"{type(module).__name__} needs {name!r} in attention: not supported")
-    assert attention_mask is None
+    if attention_mask is not None:
+        raise ValueError(f"{type(module).__name__} has a mask of its own: not supported")
+    if packing is None:
+        raise ValueError(f"{type(module).__name__} is not told where packed sequences end")
     attend = attend_one_by_one
     if takes_varlen(
         capability=capability_of(query_1HND.device),

@@ -19,12 +19,12 @@ from torch.distributed.checkpoint.state_dict import (
 from flash.trainer.config import TrainerConfig
 from flash.trainer.fused import can_fuse, fuse_layers
 from flash.trainer.layers import compile_layers, recompute_activations
+from flash.trainer.loading import load_weights, unloaded
 from flash.trainer.micro_batch import MicroBatch
 from flash.trainer.scorer import packed_inputs
 from flash.trainer.sharding import (
     WHOLE,
     clip_gradient,
-    load_model,
     load_optimizer,
     make_optimizer,
     optimizer_state,
@@ -73,15 +73,17 @@ class Critic:
     def __init__(
         self, source: str, config: TrainerConfig, *, ranks: int, device: Any, half: bool
     ) -> None:
-        model = load_model(source)
-        self._valuer = TokenValuer(model).to(device).eval()
+        model = unloaded(source)
+        self._valuer = TokenValuer(model).eval()
+        shard(self._valuer, model, ranks=ranks, half=half, shard_size=config.shard_size)
+        body = self._valuer.body
+        load_weights(body, source, device)
         if config.compile:
-            compile_layers(model)
-        elif can_fuse(model):
-            fuse_layers(model)
+            compile_layers(body)
+        elif can_fuse(body):
+            fuse_layers(body)
         if config.gradient_checkpointing:
             self.recompute()
-        shard(self._valuer, model, ranks=ranks, half=half, shard_size=config.shard_size)
         self._config = config
         self._ranks = ranks
         self._device = device

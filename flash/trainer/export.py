@@ -2,8 +2,8 @@
 
     for each tensor: all ranks gather it ─► rank 0 keeps it ─► a file's worth? write it, forget it
 
-What is written is a Hugging Face checkpoint without tokenizer: names as there, tied weights once,
-adapters merged into the weights that they belong to.
+What is written is a Hugging Face checkpoint without tokenizer: names and parts as there, tied
+weights once, adapters merged into the weights that they belong to.
 """
 
 import json
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from flash.trainer.lora import is_adapter, merged, own_name
+from flash.trainer.stored import as_stored, parts_of
 
 _FILE_BYTES = 1 << 30
 _INDEX_FILE = "model.safetensors.index.json"
@@ -28,7 +29,8 @@ def write_weights(
     """Write the parameters in `dtype`, and buffers as they are; a collective, rank 0 has `write`.
 
     With the dtype that the trainer computes in, a worker has the very weights that the trainer
-    computed with. Nobody holds more than one whole tensor, the writer up to `file_bytes` more.
+    computed with. Nobody holds more than one whole tensor of the model or of its files, the writer
+    up to `file_bytes` more.
     """
     writer = _Writer(directory, file_bytes)
     for name, whole in whole_tensors(model, dtype):
@@ -42,15 +44,23 @@ def write_weights(
 
 def whole_tensors(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Those that `write_weights` writes, one by one, on the device; a collective of all ranks."""
-    for name, tensor, wanted in _exported(model, dtype):
-        # Cast first: the gather then moves what is wanted and no more.
-        yield own_name(name), _gather(merged(model, name, tensor).to(wanted))
+    exported = {own_name(each[0]): each for each in _exported(model, dtype)}
+    for part in parts_of(model, exported):
+        whole = {}
+        for own in part:
+            name, tensor, wanted = exported[own]
+            # Cast first: the gather then moves what is wanted and no more.
+            whole[own] = _gather(merged(model, name, tensor).to(wanted))
+        yield from as_stored(model, whole).items()
 
 
 def layout(model: Any, dtype: torch.dtype) -> list[tuple[str, torch.dtype, torch.Size]]:
     """Their names, dtypes and shapes."""
-    exported = _exported(model, dtype)
-    return [(own_name(name), wanted, tensor.shape) for name, tensor, wanted in exported]
+    empty = {
+        own_name(name): torch.empty(tensor.shape, dtype=wanted, device="meta")
+        for name, tensor, wanted in _exported(model, dtype)
+    }
+    return [(name, t.dtype, t.shape) for name, t in as_stored(model, empty).items()]
 
 
 def _exported(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, torch.dtype]]:

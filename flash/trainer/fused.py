@@ -23,7 +23,7 @@ _LIMIT = 1e-3  # of logprobs, in float32
 def fuse(scorer: TokenScorer) -> bool:
     """Whether the model computes with fused kernels from now on.
 
-    ValueError if its logprobs are not what they were. It is whole here, in float32, and evaluates.
+    ValueError if its logprobs are not what they were. It computes in float32 here, and evaluates.
     """
     model: Any = scorer.model
     if not can_fuse(model):

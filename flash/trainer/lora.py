@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.tensor import distribute_tensor
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -68,13 +69,12 @@ def _head(model: Any) -> nn.Module:
     return head
 
 
-def add_adapters(model: Any, settings: LoraConfig, *, source: str, seed: int, half: bool) -> None:
-    """Freezes the model's weights and gives each target an adapter, which adds nothing yet.
+def add_adapters(model: Any, settings: LoraConfig, *, source: str, half: bool) -> None:
+    """Freezes the model's weights and gives each target an adapter, which begins later.
 
     Args:
-        model: whole, in float32, not sharded yet.
-        source: what it was loaded from, which checkpoints name.
-        seed: of the adapters, which are the same ones on every rank.
+        model: on torch's meta device, in float32, not sharded yet.
+        source: what it is loaded from, which checkpoints name.
         half: layers compute in bfloat16, and so frozen weights are kept; adapters in float32.
 
     ValueError if PEFT is not installed, or the model has not what is asked for.
@@ -92,12 +92,36 @@ def add_adapters(model: Any, settings: LoraConfig, *, source: str, seed: int, ha
         task_type="CAUSAL_LM",
         base_model_name_or_path=str(Path(source).resolve()) if Path(source).is_dir() else source,
     )
-    with torch.random.fork_rng(devices=[]):  # PEFT draws on the CPU, wherever the model is
-        torch.manual_seed(derived(seed, "adapters"))
-        inject_adapter_in_model(config, model)
+    inject_adapter_in_model(config, model, low_cpu_mem_usage=True)
     for parameter in model.parameters() if half else ():
         if not parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()
+
+
+@torch.no_grad()
+def begin_adapters(scorer: TokenScorer, *, seed: int, device: Any) -> None:
+    """Gives adapters their first weights, which add nothing: the same on however many ranks.
+
+    The scorer is sharded, and all but adapters has its weights.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derived(seed, "adapters"))
+        for name, layer in scorer.named_modules():
+            if isinstance(layer, nn.Linear) and is_adapter(f"{name}.weight"):
+                empty: Any = layer.weight
+                whole = nn.Linear(layer.in_features, layer.out_features, bias=False).weight
+                if ".lora_B." in name:
+                    whole.zero_()
+                shards = distribute_tensor(
+                    whole.to(device), empty.device_mesh, empty.placements, src_data_rank=None
+                )
+                layer.weight = nn.Parameter(shards)
+
+
+def own_layer(layer: nn.Module) -> nn.Module:
+    """What an adapter was added to; the layer itself, if it has none."""
+    own: nn.Module = getattr(layer, "base_layer", layer)
+    return own
 
 
 def without_adapters(scorer: TokenScorer) -> Callable[..., Tensor]:

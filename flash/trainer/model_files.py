@@ -28,7 +28,7 @@ from flash.trainer.attention import PACKED_ATTENTION
 from flash.trainer.checkpoint import ADAPTERS_FILE
 from flash.trainer.config import LoraConfig
 from flash.trainer.lora import check_targets
-from flash.trainer.scorer import TokenScorer
+from flash.trainer.scorer import TokenScorer, by_itself
 from flash.trainer.self_test import check_layers
 
 # In the order in which transformers looks for them.
@@ -50,8 +50,9 @@ def check_files(source: str, *, field: str, lora: LoraConfig | None = None) -> A
     Raises ValueError with what is wrong and what to do.
     """
     try:
-        config = _config(source)
-        model = _empty_model(config)
+        config = read_config(source)
+        # bfloat16, which every kind of layer can be given there
+        model = empty_model(config, torch.bfloat16)
         _check_weights(model, _headers(source))
         with contextlib.suppress(RuntimeError):  # it takes weights, so the ranks will see
             check_layers(TokenScorer(model))
@@ -96,7 +97,8 @@ def _is_in_files(source: str, token: str) -> bool:
     return any(token in path.read_text(encoding="utf-8") for path in paths)
 
 
-def _config(source: str) -> Any:
+def read_config(source: str) -> Any:
+    """ValueError if it is none of a model that transformers makes here and that can be trained."""
     path = _file(source, "config.json")
     if path is None and _file(source, ADAPTERS_FILE) is not None:
         raise ValueError(
@@ -129,16 +131,20 @@ def _config(source: str) -> Any:
         raise ValueError(f"config.json can't be used: correct it ({error})") from error
 
 
-def _empty_model(config: Any) -> Any:
-    """The model without weights."""
+def empty_model(config: Any, dtype: torch.dtype) -> Any:
+    """The causal language model, for packed sequences, on torch's meta device: without weights.
+
+    ValueError if the configuration makes none.
+    """
     model_class: Any = AutoModelForCausalLM  # its types are not published
     try:
         with torch.device("meta"):
-            # bfloat16, which every kind of layer can be given there
             model: Any = model_class.from_config(
-                config, dtype=torch.bfloat16, attn_implementation=PACKED_ATTENTION
+                config, dtype=dtype, attn_implementation=PACKED_ATTENTION
             )
     except Exception as error:  # the boundary to transformers' classes, which raise all kinds
+        if isinstance(error, KeyError) and error.args == (PACKED_ATTENTION,):  # its own table
+            raise ValueError(by_itself(config.model_type)) from error
         raise ValueError(
             f"config.json (model_type={config.model_type!r}) makes no causal language model: give "
             f"one that is, or correct its sizes ({type(error).__name__}: {str(error)[:200]})"
@@ -146,36 +152,46 @@ def _empty_model(config: Any) -> Any:
     return model
 
 
-def _headers(source: str) -> dict[str, Tensor]:
-    """Names and shapes of the weights in the model's files, as tensors without data."""
+def weight_files(source: str) -> list[Path]:
+    """Those with the weights, fetched if need be. ValueError if one is missing."""
     for single, index in (_WEIGHTS, _PICKLED):
         if (path := _file(source, single)) is not None:
-            return _header(path)
+            return [path]
         if (path := _file(source, index)) is not None:
-            return _headers_of_shards(source, path)
+            return _files_of(source, path)
     raise ValueError(
         f"there are no weights ({_WEIGHTS[0]}, or {_WEIGHTS[1]} and what it names): fetch the "
         f"model again, as safetensors"
     )
 
 
-def _headers_of_shards(source: str, index: Path) -> dict[str, Tensor]:
+def _files_of(source: str, index: Path) -> list[Path]:
+    """What an index names, if each file has what it shall have by it."""
     try:
         places: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{index.name} is no index ({error!r}): fetch the model again") from error
-    headers: dict[str, Tensor] = {}
+    paths: list[Path] = []
+    lacking = dict(places)
     for name in sorted(set(places.values())):
         path = _file(source, name)
         if path is None:
             raise ValueError(f"{name} is missing, which {index.name} names: fetch the model again")
-        headers |= _header(path)
-    if lacking := sorted(places.keys() - headers.keys()):
+        paths.append(path)
+        for weight in _header(path):
+            lacking.pop(weight, None)
+    if lacking:
+        weight = min(lacking)
         raise ValueError(
-            f"{places[lacking[0]]} lacks {lacking[0]}, which {index.name} says is there: fetch the "
-            f"model again"
+            f"{lacking[weight]} lacks {weight}, which {index.name} says is there: fetch the model "
+            f"again"
         )
-    return headers
+    return paths
+
+
+def _headers(source: str) -> dict[str, Tensor]:
+    """Names and shapes of the weights in the model's files, as tensors without data."""
+    return {name: tensor for path in weight_files(source) for name, tensor in _header(path).items()}
 
 
 def _header(path: Path) -> dict[str, Tensor]:
@@ -210,6 +226,12 @@ def _check_weights(model: Any, headers: dict[str, Tensor]) -> None:
     )
     with no_progress_bars():
         found: Any = convert_and_load_state_dict_in_model(model, headers, settings, None)[0]
+    check_found(model, found)
+
+
+def check_found(model: Any, found: Any) -> None:
+    """Ties what is tied. ValueError if what transformers found in a model's files is not all of
+    it, or more."""
     model.tie_weights(missing_keys=found.missing_keys, recompute_mapping=False)
     model._adjust_missing_and_unexpected_keys(found)
     remedy = "give the weights and the config.json of one model"

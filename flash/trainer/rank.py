@@ -28,18 +28,13 @@ from flash.seeds import derived
 from flash.system import machine
 from flash.system.process import serve
 from flash.trainer.checkpoint import CRITIC_FILE, MODEL_FOLDER, OPTIMIZER_FILE, write_state
-from flash.trainer.config import LoraConfig, TrainerConfig
+from flash.trainer.config import TrainerConfig
 from flash.trainer.critic import Critic
+from flash.trainer.delta import write_delta
 from flash.trainer.export import layout, whole_tensors, write_weights
-from flash.trainer.fused import fuse
-from flash.trainer.layers import compile_layers, recompute_activations
-from flash.trainer.lora import (
-    adapters_of,
-    add_adapters,
-    load_adapters,
-    save_adapters,
-    without_adapters,
-)
+from flash.trainer.layers import recompute_activations
+from flash.trainer.loading import sharded_scorer
+from flash.trainer.lora import adapters_of, load_adapters, save_adapters, without_adapters
 from flash.trainer.micro_batch import MicroBatch, pack
 from flash.trainer.objectives.choose import make_objective
 from flash.trainer.objectives.regularisers import kl_estimate, kl_loss, kl_penalty
@@ -50,15 +45,12 @@ from flash.trainer.ranks import LOOPBACK, Meeting
 from flash.trainer.room import room_of
 from flash.trainer.save import copy_beside, save_model
 from flash.trainer.scorer import TokenScorer
-from flash.trainer.self_test import check_packed
 from flash.trainer.sharding import (
     WHOLE,
     clip_gradient,
-    load_model,
     load_optimizer,
     make_optimizer,
     optimizer_state,
-    shard,
 )
 from flash.trainer.statistics import StepStatistics
 from flash.trainer.values import trained
@@ -118,16 +110,17 @@ class Rank:
         self._half = config.dtype == "bfloat16" or (config.dtype == "auto" and cuda)
         self._reference: Callable[..., Tensor] | None = None
         try:
-            self._model, self._scorer = self._load_model(model, config.lora)
-            if config.lora.rank and checkpoint is not None:
+            adapted = config.lora.rank > 0
+            self._scorer = self._loaded(model, adapters=seed if adapted else None)
+            self._model: Any = self._scorer.model
+            if adapted and checkpoint is not None:
                 load_adapters(self._model, Path(checkpoint) / MODEL_FOLDER, config.lora)
             if config.gradient_checkpointing:
                 recompute_activations(self._model)
-            if reference is not None and reference == model and config.lora.rank:
+            if adapted and reference == model:
                 self._reference = without_adapters(self._scorer)
             elif reference is not None:
-                _, other = self._load_model(reference)
-                self._reference = other.requires_grad_(False)
+                self._reference = self._loaded(reference).requires_grad_(False)
         except ValueError as error:
             logger.exception("the model can't be trained")
             return " ".join(str(error).split())
@@ -154,25 +147,10 @@ class Rank:
             meeting.host, meeting.port, world_size=ranks, wait_for_workers=False, **more
         )
 
-    def _load_model(self, source: str, lora: LoraConfig | None = None) -> tuple[Any, TokenScorer]:
-        """A model and the sharded module that scores tokens with it; ValueError if it can't."""
-        model = load_model(source)
-        scorer = TokenScorer(model).to(self._device)
-        check_packed(scorer)
-        if self._config.compile:  # fuses what the kernels of `fuse` do
-            compile_layers(model)
-        else:
-            fuse(scorer)
-        if lora is not None and lora.rank:
-            add_adapters(model, lora, source=source, seed=self._seed, half=self._half)
-        shard(
-            scorer,
-            model,
-            ranks=self._ranks,
-            half=self._half,
-            shard_size=self._config.shard_size,
+    def _loaded(self, source: str, adapters: int | None = None) -> TokenScorer:
+        return sharded_scorer(
+            source, self._config, device=self._device, half=self._half, adapters=adapters
         )
-        return model, scorer
 
     def room(self) -> Room | None:
         """How many tokens a pass of the next steps has memory for; None where that is as usual."""
@@ -400,20 +378,27 @@ class Rank:
 
     # ── weights and checkpoints ──────────────────────────────────────────────────────────────
 
-    def export(self, directory: str) -> None:
+    def export(self, directory: str, before: str | None = None) -> float | None:
         """Write the weights as safetensors under their Hugging Face names, or the adapters where
-        workers take these; rank 0 writes."""
+        workers take these; rank 0 writes.
+
+        It knows then which share of them changed since the export `before`.
+        """
         partial = Path(f"{directory}.partial")
         if self._rank == 0:
             partial.mkdir(parents=True)
+        changed = None
         if self._config.lora.publish == "adapters":
             adapters = adapters_of(self._model)
             if self._rank == 0:
                 save_adapters(self._model, partial, adapters)
         else:
             write_weights(self._model, partial, dtype=self._exported, write=self._rank == 0)
+            if self._rank == 0 and before is not None:
+                changed = write_delta(Path(before), partial)
         if self._rank == 0:
             partial.rename(directory)
+        return changed
 
     @property
     def _exported(self) -> torch.dtype:

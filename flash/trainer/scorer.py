@@ -50,10 +50,7 @@ class TokenScorer(nn.Module):
                 "the window, or full_attention in its place"
             )
         if not model._supports_attention_backend:
-            raise ValueError(
-                f"model_type={model.config.model_type!r} computes attention by itself, which would "
-                f"mix packed sequences: give a model of another type"
-            )
+            raise ValueError(by_itself(model.config.model_type))
         self.model = model
         self._plain_head = not any(getattr(config, name, None) for name in _HEAD_SETTINGS)
         self.kept_logits = kept_logits
@@ -110,6 +107,14 @@ class TokenScorer(nn.Module):
                 )
             )
         return torch.cat(scored, dim=-1)
+
+
+def by_itself(kind: str) -> str:
+    """What is told of a type whose attention can't be replaced."""
+    return (
+        f"model_type={kind!r} computes attention by itself, which would mix packed sequences: give "
+        f"a model of another type"
+    )
 
 
 def packed_inputs(token_ids_N: Tensor, lengths: Sequence[int]) -> dict[str, Any]:

@@ -37,6 +37,11 @@ class Scratch:
         """Where weights of that version can be written."""
         return self.path / f"version_{version}_{next(self._ids)}"
 
+    @property
+    def newest(self) -> Path | None:
+        """The export that was kept last."""
+        return self._exports[-1] if self._exports else None
+
     async def keep(self, export: Path) -> None:
         """It is whole, and stays until the one after next is."""
         self._exports.append(export)

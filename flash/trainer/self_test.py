@@ -7,13 +7,15 @@ A model can compute attention by itself, or have windows, biases and positions t
 lose; what it then learns from is not what was sampled.
 """
 
+import contextlib
 import inspect
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flash.trainer.attention import PACKED_ATTENTION, recorded
+from flash.trainer.attention import recorded
 from flash.trainer.scorer import TokenScorer
 
 # What configurations call the number of tokens that a layer looks back on.
@@ -39,7 +41,7 @@ def texts(config: Any, *, at_most: int | None = None) -> list[list[int]]:
     known = [w for w in windows if isinstance(w, int) and w <= _WIDEST_WINDOW]
     longest = max([_LENGTHS[0], *(window + _PAST_WINDOW for window in known)])
     limits = [at_most, getattr(text, "max_position_embeddings", None)]
-    longest = min([longest, *(limit for limit in limits if limit)])
+    longest = min([longest, *(limit for limit in limits if limit and limit > 0)])
     lengths = [longest, *(length for length in _LENGTHS[1:] if length <= longest)]
     vocabulary = int(text.vocab_size)
     # Neighbours differ, and no text repeats another.
@@ -61,10 +63,12 @@ def check_layers(scorer: TokenScorer) -> list[Tensor]:
     with recorded() as attended:
         try:
             packed = _packed_logprobs(scorer, _compared(model.config), model.device)
-        except (TypeError, ValueError) as error:  # the boundary to the model's class
+        except RuntimeError:
+            raise
+        except Exception as error:  # the boundary to the model's class
             raise ValueError(
                 f"model_type={kind!r} can't compute packed sequences: give a model of another "
-                f"type ({error})"
+                f"type ({str(error) or type(error).__name__})"
             ) from error
     layers = int(model.config.get_text_config().num_hidden_layers)
     if len(attended) != layers:
@@ -82,8 +86,13 @@ def check_packed(scorer: TokenScorer) -> None:
     The model is whole here, in float32, and evaluates.
     """
     model: Any = scorer.model
+    compared = _compared(model.config)
     try:
         packed = check_layers(scorer)
+        with own_attention(model):
+            plain = [
+                last_logprobs(plain_logits(model, text, _count(text)), text) for text in compared
+            ]
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # the boundary to the model's class
@@ -91,18 +100,14 @@ def check_packed(scorer: TokenScorer) -> None:
             f"model_type={model.config.model_type!r} can't compute a forward pass: correct its "
             f"config.json ({error})"
         ) from error
-    compared = _compared(model.config)
-    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
-    plain = [_plain_logprobs(model, text) for text in compared]
-    model.set_attn_implementation(PACKED_ATTENTION)
     for text, packed_T, plain_T in zip(compared, packed, plain, strict=True):
         gap = float((packed_T - plain_T).abs().max())
         if not gap <= _LIMIT:  # nan is none either
             raise ValueError(
                 f"model_type={model.config.model_type!r} computes other logprobs in packed "
-                f"sequences than alone, by {gap:.2g} at the end of {len(text)} tokens (config.json "
-                f"has {_told(model.config)}): it would not learn from what was sampled; give a "
-                f"model of another type, or without these settings"
+                f"sequences than alone, by {gap:.2g} nats at the end of {len(text)} tokens "
+                f"(config.json has {told(model.config)}): it would not learn from what was "
+                f"sampled; give a model of another type, or without these settings"
             )
 
 
@@ -110,10 +115,15 @@ def _compared(config: Any) -> list[list[int]]:
     return [text for text in texts(config) if len(text) > 1]
 
 
+def _count(text: list[int]) -> int:
+    """How many of its tokens are compared: the first has no logprob."""
+    return min(_COMPARED, len(text) - 1)
+
+
 def _packed_logprobs(scorer: TokenScorer, compared: list[list[int]], device: Any) -> list[Tensor]:
     """Of the last tokens of each text, all computed at once."""
     lengths = [len(text) for text in compared]
-    counts = [min(_COMPARED, length - 1) for length in lengths]
+    counts = [_count(text) for text in compared]
     ends = torch.tensor(lengths).cumsum(0).tolist()
     scored = [
         torch.arange(end - count, end, device=device)
@@ -123,20 +133,36 @@ def _packed_logprobs(scorer: TokenScorer, compared: list[list[int]], device: Any
     return list(scorer(token_ids_N, lengths, torch.cat(scored)).split(counts))
 
 
-def _plain_logprobs(model: Any, text: list[int]) -> Tensor:
-    """The same of one text, by a forward pass as anybody would make it."""
-    count = min(_COMPARED, len(text) - 1)
+@contextlib.contextmanager
+def own_attention(model: Any) -> Iterator[None]:
+    """In the block the model computes attention as anybody's does."""
+    ours = model.config.get_text_config()._attn_implementation  # a part that sees may keep its own
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(ours)
+
+
+def plain_logits(model: Any, text: Sequence[int], count: int) -> Tensor:
+    """What the last tokens of a text were chosen from, [count, V], in float32, by a forward pass as
+    anybody would make it."""
     token_ids_1S = torch.tensor([text], device=model.device)
     kept = {}  # all logits of a long text may not fit in memory
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         kept["logits_to_keep"] = count + 1
     logits_SV = model(input_ids=token_ids_1S, use_cache=False, **kept).logits[0]
-    logprobs_TV = logits_SV[-count - 1 : -1].float().log_softmax(-1)
-    logprobs_T: Tensor = logprobs_TV.gather(-1, token_ids_1S[0, -count:, None])[:, 0]
-    return logprobs_T
+    logits_TV: Tensor = logits_SV[-count - 1 : -1].float()
+    return logits_TV
 
 
-def _told(config: Any) -> str:
+def last_logprobs(logits_TV: Tensor, text: Sequence[int]) -> Tensor:
+    """Of the last tokens of a text, by what they were chosen from, [T]."""
+    last_T = torch.tensor(text[-len(logits_TV) :], device=logits_TV.device)
+    return logits_TV.log_softmax(-1).gather(-1, last_T[:, None])[:, 0]
+
+
+def told(config: Any) -> str:
     """What of a configuration attention may depend on."""
     text = config.get_text_config()
     told = {name: getattr(text, name, None) for name in (*_WINDOWS, *_OTHER_SETTINGS)}

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-Chunk = dict[str, Tensor]
+from flash.worker.tensors import Chunk, chunks_of
 
 
 class Group(Protocol):
@@ -75,28 +74,6 @@ class Sender:
     def send(self, number: int) -> None:
         """Broadcast one chunk of what is open."""
         self._group.broadcast(packed(self._chunks[number], self._group.device))
-
-
-def chunks_of(directory: Path, chunk_bytes: int) -> list[Chunk]:
-    """The safetensors of a directory, mapped and not read, in chunks of at most `chunk_bytes`.
-
-    A larger tensor is a chunk by itself. One dtype a chunk, because vLLM views each tensor where
-    it lies, and float32 may not lie behind an odd number of bfloat16.
-    """
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        tensors |= load_file(file)
-    if not tensors:
-        raise ValueError(f"no safetensors in {directory}: were these weights replaced already?")
-    chunks: list[Chunk] = []
-    size, dtype = 0, None
-    for name, tensor in tensors.items():
-        if not chunks or tensor.dtype != dtype or size + tensor.nbytes > chunk_bytes:
-            chunks.append({})
-            size, dtype = 0, tensor.dtype
-        chunks[-1][name] = tensor
-        size += tensor.nbytes
-    return chunks
 
 
 def packed(chunk: Chunk, device: torch.device) -> Tensor:

@@ -391,11 +391,13 @@ class Trainer:
         They stay until the export after next; `score` answers for them until the next step.
         """
         assert self._scratch is not None, "the trainer is not entered"
-        path = self._scratch.new_export(self.version)
-        await self._call("export", str(path))
+        path, before = self._scratch.new_export(self.version), self._scratch.newest
+        changed = await self._call("export", str(path), None if before is None else str(before))
         await self._scratch.keep(path)
         adapters = self.config.lora.publish == "adapters"
-        return Weights(version=self.version, path=path, score=self.score, adapters=adapters)
+        return Weights(
+            version=self.version, path=path, score=self.score, changed=changed, adapters=adapters
+        )
 
     async def make_room(self, share: float) -> float:
         """Has every rank keep so little of its GPU that this share is free, if it can; the share

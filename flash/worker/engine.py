@@ -11,6 +11,7 @@ change, so what a request has sampled by then is all that the old weights have s
 import asyncio
 import contextlib
 import math
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,10 +22,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from flash.errors import InferenceFailure
 from flash.positions import positions_of
 from flash.system.quiet import no_progress_bars
+from flash.trainer.self_test import own_attention, plain_logits
 from flash.worker import attention
 
 PauseMode = Literal["keep", "abort", "wait"]
@@ -37,6 +40,8 @@ _MIN_BATCH_TOKENS = 2048
 _TEMPERATURE_AT_START = 0.5
 # The engine always samples. So sharp a distribution is the greedy choice, but for exact ties.
 _GREEDY_TEMPERATURE = 1e-4
+
+_STOP_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,31 +113,36 @@ class EmbeddedEngine:
         self.version = version
         self.max_request_tokens = cache_tokens
         self._model = _load(model, dtype).to(device)
+        # What is in its files and what it computes with differ: experts are apart and together.
+        self._converted = bool(get_model_conversion_mapping(self._model, add_legacy=False))
         self._positions = positions_of(self._model.config.to_dict())
-        self._manager = self._model.init_continuous_batching(
-            GenerationConfig(  # type: ignore[no-untyped-call]
-                do_sample=True,
-                temperature=_TEMPERATURE_AT_START,
-                top_k=0,
-                eos_token_id=-1,
-                max_new_tokens=1,
-            ),
-            ContinuousBatchingConfig(
-                page_size=_PAGE_SIZE,
-                num_blocks=-(-cache_tokens // _PAGE_SIZE),
-                max_batch_tokens=max(_MIN_BATCH_TOKENS, 2 * max_running),
-                max_requests_per_batch=max_running,
-                return_logprobs=True,
-                per_request_processors=True,
-                # A step must be over before the next begins, or a token's version is a guess.
-                use_async_batching=False,
-                auto_switch_to_flash=False,
-            ),
-        )
-        # After the manager is made, which knows its own kinds only.
-        attention.use(
-            self._model, self._manager, longest=min(cache_tokens, self._positions or cache_tokens)
-        )
+        try:
+            self._manager = self._model.init_continuous_batching(
+                GenerationConfig(  # type: ignore[no-untyped-call]
+                    do_sample=True,
+                    temperature=_TEMPERATURE_AT_START,
+                    top_k=0,
+                    eos_token_id=-1,
+                    max_new_tokens=1,
+                ),
+                ContinuousBatchingConfig(
+                    page_size=_PAGE_SIZE,
+                    num_blocks=-(-cache_tokens // _PAGE_SIZE),
+                    max_batch_tokens=max(_MIN_BATCH_TOKENS, 2 * max_running),
+                    max_requests_per_batch=max_running,
+                    return_logprobs=True,
+                    per_request_processors=True,
+                    # A step must be over before the next begins, or a token's version is a guess.
+                    use_async_batching=False,
+                    auto_switch_to_flash=False,
+                ),
+            )
+            # After the manager is made, which knows its own kinds only.
+            attention.use(self._model, self._manager, longest=self.longest)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # the boundary to transformers, which raises all kinds
+            raise ValueError(cannot_serve(self.config.model_type, error)) from error
         self._running: dict[str, _Running] = {}
         self._gate = asyncio.Event()  # open unless a pause waits for the running ones to end
         self._gate.set()
@@ -142,6 +152,22 @@ class EmbeddedEngine:
         # The manager counts pauses per thread, so that one thread makes and ends them all.
         self._pauser = ThreadPoolExecutor(1, thread_name_prefix="pause")
         self._manager.start()
+
+    @property
+    def config(self) -> Any:
+        """The model's."""
+        return self._model.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That the model computes in."""
+        dtype: torch.dtype = self._model.dtype
+        return dtype
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of a prompt and its response."""
+        return min(self.max_request_tokens, self._positions or self.max_request_tokens)
 
     @property
     def running(self) -> int:
@@ -193,6 +219,22 @@ class EmbeddedEngine:
         self._answer(running, token_ids, logprobs, "abort")
         return True
 
+    @torch.no_grad()
+    def plain_logits(self, token_ids: Sequence[int], count: int) -> torch.Tensor:
+        """What the model itself would choose the last tokens from, without any cache, [count, V].
+
+        Call it while paused.
+        """
+        with own_attention(self._model):
+            return plain_logits(self._model, token_ids, count)
+
+    def failure(self) -> Exception | None:
+        """What has ended the engine, if anything has; waits until it is over. Call it once a
+        request has raised EngineDied."""
+        self._manager.join(time.perf_counter(), timeout=_STOP_S)
+        cause: Exception | None = self._manager.background_thread_status.fatal_error
+        return cause
+
     # ── changing weights ─────────────────────────────────────────────────────────────────────
 
     async def pause(self, mode: PauseMode) -> None:
@@ -222,6 +264,8 @@ class EmbeddedEngine:
                 raise ValueError(f"{file} can't be read: {error}") from error
         if not tensors:
             raise ValueError(f"no safetensors in {directory}")
+        if self._converted:
+            tensors = _load(str(directory), self.dtype).state_dict()
         own = self._model.state_dict(keep_vars=True)
         tied = {name for name in own if _is_tied(name, own, tensors)}
         if missing := own.keys() - tensors.keys() - tied:
@@ -246,7 +290,7 @@ class EmbeddedEngine:
     def close(self) -> None:
         """End the engine's thread; running requests fail."""
         self._freeze.close()
-        self._manager.stop(block=True, timeout=10.0, hard_stop=True)
+        self._manager.stop(block=True, timeout=_STOP_S, hard_stop=True)
         self._pauser.shutdown()
 
     # ── between the manager's thread and the event loop ──────────────────────────────────────
@@ -340,18 +384,26 @@ class EmbeddedEngine:
         return str(self._manager.background_thread_status.fatal_error or "it was closed")
 
 
+def cannot_serve(kind: str, why: object) -> str:
+    """What is told of a type that an embedded worker computes wrong, or not at all."""
+    return (
+        f"model_type={kind!r} can't be served by an embedded worker: have vLLM do it "
+        f"(engine.kind=vllm), or give a model of another type, as docs/models.md lists them ({why})"
+    )
+
+
 def _is_tied(name: str, own: dict[str, Any], given: dict[str, torch.Tensor]) -> bool:
     """Whether a weight that is not given is the same tensor as one that is."""
     return name not in given and any(own[other] is own[name] for other in given if other in own)
 
 
-def _load(model: str, dtype: str) -> Any:
+def _load(model: str, dtype: str | torch.dtype) -> Any:
     """The model. ValueError if there is none to be had, or its files lack weights."""
     model_class: Any = AutoModelForCausalLM  # its types are not published
     try:
         with no_progress_bars():
             loaded, found = model_class.from_pretrained(
-                model, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+                model, dtype=dtype, output_loading_info=True
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         why = " ".join(str(error).split())

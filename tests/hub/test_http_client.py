@@ -62,6 +62,14 @@ def test_a_key_with_a_line_break_is_refused():
         HttpClient("http://host", {"Authorization": "Bearer key\r\nHost: other"})
 
 
+async def test_a_connection_that_uvicorn_closes_after_a_fault_is_not_used_again():
+    fault = answer(b"no", status="500 Internal Server Error")
+    async with talking(fault, answer(b"next")) as (client, server):
+        assert (await client.send("POST", "/", b"1")).status == 500
+        assert (await client.send("POST", "/", b"2")).body == b"next"
+        assert [number for number, _, _ in server.requests] == [0, 1]
+
+
 @pytest.mark.parametrize(
     "said",
     [

@@ -2,15 +2,21 @@
 
 import contextlib
 import json
+from dataclasses import replace
+from pathlib import Path
 
+import msgspec
+import numpy as np
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
+from safetensors.numpy import save_file
 
 from flash.hub.http_worker import HttpWorker
 from flash.hub.worker import BadRequest, WorkerFailure
 from flash.types import Completion, SamplingParams, Weights
 from flash.worker.checksum import checksum
+from flash.worker.delta import Delta, TensorInfo, file_in
 from tests.hub.raw_server import answer, chunked, raw_server
 
 EVENTS = ("Content-Type: text/event-stream; charset=utf-8",)
@@ -110,6 +116,128 @@ async def test_the_control_routes(scripted, tmp_path):
         ("POST", "/resume", None),
         ("GET", "/health", None),
     ]
+
+
+class Server:
+    """Has the weights that it was given last, and says what it is told to after a delta."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.after_delta: object = None
+        self.fails_in = ""  # a method
+        self.gone = False
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json() if request.can_read_body else {"method": "sleep"}
+        self.asked.append(body["method"])
+        if self.gone:
+            request.transport.close()
+        if body["method"] == self.fails_in:
+            return web.json_response({"results": [{"error": "OSError('no room')"}]})
+        if body["method"] == "load_flash_delta":
+            if isinstance(self.after_delta, int):
+                return web.Response(status=self.after_delta)
+            return web.json_response({"results": self.after_delta})
+        if body["method"] == "load_flash_weights":
+            path = Path(body["kwargs"]["weights_path"])
+            return web.json_response({"results": [checksum(path)]})
+        return web.json_response({"results": [None]})
+
+
+@pytest.fixture
+async def server():
+    made = Server()
+    app = web.Application()
+    app.router.add_post("/collective_rpc", made.handle)
+    app.router.add_post("/sleep", made.handle)
+    async with TestServer(app) as running:
+        made.worker = HttpWorker(str(running.make_url("/")))
+        yield made
+        await made.worker.close()
+
+
+@pytest.fixture
+def versions(tmp_path) -> list[Weights]:
+    """Each is the one before, with a little changed."""
+    made = []
+    for version in range(5):
+        folder = tmp_path / str(version)
+        folder.mkdir()
+        save_file({"a": np.full(4, version, np.float32)}, folder / "model.safetensors")
+        delta = Delta(
+            str(tmp_path / str(version - 1)), [TensorInfo("a", "float32", [4], 0, version)]
+        )
+        file_in(folder).parent.mkdir()
+        told = {"delta": msgspec.json.encode(delta).decode()}
+        save_file({}, file_in(folder), metadata=told)
+        made.append(Weights(version=version, path=folder))
+    return made
+
+
+WHOLE, DELTA = "load_flash_weights", "load_flash_delta"
+
+
+async def test_weights_after_those_that_it_has_come_as_what_changed(server, versions):
+    await server.worker.load_weights(versions[0])
+    for version in (1, 2):
+        server.after_delta = [[[4, version]]]
+        await server.worker.load_weights(versions[version])
+    await server.worker.load_weights(versions[4])  # those before it have been passed over
+    assert server.asked == [WHOLE, DELTA, DELTA, WHOLE]
+
+
+async def test_one_that_was_started_anew_is_given_all_and_then_what_changes(server, versions):
+    await server.worker.load_weights(versions[0])
+    server.after_delta = [None]
+    await server.worker.load_weights(versions[1])
+    server.after_delta = [[[4, 2]]]
+    await server.worker.load_weights(versions[2])
+    assert server.asked == [WHOLE, DELTA, WHOLE, DELTA]
+
+
+@pytest.mark.parametrize(
+    "answer", [[[[4, 99]]], [[[3, 1]]], [[]], ["nonsense"], [[[4, 1]], {"error": "no"}], 500, 400]
+)
+async def test_one_that_has_not_what_it_should_after_a_delta_is_given_all_ever_after(
+    server, versions, answer, caplog
+):
+    await server.worker.load_weights(versions[0])
+    server.after_delta = answer
+    await server.worker.load_weights(versions[1])
+    assert "gets whole weights from now on" in caplog.text
+    await server.worker.load_weights(versions[2])
+    assert server.asked == [WHOLE, DELTA, WHOLE, WHOLE]
+
+
+async def test_one_that_goes_away_while_it_is_given_a_delta_takes_others_later(server, versions):
+    await server.worker.load_weights(versions[0])
+    server.gone = True
+    with pytest.raises(WorkerFailure):
+        await server.worker.load_weights(versions[1])
+    server.gone = False
+    await server.worker.load_weights(versions[1])
+    server.after_delta = [[[4, 2]]]
+    await server.worker.load_weights(versions[2])
+    assert server.asked[-2:] == [WHOLE, DELTA]
+
+
+async def test_a_rank_that_says_what_it_failed_by_has_loaded_nothing(server, versions, tmp_path):
+    server.fails_in = "load_shared_flash_weights"
+    await server.worker.load_weights(replace(versions[0], shared=tmp_path))
+    assert server.asked == ["load_shared_flash_weights", WHOLE]
+    server.fails_in = WHOLE
+    with pytest.raises(WorkerFailure, match="load_flash_weights: OSError.'no room'"):
+        await server.worker.load_weights(versions[4])
+
+
+async def test_one_that_has_slept_or_copied_from_a_gpu_is_given_all(server, versions, tmp_path):
+    await server.worker.load_weights(versions[0])
+    await server.worker.sleep("keep")
+    await server.worker.load_weights(versions[1])
+    shared = replace(versions[2], shared=tmp_path)
+    await server.worker.load_weights(shared)
+    await server.worker.load_weights(versions[3])
+    assert server.asked == [WHOLE, "sleep", WHOLE, "load_shared_flash_weights", WHOLE]
 
 
 async def test_sleep_forgets_the_weights_and_they_wake_before_the_keys_and_values(scripted):

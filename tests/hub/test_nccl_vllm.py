@@ -23,10 +23,10 @@ from flash.hub.sender import LocalSender, SenderProcess, StartSender
 from flash.system.machine import gpus, has_vllm
 from flash.system.process import Child
 from flash.trainer.config import TrainerConfig
-from flash.trainer.sender import chunks_of
 from flash.trainer.trainer import Trainer
 from flash.types import Batch, GenerateRequest, SamplingParams, Weights
 from flash.warm_start.small_policy import create
+from flash.worker.tensors import chunks_of
 from tests.explorer.fleets import over_a_gate
 
 pytestmark = [
@@ -36,7 +36,8 @@ pytestmark = [
     pytest.mark.skipif(bool(gpus()), reason="gloo stands in for NCCL where there is no GPU"),
 ]
 
-GLOO = Path(__file__).parent / "gloo"
+# Of the servers and the senders: what stands for NCCL, and weights as a GPU has them.
+FOLDERS = ":".join(str(Path(__file__).parent / name) for name in ("gloo", "planted"))
 CHUNK_BYTES = 20_000
 RETURN_S = 400  # for a server to be started anew on a busy machine
 
@@ -115,7 +116,7 @@ def batch(version: int) -> Batch:
 async def test_two_ranks_send_to_vllm_and_one_that_breaks_off_returns_with_what_was_published(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setenv("PYTHONPATH", str(GLOO))
+    monkeypatch.setenv("PYTHONPATH", FOLDERS)
     words = [f"w{n}" for n in range(50)]
     model = create(tmp_path / "model", words, layers=2, hidden_size=64, heads=2, seed=0)
     untie(model)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from aiohttp.test_utils import TestServer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flash.errors import ProcessFailure
@@ -21,6 +21,7 @@ from flash.hub.hub import InferenceHub
 from flash.hub.nccl_worker import NcclWorker
 from flash.hub.sender import ChunkInfo, listening_at
 from flash.hub.worker import WeightsGone, WorkerBroken, WorkerFailure
+from flash.trainer.delta import write_delta
 from flash.trainer.sender import Sender
 from flash.types import GenerateRequest, SamplingParams, Weights
 
@@ -74,6 +75,7 @@ class Setting:
             str(running.make_url("/")),
             start_sender=self.nccl.start_sender,
             chunk_bytes=CHUNK_BYTES,
+            takes_deltas=True,
         )
         self.servers.append(server)
         self.clients.append(client)
@@ -246,8 +248,100 @@ async def test_weights_that_are_not_to_be_had_any_more_cost_the_server_nothing(s
     assert [sender.ended for sender in setting.senders] == [False]
 
 
-async def nothing(weights, chunk_bytes):
+async def nothing(weights, chunk_bytes, *, delta):
     return None
+
+
+@pytest.fixture
+def step(export) -> Callable[[Path, int], Path]:
+    """A directory of the weights after those, a few of which have changed."""
+
+    def make(before: Path, version: int) -> Path:
+        after = export(version)
+        tensors = load_file(before / "model.safetensors")
+        for name in list(tensors)[:2]:
+            tensors[name].view(-1)[version % 25] += 1
+        save_file(tensors, after / "model.safetensors")
+        write_delta(before, after)
+        return after
+
+    return make
+
+
+BEGIN, RECEIVE, FINISH = (f"{what}_flash_delta" for what in ("begin", "receive", "finish"))
+
+
+async def test_what_changed_is_sent_alone_and_both_have_all_of_it_then(setting, export, step):
+    server, client = await setting.add()
+    await client.set_version(0)
+    await client.load_weights(of(folder := export(1)))
+    for version in (2, 3):
+        await client.set_version(version - 1)
+        server.asked.clear()
+        await client.load_weights(of(folder := step(folder, version)))
+        assert server.asked == ["/weight_info", BEGIN, RECEIVE, FINISH]
+        assert server.has(folder)
+    await client.check_health()
+    assert len(setting.senders) == 1
+
+
+async def test_a_server_that_was_started_anew_is_sent_all_and_then_what_changes(
+    setting, export, step
+):
+    server, client = await setting.add()
+    await client.set_version(0)
+    await client.load_weights(of(folder := export(1)))
+    await client.set_version(1)
+    server.restart()
+    await client.load_weights(of(folder := step(folder, 2)))
+    assert BEGIN not in server.asked
+    assert server.has(folder)
+    await client.set_version(2)
+    await client.load_weights(of(folder := step(folder, 3)))
+    assert server.asked[-1] == FINISH
+    assert server.has(folder)
+
+
+@pytest.mark.parametrize("loses", [True, False])
+async def test_a_server_that_takes_no_delta_is_sent_all_by_the_same_group(
+    setting, export, step, loses, caplog
+):
+    server, client = await setting.add()
+    await client.set_version(0)
+    await client.load_weights(of(folder := export(1)))
+    await client.set_version(1)
+    server.refuses_deltas, server.loses = not loses, "layer.1.weight" if loses else ""
+    server.asked.clear()
+    await client.load_weights(of(folder := step(folder, 2)))
+    assert server.asked[1] == BEGIN
+    assert (FINISH in server.asked) is loses
+    assert server.has(folder)
+    assert "whole weights from now on" in caplog.text
+    await client.check_health()
+    await client.set_version(2)
+    await client.load_weights(of(folder := step(folder, 3)))
+    assert server.asked.count(BEGIN) == 1
+    assert server.has(folder)
+    assert len(setting.senders) == 1
+
+
+async def test_a_delta_that_breaks_off_leaves_a_broken_server_and_nobody_waiting(
+    setting, export, step
+):
+    server, client = await setting.add()
+    await client.set_version(0)
+    await client.load_weights(of(folder := export(1)))
+    await client.set_version(1)
+    server.fails_in_update = server.updates + 1
+    with pytest.raises(WorkerBroken, match="out of memory"):
+        await client.load_weights(of(folder := step(folder, 2)))
+    assert setting.senders[0].ended
+    with pytest.raises(WorkerBroken, match="broke off"):
+        await client.check_health()
+    server.restart()
+    await client.check_health()
+    await client.load_weights(of(folder))
+    assert server.has(folder)
 
 
 async def test_a_server_without_weight_transfer_is_told_how_to_be_started(setting, export):

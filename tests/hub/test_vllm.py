@@ -29,6 +29,7 @@ from flash.system.machine import gpus, has_vllm
 from flash.types import Completion, GenerateRequest, SamplingParams, Scores, Weights
 from flash.warm_start.small_policy import create
 from flash.worker.shared import SharedWeights
+from tests.hub.deltas import stepped
 from tests.processes import Watch
 
 pytestmark = [
@@ -276,7 +277,7 @@ async def test_servers_sleep_with_their_requests_and_wake_with_the_new_weights(
                 assert b"true" in await worker._call("GET", "/is_sleeping")
             sampled = hub.stats().generated_tokens
             with monkeypatch.context() as patch:
-                patch.setattr(HttpWorker, "_load_files", None)  # it would fail
+                patch.setattr(HttpWorker, "_load_whole", None)  # it would fail
                 report = await servers.publish(mode, share=lambda of: in_memory(of, tmp_path))
             assert report.workers == 2
             assert report.gap.max < 1e-3
@@ -329,6 +330,20 @@ async def test_a_server_whose_engine_stands_still_is_started_anew(servers):
     servers.assert_all_exact(answers)
     await all_healthy(hub)
     assert not await asyncio.to_thread(watch.left)
+
+
+@pytest.mark.skipif(bool(gpus()), reason="on a GPU nothing is packed, and what changed is loaded")
+async def test_servers_whose_weights_are_packed_load_all_in_the_place_of_a_delta(
+    servers, tmp_path, caplog
+):
+    await servers.publish()
+    version = servers.hub.version + 1
+    model = stepped(servers.model_of[version - 1], tmp_path / "stepped", seed=1)
+    servers.model_of[version] = model
+    report = await servers.hub.publish(weights(version, model))
+    assert report.workers == 2
+    assert report.gap.max < 1e-3
+    assert caplog.text.count("gets whole weights from now on") == 2
 
 
 async def test_another_hub_attaches_to_servers_that_run(servers):

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from flash.trainer.export import write_weights
+from flash.trainer.export import layout, whole_tensors, write_weights
+from tests.families import save_family
 
 SaveModel = Callable[..., Path]
 Model: Any = AutoModelForCausalLM
@@ -52,6 +53,25 @@ def test_parameters_go_out_in_the_dtype_of_computation_and_buffers_as_they_are(
     for name, parameter in model.named_parameters():
         assert torch.equal(tensors.pop(name), parameter.bfloat16())
     assert not tensors
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "hrm_text", "gpt_neox"])
+def test_what_is_apart_together_or_otherwise_called_in_files_is_written_so(
+    kind: str, tmp_path: Path
+) -> None:
+    """Experts; attention's four weights, which files hold as one; a head of another name."""
+    save_family(tmp_path / "model", kind)
+    model = Model.from_pretrained(tmp_path / "model")
+    (tmp_path / "out").mkdir()
+    write_weights(model, tmp_path / "out", dtype=torch.float32, write=True)
+    tensors, expected = written(tmp_path / "out"), written(tmp_path / "model")
+    assert tensors.keys() == expected.keys()
+    assert tensors.keys() - model.state_dict().keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, expected[name]), name
+    whole = {name: tensor.shape for name, tensor in whole_tensors(model, torch.bfloat16)}
+    assert whole == {name: shape for name, _, shape in layout(model, torch.bfloat16)}
+    assert {dtype for _, dtype, _ in layout(model, torch.bfloat16)} == {torch.bfloat16}
 
 
 def test_a_rank_that_does_not_write_leaves_no_file(save_model: SaveModel, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 
+from flash.trainer.attention import PACKED_ATTENTION
 from flash.trainer.scorer import TokenScorer
 from flash.trainer.self_test import check_packed, texts
 from flash.trainer.sharding import load_model
@@ -56,6 +57,33 @@ def test_a_model_that_looks_ahead_is_no_language_model(tmp_path: Path) -> None:
         check_packed(scorer_of(tmp_path, "bert"))
 
 
+def test_what_a_model_raises_is_told_with_its_type(tmp_path: Path) -> None:
+    scorer = scorer_of(tmp_path, "llama")
+    model: Any = scorer.model.base_model
+    forward = model.forward
+
+    def fails_alone(*args: Any, **settings: Any) -> Any:
+        if "packing" not in settings:
+            raise RuntimeError("sizes differ")
+        return forward(*args, **settings)
+
+    def fails(*args: Any, **settings: Any) -> Any:
+        raise KeyError("heads")
+
+    model.forward = fails_alone
+    with pytest.raises(ValueError, match=r"'llama' can't compute a forward pass.*sizes differ"):
+        check_packed(scorer)
+    model.forward = fails
+    with pytest.raises(ValueError, match=r"'llama' can't compute packed sequences.*heads"):
+        check_packed(scorer)
+
+
+def test_the_check_leaves_attention_as_it_was(tmp_path: Path) -> None:
+    scorer = scorer_of(tmp_path, "llama")
+    check_packed(scorer)
+    assert scorer.model.config._attn_implementation == PACKED_ATTENTION  # type: ignore[union-attr]
+
+
 def test_a_layer_whose_attention_is_its_own_is_counted(tmp_path: Path) -> None:
     scorer = scorer_of(tmp_path, "llama")
     scorer.model.config.num_hidden_layers = 3  # type: ignore[union-attr]
@@ -73,6 +101,7 @@ def test_a_layer_whose_attention_is_its_own_is_counted(tmp_path: Path) -> None:
         ({"sliding_window": 100}, 40, [40, 5, 33]),
         ({"sliding_window": 100, "max_position_embeddings": 20}, None, [20, 5]),
         ({"sliding_window": 100_000}, None, [64, 5, 33]),
+        ({"max_position_embeddings": -1}, None, [64, 5, 33]),
     ],
 )
 def test_texts_are_longer_than_a_window_as_far_as_they_may_be(

@@ -24,6 +24,8 @@ from flash.trainer.objectives.settings import Gspo, KlSettings
 from flash.trainer.trainer import Trainer
 from flash.types import Batch, Sample
 from flash.virtual_time import in_virtual_time
+from flash.worker.delta import delta_of
+from tests.families import save_family
 
 SamplesOf = Callable[..., list[Sample]]
 SaveModel = Callable[..., Path]
@@ -150,6 +152,10 @@ async def test_two_ranks_compute_what_one_does_and_one_goes_on_where_two_stopped
         exports = [await two.export_weights() for _ in range(3)]
         assert [weights.path.is_dir() for weights in exports] == [False, True, True]
         assert exports[-1].version == two.version == 2
+        assert [weights.changed for weights in exports] == [None, 0.0, 0.0]
+        delta = delta_of(exports[-1].path)
+        assert delta is not None
+        assert delta.before == str(exports[-2].path)
         reloaded: Any = AutoModelForCausalLM.from_pretrained(exports[-1].path)
         assert exports[-1].score is not None
         scored = (await exports[-1].score([PROBE])).logprobs[0]
@@ -162,6 +168,33 @@ async def test_two_ranks_compute_what_one_does_and_one_goes_on_where_two_stopped
             assert resumed.version == 2
             await same_step(one, resumed, third)
     assert not any(weights.path.exists() for weights in exports)
+
+
+@pytest.mark.slow
+async def test_two_ranks_train_experts_as_one_does_and_write_them_one_by_one(
+    tmp_path: Path, samples_of: SamplesOf, reference_logprobs: Reference
+) -> None:
+    model = tmp_path / "model"
+    save_family(model, "mixtral")
+    two_ranks = CONFIG.model_copy(update={"ranks": 2})
+    async with (
+        Trainer(model=str(model), config=CONFIG, run_dir=tmp_path / "1") as one,
+        Trainer(model=str(model), config=two_ranks, run_dir=tmp_path / "2") as two,
+    ):
+        await same_step(one, two, batch_of(samples_of(7), 0))
+        await two.save_checkpoint(tmp_path / "checkpoint")
+        weights = await two.export_weights()
+        written = await exported(two)
+        scored = (await two.score([PROBE])).logprobs[0]
+        reloaded: Any = AutoModelForCausalLM.from_pretrained(weights.path)
+    before = load_file(model / "model.safetensors")
+    saved = load_file(tmp_path / "checkpoint/model/model.safetensors")
+    assert written.keys() == before.keys() == saved.keys()
+    expert = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
+    assert not np.array_equal(written[expert], before[expert])
+    for name, tensor in written.items():
+        assert np.array_equal(tensor, saved[name]), name
+    assert reference_logprobs(reloaded, PROBE) == pytest.approx(scored, abs=1e-4)
 
 
 @pytest.mark.slow

@@ -12,13 +12,14 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from gloo_sender import Communicator
+from unpacked import UnpackedLoader
 from vllm.distributed.weight_transfer import packed_tensor
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
 
-class Extension:
-    """Nothing but a reason to import this file."""
+class Extension(UnpackedLoader):
+    """Beside what it does, a reason to import this file."""
 
 
 class GlooTransferEngine(NCCLWeightTransferEngine):
