@@ -36,7 +36,8 @@ async def evaluate(
         raise ValueError(f"{source} holds no checkpoint: give a run's folder or a checkpoint of it")
     version = checkpoint_version(checkpoint)
     run = checkpoint.parent.parent
-    config = configuration.load(str(run / "config.yaml"), overrides)
+    whole = {"trainer.lora.publish": "merged"}  # it is one model
+    config = configuration.load(str(run / "config.yaml"), {**overrides, **whole})
     configuration.check_capacity(config, machine.capacity(), trains=False)
     _tell_of_brought(config, say)
     async with _whole((checkpoint / MODEL_FOLDER).resolve()) as model:

@@ -90,6 +90,8 @@ Score = Callable[[Sequence[Sequence[int]]], Awaitable[Scores | None]]
 class Weights:
     """Weights of one policy version: a directory of safetensors in Hugging Face layout.
 
+    With `adapters` it holds adapters in PEFT's format, of the model that workers started with.
+
     `score` gives the trainer's own logprobs of sequences under these weights, or None if the
     trainer can't say any more; with it, every publish is probed.
     Without it the probe can't be made and the gap is not known.
@@ -108,6 +110,7 @@ class Weights:
     changed: float | None = None
     share: Callable[[], AbstractAsyncContextManager[Path | None]] | None = None
     shared: Path | None = None
+    adapters: bool = False
 
 
 # ── environments ─────────────────────────────────────────────────────────────────────────────

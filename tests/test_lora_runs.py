@@ -9,6 +9,7 @@ from flash.cli import main as cli
 from flash.evaluate import evaluate
 from flash.replay.logged_run import open_run
 from flash.replay.retrain import Compared, plan, retrain
+from flash.system.machine import has_vllm
 from tests.tiny_runs import run, tiny
 
 pytestmark = pytest.mark.slow
@@ -58,3 +59,21 @@ async def test_a_run_with_adapters_goes_on_from_them_and_is_evaluated_merged_and
     assert "peft" not in repr(type(AutoModelForCausalLM.from_pretrained(out)))
     assert cli.run(["merge", saved, "--out", str(out)]) == 2
     assert "is there already: give a folder to be made" in capsys.readouterr().err
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not has_vllm(), reason="vLLM is not installed: make setup-vllm")
+async def test_a_run_on_vllm_publishes_adapters_alone_also_after_a_resume(tmp_path):
+    options = {
+        **OPTIONS,
+        "engine.kind": "vllm",
+        "engine.start_timeout_s": 300,
+        "policy.heads": 1,
+        "trainer.lora.publish": "adapters",
+    }
+    await run(tiny("frozen_lake", tmp_path, **{**options, "steps": 2}))
+    await run(tiny("frozen_lake", tmp_path, **{**options, "steps": 3, "checkpoint.resume": True}))
+    lines = (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
+    steps = [each for each in map(json.loads, lines) if "kl_reference" in each]
+    assert [each["mismatch/kl_fresh"] for each in steps] == pytest.approx([0] * 3, abs=1e-5)
+    assert steps[2]["kl_reference"] > 0

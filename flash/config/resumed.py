@@ -25,9 +25,11 @@ def _of(section: str, fields: str) -> list[str]:
     return [f"{section}.{field}" for field in fields.split()]
 
 
+_OF_ADAPTERS = _of("trainer.lora", "rank alpha targets")
+
 # A section that is here by its own name is of one kind, with all that it will ever hold.
 KINDS: Final[Mapping[str, Kind]] = {
-    **dict.fromkeys(("model", "seed", "policy", "warm_start", "trainer.lora", "log.url"), "fixed"),
+    **dict.fromkeys(("model", "seed", "policy", "warm_start", *_OF_ADAPTERS, "log.url"), "fixed"),
     **dict.fromkeys(
         (
             *["alpha", "batch_size", "group_size", "publish_every", "task_sets"],
@@ -57,7 +59,7 @@ KINDS: Final[Mapping[str, Kind]] = {
             *_of("rollout", "replicate max_filtered stall_timeout_s on_stall"),
             # How a step is divided among processes and passes: it stays the same but for rounding.
             *_of("trainer", "ranks shard_size threads tokens_per_micro_batch"),
-            *_of("trainer", "gradient_checkpointing compile"),
+            *_of("trainer", "gradient_checkpointing compile lora.publish"),
             *_of("trainer", "start_timeout_s step_timeout_s max_restarts"),
             *_of("eval", "mode workers"),
             *_of("log", "keep max_lag_s timeout_s"),
@@ -72,7 +74,7 @@ _FIXED_BY = {
     "model": "which is what its checkpoint has gone on from",
     "seed": "which decides the order of its tasks",
     "log.url": "which is where its log is",
-    **dict.fromkeys(_of("trainer.lora", "rank alpha targets"), "which its adapters were made with"),
+    **dict.fromkeys(_OF_ADAPTERS, "which its adapters were made with"),
 }
 # With model=small: what that policy was made from. With another model nothing is made of these.
 _OF_SMALL = ("policy", "warm_start", "env.name", "env.options")

@@ -6,6 +6,7 @@ from flash import registry
 from flash.config.callables import check_arguments, check_run
 from flash.config.fields import RunFields
 from flash.config.model import SMALL, check_model, read_config
+from flash.hub.config import ADAPTER_RANKS
 from flash.positions import check_positions
 from flash.system import machine
 from flash.trainer.config import TrainerConfig
@@ -29,6 +30,7 @@ def check_together(config: RunFields) -> None:
     _check_workers(config)
     if config.engine.colocated:
         _check_turns(config)
+    _check_adapters(config)
     if config.cluster.kind != "none":
         _check_cluster(config)
     _check_rollout(config)
@@ -144,6 +146,49 @@ def _check_turns(config: RunFields) -> None:
     ):
         if is_so:
             raise ValueError(f"engine.colocated=true with {given}: {why}")
+
+
+def _check_adapters(config: RunFields) -> None:
+    """That all who would get adapters can take them."""
+    if config.trainer.lora.publish != "adapters":
+        return
+    engine, rank, largest = config.engine, config.trainer.lora.rank, ADAPTER_RANKS[-1]
+    for given, is_so, why in (
+        (
+            f"engine.kind={engine.kind}",
+            engine.kind != "vllm",
+            "only vLLM servers that the run starts take adapters: use engine.kind=vllm, or",
+        ),
+        (
+            f"engine.transport={engine.transport}",
+            engine.transport != "disk",
+            "adapters come as files: use engine.transport=disk, or",
+        ),
+        (
+            "engine.colocated=true",
+            engine.colocated,
+            "servers that slept have no weights, and adapters are not all of them: use",
+        ),
+        (
+            f"explorers.expected={config.explorers.expected}",
+            config.explorers.may_come,
+            "explorers get whole weights: use",
+        ),
+        (
+            f"cluster.kind={config.cluster.kind}",
+            config.cluster.kind != "none",
+            "there explorers have all workers, and get whole weights: use",
+        ),
+        (
+            f"trainer.lora.rank={rank}",
+            rank > largest,
+            f"vLLM takes ranks up to {largest}: use a lower one, or",
+        ),
+    ):
+        if is_so:
+            raise ValueError(
+                f"trainer.lora.publish=adapters with {given}: {why} trainer.lora.publish=merged"
+            )
 
 
 def _check_brought(config: RunFields) -> None:

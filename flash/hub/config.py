@@ -19,6 +19,7 @@ _SAMPLING_ARGS = {
 }  # fmt: skip
 _KEY_ARGS = ("api-key", "admin-api-key", "hf-token")
 _LENGTH_ARGS = ("max-model-len", "context-length")
+ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has room for
 _COMMANDS = {"vllm_args": "vllm serve", "sglang_args": "sglang serve"}
 
 

@@ -14,6 +14,7 @@ from flash.hub.worker import BadRequest, OnTokens, WorkerBroken, WorkerFailure
 from flash.types import Completion, SamplingParams, UpdateMode, Weights
 from flash.worker.checksum import checksum
 from flash.worker.delta import Delta, Had, delta_of, not_had
+from flash.worker.vllm_extension import ADAPTERS
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class _Request(msgspec.Struct, gc=False, omit_defaults=True):
     sampling_params: _Sampling
     cache_salt: str = ""
     stream: bool = False
+    model: str = ""  # the server's own, or its adapter
 
 
 class _Results(msgspec.Struct):
@@ -76,6 +78,7 @@ class HttpWorker(ServerClient):
         super().__init__(url, api_key=api_key)
         self._keeps_stale = False
         self._cache_salt = ""  # requests with another one share no keys and values
+        self._model = ""
         self._has: Path | None = None  # whose weights it has, as far as is known here
         self._takes_deltas = True
 
@@ -91,6 +94,7 @@ class HttpWorker(ServerClient):
             token_ids if isinstance(token_ids, list) else list(token_ids),
             _Sampling(sampling.max_tokens, sampling.temperature, sampling.stop_token_ids),
             cache_salt=self._cache_salt,
+            model=self._model,
         )
         if on_tokens is not None and sampling.max_tokens >= STREAMED_FROM_TOKENS:
             request.sampling_params.stream_interval = STREAM_INTERVAL
@@ -110,6 +114,9 @@ class HttpWorker(ServerClient):
         await self._call("POST", f"/pause?mode={mode}&clear_cache=false")
 
     async def load_weights(self, weights: Weights) -> None:
+        if weights.adapters:
+            await self._load_adapters(weights)
+            return
         had, self._has = self._has, None
         if weights.shared is not None and await self._load_shared(weights.shared):
             return
@@ -134,6 +141,18 @@ class HttpWorker(ServerClient):
         else:
             if not loaded:
                 await self._load_whole(weights)
+
+    async def _load_adapters(self, weights: Weights) -> None:
+        """In the place of those before, for requests that run too."""
+        # Given in place by this route, a request would go on with those that it began with.
+        body = {"lora_name": ADAPTERS, "lora_path": str(weights.path)}
+        try:
+            await self._call("POST", "/v1/load_lora_adapter", body)
+        except BadRequest as refusal:
+            if "already been loaded" not in str(refusal):
+                raise WorkerFailure(str(refusal)) from refusal
+        await self._load_whole(weights)
+        self._model = ADAPTERS
 
     async def _load_shared(self, directory: Path) -> bool:
         """From memory of the trainer's, on the same device; no if that can't be."""
@@ -160,8 +179,9 @@ class HttpWorker(ServerClient):
 
     async def _load_whole(self, weights: Weights) -> None:
         path = weights.path
+        method = "load_flash_adapters" if weights.adapters else "load_flash_weights"
         try:
-            answer = await self._rpc("load_flash_weights", weights_path=str(path))
+            answer = await self._rpc(method, weights_path=str(path))
         except WorkerFailure as failure:
             raise WorkerFailure(
                 f"{failure} (it must serve the model that is trained, and see the files in {path})"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
+from flash.hub.config import ADAPTER_RANKS
 from flash.hub.pool import ProcessPool, check_parallel, visible_gpus
 from flash.seeds import derived
 from flash.system.machine import Gpu
@@ -30,6 +31,7 @@ class VllmPool(ProcessPool):
         gpu_memory: the share of a GPU's memory that a server takes.
         sleeps: whether it can give that away; without a GPU it only pauses.
         threads: CPU threads of a server; 0 leaves it to torch.
+        adapter_rank: of the adapters that servers are given; 0: they are given whole weights.
         arguments: further arguments of `vllm serve`, after ours.
     """
 
@@ -59,6 +61,7 @@ class VllmPool(ProcessPool):
         log_dir: Path,
         start_timeout_s: float,
         sleeps: bool = False,
+        adapter_rank: int = 0,
         say: Callable[[str], None] = logger.info,
     ) -> None:
         super().__init__(size=size, log_dir=log_dir, start_timeout_s=start_timeout_s, say=say)
@@ -67,6 +70,7 @@ class VllmPool(ProcessPool):
         self._devices = list(devices)
         self._tensor_parallel = tensor_parallel
         self._threads = threads
+        self._takes_adapters = adapter_rank > 0
         self._seed = seed
         options = {
             "dtype": dtype,
@@ -85,12 +89,15 @@ class VllmPool(ProcessPool):
         else:
             options["num-gpu-blocks-override"] = -(-cache_tokens // _BLOCK_TOKENS)
             options["block-size"] = _BLOCK_TOKENS
+        if adapter_rank:
+            options["max-lora-rank"] = next(most for most in ADAPTER_RANKS if most >= adapter_rank)
         self._arguments = [
             *(f"--{name}={value}" for name, value in options.items()),
             "--enable-scale-out",
             "--disable-uvicorn-access-log",
             *([] if self._devices else ["--enforce-eager"]),
             *(["--enable-sleep-mode"] if sleeps and self._devices else []),
+            *(["--enable-lora"] if adapter_rank else []),
             *arguments,
         ]
 
@@ -107,6 +114,8 @@ class VllmPool(ProcessPool):
             "VLLM_API_KEY": self._api_key,
             "VLLM_NO_USAGE_STATS": "1",
         }
+        if self._takes_adapters:
+            environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
         if self._devices:
             environment |= visible_gpus(self._devices, number, self._tensor_parallel)
         else:

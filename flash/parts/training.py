@@ -201,7 +201,7 @@ async def _open(
         config, config.trainer, model, folder, run_log, past, redone, starter, view.say
     )
     engine = config.engine
-    given = bool(engine.urls) or engine.colocated
+    given = bool(engine.urls) or engine.colocated or config.trainer.lora.publish == "adapters"
     # A checkpoint of adapters has no model for workers to start with.
     begins_at = 0 if config.trainer.lora.rank else past.checkpoint
     async with (

@@ -61,10 +61,12 @@ async def open_hub(
     run too, so they are given `weights` before they are asked anything. `senders` starts what sends
     weights to a worker, by its number; by default these are on the trainer's GPUs, here.
     `make_room` has the trainer make room for workers on its own GPUs, if they share these; they are
-    given `weights` too, because they lose what they have.
+    given `weights` too, because they lose what they have. So are those that take adapters: a
+    request that begins without one would go on without the next.
     """
     engine = config.engine
     shared = make_room is not None
+    adapters = config.trainer.lora.publish == "adapters"
     devices = engine.devices or worker_gpus(config.trainer.ranks, shared=shared)
     parameters = None
     if engine.kind == "auto" and not engine.urls and devices and has_vllm():
@@ -90,7 +92,7 @@ async def open_hub(
         max_running=engine.max_running,
         update_mode=engine.update_mode,
         version=version,
-        weights=await weights() if engine.urls or shared else None,
+        weights=await weights() if engine.urls or shared or adapters else None,
         make_room=make_room,
         request_timeout_s=engine.request_timeout_s,
         progress_timeout_s=engine.progress_timeout_s,
@@ -259,7 +261,9 @@ def _server_pool(
     start: Callable[..., VllmPool] = VllmPool
     if engine.transport == "nccl":
         start = functools.partial(NcclPool, senders=senders)
-    vllm = start(model, arguments=engine.vllm_args, **of_both)
+    lora = config.trainer.lora
+    adapter_rank = lora.rank if lora.publish == "adapters" else 0
+    vllm = start(model, arguments=engine.vllm_args, adapter_rank=adapter_rank, **of_both)
     return vllm, "vLLM server"
 
 

@@ -42,6 +42,11 @@ class LoraConfig(Section):
         description=f"modules that have one, by the ends of their names, as q_proj; {ALL_LINEAR}: "
         "each linear one but the head",
     )
+    publish: Literal["merged", "adapters"] = Field(
+        "merged",
+        description="what workers get: whole weights, or the adapters alone, which vLLM servers "
+        "that a run starts can take",
+    )
 
 
 class TrainerConfig(Section):
@@ -177,9 +182,9 @@ class TrainerConfig(Section):
         lora = self.lora
         if not lora.rank and lora != LoraConfig():
             raise ValueError(
-                f"trainer.lora.alpha={lora.alpha} and trainer.lora.targets={list(lora.targets)} "
-                f"with trainer.lora.rank=0, so that there is no adapter: give a rank, for example "
-                f"16, or leave them out"
+                f"trainer.lora.alpha={lora.alpha}, trainer.lora.targets={list(lora.targets)} and "
+                f"trainer.lora.publish={lora.publish} with trainer.lora.rank=0, so that there is "
+                f"no adapter: give a rank, for example 16, or leave them out"
             )
         if ALL_LINEAR in lora.targets and len(lora.targets) > 1:
             raise ValueError(

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 from torch.distributed.tensor import distribute_tensor
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from flash.seeds import derived
@@ -202,23 +202,24 @@ def merge(adapters: Path, directory: Path) -> None:
 
     ValueError if that model is not where it was.
     """
-    from peft import AutoPeftModelForCausalLM  # noqa: PLC0415  (it is optional)
+    from peft import PeftModel  # noqa: PLC0415  (it is optional)
 
-    peft_class: Any = AutoPeftModelForCausalLM
+    model_class: Any = AutoModelForCausalLM  # its types are not published
     base = json.loads((adapters / _CONFIG_FILE).read_text())["base_model_name_or_path"]
     try:
-        model = peft_class.from_pretrained(adapters, dtype=torch.float32).merge_and_unload()
+        model = model_class.from_pretrained(base, dtype=torch.float32)
     except OSError as error:
         raise ValueError(
             f"{adapters} has adapters of the model {base!r}, which can't be loaded: bring it back, "
             f"or name where it is in {_CONFIG_FILE} (base_model_name_or_path) ({error})"
         ) from error
-    generation_class: Any = GenerationConfig  # its types are not published
+    whole: Any = PeftModel.from_pretrained(model, adapters).merge_and_unload()
+    generation_class: Any = GenerationConfig
     # Its own may be one that transformers loads and refuses to save.
-    generation, model.generation_config = model.generation_config, generation_class()
-    model.save_pretrained(directory)
-    model.generation_config = generation
-    save_beside(model, directory, source=str(adapters))
+    generation, whole.generation_config = whole.generation_config, generation_class()
+    whole.save_pretrained(directory)
+    whole.generation_config = generation
+    save_beside(whole, directory, source=str(adapters))
 
 
 def _in_file(name: str) -> str:

@@ -102,7 +102,8 @@ def read_config(source: str) -> Any:
     path = _file(source, "config.json")
     if path is None and _file(source, ADAPTERS_FILE) is not None:
         raise ValueError(
-            "there are adapters and no model: make one of them and theirs by flash merge"
+            "there are adapters and no model: merge the checkpoint that they are of (flash merge "
+            "CHECKPOINT --out DIR), and give that"
         )
     if path is None:
         raise ValueError("there is no config.json, so it is not a model")

@@ -373,7 +373,8 @@ class Rank:
     # ── weights and checkpoints ──────────────────────────────────────────────────────────────
 
     def export(self, directory: str, before: str | None = None) -> float | None:
-        """Write the weights as safetensors under their Hugging Face names.
+        """Write the weights as safetensors under their Hugging Face names, or the adapters where
+        workers take these.
 
         The ranks that see the folder that rank 0 makes share the work. Rank 0 knows then which
         share of the weights changed since the export `before`.
@@ -382,11 +383,15 @@ class Rank:
         if self._rank == 0:
             partial.mkdir(parents=True)
         dist.barrier()
-        write_weights(self._model, partial, dtype=self._exported, write=partial.is_dir())
-        if self._rank:
-            return None
-        changed = None if before is None else write_delta(Path(before), partial)
-        partial.rename(directory)
+        changed = None
+        if self._config.lora.publish == "adapters":
+            save_adapters(self._model, partial, write=self._rank == 0)
+        else:
+            write_weights(self._model, partial, dtype=self._exported, write=partial.is_dir())
+            if self._rank == 0 and before is not None:
+                changed = write_delta(Path(before), partial)
+        if self._rank == 0:
+            partial.rename(directory)
         return changed
 
     @property

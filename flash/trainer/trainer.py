@@ -394,7 +394,10 @@ class Trainer:
         path, before = self._scratch.new_export(self.version), self._scratch.newest
         changed = await self._call("export", str(path), None if before is None else str(before))
         await self._scratch.keep(path)
-        return Weights(version=self.version, path=path, score=self.score, changed=changed)
+        adapters = self.config.lora.publish == "adapters"
+        return Weights(
+            version=self.version, path=path, score=self.score, changed=changed, adapters=adapters
+        )
 
     async def make_room(self, share: float) -> float:
         """Has every rank keep so little of its GPU that this share is free, if it can; the share
@@ -429,7 +432,7 @@ class Trainer:
         await self._save(directory, optimizer=True)
 
     async def save_model(self, directory: Path) -> None:
-        """The model alone, in Hugging Face format."""
+        """The model alone, in Hugging Face format; with `config.lora` its adapters, in PEFT's."""
         await self._save(directory, optimizer=False)
 
     async def _save(self, directory: Path, *, optimizer: bool) -> None:

@@ -20,6 +20,9 @@ from flash.system.listener import page_refusal
 from flash.worker.checksum import checksum
 from flash.worker.delta import Had, TensorInfo, delta_of
 
+ADAPTERS = "adapters"  # the name of all versions of them
+_ADAPTERS_ID = 1  # which a server gives to the first that it is told of
+
 logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
@@ -64,6 +67,17 @@ class WeightLoader:
         self.model_runner.reload_weights(weights_path=weights_path)
         self._pack_head()
         self.flash_weights = weights_path
+        return loaded
+
+    @told
+    def load_flash_adapters(self, weights_path: str) -> str:
+        """Replace the adapters in place by those in a directory; their checksum."""
+        from vllm.lora.request import LoRARequest  # noqa: PLC0415  (in vLLM only)
+
+        loaded = checksum(Path(weights_path))
+        self.model_runner.add_lora(
+            LoRARequest(ADAPTERS, _ADAPTERS_ID, weights_path, load_inplace=True)
+        )
         return loaded
 
     @told
