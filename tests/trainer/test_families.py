@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file
 
+from flash.trainer.config import TrainerConfig
 from flash.trainer.export import layout, write_weights
+from flash.trainer.loading import sharded_scorer
 from flash.trainer.model_files import check_files
 from flash.trainer.scorer import TokenScorer
-from flash.trainer.self_test import check_packed
-from flash.trainer.sharding import load_model
 from flash.worker.engine import EmbeddedEngine, EngineRequest
 from flash.worker.self_test import check_engine
 from tests.families import WINDOW, WINDOWS, save_family
@@ -81,6 +82,15 @@ def weights_in(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    """The only rank."""
+    store: Any = dist
+    dist.init_process_group("gloo", store=store.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
 @pytest.fixture
 def opened(tmp_path: Path) -> Iterator[Any]:
     engines = []
@@ -113,18 +123,22 @@ async def far_off(engine: EmbeddedEngine, reference: Any) -> float:
     )
 
 
-def check_training(folder: Path) -> Any:
-    """Packed logprobs are the model's own, and nothing in them is random; the model."""
+def loaded(folder: Path) -> TokenScorer:
+    """As a rank has it, which compares packed and plain forward; ValueError if they differ."""
     check_files(str(folder), field="model")
-    scorer = TokenScorer(load_model(str(folder)))
-    check_packed(scorer)
-    reference = plain(folder)
+    return sharded_scorer(str(folder), TrainerConfig(), device="cpu", half=False)
+
+
+def check_training(folder: Path) -> tuple[TokenScorer, Any]:
+    """Packed logprobs are the model's own, and nothing in them is random; the trainer's model, and
+    the model."""
+    scorer, reference = loaded(folder), plain(folder)
     expected = torch.cat([logprobs_of(reference, text) for text in TEXTS])
     packed = packed_logprobs(scorer)
     assert packed.requires_grad
     torch.testing.assert_close(packed, expected, atol=LIMIT, rtol=0)
     assert torch.equal(packed, packed_logprobs(scorer))
-    return reference
+    return scorer, reference
 
 
 @pytest.mark.parametrize("kind", SERVED)
@@ -132,11 +146,11 @@ async def test_a_family_is_trained_served_and_exported_as_it_is(
     kind: str, tmp_path: Path, opened: Any
 ) -> None:
     save_family(tmp_path, kind)
-    reference = check_training(tmp_path)
+    scorer, reference = check_training(tmp_path)
 
     out = tmp_path / "out"
     out.mkdir()
-    exported = load_model(str(tmp_path))
+    exported: Any = scorer.model
     write_weights(exported, out, dtype=torch.float32, write=True)
     written, expected = weights_in(out), weights_in(tmp_path)
     assert written.keys() == expected.keys()
@@ -179,8 +193,7 @@ def test_a_family_that_can_not_be_trained_is_refused_by_name(
     config = save_family(tmp_path, kind, **(WINDOWS[kind] if windows else {}))
     named = f"model_type='{config.model_type}"
     with pytest.raises(ValueError, match=named) as caught:
-        check_files(str(tmp_path), field="model")
-        check_packed(TokenScorer(load_model(str(tmp_path))))
+        loaded(tmp_path)
     for part in why:
         assert part in str(caught.value)
 
