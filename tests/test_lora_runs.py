@@ -12,7 +12,7 @@ from flash.replay.retrain import Compared, plan, retrain
 from flash.system.machine import has_vllm
 from tests.tiny_runs import run, tiny
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 OPTIONS = {
     "trainer.lora.rank": 4,
@@ -61,7 +61,6 @@ async def test_a_run_with_adapters_goes_on_from_them_and_is_evaluated_merged_and
     assert "is there already: give a folder to be made" in capsys.readouterr().err
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.skipif(not has_vllm(), reason="vLLM is not installed: make setup-vllm")
 async def test_a_run_on_vllm_publishes_adapters_alone_also_after_a_resume(tmp_path):
     options = {
