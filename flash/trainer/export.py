@@ -110,7 +110,10 @@ class _Writer:
     def add(self, name: str, tensor: Tensor) -> None:
         if self._pending and self._pending_bytes + tensor.nbytes > self._file_bytes:
             self._flush()
-        self._pending[name] = tensor.contiguous().cpu()
+        own = tensor.contiguous().cpu()
+        if own.untyped_storage().nbytes() > own.nbytes:
+            own = own.clone()  # a part would keep the whole tensor
+        self._pending[name] = own
         self._pending_bytes += tensor.nbytes
 
     def close(self) -> dict[str, str]:
