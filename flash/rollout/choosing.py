@@ -75,8 +75,10 @@ class Chooser:
             again = []
         if len(fresh) + len(again) < at_least:
             self._vain = self._state(at_least, version, published)
-            # Others can't help where the places that are kept alone are too many.
-            self._groups.wait_for(awaited if wanted.total() - kept < at_least else ())
+            # Others can't help where the places that are kept alone are too many; and of those that
+            # they are kept for, each that changes leaves one less.
+            too_many = kept - (wanted.total() - at_least)
+            self._groups.wait_for(awaited if too_many > 0 else (), too_many)
             return [], []
         return sorted(fresh, key=lambda group: group.id), again
 
@@ -140,5 +142,5 @@ def choose_groups(
 
 def _last(group: Group, alpha: float, published: int) -> int:
     """The last version that it can be trained for. Who has not begun to sample may do so now."""
-    oldest = group.oldest_version
-    return math.floor((published if oldest is None else oldest) + alpha)
+    oldest = group.oldest
+    return math.floor((published if oldest == math.inf else oldest) + alpha)

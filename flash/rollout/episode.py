@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -120,7 +121,7 @@ class Episode:
         self.prompt_tokens = 0
         self.generated_tokens = 0
         self.turns = 0
-        self.oldest_version: int | None = None
+        self.oldest: float = math.inf  # as `oldest_version`, where many are compared
         self.newest_version: int | None = None
 
     async def generate(self, token_ids: Sequence[int], sampling: SamplingParams) -> Completion:
@@ -187,8 +188,7 @@ class Episode:
 
     def _note_version(self, version: int) -> None:
         """A worker at `version` began to sample for us: no token of ours can be older."""
-        if self.oldest_version is None or version < self.oldest_version:
-            self.oldest_version = version
+        self.oldest = min(self.oldest, version)
 
     def _note_versions(self, completion: Completion) -> None:
         """Those of tokens that it has."""
@@ -198,6 +198,11 @@ class Episode:
         self._note_version(oldest)
         if self.newest_version is None or newest > self.newest_version:
             self.newest_version = newest
+
+    @property
+    def oldest_version(self) -> int | None:
+        """Of a token that it has; None if it has none."""
+        return None if self.oldest == math.inf else int(self.oldest)
 
     @property
     def stage_name(self) -> str:
@@ -237,7 +242,7 @@ class Episode:
         self.trajectory = trajectory
         self.tokens_of = _tokens_of(trajectory)
         if self.tokens_of:
-            self.oldest_version, self.newest_version = min(self.tokens_of), max(self.tokens_of)
+            self.oldest, self.newest_version = min(self.tokens_of), max(self.tokens_of)
         self.begin_stage(Stage("ready"))
 
     def end(self) -> float:

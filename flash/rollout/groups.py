@@ -1,11 +1,15 @@
 """The groups on their way into a batch, and what they add up to."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from flash.rollout.episode import Episode
 from flash.types import Task
+
+_oldest = attrgetter("oldest")
 
 
 @dataclass(slots=True, eq=False)
@@ -30,22 +34,15 @@ class Group:
         return max(0, len(self.members) - self.size)
 
     @property
-    def oldest_version(self) -> int | None:
-        """The version of the oldest token so far; None if there is none."""
-        oldest = None
-        for member in self.members.values():
-            version = member.oldest_version
-            if version is not None and (oldest is None or version < oldest):
-                oldest = version
-        return oldest
+    def oldest(self) -> float:
+        """The version of the oldest token so far; infinite if there is none."""
+        return min(map(_oldest, self.members.values()), default=math.inf)
 
     def older_than(self, version: float) -> list[Episode]:
         """The members of which a token is older."""
-        return [
-            member
-            for member in self.members.values()
-            if (oldest := member.oldest_version) is not None and oldest < version
-        ]
+        if self.oldest >= version:  # as most of thousands are
+            return []
+        return [member for member in self.members.values() if member.oldest < version]
 
 
 @dataclass(slots=True)
@@ -61,12 +58,13 @@ class Groups:
     """In the order of their tasks, those of all task sets.
 
     `changes` counts what may make another choice of groups possible: one is complete, one is on its
-    way no longer, one has lost a member; of those that are awaited, if only they matter.
+    way no longer, one has lost a member. See `wait_for`.
     """
 
     def __init__(self, first_id: int = 0) -> None:
         self.changes = 0
         self._awaited: set[Group] = set()
+        self._awaited_changes = 0
         self._groups: dict[int, Group] = {}
         self._counts: dict[str, Counts] = defaultdict(Counts)
         self._next_id = first_id
@@ -87,9 +85,11 @@ class Groups:
         """Of that task set; read them when you need them."""
         return self._counts[task_set]
 
-    def wait_for(self, groups: Iterable[Group]) -> None:
-        """Only what changes in these counts from now on; in any, if there are none."""
+    def wait_for(self, groups: Iterable[Group], changes: int) -> None:
+        """Other groups do not count, nor do these before there are so many changes of them; all
+        count, if there are none."""
         self._awaited = {*groups}
+        self._awaited_changes = changes
 
     def begin(self, task: Task, *, size: int, episodes: int) -> Group:
         """A new group, of which so many episodes are to begin."""
@@ -135,7 +135,9 @@ class Groups:
             self._changed(group)
 
     def _changed(self, group: Group) -> None:
-        if not self._awaited or group in self._awaited:
+        if group in self._awaited:
+            self._awaited_changes -= 1
+        if not self._awaited or (group in self._awaited and self._awaited_changes <= 0):
             self.changes += 1
 
     def _count(self, group: Group, sign: int) -> None:

@@ -96,7 +96,7 @@ class Reuse:
         self._alpha = alpha
         self._priority = find_priority(settings.priority)
         self._kept: dict[Group, int] = {}  # how many batches each was in
-        self._of_version: Counter[int | None] = Counter()  # how many, by their oldest token's
+        self._of_version: Counter[float] = Counter()  # how many, by their oldest token's
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -113,7 +113,7 @@ class Reuse:
     def choose(self, wanted: int, *, version: int) -> list[Group]:
         """So many for a batch for that version, the highest priorities first; none if there are
         fewer."""
-        fresh = [g for g in self._kept if self._is_fresh(g.oldest_version, version)]
+        fresh = [g for g in self._kept if self._is_fresh(g.oldest, version)]
         if not 0 < wanted <= min(self.most, len(fresh)):
             return []
         # Of equal ones the newest: what is chosen never depends on the order in which they came.
@@ -127,7 +127,7 @@ class Reuse:
         for group in groups:
             self.keep(group, self._kept.get(group, 0) + 1)
         for group, uses in list(self._kept.items()):
-            oldest = group.oldest_version
+            oldest = group.oldest
             if uses >= self._most_uses or not self._is_fresh(oldest, version + 1):
                 del self._kept[group]
                 self._of_version -= Counter([oldest])  # which forgets a version without any
@@ -135,15 +135,14 @@ class Reuse:
     def keep(self, group: Group, uses: int) -> None:
         """It was in so many batches."""
         if group not in self._kept:
-            self._of_version[group.oldest_version] += 1
+            self._of_version[group.oldest] += 1
         self._kept[group] = uses
 
-    def _is_fresh(self, oldest: int | None, version: int) -> bool:
-        return oldest is None or version - oldest <= self._alpha
+    def _is_fresh(self, oldest: float, version: int) -> bool:
+        return version - oldest <= self._alpha
 
     def _told(self, group: Group, version: int) -> TrainedGroup:
-        oldest = group.oldest_version
-        oldest = version if oldest is None else oldest
+        oldest = version if group.oldest == math.inf else int(group.oldest)
         return TrainedGroup(
             trajectories=trajectories(group),
             version=oldest,

@@ -1,5 +1,6 @@
 """Which groups make a batch."""
 
+import math
 from types import SimpleNamespace
 
 from flash.rollout.choosing import choose_groups
@@ -9,7 +10,7 @@ from flash.types import Task
 
 def group(number, *, oldest, complete):
     """Of one episode, whose oldest token has that version; None: it has not begun to sample."""
-    member = SimpleNamespace(oldest_version=oldest)
+    member = SimpleNamespace(oldest=math.inf if oldest is None else oldest)
     return Group(number, Task(number), 1, members={number: member}, ready=int(complete))
 
 

@@ -297,7 +297,7 @@ async def test_what_is_waited_for_keeps_its_place():
     async with rollouts(of_groups(times, NEVER_S), alpha=1, on_stale="wait") as loop:
         await train(loop, 1)
         for episode in loop.episodes():
-            episode.oldest_version = 0 if episode.group in version_zero else 1
+            episode.oldest = 0 if episode.group in version_zero else 1
         batch = await loop.next_batch()
         assert asyncio.get_running_loop().time() == 100
         assert groups(batch) == [4, 5, 6, 3]
