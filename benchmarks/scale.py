@@ -8,7 +8,8 @@
 The production's RolloutLoop, InferenceHub and agents, with the fakes of `flash.fakes`: episodes of
 4 turns, 16 tokens a response, a trainer that trains nothing and publishes at once, batches of a
 quarter of the agents. CPU time is of the process; lag is how late its event loop sees an event,
-for its own work. Memory is what the process grows by until it has warmed up.
+for its own work. With latencies a publish wakes no request, as it wakes none in a server of another
+process. Memory is what the process grows by until it has warmed up.
 
     python benchmarks/scale.py [--agents 1000,4000,16000] [--seconds 20]
 """
@@ -20,8 +21,10 @@ import itertools
 import json
 import math
 import multiprocessing
+import random
 import time
 import tracemalloc
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -32,9 +35,10 @@ from flash.agents import EnvironmentAgent
 from flash.cli.event_loop import run_loop
 from flash.fakes import FakeEnvs, FakeStyle, FakeWorker
 from flash.hub.hub import InferenceHub
+from flash.hub.worker import OnTokens
 from flash.rollout.config import RolloutSettings
 from flash.rollout.loop import RolloutLoop
-from flash.types import Task, Weights
+from flash.types import Completion, SamplingParams, Task, Weights
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
 TURNS, TOKENS, GROUP, WORKERS = 4, 16, 8, 8
@@ -43,14 +47,35 @@ LEAST_REQUESTS = 20_000
 Row = dict[str, float]
 
 
+class SleepingWorker(FakeWorker):
+    """Takes its time for a whole response, and samples that at the end."""
+
+    def __init__(self, name: str, *, seed: int, seconds: tuple[float, float]) -> None:
+        super().__init__(name, load_s=(0.0, 0.0))
+        self._random, self._seconds = random.Random(seed), seconds
+
+    async def generate(
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        sampling: SamplingParams,
+        on_tokens: OnTokens | None = None,
+    ) -> Completion:
+        await asyncio.sleep(self._random.uniform(*self._seconds))
+        count = sampling.max_tokens
+        return Completion(
+            token_ids=[10] * count, logprobs=[-1.0] * count, versions=[self.version] * count,
+            temperature=sampling.temperature, finish_reason="length", worker=self.name,
+        )  # fmt: skip
+
+
 async def measure(agents: int, *, instant: bool, seconds: float) -> Row:
     """Warms up for a batch, then measures: instant ones a number of requests, others a time."""
     batch_size = agents // 4 // GROUP * GROUP
-    token_s = (0.0, 0.0) if instant else (2 / TOKENS, 6 / TOKENS)
-    workers = [
-        FakeWorker(
-            f"worker {i}", seed=i, token_s=token_s, tokens=(TOKENS, TOKENS), load_s=(0.0, 0.0)
-        )
+    workers: list[FakeWorker] = [
+        FakeWorker(f"worker {i}", seed=i, token_s=(0, 0), tokens=(TOKENS, TOKENS), load_s=(0, 0))
+        if instant
+        else SleepingWorker(f"worker {i}", seed=i, seconds=(2.0, 6.0))
         for i in range(WORKERS)
     ]
     step_s = (0.0, 0.0) if instant else (0.5, 2.0)
