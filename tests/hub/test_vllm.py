@@ -360,7 +360,7 @@ async def test_another_hub_attaches_to_servers_that_run(servers):
 async def test_a_head_that_keeps_its_old_weights_ends_the_run(servers, tmp_path):
     """The last of these tests: afterwards the hub has failed its publish."""
     version = servers.hub.version + 1
-    model = servers.models[version % len(servers.models)]
+    model = servers.models[1]  # what the hub before has left is the first one
     planted = tmp_path / "planted"
     shutil.copytree(model, planted)
     (planted / "planted").touch()

@@ -214,7 +214,7 @@ def test_a_checkpoint_is_an_adapter_that_peft_loads_and_a_resume_goes_on_from(
         trained = parameters_of(rank, trained=True)
     files = {path.name for path in (saved / "model").iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= files
-    assert "model.safetensors" not in files
+    assert not any(name.startswith("model") for name in files)
     gathered = FileSystemReader(saved / "optimizer").read_metadata().state_dict_metadata.keys()
     assert all(".lora_" in name for name in gathered - {"updates"})
     assert len(gathered) > 1
