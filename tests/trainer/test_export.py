@@ -13,6 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from flash.trainer import export
 from flash.trainer.config import TrainerConfig
 from flash.trainer.export import layout, whole_tensors, write_weights
 from flash.trainer.trainer import Trainer
@@ -87,6 +88,22 @@ def test_what_is_apart_together_or_otherwise_called_in_files_is_written_so(
     whole = {name: tensor.shape for name, tensor in whole_tensors(model, torch.bfloat16)}
     assert whole == {name: shape for name, _, shape in layout(model, torch.bfloat16)}
     assert {dtype for _, dtype, _ in layout(model, torch.bfloat16)} == {torch.bfloat16}
+
+
+def test_what_is_kept_until_a_file_is_full_keeps_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An expert that another rank writes is not kept with the whole that both are parts of."""
+    kept: list[torch.Tensor] = []
+
+    def save(tensors: dict[str, torch.Tensor], *args: Any, **options: Any) -> None:
+        kept.extend(tensors.values())
+
+    save_family(tmp_path / "model", "mixtral")
+    model = Model.from_pretrained(tmp_path / "model")
+    monkeypatch.setattr(export, "save_file", save)
+    write_weights(model, tmp_path, dtype=torch.bfloat16, write=True)
+    assert sum(t.nbytes for t in kept) == sum(t.untyped_storage().nbytes() for t in kept)
 
 
 @pytest.mark.slow
