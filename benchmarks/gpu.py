@@ -16,9 +16,11 @@ the table says so:
     recomputed  the trainer's steps with activations recomputed, and what is chosen for this card
     compiled    the same with layers that torch.compile made, and how long that takes at first
     small       seconds a step of the ALFWorld preset on the CPU, and on vLLM if it is installed
+    long        a step of one sample of 32,768, 65,536, … tokens, recomputed
+    adapters    LoRA of a model of 7.6 billion: loading, steps, and the merged weights' export
     colocated   trainer and a vLLM server in turns on the one card: what a turn costs
 
-All of them take fifteen minutes (`--limit 900`); within five the last are left out.
+All of them take twenty minutes (`--limit 1200`); within five the last are left out.
 
 `--policy` is a small policy that was taught before: after `make train ENV=alfworld` the folder
 `runs/.small_policies/alfworld-…`; without it that part is left out. Without a GPU the model is
@@ -77,7 +79,7 @@ from flash.hub.vllm_pool import VllmPool
 from flash.system.machine import gpus, has_vllm
 from flash.system.quiet import no_progress_bars
 from flash.trainer.attention import Packing, attend_one_by_one, varlen_kernel
-from flash.trainer.config import TrainerConfig
+from flash.trainer.config import LoraConfig, TrainerConfig
 from flash.trainer.delta import write_delta
 from flash.trainer.lasting import LastingTrainer
 from flash.trainer.micro_batch import pack
@@ -92,15 +94,17 @@ from flash.worker.engine import EmbeddedEngine, EngineRequest
 from flash.worker.tensors import words_of
 
 RESULTS = Path(__file__).parent / "results"
-SIZE = "0.5b" if CUDA else "small"
+SIZE, LARGE = ("0.5b", "7.6b") if CUDA else ("small", "small")
 DTYPE = torch.bfloat16 if CUDA else torch.float32
 HEADS = (14, 2, 64) if CUDA else (4, 2, 16)  # of queries, of keys, and their width
 # Median tokens of an episode, and how many there are.
 EPISODES = {"short": (220, 256), "long": (2000, 48)} if CUDA else {"short": (40, 16)}
 # Tokens a pass; the most may be more than the card has memory for.
 BUDGETS, MOST = ((16_384, 8_192), 32_768) if CUDA else ((512,), 1024)
+LONG = (32_768, 65_536, 131_072, 262_144) if CUDA else (512, 1024)  # tokens of a sample
 REPEATS = 2
 VLLM_SHARE = 0.7  # of the card, in its turn
+VLLM_ARGUMENTS = ["--enforce-eager"]  # graphs take it a minute more to start, and no pause changes
 MOST_REQUESTS = 256 if CUDA else 8
 NAMES = itertools.count()  # of requests
 END_S = 10  # for a part to end itself, once it is told to
@@ -186,6 +190,40 @@ def room(rank: Rank) -> Figures:
         "kept": found.kept, "recomputed": found.recomputed,
         "tokens a pass": tokens, "recompute": recompute,
     }  # fmt: skip
+
+
+def long(_: argparse.Namespace) -> Iterator[Row]:
+    with made_model() as model, started(model, TrainerConfig(gradient_checkpointing=True)) as rank:
+        for length in LONG:
+            config = SIZES[SIZE]().config
+            sample = Size(config, median=100 * length, longest=length, budget=0)
+            yield f"one sample of {length}", steps(rank, episodes(1, sample), length)
+
+
+def adapters(_: argparse.Namespace) -> Iterator[Row]:
+    config = TrainerConfig(lora=LoraConfig(rank=16), gradient_checkpointing=True)
+    with made_model(LARGE, DTYPE) as model:
+        began = now()
+        with started(model, config) as rank:
+            yield "loading", {"s": now() - began, **held()}
+            samples = of_kind("short", size=LARGE)
+            yield f"short, {BUDGETS[0]} a pass, rank 16", steps(rank, samples, BUDGETS[0], LARGE)
+            exported = model / "exported"
+            export_s = seconds(partial(rank.export, str(exported)))
+            size = sum(file.stat().st_size for file in exported.glob("*.safetensors"))
+            yield "merged weights", {"GB": size / 1e9, "export s": export_s, **held()}
+
+
+def held() -> Figures:
+    """What the card has kept for tensors, and the most of it since it was asked last."""
+    if not CUDA:
+        return {}
+    figures = {
+        "GB held": torch.cuda.memory_allocated() / 1e9,
+        "GB at most": torch.cuda.max_memory_allocated() / 1e9,
+    }
+    torch.cuda.reset_peak_memory_stats()
+    return figures
 
 
 def alfworld(options: argparse.Namespace) -> Iterator[Row]:
@@ -477,7 +515,7 @@ async def taking_turns(model: Path) -> AsyncIterator[Row]:
         str(model), size=1, max_running=requests, max_tokens=2048, cache_tokens=16_384,
         tensor_parallel=1, devices=gpus()[:1], gpu_memory=VLLM_SHARE,
         dtype=str(DTYPE).removeprefix("torch."), threads=0, seed=0, sleeps=True,
-        arguments=["--skip-tokenizer-init"], log_dir=model, start_timeout_s=300,
+        arguments=["--skip-tokenizer-init", *VLLM_ARGUMENTS], log_dir=model, start_timeout_s=300,
     )  # fmt: skip
     async with LastingTrainer(
         Trainer(model=model, config=TrainerConfig(), run_dir=model),
@@ -581,7 +619,7 @@ def vllm(_: argparse.Namespace) -> Iterator[Row]:
         pool = VllmPool(
             str(models[0]), size=1, max_running=requests, max_tokens=4 * prompt,
             cache_tokens=2 * requests * prompt, tensor_parallel=1, devices=gpus(), gpu_memory=0.5,
-            dtype=str(DTYPE).removeprefix("torch."), threads=0, seed=0, arguments=[],
+            dtype=str(DTYPE).removeprefix("torch."), threads=0, seed=0, arguments=VLLM_ARGUMENTS,
             log_dir=Path(folder) / "logs", start_timeout_s=600,
         )  # fmt: skip
         with asyncio.Runner() as runner:
@@ -664,9 +702,9 @@ async def published(hub: InferenceHub, weights: Weights, requests: int, prompt: 
 # ── what they share ──────────────────────────────────────────────────────────────────────────
 
 
-def of_kind(name: str, seed: int = 0) -> list[Sample]:
+def of_kind(name: str, seed: int = 0, size: str = SIZE) -> list[Sample]:
     median, count = EPISODES[name]
-    config = SIZES[SIZE]().config
+    config = SIZES[size]().config
     return episodes(count, Size(config, median=median, longest=16_384, budget=0), seed)
 
 
@@ -680,13 +718,12 @@ def first_pass(lengths: list[int]) -> list[int]:
 
 
 @contextlib.contextmanager
-def made_model() -> Iterator[Path]:
+def made_model(size: str = SIZE, dtype: torch.dtype = torch.float32) -> Iterator[Path]:
+    """In float32: between two values of bfloat16 as trained weights are, for `changed`."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory(dir=in_memory()) as folder:
-        # In float32: between two values of bfloat16 as trained weights are, for `changed`.
         with torch.device(DEVICE), no_progress_bars():
-            config = SIZES[SIZE]().config
-            model = random_model(config, dtype=torch.float32)
+            model = random_model(SIZES[size]().config, dtype=dtype)
             model.save_pretrained(folder)
         del model
         free()
@@ -713,7 +750,7 @@ def step(rank: Rank, samples: list[Sample], config: TrainerConfig) -> float:
     return seconds(lambda: rank.step(mini_batches, 0))
 
 
-def steps(rank: Rank, samples: list[Sample], budget: int) -> Figures:
+def steps(rank: Rank, samples: list[Sample], budget: int, size: str = SIZE) -> Figures:
     """What steps with so many tokens a pass come to."""
     config = TrainerConfig(tokens_per_micro_batch=budget)
 
@@ -723,7 +760,7 @@ def steps(rank: Rank, samples: list[Sample], budget: int) -> Figures:
         took = [step(rank, samples, config) for _ in range(REPEATS + 1)]
         ((mini_batch,),) = divide(samples, config)
         return {
-            **rates(samples, statistics.median(took[1:])), "first s": took[0],
+            **rates(samples, statistics.median(took[1:]), size), "first s": took[0],
             "passes": len(mini_batch.micro_batches),
             "peak GB": torch.cuda.max_memory_allocated() / 1e9 if CUDA else 0.0,
         }  # fmt: skip
@@ -750,11 +787,11 @@ def padded(model: Path, samples: list[Sample], budget: int) -> Figures:
     return figures
 
 
-def rates(samples: list[Sample], step_s: float) -> Figures:
+def rates(samples: list[Sample], step_s: float, size: str = SIZE) -> Figures:
     tokens = sum(sample.num_tokens for sample in samples)
     figures: Figures = {"tok/s": tokens / step_s, "s": step_s}
     if (peak := peak_flops()) is not None:
-        figures["MFU %"] = 100 * flops(samples, SIZES[SIZE]().config) / step_s / peak
+        figures["MFU %"] = 100 * flops(samples, SIZES[size]().config) / step_s / peak
     return figures
 
 
@@ -825,6 +862,8 @@ PARTS = {
     "recomputed": Part(recomputed, 25, 50),
     "compiled": Part(compiled, 60, 150),
     "small": Part(small, 90, 240),
+    "long": Part(long, 30, 90),
+    "adapters": Part(adapters, 60, 120),
     "colocated": Part(colocated, 90, 180),
 }
 

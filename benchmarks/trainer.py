@@ -62,11 +62,13 @@ class Size:
     budget: int
 
 
-def _qwen(hidden: int, layers: int, heads: int, inner: int) -> Any:
+def _qwen(
+    hidden: int, layers: int, heads: int, inner: int, *, kv_heads: int = 2, tied: bool = True
+) -> Any:
     return Qwen2Config(
         vocab_size=151_936, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=2, max_position_embeddings=32_768,
-        tie_word_embeddings=True,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=32_768,
+        tie_word_embeddings=tied,
     )  # fmt: skip
 
 
@@ -79,6 +81,10 @@ SIZES: dict[str, Callable[[], Size]] = {
     ),
     "0.5b": lambda: Size(_qwen(896, 24, 14, 4864), median=2000, longest=16_384, budget=32_768),
     "1.5b": lambda: Size(_qwen(1536, 28, 12, 8960), median=2000, longest=16_384, budget=16_384),
+    "7.6b": lambda: Size(
+        _qwen(3584, 28, 28, 18_944, kv_heads=4, tied=False),
+        median=2000, longest=16_384, budget=16_384,
+    ),
 }  # fmt: skip
 
 
