@@ -605,7 +605,7 @@ def vllm(_: argparse.Namespace) -> Iterator[Row]:
     if not has_vllm():
         yield "", {"left out": "vLLM is not installed"}
         return
-    size, requests, prompt = ((24, 896, 14), 64, 1024) if CUDA else ((2, 64, 2), 8, 128)
+    size, requests, prompt = ((24, 896, 14), 64, 256) if CUDA else ((2, 64, 2), 8, 128)
     layers, width, count = size
     with tempfile.TemporaryDirectory(dir=in_memory()) as folder:
         words = [f"w{number}" for number in range(1000)]
@@ -622,20 +622,21 @@ def vllm(_: argparse.Namespace) -> Iterator[Row]:
             dtype=str(DTYPE).removeprefix("torch."), threads=0, seed=0, arguments=VLLM_ARGUMENTS,
             log_dir=Path(folder) / "logs", start_timeout_s=600,
         )  # fmt: skip
-        with asyncio.Runner() as runner:
-            yield from runner.run(publishes(pool, models, requests, prompt))
+        yield from as_they_come(publishes(pool, models, requests, prompt))
 
 
-async def publishes(pool: VllmPool, models: list[Path], requests: int, prompt: int) -> list[Row]:
-    began, found = time.perf_counter(), []
+async def publishes(
+    pool: VllmPool, models: list[Path], requests: int, prompt: int
+) -> AsyncIterator[Row]:
+    began = time.perf_counter()
     async with InferenceHub(pool, max_running=requests) as hub:
-        found.append(("from start to ready", {"s": time.perf_counter() - began}))
+        yield "from start to ready", {"s": time.perf_counter() - began}
         modes: tuple[UpdateMode, ...] = ("keep", "keep", "keep_stale_kv")
-        for mode in modes:  # the first one warms up
+        for mode, when in zip(modes, ("first", "then", "then"), strict=True):
             hub._publisher.update_mode = mode
             weights = Weights(version=hub.version + 1, path=models[(hub.version + 1) % len(models)])
             figures = await published(hub, weights, requests, prompt)
-            found.append((f"{requests} requests of {prompt} and more, {mode}", figures))
+            yield f"{requests} requests of {prompt} and more, {mode}, {when}", figures
         if CUDA:  # on a CPU servers take whole weights only
             hub._publisher.update_mode = "keep"
             before = as_exported(models[0], models[0].with_name("before"))
@@ -644,9 +645,8 @@ async def publishes(pool: VllmPool, models: list[Path], requests: int, prompt: i
             for what, folder in (("all weights", before), ("2% of them", after)):
                 weights = Weights(version=hub.version + 1, path=folder)
                 figures = await published(hub, weights, requests, prompt)
-                found.append((f"{requests} requests, keep, {what}", figures))
-            found.append(("to find the 2%", {"s": compare_s}))
-    return found[:1] + found[2:]
+                yield f"{requests} requests, keep, {what}", figures
+            yield "to find the 2%", {"s": compare_s}
 
 
 def as_exported(model: Path, folder: Path, change: float = 0.0) -> Path:

@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 import msgspec
 import numpy as np
 from msgspec import Meta, Struct
+from numpy.typing import NDArray
 
 from flash.hub.reports import HubStats
 from flash.hub.sender import ChunkInfo
@@ -363,8 +364,9 @@ FromController = (
 
 
 def _dtype(kind: Any) -> Any:
-    """Of an NDArray's annotation."""
-    return kind.__args__[1].__args__[0]
+    """Of an NDArray's annotation, which is an alias of its own from numpy 2.5 on."""
+    of = kind.__args__[-1]
+    return getattr(of, "__args__", (of,))[0]
 
 
 _ARRAYS = {name: _dtype(kind) for name, kind in get_type_hints(SampledSequence).items()}
@@ -377,7 +379,7 @@ def _pack(value: Any) -> Any:
 
 
 def _unpack(kind: Any, value: Any) -> Any:
-    if getattr(kind, "__origin__", None) is np.ndarray:
+    if getattr(kind, "__origin__", None) in (np.ndarray, NDArray):
         return np.frombuffer(value, _dtype(kind))
     return hashable(value)
 

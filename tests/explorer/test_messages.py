@@ -1,8 +1,13 @@
 """What an explorer tells is what it played, whatever its agent made it of."""
 
-import numpy as np
+from typing import Any, TypeVar
 
-from flash.explorer.messages import Ended, decoder, encoder, exact
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from typing_extensions import TypeAliasType
+
+from flash.explorer.messages import Ended, _dtype, decoder, encoder, exact
 from flash.types import SampledSequence, Trajectory
 
 
@@ -28,3 +33,12 @@ def test_numbers_and_arrays_of_other_kinds_arrive_as_what_they_are():
         assert getattr(sequence, name).tolist() == list(getattr(given, name))
     assert (heard.reward, heard.turns, heard.success) == (2.0, 1, True)
     assert (heard.turn_rewards, heard.turn_states) == ([0.5], ["a", ("b", 1)])
+
+
+_T = TypeVar("_T", bound=np.generic)
+_OF_NUMPY_2_5 = TypeAliasType("_OF_NUMPY_2_5", np.ndarray[Any, np.dtype[_T]], type_params=(_T,))
+
+
+@pytest.mark.parametrize("array", [NDArray, _OF_NUMPY_2_5])
+def test_an_array_s_kind_is_read_from_both_kinds_of_numpy_s_alias(array: Any) -> None:
+    assert _dtype(array[np.int64]) is np.int64
