@@ -20,14 +20,17 @@ from safetensors.torch import load_file, save_file
 from flash.errors import ProcessFailure
 from flash.fakes import FakeSglang, FakeWorker
 from flash.hub.hub import InferenceHub
-from flash.hub.sender import LocalSender, address_towards
-from flash.hub.sglang_nccl import SglangNcclWorker
+from flash.hub.sender import LocalSender, StartSender, address_towards
+from flash.hub.sglang_nccl import SglangNcclPool, SglangNcclWorker
 from flash.hub.worker import WorkerBroken, WorkerFailure
 from flash.system.process import Child
 from flash.types import GenerateRequest, SamplingParams, Weights
+from flash.warm_start.small_policy import create
+from tests.hub.test_vllm import PROMPT, logprobs, request, weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
+PLANTED = Path(__file__).parent / "planted_sglang"
 CHUNK_BYTES = 100
 RANKS = 2  # of a server
 CHUNKS = 4
@@ -355,6 +358,57 @@ async def test_only_ranks_of_tensor_parallelism_are_sent_to(sizes, setting, expo
         with pytest.raises(WorkerFailure, match=r"has pp_size=\d and dp_size=\d, .*--tp-size al"):
             await client.load_weights(of(export(1)))
         await client.close()
+
+
+# ── a pool ───────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.timeout(400)
+async def test_a_server_that_dies_in_a_transfer_is_started_anew_and_has_all_that_was_published(
+    tmp_path, monkeypatch
+):
+    """Its processes are killed; it samples in earnest, and each publish is probed."""
+    monkeypatch.setenv("PYTHONPATH", str(PLANTED), prepend=":")
+    words = [f"w{n}" for n in range(50)]
+    models = [
+        create(tmp_path / str(seed), words, layers=2, hidden_size=64, heads=2, seed=seed)
+        for seed in range(3)
+    ]
+    senders: list[Sender] = []
+
+    def to_server(number: int) -> StartSender:
+        async def start() -> Sender:
+            senders.append(await Sender.start(tmp_path / "sender.log"))
+            return senders[-1]
+
+        return start
+
+    pool = SglangNcclPool(
+        str(models[0]), senders=to_server, size=1, max_running=8, max_tokens=256,
+        cache_tokens=4096, tensor_parallel=1, devices=[], gpu_memory=0.3, dtype="float32",
+        threads=1, seed=0, arguments=(), log_dir=tmp_path / "logs", start_timeout_s=200,
+    )  # fmt: skip
+    async with InferenceHub(pool, recovery_timeout_s=300) as hub:
+        assert (await hub.publish(weights(1, models[1]))).gap.max < 1e-3
+
+        async def dies(number: int) -> None:
+            server = psutil.Process(pool.pids[0])
+            for process in (server, *server.children(recursive=True)):
+                process.kill()
+            await Sender.send(senders[0], number)
+
+        senders[0].send = dies
+        report = await hub.publish(weights(2, models[2]))
+        assert report.workers == 0
+        answer = await hub.generate(request(20))
+        assert set(answer.versions) == {2}
+        sequence = [*PROMPT, *answer.token_ids]
+        expected = logprobs(models[2], sequence)[len(PROMPT) - 1 :]
+        assert answer.logprobs == pytest.approx(expected, abs=1e-3)
+        assert len(senders) == 2
+        assert (await hub.publish(weights(3, models[0]))).gap.max < 1e-3
+        assert len(senders) == 2
+    assert not any(sender.process.is_running() for sender in senders)
 
 
 # ── the sender itself ────────────────────────────────────────────────────────────────────────
