@@ -383,8 +383,8 @@ async def test_a_sender_to_an_sglang_server_listens_where_that_finds_it(
         async def stop(self):
             """Nor to wait for."""
 
-    async def child(*words, **options):
-        started.append(words)
+    async def child(*words, env, **options):
+        started.append((*words, env))
         return Silent()
 
     async def towards(url):
@@ -397,6 +397,7 @@ async def test_a_sender_to_an_sglang_server_listens_where_that_finds_it(
         return Weights(version=0, path=tmp_path)
 
     monkeypatch.setattr("flash.system.machine.has_sglang", lambda: True)
+    monkeypatch.delenv("NCCL_CUMEM_ENABLE", raising=False)
     monkeypatch.setattr("flash.hub.sender.Child.start", child)
     monkeypatch.setattr("flash.parts.workers.address_towards", towards)
     monkeypatch.setattr("flash.hub.pool.ProcessPool.start", start)
@@ -408,7 +409,8 @@ async def test_a_sender_to_an_sglang_server_listens_where_that_finds_it(
         worker = hub._slots[-1].worker
         assert isinstance(worker, SglangNcclWorker)
         await worker._transfer.told(0)
-    assert started == [("flash.trainer.process_group", "1", address)]
+    variables = {"NCCL_CUMEM_ENABLE": "0"}  # as in SGLang's servers
+    assert started == [("flash.trainer.process_group", "1", address, variables)]
 
 
 async def test_workers_are_asked_for_their_room_all_at_once(tmp_path):

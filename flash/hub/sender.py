@@ -109,10 +109,14 @@ def nccl_sender(
 
     `address`: of this machine, where an SGLang server is to find it; None: it sends to vLLM's.
     """
-    words = [_TO_VLLM, str(device)] if address is None else [_TO_SGLANG, str(device), address]
+    words, variables = [_TO_VLLM, str(device)], {**(env or {})}
+    if address is not None:
+        words = [_TO_SGLANG, str(device), address]
+        # As SGLang has it in its servers, if nobody says otherwise: both ends must have the same.
+        variables["NCCL_CUMEM_ENABLE"] = os.environ.get("NCCL_CUMEM_ENABLE", "0")
 
     async def start() -> LocalSender:
-        return LocalSender(await Child.start(*words, name=name, log_path=log_path, env=env))
+        return LocalSender(await Child.start(*words, name=name, log_path=log_path, env=variables))
 
     return start
 
