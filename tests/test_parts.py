@@ -368,11 +368,16 @@ async def test_sglang_servers_are_started_with_what_the_run_says(
 
 
 @pytest.mark.parametrize(
-    ("urls", "address"),
-    [((), "127.0.0.1"), (("http://a:1", "http://b:2"), "the one towards http://b:2")],
+    ("urls", "towards", "address"),
+    [
+        ((), "", "127.0.0.1"),
+        (("http://a:1", "http://b:2"), "10.1.2.3", "10.1.2.3"),
+        (("http://a:1", "http://b:2"), "::ffff:10.1.2.3", "10.1.2.3"),
+        (("http://a:1", "http://b:2"), "fe80::1%eth1", "fe80::1%eth1"),
+    ],
 )
 async def test_a_sender_to_an_sglang_server_listens_where_that_finds_it(
-    urls, address, tmp_path, monkeypatch
+    urls, towards, address, tmp_path, monkeypatch
 ):
     started = []
 
@@ -387,8 +392,9 @@ async def test_a_sender_to_an_sglang_server_listens_where_that_finds_it(
         started.append((*words, env))
         return Silent()
 
-    async def towards(url):
-        return f"the one towards {url}"
+    async def address_towards(url):
+        assert url == "http://b:2"
+        return towards
 
     async def start(pool, on_exit, on_ready):
         return [pool._client(1, "http://127.0.0.1:1")]
@@ -399,7 +405,7 @@ async def test_a_sender_to_an_sglang_server_listens_where_that_finds_it(
     monkeypatch.setattr("flash.system.machine.has_sglang", lambda: True)
     monkeypatch.delenv("NCCL_CUMEM_ENABLE", raising=False)
     monkeypatch.setattr("flash.hub.sender.Child.start", child)
-    monkeypatch.setattr("flash.parts.workers.address_towards", towards)
+    monkeypatch.setattr("flash.parts.workers.address_towards", address_towards)
     monkeypatch.setattr("flash.hub.pool.ProcessPool.start", start)
     nccl = {"engine.kind": "sglang", "engine.transport": "nccl", "trainer.ranks": 3}
     config = load("frozen_lake", {**nccl, "engine.urls": urls, "engine.workers": 2})

@@ -111,7 +111,9 @@ def nccl_sender(
     """
     words, variables = [_TO_VLLM, str(device)], {**(env or {})}
     if address is not None:
-        words = [_TO_SGLANG, str(device), address]
+        ip = _plain(address)
+        at = str(ip) if isinstance(ip, ipaddress.IPv4Address) else address
+        words = [_TO_SGLANG, str(device), at]
         # As SGLang has it in its servers, if nobody says otherwise: both ends must have the same.
         variables["NCCL_CUMEM_ENABLE"] = os.environ.get("NCCL_CUMEM_ENABLE", "0")
 
