@@ -533,6 +533,10 @@ def test_a_group_of_one_is_taken_where_nothing_in_it_is_compared():
     ("changes", "installed", "gpus", "message"),
     [
         ({}, True, [0, 1], "engine.kind=auto can mean embedded workers: use engine.kind=vllm"),
+        ({"engine.kind": "sglang"}, False, [], "this machine shows none: use engine.transport"),
+        ({"engine.kind": "sglang"}, False, [0], "needs GPUs for servers beside the trainer's"),
+        ({"engine.kind": "sglang"}, False, [0, 1], ""),
+        ({"engine.kind": "sglang", "engine.urls": "http://a:1"}, False, [0], ""),
         ({"engine.kind": "vllm"}, True, [], "this machine shows none: use engine.transport=disk"),
         ({"engine.urls": "http://a:1"}, False, [0], "needs vLLM, which is not installed here"),
         ({"engine.kind": "vllm", "engine.devices": [1, 2], "trainer.ranks": 2}, True, [0, 1, 2],
@@ -547,10 +551,12 @@ def test_a_group_of_one_is_taken_where_nothing_in_it_is_compared():
          "this machine shows none: use engine.transport=disk"),
     ],
 )  # fmt: skip
-def test_weights_go_over_nccl_where_each_side_has_gpus_and_the_other_is_vllm(
+def test_weights_go_over_nccl_where_each_side_has_gpus_and_the_other_is_a_server(
     changes, installed, gpus, message, monkeypatch
 ):
+    """`installed`: whether vLLM is."""
     monkeypatch.setattr("flash.system.machine.has_vllm", lambda: installed)
+    monkeypatch.setattr("flash.system.machine.has_sglang", lambda: True)
     has = Capacity(cores=64, memory_bytes=10**12, gpus=gpus, open_files=65_536)
     changes = {"engine.transport": "nccl", **changes}
     if not message:

@@ -20,6 +20,7 @@ INSIDE_FUNCTIONS = {
     "conversation.py": {"transformers"},
     "parts": {"transformers"},
     "door": {"transformers"},
+    "fakes": {"torch"},
     "warm_start": {"torch", "transformers"},
 }
 # What is on it; nothing else imports these before they are asked for.

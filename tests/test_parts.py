@@ -17,6 +17,7 @@ from flash.evaluate import evaluate
 from flash.evaluation.play import heldout_tasks
 from flash.fakes import FakeRank, FakeSglang, FakeStyle, FakeWorker
 from flash.hub.hub import InferenceHub
+from flash.hub.sglang_nccl import SglangNcclWorker
 from flash.parts.agents import Playing, open_agents
 from flash.parts.door import open_door
 from flash.parts.expert import expert_of
@@ -364,6 +365,58 @@ async def test_sglang_servers_are_started_with_what_the_run_says(
     assert f"--context-length={config.agent.max_sequence_tokens}" in command
     assert ("--disable-overlap-schedule" in command) == (update_mode == "keep_stale_kv")
     assert pool._environment(1)["CUDA_VISIBLE_DEVICES"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("urls", "towards", "address"),
+    [
+        ((), "", "127.0.0.1"),
+        (("http://a:1", "http://b:2"), "10.1.2.3", "10.1.2.3"),
+        (("http://a:1", "http://b:2"), "::ffff:10.1.2.3", "10.1.2.3"),
+        (("http://a:1", "http://b:2"), "fe80::1%eth1", "fe80::1%eth1"),
+    ],
+)
+async def test_a_sender_to_an_sglang_server_listens_where_that_finds_it(
+    urls, towards, address, tmp_path, monkeypatch
+):
+    started = []
+
+    class Silent:
+        def kill(self):
+            """It has nothing to end."""
+
+        async def stop(self):
+            """Nor to wait for."""
+
+    async def child(*words, env, **options):
+        started.append((*words, env))
+        return Silent()
+
+    async def address_towards(url):
+        assert url == "http://b:2"
+        return towards
+
+    async def start(pool, on_exit, on_ready):
+        return [pool._client(1, "http://127.0.0.1:1")]
+
+    async def weights():
+        return Weights(version=0, path=tmp_path)
+
+    monkeypatch.setattr("flash.system.machine.has_sglang", lambda: True)
+    monkeypatch.delenv("NCCL_CUMEM_ENABLE", raising=False)
+    monkeypatch.setattr("flash.hub.sender.Child.start", child)
+    monkeypatch.setattr("flash.parts.workers.address_towards", address_towards)
+    monkeypatch.setattr("flash.hub.pool.ProcessPool.start", start)
+    nccl = {"engine.kind": "sglang", "engine.transport": "nccl", "trainer.ranks": 3}
+    config = load("frozen_lake", {**nccl, "engine.urls": urls, "engine.workers": 2})
+    async with open_hub(
+        config, model="m", version=0, weights=weights, log_dir=tmp_path, say=print
+    ) as hub:
+        worker = hub._slots[-1].worker
+        assert isinstance(worker, SglangNcclWorker)
+        await worker._transfer.told(0)
+    variables = {"NCCL_CUMEM_ENABLE": "0"}  # as in SGLang's servers
+    assert started == [("flash.trainer.process_group", "1", address, variables)]
 
 
 async def test_workers_are_asked_for_their_room_all_at_once(tmp_path):

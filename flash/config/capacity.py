@@ -118,10 +118,10 @@ def _check_nccl(config: Config, gpus: Sequence[Gpu], *, trains: bool) -> None:
             f"GPUs {shared}, which engine.transport=nccl can't: name others, or use "
             f"engine.transport=disk"
         )
-    starts = engine.kind == "vllm" and engine.workers
+    starts = engine.kind in ("vllm", "sglang") and engine.workers and not engine.urls
     if starts and not engine.devices and len(gpus) <= ranks:
         raise ValueError(
-            f"engine.transport=nccl needs GPUs for vLLM beside the trainer's: "
+            f"engine.transport=nccl needs GPUs for servers beside the trainer's: "
             f"trainer.ranks={ranks} take all {len(gpus)}: use fewer, or engine.transport=disk"
         )
 

@@ -357,8 +357,10 @@ def local_config(
     engine["workers"] = engine["workers"] or 1
     if evaluates:
         engine["transport"] = "disk"  # what an evaluation is of must be to be had until its end
-    if engine["kind"] == "urls" or (engine["kind"] == "sglang" and settings["engine"]["urls"]):
-        engine["kind"] = "vllm" if engine["transport"] == "nccl" else "auto"
+    if engine["transport"] == "nccl":
+        engine["kind"] = "sglang" if engine["kind"] == "sglang" else "vllm"
+    elif engine["kind"] == "urls" or (engine["kind"] == "sglang" and settings["engine"]["urls"]):
+        engine["kind"] = "auto"
     if welcome.where != machine.where():  # there are no trainer's ranks to leave some to
         engine["devices"] = machine.gpus()
     settings["engine"] = engine
@@ -377,6 +379,11 @@ def local_config(
     if config.engine.transport == "nccl" and engine["transport"] != "nccl":
         why = "an evaluation needs its weights as files" if evaluates else "the run's is disk"
         raise ValueError(f"--engine.transport nccl: {why}: leave it out")
+    if config.engine.transport == "nccl" and config.engine.kind != engine["kind"]:
+        raise ValueError(
+            f"--engine.kind {config.engine.kind}: what sends the run's weights is for "
+            f"{engine['kind']}: leave it out, or take --engine.transport disk"
+        )
     return config
 
 

@@ -1,4 +1,4 @@
-"""An explorer's side of senders that run at its controller: what NcclWorker asks, as messages."""
+"""An explorer's side of senders that run at its controller: what clients ask, as messages."""
 
 import asyncio
 import functools

@@ -1,7 +1,7 @@
 """The controller's side of sending weights to explorers' workers: processes on the trainer's GPUs.
 
-    explorer: NcclWorker ─► remote_senders.py ══ link ══► Senders ─► a sender's process
-                   └─ HTTP ─► its vLLM server ◄══════════ NCCL ═══════════┘
+    explorer: its client ─► remote_senders.py ══ link ══► Senders ─► a sender's process
+                   └─ HTTP ─► its server ◄═══════════════ NCCL ═══════════┘
 
 They end with the link by which they were asked for: what was under way then is of no use.
 """

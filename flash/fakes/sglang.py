@@ -10,13 +10,25 @@ srt/managers/scheduler.py). The worker may be a fake one, or the client of a rea
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Awaitable, Callable
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import msgspec
 from aiohttp import web
 
+from flash.fakes.sglang_group import (
+    Begin,
+    DestroyGroup,
+    Distributed,
+    End,
+    InitGroup,
+    Ranks,
+    Refused,
+)
+from flash.fakes.worker import FakeWorker
 from flash.hub.worker import Worker, WorkerFailure
 from flash.types import Completion, SamplingParams, Weights
 
@@ -102,10 +114,11 @@ class FakeSglang:
         overlap: false is --disable-overlap-schedule.
         eos_token_ids: the model's own, at which it stops unless it is told to ignore them.
         context_length: the longest sequence, as /v1/models tells it.
+        tp_size: ranks that get weights from a group.
 
-    `asked`: routes and bodies, in order. `changes` are made to the next answers or events;
-    `cut_after` so many events of the next stream the connection ends, -1: never; `load_error`: what
-    loads of weights fail with.
+    `asked`: routes and bodies, in order. `ranks` get weights from a group. `changes` are made to
+    the next answers or events; `cut_after` so many events of the next stream the connection ends,
+    -1: never; `load_error`: what loads of weights from files fail with.
     """
 
     def __init__(
@@ -117,12 +130,14 @@ class FakeSglang:
         overlap: bool = True,
         eos_token_ids: tuple[int, ...] = (),
         context_length: int = 1 << 20,
+        tp_size: int = 1,
     ) -> None:
         self.worker = worker
         self.asked: list[tuple[str, Any]] = []
         self.changes: list[Callable[[Answer], None]] = []
         self.cut_after = -1
         self.load_error = ""
+        self.ranks = Ranks(tp_size)
         self._api_key = api_key
         self._incremental = incremental
         self._overlap = overlap
@@ -146,12 +161,18 @@ class FakeSglang:
             "/pause_generation": self._pause_generation,
             "/continue_generation": self._continue_generation,
             "/update_weights_from_disk": self._update_weights_from_disk,
+            "/init_weights_update_group": self._init_group,
+            "/destroy_weights_update_group": self._destroy_group,
+            "/begin_weight_update": self._begin_update,
+            "/update_weights_from_distributed": self._update_weights_from_distributed,
+            "/end_weight_update": self._end_update,
             "/update_weight_version": self._update_weight_version,
             "/release_memory_occupation": self._release_memory,
             "/resume_memory_occupation": self._resume_memory,
         }.items():
             app.router.add_post(route, answer)
         app.router.add_get("/server_info", self._server_info)
+        app.router.add_get("/model_info", self._model_info)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/health", self._health)
         return app
@@ -167,6 +188,8 @@ class FakeSglang:
             return web.json_response({"error": "Unauthorized"}, status=401)
         try:
             return await handler(request)
+        except Refused as refusal:
+            return web.json_response({"success": False, "message": str(refusal)}, status=400)
         except (ValueError, WorkerFailure) as error:
             status = 500 if isinstance(error, WorkerFailure) else 400
             return web.json_response({"error": {"message": str(error)}}, status=status)
@@ -339,13 +362,16 @@ class FakeSglang:
 
     async def _update_weights_from_disk(self, request: web.Request) -> web.Response:
         asked = await _body(request, _Update)
-        async with self._alone() if self._taking else contextlib.nullcontext():
-            message = await self._update(asked)
-        answer = {"success": not message, "message": message, "num_paused_requests": 0}
-        return web.json_response(answer, status=400 if message else 200)
+        async with self._still():
+            await self._update(asked)
+        return _done(num_paused_requests=0)
+
+    def _still(self) -> AbstractAsyncContextManager[None]:
+        """Nobody samples in the block, because generation is paused or by waiting for it."""
+        return self._alone() if self._taking else contextlib.nullcontext()
 
     @contextlib.asynccontextmanager
-    async def _alone(self) -> Any:
+    async def _alone(self) -> AsyncIterator[None]:
         """Once those that run have ended; no other begins meanwhile."""
         async with self._changed:
             self._writers += 1
@@ -356,21 +382,53 @@ class FakeSglang:
                 self._writers -= 1
                 self._changed.notify_all()
 
-    async def _update(self, asked: _Update) -> str:
-        """What is wrong; empty if nothing is."""
+    async def _update(self, asked: _Update) -> None:
         path = Path(asked.model_path)
         if self.load_error or not any(path.glob("*.safetensors")):
             why = self.load_error or f"Cannot find any model weights with `{path}`"
-            return f"Failed to update weights: {why}.\nRolling back to original weights."
+            raise Refused(f"Failed to update weights: {why}.\nRolling back to original weights.")
         version = int(asked.weight_version or -1)
         await self.worker.load_weights(Weights(version=version, path=path))
         if asked.weight_version is not None:
             await self._set_version(asked.weight_version)
         if asked.flush_cache:
-            if self._live and self._engine != "retract":
-                return _NOT_FLUSHED
-            await self.worker.recompute()
-        return ""
+            await self._flush()
+
+    async def _flush(self) -> None:
+        if self._live and self._engine != "retract":
+            raise Refused(_NOT_FLUSHED)
+        await self.worker.recompute()
+
+    async def _init_group(self, request: web.Request) -> web.Response:
+        await self.ranks.init(await _body(request, InitGroup))
+        return _done()
+
+    async def _destroy_group(self, request: web.Request) -> web.Response:
+        self.ranks.destroy(await _body(request, DestroyGroup))
+        return _done()
+
+    async def _begin_update(self, request: web.Request) -> web.Response:
+        await _body(request, Begin)
+        async with self._still():
+            self.ranks.begin()
+        return _done()
+
+    async def _update_weights_from_distributed(self, request: web.Request) -> web.Response:
+        asked = await _body(request, Distributed)
+        async with self._still():
+            await self.ranks.receive(asked)
+            if asked.flush_cache:
+                await self._flush()
+        return _done()
+
+    async def _end_update(self, request: web.Request) -> web.Response:
+        await _body(request, End)
+        async with self._still():
+            with tempfile.TemporaryDirectory() as folder:
+                self.ranks.end(Path(folder))
+                weights = Weights(version=-1, path=Path(folder))
+                await self.worker.load_weights(weights)
+        return _done()
 
     async def _update_weight_version(self, request: web.Request) -> web.Response:
         asked = await _body(request, _Version)
@@ -398,12 +456,29 @@ class FakeSglang:
         self._wakes |= "kv_cache" in tags
         return web.json_response(None)
 
+    def restart(self) -> None:
+        """As its pool does, over a fake worker: all that it knew is gone."""
+        assert isinstance(self.worker, FakeWorker)
+        self.worker.restart(version=-7)
+        self._version = "default"
+        self.ranks.restart()
+
     # ── what it tells ────────────────────────────────────────────────────────────────────────
 
     async def _server_info(self, request: web.Request) -> web.Response:
         await self.worker.check_health()
-        info = {"version": "0.5.23", "disable_overlap_schedule": not self._overlap}
+        info = {
+            "version": "0.5.23",
+            "disable_overlap_schedule": not self._overlap,
+            "tp_size": self.ranks.size,
+            "pp_size": 1,
+            "dp_size": 1,
+        }
         return web.json_response(info)
+
+    async def _model_info(self, request: web.Request) -> web.Response:
+        """Its tokenizer's process knows that, whatever its ranks are at."""
+        return web.json_response({"weight_version": self._version})
 
     async def _models(self, request: web.Request) -> web.Response:
         card = {"id": "model", "object": "model", "max_model_len": self._context_length}
@@ -412,6 +487,10 @@ class FakeSglang:
     async def _health(self, request: web.Request) -> web.Response:
         await self.worker.check_health()
         return web.Response()
+
+
+def _done(**more: int) -> web.Response:
+    return web.json_response({"success": True, "message": "Success", **more})
 
 
 async def _body(request: web.Request, kind: type[_Request]) -> _Request:

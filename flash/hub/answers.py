@@ -65,6 +65,7 @@ class EventStream(abc.ABC):
     """An answer in server-sent events, which is fed as it comes."""
 
     complete = False  # its last event has come
+    last_event = b""
 
     def __init__(self, worker: str, on_tokens: OnTokens) -> None:
         self.token_ids: list[int] = []
@@ -78,7 +79,7 @@ class EventStream(abc.ABC):
         *lines, self._rest = (self._rest + piece).split(b"\n")
         for line in lines:
             if line.startswith(_EVENT) and not self.complete and not line.startswith(_DONE):
-                event = line[len(_EVENT) :]
+                self.last_event = event = line[len(_EVENT) :]
                 try:
                     token_ids, logprobs = self._hear(event)
                 except (IndexError, ValueError) as error:  # msgspec's errors are ValueErrors
@@ -93,17 +94,24 @@ class EventStream(abc.ABC):
     def _hear(self, event: bytes) -> tuple[list[int], list[float]]:
         """New tokens and their logprobs; ValueError or IndexError if it is not of this protocol."""
 
+    @abc.abstractmethod
+    def completion(self, sampling: SamplingParams) -> Completion:
+        """Of all that came, once it is complete; ValueError if there can be none."""
+
 
 class TokenStream(EventStream):
-    """vLLM's; `last` is its last event."""
+    """vLLM's."""
 
-    last: Choice | None = None
+    _last: Choice
 
     def _hear(self, event: bytes) -> tuple[list[int], list[float]]:
         choice = decode_answer(event).choices[0]
         if choice.finish_reason is not None:
-            self.last, self.complete = choice, True
+            self._last, self.complete = choice, True
         return choice.token_ids, choice.numbers()
+
+    def completion(self, sampling: SamplingParams) -> Completion:
+        return completion_of(self._last, self.token_ids, self.logprobs, sampling, self._worker)
 
 
 def completion_of(

@@ -61,7 +61,8 @@ class EngineConfig(Section):
     transport: Literal["disk", "nccl"] = Field(
         "disk",
         description="how weights get to the workers. disk: as files in the trainer's memory, which "
-        "explorers elsewhere fetch; nccl: from the trainer's GPUs to those of vLLM servers",
+        "explorers elsewhere fetch; nccl: from the trainer's GPUs to those of vLLM or SGLang "
+        "servers",
     )
     colocated: bool = Field(
         False,
@@ -237,14 +238,11 @@ class EngineConfig(Section):
     def _check_nccl(self) -> None:
         instead = "engine.transport=disk"
         if self.kind == "sglang":
-            raise ValueError(
-                f"engine.transport=nccl with engine.kind=sglang: weights go to SGLang servers as "
-                f"files: use {instead}"
-            )
+            return
         if self.kind != "vllm" and not self.urls:
             raise ValueError(
-                f"engine.transport=nccl is vLLM's, and engine.kind={self.kind} can mean embedded "
-                f"workers: use engine.kind=vllm, or {instead}"
+                f"engine.transport=nccl is vLLM's and SGLang's, and engine.kind={self.kind} can "
+                f"mean embedded workers: use engine.kind=vllm or sglang, or {instead}"
             )
         if not machine.has_vllm():
             raise ValueError(

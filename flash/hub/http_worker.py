@@ -99,9 +99,9 @@ class HttpWorker(ServerClient):
         if on_tokens is not None and sampling.max_tokens >= STREAMED_FROM_TOKENS:
             request.sampling_params.stream_interval = STREAM_INTERVAL
             request.stream = True
-            return await self._stream(request, sampling, on_tokens)
-        answer = await self._ask("POST", _GENERATE, request)
-        return self._whole(answer.body, sampling)
+            stream = TokenStream(self.name, on_tokens)
+            return await self._streamed(_GENERATE, request, stream, sampling)
+        return self._whole(await self._call("POST", _GENERATE, request), sampling)
 
     async def abort(self, request_id: str) -> None:
         body = {"request_ids": [_REQUEST_PREFIX + request_id]}
@@ -235,20 +235,6 @@ class HttpWorker(ServerClient):
                 if isinstance(result, dict):
                     raise WorkerFailure(f"{self.name}: {method}: {result.get('error')}")
         return answer
-
-    async def _stream(
-        self, request: _Request, sampling: SamplingParams, on_tokens: OnTokens
-    ) -> Completion:
-        """An answer in chunks; a worker that does not stream sends it whole."""
-        stream = TokenStream(self.name, on_tokens)
-        whole = await self._hear(_GENERATE, request, stream)
-        if whole is not None:
-            return self._whole(whole, sampling)
-        assert stream.last is not None
-        with self._readable(msgspec.json.encode(stream.last)):
-            return completion_of(
-                stream.last, stream.token_ids, stream.logprobs, sampling, self.name
-            )
 
     def _whole(self, answer: bytes, sampling: SamplingParams) -> Completion:
         with self._readable(answer):

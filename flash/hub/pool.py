@@ -23,7 +23,7 @@ from flash.system.process import PARENT_PID_VARIABLE, log_report
 
 logger = logging.getLogger(__name__)
 
-_HOST = "127.0.0.1"
+LOOPBACK = "127.0.0.1"
 _STOP_GRACE_S = 5.0
 _READY_CHECK_S = 0.2
 _MOST_READ = 1 << 18  # bytes of a log at a time
@@ -170,7 +170,7 @@ class ProcessPool(abc.ABC):
             number=number,
             port=port,
             reservation=reservation,
-            worker=self._client(number, f"http://{_HOST}:{port}"),
+            worker=self._client(number, f"http://{LOOPBACK}:{port}"),
             log=self._log_dir / f"worker_{number}.log",
         )
 
@@ -179,7 +179,7 @@ class ProcessPool(abc.ABC):
         with seat.log.open("ab") as log:
             seat.log_start = seat.log_read = log.tell()
             seat.process = await asyncio.create_subprocess_exec(
-                *self._command(seat.number, _HOST, seat.port),
+                *self._command(seat.number, LOOPBACK, seat.port),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -263,16 +263,6 @@ class ProcessPool(abc.ABC):
             await asyncio.sleep(min(_FIRST_BACKOFF_S * 2**deaths, _LONGEST_BACKOFF_S))
 
 
-def check_parallel(tensor_parallel: int, devices: Sequence[Gpu]) -> None:
-    """ValueError if a server takes more GPUs than there are for all of them."""
-    if devices and tensor_parallel > len(devices):
-        raise ValueError(
-            f"engine.tensor_parallel={tensor_parallel} exceeds the {len(devices)} GPUs that the "
-            f"servers may use ({', '.join(map(str, devices))}): use fewer, or name more in "
-            f"engine.devices"
-        )
-
-
 def visible_gpus(devices: Sequence[Gpu], number: int, each: int = 1) -> dict[str, str]:
     """What worker `number` sees of the GPUs, of which every worker has `each`, in turn."""
     if not devices:
@@ -285,7 +275,7 @@ def _reserve_port() -> socket.socket:
     """A port that no one is given while this socket is open; whoever names it can listen on it."""
     reservation = socket.socket()
     reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    reservation.bind((_HOST, 0))
+    reservation.bind((LOOPBACK, 0))
     return reservation
 
 

@@ -1,15 +1,19 @@
-"""The seam to the processes that send weights to vLLM servers, and those of this machine.
+"""The seam to the processes that send weights to servers, and those of this machine.
 
-A sender has a GPU of the trainer's, and forms a NCCL group with the ranks of one server
-(flash/trainer/nccl.py). It is this process's own, or, for an explorer, one of its controller's,
-which is reached through their link (flash/explorer/remote_senders.py).
+A sender has a GPU of the trainer's, and forms a NCCL group with the ranks of one server, of vLLM
+(flash/trainer/nccl.py) or SGLang (flash/trainer/process_group.py). It is this process's own, or,
+for an explorer, one of its controller's, which is reached through their link
+(flash/explorer/remote_senders.py).
 """
 
+import asyncio
 import ipaddress
 import os
+import socket
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import urlsplit
 
 import msgspec
 import psutil
@@ -19,7 +23,7 @@ from flash.system.process import Child
 from flash.types import Weights
 from flash.worker.delta import FOLDER
 
-_MODULE = "flash.trainer.nccl"
+_TO_VLLM, _TO_SGLANG = "flash.trainer.nccl", "flash.trainer.process_group"
 _INTERFACE = "NCCL_SOCKET_IFNAME"
 
 
@@ -94,16 +98,48 @@ class LocalSender:
 
 
 def nccl_sender(
-    device: int, *, name: str, log_path: Path, env: Mapping[str, str] | None = None
+    device: int,
+    *,
+    name: str,
+    log_path: Path,
+    env: Mapping[str, str] | None = None,
+    address: str | None = None,
 ) -> StartSender:
-    """Starts senders on a GPU of the trainer's, by its number among those that it sees."""
+    """Starts senders on a GPU of the trainer's, by its number among those that it sees.
+
+    `address`: of this machine, where an SGLang server is to find it; None: it sends to vLLM's.
+    """
+    words, variables = [_TO_VLLM, str(device)], {**(env or {})}
+    if address is not None:
+        ip = _plain(address)
+        at = str(ip) if isinstance(ip, ipaddress.IPv4Address) else address
+        words = [_TO_SGLANG, str(device), at]
+        # As SGLang has it in its servers, if nobody says otherwise: both ends must have the same.
+        variables["NCCL_CUMEM_ENABLE"] = os.environ.get("NCCL_CUMEM_ENABLE", "0")
 
     async def start() -> LocalSender:
-        return LocalSender(
-            await Child.start(_MODULE, str(device), name=name, log_path=log_path, env=env)
-        )
+        return LocalSender(await Child.start(*words, name=name, log_path=log_path, env=variables))
 
     return start
+
+
+async def address_towards(url: str) -> str:
+    """Of this machine: from where its packets go to a server. None is sent.
+
+    Raises ProcessFailure if there is no way to it.
+    """
+    at = urlsplit(url)
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(
+            at.hostname, at.port or at.scheme, type=socket.SOCK_DGRAM
+        )
+        family, kind, _, _, server = found[0]
+        with socket.socket(family, kind) as way:
+            way.connect(server)
+            address: str = way.getsockname()[0]
+    except OSError as error:
+        raise ProcessFailure(f"no way leads from this machine to {url}: {error}") from error
+    return address
 
 
 def listening_at(address: str) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """What a client of any inference server needs, whatever its routes: requests, their failures."""
 
+import abc
 import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,6 +10,7 @@ import msgspec
 from flash.hub.answers import EventStream, unreadable
 from flash.hub.http_client import HttpAnswer, HttpClient
 from flash.hub.worker import BadRequest, WorkerFailure
+from flash.types import Completion, SamplingParams
 
 # A stream costs this process half as much again as a whole answer, and vLLM 8% of its speed, with
 # 64 tokens in chunks of 16. So it is for answers that are worth keeping when their worker dies.
@@ -20,7 +22,7 @@ _HTTP_NOT_THE_REQUEST = (401, 403, 404, 408, 429)
 Body = msgspec.Struct | Mapping[str, Any] | None
 
 
-class ServerClient:
+class ServerClient(abc.ABC):
     """Asks one server at `url`. Deadlines are the caller's."""
 
     def __init__(self, url: str, *, api_key: str = "") -> None:
@@ -34,22 +36,28 @@ class ServerClient:
     async def _call(self, method: str, route: str, body: Body = None) -> bytes:
         return (await self._ask(method, route, body)).body
 
-    async def _hear(self, route: str, body: Body, stream: EventStream) -> bytes | None:
-        """An answer that came whole, from a worker that does not stream; None: `stream` has it.
+    @abc.abstractmethod
+    def _whole(self, answer: bytes, sampling: SamplingParams) -> Completion:
+        """Of an answer that came whole; WorkerFailure if there can be none."""
+
+    async def _streamed(
+        self, route: str, body: Body, stream: EventStream, sampling: SamplingParams
+    ) -> Completion:
+        """Of an answer in events; a server that does not stream sends it whole.
 
         One that broke off after its last event is complete.
         """
         try:
             answer = await self._ask("POST", route, body, stream)
+            if not answer.streamed:
+                return self._whole(answer.body, sampling)
+            if not stream.complete:
+                raise WorkerFailure(f"{self.name}{route} ended its answer before it was complete")
         except WorkerFailure:
             if not stream.complete:
                 raise
-            return None
-        if not answer.streamed:
-            return answer.body
-        if not stream.complete:
-            raise WorkerFailure(f"{self.name}{route} ended its answer before it was complete")
-        return None
+        with self._readable(stream.last_event):
+            return stream.completion(sampling)
 
     async def _ask(
         self, method: str, route: str, body: Body, stream: EventStream | None = None

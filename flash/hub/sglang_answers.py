@@ -13,7 +13,7 @@ import msgspec
 
 from flash.hub.answers import EventStream, Span, versions_of
 from flash.hub.server_client import refusal
-from flash.hub.worker import OnTokens, WorkerBroken, WorkerFailure
+from flash.hub.worker import WorkerBroken, WorkerFailure
 from flash.types import Completion, FinishReason, SamplingParams
 
 _BAD_REQUEST = 400
@@ -82,20 +82,19 @@ decode_answer = msgspec.json.Decoder(Answer).decode
 
 
 class SglangStream(EventStream):
-    """`last` is its last event."""
+    """SGLang's."""
 
-    last: Answer | None = None
-
-    def __init__(self, worker: str, on_tokens: OnTokens) -> None:
-        super().__init__(worker, on_tokens)
-        self._name = worker
+    _last: Answer
 
     def _hear(self, event: bytes) -> tuple[list[int], list[float]]:
         answer = decode_answer(event)
-        new = answer.after(len(self.token_ids), self._name)
+        new = answer.after(len(self.token_ids), self._worker)
         if answer.meta().finish_reason is not None:
-            self.last, self.complete = answer, True
+            self._last, self.complete = answer, True
         return new
+
+    def completion(self, sampling: SamplingParams) -> Completion:
+        return completion_of(self._last, self.token_ids, self.logprobs, sampling, self._worker)
 
 
 def completion_of(

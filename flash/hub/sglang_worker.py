@@ -81,7 +81,10 @@ class SglangWorker(ServerClient):
         self._idle.clear()
         try:
             if on_tokens is not None and sampling.max_tokens >= STREAMED_FROM_TOKENS:
-                return await self._stream(request, sampling, on_tokens)
+                request.sampling_params.stream_interval = STREAM_INTERVAL
+                request.stream = True
+                stream = SglangStream(self.name, on_tokens)
+                return await self._streamed(_GENERATE, request, stream, sampling)
             return self._whole(await self._call("POST", _GENERATE, request), sampling)
         finally:
             self._running -= 1
@@ -161,21 +164,6 @@ class SglangWorker(ServerClient):
                 f"{self.name} computes a step while it reads the one before, so it can't tell "
                 f"which version sampled a token under engine.update_mode=keep_stale_kv: start it "
                 f"with --disable-overlap-schedule, or use engine.update_mode=keep"
-            )
-
-    async def _stream(
-        self, request: _Request, sampling: SamplingParams, on_tokens: OnTokens
-    ) -> Completion:
-        request.sampling_params.stream_interval = STREAM_INTERVAL
-        request.stream = True
-        stream = SglangStream(self.name, on_tokens)
-        whole = await self._hear(_GENERATE, request, stream)
-        if whole is not None:
-            return self._whole(whole, sampling)
-        assert stream.last is not None
-        with self._readable(msgspec.json.encode(stream.last)):
-            return completion_of(
-                stream.last, stream.token_ids, stream.logprobs, sampling, self.name
             )
 
     def _whole(self, answer: bytes, sampling: SamplingParams) -> Completion:

@@ -1,38 +1,20 @@
 """A pool of vLLM servers."""
 
-import logging
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from flash.hub.config import ADAPTER_RANKS
-from flash.hub.pool import ProcessPool, check_parallel, visible_gpus
-from flash.seeds import derived
-from flash.system.machine import Gpu
+from flash.hub.server_pool import ServerPool
 
-logger = logging.getLogger(__name__)
-
-# What `vllm serve` runs; that command itself is missing from the CPU build.
-_SERVER = "vllm.entrypoints.launchers.api_server.entry"
 _BLOCK_TOKENS = 32  # the least that attention on a CPU takes
 
 
-class VllmPool(ProcessPool):
-    """vLLM API servers, with what token-in-token-out rollout needs switched on.
+class VllmPool(ServerPool):
+    """vLLM API servers; without a GPU those that sleep only pause.
 
     Args:
-        model: directory or hub name.
-        max_running: requests in one step of a server.
-        max_tokens: the longest sequence.
-        cache_tokens: room for keys and values in a server without GPU; on a GPU `gpu_memory` says.
-        tensor_parallel: GPUs of a server.
-        devices: the GPUs to use, in the order in which the servers take them; [] for a CPU.
-        gpu_memory: the share of a GPU's memory that a server takes.
-        sleeps: whether it can give that away; without a GPU it only pauses.
-        threads: CPU threads of a server; 0 leaves it to torch.
         adapter_rank: of the adapters that servers are given; 0: they are given whole weights.
-        arguments: further arguments of `vllm serve`, after ours.
+        options: as of every pool of servers.
     """
 
     _STAGES: ClassVar[Mapping[str, str]] = {
@@ -42,85 +24,51 @@ class VllmPool(ProcessPool):
         "for vLLM's torch.compile": "vLLM compiles the model, or takes what it compiled before",
         "Capturing CUDA graphs": "vLLM captures CUDA graphs",
     }
+    # What `vllm serve` runs; that command itself is missing from the CPU build.
+    _SERVER = "vllm.entrypoints.launchers.api_server.entry"
+    _MODEL, _SEED = "model", "seed"
 
-    def __init__(
-        self,
-        model: str,
-        *,
-        size: int,
-        max_running: int,
-        max_tokens: int,
-        cache_tokens: int,
-        tensor_parallel: int,
-        devices: Sequence[Gpu],
-        gpu_memory: float,
-        dtype: str,
-        threads: int,
-        seed: int,
-        arguments: Sequence[str],
-        log_dir: Path,
-        start_timeout_s: float,
-        sleeps: bool = False,
-        adapter_rank: int = 0,
-        say: Callable[[str], None] = logger.info,
-    ) -> None:
-        super().__init__(size=size, log_dir=log_dir, start_timeout_s=start_timeout_s, say=say)
-        check_parallel(tensor_parallel, devices)
-        self._model = model
-        self._devices = list(devices)
-        self._tensor_parallel = tensor_parallel
-        self._threads = threads
-        self._takes_adapters = adapter_rank > 0
-        self._seed = seed
-        options = {
-            "dtype": dtype,
-            "max-model-len": max_tokens,
-            "max-num-seqs": max_running,
-            "tensor-parallel-size": tensor_parallel,
+    def __init__(self, model: str, *, adapter_rank: int = 0, **options: Any) -> None:
+        super().__init__(model, **options)
+        self._adapter_rank = adapter_rank
+
+    def _options(self) -> Mapping[str, object]:
+        options: dict[str, object] = {
+            "dtype": self._dtype,
+            "max-model-len": self._max_tokens,
+            "max-num-seqs": self._max_running,
+            "tensor-parallel-size": self._tensor_parallel,
             # Of the distribution that was sampled from: after the temperature.
             "logprobs-mode": "processed_logprobs",
             # Nothing is sampled but what a request says, whatever the model's files recommend.
             "generation-config": "vllm",
             "worker-extension-cls": "flash.worker.vllm_extension.WeightLoader",
             "middleware": "flash.worker.vllm_extension.RequireKey",
+            "enable-scale-out": None,
+            "disable-uvicorn-access-log": None,
         }
         if self._devices:
-            options["gpu-memory-utilization"] = gpu_memory
+            options["gpu-memory-utilization"] = self._gpu_memory
         else:
-            options["num-gpu-blocks-override"] = -(-cache_tokens // _BLOCK_TOKENS)
+            options["num-gpu-blocks-override"] = -(-self._cache_tokens // _BLOCK_TOKENS)
             options["block-size"] = _BLOCK_TOKENS
-        if adapter_rank:
-            options["max-lora-rank"] = next(most for most in ADAPTER_RANKS if most >= adapter_rank)
-        self._arguments = [
-            *(f"--{name}={value}" for name, value in options.items()),
-            "--enable-scale-out",
-            "--disable-uvicorn-access-log",
-            *([] if self._devices else ["--enforce-eager"]),
-            *(["--enable-sleep-mode"] if sleeps and self._devices else []),
-            *(["--enable-lora"] if adapter_rank else []),
-            *arguments,
-        ]
+            options["enforce-eager"] = None
+        if self._gives_memory:
+            options["enable-sleep-mode"] = None
+        if self._adapter_rank:
+            options["enable-lora"] = None
+            options["max-lora-rank"] = next(r for r in ADAPTER_RANKS if r >= self._adapter_rank)
+        return options
 
-    def _command(self, number: int, host: str, port: int) -> Sequence[str]:
-        return [
-            sys.executable, "-m", "flash.worker.watched_server", _SERVER, f"--model={self._model}",
-            f"--host={host}", f"--port={port}", f"--seed={derived(self._seed, f'worker {number}')}",
-            *self._arguments,
-        ]  # fmt: skip
-
-    def _environment(self, number: int) -> Mapping[str, str]:
-        environment = {
+    def _variables(self) -> Mapping[str, str]:
+        variables = {
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_API_KEY": self._api_key,
             "VLLM_NO_USAGE_STATS": "1",
         }
-        if self._takes_adapters:
-            environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
-        if self._devices:
-            environment |= visible_gpus(self._devices, number, self._tensor_parallel)
-        else:
-            environment["VLLM_CPU_KVCACHE_SPACE"] = "1"
-            environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-            if self._threads:
-                environment["OMP_NUM_THREADS"] = str(self._threads)
-        return environment
+        if self._adapter_rank:
+            variables["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+        if not self._devices:
+            variables["VLLM_CPU_KVCACHE_SPACE"] = "1"
+            variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        return variables

@@ -203,6 +203,7 @@ def sending_of(config: Config, hub: FleetHub, log_dir: Path, first: Weights) -> 
             name=f"sender {name}",
             log_path=log_dir / f"sender_{name}.log",
             env=listening_at(address),
+            address=address if config.engine.kind == "sglang" else None,
         )
         return await start()
 

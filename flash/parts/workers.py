@@ -17,9 +17,10 @@ from flash.hub.embedded_pool import EmbeddedPool
 from flash.hub.http_worker import HttpWorker
 from flash.hub.hub import InferenceHub
 from flash.hub.nccl_worker import NcclPool, NcclWorker
-from flash.hub.pool import ProcessPool
+from flash.hub.pool import LOOPBACK, ProcessPool
 from flash.hub.probe import Probe
-from flash.hub.sender import StartSender, nccl_sender
+from flash.hub.sender import SenderProcess, StartSender, address_towards, nccl_sender
+from flash.hub.sglang_nccl import SglangNcclPool, SglangNcclWorker
 from flash.hub.sglang_pool import SglangPool
 from flash.hub.sglang_worker import SglangWorker
 from flash.hub.turns import MakeRoom
@@ -254,13 +255,14 @@ def _server_pool(
         "sleeps": shared,
         "say": say,
     }
+    sends = engine.transport == "nccl"
+    start: Callable[..., ProcessPool]
     if choice.kind == "sglang":
+        start = functools.partial(SglangNcclPool, senders=senders) if sends else SglangPool
         keeps_stale = engine.update_mode == "keep_stale_kv"
-        sglang = SglangPool(model, keeps_stale=keeps_stale, arguments=engine.sglang_args, **of_both)
+        sglang = start(model, keeps_stale=keeps_stale, arguments=engine.sglang_args, **of_both)
         return sglang, "SGLang server"
-    start: Callable[..., VllmPool] = VllmPool
-    if engine.transport == "nccl":
-        start = functools.partial(NcclPool, senders=senders)
+    start = functools.partial(NcclPool, senders=senders) if sends else VllmPool
     lora = config.trainer.lora
     adapter_rank = lora.rank if lora.publish == "adapters" else 0
     vllm = start(model, arguments=engine.vllm_args, adapter_rank=adapter_rank, **of_both)
@@ -282,20 +284,29 @@ def _where(devices: Sequence[Gpu], wanted: int) -> str:
 def _client(config: Config, url: str, start_sender: StartSender) -> Worker:
     """Of a worker that runs already."""
     api_key = revealed(config.engine.api_key)
-    if config.engine.kind == "sglang":
-        return SglangWorker(url, api_key=api_key)
+    is_sglang = config.engine.kind == "sglang"
     if config.engine.transport == "disk":
-        return HttpWorker(url, api_key=api_key)
-    return NcclWorker(url, api_key=api_key, start_sender=start_sender)
+        return (SglangWorker if is_sglang else HttpWorker)(url, api_key=api_key)
+    client = SglangNcclWorker if is_sglang else NcclWorker
+    return client(url, api_key=api_key, start_sender=start_sender)
 
 
 def _sender(config: Config, log_dir: Path, number: int) -> StartSender:
     """To worker `number`; they take turns on the trainer's GPUs."""
-    return nccl_sender(
-        number % config.trainer.ranks,
-        name=f"sender {number}",
-        log_path=log_dir / f"sender_{number}.log",
-    )
+    engine = config.engine
+
+    async def start() -> SenderProcess:
+        address = None
+        if engine.kind == "sglang":
+            address = await address_towards(engine.urls[number]) if engine.urls else LOOPBACK
+        return await nccl_sender(
+            number % config.trainer.ranks,
+            name=f"sender {number}",
+            log_path=log_dir / f"sender_{number}.log",
+            address=address,
+        )()
+
+    return start
 
 
 def worker_gpus(ranks: int, *, shared: bool = False) -> list[Gpu]:

@@ -1,11 +1,12 @@
-"""Sends exported weights to the ranks of one vLLM server, chunk by chunk.
+"""Sends exported weights to the ranks of one server, of vLLM or SGLang, chunk by chunk.
 
     open ─► chunks: names, dtypes, shapes ─► the server is told of one ─► send: its bytes
                                                        ▲                     │
                                                        └──────── next ───────┘
 
-A chunk is what vLLM's packed transfer takes in one broadcast: tensors of one dtype, their bytes
-one after the other. The group that carries it is `flash/trainer/nccl.py`'s.
+A chunk is what vLLM's packed transfer and SGLang's flattened buckets take in one broadcast: tensors
+of one dtype, their bytes one after the other. The group that carries it is that of
+`flash/trainer/nccl.py` or `flash/trainer/process_group.py`.
 """
 
 from pathlib import Path
@@ -20,7 +21,7 @@ from flash.worker.tensors import Chunk, chunks_of
 class Group(Protocol):
     """This process, which is rank 0, and the ranks of one server.
 
-    `new_id` makes the 128 bytes that all of them need to find each other.
+    `new_id` makes the bytes that all of them need to find each other.
     """
 
     device: torch.device
@@ -37,7 +38,7 @@ class Group(Protocol):
 
 
 class Sender:
-    """Answers the calls of `flash.hub.nccl_worker.NcclWorker`, one at a time.
+    """Answers the calls of a server's client (`flash/hub/transfer.py`), one at a time.
 
     Each call waits for the other side as long as it takes: the caller kills this process when
     that is too long.
@@ -57,7 +58,7 @@ class Sender:
         self._group.join(self._group_id, size)
 
     def open(self, directory: str, chunk_bytes: int) -> list[dict[str, Any]]:
-        """What `/update_weights` must be told of each chunk before it is sent.
+        """What the server must be told of each chunk before it is sent.
 
         From now on these weights can be sent, even if the directory is deleted meanwhile.
         """

@@ -25,7 +25,7 @@ def tensors_in(directory: Path) -> dict[str, Tensor]:
 def chunks_of(directory: Path, chunk_bytes: int) -> list[Chunk]:
     """The tensors in a directory in chunks of at most `chunk_bytes`.
 
-    A larger tensor is a chunk by itself. One dtype a chunk, because vLLM views each tensor where
+    A larger tensor is a chunk by itself. One dtype a chunk, because servers view each tensor where
     it lies, and float32 may not lie behind an odd number of bfloat16.
     """
     chunks: list[Chunk] = []

@@ -93,8 +93,18 @@ def test_an_explorer_takes_weights_as_the_run_sends_them_or_as_files(monkeypatch
     urls = {"engine.transport": "nccl", "engine.urls": "http://a:1", "engine.kind": "urls"}
     engine = local_config(told(**urls), MODEL, {}).engine
     assert (engine.transport, engine.kind, engine.urls) == ("nccl", "vllm", ())
+    auto = {"engine.transport": "nccl", "engine.urls": "http://a:1"}
+    assert local_config(told(**auto), MODEL, {}).engine.kind == "vllm"
     sglang = {"engine.urls": "http://a:1", "engine.kind": "sglang"}
     assert local_config(told(**sglang), MODEL, {}).engine.kind == "auto"
+    monkeypatch.setattr("flash.system.machine.has_sglang", lambda: True)
+    sent = told(**sglang, **{"engine.transport": "nccl"})
+    engine = local_config(sent, MODEL, {}).engine
+    assert (engine.transport, engine.kind, engine.urls) == ("nccl", "sglang", ())
+    with pytest.raises(ValueError, match="--engine.kind vllm: .* is for sglang: leave it out, or"):
+        local_config(sent, MODEL, {"engine.kind": "vllm"})
+    other = {"engine.kind": "vllm", "engine.transport": "disk"}
+    assert local_config(sent, MODEL, other).engine.kind == "vllm"
     by_files = {"engine.transport": "disk", "engine.kind": "embedded"}
     assert local_config(told(**nccl), MODEL, by_files).engine.transport == "disk"
     assert local_config(told(**nccl), MODEL, {}, evaluates=True).engine.transport == "disk"

@@ -394,10 +394,13 @@ async def test_what_can_not_be_sent_is_said_in_words():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not has_vllm(), reason="vLLM is not installed: make setup-vllm")
 @pytest.mark.skipif(bool(gpus()), reason="a sender needs a GPU, and here it is to lack one")
-async def test_a_runs_senders_are_processes_whose_end_is_told_of(tmp_path):
-    config = load("frozen_lake", {"engine.transport": "nccl", "engine.kind": "vllm"})
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+async def test_a_runs_senders_are_processes_whose_end_is_told_of(kind, tmp_path, monkeypatch):
+    if kind == "vllm" and not has_vllm():
+        pytest.skip("vLLM is not installed: make setup-vllm")
+    monkeypatch.setattr("flash.system.machine.has_sglang", lambda: True)
+    config = load("frozen_lake", {"engine.transport": "nccl", "engine.kind": kind})
     hub = FleetHub(None, version=4, offer=offer)
     first = Weights(version=4, path=tmp_path)
     sending = sending_of(config, hub, tmp_path / "logs", first)

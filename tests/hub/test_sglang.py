@@ -10,8 +10,12 @@ import pytest
 import pytest_asyncio
 
 from flash.hub.hub import InferenceHub
+from flash.hub.pool import LOOPBACK
+from flash.hub.sender import LocalSender, StartSender
+from flash.hub.sglang_nccl import SglangNcclWorker
 from flash.hub.sglang_pool import SglangPool
-from flash.hub.worker import BadRequest, WorkerFailure
+from flash.hub.worker import BadRequest, WorkerBroken, WorkerFailure
+from flash.system.process import Child
 from flash.types import Completion, SamplingParams, Weights
 from flash.warm_start.small_policy import create
 from tests.hub.test_vllm import PROMPT, logprobs, mixed_logprobs, request, weights
@@ -27,6 +31,7 @@ pytestmark = [
 ]
 
 START_S = 500
+CHUNK_BYTES = 20_000
 
 
 class Server:
@@ -38,11 +43,19 @@ class Server:
         self.version = 0
 
     @asynccontextmanager
-    async def hub(self, update_mode="keep"):
-        """With the next version; a hub closes its workers, so each has a client of its own."""
+    async def hub(self, update_mode="keep", sender=None):
+        """With the next version; a hub closes its workers, so each has a client of its own.
+
+        It gets weights from such a sender, if there is one, or from files.
+        """
         self.version += 1
-        seat = self.pool._seats[0]
-        worker = self.pool._client(0, f"http://127.0.0.1:{seat.port}")
+        url = f"http://127.0.0.1:{self.pool._seats[0].port}"
+        worker = self.pool._client(0, url)
+        if sender is not None:
+            await worker.close()
+            worker = SglangNcclWorker(
+                url, api_key=self.pool._api_key, start_sender=sender, chunk_bytes=CHUNK_BYTES
+            )
         async with InferenceHub(
             [worker], version=self.version, weights=self.weights(), update_mode=update_mode
         ) as hub:
@@ -96,9 +109,21 @@ async def test_logprobs_are_the_models_own_after_the_temperature(server, tempera
         server.assert_exact(PROMPT, answer, temperature)
 
 
+@pytest.fixture
+def sender(tmp_path) -> StartSender:
+    """Starts what sends weights, by gloo in NCCL's place."""
+
+    async def start() -> LocalSender:
+        module, log = "flash.trainer.process_group", tmp_path / "sender.log"
+        return LocalSender(await Child.start(module, "cpu", LOOPBACK, name="sender", log_path=log))
+
+    return start
+
+
+@pytest.mark.parametrize("sends", [False, True])
 @pytest.mark.parametrize("mode", ["keep", "keep_stale_kv", "abort", "wait"])
-async def test_versions_are_exact_whatever_a_publish_does_to_what_runs(server, mode):
-    async with server.hub(mode) as (hub, _):
+async def test_versions_are_exact_whatever_a_publish_does_to_what_runs(server, mode, sends, sender):
+    async with server.hub(mode, sender if sends else None) as (hub, _):
         old = server.version
         prompts = [[*PROMPT, 20 + number] for number in range(4)]
         sampled = [asyncio.Event() for _ in prompts]
@@ -209,3 +234,32 @@ async def test_requests_wait_with_a_server_that_sleeps(server):
         answer = await call
         assert len(answer.token_ids) == 300
         server.assert_exact(PROMPT, answer)
+
+
+async def test_a_group_is_made_anew_after_its_sender_and_a_transfer_that_breaks_off_is_told(
+    server, sender
+):
+    """The last of these tests: such a server has to be started anew."""
+    started = []
+
+    async def start() -> LocalSender:
+        started.append(await sender())
+        return started[-1]
+
+    async with server.hub("keep", start) as (hub, worker):
+        started[0].kill()
+        await started[0].stop()
+        server.version += 1
+        assert (await hub.publish(server.weights())).gap.max < 1e-4
+        assert len(started) == 2
+        server.assert_exact(PROMPT, await hub.generate(request(20)))
+
+        async def die(number: int) -> None:
+            started[1].kill()
+
+        started[1].send = die
+        await worker.pause("keep")
+        with pytest.raises(WorkerBroken):
+            await worker.load_weights(server.weights())
+        with pytest.raises(WorkerBroken, match="broke off"):
+            await worker.check_health()

@@ -14,7 +14,8 @@ import msgspec
 import pytest
 
 from flash.fakes import sglang as fake
-from flash.hub import sglang_answers, sglang_worker
+from flash.fakes import sglang_group as group
+from flash.hub import sglang_answers, sglang_nccl, sglang_worker
 from flash.hub.config import _LENGTH_ARGS, _SAMPLING_ARGS
 from flash.hub.sglang_pool import SglangPool
 
@@ -69,6 +70,12 @@ def default(value: ast.expr | None) -> Any:
         (fake._Abort, REQUESTS, "AbortReq"),
         (fake._Memory, REQUESTS, "ReleaseMemoryOccupationReqInput"),
         (fake._Memory, REQUESTS, "ResumeMemoryOccupationReqInput"),
+        (group.InitGroup, REQUESTS, "InitWeightsUpdateGroupReqInput"),
+        (group.DestroyGroup, REQUESTS, "DestroyWeightsUpdateGroupReqInput"),
+        (group.Begin, REQUESTS, "BeginWeightUpdateReqInput"),
+        (group.Distributed, REQUESTS, "UpdateWeightsFromDistributedReqInput"),
+        (group.End, REQUESTS, "EndWeightUpdateReqInput"),
+        (sglang_nccl._Ranks, "srt/arg_groups/fields/parallel.py", "Parallel"),
         (sglang_worker._Sampling, SAMPLING, "SamplingParams"),
         (sglang_worker._Request, REQUESTS, "GenerateReqInput"),
         (sglang_answers.Span, "srt/utils/weight_versions.py", "WeightVersionSpan"),
@@ -87,6 +94,9 @@ def test_requests_have_the_fields_of_sglangs_own(ours, path, theirs):
         (fake._Continue, REQUESTS, "ContinueGenerationReqInput"),
         (fake._Update, REQUESTS, "UpdateWeightFromDiskReqInput"),
         (fake._Version, REQUESTS, "UpdateWeightVersionReqInput"),
+        (group.InitGroup, REQUESTS, "InitWeightsUpdateGroupReqInput"),
+        (group.DestroyGroup, REQUESTS, "DestroyWeightsUpdateGroupReqInput"),
+        (group.Distributed, REQUESTS, "UpdateWeightsFromDistributedReqInput"),
     ],
 )
 def test_what_a_request_leaves_out_is_to_the_fake_what_it_is_to_sglang(ours, path, theirs):
