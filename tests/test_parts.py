@@ -264,12 +264,11 @@ def test_the_probe_fits_into_what_a_worker_takes(longest, prompt, tokens):
     ("changes", "gpus", "line"),
     [
         ({}, [], "engine: 1 embedded worker on the CPU, because vLLM is not installed (`make "),
-        ({"engine.workers": 2}, [0, 1, 2, 3], "2 embedded workers on GPU 1, 2 (idle: 3; engine."),
-        ({"engine.tensor_parallel": 2}, [0, 1, 2], "1 embedded worker on GPU 1 (idle: 2; engine."),
+        ({"engine.workers": 2}, [0, 1, 2, 3], "2 embedded workers on GPU 1, 2, because vLLM is n"),
         ({"engine.urls": "http://127.0.0.1:1"}, [], "engine: 1 worker that ran before, because e"),
     ],
 )
-async def test_a_run_says_which_workers_it_takes_and_which_gpus_are_idle(
+async def test_a_run_says_which_workers_it_takes_and_where_they_are(
     changes, gpus, line, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("flash.parts.workers.gpus", lambda: gpus)

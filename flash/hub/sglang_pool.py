@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from flash.hub.pool import ProcessPool, check_parallel, visible_gpus
+from flash.hub.gpus import check_parallel, visible_gpus
+from flash.hub.pool import ProcessPool
 from flash.hub.sglang_worker import SglangWorker
 from flash.seeds import derived
 from flash.system.machine import Gpu

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from flash.hub.config import ADAPTER_RANKS
-from flash.hub.pool import ProcessPool, check_parallel, visible_gpus
+from flash.hub.gpus import check_parallel, visible_gpus
+from flash.hub.pool import ProcessPool
 from flash.seeds import derived
 from flash.system.machine import Gpu
 
