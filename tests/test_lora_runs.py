@@ -12,7 +12,7 @@ from flash.replay.retrain import Compared, plan, retrain
 from flash.system.machine import has_vllm
 from tests.tiny_runs import run, tiny
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 OPTIONS = {
     "trainer.lora.rank": 4,

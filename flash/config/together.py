@@ -1,6 +1,8 @@
 """What the sections of a run must agree on; each error names the fields, and what to change."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from flash import registry
 from flash.config.callables import check_arguments, check_run
@@ -221,9 +223,8 @@ def _check_parallel(config: RunFields) -> None:
     parallel = config.engine.tensor_parallel
     if parallel == 1 or config.engine.urls:
         return
-    if config.model == SMALL:
-        settings = {"num_attention_heads": config.policy.heads}
-    else:
+    settings: Mapping[str, Any] | None = {"num_attention_heads": config.policy.heads}
+    if config.model != SMALL:
         settings = read_config(config.model)
     if settings is not None:
         check_heads(settings, model=config.model, tensor_parallel=parallel)

@@ -82,7 +82,8 @@ def _smaller_part(part: Any) -> dict[str, Any]:
 
 
 def _first(settings: dict[str, Any], names: Sequence[str]) -> int:
-    return next(settings[name] for name in names if settings.get(name))
+    size: int = next(settings[name] for name in names if settings.get(name))
+    return size
 
 
 def _one_of_each(types: Sequence[str], layers: int) -> list[int]:
