@@ -104,14 +104,12 @@ def card_of(gpu: Gpu, present: Sequence[Card]) -> Card | None:
     CUDA numbers cards by their speed, and the driver by their slots: where they differ, a number
     tells nothing, unless CUDA_DEVICE_ORDER has CUDA count slots.
     """
+    if isinstance(gpu, str):
+        return next((card for card in present if card.uuid.startswith(gpu)), None)
     alike = len({(card.name, card.memory_bytes) for card in present}) == 1
-    by_slot = alike or os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
-    named = (
-        card
-        for card in present
-        if (card.uuid.startswith(gpu) if isinstance(gpu, str) else by_slot and card.number == gpu)
-    )
-    return next(named, None)
+    if not alike and os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
+        return None
+    return next((card for card in present if card.number == gpu), None)
 
 
 def compute_capability() -> tuple[int, int] | None:
