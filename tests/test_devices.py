@@ -1,16 +1,20 @@
 """Which GPU serves whom, on machines that have as many as a test says."""
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from flash.config import load
+from flash.evaluate import evaluate
 from flash.hub.pool import ProcessPool
-from flash.parts.devices import check_cards, check_devices, lay_out
+from flash.parts.devices import check_cards, lay_out
 from flash.parts.workers import open_hub
 from flash.system.machine import Card, card_of
 from flash.train import train
+from flash.trainer.checkpoint import write_state
 from flash.types import Weights
 from flash.warm_start.small_policy import create
 
@@ -176,27 +180,44 @@ def test_a_gpu_is_known_by_the_name_that_cuda_gives_it(gpu, second, order, found
     assert (None if card is None else card.number) == found
 
 
-@pytest.mark.slow
-async def test_a_run_tells_who_has_which_gpu_and_starts_nothing_on_one_that_is_too_small(
-    tmp_path, monkeypatch, capsys
-):
-    words = [f"w{n}" for n in range(300)]
-    model = create(tmp_path / "m", words, layers=1, hidden_size=32, heads=2)
+@pytest.fixture
+def too_small(tmp_path, monkeypatch):
+    """The only GPU of this machine."""
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 0, GPU-1, Tiny, 0, 9.0\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setattr("flash.system.machine.gpus", lambda: [0])
-    said: list[str] = []
-    config = run_of(
-        **{"model": str(model), "runs_dir": str(tmp_path / "runs"), "engine.kind": "embedded"}
-    )
-    refused = pytest.raises(
-        ValueError, match=r"^trainer\.ranks=1: a rank takes .* GPU 0 has 0\.0 GB"
-    )
-    with refused:
-        await check_devices(config, str(model), say=said.append)
-    assert said == ["GPU 0: trainer rank 0, worker 0"]
-    with refused:
-        await train(config, stop=asyncio.Event())
+
+
+def small_model(folder: Path) -> str:
+    return str(create(folder, [f"w{n}" for n in range(300)], layers=1, hidden_size=32, heads=2))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("too_small")
+async def test_a_run_tells_who_has_which_gpu_and_starts_nothing_on_one_that_is_too_small(
+    tmp_path, capsys
+):
+    changes = {"model": small_model(tmp_path / "m"), "runs_dir": str(tmp_path / "runs")}
+    with pytest.raises(
+        ValueError, match=r"^trainer\.ranks=1: a rank takes .* GPU 0 has 0\.0 GB: raise"
+    ):
+        await train(run_of(**{"engine.kind": "embedded", **changes}), stop=asyncio.Event())
     assert "GPU 0: trainer rank 0, worker 0" in capsys.readouterr().out
     assert [path.name for path in tmp_path.glob("runs/*/logs/*")] == ["controller.log"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("too_small")
+async def test_an_evaluation_has_no_ranks_and_starts_no_server_on_a_gpu_that_is_too_small(tmp_path):
+    checkpoint = tmp_path / "r" / "checkpoints" / "step_000001"
+    changes = {"model": small_model(checkpoint / "model"), "runs_dir": str(tmp_path)}
+    write_state(checkpoint, 1)
+    settings = run_of(**SERVERS, **changes).model_dump(mode="json")
+    (tmp_path / "r" / "config.yaml").write_text(yaml.safe_dump(settings))
+    said: list[str] = []
+    with pytest.raises(
+        ValueError, match=r"^engine\.tensor_parallel=1: the model's .* of GPU 0: rai"
+    ):
+        await evaluate(checkpoint, {}, said.append)
+    assert said == ["GPU 0: worker 0"]
