@@ -119,6 +119,14 @@ async def test_so_it_does_a_reference_of_the_divergence(tmp_path):
         await prepared_model(load("frozen_lake", changes), lambda *_: None)
 
 
+async def test_a_model_of_the_hub_is_refused_if_its_heads_can_not_be_shared_out(monkeypatch):
+    monkeypatch.setattr("flash.parts.model._hub_config", lambda _: {"num_attention_heads": 6})
+    monkeypatch.setattr("flash.system.machine.has_vllm", lambda: True)
+    changes = {"model": "org/m", "engine.kind": "vllm", "engine.tensor_parallel": 4}
+    with pytest.raises(ValueError, match=r"parallel=4 with the 6 heads of model='org/m'.*2, 3, 6"):
+        await prepared_model(load("frozen_lake", changes), lambda *_: None)
+
+
 async def test_an_evaluation_refuses_such_a_checkpoint(tmp_path):
     checkpoint = tmp_path / "r" / "checkpoints" / "step_000001"
     broken_model(checkpoint / "model")
