@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ import yaml
 
 from flash.config import load
 from flash.evaluate import evaluate
+from flash.explorer.explore import Options, _play_for
+from flash.explorer.player import Player
 from flash.hub.pool import ProcessPool
 from flash.parts.devices import check_cards, lay_out
 from flash.parts.workers import open_hub
@@ -48,8 +51,8 @@ def run_of(**changes: Any) -> Any:
          ["GPU 0: trainer rank 0", "GPU 1: idle (engine.workers may be more)", "GPU 2: worker 0"]),
         (COLOCATED | {"trainer.ranks": 2, "engine.tensor_parallel": 2}, [4, 5], {},
          ["GPU 4: trainer rank 0, worker 0", "GPU 5: trainer rank 1, worker 0"]),
-        ({"trainer.ranks": 2}, [0, 1, 2], {"trains": False},
-         ["GPU 0, 1: idle (engine.workers may be more)", "GPU 2: worker 0"]),
+        ({"trainer.ranks": 2}, [0, 1, 2, 3], {"trains": False},
+         ["GPU 2: worker 0", "GPU 3: idle (engine.workers may be more)"]),
         ({"trainer.ranks": 2, "engine.urls": "http://a:1"}, [0], {"nodes": 2},
          ["GPU 0: trainer rank 0"]),
     ],
@@ -220,4 +223,20 @@ async def test_an_evaluation_has_no_ranks_and_starts_no_server_on_a_gpu_that_is_
         ValueError, match=r"^engine\.tensor_parallel=1: the model's .* of GPU 0: rai"
     ):
         await evaluate(checkpoint, {}, said.append)
+    assert said == ["GPU 0: worker 0"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("too_small")
+async def test_an_explorer_starts_no_server_on_a_gpu_that_is_too_small(tmp_path):
+    model = small_model(tmp_path / "m")
+    config = run_of(**SERVERS, model=model, **{"explorers.expected": 1}).model_dump(mode="json")
+    welcome: Any = SimpleNamespace(config=config, where="elsewhere", version=0)
+    nowhere: Any = None
+    said: list[str] = []
+    with pytest.raises(ValueError, match=r"^engine\.tensor_parallel=1: the model's .* of GPU 0"):
+        await _play_for(
+            Options(source="", overrides={}), welcome, model, nowhere, Player(nowhere), tmp_path,
+            asyncio.Event(), said.append, None,
+        )  # fmt: skip
     assert said == ["GPU 0: worker 0"]

@@ -22,7 +22,8 @@ _HALF_CAPABILITY = (8, 0)  # GPUs before have no bfloat16, and servers refuse to
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The GPUs of each of the trainer's ranks and of each worker that are started here."""
+    """The GPUs of each of the trainer's ranks and of each worker that are started here, and all of
+    those that could be theirs."""
 
     present: tuple[Gpu, ...]
     ranks: tuple[Gpu, ...]
@@ -71,12 +72,15 @@ async def check_devices(
 def lay_out(
     config: Config, present: Sequence[Gpu], *, trains: bool = True, nodes: int = 1
 ) -> Layout:
-    """Of what a configuration starts on this machine; the ranks are on so many `nodes` like it."""
+    """Of what a configuration starts on this machine; the ranks are on so many `nodes` like it.
+
+    What trains nothing leaves GPUs to a trainer that may be there.
+    """
     engine, ranks = config.engine, config.trainer.ranks // nodes
     size = 0 if engine.urls else engine.workers
     devices = engine.devices or worker_gpus(present, ranks, shared=engine.colocated and trains)
     return Layout(
-        tuple(present),
+        tuple(present if trains else devices),
         tuple(present[:ranks]) if trains else (),
         tuple(gpus_of(devices, number, engine.tensor_parallel) for number in range(size)),
     )
