@@ -34,13 +34,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from flash.fakes import fake_sample
 from flash.simulate.hardware import GPUS
+from flash.trainer.attention import PACKED_ATTENTION
 from flash.trainer.config import TrainerConfig
 from flash.trainer.micro_batch import MicroBatch, pack
 from flash.trainer.objectives.aggregation import scales
 from flash.trainer.objectives.choose import make_objective
 from flash.trainer.packing import plan
 from flash.trainer.scorer import TokenScorer
-from flash.trainer.sharding import load_model, shard
+from flash.trainer.sharding import shard
 from flash.trainer.trainer import Trainer
 from flash.types import Batch, Sample
 
@@ -129,16 +130,18 @@ class PaddedScorer(TokenScorer):
         )
 
 
+def load_model(folder: Path | str, attention: str) -> Any:
+    """In float32."""
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=attention
+    )
+
+
 class Variant:
     """A model with its optimizer, and micro-batches that it takes."""
 
     def __init__(self, model_dir: str, micros: Sequence[MicroBatch], *, padded: bool) -> None:
-        if padded:
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                model_dir, dtype=torch.float32, attn_implementation="sdpa"
-            )
-        else:
-            model = load_model(model_dir)
+        model = load_model(model_dir, "sdpa" if padded else PACKED_ATTENTION)
         self.scorer = (PaddedScorer if padded else TokenScorer)(model).to(DEVICE)
         shard(self.scorer, model, ranks=1, half=CUDA)
         self.optimizer = torch.optim.AdamW(self.scorer.parameters(), lr=1e-5, fused=True)
@@ -293,7 +296,8 @@ def logits(how: str) -> None:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         random_model(config).save_pretrained(folder)
-        scorer = TokenScorer(load_model(folder), kept_logits=KEPT_LOGITS[how]).to(DEVICE)
+        model = load_model(folder, PACKED_ATTENTION)
+    scorer = TokenScorer(model, kept_logits=KEPT_LOGITS[how]).to(DEVICE)
     tokens = torch.randint(config.vocab_size, (4097,), device=DEVICE)
     scored = torch.arange(1, 4097, device=DEVICE)
     scorer(tokens[:9], (9,), scored[:8]).sum().backward()

@@ -11,6 +11,7 @@ from flash import config as configuration
 from flash.checkpoints import newest_checkpoint
 from flash.evaluation.play import heldout_tasks, play
 from flash.evaluation.result import Evaluation
+from flash.parts.devices import check_devices
 from flash.parts.model import check_model_files
 from flash.parts.open import open_parts
 from flash.system import machine
@@ -42,6 +43,7 @@ async def evaluate(
     _tell_of_brought(config, say)
     async with _whole((checkpoint / MODEL_FOLDER).resolve()) as model:
         await check_model_files(str(model))
+        await check_devices(config, str(model), say=say, trains=False)
         return await _play(config, Weights(version=version, path=model), say)
 
 

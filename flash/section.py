@@ -73,8 +73,23 @@ Secret = Annotated[SecretStr, BeforeValidator(_given), PlainSerializer(_kept, re
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 """A list, or one string with commas between its names."""
 
-Numbers = Annotated[tuple[int, ...], BeforeValidator(_split)]
-"""Likewise of whole numbers; one alone needs no list."""
+
+def _named(value: Any) -> Any:
+    names = _split(value)
+    if not isinstance(names, list | tuple):
+        return names
+    return [int(name) if isinstance(name, str) and name.isdigit() else name for name in names]
+
+
+def _gpu(value: Any) -> Any:
+    if isinstance(value, str) and not value.startswith(("GPU-", "MIG-")):
+        raise ValueError("must be a GPU's number, or its UUID as in GPU-8932f937")
+    return value
+
+
+_Gpu = Annotated[int | str, BeforeValidator(_gpu)]
+GpuNames = Annotated[tuple[_Gpu, ...], BeforeValidator(_named)]
+"""Likewise of GPUs, by numbers or UUIDs; one alone needs no list."""
 
 
 def is_url(value: object) -> bool:

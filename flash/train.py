@@ -19,6 +19,7 @@ from typing import Any
 
 from flash.config import Config
 from flash.errors import RolloutStall
+from flash.parts.devices import check_devices
 from flash.parts.model import prepared_model
 from flash.parts.training import Training, open_training
 from flash.rollout.stall.blocked import watched_event_loop
@@ -56,6 +57,8 @@ async def train(
         model = await unless(stop, prepared_model(config, view.progress))
         if model is None:
             return None
+        nodes = 1 if starter is None else starter.nodes
+        await check_devices(config, model, say=view.say, nodes=nodes)
         async with (
             given_up_by(stop) as opening,
             open_training(config, model, folder, view, stop, starter) as run,

@@ -67,6 +67,24 @@ def test_ranks_have_a_gpu_each_where_there_are_gpus():
     check_capacity(load("frozen_lake", {"trainer.ranks": 16}), NODE, nodes=2)
 
 
+def test_a_server_has_as_many_gpus_as_the_trainer_leaves(monkeypatch):
+    monkeypatch.setattr("flash.system.machine.has_vllm", lambda: True)
+    monkeypatch.setattr("flash.system.machine.gpus", lambda: [*NODE.gpus])
+    servers = {"engine.kind": "vllm", "engine.tensor_parallel": 4, "policy.heads": 4}
+    check_capacity(load("frozen_lake", servers | {"trainer.ranks": 4}), NODE)
+    with pytest.raises(ValueError, match=r"parallel=4 exceeds the 3 GPUs that the servers may use"):
+        check_capacity(load("frozen_lake", servers | {"trainer.ranks": 5}), NODE)
+    there = {"trainer.ranks": 5, "engine.devices": [0, 1, 2, 3]}
+    check_capacity(load("frozen_lake", servers | there), NODE)
+
+
+def test_embedded_workers_are_not_taken_in_the_place_of_servers_of_several_gpus(monkeypatch):
+    for vllm, machine in ((True, SMALL), (False, NODE)):
+        monkeypatch.setattr("flash.config.capacity.has_vllm", lambda vllm=vllm: vllm)
+        with pytest.raises(ValueError, match=r"with engine\.kind=auto, which means embedded work"):
+            check_capacity(load("frozen_lake", {"engine.tensor_parallel": 2}), machine)
+
+
 def test_an_evaluation_starts_no_ranks_and_keeps_no_batch():
     large = load("frozen_lake", {"trainer.ranks": 64, "batch_size": 1 << 20})
     check_capacity(large, SMALL, trains=False)

@@ -144,7 +144,7 @@ def test_async_generation_ratio_is_another_name_for_alpha():
         ),
         ({"reward": {"run": "a:b"}}, "reward.name is missing: there are env, function, judge, pro"),
         ({"reward": None}, "reward=None: must be a name, or a section with a name"),
-        ({"engine": {"devices": "one"}}, "engine.devices.0='one': must be a whole number"),
+        ({"engine": {"devices": "one"}}, "engine.devices.0='one': must be a GPU's number, or"),
         ({"engine": {"vllm_args": 3}}, "engine.vllm_args=3: must be a list: [one, two]"),
         ({"traner": {"ranks": 1}}, "traner: unknown field"),
         (

@@ -12,7 +12,7 @@ from flash.replay.retrain import Compared, plan, retrain
 from flash.system.machine import has_vllm
 from tests.tiny_runs import run, tiny
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 OPTIONS = {
     "trainer.lora.rank": 4,
@@ -62,7 +62,7 @@ async def test_a_run_with_adapters_goes_on_from_them_and_is_evaluated_merged_and
 
 
 @pytest.mark.skipif(not has_vllm(), reason="vLLM is not installed: make setup-vllm")
-async def test_a_run_on_vllm_publishes_adapters_alone_also_after_a_resume(tmp_path):
+async def test_a_run_on_vllm_publishes_adapters_alone_is_resumed_and_evaluated(tmp_path):
     options = {
         **OPTIONS,
         "engine.kind": "vllm",
@@ -76,3 +76,5 @@ async def test_a_run_on_vllm_publishes_adapters_alone_also_after_a_resume(tmp_pa
     steps = [each for each in map(json.loads, lines) if "kl_reference" in each]
     assert [each["mismatch/kl_fresh"] for each in steps] == pytest.approx([0] * 3, abs=1e-5)
     assert steps[2]["kl_reference"] > 0
+    evaluation = await evaluate(tmp_path / "r", {})  # by a server of the merged model
+    assert evaluation.metrics()["eval/episodes"] == 8

@@ -120,6 +120,14 @@ async def test_so_it_does_a_reference_of_the_divergence(tmp_path):
         await prepared_model(load("frozen_lake", changes), lambda *_: None)
 
 
+async def test_a_model_of_the_hub_is_refused_if_its_heads_can_not_be_shared_out(monkeypatch):
+    monkeypatch.setattr("flash.parts.model._hub_config", lambda _: {"num_attention_heads": 6})
+    monkeypatch.setattr("flash.system.machine.has_vllm", lambda: True)
+    changes = {"model": "org/m", "engine.kind": "vllm", "engine.tensor_parallel": 4}
+    with pytest.raises(ValueError, match=r"parallel=4 with the 6 heads of model='org/m'.*2, 3, 6"):
+        await prepared_model(load("frozen_lake", changes), lambda *_: None)
+
+
 async def test_an_evaluation_refuses_such_a_checkpoint(tmp_path):
     checkpoint = tmp_path / "r" / "checkpoints" / "step_000001"
     broken_model(checkpoint / "model")
@@ -265,12 +273,11 @@ def test_the_probe_fits_into_what_a_worker_takes(longest, prompt, tokens):
     ("changes", "gpus", "line"),
     [
         ({}, [], "engine: 1 embedded worker on the CPU, because vLLM is not installed (`make "),
-        ({"engine.workers": 2}, [0, 1, 2, 3], "2 embedded workers on GPU 1, 2 (idle: 3; engine."),
-        ({"engine.tensor_parallel": 2}, [0, 1, 2], "1 embedded worker on GPU 1 (idle: 2; engine."),
+        ({"engine.workers": 2}, [0, 1, 2, 3], "2 embedded workers on GPU 1, 2, because vLLM is n"),
         ({"engine.urls": "http://127.0.0.1:1"}, [], "engine: 1 worker that ran before, because e"),
     ],
 )
-async def test_a_run_says_which_workers_it_takes_and_which_gpus_are_idle(
+async def test_a_run_says_which_workers_it_takes_and_where_they_are(
     changes, gpus, line, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("flash.parts.workers.gpus", lambda: gpus)

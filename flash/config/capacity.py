@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 
 from flash.config.model import SMALL
 from flash.config.run import Config
+from flash.hub.gpus import check_parallel, worker_gpus
 from flash.reward.config import ProcessReward
-from flash.system.machine import Capacity, Gpu
+from flash.system.machine import Capacity, Gpu, has_vllm
 from flash.worker.config import CACHED_TOKEN_BYTES, MASK_BYTES, THREADS_PER_CORE
 
 # Bytes, measured where it says so.
@@ -36,11 +37,11 @@ def check_capacity(
         most = min(has.cores * _PER_CORE[field], int(has.memory_bytes / bytes_each))
         if count > most:
             raise ValueError(f"{field}={count}: {has} is enough for {most}: take no more")
+    if config.engine.colocated and trains and has.gpus:
+        _check_turns(config)
     _check_gpus(config, has, trains=trains, nodes=nodes)
     if config.engine.transport == "nccl":
         _check_nccl(config, has.gpus, trains=trains)
-    if config.engine.colocated and trains and has.gpus:
-        _check_turns(config)
     for field, threads in (
         ("engine.threads", config.engine.threads),
         ("trainer.threads", config.trainer.threads),
@@ -81,7 +82,7 @@ def _processes(
 
 def _check_gpus(config: Config, has: Capacity, *, trains: bool, nodes: int) -> None:
     engine, gpus = config.engine, has.gpus
-    if missing := sorted({*engine.devices} - {*gpus}):
+    if missing := sorted({*engine.devices} - {*gpus}, key=str):
         raise ValueError(
             f"engine.devices={list(engine.devices)}: {has} shows no GPU {missing}: name others, or "
             f"leave it out"
@@ -91,6 +92,17 @@ def _check_gpus(config: Config, has: Capacity, *, trains: bool, nodes: int) -> N
             f"trainer.ranks={config.trainer.ranks}: each takes a GPU of {has}: take {len(gpus)} or "
             f"fewer"
         )
+    if not engine.workers or engine.urls:
+        return
+    if engine.tensor_parallel > 1 and engine.kind == "auto" and not (gpus and has_vllm()):
+        raise ValueError(
+            f"engine.tensor_parallel={engine.tensor_parallel} with engine.kind=auto, which means "
+            f"embedded workers here, of one GPU each: use engine.kind=vllm or sglang, or leave it "
+            f"out"
+        )
+    shared = engine.colocated and trains
+    left = worker_gpus(gpus, config.trainer.ranks // nodes, shared=shared)
+    check_parallel(engine.tensor_parallel, engine.devices or left)
 
 
 def _check_turns(config: Config) -> None:

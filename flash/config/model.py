@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 SMALL = "small"
+_HEADS = ("num_attention_heads", "n_head")
 
 
 def check_model(model: str) -> None:
@@ -27,6 +28,27 @@ def check_model(model: str) -> None:
             "its model/ folder"
         )
     _settings(path)
+
+
+def check_heads(config: Mapping[str, Any], *, model: str, tensor_parallel: int) -> None:
+    """ValueError if servers can't share out the heads of a model of this `config.json`.
+
+    vLLM and SGLang give each GPU as many heads of queries, and as many of keys, or one of these to
+    several.
+    """
+    config = {**config, **(config.get("text_config") or {})}
+    heads = next((config[name] for name in _HEADS if isinstance(config.get(name), int)), None)
+    if heads is None:
+        return
+    keys = config.get("num_key_value_heads") or heads
+    if heads % tensor_parallel or (keys % tensor_parallel and tensor_parallel % keys):
+        of_keys = f" and {keys} of keys" if keys != heads else ""
+        fit = [n for n in range(1, heads + 1) if not heads % n and not (keys % n and n % keys)]
+        raise ValueError(
+            f"engine.tensor_parallel={tensor_parallel} with the {heads} heads{of_keys} of "
+            f"model={model!r}, which can't be shared out to so many GPUs: use "
+            f"one of {', '.join(map(str, fit))}"
+        )
 
 
 def _holds_gguf_alone(path: Path) -> bool:

@@ -1,11 +1,13 @@
 """What the sections of a run must agree on; each error names the fields, and what to change."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from flash import registry
 from flash.config.callables import check_arguments, check_run
 from flash.config.fields import RunFields
-from flash.config.model import SMALL, check_model, read_config
+from flash.config.model import SMALL, check_heads, check_model, read_config
 from flash.hub.config import ADAPTER_RANKS
 from flash.positions import check_positions
 from flash.system import machine
@@ -45,6 +47,7 @@ def check_together(config: RunFields) -> None:
             "engine.transport=nccl with explorers.certificate: NCCL sends weights in the clear: "
             "use engine.transport=disk, or leave the certificate out"
         )
+    _check_parallel(config)
     head = config.policy.hidden_size // config.policy.heads
     if config.engine.kind == "vllm" and config.model == SMALL and not machine.gpus() and head % 32:
         raise ValueError(
@@ -212,6 +215,24 @@ def _check_brought(config: RunFields) -> None:
         raise ValueError(
             f"{given}, as of all sets, with workers of the run's, which would play nothing: set "
             f"engine.workers=0, and leave engine.urls out"
+        )
+
+
+def _check_parallel(config: RunFields) -> None:
+    """That the model can be shared out to the GPUs of a server."""
+    parallel = config.engine.tensor_parallel
+    if parallel == 1 or config.engine.urls:
+        return
+    settings: Mapping[str, Any] | None = {"num_attention_heads": config.policy.heads}
+    if config.model != SMALL:
+        settings = read_config(config.model)
+    if settings is not None:
+        check_heads(settings, model=config.model, tensor_parallel=parallel)
+    gpus = config.cluster.explorers.gpus
+    if gpus and parallel > gpus:
+        raise ValueError(
+            f"engine.tensor_parallel={parallel} with cluster.explorers.gpus={gpus}: the GPUs of a "
+            f"server are its explorer's: ask for {parallel} or more there, or use fewer"
         )
 
 

@@ -40,6 +40,7 @@ from flash.explorer.player import Player
 from flash.explorer.playing import play
 from flash.explorer.spool import Spool
 from flash.explorer.tasks import read_tasks
+from flash.parts.devices import check_devices
 from flash.parts.open import open_parts
 from flash.rollout.crew import AgentCrew
 from flash.section import is_url
@@ -257,6 +258,7 @@ async def _play_for(
     )
     configuration.check_capacity(config, machine.capacity(), trains=False, hosts=start is None)
     player.doing = "starts its workers"
+    await check_devices(config, model, say=say, trains=False)
 
     async def weights() -> Weights:
         return Weights(version=welcome.version, path=Path(model))

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
 
 from flash.choices import UpdateMode
-from flash.section import Numbers, Secret, Section, is_url
+from flash.section import GpuNames, Secret, Section, is_url
 from flash.system import machine
 
 # Of the servers' arguments: what changes the distribution, or which logprobs are returned.
@@ -18,7 +18,16 @@ _SAMPLING_ARGS = {
     ),
 }  # fmt: skip
 _KEY_ARGS = ("api-key", "admin-api-key", "hf-token")
-_LENGTH_ARGS = ("max-model-len", "context-length")
+# What has a field, by the names that either kind of server knows it by.
+_OUR_ARGS = {
+    "agent.max_sequence_tokens": ("max-model-len", "context-length"),
+    "engine.tensor_parallel": ("tensor-parallel-size", "tp-size", "tp"),
+    "engine.gpu_memory": ("gpu-memory-utilization", "mem-fraction-static"),
+}
+# What would take GPUs of others, or see none: each server sees its own alone.
+_MORE_GPUS_ARGS = (
+    "pipeline-parallel-size", "pp-size", "pp", "data-parallel-size", "dp-size", "dp",
+)  # fmt: skip
 ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has room for
 _COMMANDS = {"vllm_args": "vllm serve", "sglang_args": "sglang serve"}
 
@@ -70,10 +79,10 @@ class EngineConfig(Section):
         "and it makes room while they sample",
     )
     tensor_parallel: int = Field(1, ge=1, description="GPUs of a server")
-    devices: Numbers = Field(
+    devices: GpuNames = Field(
         (),
-        description="GPUs for the workers, with commas between; none given: those that the trainer "
-        "leaves",
+        description="GPUs for the workers, by number or UUID, with commas between; none given: "
+        "those that the trainer leaves",
     )
     gpu_memory: float = Field(
         0.5,
@@ -149,8 +158,15 @@ class EngineConfig(Section):
                 raise ValueError(
                     f"{word}: SGLang then writes its servers' key into the run's logs: leave it out"
                 )
-            if word.startswith("--") and name in _LENGTH_ARGS:
-                raise ValueError(f"{word} is agent.max_sequence_tokens: leave it out, and set that")
+            option = name.lstrip("-") if word.startswith("-") else ""
+            for field, names in _OUR_ARGS.items():
+                if option in names:
+                    raise ValueError(f"{word} is {field}: leave it out, and set that")
+            if option in _MORE_GPUS_ARGS:
+                raise ValueError(
+                    f"{word}: a server has engine.tensor_parallel GPUs, and sees no more: leave it "
+                    f"out, and start more servers (engine.workers)"
+                )
         return value
 
     @field_validator("urls", mode="before")
@@ -184,6 +200,11 @@ class EngineConfig(Section):
                 f"engine.kind=sglang needs SGLang, which is not installed here: run "
                 f"{machine.how_to_install('sglang')}, or name servers that run already "
                 f"(engine.urls)"
+            )
+        if self.kind == "embedded" and self.tensor_parallel > 1:
+            raise ValueError(
+                f"engine.tensor_parallel={self.tensor_parallel} with engine.kind=embedded: an "
+                f"embedded worker has one GPU: use engine.kind=vllm or sglang, or leave it out"
             )
         if self.devices and len(self.devices) % self.tensor_parallel:
             raise ValueError(

@@ -4,7 +4,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from flash.hub.pool import ProcessPool, visible_gpus
+from flash.hub.gpus import visible_gpus
+from flash.hub.pool import ProcessPool
 from flash.seeds import derived
 from flash.system.machine import Gpu
 

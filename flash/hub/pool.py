@@ -18,7 +18,6 @@ import psutil
 from flash.errors import InferenceFailure, first_error
 from flash.hub.http_worker import HttpWorker
 from flash.hub.worker import OnExit, OnReady, Worker, WorkerFailure
-from flash.system.machine import Gpu
 from flash.system.process import PARENT_PID_VARIABLE, log_report
 
 logger = logging.getLogger(__name__)
@@ -261,14 +260,6 @@ class ProcessPool(abc.ABC):
             if final:
                 return
             await asyncio.sleep(min(_FIRST_BACKOFF_S * 2**deaths, _LONGEST_BACKOFF_S))
-
-
-def visible_gpus(devices: Sequence[Gpu], number: int, each: int = 1) -> dict[str, str]:
-    """What worker `number` sees of the GPUs, of which every worker has `each`, in turn."""
-    if not devices:
-        return {}
-    mine = (devices[(number * each + n) % len(devices)] for n in range(each))
-    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, mine))}
 
 
 def _reserve_port() -> socket.socket:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from flash.hub.pool import ProcessPool, visible_gpus
+from flash.hub.gpus import check_parallel, visible_gpus
+from flash.hub.pool import ProcessPool
 from flash.seeds import derived
 from flash.system.machine import Gpu
 
@@ -56,12 +57,7 @@ class ServerPool(ProcessPool):
         say: Callable[[str], None] = logger.info,
     ) -> None:
         super().__init__(size=size, log_dir=log_dir, start_timeout_s=start_timeout_s, say=say)
-        if devices and tensor_parallel > len(devices):
-            raise ValueError(
-                f"engine.tensor_parallel={tensor_parallel} exceeds the {len(devices)} GPUs that "
-                f"the servers may use ({', '.join(map(str, devices))}): use fewer, or name more in "
-                f"engine.devices"
-            )
+        check_parallel(tensor_parallel, devices)
         self._model = model
         self._max_running = max_running
         self._max_tokens = max_tokens

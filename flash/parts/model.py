@@ -8,6 +8,7 @@ from typing import Any
 
 from flash import registry
 from flash.config import SMALL, Config
+from flash.config.model import check_heads
 from flash.positions import check_positions
 from flash.trainer.config import LoraConfig
 from flash.types import PromptStyle
@@ -31,11 +32,11 @@ async def prepared_model(config: Config, on_progress: OnProgress) -> str:
         if local.is_dir():
             await check_model_files(str(local), lora=lora)
             return str(local)
-        check_positions(
-            _hub_config(config.model),
-            model=config.model,
-            max_sequence_tokens=config.agent.max_sequence_tokens,
-        )
+        settings, engine = _hub_config(config.model), config.engine
+        longest = config.agent.max_sequence_tokens
+        check_positions(settings, model=config.model, max_sequence_tokens=longest)
+        if not engine.urls:
+            check_heads(settings, model=config.model, tensor_parallel=engine.tensor_parallel)
         await check_model_files(config.model, lora=lora)
         return config.model
     env_key = key_of(of_set.env.model_dump() for of_set in config.sets.values())

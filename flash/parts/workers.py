@@ -14,6 +14,7 @@ import msgspec
 from flash.config import Config
 from flash.errors import first_error
 from flash.hub.embedded_pool import EmbeddedPool
+from flash.hub.gpus import worker_gpus
 from flash.hub.http_worker import HttpWorker
 from flash.hub.hub import InferenceHub
 from flash.hub.nccl_worker import NcclPool, NcclWorker
@@ -68,7 +69,7 @@ async def open_hub(
     engine = config.engine
     shared = make_room is not None
     adapters = config.trainer.lora.publish == "adapters"
-    devices = engine.devices or worker_gpus(config.trainer.ranks, shared=shared)
+    devices = engine.devices or worker_gpus(gpus(), config.trainer.ranks, shared=shared)
     parameters = None
     if engine.kind == "auto" and not engine.urls and devices and has_vllm():
         parameters = await parameters_of(model)
@@ -150,7 +151,7 @@ def probe_of(config: Config) -> Probe:
 def _worker_unit(config: Config) -> float:
     """Half of the step from a number near 1 to the next, of workers; 0 of float32."""
     engine = config.engine
-    arguments = _arguments(engine.server_args)
+    arguments = arguments_of(engine.server_args)
     if any(arguments.get(name, "auto") not in ("auto", "bfloat16") for name in _COARSE_ARGS):
         return _OF_FP8
     return _unit(arguments.get("dtype", engine.dtype), known=not engine.urls and not _apart(config))
@@ -172,7 +173,7 @@ def _unit(dtype: str, *, known: bool) -> float:
     return 0.0 if dtype in ("float32", "float") else _OF_BFLOAT16
 
 
-def _arguments(words: Sequence[str]) -> dict[str, str]:
+def arguments_of(words: Sequence[str]) -> dict[str, str]:
     """Names and values of a command line, `--name=value` or `--name value`."""
     found = {}
     for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
@@ -274,11 +275,9 @@ def _count(number: int, what: str) -> str:
 
 
 def _where(devices: Sequence[Gpu], wanted: int) -> str:
-    """Where the workers of a pool are that take so many GPUs, and which GPUs nobody uses."""
-    used, rest = devices[:wanted], devices[wanted:]
-    where = f"GPU {', '.join(map(str, used))}" if used else "the CPU"
-    idle = f" (idle: {', '.join(map(str, rest))}; engine.workers may be more)" if rest else ""
-    return where + idle
+    """Where the workers of a pool are that take so many GPUs."""
+    used = devices[:wanted]
+    return f"GPU {', '.join(map(str, used))}" if used else "the CPU"
 
 
 def _client(config: Config, url: str, start_sender: StartSender) -> Worker:
@@ -307,13 +306,6 @@ def _sender(config: Config, log_dir: Path, number: int) -> StartSender:
         )()
 
     return start
-
-
-def worker_gpus(ranks: int, *, shared: bool = False) -> list[Gpu]:
-    """The GPUs that the trainer's ranks leave to the workers; all of them if they leave none. Or
-    those that the ranks share with them."""
-    present = gpus()
-    return present[:ranks] if shared else present[ranks:] or present
 
 
 def _dtype(dtype: str, devices: Sequence[Gpu]) -> str:

@@ -2,6 +2,7 @@
 
 import errno
 import importlib.util
+import itertools
 import os
 import resource
 import socket
@@ -55,26 +56,65 @@ def gpus(dev: Path = Path("/dev")) -> list[Gpu]:
     count = sum(path.name[len("nvidia") :].isdigit() for path in dev.glob("nvidia[0-9]*"))
     if visible is None:
         return list(range(count))
-    names = [name.strip() for name in visible.split(",")]
-    return [
-        int(name) if name.isdigit() else name
-        for name in names
-        if (name.isdigit() and int(name) < count) or name.startswith(("GPU-", "MIG-"))
-    ]
+    there = itertools.takewhile(  # as CUDA does, which sees none of those after one that it lacks
+        lambda name: (name.isdigit() and int(name) < count) or name.startswith(("GPU-", "MIG-")),
+        (name.strip() for name in visible.split(",")),
+    )
+    return [int(name) if name.isdigit() else name for name in there]
 
 
 _ASK_S = 20.0
 
 
-def compute_capability() -> tuple[int, int] | None:
-    """That of the oldest NVIDIA GPU, by its driver; None if it does not tell."""
-    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A GPU as its driver tells of it; the memory is None where it does not tell that."""
+
+    number: int
+    uuid: str
+    name: str
+    memory_bytes: int | None
+    capability: tuple[int, int]
+
+    def __str__(self) -> str:
+        return f"{self.name}, compute capability {self.capability[0]}.{self.capability[1]}"
+
+
+def cards() -> list[Card]:
+    """The NVIDIA GPUs of this machine; none if the driver does not tell."""
+    asked = "index,uuid,name,memory.total,compute_cap"
+    command = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader,nounits"]
     try:
         told = subprocess.run(command, capture_output=True, text=True, timeout=_ASK_S, check=True)
-        found = [line.strip().split(".") for line in told.stdout.splitlines() if line.strip()]
-        return min((int(major), int(minor)) for major, minor in found)
+        return [_card(line) for line in told.stdout.splitlines() if line.strip()]
     except (OSError, ValueError, subprocess.SubprocessError):
+        return []
+
+
+def _card(line: str) -> Card:
+    number, uuid, name, mib, capability = (each.strip() for each in line.split(","))
+    major, minor = capability.split(".")
+    memory = int(mib) << 20 if mib.isdigit() else None
+    return Card(int(number), uuid, name, memory, (int(major), int(minor)))
+
+
+def card_of(gpu: Gpu, present: Sequence[Card]) -> Card | None:
+    """The one that CUDA gives that name; None if that is not known.
+
+    CUDA numbers cards by their speed, and the driver by their slots: where they differ, a number
+    tells nothing, unless CUDA_DEVICE_ORDER has CUDA count slots.
+    """
+    if isinstance(gpu, str):
+        return next((card for card in present if card.uuid.startswith(gpu)), None)
+    alike = len({(card.name, card.memory_bytes) for card in present}) == 1
+    if not alike and os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
         return None
+    return next((card for card in present if card.number == gpu), None)
+
+
+def compute_capability() -> tuple[int, int] | None:
+    """That of the oldest NVIDIA GPU, by its driver; None if it does not tell."""
+    return min((card.capability for card in cards()), default=None)
 
 
 _REMEDIES = {

@@ -30,6 +30,7 @@ from flash.trainer.config import LoraConfig
 from flash.trainer.lora import check_targets
 from flash.trainer.scorer import TokenScorer, by_itself
 from flash.trainer.self_test import check_layers
+from flash.trainer.small_copy import check_small_copy
 
 # In the order in which transformers looks for them.
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -56,6 +57,7 @@ def check_files(source: str, *, field: str, lora: LoraConfig | None = None) -> A
         _check_weights(model, _headers(source))
         with contextlib.suppress(RuntimeError):  # it takes weights, so the ranks will see
             check_layers(TokenScorer(model))
+        check_small_copy(config)
     except ValueError as error:
         why = " ".join(str(error).split())
         raise ValueError(f"{field}={source!r}: {why}") from error

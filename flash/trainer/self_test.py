@@ -19,14 +19,14 @@ from flash.trainer.attention import recorded
 from flash.trainer.scorer import TokenScorer
 
 # What configurations call the number of tokens that a layer looks back on.
-_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
+WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
 _OTHER_SETTINGS = ("alibi", "rope_parameters", "is_decoder", "use_bidirectional_attention")
 # A window beyond it is longer than what is trained here, and a text of that length costs too much.
-_WIDEST_WINDOW = 8192
+WIDEST_WINDOW = 8192
 _LENGTHS = (64, 5, 33)  # several sequences; more than a few dozen tokens in one
 _PAST_WINDOW = 16
 _COMPARED = 16  # tokens at the end of each text, where windows and positions show
-_LIMIT = 1e-3  # in float32
+LIMIT = 1e-3  # in float32
 
 
 def texts(config: Any, *, at_most: int | None = None) -> list[list[int]]:
@@ -37,8 +37,8 @@ def texts(config: Any, *, at_most: int | None = None) -> list[list[int]]:
         at_most: so many tokens has the longest.
     """
     text = config.get_text_config()
-    windows = (getattr(text, name, None) for name in _WINDOWS)
-    known = [w for w in windows if isinstance(w, int) and w <= _WIDEST_WINDOW]
+    windows = (getattr(text, name, None) for name in WINDOWS)
+    known = [w for w in windows if isinstance(w, int) and w <= WIDEST_WINDOW]
     longest = max([_LENGTHS[0], *(window + _PAST_WINDOW for window in known)])
     limits = [at_most, getattr(text, "max_position_embeddings", None)]
     longest = min([longest, *(limit for limit in limits if limit and limit > 0)])
@@ -79,11 +79,21 @@ def check_layers(scorer: TokenScorer) -> list[Tensor]:
     return packed
 
 
-@torch.no_grad()
 def check_packed(scorer: TokenScorer) -> None:
     """ValueError that names what differs between the packed forward and the model's own.
 
     The model is whole here, in float32, and evaluates.
+    """
+    for tokens, gap in packed_gaps(scorer):
+        if not gap <= LIMIT:  # nan is none either
+            raise ValueError(differs(scorer.model.config, tokens, gap))
+
+
+@torch.no_grad()
+def packed_gaps(scorer: TokenScorer) -> list[tuple[int, float]]:
+    """How many tokens each of the texts has, and by how many nats packing changes their logprobs.
+
+    ValueError that names why the model can't compute them.
     """
     model: Any = scorer.model
     compared = _compared(model.config)
@@ -100,15 +110,21 @@ def check_packed(scorer: TokenScorer) -> None:
             f"model_type={model.config.model_type!r} can't compute a forward pass: correct its "
             f"config.json ({error})"
         ) from error
-    for text, packed_T, plain_T in zip(compared, packed, plain, strict=True):
-        gap = float((packed_T - plain_T).abs().max())
-        if not gap <= _LIMIT:  # nan is none either
-            raise ValueError(
-                f"model_type={model.config.model_type!r} computes other logprobs in packed "
-                f"sequences than alone, by {gap:.2g} nats at the end of {len(text)} tokens "
-                f"(config.json has {told(model.config)}): it would not learn from what was "
-                f"sampled; give a model of another type, or without these settings"
-            )
+    return [
+        (len(text), float((packed_T - plain_T).abs().max()))
+        for text, packed_T, plain_T in zip(compared, packed, plain, strict=True)
+    ]
+
+
+def differs(config: Any, tokens: int, gap: float, *, seen_in: str = "") -> str:
+    """What is told of a configuration with which packing changes logprobs; `seen_in` says in which
+    model, if it is another than the one that is to be trained."""
+    return (
+        f"model_type={config.model_type!r} computes other logprobs in packed sequences than alone, "
+        f"by {gap:.2g} nats at the end of {tokens} tokens{seen_in} (config.json has "
+        f"{told(config)}): it would not learn from what was sampled; give a model of another type, "
+        f"or without these settings"
+    )
 
 
 def _compared(config: Any) -> list[list[int]]:
@@ -165,5 +181,5 @@ def last_logprobs(logits_TV: Tensor, text: Sequence[int]) -> Tensor:
 def told(config: Any) -> str:
     """What of a configuration attention may depend on."""
     text = config.get_text_config()
-    told = {name: getattr(text, name, None) for name in (*_WINDOWS, *_OTHER_SETTINGS)}
+    told = {name: getattr(text, name, None) for name in (*WINDOWS, *_OTHER_SETTINGS)}
     return ", ".join(f"{name}={value}" for name, value in told.items() if value) or "no windows"

@@ -1,4 +1,4 @@
-"""Models as the ranks hold them: loaded for packed sequences, sharded with FSDP2, optimized."""
+"""Models as the ranks hold them: sharded with FSDP2, optimized."""
 
 from dataclasses import replace
 from typing import Any
@@ -8,9 +8,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
 
-from flash.trainer.attention import PACKED_ATTENTION
 from flash.trainer.config import TrainerConfig
 
 # Below it one FSDP unit is faster than one a layer: gathering small layers is all overhead.
@@ -20,18 +18,6 @@ _ONE_UNIT_PARAMETERS = 50_000_000
 # float32, itself and its gradient in bfloat16, and the gradient on its way between the two.
 _ONE_UNIT_BYTES = 4 + 4 + 8 + 2 + 2 + 8
 _ONE_UNIT_SHARE = 0.6  # of the GPU's memory; activations are gone when it takes most
-
-
-def load_model(source: str) -> Any:
-    """The causal language model, in float32, which evaluates: it never trains in torch's sense.
-
-    So it has no dropout and no jitter of routers, wherever a model has them; a sampler has none.
-    """
-    # Weights and optimizer are float32 everywhere; on a GPU layers compute in bfloat16.
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        source, dtype=torch.float32, attn_implementation=PACKED_ATTENTION
-    )
-    return model
 
 
 def shard(

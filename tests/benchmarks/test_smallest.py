@@ -22,8 +22,8 @@ from flash import virtual_time
 from flash.log.config import ALL
 from flash.log.store import sqlite_url
 from flash.trainer.scorer import TokenScorer
-from flash.trainer.sharding import load_model
 from flash.warm_start.small_policy import create
+from tests.packed import load_packed
 
 
 def test_with_more_workers_out_at_a_time_a_publish_is_over_sooner():
@@ -83,7 +83,7 @@ def test_padded_and_packed_are_the_same_model(tmp_path: Path):
     trainer.random_model(config).save_pretrained(tmp_path)
     tokens_N = torch.randint(config.vocab_size, (12,))
     batch = tokens_N, (5, 7), torch.tensor([1, 4, 6, 11])
-    packed = TokenScorer(load_model(str(tmp_path)))
+    packed = TokenScorer(load_packed(tmp_path))
     padded = trainer.PaddedScorer(AutoModelForCausalLM.from_pretrained(tmp_path))
     with torch.no_grad():
         np.testing.assert_allclose(packed(*batch), padded(*batch), rtol=1e-4)

@@ -79,6 +79,11 @@ def test_an_explorer_that_brings_nothing_to_a_run_of_brought_sets_alone_is_told_
         local_config(run, MODEL, {})
 
 
+def test_an_explorers_gpus_may_be_named_by_uuids(monkeypatch):
+    monkeypatch.setattr("flash.system.machine.gpus", lambda: ["GPU-8932f937", "MIG-41b3359c"])
+    assert local_config(told(), MODEL, {}).engine.devices == ("GPU-8932f937", "MIG-41b3359c")
+
+
 def test_an_explorer_takes_weights_as_the_run_sends_them_or_as_files(monkeypatch):
     monkeypatch.setattr("flash.system.machine.has_vllm", lambda: True)
     monkeypatch.setattr("flash.system.machine.gpus", lambda: [0])

@@ -1,8 +1,11 @@
 """A real vLLM server that is given the trainer's adapters, on the CPU build."""
 
 import asyncio
+import os
+import signal
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from peft import PeftModel
@@ -37,7 +40,7 @@ def logprobs(model, token_ids: list[int]) -> list[float]:
     return logits.log_softmax(-1).gather(-1, tokens[0, 1:, None])[:, 0].tolist()
 
 
-async def test_requests_that_run_go_on_with_each_version_of_the_adapters_and_say_whose_tokens_are(
+async def test_requests_have_each_version_of_the_adapters_also_of_a_server_that_is_started_anew(
     tmp_path: Path,
 ):
     words = [f"w{n}" for n in range(300)]
@@ -72,13 +75,17 @@ async def test_requests_that_run_go_on_with_each_version_of_the_adapters_and_say
                 assert report.gap is not None
             answers = await asyncio.gather(*running)
             answers.append(await hub.generate(request))
+            server = psutil.Process(pool.pids[0]).children()[0]
+            os.kill(server.pid, signal.SIGKILL)
+            again = await asyncio.gather(*(hub.generate(request) for _ in range(4)))
+            assert hub.stats().retries  # of those, whose server starts with the model alone
     for version in (1, 2):
         base = AutoModelForCausalLM.from_pretrained(model)
         of_version[version] = PeftModel.from_pretrained(base, tmp_path / f"adapters_{version}")
     assert {path.name for path in published} == {"adapter_config.json", "adapter_model.safetensors"}
-    assert set(answers[-1].versions) == {2}
+    assert {version for answer in [answers[-1], *again] for version in answer.versions} == {2}
     assert len({version for answer in answers for version in answer.versions}) > 1
-    for answer in answers:
+    for answer in [*answers, *again]:
         for version in set(answer.versions):
             sequence = [*PROMPT, *answer.token_ids]
             expected = logprobs(of_version[version], sequence)[len(PROMPT) - 1 :]

@@ -2,10 +2,12 @@
 
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -99,18 +101,22 @@ def options(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("pool_of", [by_files, by_group])
-async def test_two_ranks_have_what_changed_and_the_whole_where_that_is_not_enough(
+async def test_two_ranks_have_what_changed_and_the_whole_where_that_is_not_enough_or_they_are_new(
     pool_of, tmp_path, monkeypatch, caplog
 ):
     monkeypatch.setenv("PYTHONPATH", f"{FOLDERS}:{os.environ.get('PYTHONPATH', '')}")
     words = [f"w{n}" for n in range(300)]
     first = create(tmp_path / "0", words, layers=2, hidden_size=64, heads=2, seed=0)
-    async with InferenceHub(pool_of(first, tmp_path), recovery_timeout_s=2 * RETURN_S) as hub:
+    pool = pool_of(first, tmp_path)
+    async with InferenceHub(pool, recovery_timeout_s=2 * RETURN_S) as hub:
         client = type(hub._slots[0].worker)
 
         async def publish(folder: Path, version: int) -> None:
             report = await hub.publish(Weights(version=version, path=folder))
             assert report.workers == 1
+            await answers_as(folder, version)
+
+        async def answers_as(folder: Path, version: int) -> None:
             answer = await hub.generate(ASK)
             assert set(answer.versions) == {version}
             told = answer.logprobs
@@ -129,3 +135,6 @@ async def test_two_ranks_have_what_changed_and_the_whole_where_that_is_not_enoug
         spoil(wrong, "model.norm.weight")
         await publish(wrong, 5)
         assert "has not all of model.norm.weight after a delta" in caplog.text
+        server = psutil.Process(pool.pids[0]).children()[0]
+        os.kill(server.pid, signal.SIGKILL)  # its ranks end with it
+        await answers_as(wrong, 5)

@@ -13,7 +13,7 @@ from flash.system.machine import compute_capability, gpus
         ([], "0", []),
         (["nvidia0", "nvidia1"], "", []),
         (["nvidia0", "nvidia1"], "-1", []),
-        (["nvidia0", "nvidia1", "nvidia2"], "2, 0,7", [2, 0]),
+        (["nvidia0", "nvidia1", "nvidia2"], "2, 0,7,1", [2, 0]),  # CUDA stops there
         # A container's devices keep their host's numbers, and CUDA counts from 0.
         (["nvidia3", "nvidia5"], None, [0, 1]),
         (["nvidia3"], "0", [0]),
@@ -32,10 +32,10 @@ def test_gpus_are_named_as_cuda_names_them(nodes, visible, found, tmp_path, monk
 @pytest.mark.parametrize(
     ("told", "capability"),
     [
-        ("echo 9.0", (9, 0)),
-        ("echo 8.6; echo 7.5", (7, 5)),
-        ("echo 12.0; echo 8.9", (8, 9)),
-        ("echo '[N/A]'", None),
+        ("echo 0, GPU-1, NVIDIA H100, 81559, 9.0", (9, 0)),
+        ("echo 0, GPU-1, A10, 23028, 8.6; echo 1, GPU-2, T4, 15360, 7.5", (7, 5)),
+        ("echo '0, GPU-1, GB10, [N/A], 12.1'", (12, 1)),
+        ("echo '0, GPU-1, K80, 11441, [N/A]'", None),
         ("echo NVIDIA-SMI has failed >&2; exit 9", None),
         ("true", None),
         (None, None),

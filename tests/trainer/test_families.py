@@ -123,16 +123,12 @@ async def far_off(engine: EmbeddedEngine, reference: Any) -> float:
     )
 
 
-def loaded(folder: Path) -> TokenScorer:
-    """As a rank has it, which compares packed and plain forward; ValueError if they differ."""
-    check_files(str(folder), field="model")
-    return sharded_scorer(str(folder), TrainerConfig(), device="cpu", half=False)
-
-
 def check_training(folder: Path) -> tuple[TokenScorer, Any]:
-    """Packed logprobs are the model's own, and nothing in them is random; the trainer's model, and
-    the model."""
-    scorer, reference = loaded(folder), plain(folder)
+    """Packed logprobs are the model's own, and nothing in them is random; the trainer's model, as a
+    rank has it, and the model."""
+    check_files(str(folder), field="model")
+    scorer = sharded_scorer(str(folder), TrainerConfig(), device="cpu", half=False)
+    reference = plain(folder)
     expected = torch.cat([logprobs_of(reference, text) for text in TEXTS])
     packed = packed_logprobs(scorer)
     assert packed.requires_grad
@@ -187,13 +183,13 @@ async def test_a_family_that_embedded_workers_do_not_serve_is_trained_and_vllm_n
 
 
 @pytest.mark.parametrize(("kind", "windows", "why"), REFUSED)
-def test_a_family_that_can_not_be_trained_is_refused_by_name(
+def test_a_family_that_can_not_be_trained_is_refused_by_name_before_anything_is_started(
     kind: str, windows: bool, why: list[str], tmp_path: Path
 ) -> None:
     config = save_family(tmp_path, kind, **(WINDOWS[kind] if windows else {}))
     named = f"model_type='{config.model_type}"
     with pytest.raises(ValueError, match=named) as caught:
-        loaded(tmp_path)
+        check_files(str(tmp_path), field="model")
     for part in why:
         assert part in str(caught.value)
 

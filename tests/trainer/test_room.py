@@ -15,16 +15,17 @@ from flash.trainer.layers import keep_activations, recompute_activations
 from flash.trainer.passes import Room
 from flash.trainer.room import room_of, tokens_that_fit
 from flash.trainer.scorer import TokenScorer
-from flash.trainer.sharding import load_model, make_optimizer
+from flash.trainer.sharding import make_optimizer
 from flash.trainer.trainer import Trainer
 from flash.types import Batch
+from tests.packed import load_packed
 
 SaveModel = Callable[..., Path]
 CHOSEN = ("trainer/tokens_per_pass", "trainer/recomputes")
 
 
 def loaded(save_model: SaveModel, folder: Path, device: str) -> tuple[TokenScorer, Any]:
-    scorer = TokenScorer(load_model(str(save_model(folder)))).to(device)
+    scorer = TokenScorer(load_packed(save_model(folder))).to(device)
     return scorer, make_optimizer(scorer, TrainerConfig(), learning_rate=1e-3)
 
 
@@ -130,7 +131,7 @@ async def test_ranks_are_asked_once_and_only_if_something_is_left_open(
 
 
 def test_what_is_recomputed_can_be_kept_again(save_model: SaveModel, tmp_path: Path) -> None:
-    model = load_model(str(save_model(tmp_path / "m")))
+    model = load_packed(save_model(tmp_path / "m"))
     scorer = TokenScorer(model)
     calls: list[int] = []
     model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -158,11 +159,11 @@ def test_a_model_that_is_fused_leaves_others_of_its_type_as_they_are(
     save_model: SaveModel, tmp_path: Path, kind: str
 ) -> None:
     pytest.importorskip("liger_kernel")
-    directory = str(save_model(tmp_path / "m", kind))
-    fused = load_model(directory)
+    directory = save_model(tmp_path / "m", kind)
+    fused = load_packed(directory)
     fuse_layers(fused)
     assert "liger" in fused.base_model.norm.forward.__func__.__module__
-    other = TokenScorer(load_model(directory))
+    other = TokenScorer(load_packed(directory))
     assert "liger" not in other.model.base_model.norm.forward.__func__.__module__
     other(torch.arange(9), (9,), torch.arange(1, 9))  # rotary positions and all, on a CPU
 
@@ -190,7 +191,7 @@ def test_on_a_gpu_fused_kernels_compute_the_same_logprobs_and_gradients(
     save_model: SaveModel, tmp_path: Path, kind: str
 ) -> None:
     pytest.importorskip("liger_kernel")
-    scorer = TokenScorer(load_model(str(save_model(tmp_path / "m", kind)))).cuda()
+    scorer = TokenScorer(load_packed(save_model(tmp_path / "m", kind))).cuda()
     token_ids = torch.arange(50, device="cuda")
     scored = torch.arange(1, 50, device="cuda")
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models
 
 from flash.trainer.export import write_weights
 from flash.trainer.save import save_beside
-from flash.trainer.sharding import load_model
+from tests.packed import load_packed
 
 SaveModel = Callable[..., Path]
 
@@ -28,7 +28,7 @@ def alone() -> Iterator[None]:
 
 
 def saved(source: Path, target: Path) -> Path:
-    model = load_model(str(source))
+    model = load_packed(source)
     target.mkdir()
     write_weights(model, target, dtype=torch.float32, write=True)
     save_beside(model, target, source=str(source))
@@ -51,7 +51,7 @@ def test_how_to_generate_stays_as_the_models_makers_said_even_where_it_can_not_b
     (source / "generation_config.json").write_text(json.dumps(told))
     target = saved(source, tmp_path / "saved")
     assert json.loads((target / "generation_config.json").read_text()) == told
-    assert load_model(str(target)).config.num_hidden_layers == 2
+    assert load_packed(target).config.num_hidden_layers == 2
 
 
 def test_what_config_json_says_of_generation_is_saved_in_the_file_for_it(

@@ -10,7 +10,7 @@ import transformers
 from flash.trainer.attention import PACKED_ATTENTION
 from flash.trainer.scorer import TokenScorer
 from flash.trainer.self_test import check_packed, texts
-from flash.trainer.sharding import load_model
+from tests.packed import load_packed
 
 Model: Any = transformers.AutoModelForCausalLM
 SIZES: dict[str, Any] = {
@@ -26,7 +26,7 @@ def scorer_of(folder: Path, kind: str, **settings: Any) -> TokenScorer:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         Model.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    return TokenScorer(load_model(str(folder)))
+    return TokenScorer(load_packed(folder))
 
 
 WINDOWS = [

@@ -263,6 +263,12 @@ async def test_groups_that_shard_inside_and_replicate_across_come_to_the_weights
             model="none", config=two, run_dir=tmp_path / "2", resume_from=saved
         ) as resumed:
             await same_step(plain, resumed, third)
+        async with Trainer(
+            model="none", config=in_groups, run_dir=tmp_path / "again", resume_from=saved
+        ) as again:
+            await again.step(third)
+            scores = [(await each.score([PROBE])).logprobs[0] for each in (plain, again)]
+            assert scores[1] == pytest.approx(scores[0], abs=2e-5)
 
 
 async def exported(trainer: Trainer) -> dict[str, Any]:
