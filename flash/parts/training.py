@@ -382,7 +382,7 @@ async def _redo_as_logged(
 
 def as_logged(settings: Mapping[str, Any], now: TrainerConfig) -> TrainerConfig:
     """Settings that batches were trained with, on the ranks that there are now."""
-    ranks = {"ranks": now.ranks, "shard_size": now.shard_size}
+    ranks = {name: getattr(now, name) for name in ("ranks", "shard_size", "sequence_ranks")}
     return TrainerConfig.model_validate({**settings, **ranks})
 
 

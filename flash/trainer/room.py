@@ -60,11 +60,12 @@ def _kept_of_token(scorer: TokenScorer, device: torch.device) -> float:
 
 
 def _kept_bytes(scorer: TokenScorer, device: torch.device, tokens: int) -> int:
-    """What a forward pass of so many tokens keeps for its backward pass."""
-    token_ids_N = torch.zeros(tokens, dtype=torch.long, device=device)
-    scored_T = torch.arange(tokens - _SCORED, tokens, device=device)
+    """What a forward pass of so many tokens a rank keeps for its backward pass."""
+    of_all = tokens if scorer.group is None else tokens * scorer.group.size
+    token_ids_N = torch.zeros(of_all, dtype=torch.long, device=device)
+    scored_T = torch.arange(of_all - _SCORED, of_all, device=device)
     with torch.enable_grad():
-        logprobs_T = scorer(token_ids_N, (tokens,), scored_T)
+        logprobs_T = scorer(token_ids_N, (of_all,), scored_T)
     kept = torch.cuda.memory_allocated(device)
     logprobs_T.sum().backward()  # what is kept is freed, and the weights are sharded again
     for parameter in scorer.parameters():

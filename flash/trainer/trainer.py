@@ -20,7 +20,7 @@ from flash.trainer.checkpoint import (
     MODEL_FOLDER,
     checkpoint_version,
 )
-from flash.trainer.config import TrainerConfig
+from flash.trainer.config import TOKENS_OF_PASS, TrainerConfig
 from flash.trainer.packing import (
     MiniBatchShare,
     denominator_of,
@@ -334,7 +334,7 @@ class Trainer:
             return
         rooms: list[Room | None] = await self._call_each("room", [()] * self.config.ranks)
         if (room := common_room(rooms)) is None:  # on a CPU
-            chosen = self.config.tokens_of_pass, bool(recompute)
+            chosen = tokens or TOKENS_OF_PASS, bool(recompute)
         else:
             chosen = room.choose(tokens, recompute)
             if chosen[1] and not recompute:
@@ -356,6 +356,7 @@ class Trainer:
             [sample.num_tokens for sample in samples],
             mini_batches=1,
             ranks=self.config.ranks,
+            sequence_ranks=self.config.sequence_ranks,
             tokens_per_micro_batch=self.config.tokens_of_pass,
         )
         answers = await self._call_each(
