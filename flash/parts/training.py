@@ -341,6 +341,7 @@ def _trainer(
         seed=config.seed,
         resume_from=folder.checkpoint.path if folder.checkpoint else None,
         starter=starter,
+        longest=config.agent.max_sequence_tokens,
         say=say,
     )
     return LastingTrainer(

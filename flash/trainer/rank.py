@@ -160,14 +160,16 @@ class Rank:
             group=self._group,
         )
 
-    def room(self) -> Room | None:
-        """How many tokens a pass of the next steps has memory for; None where that is as usual."""
+    def room(self, alone: bool = False) -> Room | None:
+        """How many tokens a pass of the next steps has memory for, or would have if the rank were
+        `alone` on its GPU; None where that is as usual."""
         self._offload.to_device()
         return room_of(
             self._scorer,
             self._optimizer,
             recomputed=self._config.gradient_checkpointing,
             models=1 if self._critic is None else 2,
+            alone=alone,
         )
 
     def recompute(self) -> None:
