@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from flash.fakes import FakeRanks, fake_sample
-
 from flash.trainer import sharding
 from flash.trainer.config import TOKENS_OF_PASS, TrainerConfig
 from flash.trainer.fused import can_fuse, fuse, fuse_layers
