@@ -3,9 +3,8 @@
     python benchmarks/sequence_ranks.py [--tokens 8192,32768] [--ranks 1,2,4,8] [--layers 2]
 
 A model of random weights, 64 wide, with 8 heads of 16 and 2 of keys, on CPUs, its activations
-recomputed.
-Told are seconds of the step, the most memory that a rank had in it beyond a step of 1,024 tokens,
-and the gradient's norm, which is the same however many ranks share it.
+recomputed. Told are seconds of the step, the most memory that a rank had in it beyond a step of
+1,024 tokens, and the gradient's norm, which is the same however many ranks share it.
 """
 
 import argparse
@@ -32,8 +31,8 @@ VOCABULARY = 512
 def saved_model(folder: Path, *, layers: int, positions: int) -> Path:
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=64, intermediate_size=192, num_hidden_layers=layers,
-        num_attention_heads=8, num_key_value_heads=2, head_dim=16, max_position_embeddings=positions,
-        bos_token_id=None, eos_token_id=1,
+        num_attention_heads=8, num_key_value_heads=2, head_dim=16,
+        max_position_embeddings=positions, bos_token_id=None, eos_token_id=1,
     )  # fmt: skip
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(config)

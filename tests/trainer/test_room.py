@@ -139,6 +139,7 @@ async def test_a_run_whose_longest_sample_fits_no_pass_is_refused_when_its_ranks
     ("rooms", "given", "chosen", "said"),
     [
         ([None, None], {}, (TOKENS_OF_PASS, False), []),
+        ([None, None], {"sequence_ranks": 2}, (TOKENS_OF_PASS, False), []),
         (
             [Room(16_384, 40_960), Room(9_216, 30_720)],
             {},
@@ -184,6 +185,19 @@ async def test_ranks_are_asked_once_and_only_if_something_is_left_open(
     asks = ["room"] * (rooms is not None) + ["recompute"] * chosen[1]
     assert asked == [*asks, "step", "step"]
     assert told == said
+
+
+@pytest.mark.parametrize(("longest", "recomputes"), [(40_960, False), (40_961, True)])
+async def test_the_longest_sample_needs_room_on_all_ranks_that_share_its_pass(
+    longest: int, recomputes: bool, tmp_path: Path
+) -> None:
+    ranks = FakeRanks({"start": "", "room": Room(20_480, 90_112), "recompute": None, "step": {}})
+    config = TrainerConfig(ranks=2, sequence_ranks=2)
+    async with Trainer(
+        model="none", config=config, run_dir=tmp_path, starter=ranks, longest=longest
+    ) as trainer:
+        await trainer.step(Batch(samples=[fake_sample(range(9))], version=0))
+        assert trainer.config.gradient_checkpointing is recomputes
 
 
 def test_what_is_recomputed_can_be_kept_again(save_model: SaveModel, tmp_path: Path) -> None:
