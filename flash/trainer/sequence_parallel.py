@@ -111,8 +111,8 @@ class SequenceGroup:
     def by_tokens(self, attended_1NHD: Tensor) -> Tensor:
         """All heads of this rank's slice, [1, M, H, D], of its share of the heads; a collective."""
         of_slices = attended_1NHD.reshape(self.size, -1, *attended_1NHD.shape[2:])
-        slices = self._exchanged(of_slices)
-        return slices.transpose(0, 1).flatten(1, 2)[None]
+        by_heads = self._exchanged(of_slices).transpose(0, 1)
+        return by_heads.flatten(1, 2)[None].contiguous()  # models take views of it
 
     def _exchanged(self, of_ranks: Tensor) -> Tensor:
         """What each rank has for this one, in the order of the ranks."""

@@ -5,37 +5,38 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 import torch
 import torch.distributed as dist
-import transformers
 from torch import Tensor, nn
 from torch.testing._internal.distributed.multi_threaded_pg import (
     _install_threaded_pg,
     _uninstall_threaded_pg,
 )
 
-from flash.trainer.attention import PACKED_ATTENTION
 from flash.trainer.critic import TokenValuer
 from flash.trainer.layers import recompute_activations
 from flash.trainer.scorer import TokenScorer
 from flash.trainer.sequence_parallel import SequenceGroup, check_config
+from flash.trainer.sharding import load_model
+from tests.families import save_family
 
 T = TypeVar("T")
 Found = tuple[Tensor, dict[str, Tensor]]
-Model: Any = transformers.AutoModelForCausalLM
+ModelOf = Callable[[str], Any]
 LENGTHS = (3, 1, 40, 9)  # 53 tokens, which neither 2 nor 4 ranks can divide
-SIZES = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-KINDS: dict[str, dict[str, Any]] = {
-    "llama": SIZES,  # with 4 ranks each head of keys is sent to two of them
-    "qwen2": SIZES | {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 0},
-    "gemma3_text": SIZES
-    | {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 6},
-    "cohere": SIZES,  # logits of its own
-    "gpt2": {"num_attention_heads": 4},  # positions that it learns
-    "qwen3_moe": SIZES | {"num_experts": 4, "moe_intermediate_size": 24, "num_experts_per_tok": 2},
+KINDS = {
+    "llama": "with 4 ranks each head of keys is sent to two of them",
+    "qwen2": "windows",
+    "cohere": "logits of its own",
+    "gpt2": "learned positions",
+    "qwen3_moe": "experts",
+    "deepseek_v3": "keys and values of other widths",
+    "diffllama": "attention in two halves",
+    "afmoe": "views of what attention answers",
 }
 
 
@@ -65,18 +66,15 @@ def on_ranks() -> Iterator[Callable[[int, Callable[[], T]], list[T]]]:
     _uninstall_threaded_pg()
 
 
-def model_of(kind: str) -> Any:
-    sizes = {
-        "vocab_size": 97, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2,
-        "max_position_embeddings": 64, "initializer_range": 0.3, "pad_token_id": 0,
-        "bos_token_id": 1, "eos_token_id": 2, **KINDS[kind],
-    }  # fmt: skip
-    config = transformers.AutoConfig.for_model(kind, **sizes)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(7)
-        return Model.from_config(
-            config, dtype=torch.float32, attn_implementation=PACKED_ATTENTION
-        ).eval()
+@pytest.fixture
+def model_of(tmp_path: Path) -> Callable[[str], Any]:
+    """A tiny random model of a type, with windows if it can have them."""
+
+    def model_of(kind: str) -> Any:
+        save_family(tmp_path, kind)
+        return load_model(str(tmp_path))
+
+    return model_of
 
 
 TOKEN_IDS_N = torch.arange(sum(LENGTHS)) * 31 % 97
@@ -99,7 +97,7 @@ def scored(scorer: TokenScorer, **settings: Any) -> Found:
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("kind", KINDS)
 def test_ranks_have_one_ranks_logprobs_and_its_gradient_in_parts(
-    kind: str, ranks: int, on_ranks: Any
+    model_of: ModelOf, kind: str, ranks: int, on_ranks: Any
 ) -> None:
     model = model_of(kind)
     whole_T, whole = scored(TokenScorer(model))
@@ -121,7 +119,7 @@ def same_in_parts(found: list[Found], whole: Found) -> None:
 
 @pytest.mark.parametrize("settings", [{"with_entropy": True}, {"with_size": True}])
 def test_what_else_is_told_is_whole_with_recomputed_activations_and_logits_in_chunks(
-    settings: dict[str, bool], on_ranks: Any
+    model_of: ModelOf, settings: dict[str, bool], on_ranks: Any
 ) -> None:
     model = model_of("llama")
     told = {**settings, "temperatures_T": torch.linspace(0.5, 1.5, len(SCORED_T))}
@@ -135,7 +133,7 @@ def test_what_else_is_told_is_whole_with_recomputed_activations_and_logits_in_ch
     same_in_parts(on_ranks(2, shared), scored(TokenScorer(model), **told))
 
 
-def test_a_critic_values_what_it_values_alone(on_ranks: Any) -> None:
+def test_a_critic_values_what_it_values_alone(model_of: ModelOf, on_ranks: Any) -> None:
     model = model_of("llama")
     valuer = TokenValuer(model)
     torch.nn.init.normal_(valuer.head.weight)
@@ -151,7 +149,7 @@ def test_a_critic_values_what_it_values_alone(on_ranks: Any) -> None:
     same_in_parts(on_ranks(4, shared), valued(valuer))
 
 
-def test_ranks_of_which_nothing_is_asked_take_part(on_ranks: Any) -> None:
+def test_ranks_of_which_nothing_is_asked_take_part(model_of: ModelOf, on_ranks: Any) -> None:
     """Two tokens on four ranks: half of these have padding alone, and three nothing to score."""
     model = model_of("llama")
 
@@ -179,16 +177,19 @@ def test_groups_are_of_ranks_that_follow_each_other(on_ranks: Any) -> None:
     ]
 
 
-def test_values_of_another_width_than_keys_are_exchanged(on_ranks: Any) -> None:
-    """As in multi-head latent attention; with as many ranks as divide neither's heads evenly."""
-    query, key = torch.randn(1, 6, 12, 8), torch.randn(1, 2, 12, 8)
-    value = torch.randn(1, 2, 12, 5)
+def test_slices_of_all_heads_become_heads_of_all_tokens_and_slices_again(on_ranks: Any) -> None:
+    """Values of another width than keys, as in latent attention; fewer keys than ranks."""
+    query, key = torch.randn(1, 3, 12, 8), torch.randn(1, 1, 12, 8)
+    value = torch.randn(1, 1, 12, 5)
 
     def exchanged() -> tuple[Tensor, ...]:
         group = SequenceGroup.of(3, "cpu")
         assert group is not None
         own = (slice(None), slice(None), slice(4 * group.place, 4 * group.place + 4))
         parts = group.by_heads(query[own], key[own], value[own])
+        back = group.by_tokens(parts[0].transpose(1, 2))
+        assert torch.equal(back, query[own].transpose(1, 2))
+        assert back.is_contiguous()
         return tuple(part.clone() for part in parts)
 
     found = on_ranks(3, exchanged)
@@ -197,7 +198,7 @@ def test_values_of_another_width_than_keys_are_exchanged(on_ranks: Any) -> None:
         assert torch.equal(torch.cat(of_ranks, dim=1), whole.repeat_interleave(3, dim=1))
 
 
-def test_heads_that_the_ranks_do_not_divide_are_refused(on_ranks: Any) -> None:
+def test_heads_that_the_ranks_do_not_divide_are_refused(model_of: ModelOf, on_ranks: Any) -> None:
     says = "sequence_ranks=3 does not divide the model's 4 attention heads, .* a divisor of 4"
     check_config(model_of("llama").config, 2)
     with pytest.raises(ValueError, match=says):
