@@ -5,7 +5,7 @@ The sequences lie one after the other, without padding: N tokens, of which T are
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, overload
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +83,8 @@ class TokenScorer(nn.Module):
         more = _entropy if with_entropy else _size if with_size else None
         part = Pass.of(token_ids_N, lengths, scored_T, self.group)
         targets_T = part.own(token_ids_N[scored_T])
-        temperatures_T = part.own(temperatures_T)
+        if temperatures_T is not None:
+            temperatures_T = part.own(temperatures_T)
         if not self._plain_head:
             logits_NV = self.model(**part.inputs).logits[0]
             return part.whole(_pick(logits_NV[part.before_T], targets_T, temperatures_T, more))
@@ -169,16 +170,12 @@ class Pass:
         inputs = packed_inputs(token_ids_N, lengths, group)
         return cls(inputs, before_T, len(asked_T), group, places)
 
-    @overload
-    def own(self, values_T: Tensor) -> Tensor: ...
-    @overload
-    def own(self, values_T: Tensor | None) -> Tensor | None: ...
-    def own(self, values_T: Tensor | None) -> Tensor | None:
-        """Of these, one for each token that is asked for, those of this rank."""
-        return values_T if values_T is None or self.places is None else values_T[self.places]
+    def own(self, values_T: Tensor) -> Tensor:
+        """Of one for each token that is asked for, this rank's."""
+        return values_T if self.places is None else values_T[self.places]
 
     def whole(self, own: Tensor) -> Tensor:
-        """Those of all ranks, […, T], of this one's; the gradient is its own ones'."""
+        """Of each token that is asked for, […, T], on every rank; the gradient is of its own."""
         if self.group is None or self.places is None:
             return own
         return self.group.whole(own, self.places, self.count)

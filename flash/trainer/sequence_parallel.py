@@ -75,8 +75,8 @@ class SequenceGroup:
     def whole(self, own: Tensor, places: Tensor, count: int) -> Tensor:
         """[…, T], of which each rank computed those at its `places`; a collective.
 
-        Each rank's gradient goes to its own alone: all compute the same loss of the whole, and so
-        none counts twice.
+        A rank's gradient goes to its own alone: all compute the same loss of the whole, and so it
+        counts once.
         """
         whole = own.new_zeros((*own.shape[:-1], count))
         whole[..., places] = own.detach()
