@@ -29,13 +29,16 @@ class Room:
         fits = sequence_ranks * self.recomputed
         if longest <= fits:
             return
-        how = "kept (trainer.gradient_checkpointing=false)" if recompute is False else "recomputed"
+        how, remedy = "recomputed", ""
+        if recompute is False:
+            how = "kept (trainer.gradient_checkpointing=false)"
+            remedy = "leave trainer.gradient_checkpointing out, "
         raise ValueError(
             f"agent.max_sequence_tokens={longest}: a sample is trained in one pass, and with "
             f"trainer.sequence_ranks={sequence_ranks} GPUs that have nothing else to hold have "
-            f"room for one of {fits} tokens, activations {how}: set it to {fits} or less, raise "
-            f"trainer.sequence_ranks, leave trainer.gradient_checkpointing out, train adapters "
-            f"(trainer.lora.rank), or take GPUs of more memory"
+            f"room for one of {fits} tokens, activations {how}: set it to {fits} or less, "
+            f"{remedy}raise trainer.sequence_ranks, train adapters (trainer.lora.rank), or take "
+            f"GPUs of more memory"
         )
 
     def choose(
