@@ -149,7 +149,7 @@ def test_async_generation_ratio_is_another_name_for_alpha():
         ({"traner": {"ranks": 1}}, "traner: unknown field"),
         (
             {"trainer": {"zeal": 1}},
-            "trainer.zeal: unknown field; trainer has ranks, shard_size, aggregation, fixed_",
+            "trainer.zeal: unknown field; trainer has ranks, shard_size, sequence_ranks, agg",
         ),
         (
             {"trainer": {"lr": 1}},

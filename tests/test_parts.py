@@ -66,10 +66,11 @@ async def test_a_loop_is_not_held_up_by_a_tokenizer_that_is_loaded(tmp_path):
 
 
 def test_what_was_trained_on_other_ranks_is_trained_again_on_those_that_there_are():
-    logged = load("frozen_lake", {"trainer.ranks": 8, "trainer.shard_size": 4}).trainer
+    were = {"trainer.ranks": 8, "trainer.shard_size": 4, "trainer.sequence_ranks": 2}
+    logged = load("frozen_lake", were).trainer
     now = load("frozen_lake", {"trainer.ranks": 2, "trainer.learning_rate": 1e-6}).trainer
     again = as_logged(logged.model_dump(mode="json"), now)
-    assert again == logged.model_copy(update={"ranks": 2, "shard_size": None})
+    assert again == logged.model_copy(update={"ranks": 2, "shard_size": None, "sequence_ranks": 1})
 
 
 def broken_model(folder):
@@ -110,6 +111,18 @@ async def test_a_run_refuses_a_model_that_lacks_layers_before_it_starts_anything
     broken_model(tmp_path / "m")
     config = load("frozen_lake", {"model": str(tmp_path / "m")})
     with pytest.raises(ValueError, match=r"^model='.*m': its files lack 18 weights, model\.layers"):
+        await prepared_model(config, lambda *_: None)
+
+
+async def test_so_it_does_heads_that_ranks_of_a_pass_do_not_divide(tmp_path):
+    model = str(small_policy.create(tmp_path / "m", ["a"], layers=1, hidden_size=8, heads=2))
+    ranks = {"trainer.ranks": 3, "trainer.sequence_ranks": 3}
+    refused = "='.*m': trainer.sequence_ranks=3 does not divide the model's 2 attention heads"
+    with pytest.raises(ValueError, match=f"^model{refused}"):
+        await prepared_model(load("frozen_lake", {"model": model, **ranks}), lambda *_: None)
+    changes = {"trainer.kl.coefficient": 0.1, "trainer.kl.reference": model, "policy.heads": 3}
+    config = load("frozen_lake", {**changes, **ranks, "policy.hidden_size": 96})
+    with pytest.raises(ValueError, match=rf"^trainer\.kl\.reference{refused}"):
         await prepared_model(config, lambda *_: None)
 
 

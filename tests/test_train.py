@@ -15,6 +15,7 @@ import pytest
 from flash.cli.main import run as flash
 from flash.errors import RolloutFailure
 from flash.evaluate import evaluate
+from flash.fakes import FakeRanks
 from flash.hub.embedded_pool import EmbeddedPool
 from flash.hub.hub import InferenceHub
 from flash.parts.model import prepared_model
@@ -22,7 +23,9 @@ from flash.replay.logged_run import open_run
 from flash.seeds import first_task
 from flash.system.machine import has_vllm
 from flash.telemetry.folder import read_lines
+from flash.train import train
 from flash.trainer.config import TrainerConfig
+from flash.trainer.passes import Room
 from flash.trainer.trainer import Trainer
 from flash.types import Batch
 from flash.warm_start.small_policy import create
@@ -383,3 +386,11 @@ def test_a_mistake_on_the_command_line_starts_nothing(tmp_path, capsys):
     assert flash(["train", "frozen_lake", "--runs_dir", str(tmp_path), "--alpha", "-1"]) == 2
     assert "alpha=-1" in capsys.readouterr().err
     assert not list(itertools.chain(tmp_path.iterdir()))
+
+
+async def test_a_run_whose_samples_a_gpu_has_no_room_for_is_refused_with_what_fits(tmp_path):
+    starter = FakeRanks({"start": "", "room": Room(64, 256)})
+    config = tiny("frozen_lake", tmp_path, **{"agent.max_sequence_tokens": 257})
+    with pytest.raises(ValueError, match="agent.max_sequence_tokens=257: .* set it to 256 or less"):
+        await train(config, stop=asyncio.Event(), starter=starter)
+    assert [method for rank in starter.started for method, _ in rank.calls] == ["start", "room"]

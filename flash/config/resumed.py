@@ -58,7 +58,7 @@ KINDS: Final[Mapping[str, Kind]] = {
             *_of("reward", "api_key concurrency retries timeout_s"),
             *_of("rollout", "replicate max_filtered stall_timeout_s on_stall"),
             # How a step is divided among processes and passes: it stays the same but for rounding.
-            *_of("trainer", "ranks shard_size threads tokens_per_micro_batch"),
+            *_of("trainer", "ranks shard_size sequence_ranks threads tokens_per_micro_batch"),
             *_of("trainer", "gradient_checkpointing compile lora.publish"),
             *_of("trainer", "start_timeout_s step_timeout_s max_restarts"),
             *_of("eval", "mode workers"),

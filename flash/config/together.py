@@ -48,13 +48,8 @@ def check_together(config: RunFields) -> None:
             "use engine.transport=disk, or leave the certificate out"
         )
     _check_parallel(config)
-    head = config.policy.hidden_size // config.policy.heads
-    if config.engine.kind == "vllm" and config.model == SMALL and not machine.gpus() and head % 32:
-        raise ValueError(
-            f"policy.hidden_size={config.policy.hidden_size} with policy.heads="
-            f"{config.policy.heads} gives heads of {head}; vLLM on a CPU takes 32, 64, 96, …: "
-            f"change one of them"
-        )
+    if config.model == SMALL:
+        _check_small_heads(config)
     _check_brought(config)
     for name, of_set in config.sets.items():
         try:
@@ -99,6 +94,22 @@ def _check_played_with(config: RunFields) -> None:
         check_arguments(make, config.env.options | config.env.eval_options, "env.eval_options")
     style = registry.style(config.agent.style)
     check_arguments(style, config.agent.style_options, "agent.style_options")
+
+
+def _check_small_heads(config: RunFields) -> None:
+    """That those of the small policy are what workers and ranks can compute."""
+    policy, sequence_ranks = config.policy, config.trainer.sequence_ranks
+    width = policy.hidden_size // policy.heads
+    if config.engine.kind == "vllm" and not machine.gpus() and width % 32:
+        raise ValueError(
+            f"policy.hidden_size={policy.hidden_size} with policy.heads={policy.heads} gives heads "
+            f"of {width}; vLLM on a CPU takes 32, 64, 96, …: change one of them"
+        )
+    if policy.heads % sequence_ranks:
+        raise ValueError(
+            f"trainer.sequence_ranks={sequence_ranks} does not divide policy.heads={policy.heads}, "
+            f"of which each rank computes as many: use a divisor of it"
+        )
 
 
 def _check_workers(config: RunFields) -> None:

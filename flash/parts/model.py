@@ -25,19 +25,22 @@ async def prepared_model(config: Config, on_progress: OnProgress) -> str:
 
         check_installed(lora)
     reference = config.trainer.kl.reference
+    sequence_ranks = config.trainer.sequence_ranks
     if reference is not None and config.trainer.kl.coefficient:
-        await check_model_files(reference, field="trainer.kl.reference")
+        await check_model_files(
+            reference, field="trainer.kl.reference", sequence_ranks=sequence_ranks
+        )
     if config.model != SMALL:
         local = Path(config.model).expanduser()
         if local.is_dir():
-            await check_model_files(str(local), lora=lora)
+            await check_model_files(str(local), lora=lora, sequence_ranks=sequence_ranks)
             return str(local)
         settings, engine = _hub_config(config.model), config.engine
         longest = config.agent.max_sequence_tokens
         check_positions(settings, model=config.model, max_sequence_tokens=longest)
         if not engine.urls:
             check_heads(settings, model=config.model, tensor_parallel=engine.tensor_parallel)
-        await check_model_files(config.model, lora=lora)
+        await check_model_files(config.model, lora=lora, sequence_ranks=sequence_ranks)
         return config.model
     env_key = key_of(of_set.env.model_dump() for of_set in config.sets.values())
     path = await small_model(
@@ -82,13 +85,15 @@ async def parameters_of(model: str) -> int:
 
 
 async def check_model_files(
-    model: str, *, field: str = "model", lora: LoraConfig | None = None
+    model: str, *, field: str = "model", lora: LoraConfig | None = None, sequence_ranks: int = 1
 ) -> None:
     """ValueError for a model whose files are not whole, don't fit together, or can't be trained, or
-    not with those adapters."""
+    not with those adapters, or not by so many ranks to a sequence."""
     from flash.trainer.model_files import check_files  # noqa: PLC0415  (seconds to import)
 
-    await asyncio.to_thread(check_files, model, field=field, lora=lora)
+    await asyncio.to_thread(
+        check_files, model, field=field, lora=lora, sequence_ranks=sequence_ranks
+    )
 
 
 def self_test_text(model: str, *, at_most: int) -> list[int]:

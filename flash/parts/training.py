@@ -341,6 +341,7 @@ def _trainer(
         seed=config.seed,
         resume_from=folder.checkpoint.path if folder.checkpoint else None,
         starter=starter,
+        longest=config.agent.max_sequence_tokens,
         say=say,
     )
     return LastingTrainer(
@@ -382,7 +383,7 @@ async def _redo_as_logged(
 
 def as_logged(settings: Mapping[str, Any], now: TrainerConfig) -> TrainerConfig:
     """Settings that batches were trained with, on the ranks that there are now."""
-    ranks = {"ranks": now.ranks, "shard_size": now.shard_size}
+    ranks = {name: getattr(now, name) for name in ("ranks", "shard_size", "sequence_ranks")}
     return TrainerConfig.model_validate({**settings, **ranks})
 
 

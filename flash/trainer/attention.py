@@ -20,6 +20,8 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from flash.trainer.sequence_parallel import SequenceGroup
+
 PACKED_ATTENTION = (
     "packed_causal"  # transformers takes any name with "flash" in it for FlashAttention
 )
@@ -37,16 +39,23 @@ class Packing:
     """Where the sequences of a forward pass lie; made once, for all its layers.
 
     `offsets` are their beginnings and the end of the last, int32, [Q + 1], on the tokens' device.
+    `group`: the ranks that share the pass, if it is not one rank's.
     """
 
     lengths: tuple[int, ...]
     longest: int
     offsets: Tensor
+    group: SequenceGroup | None = None
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device | str) -> Self:
+    def of(
+        cls,
+        lengths: Sequence[int],
+        device: torch.device | str,
+        group: SequenceGroup | None = None,
+    ) -> Self:
         offsets = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
-        return cls(tuple(lengths), max(lengths), offsets)
+        return cls(tuple(lengths), max(lengths), offsets, group)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +230,8 @@ def _packed_attention(
         raise ValueError(f"{type(module).__name__} has a mask of its own: not supported")
     if packing is None:
         raise ValueError(f"{type(module).__name__} is not told where packed sequences end")
+    if (group := packing.group) is not None:
+        query_1HND, key_1HND, value_1HND = group.by_heads(query_1HND, key_1HND, value_1HND)
     attend = attend_one_by_one
     if takes_varlen(
         capability=capability_of(query_1HND.device),
@@ -229,9 +240,10 @@ def _packed_attention(
         value_width=value_1HND.shape[3],
     ):
         attend = varlen_kernel().attend
-    return attend(
+    attended_1NHD = attend(
         query_1HND, key_1HND, value_1HND, packing, scaling=scaling, sliding_window=sliding_window
-    ), None
+    )
+    return attended_1NHD if group is None else group.by_tokens(attended_1NHD), None
 
 
 # No mask function is registered under this name, so transformers makes no mask either. Compiled

@@ -60,6 +60,13 @@ class TrainerConfig(Section):
         "group of ranks, of a node for example, has all of it, and groups exchange gradients "
         "alone; null: all ranks hold them once",
     )
+    sequence_ranks: int = Field(
+        1,
+        ge=1,
+        description="ranks that follow each other and share each pass, for sequences that are too "
+        "long for one (sequence parallelism, as of DeepSpeed-Ulysses): each has as many of its "
+        "tokens, and in attention as many of the model's heads, whose number it must divide",
+    )
     aggregation: Aggregation | None = Field(
         None, description="how tokens' losses are added up; null: as is usual for the objective"
     )
@@ -79,8 +86,8 @@ class TrainerConfig(Section):
     tokens_per_micro_batch: int | None = Field(
         None,
         ge=1,
-        description="tokens packed into one forward pass (a longer sample goes alone); null: as "
-        "many as a GPU has room for at the first step, 4096 on a CPU",
+        description="tokens packed into one forward pass (a longer sample goes alone), times "
+        "sequence_ranks; null: as many as a GPU has room for at the first step, 4096 on a CPU",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of forward and backward; auto: bfloat16 on a GPU, float32 on a CPU"
@@ -116,8 +123,9 @@ class TrainerConfig(Section):
 
     @property
     def tokens_of_pass(self) -> int:
-        """Of one forward pass, as far as that is known without a GPU."""
-        return self.tokens_per_micro_batch or TOKENS_OF_PASS
+        """Of one forward pass, on all ranks that share it, as far as that is known without a
+        GPU."""
+        return (self.tokens_per_micro_batch or TOKENS_OF_PASS) * self.sequence_ranks
 
     @property
     def has_critic(self) -> bool:
@@ -156,11 +164,13 @@ class TrainerConfig(Section):
 
     @model_validator(mode="after")
     def _groups_are_of_one_size(self) -> Self:
-        if self.shard_size is not None and self.ranks % self.shard_size:
-            raise ValueError(
-                f"trainer.shard_size={self.shard_size} does not divide trainer.ranks={self.ranks}: "
-                f"use a divisor of it, or leave it out"
-            )
+        for field in ("shard_size", "sequence_ranks"):
+            size: int | None = getattr(self, field)
+            if size is not None and self.ranks % size:
+                raise ValueError(
+                    f"trainer.{field}={size} does not divide trainer.ranks={self.ranks}: use a "
+                    f"divisor of it, or leave it out"
+                )
         return self
 
     @model_validator(mode="after")

@@ -17,7 +17,8 @@ from flash.trainer.fused import can_fuse, fuse_layers
 from flash.trainer.layers import compile_layers, recompute_activations
 from flash.trainer.loading import load_weights, unloaded
 from flash.trainer.micro_batch import MicroBatch
-from flash.trainer.scorer import packed_inputs
+from flash.trainer.scorer import Pass
+from flash.trainer.sequence_parallel import SequenceGroup
 from flash.trainer.sharding import clip_gradient, make_optimizer, shard
 from flash.trainer.shards import load_shards, save_shards
 
@@ -41,8 +42,9 @@ def value_loss(
 class TokenValuer(nn.Module):
     """A language model's layers with a head of one output, as a function of packed tokens."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, group: SequenceGroup | None = None) -> None:
         super().__init__()
+        self.group = group
         self.body = model.base_model
         self.head = nn.Linear(model.get_output_embeddings().weight.shape[1], 1)
         nn.init.zeros_(self.head.weight)
@@ -50,21 +52,28 @@ class TokenValuer(nn.Module):
 
     def forward(self, token_ids_N: Tensor, lengths: Sequence[int], valued_T: Tensor) -> Tensor:
         """Values of the states before the tokens at the indices `valued_T`, [T], in float32."""
-        hidden_ND = self.body(**packed_inputs(token_ids_N, lengths)).last_hidden_state[0]
+        part = Pass.of(token_ids_N, lengths, valued_T, self.group)
+        hidden_ND = self.body(**part.inputs).last_hidden_state[0]
         # Not in bfloat16, whose steps near 1 are as large as what there is to learn.
         weight_D, bias_1 = self.head.weight[0].float(), self.head.bias.float()
-        values_T: Tensor = hidden_ND[valued_T - 1].float() @ weight_D + bias_1
-        return values_T
+        return part.whole(hidden_ND[part.before_T].float() @ weight_D + bias_1)
 
 
 class Critic:
     """Valuer and optimizer of one rank; every call is a collective."""
 
     def __init__(
-        self, source: str, config: TrainerConfig, *, ranks: int, device: Any, half: bool
+        self,
+        source: str,
+        config: TrainerConfig,
+        *,
+        ranks: int,
+        device: Any,
+        half: bool,
+        group: SequenceGroup | None = None,
     ) -> None:
         model = unloaded(source)
-        self._valuer = TokenValuer(model).eval()
+        self._valuer = TokenValuer(model, group=group).eval()
         shard(self._valuer, model, ranks=ranks, half=half, shard_size=config.shard_size)
         load_weights(self._valuer.body, source, device)
         if config.compile:
@@ -76,6 +85,7 @@ class Critic:
         self._config = config
         self._ranks = ranks
         self._device = device
+        self._across = None if group is None else group.across  # each token once
         self.optimizer = make_optimizer(
             self._valuer, config, learning_rate=config.critic.learning_rate
         )
@@ -93,7 +103,7 @@ class Critic:
     def step(self, micros: Sequence[MicroBatch]) -> dict[str, float]:
         """One optimizer step on a mini-batch: the mean loss over its tokens, on all ranks."""
         tokens = torch.stack([micro.mask_T.sum() for micro in micros]).sum()
-        dist.all_reduce(tokens)
+        dist.all_reduce(tokens, group=self._across)
         told = torch.zeros(2, dtype=torch.float64, device=self._device)
         for micro in micros:
             values_T = self._valuer(micro.token_ids_N, micro.lengths, micro.trained_T)
@@ -108,7 +118,7 @@ class Critic:
         norm = clip_gradient(self._valuer, self._config)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        dist.all_reduce(told)
+        dist.all_reduce(told, group=self._across)
         return {
             "critic/loss": float(told[0]),
             "critic/clip_fraction": float(told[1]),

@@ -33,6 +33,7 @@ from flash.trainer.lora import add_adapters, begin_adapters, own_layer
 from flash.trainer.model_files import check_found, empty_model, read_config, weight_files
 from flash.trainer.scorer import TokenScorer
 from flash.trainer.self_test import check_packed
+from flash.trainer.sequence_parallel import SequenceGroup, check_config
 from flash.trainer.sharding import shard
 
 
@@ -47,16 +48,23 @@ def unloaded(source: str) -> Any:
 
 
 def sharded_scorer(
-    source: str, config: TrainerConfig, *, device: Any, half: bool, adapters: int | None = None
+    source: str,
+    config: TrainerConfig,
+    *,
+    device: Any,
+    half: bool,
+    adapters: int | None = None,
+    group: SequenceGroup | None = None,
 ) -> TokenScorer:
     """What scores tokens with a model, loaded and sharded over all ranks; a collective.
 
-    `adapters`: their seed, if it gets those of `config.lora`.
+    `adapters`: their seed, if it gets those of `config.lora`. `group`: the ranks that share each
+    pass.
 
     ValueError if the model's files are not whole, or it can't compute packed sequences. That is
     compared in float32, also where layers compute in bfloat16.
     """
-    checked: Any = _unloaded_scorer(source, config, half=False)
+    checked: Any = _unloaded_scorer(source, config, half=False, group=group)
     load_weights(checked.model, source, device)
     # FSDP keeps the root's own weights together after a forward pass of all of it, so that the
     # test can call the model in it.
@@ -66,7 +74,7 @@ def sharded_scorer(
     scorer: TokenScorer = checked
     if half or adapters is not None:
         lora = None if adapters is None else config.lora
-        scorer = _unloaded_scorer(source, config, half=half, lora=lora)
+        scorer = _unloaded_scorer(source, config, half=half, lora=lora, group=group)
         _take_over(scorer, checked)
         del checked
         gc.collect()  # FSDP's states refer to each other, and keep copies where rows are uneven
@@ -129,10 +137,16 @@ class _Rows:
 
 
 def _unloaded_scorer(
-    source: str, config: TrainerConfig, *, half: bool, lora: LoraConfig | None = None
+    source: str,
+    config: TrainerConfig,
+    *,
+    half: bool,
+    lora: LoraConfig | None = None,
+    group: SequenceGroup | None = None,
 ) -> TokenScorer:
     model = unloaded(source)
-    scorer = TokenScorer(model)
+    check_config(model.config, config.sequence_ranks)
+    scorer = TokenScorer(model, group=group)
     if lora is not None:
         add_adapters(model, lora, source=source, half=half)
     shard(scorer, model, ranks=dist.get_world_size(), half=half, shard_size=config.shard_size)

@@ -30,6 +30,7 @@ from flash.trainer.config import LoraConfig
 from flash.trainer.lora import check_targets
 from flash.trainer.scorer import TokenScorer, by_itself
 from flash.trainer.self_test import check_layers
+from flash.trainer.sequence_parallel import check_config
 from flash.trainer.small_copy import check_small_copy
 
 # In the order in which transformers looks for them.
@@ -40,18 +41,22 @@ _PLACEHOLDERS = ("image_token", "video_token", "audio_token")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
 
 
-def check_files(source: str, *, field: str, lora: LoraConfig | None = None) -> Any:
+def check_files(
+    source: str, *, field: str, lora: LoraConfig | None = None, sequence_ranks: int = 1
+) -> Any:
     """The model's configuration, if its weights are whole and fit it, and it can be trained.
 
     Args:
         source: a directory or a hub name; what is not here yet is fetched.
         field: the setting that names it.
         lora: the adapters that it is to have.
+        sequence_ranks: that are to share each of its passes.
 
     Raises ValueError with what is wrong and what to do.
     """
     try:
         config = read_config(source)
+        check_config(config, sequence_ranks)
         # bfloat16, which every kind of layer can be given there
         model = empty_model(config, torch.bfloat16)
         _check_weights(model, _headers(source))

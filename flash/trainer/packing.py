@@ -49,12 +49,14 @@ def divide(
         [sample.num_tokens for sample in samples],
         mini_batches=mini_batches or config.mini_batches,
         ranks=config.ranks,
+        sequence_ranks=config.sequence_ranks,
         tokens_per_micro_batch=config.tokens_of_pass,
     )
     aggregation = config.aggregation or config.objective.aggregation
     shares: list[list[MiniBatchShare]] = [[] for _ in range(config.ranks)]
     for of_ranks in planned:
-        members = [i for micros in of_ranks for micro in micros for i in micro]
+        each_once = of_ranks[:: config.sequence_ranks]
+        members = [i for micros in each_once for micro in micros for i in micro]
         of_members = scales_of([samples[i] for i in members], aggregation, config.fixed_length)
         scale = dict(zip(members, of_members, strict=True))
         for share, micros in zip(shares, of_ranks, strict=True):
@@ -83,21 +85,29 @@ def denominator_of(samples: Sequence[Sample], config: TrainerConfig) -> float:
 
 
 def plan(
-    lengths: Sequence[int], *, mini_batches: int, ranks: int, tokens_per_micro_batch: int
+    lengths: Sequence[int],
+    *,
+    mini_batches: int,
+    ranks: int,
+    tokens_per_micro_batch: int,
+    sequence_ranks: int = 1,
 ) -> list[list[list[Indices]]]:
     """`plan[mini_batch][rank]` is a list of micro-batches, as indices of samples.
 
-    Every sample is in exactly one micro-batch. All ranks have equally many of them in a
-    mini-batch, because every pass is a collective; some may be empty. A micro-batch is longer
-    than `tokens_per_micro_batch` only if it is one sample that is. No mini-batch is empty: with
-    fewer samples than `mini_batches` there are fewer of them.
+    Every sample is in exactly one micro-batch, which `sequence_ranks` that follow each other have
+    in common. All ranks have equally many of them in a mini-batch, because every pass is a
+    collective; some may be empty. A micro-batch is longer than `tokens_per_micro_batch` only if it
+    is one sample that is. No mini-batch is empty: with fewer samples than `mini_batches` there are
+    fewer of them.
     """
     # Every mini-batch takes some of each group, because neighbours go to different ones.
     strides = min(mini_batches, len(lengths))
-    return [
-        _over_ranks(range(start, len(lengths), strides), lengths, ranks, tokens_per_micro_batch)
+    groups = ranks // sequence_ranks
+    of_groups = [
+        _over_ranks(range(start, len(lengths), strides), lengths, groups, tokens_per_micro_batch)
         for start in range(strides)
     ]
+    return [[micros for micros in mini for _ in range(sequence_ranks)] for mini in of_groups]
 
 
 def in_passes(

@@ -24,16 +24,35 @@ class Room:
         """What both ranks have room for."""
         return type(self)(min(self.kept, other.kept), min(self.recomputed, other.recomputed))
 
-    def choose(self, tokens: int | None = None, recompute: bool | None = None) -> tuple[int, bool]:
+    def check(self, longest: int, *, recompute: bool | None, sequence_ranks: int) -> None:
+        """ValueError if no pass has room for a sample of so many tokens."""
+        fits = sequence_ranks * self.recomputed
+        if longest <= fits:
+            return
+        how, remedy = "recomputed", ""
+        if recompute is False:
+            how = "kept (trainer.gradient_checkpointing=false)"
+            remedy = "leave trainer.gradient_checkpointing out, "
+        raise ValueError(
+            f"agent.max_sequence_tokens={longest}: a sample is trained in one pass, and with "
+            f"trainer.sequence_ranks={sequence_ranks} GPUs that have nothing else to hold have "
+            f"room for one of {fits} tokens, activations {how}: set it to {fits} or less, "
+            f"{remedy}raise trainer.sequence_ranks, train adapters (trainer.lora.rank), or take "
+            f"GPUs of more memory"
+        )
+
+    def choose(
+        self, tokens: int | None = None, recompute: bool | None = None, *, longest: int = 0
+    ) -> tuple[int, bool]:
         """Tokens of a pass, and whether it recomputes, for the quickest step; what is given
-        stays."""
-        if recompute is None and tokens is not None:
-            recompute = tokens > self.kept and self.recomputed > self.kept
-        elif recompute is None:
-            kept, recomputed = (
-                each / (each + _PASS_TOKENS) for each in (self._pass(False), self._pass(True))
-            )
-            recompute = _RECOMPUTED_RATE * recomputed > kept
+        stays, and samples of `longest` tokens are to fit."""
+        if recompute is None:
+            recompute = max(tokens or 0, longest) > self.kept and self.recomputed > self.kept
+            if tokens is None and not recompute:
+                kept, recomputed = (
+                    each / (each + _PASS_TOKENS) for each in (self._pass(False), self._pass(True))
+                )
+                recompute = _RECOMPUTED_RATE * recomputed > kept
         return tokens or self._pass(recompute), recompute
 
     def _pass(self, recompute: bool) -> int:

@@ -44,6 +44,7 @@ from flash.trainer.ranks import LOOPBACK, Meeting
 from flash.trainer.room import room_of
 from flash.trainer.save import save_beside
 from flash.trainer.scorer import TokenScorer
+from flash.trainer.sequence_parallel import SequenceGroup
 from flash.trainer.sharding import clip_gradient, make_optimizer
 from flash.trainer.shards import load_shards, save_shards
 from flash.trainer.statistics import StepStatistics
@@ -97,6 +98,7 @@ class Rank:
             deterministic: Any = torch.utils.deterministic
             deterministic.fill_uninitialized_memory = False
         self._rank, self._ranks = rank, ranks
+        self._group = SequenceGroup.of(config.sequence_ranks, self._device)
         self._seed = seed
         self._source = model
         self._config = config
@@ -122,7 +124,14 @@ class Rank:
         self._updates = 0  # optimizer steps so far
         self._critic: Critic | None = None
         if config.has_critic:
-            self._critic = Critic(model, config, ranks=ranks, device=self._device, half=self._half)
+            self._critic = Critic(
+                model,
+                config,
+                ranks=ranks,
+                device=self._device,
+                half=self._half,
+                group=self._group,
+            )
         if checkpoint is not None:
             self._load(Path(checkpoint))
         critics = [] if self._critic is None else [self._critic.optimizer]
@@ -143,17 +152,24 @@ class Rank:
 
     def _loaded(self, source: str, adapters: int | None = None) -> TokenScorer:
         return sharded_scorer(
-            source, self._config, device=self._device, half=self._half, adapters=adapters
+            source,
+            self._config,
+            device=self._device,
+            half=self._half,
+            adapters=adapters,
+            group=self._group,
         )
 
-    def room(self) -> Room | None:
-        """How many tokens a pass of the next steps has memory for; None where that is as usual."""
+    def room(self, alone: bool = False) -> Room | None:
+        """How many tokens a pass of the next steps has memory for, or would have if the rank were
+        `alone` on its GPU; None where that is as usual."""
         self._offload.to_device()
         return room_of(
             self._scorer,
             self._optimizer,
             recomputed=self._config.gradient_checkpointing,
             models=1 if self._critic is None else 2,
+            alone=alone,
         )
 
     def recompute(self) -> None:
@@ -221,7 +237,7 @@ class Rank:
             ]
             for number, micros in enumerate(packed)
         ]
-        statistics, of_expert = StepStatistics(self._device), StepStatistics(self._device)
+        statistics, of_expert = self._no_statistics(), self._no_statistics()
         told: list[dict[str, float]] = []
         learning_rate = 0.0
         critic_alone = self._critic is not None and version < self._config.critic.warmup_batches
@@ -251,7 +267,7 @@ class Rank:
         if first:
             self._seed_step(version)
             self._optimizer.zero_grad(set_to_none=True)
-            self._of_parts = StepStatistics(self._device)
+            self._of_parts = self._no_statistics()
         for micro in self._packed(part, version):
             loss = self._loss(micro, None, 0, 1, self._of_parts)
             (loss * self._ranks).backward()
@@ -263,12 +279,15 @@ class Rank:
         for parameter in self._scorer.parameters():
             if parameter.grad is not None:
                 parameter.grad.div_(denominator / (1 - expert.weight))
-        of_expert = StepStatistics(self._device)
+        of_expert = self._no_statistics()
         self._imitate(expert, of_expert)
         norm, learning_rate = clip_gradient(self._scorer, self._config), self._update()
         self._optimizer.zero_grad(set_to_none=True)
         metrics = self._of_parts.metrics(denominator) | _metrics_of_expert(of_expert, [expert])
         return {**metrics, "grad_norm": norm, "learning_rate": learning_rate}
+
+    def _no_statistics(self) -> StepStatistics:
+        return StepStatistics(self._device, None if self._group is None else self._group.across)
 
     def _seed_step(self, version: int) -> None:
         """A loss that draws random numbers draws the same ones when a batch is trained again."""

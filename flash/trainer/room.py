@@ -20,13 +20,18 @@ _STEP = 1024
 
 
 def room_of(
-    scorer: TokenScorer, optimizer: Optimizer, *, recomputed: bool | None, models: int = 1
+    scorer: TokenScorer,
+    optimizer: Optimizer,
+    *,
+    recomputed: bool | None,
+    models: int = 1,
+    alone: bool = False,
 ) -> Room | None:
     """In multiples of 1024; None on a CPU, where it is not measured. A collective of all ranks.
 
     With a critic there are two `models` of this size that a step trains. Gradients are forgotten.
     `recomputed`: as is configured, and as the model is, None if it is left to what is found here;
-    what is not asked for is not measured.
+    what is not asked for is not measured. `alone`: as if nobody else had any of the GPU's memory.
     """
     device = next(scorer.parameters()).device
     if device.type != "cuda":
@@ -43,7 +48,9 @@ def room_of(
         if not recomputed:
             keep_activations(model)
     torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info(device)
+    free, total = torch.cuda.mem_get_info(device)
+    if alone:
+        free = total - torch.cuda.memory_allocated(device)
     left = free - models * _to_come(scorer, optimizer)
     return Room(tokens_that_fit(left, kept_each), tokens_that_fit(left, each))
 
@@ -60,11 +67,12 @@ def _kept_of_token(scorer: TokenScorer, device: torch.device) -> float:
 
 
 def _kept_bytes(scorer: TokenScorer, device: torch.device, tokens: int) -> int:
-    """What a forward pass of so many tokens keeps for its backward pass."""
-    token_ids_N = torch.zeros(tokens, dtype=torch.long, device=device)
-    scored_T = torch.arange(tokens - _SCORED, tokens, device=device)
+    """What a forward pass of so many tokens a rank keeps for its backward pass."""
+    of_all = tokens if scorer.group is None else tokens * scorer.group.size
+    token_ids_N = torch.zeros(of_all, dtype=torch.long, device=device)
+    scored_T = torch.arange(of_all - _SCORED, of_all, device=device)
     with torch.enable_grad():
-        logprobs_T = scorer(token_ids_N, (tokens,), scored_T)
+        logprobs_T = scorer(token_ids_N, (of_all,), scored_T)
     kept = torch.cuda.memory_allocated(device)
     logprobs_T.sum().backward()  # what is kept is freed, and the weights are sharded again
     for parameter in scorer.parameters():

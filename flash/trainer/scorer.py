@@ -4,13 +4,15 @@ The sequences lie one after the other, without padding: N tokens, of which T are
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flash.trainer.attention import Packing
+from flash.trainer.sequence_parallel import SequenceGroup
 
 # Heads that are more than one matrix; their models compute their own logits.
 _HEAD_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -29,9 +31,12 @@ class TokenScorer(nn.Module):
         model: loaded with `attn_implementation=PACKED_ATTENTION`.
         kept_logits: with more logits than this, they are computed in chunks, and once more in the
             backward pass instead of kept: 128 MiB, and 1 GiB on a GPU.
+        group: the ranks that share each pass; by default none does.
     """
 
-    def __init__(self, model: Any, *, kept_logits: int | None = None) -> None:
+    def __init__(
+        self, model: Any, *, kept_logits: int | None = None, group: SequenceGroup | None = None
+    ) -> None:
         super().__init__()
         if kept_logits is None:
             # For a GPU a chunk of few tokens is all launches and reading of the head's weights.
@@ -52,6 +57,7 @@ class TokenScorer(nn.Module):
         if not model._supports_attention_backend:
             raise ValueError(by_itself(model.config.model_type))
         self.model = model
+        self.group = group
         self._plain_head = not any(getattr(config, name, None) for name in _HEAD_SETTINGS)
         self.kept_logits = kept_logits
         self._chunk = max(1, kept_logits // int(config.vocab_size))
@@ -75,13 +81,17 @@ class TokenScorer(nn.Module):
         `with_size` the latter is the size of the largest logit of these.
         """
         more = _entropy if with_entropy else _size if with_size else None
-        inputs = packed_inputs(token_ids_N, lengths)
-        targets_T = token_ids_N[scored_T]
+        part = Pass.of(token_ids_N, lengths, scored_T, self.group)
+        targets_T = part.own(token_ids_N[scored_T])
+        if temperatures_T is not None:
+            temperatures_T = part.own(temperatures_T)
         if not self._plain_head:
-            logits_NV = self.model(**inputs).logits[0]
-            return _pick(logits_NV[scored_T - 1], targets_T, temperatures_T, more)
-        hidden_ND = self.model.base_model(**inputs).last_hidden_state[0]
-        return self._in_chunks(hidden_ND[scored_T - 1], targets_T, temperatures_T, more)
+            logits_NV = self.model(**part.inputs).logits[0]
+            return part.whole(_pick(logits_NV[part.before_T], targets_T, temperatures_T, more))
+        hidden_ND = self.model.base_model(**part.inputs).last_hidden_state[0]
+        return part.whole(
+            self._in_chunks(hidden_ND[part.before_T], targets_T, temperatures_T, more)
+        )
 
     def _in_chunks(
         self,
@@ -117,15 +127,58 @@ def by_itself(kind: str) -> str:
     )
 
 
-def packed_inputs(token_ids_N: Tensor, lengths: Sequence[int]) -> dict[str, Any]:
-    """The arguments of a forward pass over packed sequences of these lengths."""
+def packed_inputs(
+    token_ids_N: Tensor, lengths: Sequence[int], group: SequenceGroup | None = None
+) -> dict[str, Any]:
+    """The arguments of a forward pass over packed sequences of these lengths, or of this rank's
+    slice of it."""
     device = token_ids_N.device
-    return {
-        "input_ids": token_ids_N[None],
-        "position_ids": torch.cat([torch.arange(length) for length in lengths]).to(device)[None],
-        "use_cache": False,
-        "packing": Packing.of(lengths, device),
-    }
+    if group is not None:
+        token_ids_N, lengths = group.padded(token_ids_N, lengths)
+    positions_N = torch.cat([torch.arange(length) for length in lengths]).to(device)
+    of_tokens = {"input_ids": token_ids_N[None], "position_ids": positions_N[None]}
+    if group is not None:
+        of_tokens = {name: group.own(values_1N) for name, values_1N in of_tokens.items()}
+    return {**of_tokens, "use_cache": False, "packing": Packing.of(lengths, device, group)}
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """A forward pass over packed sequences, or this rank's part of it, and what is asked of it.
+
+    `inputs` are the model's arguments, `before_T` the indices of what it answers before the tokens
+    that are asked for: all T of them, or those at `places` where ranks share the pass.
+    """
+
+    inputs: dict[str, Any]
+    before_T: Tensor
+    count: int
+    group: SequenceGroup | None
+    places: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        token_ids_N: Tensor,
+        lengths: Sequence[int],
+        asked_T: Tensor,
+        group: SequenceGroup | None,
+    ) -> Self:
+        places, before_T = None, asked_T - 1
+        if group is not None:
+            places, before_T = group.own_places(before_T, len(token_ids_N))
+        inputs = packed_inputs(token_ids_N, lengths, group)
+        return cls(inputs, before_T, len(asked_T), group, places)
+
+    def own(self, values_T: Tensor) -> Tensor:
+        """Of one for each token that is asked for, this rank's."""
+        return values_T if self.places is None else values_T[self.places]
+
+    def whole(self, own: Tensor) -> Tensor:
+        """Of each token that is asked for, […, T], on every rank; the gradient is of its own."""
+        if self.group is None or self.places is None:
+            return own
+        return self.group.whole(own, self.places, self.count)
 
 
 def _pick(

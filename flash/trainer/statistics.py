@@ -18,10 +18,14 @@ _PERCENTILES = (1, 50, 99)
 
 
 class StepStatistics:
-    """Told of each micro-batch; every rank must be told of equally many, in the same order."""
+    """Told of each micro-batch; every rank must be told of equally many, in the same order.
 
-    def __init__(self, device: torch.device | str) -> None:
+    `across`: ranks that together have each token once; by default all.
+    """
+
+    def __init__(self, device: torch.device | str, across: dist.ProcessGroup | None = None) -> None:
         self._device = device
+        self._across = across
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
         self._sums: dict[str, Tensor] = {}  # of values times weights, and of weights
         self._gap = torch.full((), -1.0, device=device)
@@ -84,8 +88,8 @@ class StepStatistics:
         """
         names = sorted(self._sums)
         totals = torch.stack([self._loss, *(s for name in names for s in self._sums[name])])
-        dist.all_reduce(totals)
-        dist.all_reduce(self._gap, op=dist.ReduceOp.MAX)
+        dist.all_reduce(totals, group=self._across)
+        dist.all_reduce(self._gap, op=dist.ReduceOp.MAX, group=self._across)
         loss, *rest = totals.tolist()
         sums = {name: (rest[2 * i], rest[2 * i + 1]) for i, name in enumerate(names)}
         found = {"loss": loss / losses}
@@ -110,13 +114,14 @@ class StepStatistics:
     def _percentiles(self) -> dict[str, float]:
         """Of the weights of all trained tokens, on all ranks."""
         mine = torch.cat(self._weights).float()
-        sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=self._device)
-        sizes[dist.get_rank()] = len(mine)
-        dist.all_reduce(sizes)
+        across = self._across
+        sizes = torch.zeros(dist.get_world_size(across), dtype=torch.int64, device=self._device)
+        sizes[dist.get_rank(across)] = len(mine)
+        dist.all_reduce(sizes, group=across)
         longest = int(sizes.max())
         padded = torch.nn.functional.pad(mine, (0, longest - len(mine)))
         everyones = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(everyones, padded)
+        dist.all_gather(everyones, padded, group=across)
         weights = np.concatenate(
             [
                 of_rank[:size].cpu().numpy()

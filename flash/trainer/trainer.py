@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from flash.trainer.checkpoint import (
     MODEL_FOLDER,
     checkpoint_version,
 )
-from flash.trainer.config import TrainerConfig
+from flash.trainer.config import TOKENS_OF_PASS, TrainerConfig
 from flash.trainer.packing import (
     MiniBatchShare,
     denominator_of,
@@ -63,12 +64,14 @@ class Trainer:
         resume_from: a checkpoint of `save_checkpoint`; its model takes the place of `model`, or
             with `config.lora` its adapters are added to it.
         starter: of its ranks; by default they are processes on this machine.
+        longest: tokens that a sample may have, if that is known; more than a GPU has room for in a
+            pass is refused.
         say: is told in a line what is chosen for passes on a GPU, and what takes long at first; by
             default the log is.
 
     `version` counts the batches trained into the weights; a batch is one version, however many
     optimizer steps (`mini_batches`) it takes, because α is measured in batches.
-    To enter it raises ValueError for a model that can't be trained.
+    To enter it raises ValueError for a model that can't be trained, or samples that don't fit.
     Any call raises TrainerFailure, with the rank's traceback or log, when a rank raises or dies;
     the other ranks are killed then.
     """
@@ -82,9 +85,11 @@ class Trainer:
         seed: int = 0,
         resume_from: Path | None = None,
         starter: RankStarter | None = None,
+        longest: int | None = None,
         say: Callable[[str], None] | None = None,
     ) -> None:
         self.config = config
+        self._longest = longest
         self._say = say or logger.info
         self._chosen: dict[str, int] = {}  # of passes, on a GPU
         self._starter: RankStarter = starter or LocalRanks()
@@ -139,6 +144,7 @@ class Trainer:
         """Whether its ranks have started; no, if one was lost with its node meanwhile."""
         try:
             await self._start_ranks()
+            await self._check_longest()
         except TrainerFailure as failure:
             if not isinstance(failure.__cause__, NodeLost):
                 raise
@@ -174,6 +180,18 @@ class Trainer:
             raise ValueError(f"model={self.model!r}: {refusals[0]}")
         if self.config.compile:
             self._say("trainer: compiles layers in the first passes, for a minute or more")
+
+    async def _check_longest(self) -> None:
+        """ValueError if the longest sample would not fit a GPU that nobody else uses."""
+        if self._longest is None:
+            return
+        rooms: list[Room | None] = await self._call_each("room", [(True,)] * self.config.ranks)
+        if (room := common_room(rooms)) is not None:
+            room.check(
+                self._longest,
+                recompute=self.config.gradient_checkpointing,
+                sequence_ranks=self.config.sequence_ranks,
+            )
 
     async def restart(self, checkpoint: Path | None) -> None:
         """Ends its ranks, dead or not, and starts others: from a checkpoint, or as at first.
@@ -334,9 +352,10 @@ class Trainer:
             return
         rooms: list[Room | None] = await self._call_each("room", [()] * self.config.ranks)
         if (room := common_room(rooms)) is None:  # on a CPU
-            chosen = self.config.tokens_of_pass, bool(recompute)
+            chosen = tokens or TOKENS_OF_PASS, bool(recompute)
         else:
-            chosen = room.choose(tokens, recompute)
+            longest = math.ceil((self._longest or 0) / self.config.sequence_ranks)
+            chosen = room.choose(tokens, recompute, longest=longest)
             if chosen[1] and not recompute:
                 await self._call_each("recompute", [()] * self.config.ranks)
             self._say(room.told(*chosen))
@@ -356,6 +375,7 @@ class Trainer:
             [sample.num_tokens for sample in samples],
             mini_batches=1,
             ranks=self.config.ranks,
+            sequence_ranks=self.config.sequence_ranks,
             tokens_per_micro_batch=self.config.tokens_of_pass,
         )
         answers = await self._call_each(

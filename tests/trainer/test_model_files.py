@@ -237,3 +237,16 @@ def test_a_placeholder_of_images_past_the_embedding_is_no_word(
     tokenizer.save_pretrained(directory)
     assert tokenizer.get_vocab()["<image>"] == 97
     check_vocabulary(tokenizer, check_files(str(directory), field="model"), source=str(directory))
+
+
+def test_heads_that_the_ranks_of_a_pass_do_not_divide_are_refused(
+    save_model: SaveModel, tmp_path: Path
+) -> None:
+    directory = str(save_model(tmp_path / "m"))
+    check_files(directory, field="model", sequence_ranks=4)
+    with pytest.raises(
+        ValueError,
+        match=r"^model='.*/m': trainer\.sequence_ranks=3 does not divide the model's 4 attention "
+        r"heads, .*: use a divisor of 4$",
+    ):
+        check_files(directory, field="model", sequence_ranks=3)

@@ -53,6 +53,20 @@ def test_ranks_differ_by_no_more_than_the_longest_sample(lengths: list[int], ran
     assert max(loads) - min(loads) <= max(lengths)
 
 
+def test_ranks_that_share_passes_have_the_same_of_them_with_room_for_the_tokens_of_all() -> None:
+    samples = [fake_sample(range(length), episode=length) for length in (50, 30, 20, 60, 40)]
+    config = TrainerConfig(ranks=4, sequence_ranks=2, tokens_per_micro_batch=55)
+    shares = divide(samples, config)
+    assert shares[0] == shares[1]
+    assert shares[2] == shares[3]
+    of_groups = [[s.episode for s in mini.micro_batches[0]] for (mini,) in shares[::2]]
+    assert of_groups == [[60, 30, 20], [50, 40]]
+    alone = divide(samples, config.model_copy(update={"ranks": 2, "sequence_ranks": 1}))
+    assert [mini.scales[0][0] for (mini,) in shares[::2]] == [
+        mini.scales[0][0] for (mini,) in alone
+    ]
+
+
 def test_samples_that_fit_together_share_a_pass() -> None:
     (mini,) = plan([50, 30, 20, 60, 40], mini_batches=1, ranks=1, tokens_per_micro_batch=100)
     assert [sorted(micro) for micro in mini[0]] == [[3, 4], [0, 1, 2]]

@@ -1,5 +1,6 @@
 """How many tokens a pass is given, and whether it recomputes, where that is left to the ranks."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from flash.fakes import fake_sample
+from flash.fakes import FakeRanks, fake_sample
 from flash.trainer import sharding
 from flash.trainer.config import TOKENS_OF_PASS, TrainerConfig
 from flash.trainer.fused import can_fuse, fuse, fuse_layers
@@ -80,9 +81,72 @@ def test_what_is_configured_of_a_pass_stays(
 
 
 @pytest.mark.parametrize(
+    ("longest", "tokens", "chosen"),
+    [
+        (20_480, None, (20_480, False)),
+        (20_481, None, (32_768, True)),
+        (20_481, 8_192, (8_192, True)),
+        (90_112, None, (32_768, True)),
+    ],
+)
+def test_activations_are_recomputed_where_the_longest_sample_needs_it(
+    longest: int, tokens: int | None, chosen: tuple[int, bool]
+) -> None:
+    assert Room(20_480, 90_112).choose(tokens, longest=longest) == chosen
+
+
+SAYS = (
+    "agent.max_sequence_tokens={longest}: .* with trainer.sequence_ranks={ranks} GPUs that have "
+    "nothing else to hold have room for one of {fits} tokens, activations {how}: set it to {fits} "
+    "or less, {remedy}raise trainer.sequence_ranks, train adapters .*, or take GPUs of more memory"
+)
+
+
+@pytest.mark.parametrize(
+    ("longest", "changes", "fits", "how"),
+    [
+        (32_768, {}, None, ""),
+        (32_769, {}, 32_768, "recomputed"),
+        (32_769, {"gradient_checkpointing": True}, 32_768, "recomputed"),
+        (32_769, {"gradient_checkpointing": False}, 32_768, r"kept \(.*=false\)"),
+        (131_072, {"sequence_ranks": 4}, None, ""),
+        (131_073, {"sequence_ranks": 4}, 131_072, "recomputed"),
+    ],
+)
+async def test_a_run_whose_longest_sample_fits_no_pass_is_refused_when_its_ranks_have_loaded(
+    longest: int, changes: dict[str, Any], fits: int | None, how: str, tmp_path: Path
+) -> None:
+    """Of several ranks the one with the least room counts."""
+    rooms = {"start": "", "room": Room(8_192, 32_768)}
+    config = TrainerConfig(ranks=4, **changes)
+    ranks = FakeRanks(rooms)
+    trainer = Trainer(model="none", config=config, run_dir=tmp_path, starter=ranks, longest=longest)
+    refused = contextlib.nullcontext()
+    if fits is not None:
+        refused = pytest.raises(
+            ValueError,
+            match=SAYS.format(
+                longest=longest,
+                ranks=config.sequence_ranks,
+                fits=fits,
+                how=how,
+                remedy="leave .* out, " if how.startswith("kept") else "",
+            ),
+        )
+    with refused:
+        async with trainer:
+            pass
+    for rank in ranks.started:
+        assert [method for method, _ in rank.calls] == ["start", "room"]
+        assert rank.calls[1][1] == (True,)
+        assert not rank.alive
+
+
+@pytest.mark.parametrize(
     ("rooms", "given", "chosen", "said"),
     [
         ([None, None], {}, (TOKENS_OF_PASS, False), []),
+        ([None, None], {"sequence_ranks": 2}, (TOKENS_OF_PASS, False), []),
         (
             [Room(16_384, 40_960), Room(9_216, 30_720)],
             {},
@@ -130,6 +194,19 @@ async def test_ranks_are_asked_once_and_only_if_something_is_left_open(
     assert told == said
 
 
+@pytest.mark.parametrize(("longest", "recomputes"), [(40_960, False), (40_961, True)])
+async def test_the_longest_sample_needs_room_on_all_ranks_that_share_its_pass(
+    longest: int, recomputes: bool, tmp_path: Path
+) -> None:
+    ranks = FakeRanks({"start": "", "room": Room(20_480, 90_112), "recompute": None, "step": {}})
+    config = TrainerConfig(ranks=2, sequence_ranks=2)
+    async with Trainer(
+        model="none", config=config, run_dir=tmp_path, starter=ranks, longest=longest
+    ) as trainer:
+        await trainer.step(Batch(samples=[fake_sample(range(9))], version=0))
+        assert trainer.config.gradient_checkpointing is recomputes
+
+
 def test_what_is_recomputed_can_be_kept_again(save_model: SaveModel, tmp_path: Path) -> None:
     model = load_packed(save_model(tmp_path / "m"))
     scorer = TokenScorer(model)
@@ -174,6 +251,9 @@ def test_on_a_gpu_a_pass_of_so_many_tokens_fits(save_model: SaveModel, tmp_path:
     room = room_of(scorer, optimizer, recomputed=None)
     assert room is not None
     assert room.recomputed > room.kept
+    alone = room_of(scorer, optimizer, recomputed=None, alone=True)
+    assert alone is not None
+    assert alone.recomputed >= room.recomputed
     tokens, recompute = room.choose()
     assert tokens % 1024 == 0
     assert not recompute  # of so small a model
