@@ -1,6 +1,6 @@
 """The memory that ranks need which share a pass: one sample of ever more tokens, on more of them.
 
-    python benchmarks/sequence_ranks.py [--tokens 8192,32768] [--ranks 1,2,4,8] [--layers 2]
+    python benchmarks/sequence_ranks.py [--tokens 8192,16384] [--ranks 1,2,4] [--layers 2]
 
 A model of random weights, 64 wide, with 8 heads of 16 and 2 of keys, on CPUs, its activations
 recomputed. Told are seconds of the step, the most memory that a rank had in it beyond a step of

@@ -28,16 +28,16 @@ T = TypeVar("T")
 Found = tuple[Tensor, dict[str, Tensor]]
 ModelOf = Callable[[str], Any]
 LENGTHS = (3, 1, 40, 9)  # 53 tokens, which neither 2 nor 4 ranks can divide
-KINDS = {
-    "llama": "with 4 ranks each head of keys is sent to two of them",
-    "qwen2": "windows",
-    "cohere": "logits of its own",
-    "gpt2": "learned positions",
-    "qwen3_moe": "experts",
-    "deepseek_v3": "keys and values of other widths",
-    "diffllama": "attention in two halves",
-    "afmoe": "views of what attention answers",
-}
+KINDS = [
+    "llama",  # with 4 ranks each head of keys is sent to two of them
+    "qwen2",  # windows
+    "cohere",  # logits of its own
+    "gpt2",  # learned positions
+    "qwen3_moe",  # experts
+    "deepseek_v3",  # keys and values of other widths
+    "diffllama",  # attention in two halves
+    "afmoe",  # views of what attention answers
+]
 
 
 @pytest.fixture
@@ -100,12 +100,11 @@ def test_ranks_have_one_ranks_logprobs_and_its_gradient_in_parts(
     model_of: ModelOf, kind: str, ranks: int, on_ranks: Any
 ) -> None:
     model = model_of(kind)
-    whole_T, whole = scored(TokenScorer(model))
 
     def shared() -> Found:
         return scored(TokenScorer(deepcopy(model), group=SequenceGroup.of(ranks, "cpu")))
 
-    same_in_parts(on_ranks(ranks, shared), (whole_T, whole))
+    same_in_parts(on_ranks(ranks, shared), scored(TokenScorer(model)))
 
 
 def same_in_parts(found: list[Found], whole: Found) -> None:
