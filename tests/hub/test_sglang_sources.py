@@ -16,7 +16,7 @@ import pytest
 from flash.fakes import sglang as fake
 from flash.fakes import sglang_group as group
 from flash.hub import sglang_answers, sglang_nccl, sglang_worker
-from flash.hub.config import _LENGTH_ARGS, _SAMPLING_ARGS
+from flash.hub.config import _OUR_ARGS, _SAMPLING_ARGS
 from flash.hub.sglang_pool import SglangPool
 
 SPEC = importlib.util.find_spec("sglang")
@@ -146,7 +146,8 @@ def test_arguments_of_servers_are_sglangs():
     words = [word for word in pool._command(0, "h", 1) if word.startswith("--")]
     names = {word.removeprefix("--").partition("=")[0] for word in words}
     names.add("enable-memory-saver")
-    names |= {*_SAMPLING_ARGS["sglang_args"], _LENGTH_ARGS[1], "api-key", "admin-api-key"}
+    names |= {*_SAMPLING_ARGS["sglang_args"], "api-key", "admin-api-key"}
+    names |= {theirs for _, theirs, *_ in _OUR_ARGS.values()}
     folder = Path(SPEC.submodule_search_locations[0]) / "srt/arg_groups/fields"
     declared = "\n".join(path.read_text() for path in folder.glob("*.py"))
     for name in names:

@@ -21,8 +21,8 @@ from flash.trainer.critic import TokenValuer
 from flash.trainer.layers import recompute_activations
 from flash.trainer.scorer import TokenScorer
 from flash.trainer.sequence_parallel import SequenceGroup, check_config
-from flash.trainer.sharding import load_model
 from tests.families import save_family
+from tests.packed import load_packed
 
 T = TypeVar("T")
 Found = tuple[Tensor, dict[str, Tensor]]
@@ -72,7 +72,7 @@ def model_of(tmp_path: Path) -> Callable[[str], Any]:
 
     def model_of(kind: str) -> Any:
         save_family(tmp_path, kind)
-        return load_model(str(tmp_path))
+        return load_packed(tmp_path)
 
     return model_of
 
