@@ -1,6 +1,7 @@
 """What the trainer's steps cost: packed against padded, logits in chunks against whole, balance.
 
     python benchmarks/trainer.py [--size small|0.5b|1.5b] [--samples 64] [--repeats 5]
+    python benchmarks/trainer.py --checkpoint
 
 Episodes as of ALFWorld: lengths are lognormal with sigma 0.7, a quarter of the tokens sampled, in
 runs of four. On a CPU the model is small and seconds are those that its one thread computed, so
@@ -50,6 +51,10 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 SIGMA = 0.7
 PHASES = ("forward", "loss", "backward", "optimizer")
+CHECKPOINTED = LlamaConfig(
+    vocab_size=32_000, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+    num_attention_heads=12, num_key_value_heads=12, tie_word_embeddings=True,
+)  # fmt: skip
 KEPT_LOGITS = {"in chunks": 32 * 1024 * 1024, "whole": 1 << 62}
 
 
@@ -362,6 +367,23 @@ async def whole(
     return {"start_s": start_s, "step_s": statistics.median(times[1:])}
 
 
+async def checkpoint(model_dir: str, sample: Sample, repeats: int) -> dict[str, float]:
+    """How long a checkpoint stops the trainer, and how long it takes to be whole, by the clock."""
+    config = TrainerConfig(threads=0 if CUDA else 1)
+    with tempfile.TemporaryDirectory() as run_dir:
+        async with Trainer(model=model_dir, config=config, run_dir=Path(run_dir)) as trainer:
+            await trainer.step(Batch(samples=[sample], version=0))
+            times = []
+            for number in range(repeats):
+                started = time.perf_counter()
+                await trainer.begin_checkpoint(Path(run_dir) / f"{number}")
+                stopped_s = time.perf_counter() - started
+                await trainer.written()
+                times.append((stopped_s, time.perf_counter() - started))
+    stopped, whole = (statistics.median(of) for of in zip(*times, strict=True))
+    return {"stopped_s": stopped, "whole_s": whole}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -369,12 +391,33 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="0.5b" if CUDA else "small")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--checkpoint", action="store_true", help="that alone")
     parser.add_argument("--logits", choices=KEPT_LOGITS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.logits:
         logits(options.logits)
+    elif options.checkpoint:
+        print_checkpoint(measure_checkpoint(options.repeats))
     else:
         measure(options)
+
+
+def measure_checkpoint(repeats: int) -> dict[str, float]:
+    """Of a model that is large enough for files to count."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = random_model(CHECKPOINTED)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        model.save_pretrained(folder)
+        del model
+        sample = fake_sample(range(4, 36), [0.0] * 16 + [1.0] * 16)
+        return {"parameters": parameters, **asyncio.run(checkpoint(folder, sample, repeats))}
+
+
+def print_checkpoint(row: dict[str, float]) -> None:
+    print(
+        "checkpoint of {parameters:.3g} parameters: the trainer stands still for {stopped_s:.2f} s "
+        "of the {whole_s:.2f} s that it takes".format(**row)
+    )
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -403,6 +446,7 @@ def measure(options: argparse.Namespace) -> None:
         results["trainer"] = asyncio.run(whole(model_dir, samples, size, options.repeats))
     results["logits"] = {how: logits_apart(how) for how in KEPT_LOGITS}
     results["balance"] = balance(lengths, size.budget)
+    results["checkpoint"] = measure_checkpoint(options.repeats)
     print_tables(results)
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")
@@ -431,6 +475,7 @@ def print_tables(results: dict[str, Any]) -> None:
     print(f"\n{'busiest rank / mean':22}{'balanced':>9}{'round robin':>13}")
     for ranks, row in results["balance"].items():
         print(f"{ranks:22}{row['balanced']:>9.3f}{row['round_robin']:>13.3f}")
+    print_checkpoint(results["checkpoint"])
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """The rollout loop in a script of one's own, with the trainer beside it.
 
-    flash train frozen_lake --steps 2                                   # leaves a model
-    flash worker --model runs/frozen_lake/checkpoints/step_000002/model --port 8000 &
-    python examples/embed_the_loop.py \\
-        runs/frozen_lake/checkpoints/step_000002/model http://127.0.0.1:8000
+    flash train frozen_lake --steps 2
+    flash export runs/frozen_lake/checkpoints/step_000002 --out policy
+    flash worker --model policy --port 8000 &
+    python examples/embed_the_loop.py policy http://127.0.0.1:8000
 
 Each part can be another: any server that speaks vLLM's protocol, any model, any environment, and
 any trainer that takes batches and writes safetensors.

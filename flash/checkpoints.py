@@ -4,9 +4,9 @@ runs/<name>/checkpoints/step_<version>/
 ├── trainer.json, …   the trainer's part (flash/trainer/checkpoint.py)
 └── spare             if it may go when newer ones are there
 
-All else that a resume needs is in the log, also what was trained since. A checkpoint is made under
-another name and renamed, so what has its name was whole once. Damage that came later is found when
-it is read, and the one before it is taken.
+All else that a resume needs is in the log, also what was trained since. A checkpoint is written
+under another name while training goes on, and renamed, so what has its name was whole once. Damage
+that came later is found when it is read, and the one before it is taken.
 """
 
 import asyncio
@@ -14,11 +14,12 @@ import contextlib
 import logging
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
 
+from flash.errors import TrainerFailure, first_error, in_a_line
 from flash.rollout.observer import Observer
 from flash.system.durable import sync
 from flash.trainer.checkpoint import checkpoint_version
@@ -41,6 +42,10 @@ class SavingTrainer(Protocol):
     def can_save(self) -> bool: ...
 
     async def save_checkpoint(self, directory: Path) -> None: ...
+
+    async def begin_checkpoint(self, directory: Path) -> None: ...
+
+    async def written(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +73,8 @@ def newest_checkpoint(run: Path) -> Checkpoint | None:
         return found
     if damaged:
         raise ValueError(
-            f"no checkpoint under {run / 'checkpoints'} is whole: start anew under another name, "
-            f"with --model of a model/ folder there that still loads ({'; '.join(damaged)})"
+            f"no checkpoint under {run / 'checkpoints'} is whole: start anew under another name "
+            f"({'; '.join(damaged)})"
         )
     return None
 
@@ -96,44 +101,95 @@ def whole_versions(run: Path) -> list[int]:
 class Checkpoints:
     """Makes those of one run.
 
+    >>> checkpoints = Checkpoints(run, newest=None, every_s=600, observer=observer)
+    >>> async with checkpoints.writing():
+    ...     await checkpoints.begin(trainer, spare=True)  # written while training goes on
+    ...     await checkpoints.save(trainer, spare=False)  # whole when it returns
+
     Args:
-        resumed: the one that it goes on from, which stays meanwhile: workers that are started
-            anew begin with it, and explorers that come.
+        newest: the one that the run goes on from.
         every_s: seconds between spare ones; 0: there are none.
-        observer: is told of each.
+        observer: is told of each that is whole.
+
+    One is written at a time: another that is begun waits for it. One that can't be written, or over
+    which a rank dies, is given up, and that is said in the log; the one before it stays. An
+    error that ends the block gives it up, too.
     """
 
     def __init__(
-        self, run: Path, *, resumed: Checkpoint | None, every_s: float, observer: Observer
+        self, run: Path, *, newest: Checkpoint | None, every_s: float, observer: Observer
     ) -> None:
         self._run = run
         self._observer = observer
-        self._resumed = resumed.path if resumed else None
-        self._newest_version = resumed.version if resumed else None
+        self._newest_version = newest.version if newest else None
         self._every_s = every_s
-        self._saved_at = asyncio.get_running_loop().time()
+        self._begun_at = asyncio.get_running_loop().time()
+        self._writing: asyncio.Task[None] | None = None
         for left in (run / "checkpoints").glob(f"*{_NEW}*"):
             shutil.rmtree(left)  # of a run that was killed meanwhile
 
+    @contextlib.asynccontextmanager
+    async def writing(self) -> AsyncIterator[Self]:
+        """In the block they are written while training goes on; after it none is, any more."""
+        with first_error():
+            async with asyncio.TaskGroup() as self._tasks:
+                yield self
+
     def spare_is_due(self) -> bool:
-        elapsed_s = asyncio.get_running_loop().time() - self._saved_at
-        return 0 < self._every_s <= elapsed_s
+        """Not while one is being written."""
+        elapsed_s = asyncio.get_running_loop().time() - self._begun_at
+        return 0 < self._every_s <= elapsed_s and (self._writing is None or self._writing.done())
+
+    async def begin(self, trainer: SavingTrainer, *, spare: bool) -> None:
+        """The checkpoint of the trainer's present version, if need be: when it returns the trainer
+        may go on."""
+        await self.written()
+        if trainer.version == self._newest_version:
+            return
+        version, making = trainer.version, self._making(trainer.version)
+        await trainer.begin_checkpoint(making)
+        self._begun_at = asyncio.get_running_loop().time()
+        self._writing = self._tasks.create_task(
+            self._finish_writing(trainer, making, version, spare), name=f"write {making.name}"
+        )
+
+    async def written(self) -> None:
+        """Waits until none is being written."""
+        if self._writing is not None:
+            await asyncio.wait((self._writing,))
 
     async def save(self, trainer: SavingTrainer, *, spare: bool) -> Path:
-        """The checkpoint of the trainer's present version; made if need be."""
-        version = trainer.version
-        path = self._run / "checkpoints" / f"step_{version:06d}"
-        if version == self._newest_version:
-            return path
-        making = path.with_name(path.name + _NEW)
-        await trainer.save_checkpoint(making)
-        await asyncio.to_thread(self._finish, making, path, spare)
-        self._newest_version = version
-        self._saved_at = asyncio.get_running_loop().time()
-        self._observer.saved(path)
-        return path
+        """The checkpoint of the trainer's present version, made if need be; raises what it ends
+        with."""
+        await self.written()
+        if trainer.version != self._newest_version:
+            making = self._making(trainer.version)
+            await trainer.save_checkpoint(making)
+            self._begun_at = asyncio.get_running_loop().time()
+            await self._whole(making, trainer.version, spare)
+        return self._path(trainer.version)
 
-    def _finish(self, making: Path, path: Path, spare: bool) -> None:
+    async def _finish_writing(
+        self, trainer: SavingTrainer, making: Path, version: int, spare: bool
+    ) -> None:
+        try:
+            await trainer.written()
+            await self._whole(making, version, spare)
+        except (TrainerFailure, OSError) as failure:
+            logger.warning(
+                "the checkpoint of step %d is given up, and the run goes on: %s",
+                version,
+                in_a_line(failure),
+            )
+            await asyncio.to_thread(shutil.rmtree, making, ignore_errors=True)
+
+    async def _whole(self, making: Path, version: int, spare: bool) -> None:
+        path = self._path(version)
+        await asyncio.to_thread(self._name, making, path, spare)
+        self._newest_version = version
+        self._observer.saved(path)
+
+    def _name(self, making: Path, path: Path, spare: bool) -> None:
         if spare:
             (making / _SPARE_FILE).touch()
         sync(making)
@@ -141,8 +197,14 @@ class Checkpoints:
         making.rename(path)
         sync(path.parent)
         for old in _old_spares(self._run):
-            if old != self._resumed:
-                shutil.rmtree(old)
+            shutil.rmtree(old)
+
+    def _path(self, version: int) -> Path:
+        return self._run / "checkpoints" / f"step_{version:06d}"
+
+    def _making(self, version: int) -> Path:
+        path = self._path(version)
+        return path.with_name(path.name + _NEW)
 
 
 class Rescue:
@@ -167,17 +229,20 @@ class Rescue:
         return self
 
     async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if not isinstance(error, Exception):
+            return
         version = self._trainer.version
-        if not isinstance(error, Exception) or not version or version != self._steps_done():
-            return
-        if not self._trainer.can_save:
-            return
         try:
             async with asyncio.timeout(_RESCUE_TIMEOUT_S):
+                await self._checkpoints.written()
+                if not version or version != self._steps_done() or not self._trainer.can_save:
+                    return
                 path = await self._checkpoints.save(self._trainer, spare=True)
         except Exception as failure:  # whatever it is, the run ends for the first error
-            cause = (str(failure).strip() or repr(failure)).splitlines()[-1]
-            logger.warning("no checkpoint could be made: %s; --resume goes on from the log", cause)
+            logger.warning(
+                "no checkpoint could be made: %s; --resume goes on from the log",
+                in_a_line(failure),
+            )
         else:
             error.add_note(f"all {version} steps are in {path}: --resume goes on from there")
 

@@ -120,6 +120,12 @@ def one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
 
 
+def in_a_line(failure: BaseException) -> str:
+    """What failed and why: the first line of what is told, and what is said last."""
+    lines = (str(failure).strip() or repr(failure)).splitlines()
+    return " ".join(lines[:1] + lines[1:][-1:])
+
+
 @contextlib.contextmanager
 def first_error() -> Iterator[None]:
     """Of the errors that a TaskGroup inside raises as a group, the first, with its own cause."""

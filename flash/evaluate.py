@@ -1,9 +1,8 @@
 """`flash eval`: how a run, or one checkpoint of it, does on held-out tasks."""
 
 import asyncio
-import contextlib
 import tempfile
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from flash.parts.model import check_model_files
 from flash.parts.open import open_parts
 from flash.system import machine
 from flash.system.own_logs import own_logs
-from flash.trainer.checkpoint import ADAPTERS_FILE, MODEL_FOLDER, checkpoint_version
+from flash.trainer.checkpoint import checkpoint_version
 from flash.types import Weights
 
 
@@ -26,8 +25,8 @@ async def evaluate(
     """Plays the held-out tasks with a checkpoint: the newest one if `source` is a run's folder.
 
     The run's own configuration says how; `overrides` change it. Nothing is written to the run's
-    folder, so that the run may be going on meanwhile. Raises ValueError if there is no
-    checkpoint, and what `flash.evaluation.play` raises.
+    folder, so that the run may be going on meanwhile; the model is made elsewhere, for as long as
+    it plays. Raises ValueError if there is no checkpoint, and what `flash.evaluation.play` raises.
     """
     if source.parent.name == "checkpoints":
         checkpoint = source
@@ -41,23 +40,14 @@ async def evaluate(
     config = configuration.load(str(run / "config.yaml"), {**overrides, **whole})
     configuration.check_capacity(config, machine.capacity(), trains=False)
     _tell_of_brought(config, say)
-    async with _whole((checkpoint / MODEL_FOLDER).resolve()) as model:
+    from flash.trainer.hugging_face import export_model  # noqa: PLC0415  (imports torch)
+
+    with tempfile.TemporaryDirectory(prefix="flash-eval-") as folder:
+        model = Path(folder) / "model"
+        await asyncio.to_thread(export_model, checkpoint, model, dtype="float32")
         await check_model_files(str(model))
         await check_devices(config, str(model), say=say, trains=False)
         return await _play(config, Weights(version=version, path=model), say)
-
-
-@contextlib.asynccontextmanager
-async def _whole(model: Path) -> AsyncIterator[Path]:
-    """The model of a checkpoint; one that is made for so long, if there are adapters alone."""
-    if not (model / ADAPTERS_FILE).exists():
-        yield model
-        return
-    from flash.trainer.lora import merge  # noqa: PLC0415  (imports torch)
-
-    with tempfile.TemporaryDirectory(prefix="flash-merged-") as folder:
-        await asyncio.to_thread(merge, model, Path(folder))
-        yield Path(folder)
 
 
 async def _play(

@@ -15,6 +15,7 @@ from flash.checkpoints import (
     Rescue,
     checkpoint_to_go_on_from,
     newest_checkpoint,
+    whole_versions,
 )
 from flash.config import load
 from flash.errors import InferenceFailure, TrainerFailure
@@ -35,13 +36,27 @@ class FakeTrainer:
         self.go_on = asyncio.Event()
         self.go_on.set()
         self.saving = asyncio.Event()
+        self._begun: tuple[Path, int] | None = None
 
     async def save_checkpoint(self, directory: Path) -> None:
+        await self.begin_checkpoint(directory)
+        await self.written()
+
+    async def begin_checkpoint(self, directory: Path) -> None:
+        assert self._begun is None, "one is being written"
+        directory.mkdir(parents=True, exist_ok=True)
+        self._begun = directory, self.version
+
+    async def written(self) -> None:
+        assert self._begun is not None
         self.saving.set()
-        await self.go_on.wait()
-        if self.error is not None:
-            raise self.error
-        fill(directory, self.version)
+        try:
+            await self.go_on.wait()
+            if self.error is not None:
+                raise self.error
+            fill(*self._begun)
+        finally:
+            self._begun = None
 
 
 class KeepingSaved(Observer):
@@ -53,7 +68,7 @@ class KeepingSaved(Observer):
 
 
 def new(run: Path, minutes: float = 0.0) -> Checkpoints:
-    return Checkpoints(run, resumed=None, every_s=60 * minutes, observer=Observer())
+    return Checkpoints(run, newest=None, every_s=60 * minutes, observer=Observer())
 
 
 def training(**parts: Any) -> Training:
@@ -98,7 +113,7 @@ def _folder(path):
 
 
 @pytest.mark.parametrize("damage", [_remove, _cut, _empty, _garble, _folder])
-@pytest.mark.parametrize("name", ["trainer.json", "optimizer/.metadata", "model/model.safetensors"])
+@pytest.mark.parametrize("name", ["trainer.json", "policy/.metadata", "model/config.json"])
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_and_named(
     name, damage, tmp_path, caplog
 ):
@@ -120,10 +135,10 @@ def test_what_is_of_another_version_is_damaged(tmp_path):
 
 def test_if_none_is_whole_all_are_named_with_the_remedy(tmp_path):
     for version in (1, 2):
-        (fake_checkpoint(tmp_path, version) / "optimizer/.metadata").unlink()
+        (fake_checkpoint(tmp_path, version) / "policy/.metadata").unlink()
     with pytest.raises(ValueError, match="is whole: start anew under another name") as caught:
         newest_checkpoint(tmp_path)
-    assert str(caught.value).count("optimizer/.metadata is missing") == 2
+    assert str(caught.value).count("policy/.metadata is missing") == 2
 
 
 def test_a_run_without_a_whole_one_goes_on_from_the_first_model_and_that_is_said(tmp_path, caplog):
@@ -131,7 +146,7 @@ def test_a_run_without_a_whole_one_goes_on_from_the_first_model_and_that_is_said
     assert not caplog.messages
     whole = fake_checkpoint(tmp_path, 1)
     assert checkpoint_to_go_on_from(tmp_path).path == whole
-    (whole / "optimizer/.metadata").unlink()
+    (whole / "policy/.metadata").unlink()
     assert checkpoint_to_go_on_from(tmp_path) is None
     assert "or all that the log has is trained again, from the start" in caplog.text
 
@@ -171,9 +186,9 @@ async def test_what_a_crash_left_half_written_is_removed_by_the_next_run(tmp_pat
 async def test_a_damaged_one_is_replaced_when_its_version_comes_again(tmp_path):
     fake_checkpoint(tmp_path, 1)
     damaged = fake_checkpoint(tmp_path, 2)
-    (damaged / "optimizer/.metadata").unlink()
+    (damaged / "policy/.metadata").unlink()
     found = newest_checkpoint(tmp_path)
-    checkpoints = Checkpoints(tmp_path, resumed=found, every_s=0, observer=Observer())
+    checkpoints = Checkpoints(tmp_path, newest=found, every_s=0, observer=Observer())
     await checkpoints.save(FakeTrainer(1), spare=False)  # is there already
     await checkpoints.save(FakeTrainer(2), spare=False)
     assert newest_checkpoint(tmp_path).path == damaged
@@ -192,7 +207,7 @@ async def test_spare_ones_come_by_the_clock(tmp_path):
 
 async def test_the_newest_two_spare_ones_are_kept_and_all_that_were_asked_for(tmp_path):
     observer = KeepingSaved()
-    checkpoints = Checkpoints(tmp_path, resumed=None, every_s=0, observer=observer)
+    checkpoints = Checkpoints(tmp_path, newest=None, every_s=0, observer=observer)
     for version in range(1, 7):
         spare = version not in (1, 4)
         await checkpoints.save(FakeTrainer(version), spare=spare)
@@ -200,17 +215,107 @@ async def test_the_newest_two_spare_ones_are_kept_and_all_that_were_asked_for(tm
     assert len(observer.saved_ones) == 6
 
 
+# ── while training goes on ───────────────────────────────────────────────────────────────────
+
+
+async def test_a_step_is_made_while_one_is_written_which_counts_when_it_is_whole(tmp_path):
+    observer, trainer = KeepingSaved(), FakeTrainer(3)
+    checkpoints = Checkpoints(tmp_path, newest=None, every_s=0, observer=observer)
+    trainer.go_on.clear()
+    async with checkpoints.writing():
+        await checkpoints.begin(trainer, spare=False)
+        trainer.version += 1
+        await trainer.saving.wait()
+        assert names(tmp_path) == ["step_000003.new"]
+        assert not observer.saved_ones
+        trainer.go_on.set()
+    assert newest_checkpoint(tmp_path).version == 3
+    assert observer.saved_ones == [tmp_path / "checkpoints" / "step_000003"]
+
+
+async def test_one_that_is_begun_while_another_is_written_waits_for_it(tmp_path):
+    trainer, checkpoints = FakeTrainer(3), new(tmp_path)
+    trainer.go_on.clear()
+    async with checkpoints.writing():
+        await checkpoints.begin(trainer, spare=False)
+        trainer.version = 4
+        second = asyncio.create_task(checkpoints.begin(trainer, spare=False))
+        await trainer.saving.wait()
+        assert not second.done()
+        trainer.go_on.set()
+        await second
+        assert whole_versions(tmp_path) == [3]
+        trainer.version = 5
+        await checkpoints.save(trainer, spare=False)
+        assert whole_versions(tmp_path) == [3, 4, 5]
+        await checkpoints.begin(trainer, spare=False)  # is there already
+
+
+async def test_a_spare_one_is_not_due_while_another_is_written(tmp_path):
+    trainer, checkpoints = FakeTrainer(3), new(tmp_path, minutes=1e-9)
+    trainer.go_on.clear()
+    async with checkpoints.writing():
+        assert checkpoints.spare_is_due()
+        await checkpoints.begin(trainer, spare=True)
+        assert not checkpoints.spare_is_due()
+        trainer.go_on.set()
+        await checkpoints.written()
+        assert checkpoints.spare_is_due()
+
+
+@pytest.mark.parametrize("error", [TrainerFailure("trainer rank 1 ended"), OSError("no space")])
+async def test_one_that_can_not_be_written_is_given_up_by_name_and_the_run_goes_on(
+    error, tmp_path, caplog
+):
+    before = fake_checkpoint(tmp_path, 2)
+    trainer, checkpoints = FakeTrainer(3), new(tmp_path)
+    trainer.error = error
+    async with checkpoints.writing():
+        await checkpoints.begin(trainer, spare=False)
+        await checkpoints.written()
+        assert names(tmp_path) == [before.name]
+        (told,) = caplog.messages
+        assert told == f"the checkpoint of step 3 is given up, and the run goes on: {error}"
+        with pytest.raises(type(error)):  # asked for, it is not given up in silence
+            await checkpoints.save(trainer, spare=False)
+        trainer.error = None
+        await checkpoints.save(trainer, spare=False)
+    assert whole_versions(tmp_path) == [2, 3]
+
+
+async def test_an_error_of_the_run_leaves_what_is_being_written_to_the_next_start(tmp_path):
+    trainer, checkpoints = FakeTrainer(3), new(tmp_path)
+    trainer.go_on.clear()
+    with pytest.raises(ValueError, match="of the run"):
+        async with checkpoints.writing():
+            await checkpoints.begin(trainer, spare=False)
+            await trainer.saving.wait()
+            raise ValueError("of the run")
+    assert names(tmp_path) == ["step_000003.new"]
+    new(tmp_path)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("steps_done", "whole"), [(4, [3, 4]), (3, [3])], ids=["between steps", "in a step"]
+)
+async def test_a_run_that_fails_waits_for_the_one_that_is_written_and_adds_what_came_since(
+    steps_done, whole, tmp_path
+):
+    trainer, checkpoints = FakeTrainer(3), new(tmp_path)
+    trainer.go_on.clear()
+    with pytest.raises(InferenceFailure):
+        async with checkpoints.writing(), Rescue(checkpoints, trainer) as rescue:
+            rescue.watch(lambda: steps_done)
+            await checkpoints.begin(trainer, spare=False)
+            trainer.version = 4
+            await trainer.saving.wait()
+            asyncio.get_running_loop().call_soon(trainer.go_on.set)
+            raise InferenceFailure("no worker is left")
+    assert whole_versions(tmp_path) == whole
+
+
 # ── a run that fails ─────────────────────────────────────────────────────────────────────────
-
-
-async def test_what_the_run_goes_on_from_is_kept_until_the_next_start(tmp_path):
-    """Workers begin with it, whenever they are started."""
-    for start in (1, 5):
-        resumed = newest_checkpoint(tmp_path) if start > 1 else None
-        checkpoints = Checkpoints(tmp_path, resumed=resumed, every_s=0, observer=Observer())
-        for version in range(start, start + 4):
-            await checkpoints.save(FakeTrainer(version), spare=True)
-    assert names(tmp_path) == ["step_000004", "step_000007", "step_000008"]
 
 
 async def fails(run: Path, trainer: FakeTrainer, error: BaseException) -> None:

@@ -1,4 +1,4 @@
-"""A run with adapters: a stop and a resume, an evaluation, a merged model; all parts real."""
+"""A run with adapters: a stop and a resume, an evaluation, an export; all parts real."""
 
 import json
 
@@ -29,7 +29,7 @@ OPTIONS = {
 
 
 async def test_a_run_with_adapters_goes_on_from_them_and_is_evaluated_merged_and_retrained(
-    tmp_path, capsys
+    tmp_path,
 ):
     folder = tmp_path / "r"
     await run(tiny("frozen_lake", tmp_path, **{**OPTIONS, "steps": 2}))
@@ -54,11 +54,9 @@ async def test_a_run_with_adapters_goes_on_from_them_and_is_evaluated_merged_and
     assert (compared.checkpoint.name, compared.equal) == ("step_000004", True)
 
     saved, out = str(folder / "checkpoints" / "step_000004"), tmp_path / "merged"
-    assert cli.run(["merge", saved, "--out", str(out)]) == 0
+    assert cli.run(["export", saved, "--out", str(out)]) == 0
     assert AutoTokenizer.from_pretrained(out)("up")
     assert "peft" not in repr(type(AutoModelForCausalLM.from_pretrained(out)))
-    assert cli.run(["merge", saved, "--out", str(out)]) == 2
-    assert "is there already: give a folder to be made" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not has_vllm(), reason="vLLM is not installed: make setup-vllm")

@@ -42,7 +42,7 @@ async def test_a_tiny_run_of_each_preset_leaves_a_whole_and_true_folder(preset, 
         if e["outcome"] == "trained"
     )
     assert (folder / "report.png").stat().st_size > 10_000
-    assert list((folder / "checkpoints" / "step_000003" / "model").glob("*.safetensors"))
+    assert list((folder / "checkpoints" / "step_000003" / "policy").glob("*.distcp"))
     assert list(folder.glob("events.out.tfevents.*"))
     assert configuration.load(str(folder / "config.yaml")).batch_size == 16
     assert json.loads((folder / "summary.json").read_text())["steps"] == 3

@@ -167,12 +167,12 @@ async def test_a_new_learning_rate_holds_from_the_resume_on_and_not_for_what_is_
     options = {"name": "r", "eval_every": 0, "trainer.threads": 1, "trainer.warmup_steps": 0}
     await run(tiny("frozen_lake", tmp_path, **options, steps=2))
     checkpoint = tmp_path / "r" / "checkpoints" / "step_000002"
-    end = (checkpoint / "model" / "model-00000-00001.safetensors").read_bytes()
+    end = (checkpoint / "policy" / "__0_0.distcp").read_bytes()
     shutil.rmtree(checkpoint.parent)
     options |= {"steps": 3, "trainer.learning_rate": 1e-6, "checkpoint.resume": True}
     summary = await run(tiny("frozen_lake", tmp_path, **options))
     assert summary["steps"] == 3
-    assert (checkpoint / "model" / "model-00000-00001.safetensors").read_bytes() == end
+    assert (checkpoint / "policy" / "__0_0.distcp").read_bytes() == end
     lines = read_lines(tmp_path / "r" / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert lines[3]["learning_rate"] == 1e-6 != lines[2]["learning_rate"]
@@ -227,7 +227,7 @@ async def test_a_rank_that_dies_where_no_checkpoint_is_whole_is_replaced_from_th
     damaged = []
 
     async def step(trainer: Trainer, batch: Batch) -> dict[str, float]:
-        saved = [*(tmp_path / "r" / "checkpoints").glob("*/optimizer/.metadata")]
+        saved = [*(tmp_path / "r" / "checkpoints").glob("*/policy/.metadata")]
         if len(saved) == 2 and not damaged:
             damaged.extend(saved)
             for path in damaged:

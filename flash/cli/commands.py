@@ -196,45 +196,45 @@ def _chosen(options: Any) -> Callable[[Any], Any]:
 def _export(arguments: Sequence[str]) -> None:
     parser = Options("flash export", add_help=False)
     parser.add_argument("--format", choices=("jsonl", "parquet"))
-    parser.add_argument("--episodes", choices=("trained", "all"), default="trained")
+    parser.add_argument("--episodes", choices=("trained", "all"))
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--log.url", dest="url", default="")
+    parser.add_argument("--log.url", dest="url")
     options, words = parser.parse_known_args(arguments)
     for name in (word.partition("=")[0] for word in words if word.startswith("-")):
         parser.error(f"{name} is unknown: {nearest(name, parser.names(), 'leave it out')}")
-    source = only(words, "a run's folder")
-    if source is None or options.format is None:
+    source = only(words, "a run's folder or a checkpoint")
+    of_model = options.format is None
+    if source is None or (of_model and options.out is None):
         raise ValueError(
-            "flash export what? Give a run's folder and --format jsonl or --format parquet"
+            "flash export what? Give a run's folder and --format jsonl or --format parquet, or a "
+            "checkpoint and --out and a folder to be made"
         )
+    of_other = ("episodes", "url") if of_model else ("dtype",)
+    for name in (name for name in of_other if getattr(options, name) is not None):
+        given = "--log.url" if name == "url" else f"--{name} {getattr(options, name)}"
+        remedy = "give --format, too" if of_model else "leave out --format"
+        raise ValueError(f"{given} is of {'episodes' if of_model else 'a model'}: {remedy}")
+    if of_model:
+        _export_model(Path(source), options.out, dtype=options.dtype or "float32")
+        return
     from flash.replay import command
 
     command.export(
-        Path(source), url=options.url, format=options.format, episodes=options.episodes,
-        out=options.out,
+        Path(source), url=options.url or "", format=options.format,
+        episodes=options.episodes or "trained", out=options.out,
     )  # fmt: skip
 
 
-def _merge(arguments: Sequence[str]) -> None:
-    parser = Options("flash merge", add_help=False)
-    parser.add_argument("--out", type=Path)
-    options, words = parser.parse_known_args(arguments)
-    for name in (word.partition("=")[0] for word in words if word.startswith("-")):
-        parser.error(f"{name} is unknown: {nearest(name, parser.names(), 'leave it out')}")
-    source = only(words, "a checkpoint")
-    if source is None or options.out is None:
-        raise ValueError("flash merge what? Give a checkpoint, and --out and a folder to be made")
-    from flash.trainer.checkpoint import ADAPTERS_FILE, MODEL_FOLDER, checkpoint_version
+def _export_model(checkpoint: Path, out: Path, *, dtype: str) -> None:
+    from flash.trainer.checkpoint import checkpoint_version
 
-    checkpoint_version(checkpoint := Path(source))
-    adapters = checkpoint / MODEL_FOLDER
-    if not (adapters / ADAPTERS_FILE).exists():
-        raise ValueError(f"{checkpoint} has no adapters: {adapters} is a whole model already")
-    if options.out.exists():
-        raise ValueError(f"--out {options.out} is there already: give a folder to be made")
-    from flash.trainer.lora import merge
+    checkpoint_version(checkpoint)  # before torch is waited for
+    if out.exists():
+        raise ValueError(f"--out {out} is there already: give a folder to be made")
+    from flash.trainer.hugging_face import export_model
 
-    merge(adapters, options.out)
+    export_model(checkpoint, out, dtype=dtype)
 
 
 def _explore(arguments: Sequence[str]) -> None:
@@ -373,7 +373,6 @@ BY_NAME: dict[str, Callable[[Sequence[str]], None]] = {
     "show": _show,
     "replay": _replay,
     "export": _export,
-    "merge": _merge,
     "explore": _explore,
     "status": _status,
     "simulate": _simulate,

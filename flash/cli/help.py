@@ -104,8 +104,16 @@ A line for each role: where it is, the version it has, what it does a second, wh
 what it waits for. The run writes it to status.json every two seconds.
 """
 _EXPORT = """\
+  flash export runs/alfworld/checkpoints/step_000100 --out trained --dtype bfloat16
   flash export runs/alfworld --format parquet
   flash export runs/alfworld --format jsonl --episodes all --out episodes.jsonl
+
+A checkpoint becomes a Hugging Face model with its tokenizer, adapters merged:
+
+  --out DIR               a folder to be made
+  --dtype WHAT            float32 or bfloat16 [float32]
+
+Of a run's folder, episodes become a dataset:
 
   --format WHAT           jsonl or parquet
   --episodes WHICH        trained, or all that ended [trained]
@@ -114,14 +122,6 @@ _EXPORT = """\
 
 A row is an episode: its task, outcome, reward and versions; what was read and said in turns and as
 messages; tokens, logprobs, versions and loss mask of each sequence.
-"""
-_MERGE = """\
-  flash merge runs/alfworld/checkpoints/step_000100 --out merged
-
-  --out DIR               a folder to be made
-
-A run with trainer.lora.rank has adapters alone in its checkpoints. What is written is a Hugging
-Face model in float32, with its tokenizer.
 """
 _SIMULATE = """\
   flash simulate scenario.yaml
@@ -158,14 +158,13 @@ _USAGE = {
     ),
     "explore": ("RUN|URL [--field value …]", _EXPLORE),
     "status": ("RUN [--json]", _STATUS),
-    "export": ("RUN --format jsonl|parquet", _EXPORT),
-    "merge": ("CHECKPOINT --out DIR", _MERGE),
+    "export": ("CHECKPOINT --out DIR | RUN --format jsonl|parquet", _EXPORT),
     "simulate": ("FILE.yaml [--field.sub value …]", _SIMULATE),
     "plan": ("FILE.yaml --gpus N [--field.sub value …]", _PLAN),
 }
 
 _FIELDS: dict[str, type[BaseModel]] = {"simulate": Scenario, "plan": Scenario, "replay": Retraining}
-_NO_FIELDS = ("show", "export", "merge")
+_NO_FIELDS = ("show", "export")
 
 
 def of(command: str, about: str, words: Sequence[str]) -> str:

@@ -17,8 +17,7 @@ COMMANDS = {
     "eval": "Measure a run, or one checkpoint of it, on held-out tasks.",
     "show": "Print what was said in some episodes of a run.",
     "replay": "Look at a run's episodes turn by turn; score or train them again, otherwise.",
-    "export": "Write a run's episodes to a file, as a dataset.",
-    "merge": "Write a checkpoint's adapters and the model they belong to as one model.",
+    "export": "Write a checkpoint as a Hugging Face model, or a run's episodes as a dataset.",
     "explore": "Play episodes for a run, from this machine: join it, and leave it, at any time.",
     "status": "Print what every part of a run does now, and what it waits for.",
     "simulate": "Simulate a run on a cluster: the engine's own hub, loop and agents in virtual "

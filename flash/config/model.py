@@ -24,8 +24,8 @@ def check_model(model: str) -> None:
         raise ValueError("there is no such directory; a hub name has the form org/model")
     if not (path / "config.json").is_file():
         raise ValueError(
-            "the directory holds no config.json, so it is not a model; that of a checkpoint is in "
-            "its model/ folder"
+            "the directory holds no config.json, so it is not a model; of a checkpoint, flash "
+            "export CHECKPOINT --out DIR makes one"
         )
     _settings(path)
 

@@ -96,18 +96,18 @@ class Training:
                     f"the batch of version {version} is where {self.ended_there + 1} starts in a "
                     f"row have ended, this one included, and --resume trains it again: change what "
                     f"it fails for, as trainer.tokens_per_micro_batch where memory is short, or "
-                    f"trainer.objective; or start anew under another name, with --model of a "
-                    f"checkpoint's model/ folder"
+                    f"trainer.objective; or start anew under another name, with --model of what "
+                    f"flash export makes of a checkpoint"
                 )
             raise
 
     async def save_after(self, step: int) -> None:
-        """The checkpoint of that step, if one is due."""
+        """Begins the checkpoint of that step, if one is due."""
         every = self.config.checkpoint.every
         if every > 0 and step % every == 0:
-            await self.save()
+            await self.checkpoints.begin(self.trainer, spare=False)
         elif self.checkpoints.spare_is_due():
-            await self.save(spare=True)
+            await self.checkpoints.begin(self.trainer, spare=True)
 
     async def self_test(self) -> None:
         """PublishFailure if workers and trainer differ on a text longer than any window."""
@@ -116,9 +116,9 @@ class Training:
         probe = replace(probe_of(self.config), prompts=[text], tokens=_AFTER_TEXT).fitting(longest)
         await self.hub.probe(await self.trainer.export_weights(), probe)
 
-    async def save(self, *, spare: bool = False) -> None:
-        """A checkpoint of the present version, if there is none yet and any step in it."""
-        await self.checkpoints.save(self.trainer, spare=spare)
+    async def save(self) -> None:
+        """A whole checkpoint of the present version, if there is none yet and any step in it."""
+        await self.checkpoints.save(self.trainer, spare=False)
 
 
 @contextlib.asynccontextmanager
@@ -193,7 +193,7 @@ async def _open(
     observers = Observers([log, folder, redone])
     checkpoints = Checkpoints(
         folder.path,
-        resumed=folder.checkpoint,
+        newest=folder.checkpoint,
         every_s=60 * config.checkpoint.minutes,
         observer=observers,
     )
@@ -202,16 +202,15 @@ async def _open(
     )
     engine = config.engine
     given = bool(engine.urls) or engine.colocated or config.trainer.lora.publish == "adapters"
-    # A checkpoint of adapters has no model for workers to start with.
-    begins_at = 0 if config.trainer.lora.rank else past.checkpoint
     async with (
         trainer.starting(),
+        checkpoints.writing(),
         Rescue(checkpoints, trainer) as rescue,
         open_players(
             config,
             model=trainer.model,
-            # The run's own workers start with what the trainer does; others are given what is now.
-            version=past.version if given else begins_at,
+            # The run's own workers start with the first model; others are given what is now.
+            version=past.version if given else 0,
             weights=trainer.first_weights,
             folder=folder.path,
             say=view.say,
@@ -372,9 +371,7 @@ async def _redo_as_logged(
     done = replace(past, redo=[version for version in past.redo if version < until])
     logged = as_logged(settings, config.trainer)
     trainer = _trainer(config, logged, model, folder, run_log, done, redone, starter, say)
-    checkpoints = Checkpoints(
-        folder.path, resumed=folder.checkpoint, every_s=0, observer=Observer()
-    )
+    checkpoints = Checkpoints(folder.path, newest=folder.checkpoint, every_s=0, observer=Observer())
     async with trainer:
         path = await checkpoints.save(trainer, spare=True)
     folder.checkpoint = Checkpoint(path, until)

@@ -97,6 +97,6 @@ def first_model(run: LoggedRun) -> str:
     if not kept.is_dir():
         raise ValueError(
             f"model=small: the policy that {run.path} began with is not at {kept} any more: put it "
-            f"there, or give a checkpoint of the run (--from step_NUMBER)"
+            f"there"
         )
     return str(kept)

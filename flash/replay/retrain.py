@@ -36,7 +36,7 @@ from flash.replay.logged_run import LoggedRun, first_model
 from flash.rollout.batching import of_tokens
 from flash.system.own_logs import own_logs
 from flash.trainer.advantages import make_advantages
-from flash.trainer.checkpoint import MODEL_FOLDER, checkpoint_version
+from flash.trainer.checkpoint import ADAPTERS_FILE, MODEL_FOLDER, checkpoint_version
 from flash.trainer.config import TrainerConfig
 from flash.trainer.redo import redo
 from flash.trainer.trainer import Trainer
@@ -127,12 +127,8 @@ def plan(run: LoggedRun, changes: Mapping[str, Any], *, checkpoint: str) -> Plan
     for leg in legs:
         if changes:
             check_staleness(leg.settings, alpha=run.config.get("alpha", 1.0))
-    if path is not None and not any(_needs_first_model(leg.settings) for leg in legs):
-        model = str(path / MODEL_FOLDER)
-    else:
-        model = first_model(run)
     return Plan(
-        model=model,
+        model=first_model(run),
         seed=run.config.get("seed", 0),
         checkpoint=path,
         changes=changes,
@@ -209,9 +205,10 @@ class _Told:
         self.version = self._trainer.version
         self._tell(Step(self.version, metrics, self._plan.logged.get(self.version, {})))
         if self._own is not None and self._own[1] == self.version:
-            await self._trainer.save_model(self._folder)
-            model = self._own[0] / MODEL_FOLDER
-            equal, difference = await asyncio.to_thread(_compare, self._folder, model)
+            mine = self._folder / "retrained"
+            await self._trainer.save_model(mine)
+            theirs = await asyncio.to_thread(_model_of, self._own[0], self._folder / "own")
+            equal, difference = await asyncio.to_thread(_compare, mine, theirs)
             self._tell(Compared(self._own[0], equal, difference))
         return metrics
 
@@ -306,11 +303,6 @@ def _leg(versions: Sequence[int], logged: Mapping[str, Any], changes: Mapping[st
     )
 
 
-def _needs_first_model(settings: TrainerConfig) -> bool:
-    compares = bool(settings.kl.coefficient) and settings.kl.reference is None
-    return compares or settings.lora.rank > 0
-
-
 def _checkpoint(run: LoggedRun, name: str) -> Path:
     """ValueError if there is none of that name, or it is not whole."""
     known = sorted(path.name for path in run.path.glob("checkpoints/step_*[0-9]"))
@@ -332,6 +324,16 @@ def _newest_within(run: LoggedRun, plan: Plan) -> tuple[Path, int] | None:
     if found is None or not plan.legs[0].first < found.version <= plan.legs[-1].until:
         return None
     return found.path, found.version
+
+
+def _model_of(checkpoint: Path, folder: Path) -> Path:
+    """Where its weights are as `save_model` has them: its adapters, or a model made in `folder`."""
+    if (checkpoint / MODEL_FOLDER / ADAPTERS_FILE).exists():
+        return checkpoint / MODEL_FOLDER
+    from flash.trainer.hugging_face import export_model  # noqa: PLC0415  (imports torch)
+
+    export_model(checkpoint, folder, dtype="float32")
+    return folder
 
 
 def _compare(folder: Path, other: Path) -> tuple[bool, float]:

@@ -21,8 +21,12 @@ import signal
 import socket
 import struct
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, Protocol, get_type_hints
 
@@ -338,24 +342,41 @@ def serve(handler: object, write: Callable[[object], bytes] = pickled) -> None:
     """In the child: answer the parent's calls on `handler` until the parent closes the socket.
 
     What a method raises, `sys.exit` too, is its answer. Of what ends an episode the message alone
-    is told; of others the traceback.
+    is told; of others the traceback. A Future that it returns is answered when it is done, and
+    other calls meanwhile.
     """
     if _FD_VARIABLE not in os.environ:
         sys.exit("flash: this process is started by flash train and flash eval: use these")
     # Ctrl-C goes to the parent, which ends its children in order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sending = threading.Lock()
+
+    def answer(call_id: int, call: Callable[[], object]) -> "Future[Any] | None":
+        """Sends what the call returns or raises, but for a Future, which is returned."""
+        try:
+            result = call()
+            if isinstance(result, Future):
+                return result
+            payload = write((call_id, True, result))
+        except EpisodeFailure as error:
+            payload = write((call_id, False, _readable(str(error))))
+        except BaseException:  # the boundary: the parent gets the traceback
+            payload = write((call_id, False, _readable(traceback.format_exc())))
+        with sending:
+            connection.sendall(_LENGTH.pack(len(payload)) + payload)
+        return None
+
+    def answer_later(call_id: int, later: "Future[Any]") -> None:
+        answer(call_id, later.result)
+
     with socket.socket(fileno=int(os.environ[_FD_VARIABLE])) as connection:
         stream = connection.makefile("rb")
         while header := stream.read(_LENGTH.size):
             (length,) = _LENGTH.unpack(header)
             call_id, method, args = pickle.loads(stream.read(length))
-            try:
-                payload = write((call_id, True, getattr(handler, method)(*args)))
-            except EpisodeFailure as error:
-                payload = write((call_id, False, _readable(str(error))))
-            except BaseException:  # the boundary: the parent gets the traceback
-                payload = write((call_id, False, _readable(traceback.format_exc())))
-            connection.sendall(_LENGTH.pack(len(payload)) + payload)
+            later = answer(call_id, partial(methodcaller(method, *args), handler))
+            if later is not None:
+                later.add_done_callback(partial(answer_later, call_id))
 
 
 def _readable(error: str) -> str:

@@ -1,9 +1,9 @@
 """What a checkpoint is made of, and whether one is whole; imports no torch.
 
-model/         a Hugging Face model, with its tokenizer if it has one; with trainer.lora adapters
-               alone, in PEFT's format
-optimizer/     what the optimizer has gathered, its steps so far, each rank's shards
-critic/        of advantages=gae: the critic and its optimizer, likewise
+policy/        weights, what the optimizer has gathered, its steps so far, each rank's shards
+critic/        of advantages=gae: the critic's, likewise
+model/         what a Hugging Face model has beside its weights: config.json, how to generate, the
+               tokenizer; with trainer.lora the adapters, in PEFT's format, which policy/ lacks then
 trainer.json   the policy version, and of every file its size and a sum over its ends; written
                once the disk has the others
 """
@@ -18,11 +18,12 @@ from flash.system.durable import sync, write_whole
 
 MODEL_FOLDER = "model"
 ADAPTERS_FILE = "adapter_model.safetensors"  # in it, in the place of weights
-OPTIMIZER_FOLDER = "optimizer"
+POLICY_FOLDER = "policy"
 CRITIC_FOLDER = "critic"
 STATE_FILE = "trainer.json"
 
-_OLD_OPTIMIZER_FILE = "optimizer.pt"  # of versions that gathered all of it on one rank
+# Of versions that had the weights in model/: gathered on one rank, or each rank's shards.
+_OLD_OPTIMIZER = ("optimizer.pt", "optimizer/")
 
 # At each end of a file: where its format keeps the table of what is in it. A sum over all of a
 # large model would take as long as its writing.
@@ -57,10 +58,10 @@ def checkpoint_version(directory: Path) -> int:
         raise ValueError(
             f"{directory} is not a checkpoint, or not a whole one ({STATE_FILE}: {error}): {remedy}"
         ) from error
-    if _OLD_OPTIMIZER_FILE in state.files:
+    if old := next((name for name in state.files if name.startswith(_OLD_OPTIMIZER)), ""):
         raise ValueError(
-            f"the checkpoint {directory} is of an earlier version ({_OLD_OPTIMIZER_FILE}): start "
-            f"anew under another name, with --model of its {MODEL_FOLDER}/ folder"
+            f"the checkpoint {directory} is of an earlier version ({old}): start anew under "
+            f"another name, with --model of its {MODEL_FOLDER}/ folder"
         )
     for name, saved in state.files.items():
         if damage := _damage(directory / name, saved):

@@ -20,7 +20,7 @@ from flash.trainer.micro_batch import MicroBatch
 from flash.trainer.scorer import Pass
 from flash.trainer.sequence_parallel import SequenceGroup
 from flash.trainer.sharding import clip_gradient, make_optimizer, shard
-from flash.trainer.shards import load_shards, save_shards
+from flash.trainer.shards import load_shards, shards_of
 
 
 def value_loss(
@@ -125,9 +125,9 @@ class Critic:
             "critic/grad_norm": norm,
         }
 
-    def save(self, directory: Path) -> None:
-        """Weights and optimizer, each rank's shards."""
-        save_shards(directory, self._valuer, self.optimizer, updates=0, weights=True)
+    def shards(self) -> dict[str, Any]:
+        """Of weights and optimizer, what this rank holds."""
+        return shards_of(self._valuer, self.optimizer, updates=0)
 
     def load(self, directory: Path) -> None:
         """Goes on from what was saved."""

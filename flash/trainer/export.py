@@ -7,7 +7,7 @@ weights once, adapters merged into the weights that they belong to.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,25 +61,33 @@ def _writers(write: bool) -> list[int]:
     return [rank for rank, writes in enumerate(each) if writes]
 
 
-def whole_tensors(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Those that `write_weights` writes, one by one, on the device; a collective of all ranks."""
+Whole = Callable[[Any, str, Tensor, torch.dtype], Tensor]
+"""Of a model, a parameter's or buffer's name, what it holds of it, and a dtype: the whole of it."""
+
+
+def gathered(model: Any, name: str, tensor: Tensor, wanted: torch.dtype) -> Tensor:
+    """A tensor of a model that is here, with what its adapter adds; a collective of all ranks."""
+    # Cast first: the gather then moves what is wanted and no more.
+    own = merged(model, name, tensor).to(wanted)
+    return own.full_tensor() if isinstance(own, DTensor) else own
+
+
+def whole_tensors(
+    model: Any, dtype: torch.dtype, whole: Whole = gathered
+) -> Iterator[tuple[str, Tensor]]:
+    """Those that `write_weights` writes, one by one, on the device, as `whole` has them."""
     exported = {own_name(each[0]): each for each in _exported(model, dtype)}
     for part in parts_of(model, exported):
-        whole = {}
-        for own in part:
-            name, tensor, wanted = exported[own]
-            # Cast first: the gather then moves what is wanted and no more.
-            whole[own] = _gather(merged(model, name, tensor).to(wanted))
-        yield from as_stored(model, whole).items()
+        yield from as_stored(model, {own: whole(model, *exported[own]) for own in part}).items()
 
 
 def layout(model: Any, dtype: torch.dtype) -> list[tuple[str, torch.dtype, torch.Size]]:
     """Their names, dtypes and shapes."""
-    empty = {
-        own_name(name): torch.empty(tensor.shape, dtype=wanted, device="meta")
-        for name, tensor, wanted in _exported(model, dtype)
-    }
-    return [(name, t.dtype, t.shape) for name, t in as_stored(model, empty).items()]
+
+    def empty(model: Any, name: str, tensor: Tensor, wanted: torch.dtype) -> Tensor:
+        return torch.empty(tensor.shape, dtype=wanted, device="meta")
+
+    return [(name, t.dtype, t.shape) for name, t in whole_tensors(model, dtype, empty)]
 
 
 def _exported(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, torch.dtype]]:
@@ -91,8 +99,10 @@ def _exported(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, tor
             yield name, tensor, dtype if name in parameters else tensor.dtype
 
 
-def _gather(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def on_its_own(tensor: Tensor) -> Tensor:
+    """In host memory, as a file has it; a part keeps nothing of the whole that it is of."""
+    own = tensor.contiguous().cpu()
+    return own.clone() if own.untyped_storage().nbytes() > own.nbytes else own
 
 
 class _Writer:
@@ -110,10 +120,7 @@ class _Writer:
     def add(self, name: str, tensor: Tensor) -> None:
         if self._pending and self._pending_bytes + tensor.nbytes > self._file_bytes:
             self._flush()
-        own = tensor.contiguous().cpu()
-        if own.untyped_storage().nbytes() > own.nbytes:
-            own = own.clone()  # a part would keep the whole tensor
-        self._pending[name] = own
+        self._pending[name] = on_its_own(tensor)
         self._pending_bytes += tensor.nbytes
 
     def close(self) -> dict[str, str]:

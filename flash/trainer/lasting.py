@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Self, TypeVar
 
-from flash.errors import TrainerFailure
+from flash.errors import TrainerFailure, in_a_line
 from flash.trainer.checkpoint import checkpoint_version
 from flash.trainer.redo import BatchLog, Tell, redo, tell_nobody
 from flash.trainer.trainer import Trainer
@@ -159,10 +159,19 @@ class LastingTrainer:
         """As `Trainer.save_checkpoint`."""
         await self._call(lambda: self._trainer.save_checkpoint(directory), alone=True)
 
+    async def begin_checkpoint(self, directory: Path) -> None:
+        """As `Trainer.begin_checkpoint`."""
+        await self._call(lambda: self._trainer.begin_checkpoint(directory), alone=True)
+
+    async def written(self) -> None:
+        """As `Trainer.written`: what was begun is given up if a rank dies over it."""
+        await self._trainer.written()
+
     def take_turns(self, turn: Callable[[], AbstractAsyncContextManager[None]]) -> None:
         """From now on its ranks share their GPUs, which they have to themselves in a `turn`.
 
-        They take one to step, to save and to start anew, not to export or to score.
+        They take one to step, to save and to start anew, not to export or to score; what a
+        checkpoint takes of a GPU is a copy.
         """
         self._turn = turn
 
@@ -193,7 +202,7 @@ class LastingTrainer:
         """For the watchdog: dead is only what is given up."""
         state = self._trainer.state()
         if self._given_up is not None:
-            return replace(state, dead=_brief(self._given_up))
+            return replace(state, dead=in_a_line(self._given_up))
         doing = state.doing
         if self._failure is not None or self._behind:
             doing = f"restart: {doing}" if doing else "restart"
@@ -255,7 +264,7 @@ class LastingTrainer:
         logger.warning(
             "%s; restart %d of at most %d in a row (trainer.max_restarts), from %s, batches to "
             "train again: %d",
-            _brief(failure), self._in_a_row, self._max_restarts, checkpoint or "the first model",
+            in_a_line(failure), self._in_a_row, self._max_restarts, checkpoint or "the first model",
             self.version - version,
         )  # fmt: skip
         try:
@@ -271,9 +280,3 @@ class LastingTrainer:
 
 async def _nothing() -> None:
     pass
-
-
-def _brief(failure: TrainerFailure) -> str:
-    """Which rank and why, in a line: the first of what is told, and what is said last."""
-    lines = str(failure).strip().splitlines()
-    return " ".join(lines[:1] + lines[1:][-1:])

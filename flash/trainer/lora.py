@@ -26,14 +26,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 from torch.distributed.tensor import distribute_tensor
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from flash.seeds import derived
 from flash.system import machine
 from flash.trainer.checkpoint import ADAPTERS_FILE
 from flash.trainer.config import ALL_LINEAR, LoraConfig
-from flash.trainer.save import save_beside
 from flash.trainer.scorer import TokenScorer
 
 _CONFIG_FILE = "adapter_config.json"
@@ -169,18 +168,20 @@ def merged(model: Any, name: str, weight: Tensor) -> Tensor:
 # ── checkpoints ──────────────────────────────────────────────────────────────────────────────
 
 
-def save_adapters(model: Any, directory: Path, *, write: bool) -> None:
-    """Writes them where PEFT and transformers find them, with what they belong to; a collective of
-    all ranks, rank 0 has `write`."""
-    state = get_model_state_dict(model, options=replace(_WHOLE, ignore_frozen_params=True))
-    if write:
-        model.peft_config[_NAME].save_pretrained(directory)
-        adapters: Any = {_in_file(name): t for name, t in state.items() if is_adapter(name)}
-        save_file(adapters, directory / ADAPTERS_FILE, metadata={"format": "pt"})
+def gathered_adapters(model: Any) -> dict[str, Tensor]:
+    """Copies of them under the names that they have in files, on rank 0; a collective."""
+    state: Any = get_model_state_dict(model, options=replace(_WHOLE, ignore_frozen_params=True))
+    return {_in_file(name): tensor for name, tensor in state.items() if is_adapter(name)}
+
+
+def write_adapters(model: Any, adapters: dict[str, Tensor], directory: Path) -> None:
+    """Writes what was gathered where PEFT and transformers find it, with what it belongs to."""
+    model.peft_config[_NAME].save_pretrained(directory)
+    save_file(adapters, directory / ADAPTERS_FILE, metadata={"format": "pt"})
 
 
 def load_adapters(model: Any, directory: Path, settings: LoraConfig) -> None:
-    """Goes on from those of `save_adapters`, each rank with its share of them.
+    """Goes on from those of `write_adapters`, each rank with its share of them.
 
     ValueError if they were made with other settings.
     """
@@ -197,29 +198,22 @@ def load_adapters(model: Any, directory: Path, settings: LoraConfig) -> None:
     set_model_state_dict(model, state, options=replace(_WHOLE, strict=False))
 
 
-def merge(adapters: Path, directory: Path) -> None:
-    """Writes the model that those of `save_adapters` make of theirs, in float32.
-
-    ValueError if that model is not where it was.
-    """
+def adapted_model(adapters: Path) -> Any:
+    """The model that those of `write_adapters` belong to, as its files have it, with them beside
+    its weights: what `merged` takes. ValueError if that model is not where it was."""
     from peft import PeftModel  # noqa: PLC0415  (it is optional)
 
     model_class: Any = AutoModelForCausalLM  # its types are not published
     base = json.loads((adapters / _CONFIG_FILE).read_text())["base_model_name_or_path"]
     try:
-        model = model_class.from_pretrained(base, dtype=torch.float32)
+        model = model_class.from_pretrained(base, dtype="auto")
     except OSError as error:
         raise ValueError(
             f"{adapters} has adapters of the model {base!r}, which can't be loaded: bring it back, "
             f"or name where it is in {_CONFIG_FILE} (base_model_name_or_path) ({error})"
         ) from error
-    whole: Any = PeftModel.from_pretrained(model, adapters).merge_and_unload()
-    generation_class: Any = GenerationConfig
-    # Its own may be one that transformers loads and refuses to save.
-    generation, whole.generation_config = whole.generation_config, generation_class()
-    whole.save_pretrained(directory)
-    whole.generation_config = generation
-    save_beside(whole, directory, source=str(adapters))
+    PeftModel.from_pretrained(model, adapters)  # puts them into it
+    return model
 
 
 def _in_file(name: str) -> str:

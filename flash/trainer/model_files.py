@@ -25,7 +25,7 @@ from transformers.utils.hub import cached_file
 
 from flash.system.quiet import no_progress_bars
 from flash.trainer.attention import PACKED_ATTENTION
-from flash.trainer.checkpoint import ADAPTERS_FILE
+from flash.trainer.checkpoint import ADAPTERS_FILE, STATE_FILE
 from flash.trainer.config import LoraConfig
 from flash.trainer.lora import check_targets
 from flash.trainer.scorer import TokenScorer, by_itself
@@ -109,8 +109,8 @@ def read_config(source: str) -> Any:
     path = _file(source, "config.json")
     if path is None and _file(source, ADAPTERS_FILE) is not None:
         raise ValueError(
-            "there are adapters and no model: merge the checkpoint that they are of (flash merge "
-            "CHECKPOINT --out DIR), and give that"
+            "there are adapters and no model: make one of the checkpoint that they are of (flash "
+            "export CHECKPOINT --out DIR), and give that"
         )
     if path is None:
         raise ValueError("there is no config.json, so it is not a model")
@@ -166,6 +166,11 @@ def weight_files(source: str) -> list[Path]:
             return [path]
         if (path := _file(source, index)) is not None:
             return _files_of(source, path)
+    if (Path(source).parent / STATE_FILE).is_file():
+        raise ValueError(
+            "it is what a checkpoint has beside its weights: make a model of that (flash export "
+            "CHECKPOINT --out DIR), and give it"
+        )
     raise ValueError(
         f"there are no weights ({_WEIGHTS[0]}, or {_WEIGHTS[1]} and what it names): fetch the "
         f"model again, as safetensors"

@@ -1,7 +1,7 @@
 """One FSDP rank: a process that answers the calls of `flash.trainer.trainer.Trainer`.
 
 All ranks get every call at the same time, because each is a collective: step, score, export,
-save. Between calls a rank does nothing.
+save. Between calls a rank does nothing, but for its part of a checkpoint, in a thread.
 """
 
 import itertools
@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,14 +27,20 @@ from transformers.utils import logging as untyped_logging
 from flash.seeds import derived
 from flash.system import machine
 from flash.system.process import serve
-from flash.trainer.checkpoint import CRITIC_FOLDER, MODEL_FOLDER, OPTIMIZER_FOLDER, write_state
+from flash.trainer.background import BackgroundWriter
+from flash.trainer.checkpoint import CRITIC_FOLDER, MODEL_FOLDER, POLICY_FOLDER, write_state
 from flash.trainer.config import TrainerConfig
 from flash.trainer.critic import Critic
 from flash.trainer.delta import write_delta
 from flash.trainer.export import layout, whole_tensors, write_weights
 from flash.trainer.layers import recompute_activations
 from flash.trainer.loading import sharded_scorer
-from flash.trainer.lora import load_adapters, save_adapters, without_adapters
+from flash.trainer.lora import (
+    gathered_adapters,
+    load_adapters,
+    without_adapters,
+    write_adapters,
+)
 from flash.trainer.micro_batch import MicroBatch, pack
 from flash.trainer.objectives.choose import make_objective
 from flash.trainer.objectives.regularisers import kl_estimate, kl_loss, kl_penalty
@@ -46,7 +53,7 @@ from flash.trainer.save import save_beside
 from flash.trainer.scorer import TokenScorer
 from flash.trainer.sequence_parallel import SequenceGroup
 from flash.trainer.sharding import clip_gradient, make_optimizer
-from flash.trainer.shards import load_shards, save_shards
+from flash.trainer.shards import load_shards, shards_of
 from flash.trainer.statistics import StepStatistics
 from flash.trainer.values import trained
 from flash.types import Sample, Scores
@@ -136,6 +143,7 @@ class Rank:
             self._load(Path(checkpoint))
         critics = [] if self._critic is None else [self._critic.optimizer]
         self._offload = Offload([self._optimizer, *critics])
+        self._writer = BackgroundWriter()
         return ""
 
     def _store(self, meeting: Meeting | None, ranks: int) -> Any:
@@ -404,7 +412,7 @@ class Rank:
         dist.barrier()
         changed = None
         if self._config.lora.publish == "adapters":
-            save_adapters(self._model, partial, write=self._rank == 0)
+            self._save_adapters(partial)
         else:
             write_weights(self._model, partial, dtype=self._exported, write=partial.is_dir())
             if self._rank == 0 and before is not None:
@@ -450,39 +458,67 @@ class Rank:
             release(self._device)
             torch.cuda.empty_cache()
 
-    def save(self, directory: str, version: int, optimizer: bool) -> None:
-        """Write a Hugging Face model, or its adapters if it has some, and with `optimizer` all it
-        takes to go on training.
+    def save_model(self, directory: str) -> None:
+        """Write a Hugging Face model, or its adapters if it has some.
 
         Each rank writes its share, in a folder that all of them see; rank 0 writes adapters.
         """
         self._offload.to_device()
         partial = Path(f"{directory}.partial")
-        model = partial / MODEL_FOLDER if optimizer else partial
         if self._rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
-            model.mkdir(parents=True)
+            partial.mkdir(parents=True)
         dist.barrier()
         if self._config.lora.rank:
-            save_adapters(self._model, model, write=self._rank == 0)
+            self._save_adapters(partial)
         else:
-            write_weights(self._model, model, dtype=torch.float32, write=model.is_dir())
-        if optimizer:
-            save_shards(
-                partial / OPTIMIZER_FOLDER, self._scorer, self._optimizer, updates=self._updates
+            write_weights(self._model, partial, dtype=torch.float32, write=partial.is_dir())
+        if self._rank == 0:
+            save_beside(self._model, partial, source=self._source)
+            shutil.rmtree(directory, ignore_errors=True)
+            partial.rename(directory)
+
+    def _save_adapters(self, directory: Path) -> None:
+        adapters = gathered_adapters(self._model)
+        if self._rank == 0:
+            write_adapters(self._model, adapters, directory)
+
+    def begin_checkpoint(self, directory: str, version: int) -> None:
+        """Copy all it takes to go on training, and begin to write it; `written` tells of the end.
+
+        Each rank writes what it holds, in a folder that all of them see; rank 0 the rest.
+        """
+        self._offload.to_device()
+        into, adapted = Path(directory), self._config.lora.rank > 0
+        shards = {
+            into / POLICY_FOLDER: shards_of(
+                self._scorer, self._optimizer, updates=self._updates, weights=not adapted
             )
-            if self._critic is not None:
-                self._critic.save(partial / CRITIC_FOLDER)
-        if self._rank != 0:
-            return
-        save_beside(self._model, model, source=self._source)
-        if optimizer:
-            write_state(partial, version)
-        shutil.rmtree(directory, ignore_errors=True)
-        partial.rename(directory)
+        }
+        if self._critic is not None:
+            shards[into / CRITIC_FOLDER] = self._critic.shards()
+        adapters = gathered_adapters(self._model) if adapted else {}
+
+        def finish() -> None:
+            if self._rank != 0:
+                return
+            model = into / MODEL_FOLDER
+            model.mkdir(exist_ok=True)
+            if adapted:
+                write_adapters(self._model, adapters, model)
+            else:
+                self._model.config.save_pretrained(model)
+            save_beside(self._model, model, source=self._source)
+            write_state(into, version)
+
+        self._writer.begin(shards, finish)
+
+    def written(self) -> "Future[None]":
+        """Answered when the checkpoint that was begun last is whole."""
+        return self._writer.written()
 
     def _load(self, directory: Path) -> None:
-        self._updates = load_shards(directory / OPTIMIZER_FOLDER, self._scorer, self._optimizer)
+        self._updates = load_shards(directory / POLICY_FOLDER, self._scorer, self._optimizer)
         if self._critic is not None:
             self._critic.load(directory / CRITIC_FOLDER)
 

@@ -1,42 +1,39 @@
 """What training has gathered, each rank its shards, in a folder of torch.distributed.checkpoint.
 
-save_shards  each rank writes what it holds, and nobody holds more
+shards_of    what a rank holds; a copy of it may be written while training goes on
 load_shards  each rank reads what it shall hold: there may be another number of ranks
+read_weight  one weight, whole, for a process without ranks
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
     get_optimizer_state_dict,
-    set_model_state_dict,
     set_optimizer_state_dict,
 )
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
 _WEIGHTS, _GATHERED, _UPDATES = "weights", "optimizer", "updates"
 
 
-def save_shards(
-    directory: Path, module: nn.Module, optimizer: Optimizer, *, updates: int, weights: bool = False
-) -> None:
-    """Write what an optimizer has gathered, and its steps so far; a collective.
-
-    `weights`: those of the module too.
-    """
+def shards_of(
+    module: nn.Module, optimizer: Optimizer, *, updates: int, weights: bool = True
+) -> dict[str, Any]:
+    """What a rank holds of what an optimizer has gathered, of its steps so far, and with `weights`
+    of the module: no copy. A collective."""
     state: dict[str, Any] = {_UPDATES: torch.tensor(updates)}
     if weights:
-        state[_WEIGHTS] = get_model_state_dict(module)
+        state[_WEIGHTS] = _weights(module)
     if optimizer.state:
         # Asked before its first step, torch would make it take one of nothing, which counts.
         state[_GATHERED] = get_optimizer_state_dict(module, optimizer)["state"]
-    save(state, storage_writer=FileSystemWriter(directory))
+    return state
 
 
 def load_shards(directory: Path, module: nn.Module, optimizer: Optimizer) -> int:
@@ -46,13 +43,27 @@ def load_shards(directory: Path, module: nn.Module, optimizer: Optimizer) -> int
     updates = torch.tensor(0)
     state: dict[str, Any] = {_UPDATES: updates}
     if _WEIGHTS in kept:
-        state[_WEIGHTS] = get_model_state_dict(module)
+        state[_WEIGHTS] = _weights(module)
     if _GATHERED in kept:
         gathered = get_optimizer_state_dict(module, optimizer)  # of a step of nothing, to be filled
         state[_GATHERED] = gathered["state"]
-    load(state, storage_reader=reader)
-    if _WEIGHTS in kept:
-        set_model_state_dict(module, state[_WEIGHTS])
+    load(state, storage_reader=reader)  # into the weights themselves
     if _GATHERED in kept:
         set_optimizer_state_dict(module, optimizer, gathered)
     return int(updates)
+
+
+def _weights(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters, tied ones once, and the buffers that count."""
+    once = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+    return {name: tensor for name, tensor in module.state_dict().items() if name in once}
+
+
+def read_weight(directory: Path, name: str, like: Tensor) -> Tensor:
+    """One weight of the module, whole, for a process without ranks; in the shape and dtype of
+    `like`, which may be on torch's meta device."""
+    whole = torch.empty_like(like, device="cpu")
+    state = {_WEIGHTS: {name: whole}}
+    with warnings.catch_warnings(action="ignore"):  # that there are no ranks
+        load(state, storage_reader=FileSystemReader(directory), no_dist=True)
+    return whole

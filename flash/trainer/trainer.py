@@ -61,8 +61,8 @@ class Trainer:
     Args:
         model: a directory or a hub name, for AutoModelForCausalLM.
         run_dir: where the ranks' logs go.
-        resume_from: a checkpoint of `save_checkpoint`; its model takes the place of `model`, or
-            with `config.lora` its adapters are added to it.
+        resume_from: a checkpoint of `save_checkpoint`; its weights take the place of the model's,
+            or with `config.lora` its adapters are added to them.
         starter: of its ranks; by default they are processes on this machine.
         longest: tokens that a sample may have, if that is known; more than a GPU has room for in a
             pass is refused.
@@ -95,7 +95,7 @@ class Trainer:
         self._starter: RankStarter = starter or LocalRanks()
         # The policy may have gone on from there; the reference stays where it began.
         self._reference = config.kl.reference or str(model) if config.kl.coefficient else None
-        self._first_model = str(model)
+        self.model = str(model)
         self._run_dir = run_dir
         self._seed = seed
         self._doing, self._since = "", 0.0  # a call, or none, since when
@@ -110,13 +110,10 @@ class Trainer:
     def _go_on_from(self, checkpoint: Path | None) -> None:
         """Ranks that start will have what is in it; ValueError if that is not all they need."""
         self.version = 0 if checkpoint is None else checkpoint_version(checkpoint)
-        adapted = self.config.lora.rank > 0
-        self.model = self._first_model
-        if checkpoint is not None and not adapted:
-            self.model = str(checkpoint / MODEL_FOLDER)
         self._checkpoint = checkpoint
         if checkpoint is None:
             return
+        adapted = self.config.lora.rank > 0
         if adapted != (checkpoint / MODEL_FOLDER / ADAPTERS_FILE).exists():
             has = "a whole model and no adapters" if adapted else "adapters and no whole model"
             raise ValueError(
@@ -126,8 +123,8 @@ class Trainer:
         if self.config.has_critic and not (checkpoint / CRITIC_FOLDER).exists():
             raise ValueError(
                 f"{checkpoint} has no critic ({CRITIC_FOLDER}/), which trainer.advantages=gae "
-                f"needs: resume from a checkpoint of a run with gae, or start anew from its "
-                f"{MODEL_FOLDER}/ folder"
+                f"needs: resume from a checkpoint of a run with gae, or start anew from what "
+                f"flash export makes of it"
             )
 
     async def __aenter__(self) -> "Trainer":
@@ -445,19 +442,42 @@ class Trainer:
         return not self._interrupted and all(child.alive for child in self._children)
 
     async def save_checkpoint(self, directory: Path) -> None:
-        """All it takes to go on: model (Hugging Face format), optimizer, version.
+        """All it takes to go on: weights, optimizer, version; whole when it returns.
 
         A trainer that goes on from it has the settings of its own configuration.
         """
-        await self._save(directory, optimizer=True)
+        await self.begin_checkpoint(directory)
+        await self._call("written")
+
+    async def begin_checkpoint(self, directory: Path) -> None:
+        """As `save_checkpoint`, of which it copies all and writes nothing: `written` waits for
+        that, and steps may be made meanwhile."""
+        directory.mkdir(parents=True, exist_ok=True)
+        await self._call("begin_checkpoint", str(directory), self.version)
+
+    async def written(self) -> None:
+        """Waits until the checkpoint that was begun last is whole.
+
+        TrainerFailure if it can't be, also if a rank dies over it; ranks that live are left alone.
+        """
+        timeout_s = self.config.step_timeout_s
+        children = list(self._children)
+        calls = [child.call("written", timeout_s=timeout_s) for child in children]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        told = [(child.alive, answer) for child, answer in zip(children, answers, strict=True)]
+        # Those that live complain of the one that died, too.
+        for _, answer in sorted(told, key=lambda each: each[0]):
+            if isinstance(answer, TimeoutError):
+                raise TrainerFailure(
+                    f"it took longer than {timeout_s:g} s (trainer.step_timeout_s)"
+                ) from answer
+            if isinstance(answer, BaseException):
+                raise TrainerFailure(str(answer)) from answer
 
     async def save_model(self, directory: Path) -> None:
         """The model alone, in Hugging Face format; with `config.lora` its adapters, in PEFT's."""
-        await self._save(directory, optimizer=False)
-
-    async def _save(self, directory: Path, *, optimizer: bool) -> None:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        await self._call("save", str(directory), self.version, optimizer)
+        await self._call("save_model", str(directory))
 
     async def _call(self, method: str, *args: Any) -> Any:
         """Calls every rank alike; rank 0's answer."""

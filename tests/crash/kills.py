@@ -345,7 +345,7 @@ class KilledRun:
         from its log alone."""
         paths = sorted((self._run / "checkpoints").glob("step_??????"))
         if paths and self._random.random() < 0.3:
-            (paths[-1] / "optimizer/.metadata").write_bytes(b"")
+            (paths[-1] / "policy/.metadata").write_bytes(b"")
             self._say(f"seed {self._plan.seed}: {paths[-1].name} is damaged")
 
     def _expect_ended(self, family: list[int]) -> None:

@@ -15,6 +15,7 @@ from tests.processes import Watch
 
 HANDLER = """
 import os, signal, subprocess, sys, time
+from concurrent.futures import Future
 from flash.system.process import serve
 
 class Only:  # exists in the child's __main__ alone
@@ -50,6 +51,16 @@ class Handler:
     def order(self, number):
         self.seen = getattr(self, "seen", []) + [number]
         return self.seen
+
+    def later(self):
+        self.answer = Future()
+        return self.answer
+
+    def now(self, error):
+        if error:
+            self.answer.set_exception(OSError("the disk is full"))
+        else:
+            self.answer.set_result(3)
 
     def unpicklable(self):
         return lambda: None
@@ -87,6 +98,29 @@ async def test_calls_are_served_in_the_order_in_which_they_were_made(start):
     calls = [asyncio.ensure_future(child.call("order", n)) for n in range(20)]
     assert await calls[-1] == list(range(20))
     assert await calls[9] == list(range(10))
+    await child.stop()
+
+
+async def test_a_future_is_answered_when_it_is_done_and_other_calls_meanwhile(start):
+    child = await start()
+    for error in (False, True):
+        later = asyncio.ensure_future(child.call("later"))
+        assert await child.call("add", 1, 1) == 2
+        assert not later.done()
+        assert await child.call("now", error) is None
+        if error:
+            with pytest.raises(ProcessFailure, match="the child raised:(?s:.)*the disk is full"):
+                await later
+        else:
+            assert await later == 3
+    await child.stop()
+
+
+async def test_a_method_that_there_is_not_is_an_error_of_that_call_alone(start):
+    child = await start()
+    with pytest.raises(ProcessFailure, match="the child raised:(?s:.)*has no attribute 'unknown'"):
+        await child.call("unknown")
+    assert await child.call("add", 1, 1) == 2
     await child.stop()
 
 

@@ -335,10 +335,10 @@ def test_the_lines_of_a_clean_stop_give_way_to_what_became_of_its_episodes(tmp_p
 def test_a_run_of_which_no_checkpoint_is_whole_goes_on_from_its_log_alone(tmp_path, caplog):
     with RunFolder(config(tmp_path)) as folder:
         folder.measured({"step": 1, "time_s": 1.0})
-        (save(folder, 1) / "optimizer/.metadata").unlink()
+        (save(folder, 1) / "policy/.metadata").unlink()
     with RunFolder(config(tmp_path, **{"checkpoint.resume": True})) as folder:
         assert (folder.checkpoint, folder.version) == (None, 0)
-    assert "optimizer/.metadata is missing" in caplog.text
+    assert "policy/.metadata is missing" in caplog.text
 
 
 @pytest.mark.parametrize("spoiled", [b'{"step": 2, "ti', b'{"st\n', b"\0" * 9 + b"\n", b"\xff\n"])

@@ -24,6 +24,7 @@ from flash.trainer.scorer import packed_inputs
 from flash.trainer.trainer import Trainer
 from flash.trainer.values import trained, with_values
 from flash.types import Batch, Sample
+from tests.saved import save
 
 SamplesOf = Callable[..., list[Sample]]
 SaveModel = Callable[..., Path]
@@ -184,11 +185,11 @@ def test_a_resumed_run_with_a_critic_equals_one_that_never_stopped_bit_for_bit(
     with started(model, tmp_path, config) as rank:
         for batch in batches[:2]:
             step(rank, batch, config)
-        rank.save(str(tmp_path / "checkpoint"), 2, True)
+        save(rank, tmp_path / "checkpoint", 2)
         expected = [step(rank, batch, config) for batch in batches[2:]]
         expected_weights = weights_of(valuer_of(rank))
     checkpoint = tmp_path / "checkpoint"
-    with started(checkpoint / "model", tmp_path, config, checkpoint) as rank:
+    with started(model, tmp_path, config, checkpoint) as rank:
         assert [step(rank, batch, config) for batch in batches[2:]] == expected
         for name, weight in weights_of(valuer_of(rank)).items():
             assert torch.equal(weight, expected_weights[name]), name
@@ -201,10 +202,10 @@ def test_a_resumed_critic_has_the_settings_of_its_new_configuration(
     config = config_of(critic=CriticConfig(learning_rate=1e-2))
     with started(model, tmp_path, config) as rank:
         step(rank, samples, config)
-        rank.save(str(tmp_path / "checkpoint"), 1, True)
+        save(rank, tmp_path / "checkpoint", 1)
     checkpoint = tmp_path / "checkpoint"
     resumed = config_of(critic=CriticConfig(learning_rate=1e-4), weight_decay=0.5, betas=(0.8, 0.9))
-    with started(checkpoint / "model", tmp_path, resumed, checkpoint) as rank:
+    with started(model, tmp_path, resumed, checkpoint) as rank:
         assert rank._critic is not None
         (group,) = rank._critic.optimizer.param_groups
         assert rank._critic.optimizer.state[group["params"][-1]]["exp_avg"].full_tensor().any()
@@ -216,7 +217,7 @@ def test_a_critic_can_not_go_on_from_a_checkpoint_without_one(
 ) -> None:
     plain = TrainerConfig()
     with started(model, tmp_path, plain) as rank:
-        rank.save(str(tmp_path / "checkpoint"), 1, True)
+        save(rank, tmp_path / "checkpoint", 1)
     with pytest.raises(ValueError, match=r"has no critic .*resume from a checkpoint of a run with"):
         Trainer(
             model="none", config=config_of(), run_dir=tmp_path, resume_from=tmp_path / "checkpoint"
@@ -257,7 +258,7 @@ async def test_two_ranks_with_a_critic_compute_what_one_does_and_one_goes_on_whe
             await same_step(one, two, batch)
         await two.save_checkpoint(tmp_path / "saved")
         async with Trainer(
-            model="none", config=config, run_dir=tmp_path / "3", resume_from=tmp_path / "saved"
+            model=model, config=config, run_dir=tmp_path / "3", resume_from=tmp_path / "saved"
         ) as resumed:
             await same_step(one, resumed, batches[2])
 

@@ -16,13 +16,14 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
 from flash.trainer.config import LoraConfig, TrainerConfig
-from flash.trainer.lora import check_installed, merge
+from flash.trainer.lora import adapted_model, check_installed
 from flash.trainer.model_files import check_files
 from flash.trainer.objectives.settings import KlSettings, Supervised
 from flash.trainer.packing import divide
 from flash.trainer.rank import Rank
 from flash.trainer.trainer import Trainer
 from flash.types import Batch, Sample
+from tests.saved import save
 
 pytestmark = pytest.mark.slow
 
@@ -126,7 +127,7 @@ def test_the_weights_stay_and_a_worker_gets_what_peft_would_merge(
         after = parameters_of(rank, trained=False)
         (own,) = rank.score([TEXT]).logprobs  # the weights are whole in memory when exported
         merged = exported(rank, tmp_path / "v2")
-        rank.save(str(tmp_path / "saved"), 2, True)
+        save(rank, tmp_path / "saved", 2)
 
     plain = Model.from_pretrained(model).state_dict()
     assert before.keys() == after.keys()
@@ -209,13 +210,13 @@ def test_a_checkpoint_is_an_adapter_that_peft_loads_and_a_resume_goes_on_from(
     with started(model, CONFIG) as rank:
         step(rank, samples_of(4), CONFIG)
         (own,) = rank.score([TEXT]).logprobs
-        rank.save(str(saved), 1, True)
+        save(rank, saved, 1)
         told = step(rank, samples_of(4, seed=1), CONFIG, 1)
         trained = parameters_of(rank, trained=True)
     files = {path.name for path in (saved / "model").iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= files
     assert not any(name.startswith("model") for name in files)
-    gathered = FileSystemReader(saved / "optimizer").read_metadata().state_dict_metadata.keys()
+    gathered = FileSystemReader(saved / "policy").read_metadata().state_dict_metadata.keys()
     assert all(".lora_" in name for name in gathered - {"updates"})
     assert len(gathered) > 1
 
@@ -282,12 +283,12 @@ def test_targets_that_a_model_has_not_are_named_before_its_weights_are_read(
 
 def test_a_model_that_is_not_where_it_was_is_named(model: Path, tmp_path: Path) -> None:
     with started(model, CONFIG) as rank:
-        rank.save(str(tmp_path / "saved"), 0, False)
+        rank.save_model(str(tmp_path / "saved"))
     model.rename(tmp_path / "moved")
     with pytest.raises(
         ValueError, match=r"adapters of the model '.*/model', which can't be loaded"
     ):
-        merge(tmp_path / "saved", tmp_path / "merged")
+        adapted_model(tmp_path / "saved")
 
 
 def test_without_peft_a_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,8 +308,8 @@ async def test_a_checkpoint_of_other_adapters_is_refused(
 ) -> None:
     saved = tmp_path / "saved"
     with started(model, CONFIG) as rank:
-        rank.save(str(saved), 0, True)
-    with pytest.raises(ValueError, match="there are adapters and no model: .*\\(flash merge CHECK"):
+        save(rank, saved, 0)
+    with pytest.raises(ValueError, match="there are adapters and no model: .*\\(flash export CHE"):
         check_files(str(saved / "model"), field="model")
     config = CONFIG.model_copy(update={"lora": LORA.model_copy(update=settings)})
     remedy = "give .* as .*, or begin at the first model"
@@ -319,7 +320,7 @@ async def test_a_checkpoint_of_other_adapters_is_refused(
 
 def test_a_checkpoint_of_a_whole_model_is_refused(model: Path, tmp_path: Path) -> None:
     with started(model, TrainerConfig()) as rank:
-        rank.save(str(tmp_path / "saved"), 0, True)
+        save(rank, tmp_path / "saved", 0)
     with pytest.raises(
         ValueError, match=r"has a whole model and no adapters, with trainer\.lora\."
     ):

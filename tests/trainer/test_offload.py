@@ -10,6 +10,7 @@ from flash.trainer.advantage_settings import Gae
 from flash.trainer.config import TrainerConfig
 from flash.trainer.offload import Offload, make_room
 from flash.types import Sample
+from tests.saved import save
 from tests.trainer.test_rank import started, step, weights_of
 
 CONFIGS = {
@@ -37,7 +38,7 @@ def trained(
                 rank._offload.to_host()  # once is enough
                 rank.score([[5, 6, 7]])
                 rank.export(str(folder / f"export {version}"))
-        rank.save(str(folder / "saved"), 3, True)
+        save(rank, folder / "saved", 3)
         assert not rank._offload.is_on_host
         return weights_of(rank)
 
@@ -52,7 +53,7 @@ def test_steps_with_the_state_moved_between_them_make_the_same_bits(
     assert expected.keys() == got.keys()
     for name, tensor in expected.items():
         assert torch.equal(tensor, got[name]), name
-    ours, theirs = (tmp_path / run / "saved" / "optimizer" / "__0_0.distcp" for run in "ab")
+    ours, theirs = (tmp_path / run / "saved" / "policy" / "__0_0.distcp" for run in "ab")
     assert ours.read_bytes() == theirs.read_bytes()
 
 

@@ -35,6 +35,7 @@ from flash.trainer.objectives.settings import (
 from flash.trainer.packing import MiniBatchShare, denominator_of, divide
 from flash.trainer.rank import Rank, _keep_to
 from flash.types import Batch, Sample, Task
+from tests.saved import save
 
 SamplesOf = Callable[..., list[Sample]]
 SaveModel = Callable[..., Path]
@@ -239,7 +240,7 @@ def test_an_export_reloads_to_the_same_logprobs(
         step(rank, samples_of(5), config)
         score = rank.score([probe]).logprobs[0]
         rank.export(str(tmp_path / "exported"))
-        rank.save(str(tmp_path / "saved"), 1, False)
+        rank.save_model(str(tmp_path / "saved"))
     assert np.abs(np.subtract(score, untrained)).max() > 0.01
     for folder in ("exported", "saved"):
         reloaded = Model.from_pretrained(tmp_path / folder)
@@ -256,11 +257,11 @@ def test_a_resumed_run_equals_one_that_never_stopped_bit_for_bit(
     with started(model, tmp_path, config) as rank:
         for batch in batches[:2]:
             step(rank, batch, config)
-        rank.save(str(tmp_path / "checkpoint"), 2, True)
+        save(rank, tmp_path / "checkpoint", 2)
         expected = [step(rank, batch, config) for batch in batches[2:]]
         expected_weights = weights_of(rank)
     checkpoint = tmp_path / "checkpoint"
-    with started(checkpoint / "model", tmp_path, config, checkpoint) as rank:
+    with started(model, tmp_path, config, checkpoint) as rank:
         assert [step(rank, batch, config) for batch in batches[2:]] == expected
         for name, weight in weights_of(rank).items():
             assert torch.equal(weight, expected_weights[name]), name
@@ -272,12 +273,12 @@ def test_a_resumed_run_has_the_optimizer_settings_of_its_new_configuration(
     config = TrainerConfig(learning_rate=1e-2, warmup_steps=0)
     with started(model, tmp_path, config) as rank:
         step(rank, samples_of(2), config)
-        rank.save(str(tmp_path / "checkpoint"), 1, True)
+        save(rank, tmp_path / "checkpoint", 1)
     checkpoint = tmp_path / "checkpoint"
     resumed = TrainerConfig(
         learning_rate=1e-3, warmup_steps=0, decay_steps=10, weight_decay=0.5, betas=(0.8, 0.9)
     )
-    with started(checkpoint / "model", tmp_path, resumed, checkpoint) as rank:
+    with started(model, tmp_path, resumed, checkpoint) as rank:
         (before,) = [dict(group) for group in rank._optimizer.param_groups]
         moments = rank._optimizer.state[before["params"][0]]
         assert moments["exp_avg"].full_tensor().abs().sum() > 0, "what was gathered is kept"

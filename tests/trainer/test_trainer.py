@@ -20,6 +20,7 @@ from flash.fakes import fake_sample
 from flash.trainer.advantage_settings import ReinforcePp
 from flash.trainer.checkpoint import checkpoint_version, write_state
 from flash.trainer.config import TrainerConfig
+from flash.trainer.hugging_face import export_model
 from flash.trainer.objectives.settings import Gspo, KlSettings
 from flash.trainer.trainer import Trainer
 from flash.types import Batch, Sample
@@ -96,10 +97,10 @@ async def test_a_batch_for_another_version_is_refused(
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     directory = tmp_path / "checkpoint"
-    for folder in ("model", "optimizer"):
+    for folder in ("model", "policy"):
         (directory / folder).mkdir(parents=True)
-    (directory / "model" / "model.safetensors").write_bytes(b"w" * 100)
-    (directory / "optimizer/.metadata").write_bytes(b"o" * 100)
+    (directory / "model" / "config.json").write_bytes(b"w" * 100)
+    (directory / "policy/.metadata").write_bytes(b"o" * 100)
     write_state(directory, 12)
     return directory
 
@@ -108,7 +109,7 @@ def test_a_whole_checkpoint_tells_its_version(checkpoint: Path) -> None:
     assert checkpoint_version(checkpoint) == 12
 
 
-@pytest.mark.parametrize("name", ["trainer.json", "optimizer/.metadata", "model/model.safetensors"])
+@pytest.mark.parametrize("name", ["trainer.json", "policy/.metadata", "model/config.json"])
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
 def test_a_damaged_checkpoint_is_named_with_the_remedy(
     name: str, damage: str, checkpoint: Path, tmp_path: Path
@@ -122,12 +123,14 @@ def test_a_damaged_checkpoint_is_named_with_the_remedy(
         Trainer(model="none", config=CONFIG, run_dir=tmp_path, resume_from=checkpoint)
 
 
-def test_a_checkpoint_that_one_rank_gathered_is_refused_with_the_remedy(checkpoint: Path) -> None:
-    (checkpoint / "optimizer.pt").write_bytes(b"o")
+@pytest.mark.parametrize("name", ["optimizer.pt", "optimizer/.metadata"])
+def test_a_checkpoint_with_its_weights_in_model_is_refused_with_the_remedy(
+    name: str, checkpoint: Path
+) -> None:
+    (checkpoint / name).parent.mkdir(exist_ok=True)
+    (checkpoint / name).write_bytes(b"o")
     write_state(checkpoint, 12)
-    with pytest.raises(
-        ValueError, match=r"earlier version \(optimizer.pt\).*--model of its model/"
-    ):
+    with pytest.raises(ValueError, match=rf"earlier version \({name}\).*--model of its model/"):
         checkpoint_version(checkpoint)
 
 
@@ -173,7 +176,7 @@ async def test_two_ranks_compute_what_one_does_and_one_goes_on_where_two_stopped
 
         # One trainer would have stopped here, and the other never did.
         async with Trainer(
-            model="none", config=CONFIG, run_dir=tmp_path / "3", resume_from=saved
+            model=model, config=CONFIG, run_dir=tmp_path / "3", resume_from=saved
         ) as resumed:
             assert resumed.version == 2
             await same_step(one, resumed, third)
@@ -198,8 +201,8 @@ async def test_two_ranks_train_experts_as_one_does_and_write_them_one_by_one(
         scored = (await two.score([PROBE])).logprobs[0]
         reloaded: Any = AutoModelForCausalLM.from_pretrained(weights.path)
     before = load_file(model / "model.safetensors")
-    files = (tmp_path / "checkpoint" / "model").glob("*.safetensors")
-    saved = {name: t for file in files for name, t in load_file(file).items()}
+    export_model(tmp_path / "checkpoint", tmp_path / "out", dtype="float32")
+    saved = load_file(tmp_path / "out" / "model.safetensors")
     assert written.keys() == before.keys() == saved.keys()
     expert = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
     assert not np.array_equal(written[expert], before[expert])
@@ -232,8 +235,7 @@ async def test_training_goes_on_on_another_number_of_ranks(
         await same_step(one, three, batch_of(samples_of(5, seed=1, version=1), 1))
         await one.save_checkpoint(of_one)
         await three.save_checkpoint(of_three)
-    assert len([*(of_three / "model").glob("*.safetensors")]) == 3
-    assert len([*(of_three / "optimizer").glob("*.distcp")]) == 3
+    assert len([*(of_three / "policy").glob("*.distcp")]) == 3
     async with on(1, of_one) as one, on(2, of_three) as two:
         await same_step(one, two, batch_of(samples_of(5, seed=2, version=2), 2))
 
@@ -260,7 +262,7 @@ async def test_groups_that_shard_inside_and_replicate_across_come_to_the_weights
                 assert weights[1][name] == pytest.approx(tensor, abs=1e-6), name
         two = CONFIG.model_copy(update={"ranks": 2})
         async with Trainer(
-            model="none", config=two, run_dir=tmp_path / "2", resume_from=saved
+            model=model, config=two, run_dir=tmp_path / "2", resume_from=saved
         ) as resumed:
             await same_step(plain, resumed, third)
         async with Trainer(

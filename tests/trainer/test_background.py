@@ -1,0 +1,121 @@
+"""Checkpoints that are written while training goes on."""
+
+import asyncio
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from torch.distributed.checkpoint.api import CheckpointException
+
+from flash.checkpoints import Checkpoints, whole_versions
+from flash.fakes import FakeBatchLog
+from flash.rollout.observer import Observer
+from flash.trainer.advantage_settings import Gae
+from flash.trainer.config import TrainerConfig
+from flash.types import Sample
+from tests.saved import save
+from tests.trainer.test_lasting import batch, files_of, lasting, ranks
+from tests.trainer.test_rank import started, step
+
+SamplesOf = Callable[..., list[Sample]]
+SaveModel = Callable[..., Path]
+
+
+@contextmanager
+def held_up(directory: Path, rank: int = 0) -> Iterator[None]:
+    """What that rank writes there waits for the end of the block, and fails then: its file is a
+    pipe, and nobody reads."""
+    pipe = directory / "policy" / f"__{rank}_0.distcp"
+    pipe.parent.mkdir(parents=True)
+    os.mkfifo(pipe)
+    yield
+    if pipe.exists():
+        os.close(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [TrainerConfig(warmup_steps=0), TrainerConfig(warmup_steps=0, advantages=Gae())],
+    ids=["policy", "critic"],
+)
+def test_a_step_that_is_made_while_a_checkpoint_is_written_changes_nothing_of_it(
+    config: TrainerConfig, tmp_path: Path, save_model: SaveModel, samples_of: SamplesOf
+) -> None:
+    with started(save_model(tmp_path / "model"), tmp_path, config) as rank:
+        step(rank, samples_of(4), config)
+        save(rank, tmp_path / "before", 1)
+        with held_up(tmp_path / "first"):
+            rank.begin_checkpoint(str(tmp_path / "first"), 1)
+            first = rank.written()
+            rank.begin_checkpoint(str(tmp_path / "second"), 1)
+            step(rank, samples_of(4, seed=1), config)
+            assert not first.done()
+            assert not rank.written().done()
+        with pytest.raises(CheckpointException):
+            first.result()
+        rank.written().result()
+        save(rank, tmp_path / "after", 2)
+    before, second, after = (files_of(tmp_path / name) for name in ("before", "second", "after"))
+    assert second == before
+    assert after["policy/__0_0.distcp"] != before["policy/__0_0.distcp"]
+    assert not (tmp_path / "first" / "trainer.json").exists()
+
+
+@pytest.mark.slow
+async def test_a_rank_that_dies_while_it_writes_ends_that_checkpoint_alone(
+    tmp_path: Path,
+    save_model: SaveModel,
+    samples_of: SamplesOf,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    log, run = FakeBatchLog(), tmp_path / "run"
+    checkpoints = Checkpoints(run, newest=None, every_s=0, observer=Observer())
+    async with (
+        lasting(save_model(tmp_path / "model"), run, log) as trainer,
+        checkpoints.writing(),
+    ):
+        with held_up(run / "checkpoints" / "step_000000.new", rank=1):
+            await checkpoints.begin(trainer, spare=False)
+            for version in range(2):
+                log.handed_over(batch(version, samples_of))
+                await trainer.step(batch(version, samples_of))
+            assert trainer.restarts == 0
+            ranks()[1].kill()
+            await checkpoints.written()
+        assert "step 0 is given up, and the run goes on: trainer rank 1 (pid" in caplog.text
+        assert whole_versions(run) == []
+        assert [*(run / "checkpoints").iterdir()] == []
+        log.handed_over(batch(2, samples_of))
+        assert (await trainer.step(batch(2, samples_of)))["trainer/restarts"] == 1
+        await checkpoints.begin(trainer, spare=False)
+    assert whole_versions(run) == [3]
+
+
+@pytest.mark.slow
+async def test_what_can_not_be_written_is_told_and_no_rank_is_started_anew(
+    tmp_path: Path,
+    save_model: SaveModel,
+    samples_of: SamplesOf,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    log, run = FakeBatchLog(), tmp_path / "run"
+    checkpoints = Checkpoints(run, newest=None, every_s=0, observer=Observer())
+    async with (
+        lasting(save_model(tmp_path / "model"), run, log) as trainer,
+        checkpoints.writing(),
+    ):
+        making = run / "checkpoints" / "step_000000.new"
+        (making / "policy" / "__1_0.distcp").mkdir(parents=True)
+        await checkpoints.begin(trainer, spare=False)
+        await checkpoints.written()
+        assert "Is a directory" in caplog.text
+        log.handed_over(batch(0, samples_of))
+        await asyncio.gather(
+            trainer.step(batch(0, samples_of)),
+            trainer.score([range(9)]),
+        )
+        await checkpoints.begin(trainer, spare=False)
+        assert trainer.restarts == 0
+    assert whole_versions(run) == [1]
