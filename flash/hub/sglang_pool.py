@@ -28,6 +28,7 @@ class SglangPool(ProcessPool):
         sleeps: whether it can give that away; without a GPU it can't.
         threads: CPU threads of a server; 0 leaves it to torch.
         keeps_stale: whether a publish may keep keys and values: steps do not overlap then.
+        routed_experts: whether they tell which experts tokens were routed to.
         arguments: further arguments of `sglang serve`, after ours.
     """
 
@@ -56,6 +57,7 @@ class SglangPool(ProcessPool):
         start_timeout_s: float,
         sleeps: bool = False,
         keeps_stale: bool = False,
+        routed_experts: bool = False,
         say: Callable[[str], None] = logger.info,
     ) -> None:
         super().__init__(size=size, log_dir=log_dir, start_timeout_s=start_timeout_s, say=say)
@@ -84,6 +86,7 @@ class SglangPool(ProcessPool):
             "--incremental-streaming-output",
             *(["--enable-memory-saver"] if sleeps and self._devices else []),
             *(["--disable-overlap-schedule"] if keeps_stale else []),
+            *(["--enable-return-routed-experts"] if routed_experts else []),
             *arguments,
         ]
 

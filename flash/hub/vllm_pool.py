@@ -32,6 +32,7 @@ class VllmPool(ProcessPool):
         sleeps: whether it can give that away; without a GPU it only pauses.
         threads: CPU threads of a server; 0 leaves it to torch.
         adapter_rank: of the adapters that servers are given; 0: they are given whole weights.
+        routed_experts: whether they tell which experts tokens were routed to.
         arguments: further arguments of `vllm serve`, after ours.
     """
 
@@ -62,6 +63,7 @@ class VllmPool(ProcessPool):
         start_timeout_s: float,
         sleeps: bool = False,
         adapter_rank: int = 0,
+        routed_experts: bool = False,
         say: Callable[[str], None] = logger.info,
     ) -> None:
         super().__init__(size=size, log_dir=log_dir, start_timeout_s=start_timeout_s, say=say)
@@ -98,6 +100,7 @@ class VllmPool(ProcessPool):
             *([] if self._devices else ["--enforce-eager"]),
             *(["--enable-sleep-mode"] if sleeps and self._devices else []),
             *(["--enable-lora"] if adapter_rank else []),
+            *(["--enable-return-routed-experts"] if routed_experts else []),
             *arguments,
         ]
 

@@ -23,20 +23,21 @@ async def prepared_model(config: Config, on_progress: OnProgress) -> str:
         from flash.trainer.lora import check_installed  # noqa: PLC0415  (seconds to import)
 
         check_installed(lora)
+    replays = config.trainer.router_replay
     reference = config.trainer.kl.reference
     if reference is not None and config.trainer.kl.coefficient:
         await check_model_files(reference, field="trainer.kl.reference")
     if config.model != SMALL:
         local = Path(config.model).expanduser()
         if local.is_dir():
-            await check_model_files(str(local), lora=lora)
+            await check_model_files(str(local), lora=lora, replays=replays)
             return str(local)
         check_positions(
             _hub_config(config.model),
             model=config.model,
             max_sequence_tokens=config.agent.max_sequence_tokens,
         )
-        await check_model_files(config.model, lora=lora)
+        await check_model_files(config.model, lora=lora, replays=replays)
         return config.model
     env_key = key_of(of_set.env.model_dump() for of_set in config.sets.values())
     path = await small_model(
@@ -81,13 +82,17 @@ async def parameters_of(model: str) -> int:
 
 
 async def check_model_files(
-    model: str, *, field: str = "model", lora: LoraConfig | None = None
+    model: str,
+    *,
+    field: str = "model",
+    lora: LoraConfig | None = None,
+    replays: bool = False,
 ) -> None:
     """ValueError for a model whose files are not whole, don't fit together, or can't be trained, or
-    not with those adapters."""
+    not with those adapters, or with experts that others chose."""
     from flash.trainer.model_files import check_files  # noqa: PLC0415  (seconds to import)
 
-    await asyncio.to_thread(check_files, model, field=field, lora=lora)
+    await asyncio.to_thread(check_files, model, field=field, lora=lora, replays=replays)
 
 
 def self_test_text(model: str, *, at_most: int) -> list[int]:

@@ -28,6 +28,7 @@ from flash.trainer.attention import PACKED_ATTENTION
 from flash.trainer.checkpoint import ADAPTERS_FILE
 from flash.trainer.config import LoraConfig
 from flash.trainer.lora import check_targets
+from flash.trainer.router_replay import Routers
 from flash.trainer.scorer import TokenScorer, by_itself
 from flash.trainer.self_test import check_layers
 
@@ -39,13 +40,16 @@ _PLACEHOLDERS = ("image_token", "video_token", "audio_token")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
 
 
-def check_files(source: str, *, field: str, lora: LoraConfig | None = None) -> Any:
+def check_files(
+    source: str, *, field: str, lora: LoraConfig | None = None, replays: bool = False
+) -> Any:
     """The model's configuration, if its weights are whole and fit it, and it can be trained.
 
     Args:
         source: a directory or a hub name; what is not here yet is fetched.
         field: the setting that names it.
         lora: the adapters that it is to have.
+        replays: whether its routers are to take the experts that workers chose.
 
     Raises ValueError with what is wrong and what to do.
     """
@@ -56,6 +60,8 @@ def check_files(source: str, *, field: str, lora: LoraConfig | None = None) -> A
         _check_weights(model, _headers(source))
         with contextlib.suppress(RuntimeError):  # it takes weights, so the ranks will see
             check_layers(TokenScorer(model))
+        if replays:
+            Routers(model)
     except ValueError as error:
         why = " ".join(str(error).split())
         raise ValueError(f"{field}={source!r}: {why}") from error
