@@ -31,6 +31,7 @@ def check_together(config: RunFields) -> None:
     if config.engine.colocated:
         _check_turns(config)
     _check_adapters(config)
+    _check_replay(config)
     if config.cluster.kind != "none":
         _check_cluster(config)
     _check_rollout(config)
@@ -189,6 +190,15 @@ def _check_adapters(config: RunFields) -> None:
             raise ValueError(
                 f"trainer.lora.publish=adapters with {given}: {why} trainer.lora.publish=merged"
             )
+
+
+def _check_replay(config: RunFields) -> None:
+    """That routers can take what workers chose."""
+    if config.trainer.router_replay and config.model == SMALL:
+        raise ValueError(
+            "trainer.router_replay=true with model=small, which is no mixture of experts: give a "
+            "model that is one, or leave it out"
+        )
 
 
 def _check_brought(config: RunFields) -> None:
