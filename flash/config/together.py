@@ -199,6 +199,11 @@ def _check_replay(config: RunFields) -> None:
             "trainer.router_replay=true with model=small, which is no mixture of experts: give a "
             "model that is one, or leave it out"
         )
+    if config.trainer.router_replay and config.engine.kind == "vllm" and not machine.gpus():
+        raise ValueError(
+            "trainer.router_replay=true with engine.kind=vllm, which tells no experts on a CPU: "
+            "use engine.kind=embedded, or leave it out"
+        )
 
 
 def _check_brought(config: RunFields) -> None:
