@@ -279,11 +279,12 @@ def test_later_mini_batches_are_proximal_to_what_they_replay_and_the_reference_i
     folder = tmp_path / "model"
     save_family(folder, "mixtral")
     samples = [sample(random_experts(12, seed).numpy(), seed=seed) for seed in range(2)]
-    metrics, _ = step(folder, samples, mini_batches=2, max_grad_norm=1e-12, objective="ppo")
+    metrics, _ = step(folder, samples, mini_batches=2, max_grad_norm=1e-12)
     assert metrics["ratio/mean"] == pytest.approx(1, abs=1e-5)
     kept = KlSettings(coefficient=0.1, reference=None)
-    apart, _ = step(folder, samples, reference=folder, kl=kept)
-    assert apart["kl_reference"] > 1e-3, "the reference chooses its experts itself"
+    for lora in (LoraConfig(), LoraConfig(rank=2, targets=("q_proj",))):
+        apart, _ = step(folder, samples, reference=folder, kl=kept, lora=lora)
+        assert apart["kl_reference"] > 1e-3, "the reference chooses its experts itself"
 
 
 # ── what is refused ──────────────────────────────────────────────────────────────────────────
