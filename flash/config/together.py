@@ -199,7 +199,9 @@ def _check_replay(config: RunFields) -> None:
             "trainer.router_replay=true with model=small, which is no mixture of experts: give a "
             "model that is one, or leave it out"
         )
-    if config.trainer.router_replay and config.engine.kind == "vllm" and not machine.gpus():
+    elsewhere = config.explorers.may_come or config.cluster.kind != "none" or config.engine.urls
+    on_cpu = config.engine.kind == "vllm" and not elsewhere and not machine.gpus()
+    if config.trainer.router_replay and on_cpu:
         raise ValueError(
             "trainer.router_replay=true with engine.kind=vllm, which tells no experts on a CPU: "
             "use engine.kind=embedded, or leave it out"
