@@ -47,6 +47,7 @@ class EnvironmentAgent(Actor):
             sampled within it is not read: the episode ends before it, with the reward it has. So
             does one of more than 32 characters for each of these tokens, or 4 million, which is
             not tokenised.
+        experts: completions tell which experts tokens were routed to.
         samples: what an episode is trained as: the conversation as one sample, or a sample for
             each turn, in which only that turn's response is trained on.
         step_timeout_s, episode_timeout_s: past them the episode fails (env, deadline).
@@ -66,6 +67,7 @@ class EnvironmentAgent(Actor):
         max_sequence_tokens: int = 32_768,
         temperature: float = 1.0,
         samples: Literal["whole", "turns"] = "whole",
+        experts: bool = False,
         step_timeout_s: float = 60.0,
         episode_timeout_s: float = 1800.0,
         reward: Reward | None = None,
@@ -83,6 +85,7 @@ class EnvironmentAgent(Actor):
             stop_token_ids=style.stop_token_ids,
         )
         self._a_sample_a_turn = samples == "turns"
+        self._experts = experts
         self._step_timeout_s = step_timeout_s
         self._reward = reward
         self._reward_timeout_s = reward_timeout_s
@@ -107,9 +110,9 @@ class EnvironmentAgent(Actor):
         prompt: Sequence[int] | None = await self._first_prompt(seen[0])
         while prompt is not None:
             conversation.add_prompt(prompt)
-            completion = await self._generate(episode, conversation.token_ids)
+            completion = await self._generate(episode, conversation)
             if self._a_sample_a_turn:
-                turn = TokenSequence(conversation.token_ids)
+                turn = conversation.going_on()
                 turn.add_sampled(completion, turn=episode.turns - 1)
                 turns.append(turn.snapshot())
             conversation.add_sampled(completion)
@@ -169,12 +172,15 @@ class EnvironmentAgent(Actor):
             return await loop.run_in_executor(_LONG_TEXTS, tokenise, *args)
         return tokenise(*args)
 
-    async def _generate(self, episode: Episode, token_ids: Sequence[int]) -> Completion:
-        sampling, room = self._sampling, self._max_sequence_tokens - len(token_ids)
+    async def _generate(self, episode: Episode, conversation: TokenSequence) -> Completion:
+        room = self._max_sequence_tokens - len(conversation.token_ids)
+        sampling = self._sampling
         if room < sampling.max_tokens:
             sampling = replace(sampling, max_tokens=room)
+        if self._experts:
+            sampling = replace(sampling, experts_from=conversation.experts_from)
         try:
-            return await episode.generate(token_ids, sampling)
+            return await episode.generate(conversation.token_ids, sampling)
         except ValueError as error:
             raise AgentFailure(f"no worker takes a request of the episode: {error}") from error
 

@@ -61,6 +61,7 @@ class ExternalAgent(Actor):
         max_tokens: of one response, where the agent asks for more or for no number.
         max_sequence_tokens: of a conversation; the door refuses what would grow past it.
         options: are put under the task's own options.
+        experts: completions tell which experts tokens were routed to.
         episode_timeout_s: past it the agent is cancelled and the episode fails (deadline).
         reward_stage: another reward than the agent's own: see `flash/reward/`.
     """
@@ -74,6 +75,7 @@ class ExternalAgent(Actor):
         max_sequence_tokens: int = 32_768,
         temperature: float = 1.0,
         options: Mapping[str, Any] | None = None,
+        experts: bool = False,
         episode_timeout_s: float = 1800.0,
         reward_stage: RewardStage | None = None,
     ) -> None:
@@ -84,12 +86,15 @@ class ExternalAgent(Actor):
         self._max_sequence_tokens = max_sequence_tokens
         self._temperature = temperature
         self._options = dict(options or {})
+        self._experts = experts
 
     async def play(self, episode: Episode) -> Trajectory:
         # Bound: a cause or two; the first one ends the episode.
         causes: asyncio.Queue[FlashError] = asyncio.Queue()
 
         async def generate(token_ids: Sequence[int], sampling: SamplingParams) -> Completion:
+            if self._experts:
+                sampling = replace(sampling, experts_from=0)
             try:
                 return await episode.generate(token_ids, sampling)
             except FlashError as error:

@@ -54,7 +54,7 @@ async def open_way(way: str, model: Path, at_a_time: int) -> AsyncIterator[Ask]:
         return
     use = attention.use
     if way == "masked":
-        attention.use = lambda model, manager, *, longest: None
+        attention.use = lambda model, manager, *, longest, graphs: None
     engine = EmbeddedEngine(
         str(model), device="cpu", dtype="float32", cache_tokens=CACHE_TOKENS, max_running=at_a_time
     )

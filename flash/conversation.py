@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from flash.types import Completion, SampledSequence
+from flash.types import UNKNOWN_EXPERT, Completion, Experts, SampledSequence
 
 Message = Mapping[str, Any]
 _Number = TypeVar("_Number", np.float32, np.int64)
@@ -61,8 +61,20 @@ class TokenSequence:
     def __init__(self, prompt: Sequence[int]) -> None:
         self.token_ids: list[int] = []
         self._sampled: list[_Sampled] = []
+        self._experts: list[Experts] = []  # of the first tokens, without gaps
         self._turn = 0
         self.add_prompt(prompt)
+
+    @property
+    def experts_from(self) -> int:
+        """The first token whose experts no completion has told yet."""
+        return sum(map(len, self._experts))
+
+    def going_on(self) -> "TokenSequence":
+        """Another, with all that there is of this one as its prompt."""
+        other = TokenSequence(self.token_ids)
+        other._experts += self._experts
+        return other
 
     def add_prompt(self, token_ids: Sequence[int]) -> None:
         self.token_ids += token_ids
@@ -76,6 +88,8 @@ class TokenSequence:
             return
         start = len(self.token_ids)
         self.token_ids += completion.token_ids
+        if completion.experts is not None:
+            self._add_experts(completion.experts)
         logprobs = pack(f"={tokens}f", *completion.logprobs)
         version = completion.only_version
         versions = (
@@ -86,6 +100,13 @@ class TokenSequence:
         self._sampled.append(
             _Sampled(start, start + tokens, logprobs, versions, completion.temperature, turn)
         )
+
+    def _add_experts(self, experts: Experts) -> None:
+        """Of tokens up to the last but one: what was known before stays, as it was sampled with."""
+        first, known = len(self.token_ids) - 1 - len(experts), self.experts_from
+        if first > known:
+            self._experts.append(_unknown_experts(first - known, experts))
+        self._experts.append(experts[max(0, known - first) :])
 
     def snapshot(self) -> SampledSequence:
         """As arrays, up to the last sampled token: what was read after it trains nothing.
@@ -113,7 +134,20 @@ class TokenSequence:
             versions=_array(versions, np.int64),
             temperatures=_array(temperatures, np.float32),
             turns=_array(turns, np.int64),
+            experts=self._experts_of(end),
         )
+
+    def _experts_of(self, end: int) -> Experts | None:
+        """Of so many tokens; None if no completion told any."""
+        if not self._experts:
+            return None
+        unknown = _unknown_experts(end, self._experts[0])  # of the last tokens nobody told them
+        experts: Experts = np.concatenate([*self._experts, unknown])[:end]
+        return experts
+
+
+def _unknown_experts(tokens: int, like: Experts) -> Experts:
+    return np.full((tokens, *like.shape[1:]), UNKNOWN_EXPERT, np.int16)
 
 
 def _array(parts: Iterable[bytes], dtype: type[_Number]) -> NDArray[_Number]:

@@ -5,7 +5,7 @@ Arrays are NumPy, one-dimensional over the S tokens of one sequence: [S].
 
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
@@ -17,6 +17,13 @@ from flash.choices import UpdateMode as UpdateMode  # noqa: PLC0414  (it is a na
 
 Outcome = Literal["trained", "dropped", "failed", "cancelled"]
 FinishReason = Literal["stop", "length", "abort"]
+UNKNOWN_EXPERT = -1  # where it is not known which expert a token had
+Experts = NDArray[np.int16]
+"""What tokens were routed to, [tokens, layers of the model times experts of a token in each].
+
+One layer after the other, also those without experts, whatever these have; UNKNOWN_EXPERT where it
+is not known.
+"""
 
 
 # ── inference ────────────────────────────────────────────────────────────────────────────────
@@ -24,11 +31,16 @@ FinishReason = Literal["stop", "length", "abort"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How one response is sampled."""
+    """How one response is sampled.
+
+    `experts_from`: the completion tells the experts of the tokens from that one on, counted with
+    the prompt's.
+    """
 
     max_tokens: int
     temperature: float = 1.0
     stop_token_ids: tuple[int, ...] = ()
+    experts_from: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +65,9 @@ class Completion:
 
     Of each token its logprob, natural log, of the distribution that it was sampled from, and the
     version of the policy that sampled it; the three lists have one length.
+
+    `experts`, where they were asked for: of each token from `SamplingParams.experts_from` to the
+    last but one those that it was routed to: of the last one nothing was computed yet.
     """
 
     token_ids: list[int]
@@ -61,6 +76,18 @@ class Completion:
     temperature: float
     finish_reason: FinishReason
     worker: str = ""
+    experts: Experts | None = None
+
+    def cut(self, tokens: int) -> "Completion":
+        """Its first tokens alone."""
+        experts, less = self.experts, len(self.token_ids) - tokens
+        return replace(
+            self,
+            token_ids=self.token_ids[:tokens],
+            logprobs=self.logprobs[:tokens],
+            versions=self.versions[:tokens],
+            experts=None if experts is None else experts[: max(0, len(experts) - less)],
+        )
 
     @property
     def only_version(self) -> int | None:
@@ -227,12 +254,15 @@ class PromptStyle(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampledSequence:
-    """Tokens that a policy read and sampled, in their order; every array is [S].
+    """Tokens that a policy read and sampled, in their order; every array is [S], but `experts`.
 
     `loss_mask` is 1 on sampled tokens, 0 elsewhere. Of the sampled ones `logprobs`, `versions` and
     `temperatures` are the engine's own (`Completion`), and `turns` says to which response of the
     episode a token belongs, counted from 0. Elsewhere they are 0, -1, 1 and -1.
     `flash.conversation.TokenSequence` keeps count of all that.
+
+    `experts` are those that each token was routed to when it was read or sampled, S rows; None if
+    no worker told any.
 
     Example, a prompt of two tokens and a response of two, sampled by version 3:
 
@@ -252,6 +282,7 @@ class SampledSequence:
     versions: NDArray[np.int64]
     temperatures: NDArray[np.float32]
     turns: NDArray[np.int64]
+    experts: Experts | None = None
 
     @classmethod
     def extending(cls, sequence: "SampledSequence", **more: Any) -> Self:

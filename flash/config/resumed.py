@@ -42,7 +42,7 @@ KINDS: Final[Mapping[str, Kind]] = {
             *_of("rollout", "max_attempts max_regenerations adaptive_alpha reuse expert"),
             *_of("trainer", "objective advantages kl critic aggregation fixed_length"),
             *_of("trainer", "entropy_bonus learning_rate warmup_steps decay_steps weight_decay"),
-            *_of("trainer", "betas max_grad_norm mini_batches dtype"),
+            *_of("trainer", "betas max_grad_norm mini_batches dtype router_replay"),
             *_of("eval", "tasks temperature"),
         ),
         "told",

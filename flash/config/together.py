@@ -33,6 +33,7 @@ def check_together(config: RunFields) -> None:
     if config.engine.colocated:
         _check_turns(config)
     _check_adapters(config)
+    _check_replay(config)
     if config.cluster.kind != "none":
         _check_cluster(config)
     _check_rollout(config)
@@ -203,6 +204,28 @@ def _check_adapters(config: RunFields) -> None:
             raise ValueError(
                 f"trainer.lora.publish=adapters with {given}: {why} trainer.lora.publish=merged"
             )
+
+
+def _check_replay(config: RunFields) -> None:
+    """That routers can take what workers chose."""
+    if config.trainer.router_replay and config.model == SMALL:
+        raise ValueError(
+            "trainer.router_replay=true with model=small, which is no mixture of experts: give a "
+            "model that is one, or leave it out"
+        )
+    if config.trainer.router_replay and config.trainer.sequence_ranks > 1:
+        raise ValueError(
+            f"trainer.router_replay=true with "
+            f"trainer.sequence_ranks={config.trainer.sequence_ranks}: a rank that has a slice of a "
+            f"pass can't tell its experts yet: leave one of the two out"
+        )
+    elsewhere = config.explorers.may_come or config.cluster.kind != "none" or config.engine.urls
+    on_cpu = config.engine.kind == "vllm" and not elsewhere and not machine.gpus()
+    if config.trainer.router_replay and on_cpu:
+        raise ValueError(
+            "trainer.router_replay=true with engine.kind=vllm, which tells no experts on a CPU: "
+            "use engine.kind=embedded, or leave it out"
+        )
 
 
 def _check_brought(config: RunFields) -> None:

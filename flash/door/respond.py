@@ -4,7 +4,7 @@ import asyncio
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from flash.conversation import ChatTemplate
@@ -142,12 +142,7 @@ class Exchange(ABC):
                 break
         kept = len(reply.token_ids)
         pieces.append((reply.finish(), kept))
-        completion = replace(
-            completion,
-            token_ids=sampled[:kept],
-            logprobs=completion.logprobs[:kept],
-            versions=completion.versions[:kept],
-        )
+        completion = completion.cut(kept)
         if session.recorder is not None:
             self._note(reply, session.recorder.add(self.prompt, completion))
         finish_reason = "tool_calls" if reply.tool_calls else "stop"

@@ -30,9 +30,10 @@ from flash.hub.reports import HubStats
 from flash.hub.sender import ChunkInfo
 from flash.plain import hashable, packable, plain
 from flash.rollout.history import Sampled
-from flash.types import Observation, SampledSequence, Task, Trajectory
+from flash.routed import packed, unpacked
+from flash.types import Experts, Observation, SampledSequence, Task, Trajectory
 
-PROTOCOL = 4
+PROTOCOL = 5
 # What decoding raises for bytes that are none of what is expected.
 UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
@@ -369,18 +370,22 @@ def _dtype(kind: Any) -> Any:
     return getattr(of, "__args__", (of,))[0]
 
 
-_ARRAYS = {name: _dtype(kind) for name, kind in get_type_hints(SampledSequence).items()}
+_ARRAYS = {
+    name: _dtype(kind)
+    for name, kind in get_type_hints(SampledSequence).items()
+    if name != "experts"
+}
 
 
 def _pack(value: Any) -> Any:
     if isinstance(value, np.ndarray):
-        return value.tobytes()
+        return packed(value) if value.ndim > 1 else value.tobytes()
     raise NotImplementedError(type(value))
 
 
 def _unpack(kind: Any, value: Any) -> Any:
     if getattr(kind, "__origin__", None) in (np.ndarray, NDArray):
-        return np.frombuffer(value, _dtype(kind))
+        return unpacked(value) if kind == Experts else np.frombuffer(value, _dtype(kind))
     return hashable(value)
 
 
@@ -389,7 +394,8 @@ def exact(trajectory: Trajectory) -> Trajectory:
     return Trajectory(
         sequences=[
             SampledSequence(
-                **{name: np.asarray(getattr(each, name), kind) for name, kind in _ARRAYS.items()}
+                **{name: np.asarray(getattr(each, name), kind) for name, kind in _ARRAYS.items()},
+                experts=each.experts,
             )
             for each in trajectory.sequences
         ],

@@ -1,5 +1,6 @@
 """The worker protocol's routes over a fake worker."""
 
+import base64
 import itertools
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from aiohttp import web
 
 from flash.fakes.worker import FakeWorker
 from flash.hub.worker import WorkerFailure
+from flash.routed import packed
 from flash.types import SamplingParams, Weights
 from flash.worker.checksum import checksum
 
@@ -22,6 +24,7 @@ def worker_app(worker: FakeWorker) -> web.Application:
             max_tokens=asked["max_tokens"],
             temperature=asked["temperature"],
             stop_token_ids=tuple(asked["stop_token_ids"]),
+            experts_from=asked.get("routed_experts_prompt_start"),
         )
         request_id = "generate-tokens-" + body["request_id"]
         answer = await worker.generate(request_id, body["token_ids"], sampling)
@@ -35,6 +38,8 @@ def worker_app(worker: FakeWorker) -> web.Application:
             "finish_reason": answer.finish_reason,
             "weight_versions": spans,
         }
+        if answer.experts is not None:
+            choice["routed_experts"] = base64.b64encode(packed(answer.experts)).decode()
         return web.json_response({"choices": [choice]})
 
     async def abort_requests(request: web.Request) -> web.Response:

@@ -8,6 +8,7 @@ srt/managers/scheduler.py). The worker may be a fake one, or the client of a rea
 """
 
 import asyncio
+import base64
 import contextlib
 import itertools
 import tempfile
@@ -65,6 +66,8 @@ class _Generate(msgspec.Struct, forbid_unknown_fields=True):
     return_logprob: bool = False
     cache_salt: str | None = None
     stream: bool = False
+    return_routed_experts: bool = False
+    routed_experts_start_len: int = 0
 
 
 class _Pause(msgspec.Struct, forbid_unknown_fields=True):
@@ -234,6 +237,9 @@ class FakeSglang:
                 max_tokens=wanted.max_new_tokens,
                 temperature=wanted.temperature,
                 stop_token_ids=ends,
+                experts_from=asked.routed_experts_start_len
+                if asked.return_routed_experts
+                else None,
             ),
             told if on_tokens is not None else None,
         )
@@ -308,6 +314,9 @@ class FakeSglang:
         else:
             reason |= {"message": "Aborted", "status_code": None, "err_type": None}
         answer["meta_info"] |= {"finish_reason": reason, "weight_versions": spans}
+        if completion.experts is not None:
+            flat = completion.experts.astype("<i4").tobytes()
+            answer["meta_info"]["routed_experts"] = base64.b64encode(flat).decode()
         return answer
 
     def _changed_answer(self, answer: Answer) -> Answer:

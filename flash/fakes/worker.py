@@ -9,9 +9,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from flash.hub.worker import OnExit, OnReady, OnTokens, Worker, WorkerFailure
 from flash.types import (
     Completion,
+    Experts,
     FinishReason,
     SamplingParams,
     UpdateMode,
@@ -74,6 +77,8 @@ class FakeWorker:
         room: how many requests it samples at the same time; the others wait inside.
         tell_s: tell of tokens before the answer is whole, so often; None: never.
         script: the response to a prompt; without it token ids are drawn.
+        experts: it says, where it is asked, of each token that its experts are so many times its
+            place.
     """
 
     def __init__(
@@ -90,8 +95,10 @@ class FakeWorker:
         room: int | None = None,
         tell_s: float | None = None,
         script: Script | None = None,
+        experts: int = 0,
     ) -> None:
         self.name = name
+        self._experts = experts
         self.version = version
         self.running = 0
         self.max_running_seen = 0
@@ -315,7 +322,14 @@ class FakeWorker:
             temperature=sampling.temperature,
             finish_reason=ended if len(token_ids) == wanted else "abort",
             worker=self.name,
+            experts=self._experts_of(len(prompt) + len(token_ids), sampling),
         )
+
+    def _experts_of(self, tokens: int, sampling: SamplingParams) -> Experts | None:
+        if sampling.experts_from is None or not self._experts:
+            return None
+        places = np.arange(sampling.experts_from, tokens - 1, dtype=np.int16)
+        return np.repeat(places[:, None], self._experts, axis=1)
 
     def _draw(self, seconds: Seconds) -> float:
         return seconds(self._rng) if callable(seconds) else self._rng.uniform(*seconds)

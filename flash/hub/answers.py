@@ -4,16 +4,19 @@ The events, and what vLLM says in them; SGLang's words are in flash/hub/sglang_a
 """
 
 import abc
+import base64
 from collections.abc import Sequence
 
 import msgspec
 
 from flash.hub.worker import OnTokens, WorkerFailure
-from flash.types import Completion, FinishReason, SamplingParams
+from flash.routed import unpacked
+from flash.types import Completion, Experts, FinishReason, SamplingParams
 
 # vLLM sends this for a logprob that is nan.
 _CLAMPED_LOGPROB = -9000.0
-_LONGEST_LINE_BYTES = 1 << 22  # SGLang repeats all of an answer in each event
+# SGLang repeats all of an answer in each event; a token's experts may be a kilobyte.
+_LONGEST_LINE_BYTES = 1 << 26
 _EVENT = b"data: "
 _DONE = b"data: [DONE]"
 
@@ -41,6 +44,7 @@ class Choice(msgspec.Struct, gc=False):
     logprobs: _Logprobs | None
     finish_reason: FinishReason | None
     weight_versions: list[Span] | None
+    routed_experts: str | None = None  # of an answer that is complete: .npy in base64
 
     def numbers(self) -> list[float]:
         """The logprobs; ValueError for one that stands for nan."""
@@ -72,11 +76,18 @@ class EventStream(abc.ABC):
         self.logprobs: list[float] = []
         self._worker = worker
         self._on_tokens = on_tokens
-        self._rest = b""  # the beginning of a line
+        self._rest: list[bytes] = []  # the beginning of a line
+        self._rest_bytes = 0
 
     def feed(self, piece: bytes) -> None:
         """Some more bytes, cut anywhere; raises WorkerFailure for what is not of this protocol."""
-        *lines, self._rest = (self._rest + piece).split(b"\n")
+        *lines, rest = piece.split(b"\n")
+        if lines:
+            lines[0] = b"".join((*self._rest, lines[0]))
+            self._rest.clear()
+            self._rest_bytes = 0
+        self._rest.append(rest)
+        self._rest_bytes += len(rest)
         for line in lines:
             if line.startswith(_EVENT) and not self.complete and not line.startswith(_DONE):
                 self.last_event = event = line[len(_EVENT) :]
@@ -87,7 +98,7 @@ class EventStream(abc.ABC):
                 self.token_ids += token_ids
                 self.logprobs += logprobs
                 self._on_tokens(token_ids, logprobs)
-        if len(self._rest) > _LONGEST_LINE_BYTES:
+        if self._rest_bytes > _LONGEST_LINE_BYTES:
             raise WorkerFailure(f"{self._worker} sent a line of a stream that is too long")
 
     @abc.abstractmethod
@@ -131,7 +142,15 @@ def completion_of(
         temperature=sampling.temperature,
         finish_reason=last.finish_reason,
         worker=worker,
+        experts=_experts_of(last, sampling),
     )
+
+
+def _experts_of(last: Choice, sampling: SamplingParams) -> Experts | None:
+    """None if nobody asked for them, or there are none."""
+    if sampling.experts_from is None or last.routed_experts is None:
+        return None
+    return unpacked(base64.b64decode(last.routed_experts, validate=True))
 
 
 def versions_of(spans: Sequence[Span], count: int) -> list[int]:

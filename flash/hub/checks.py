@@ -7,6 +7,8 @@ from flash.hub.slot import Slot
 from flash.hub.worker import WorkerBroken
 from flash.types import Completion, SamplingParams
 
+_EXPERTS_AXES = 2
+
 
 def check_completion(answer: Completion, sampling: SamplingParams, published: Set[int]) -> None:
     """A worker that answers what can't be true has failed."""
@@ -18,6 +20,17 @@ def check_completion(answer: Completion, sampling: SamplingParams, published: Se
         )
     if not math.isfinite(sum(answer.logprobs)) and not all(map(math.isfinite, answer.logprobs)):
         raise WorkerBroken(f"{answer.worker} answered a logprob that is not finite")
+    told = answer.experts is not None or answer.finish_reason == "abort"
+    if sampling.experts_from is not None and not told:
+        raise WorkerBroken(
+            f"{answer.worker} does not tell which experts tokens were routed to: start it as "
+            f"docs/engines.md says, or leave trainer.router_replay out"
+        )
+    if answer.experts is not None and answer.experts.ndim != _EXPERTS_AXES:
+        raise WorkerBroken(
+            f"{answer.worker} answered experts of the shape {list(answer.experts.shape)}, which is "
+            f"none of tokens and their experts"
+        )
     only = answer.only_version
     versions = set(answer.versions) if only is None else {only}
     if unknown := versions - published:

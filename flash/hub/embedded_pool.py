@@ -16,6 +16,7 @@ class EmbeddedPool(ProcessPool):
     Args:
         model: directory or hub name.
         version: the policy version of that model.
+        routed_experts: whether they tell which experts tokens were routed to.
         devices: the GPUs to use, which the workers take in turn; [] leaves it to torch.
     """
 
@@ -32,6 +33,7 @@ class EmbeddedPool(ProcessPool):
         seed: int,
         log_dir: Path,
         start_timeout_s: float,
+        routed_experts: bool = False,
         devices: Sequence[Gpu] = (),
     ) -> None:
         super().__init__(size=size, log_dir=log_dir, start_timeout_s=start_timeout_s)
@@ -45,12 +47,13 @@ class EmbeddedPool(ProcessPool):
             "version": version,
         }
         self._seed = seed
+        self._switches = ["--routed-experts"] if routed_experts else []
 
     def _command(self, number: int, host: str, port: int) -> Sequence[str]:
         seed = derived(self._seed, f"worker {number}")
         options = {**self._options, "seed": seed, "host": host, "port": port}
         given = [f"--{name}={value}" for name, value in options.items()]
-        return [sys.executable, "-m", "flash.worker", *given]
+        return [sys.executable, "-m", "flash.worker", *given, *self._switches]
 
     def _environment(self, number: int) -> Mapping[str, str]:
         return {"FLASH_WORKER_API_KEY": self._api_key, **visible_gpus(self._devices, number)}

@@ -32,6 +32,7 @@ class _Sampling(msgspec.Struct, gc=False):
     ignore_eos: bool = True  # a request says where it stops, all of it
     logprobs: int = 0
     stream_interval: int | msgspec.UnsetType = msgspec.UNSET
+    routed_experts_prompt_start: int | msgspec.UnsetType = msgspec.UNSET
 
 
 class _Request(msgspec.Struct, gc=False, omit_defaults=True):
@@ -96,6 +97,8 @@ class HttpWorker(ServerClient):
             cache_salt=self._cache_salt,
             model=self._model,
         )
+        if sampling.experts_from is not None:
+            request.sampling_params.routed_experts_prompt_start = sampling.experts_from
         if on_tokens is not None and sampling.max_tokens >= STREAMED_FROM_TOKENS:
             request.sampling_params.stream_interval = STREAM_INTERVAL
             request.stream = True

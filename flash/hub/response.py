@@ -4,7 +4,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from flash.types import Completion, FinishReason, GenerateRequest, SamplingParams
+import numpy as np
+
+from flash.types import Completion, Experts, FinishReason, GenerateRequest, SamplingParams
 
 
 @dataclass(slots=True, eq=False)
@@ -59,13 +61,17 @@ class Response:
         self._token_ids: list[int] = []
         self._logprobs: list[float] = []
         self._versions: list[int] = []
+        self._experts: list[Experts] = []
 
     def rest(self) -> tuple[Sequence[int], SamplingParams]:
         """What to ask for next: the prompt with all that there is, and how to go on from it."""
+        sampling = self._request.sampling
+        if sampling.experts_from is not None:
+            known = sum(map(len, self._experts))
+            sampling = replace(sampling, experts_from=sampling.experts_from + known)
         if not self._token_ids:
-            return self._request.token_ids, self._request.sampling
-        left = self._request.sampling.max_tokens - len(self._token_ids)
-        sampling = replace(self._request.sampling, max_tokens=left)
+            return self._request.token_ids, sampling
+        sampling = replace(sampling, max_tokens=sampling.max_tokens - len(self._token_ids))
         return [*self._request.token_ids, *self._token_ids], sampling
 
     def begin(self, version: int) -> PartialCompletion:
@@ -76,7 +82,8 @@ class Response:
     def add(self, part: Completion, *, worker: str) -> Completion | None:
         """Joins what a worker sampled to the rest; the whole completion once that was all."""
         temperature = self._request.sampling.temperature
-        if not self._token_ids and part.finish_reason != "abort":  # as nearly always
+        told = self._token_ids or self._experts
+        if not told and part.finish_reason != "abort":  # as nearly always
             self._count(len(part.token_ids))
             if part.worker == worker and part.temperature == temperature:
                 return part
@@ -84,6 +91,8 @@ class Response:
         self._token_ids += part.token_ids
         self._logprobs += part.logprobs
         self._versions += part.versions
+        if part.experts is not None:
+            self._experts.append(part.experts)
         self._count(len(self._token_ids))
         reason: FinishReason = part.finish_reason
         if reason == "abort":
@@ -97,6 +106,7 @@ class Response:
             temperature=temperature,
             finish_reason=reason,
             worker=worker,
+            experts=np.concatenate(self._experts) if self._experts else None,
         )
 
     def _count(self, sampled: int) -> None:

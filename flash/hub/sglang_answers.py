@@ -7,14 +7,16 @@ many as the count has grown by. (SGLang 0.5.23: `_handle_batch_output` and `_han
 srt/managers/tokenizer_manager.py.)
 """
 
+import base64
 from typing import Any, Literal
 
 import msgspec
+import numpy as np
 
 from flash.hub.answers import EventStream, Span, versions_of
 from flash.hub.server_client import refusal
 from flash.hub.worker import WorkerBroken, WorkerFailure
-from flash.types import Completion, FinishReason, SamplingParams
+from flash.types import Completion, Experts, FinishReason, SamplingParams
 
 _BAD_REQUEST = 400
 
@@ -31,6 +33,8 @@ class _Meta(msgspec.Struct, gc=False):
     completion_tokens: int
     output_token_logprobs: list[tuple[float | None, int, Any]] = []  # with the token, and its text
     weight_versions: list[Span] | None = None  # of an answer that is complete
+    prompt_tokens: int = 0
+    routed_experts: str | None = None  # of an answer that is complete: int32 in base64
 
 
 class _Error(msgspec.Struct, gc=False):
@@ -120,7 +124,17 @@ def completion_of(
         temperature=sampling.temperature,
         finish_reason=_reason(meta.finish_reason, sampling, worker),
         worker=worker,
+        experts=_experts_of(meta, sampling, len(token_ids)),
     )
+
+
+def _experts_of(meta: _Meta, sampling: SamplingParams, sampled: int) -> Experts | None:
+    """None if nobody asked for them, or there are none."""
+    if sampling.experts_from is None or meta.routed_experts is None:
+        return None
+    flat = np.frombuffer(base64.b64decode(meta.routed_experts, validate=True), "<i4")
+    tokens = meta.prompt_tokens + sampled - 1 - sampling.experts_from
+    return flat.reshape(tokens, -1).astype(np.int16) if tokens > 0 else None
 
 
 def _reason(reason: _Reason, sampling: SamplingParams, worker: str) -> FinishReason:

@@ -12,6 +12,7 @@ class SglangPool(ServerPool):
 
     Args:
         keeps_stale: whether a publish may keep keys and values: steps do not overlap then.
+        routed_experts: whether they tell which experts tokens were routed to.
         options: as of every pool of servers.
     """
 
@@ -23,9 +24,17 @@ class SglangPool(ServerPool):
     _SERVER = "flash.worker.sglang_server"
     _MODEL, _SEED = "model-path", "random-seed"
 
-    def __init__(self, model: str, *, keeps_stale: bool = False, **options: Any) -> None:
+    def __init__(
+        self,
+        model: str,
+        *,
+        keeps_stale: bool = False,
+        routed_experts: bool = False,
+        **options: Any,
+    ) -> None:
         super().__init__(model, **options)
         self._keeps_stale = keeps_stale
+        self._routed_experts = routed_experts
 
     def _options(self) -> Mapping[str, object]:
         options: dict[str, object] = {
@@ -47,6 +56,8 @@ class SglangPool(ServerPool):
             options["enable-memory-saver"] = None
         if self._keeps_stale:
             options["disable-overlap-schedule"] = None
+        if self._routed_experts:
+            options["enable-return-routed-experts"] = None
         return options
 
     def _variables(self) -> Mapping[str, str]:

@@ -41,6 +41,8 @@ class _Request(msgspec.Struct, gc=False, omit_defaults=True):
     return_logprob: bool
     cache_salt: str = ""
     stream: bool = False
+    return_routed_experts: bool = False
+    routed_experts_start_len: int = 0
 
 
 class _ServerInfo(msgspec.Struct):
@@ -76,6 +78,8 @@ class SglangWorker(ServerClient):
             ),
             return_logprob=True,
             cache_salt=self._cache_salt,
+            return_routed_experts=sampling.experts_from is not None,
+            routed_experts_start_len=sampling.experts_from or 0,
         )
         self._running += 1
         self._idle.clear()

@@ -14,6 +14,7 @@ class VllmPool(ServerPool):
 
     Args:
         adapter_rank: of the adapters that servers are given; 0: they are given whole weights.
+        routed_experts: whether they tell which experts tokens were routed to.
         options: as of every pool of servers.
     """
 
@@ -28,9 +29,12 @@ class VllmPool(ServerPool):
     _SERVER = "vllm.entrypoints.launchers.api_server.entry"
     _MODEL, _SEED = "model", "seed"
 
-    def __init__(self, model: str, *, adapter_rank: int = 0, **options: Any) -> None:
+    def __init__(
+        self, model: str, *, adapter_rank: int = 0, routed_experts: bool = False, **options: Any
+    ) -> None:
         super().__init__(model, **options)
         self._adapter_rank = adapter_rank
+        self._routed_experts = routed_experts
 
     def _options(self) -> Mapping[str, object]:
         options: dict[str, object] = {
@@ -58,6 +62,8 @@ class VllmPool(ServerPool):
         if self._adapter_rank:
             options["enable-lora"] = None
             options["max-lora-rank"] = next(r for r in ADAPTER_RANKS if r >= self._adapter_rank)
+        if self._routed_experts:
+            options["enable-return-routed-experts"] = None
         return options
 
     def _variables(self) -> Mapping[str, str]:

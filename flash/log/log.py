@@ -311,7 +311,7 @@ class Log(Observer):
             prompt_sum=step.prompt_sum, token_ids=completion.token_ids,
             logprobs=completion.logprobs, versions=completion.versions,
             temperature=completion.temperature, finish_reason=completion.finish_reason,
-            worker=completion.worker,
+            worker=completion.worker, experts=completion.experts,
         )  # fmt: skip
 
     def begun_anew(self, episode: Episode) -> None:
@@ -343,6 +343,7 @@ class Log(Observer):
                 token_ids=sequence.token_ids, logprobs=sequence.logprobs,
                 versions=sequence.versions, loss_mask=sequence.loss_mask,
                 temperatures=sequence.temperatures, turns=sequence.turns,
+                experts=sequence.experts,
             )  # fmt: skip
         self._add("delete", COMPLETIONS, episode=episode.id)  # the sequences have all of them
 

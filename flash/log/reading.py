@@ -176,6 +176,7 @@ class Reader:
                     versions=row.versions.astype(np.int64),
                     temperatures=row.temperatures,
                     turns=row.turns.astype(np.int64),
+                    experts=row.experts,
                 )
             )
         return found
@@ -201,6 +202,7 @@ class Reader:
                 temperature=row.temperature,
                 finish_reason=row.finish_reason,
                 worker=row.worker,
+                experts=row.experts,
             )
             sampled = Sampled(prompt_sum=row.prompt_sum, completion=completion)
             steps[row.episode].append((row.step, row.at, sampled))

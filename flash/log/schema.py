@@ -16,7 +16,7 @@ from sqlalchemy import (
     Table,
 )
 
-from flash.log.columns import Array, Json, States, Words
+from flash.log.columns import Array, Experts, Json, States, Words
 
 METADATA = MetaData()
 
@@ -36,6 +36,7 @@ def _arrays() -> list[Column[object]]:
         Column("token_ids", Array("<i4"), nullable=False),
         Column("logprobs", Array("<f4"), nullable=False),
         Column("versions", Array("<i4"), nullable=False),
+        Column("experts", Experts),
     ]
 
 

@@ -76,6 +76,7 @@ def _factory(
         "max_sequence_tokens": settings.max_sequence_tokens,
         "temperature": config.eval.temperature if heldout else settings.temperature,
         "episode_timeout_s": settings.episode_timeout_s,
+        "experts": config.trainer.router_replay and not heldout,
         "reward_stage": playing.reward,
     }
     if settings.run:

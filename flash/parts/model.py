@@ -31,17 +31,18 @@ async def prepared_model(config: Config, on_progress: OnProgress) -> str:
             reference, field="trainer.kl.reference", sequence_ranks=sequence_ranks
         )
     if config.model != SMALL:
-        local = Path(config.model).expanduser()
+        model, local = config.model, Path(config.model).expanduser()
         if local.is_dir():
-            await check_model_files(str(local), lora=lora, sequence_ranks=sequence_ranks)
-            return str(local)
-        settings, engine = _hub_config(config.model), config.engine
-        longest = config.agent.max_sequence_tokens
-        check_positions(settings, model=config.model, max_sequence_tokens=longest)
-        if not engine.urls:
-            check_heads(settings, model=config.model, tensor_parallel=engine.tensor_parallel)
-        await check_model_files(config.model, lora=lora, sequence_ranks=sequence_ranks)
-        return config.model
+            model = str(local)
+        else:
+            settings, engine = _hub_config(model), config.engine
+            longest = config.agent.max_sequence_tokens
+            check_positions(settings, model=model, max_sequence_tokens=longest)
+            if not engine.urls:
+                check_heads(settings, model=model, tensor_parallel=engine.tensor_parallel)
+        replays = config.trainer.router_replay
+        await check_model_files(model, lora=lora, sequence_ranks=sequence_ranks, replays=replays)
+        return model
     env_key = key_of(of_set.env.model_dump() for of_set in config.sets.values())
     path = await small_model(
         envs=[registry.environment(env["name"])(**env["options"]) for env in env_key],
@@ -85,14 +86,20 @@ async def parameters_of(model: str) -> int:
 
 
 async def check_model_files(
-    model: str, *, field: str = "model", lora: LoraConfig | None = None, sequence_ranks: int = 1
+    model: str,
+    *,
+    field: str = "model",
+    lora: LoraConfig | None = None,
+    sequence_ranks: int = 1,
+    replays: bool = False,
 ) -> None:
     """ValueError for a model whose files are not whole, don't fit together, or can't be trained, or
-    not with those adapters, or not by so many ranks to a sequence."""
+    not with those adapters, or not by so many ranks to a sequence, or not with experts that others
+    chose."""
     from flash.trainer.model_files import check_files  # noqa: PLC0415  (seconds to import)
 
     await asyncio.to_thread(
-        check_files, model, field=field, lora=lora, sequence_ranks=sequence_ranks
+        check_files, model, field=field, lora=lora, sequence_ranks=sequence_ranks, replays=replays
     )
 
 

@@ -220,6 +220,7 @@ def _workers(
         dtype=engine.dtype,
         version=version,
         seed=config.seed,
+        routed_experts=config.trainer.router_replay,
         log_dir=log_dir,
         start_timeout_s=engine.start_timeout_s,
     )
@@ -254,6 +255,7 @@ def _server_pool(
         "log_dir": log_dir,
         "start_timeout_s": engine.start_timeout_s,
         "sleeps": shared,
+        "routed_experts": config.trainer.router_replay,
         "say": say,
     }
     sends = engine.transport == "nccl"

@@ -88,6 +88,8 @@ MORE_METRICS = {
     "mismatch/kl_fresh": "KL(behaviour ‖ proximal) of tokens of age 0: engine against trainer; "
     "engine.update_mode=keep_stale_kv lets some of them see keys and values of older weights",
     "mismatch/kl_stale": "KL(behaviour ‖ proximal) of older tokens: staleness as well",
+    "mismatch/experts": "share of layers in which the trainer's routers would have chosen other "
+    "experts than the worker's, whose are taken (trainer.router_replay)",
     "kl_reference": "KL(policy ‖ reference) in nats a token, k3 estimate",
     "entropy": "of the policy's choice of each trained token, in nats",
     "expert/loss": "-log π of an expert's tokens; `loss` is of the own samples; both unweighted",

@@ -101,6 +101,11 @@ class TrainerConfig(Section):
     compile: bool = Field(
         False, description="layers by torch.compile: minutes at the start, then quicker passes"
     )
+    router_replay: bool = Field(
+        False,
+        description="a mixture of experts takes for each token the experts that the worker chose "
+        "when it sampled, with its own weights of them; see docs/models.md",
+    )
     threads: int = Field(0, ge=0, description="CPU threads of a rank; 0 leaves it to torch")
     start_timeout_s: float = Field(600.0, gt=0, description="for the ranks to load the model")
     step_timeout_s: float = Field(1800.0, gt=0, description="for any one step, export or save")
@@ -171,6 +176,15 @@ class TrainerConfig(Section):
                     f"trainer.{field}={size} does not divide trainer.ranks={self.ranks}: use a "
                     f"divisor of it, or leave it out"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _routers_are_called(self) -> Self:
+        if self.router_replay and self.compile:
+            raise ValueError(
+                "trainer.router_replay=true with trainer.compile=true: what routers take is no "
+                "part of a compiled layer: use one of the two"
+            )
         return self
 
     @model_validator(mode="after")

@@ -31,8 +31,9 @@ from flash.trainer.fused import fuse, fuse_layers
 from flash.trainer.layers import compile_layers
 from flash.trainer.lora import add_adapters, begin_adapters, own_layer
 from flash.trainer.model_files import check_found, empty_model, read_config, weight_files
+from flash.trainer.router_replay import Routers
 from flash.trainer.scorer import TokenScorer
-from flash.trainer.self_test import check_packed
+from flash.trainer.self_test import check_packed, check_replay
 from flash.trainer.sequence_parallel import SequenceGroup, check_config
 from flash.trainer.sharding import shard
 
@@ -55,14 +56,15 @@ def sharded_scorer(
     half: bool,
     adapters: int | None = None,
     group: SequenceGroup | None = None,
+    replays: bool = False,
 ) -> TokenScorer:
     """What scores tokens with a model, loaded and sharded over all ranks; a collective.
 
     `adapters`: their seed, if it gets those of `config.lora`. `group`: the ranks that share each
-    pass.
+    pass. `replays`: whether its routers take the experts that workers chose.
 
-    ValueError if the model's files are not whole, or it can't compute packed sequences. That is
-    compared in float32, also where layers compute in bfloat16.
+    ValueError if the model's files are not whole, or it can't compute packed sequences, or not with
+    such experts. That is compared in float32, also where layers compute in bfloat16.
     """
     checked: Any = _unloaded_scorer(source, config, half=False, group=group)
     load_weights(checked.model, source, device)
@@ -70,6 +72,9 @@ def sharded_scorer(
     # test can call the model in it.
     check_packed(checked)
     fused = not config.compile and fuse(checked)  # torch.compile fuses the same
+    if replays:
+        checked.routers = Routers(checked.model)
+        check_replay(checked)
     checked.reshard()
     scorer: TokenScorer = checked
     if half or adapters is not None:
@@ -82,6 +87,8 @@ def sharded_scorer(
             begin_adapters(scorer, seed=adapters, device=device)
         if fused:
             fuse_layers(scorer.model)
+        if replays:
+            scorer.routers = Routers(scorer.model)
     if config.compile:
         compile_layers(scorer.model)
     return scorer

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flash.trainer.objectives.token_batch import TokenBatch
 from flash.trainer.values import ValuedSample
-from flash.types import Sample
+from flash.types import UNKNOWN_EXPERT, Experts, Sample
 
 # A rank without samples passes something too, because every pass is a collective.
 _NOTHING = Sample.supervised([0, 0], [0, 0], episode=-1)
@@ -21,8 +21,8 @@ _NOTHING = Sample.supervised([0, 0], [0, 0], episode=-1)
 class MicroBatch:
     """One micro-batch. `trained_T` are indices into N; `loss_weights_T` is mask times scale.
 
-    `temperatures_T` is None if all of them were sampled at 1. `values_T` and `returns_T` are 0
-    without a critic.
+    `temperatures_T` is None if all of them were sampled at 1, `experts_NR` if no worker told any
+    (int16; R experts of a token). `values_T` and `returns_T` are 0 without a critic.
     """
 
     token_ids_N: Tensor
@@ -31,6 +31,7 @@ class MicroBatch:
     mask_T: Tensor
     loss_weights_T: Tensor
     temperatures_T: Tensor | None
+    experts_NR: Tensor | None
     behaviour_logprobs_T: Tensor
     advantages_T: Tensor
     rewards_T: Tensor
@@ -90,6 +91,7 @@ def pack(
 
     advantages_N = [np.broadcast_to(s.advantage, n) for s, n in zip(samples, lengths, strict=True)]
     temperatures_T = of_tokens("temperatures").astype(np.float32)
+    experts_NR = _experts(samples)
     mask_T = mask_N[trained_T].astype(np.float32)
     loss_weights_T = mask_T * np.asarray(scales, np.float64)[sequences_T]
     return MicroBatch(
@@ -99,6 +101,7 @@ def pack(
         mask_T=on_device(mask_T),
         loss_weights_T=on_device(loss_weights_T.astype(np.float32)),
         temperatures_T=None if (temperatures_T == 1).all() else on_device(temperatures_T),
+        experts_NR=None if experts_NR is None else on_device(experts_NR),
         behaviour_logprobs_T=on_device(of_tokens("logprobs").astype(np.float32)),
         advantages_T=on_device(np.concatenate(advantages_N)[trained_T].astype(np.float32)),
         rewards_T=on_device(of_samples([sample.reward for sample in samples])),
@@ -107,3 +110,23 @@ def pack(
         values_T=on_device(of_critic("values")),
         returns_T=on_device(of_critic("returns")),
     )
+
+
+def _experts(samples: Sequence[Sample]) -> Experts | None:
+    """Of all their tokens, [N, R]; None if no sample has any."""
+    told = {sample.experts.shape[1] for sample in samples if sample.experts is not None}
+    if not told:
+        return None
+    if len(told) > 1:
+        raise ValueError(
+            f"some samples have {min(told)} experts for each token, and others {max(told)}: have "
+            f"all workers serve the model that is trained"
+        )
+    unknown_R = np.full(told.pop(), UNKNOWN_EXPERT, np.int16)
+    experts_NR: Experts = np.concatenate(
+        [
+            np.tile(unknown_R, (sample.num_tokens, 1)) if sample.experts is None else sample.experts
+            for sample in samples
+        ]
+    )
+    return experts_NR

@@ -28,6 +28,7 @@ from flash.trainer.attention import PACKED_ATTENTION
 from flash.trainer.checkpoint import ADAPTERS_FILE, STATE_FILE
 from flash.trainer.config import LoraConfig
 from flash.trainer.lora import check_targets
+from flash.trainer.router_replay import Routers
 from flash.trainer.scorer import TokenScorer, by_itself
 from flash.trainer.self_test import check_layers
 from flash.trainer.sequence_parallel import check_config
@@ -42,7 +43,12 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "added_tokens.jso
 
 
 def check_files(
-    source: str, *, field: str, lora: LoraConfig | None = None, sequence_ranks: int = 1
+    source: str,
+    *,
+    field: str,
+    lora: LoraConfig | None = None,
+    sequence_ranks: int = 1,
+    replays: bool = False,
 ) -> Any:
     """The model's configuration, if its weights are whole and fit it, and it can be trained.
 
@@ -51,6 +57,7 @@ def check_files(
         field: the setting that names it.
         lora: the adapters that it is to have.
         sequence_ranks: that are to share each of its passes.
+        replays: whether its routers are to take the experts that workers chose.
 
     Raises ValueError with what is wrong and what to do.
     """
@@ -62,6 +69,8 @@ def check_files(
         _check_weights(model, _headers(source))
         with contextlib.suppress(RuntimeError):  # it takes weights, so the ranks will see
             check_layers(TokenScorer(model))
+        if replays:
+            Routers(model)
         check_small_copy(config)
     except ValueError as error:
         why = " ".join(str(error).split())

@@ -114,7 +114,9 @@ class Rank:
         self._reference: Callable[..., Tensor] | None = None
         try:
             adapted = config.lora.rank > 0
-            self._scorer = self._loaded(model, adapters=seed if adapted else None)
+            self._scorer = self._loaded(
+                model, adapters=seed if adapted else None, replays=config.router_replay
+            )
             self._model: Any = self._scorer.model
             if adapted and checkpoint is not None:
                 load_adapters(self._model, Path(checkpoint) / MODEL_FOLDER, config.lora)
@@ -158,7 +160,9 @@ class Rank:
             meeting.host, meeting.port, world_size=ranks, wait_for_workers=False, **more
         )
 
-    def _loaded(self, source: str, adapters: int | None = None) -> TokenScorer:
+    def _loaded(
+        self, source: str, *, adapters: int | None = None, replays: bool = False
+    ) -> TokenScorer:
         return sharded_scorer(
             source,
             self._config,
@@ -166,6 +170,7 @@ class Rank:
             half=self._half,
             adapters=adapters,
             group=self._group,
+            replays=replays,
         )
 
     def room(self, alone: bool = False) -> Room | None:
@@ -333,8 +338,13 @@ class Rank:
             micro.lengths,
             micro.trained_T,
             temperatures_T=micro.temperatures_T,
+            experts_NR=micro.experts_NR,
             with_entropy=bonus > 0,
         )
+        if self._scorer.routers is not None:  # before the backward pass, in which they may choose
+            differing_N, known_N = self._scorer.routers.differing()
+            at_T = micro.trained_T - 1  # what a token was chosen from
+            statistics.add_mean("mismatch/experts", differing_N[at_T], micro.mask_T * known_N[at_T])
         logprobs_T = scored[0] if bonus else scored
         batch = micro.with_logprobs(logprobs_T, proximal_T, number / mini_batches)
         more: dict[str, Tensor] = {}
@@ -388,12 +398,15 @@ class Rank:
         return Scores(logprobs=logprobs, largest_logit=largest)
 
     @torch.no_grad()
-    def _score(self, micro: MicroBatch, scorer: Callable[..., Tensor] | None = None) -> Tensor:
-        logprobs_T: Tensor = (scorer or self._scorer)(
+    def _score(self, micro: MicroBatch, other: Callable[..., Tensor] | None = None) -> Tensor:
+        """By the policy with the experts that workers chose, or by another model."""
+        experts = {"experts_NR": micro.experts_NR} if other is None else {}
+        logprobs_T: Tensor = (other or self._scorer)(
             micro.token_ids_N,
             micro.lengths,
             micro.trained_T,
             temperatures_T=micro.temperatures_T,
+            **experts,
         )
         return logprobs_T
 

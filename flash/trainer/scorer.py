@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flash.trainer.attention import Packing
+from flash.trainer.router_replay import Routers
 from flash.trainer.sequence_parallel import SequenceGroup
 
 # Heads that are more than one matrix; their models compute their own logits.
@@ -60,6 +61,7 @@ class TokenScorer(nn.Module):
         self.group = group
         self._plain_head = not any(getattr(config, name, None) for name in _HEAD_SETTINGS)
         self.kept_logits = kept_logits
+        self.routers: Routers | None = None  # those that take experts, if it has such
         self._chunk = max(1, kept_logits // int(config.vocab_size))
 
     def forward(
@@ -69,6 +71,7 @@ class TokenScorer(nn.Module):
         scored_T: Tensor,
         *,
         temperatures_T: Tensor | None = None,
+        experts_NR: Tensor | None = None,
         with_entropy: bool = False,
         with_size: bool = False,
     ) -> Tensor:
@@ -78,8 +81,11 @@ class TokenScorer(nn.Module):
         end. The first token of a sequence has no logprob and must not be asked for. With
         `temperatures_T` they are those of a sampler at these temperatures. With `with_entropy` the
         answer is [2, T]: logprobs, and the entropy of what each token was chosen from; with
-        `with_size` the latter is the size of the largest logit of these.
+        `with_size` the latter is the size of the largest logit of these. `experts_NR` are those
+        that routers take (flash/trainer/router_replay.py).
         """
+        if self.routers is not None:
+            self.routers.take(experts_NR)
         more = _entropy if with_entropy else _size if with_size else None
         part = Pass.of(token_ids_N, lengths, scored_T, self.group)
         targets_T = part.own(token_ids_N[scored_T])

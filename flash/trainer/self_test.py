@@ -127,6 +127,39 @@ def differs(config: Any, tokens: int, gap: float, *, seen_in: str = "") -> str:
     )
 
 
+@torch.no_grad()
+def check_replay(scorer: TokenScorer) -> None:
+    """ValueError that names why the model's routers can't take the experts that workers chose.
+
+    The model is whole here, in float32, and evaluates. What its routers chose must make the
+    logprobs that they make, and each other choice must have a weight.
+    """
+    model: Any = scorer.model
+    assert scorer.routers is not None
+    refused = f"trainer.router_replay=true: model_type={model.config.model_type!r}"
+
+    def logprobs(experts_NR: Tensor | None) -> Tensor:
+        compared = _compared(model.config)
+        return torch.cat(_packed_logprobs(scorer, compared, model.device, experts_NR))
+
+    own = logprobs(None)
+    try:
+        chosen, others = scorer.routers.chosen(), scorer.routers.others()
+    except ValueError as error:
+        raise ValueError(f"{refused}: {error}: leave it out, or give another model") from error
+    gap = float((logprobs(chosen) - own).abs().max())
+    if not gap <= LIMIT:
+        raise ValueError(
+            f"{refused} computes other logprobs with the experts that its own routers chose, by "
+            f"{gap:.2g} nats: leave it out, or give another model"
+        )
+    if torch.equal(logprobs(others), own) or not scorer.routers.all_scored():
+        raise ValueError(
+            f"{refused} gives no weight to experts that its routers did not choose: leave it out, "
+            f"or give another model"
+        )
+
+
 def _compared(config: Any) -> list[list[int]]:
     return [text for text in texts(config) if len(text) > 1]
 
@@ -136,7 +169,12 @@ def _count(text: list[int]) -> int:
     return min(_COMPARED, len(text) - 1)
 
 
-def _packed_logprobs(scorer: TokenScorer, compared: list[list[int]], device: Any) -> list[Tensor]:
+def _packed_logprobs(
+    scorer: TokenScorer,
+    compared: list[list[int]],
+    device: Any,
+    experts_NR: Tensor | None = None,
+) -> list[Tensor]:
     """Of the last tokens of each text, all computed at once."""
     lengths = [len(text) for text in compared]
     counts = [_count(text) for text in compared]
@@ -146,7 +184,8 @@ def _packed_logprobs(scorer: TokenScorer, compared: list[list[int]], device: Any
         for end, count in zip(ends, counts, strict=True)
     ]
     token_ids_N = torch.tensor([token for text in compared for token in text], device=device)
-    return list(scorer(token_ids_N, lengths, torch.cat(scored)).split(counts))
+    logprobs_T = scorer(token_ids_N, lengths, torch.cat(scored), experts_NR=experts_NR)
+    return list(logprobs_T.split(counts))
 
 
 @contextlib.contextmanager

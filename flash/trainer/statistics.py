@@ -48,30 +48,30 @@ class StepStatistics:
         self.add_loss(micro, total_loss_T)
         mask_T = micro.mask_T.double()
         for name, value_T in more.items():
-            self._add(name, value_T, mask_T)
+            self.add_mean(name, value_T, mask_T)
         if loss.weight_T is None:
             return
         nothing_T = torch.zeros_like(mask_T)
         logprobs_T, behaviour_T = batch.logprobs_T.detach(), batch.behaviour_logprobs_T
         ratio_T = exp(logprobs_T - behaviour_T)
-        self._add("kl_behaviour", kl_estimate(behaviour_T, logprobs_T, "k3"), mask_T)
-        self._add("importance", ratio_T, mask_T)
-        self._add("importance squared", ratio_T.double() ** 2, mask_T)
-        self._add("weight", loss.weight_T, mask_T)
-        self._add("weight squared", loss.weight_T.double() ** 2, mask_T)
+        self.add_mean("kl_behaviour", kl_estimate(behaviour_T, logprobs_T, "k3"), mask_T)
+        self.add_mean("importance", ratio_T, mask_T)
+        self.add_mean("importance squared", ratio_T.double() ** 2, mask_T)
+        self.add_mean("weight", loss.weight_T, mask_T)
+        self.add_mean("weight squared", loss.weight_T.double() ** 2, mask_T)
         self._weights.append(loss.weight_T)
         for name, part_T in (
             ("ratio/clip_fraction", loss.stopped_T),
             ("weight/capped_fraction", loss.capped_T),
         ):
-            self._add(name, nothing_T if part_T is None else part_T, mask_T)
+            self.add_mean(name, nothing_T if part_T is None else part_T, mask_T)
         proximal_T = batch.proximal_logprobs_T
         known_T = mask_T if proximal_known else nothing_T
         fresh_T = batch.ages_T == 0
         mismatch_T = kl_estimate(behaviour_T, proximal_T, "k3")
-        self._add("ratio/mean", exp(logprobs_T - proximal_T), known_T)
-        self._add("mismatch/kl_fresh", mismatch_T, known_T * fresh_T)
-        self._add("mismatch/kl_stale", mismatch_T, known_T * ~fresh_T)
+        self.add_mean("ratio/mean", exp(logprobs_T - proximal_T), known_T)
+        self.add_mean("mismatch/kl_fresh", mismatch_T, known_T * fresh_T)
+        self.add_mean("mismatch/kl_stale", mismatch_T, known_T * ~fresh_T)
         if proximal_known and bool(fresh_T.any()):
             gap_T = (proximal_T - behaviour_T).abs()
             self._gap = torch.maximum(self._gap, gap_T[fresh_T].max())
@@ -107,7 +107,8 @@ class StepStatistics:
             found |= self._percentiles()
         return found
 
-    def _add(self, name: str, values_T: Tensor, weights_T: Tensor) -> None:
+    def add_mean(self, name: str, values_T: Tensor, weights_T: Tensor) -> None:
+        """Of one micro-batch what `name` is the weighted mean of."""
         sums = torch.stack([(values_T * weights_T).sum(), weights_T.sum()]).double()
         self._sums[name] = self._sums[name] + sums if name in self._sums else sums
 

@@ -38,11 +38,12 @@ class GpuKernels:
     paged: Callable[..., Tensor]
 
 
-def use(model: Any, manager: Any, *, longest: int) -> None:
+def use(model: Any, manager: Any, *, longest: int, graphs: bool) -> None:
     """Switch a model to what serves it best, before its manager is started: the probe that follows
     each publish compares what it then computes with the trainer.
 
-    `longest` is the most tokens that a request may have.
+    `longest` is the most tokens that a request may have; `graphs`: whether steps may be CUDA
+    graphs, in which nothing of the model's is called.
     """
     if model.device.type == "cpu":
         # For a layer with a window the cache keeps no more than that, and transformers' way knows.
@@ -53,7 +54,7 @@ def use(model: Any, manager: Any, *, longest: int) -> None:
     if can_fuse(model):
         fuse_layers(model)
     if (kernels := _kernels_for(model)) is not None:
-        use_kernels(model, manager, kernels, longest=longest, graphs=True)
+        use_kernels(model, manager, kernels, longest=longest, graphs=graphs)
     elif model.device.type == "cuda":
         # cuDNN's kernel plans anew for each length, which takes 70 ms.
         torch.backends.cuda.enable_cudnn_sdp(False)

@@ -33,6 +33,7 @@ class WorkerConfig:
     max_running: Annotated[int, "requests in one step"] = 64
     cache_tokens: Annotated[int, "room for keys and values"] = 65_536
     threads: Annotated[int, "CPU threads; 0 leaves it to torch"] = 0
+    routed_experts: Annotated[bool, "tell which experts tokens were routed to"] = False
     version: Annotated[int, "policy version of the model"] = 0
     seed: Annotated[int, "of sampling"] = 0
     api_key: str = ""
@@ -59,7 +60,9 @@ def parse(arguments: Sequence[str], prog: str) -> WorkerConfig:
         names = ["--" + field.name.replace("_", "-")]
         if "_" in field.name:
             names.append("--" + field.name)
-        if field.name == "model":
+        if kind is bool:
+            parser.add_argument(*names, action="store_true", help=about)
+        elif field.name == "model":
             parser.add_argument(*names, type=kind, help=about, required=True)
         else:
             parser.add_argument(

@@ -28,7 +28,9 @@ from flash.errors import InferenceFailure
 from flash.positions import positions_of
 from flash.system.quiet import no_progress_bars
 from flash.trainer.self_test import own_attention, plain_logits
+from flash.types import Experts
 from flash.worker import attention
+from flash.worker.experts import RoutedExperts
 
 PauseMode = Literal["keep", "abort", "wait"]
 
@@ -53,16 +55,22 @@ class EngineRequest:
     max_tokens: int
     temperature: float = 1.0
     stop_token_ids: Sequence[int] = ()
+    experts_from: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineResult:
-    """What was sampled; `spans` are (version, start, end), end excluded, without gaps."""
+    """What was sampled; `spans` are (version, start, end), end excluded, without gaps.
+
+    `experts` are those of the tokens from the request's `experts_from` on, as in
+    `flash.types.Completion`; None if the engine does not tell them.
+    """
 
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: Literal["stop", "length", "abort"]
     spans: list[tuple[int, int, int]]
+    experts: Experts | None = None
 
 
 class EngineDied(InferenceFailure):
@@ -94,6 +102,7 @@ class EmbeddedEngine:
         model: a directory or a hub name.
         cache_tokens: room for keys and values, in tokens; a request must fit in alone.
         max_running: requests in one step.
+        routed_experts: whether it tells which experts tokens were routed to.
 
     Use it from one event loop only.
     """
@@ -106,6 +115,7 @@ class EmbeddedEngine:
         dtype: str,
         cache_tokens: int,
         max_running: int,
+        routed_experts: bool = False,
         version: int = 0,
         seed: int = 0,
     ) -> None:
@@ -138,11 +148,14 @@ class EmbeddedEngine:
                 ),
             )
             # After the manager is made, which knows its own kinds only.
-            attention.use(self._model, self._manager, longest=self.longest)
+            attention.use(
+                self._model, self._manager, longest=self.longest, graphs=not routed_experts
+            )
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # the boundary to transformers, which raises all kinds
             raise ValueError(cannot_serve(self.config.model_type, error)) from error
+        self._experts = RoutedExperts(self._model, self._manager) if routed_experts else None
         self._running: dict[str, _Running] = {}
         self._gate = asyncio.Event()  # open unless a pause waits for the running ones to end
         self._gate.set()
@@ -189,6 +202,8 @@ class EmbeddedEngine:
         running = _Running(request, asyncio.get_running_loop().create_future())
         self._running[request.request_id] = running
         self._idle.clear()
+        if self._experts is not None:
+            self._experts.begin(request.request_id)
         try:
             self._manager.register_result_handler(request.request_id, self._on_output)
             added = self._manager.add_request(
@@ -206,6 +221,8 @@ class EmbeddedEngine:
             raise
         finally:
             del self._running[request.request_id]
+            if self._experts is not None:
+                self._experts.end(request.request_id)
             if not self._running:
                 self._idle.set()
 
@@ -317,9 +334,17 @@ class EmbeddedEngine:
         reason: Literal["stop", "length", "abort"],
     ) -> None:
         running.close_span(self.version, len(token_ids))
+        request, experts = running.request, None
+        if self._experts is not None:
+            end = len(request.token_ids) + len(token_ids) - 1
+            experts = self._experts.of(request.request_id, request.experts_from, end)
         running.result.set_result(
             EngineResult(
-                token_ids=token_ids, logprobs=logprobs, finish_reason=reason, spans=running.spans
+                token_ids=token_ids,
+                logprobs=logprobs,
+                finish_reason=reason,
+                spans=running.spans,
+                experts=experts,
             )
         )
 
@@ -365,6 +390,11 @@ class EmbeddedEngine:
         vocabulary = self._model.config.get_text_config().vocab_size
         if min(request.token_ids) < 0 or max(request.token_ids) >= vocabulary:
             raise ValueError(f"token_ids must lie in 0 … {vocabulary - 1}, the model's vocabulary")
+        if not 0 <= request.experts_from <= len(request.token_ids):
+            raise ValueError(
+                f"routed_experts_prompt_start={request.experts_from} must lie within the "
+                f"{len(request.token_ids)} tokens of the prompt"
+            )
         if request.max_tokens < 1:
             raise ValueError(f"max_tokens={request.max_tokens} must be at least 1")
         if not 0 <= request.temperature < math.inf:

@@ -17,12 +17,14 @@ import os
 import signal
 import sys
 import uuid
+from base64 import b64encode
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 from aiohttp import web
 
+from flash.routed import packed
 from flash.system.listener import Listener, local_address, page_refusal, read_body
 from flash.system.machine import raise_open_file_limit
 from flash.worker.checksum import checksum
@@ -37,7 +39,7 @@ _REQUEST_PREFIX = "generate-tokens-"
 _MAX_BODY_BYTES = 64 * 1024 * 1024
 _SAMPLING_FIELDS = {"max_tokens", "temperature", "stop_token_ids", "logprobs"}
 # What is so here anyway: only what a request names stops it, and an answer comes whole.
-_SAMPLING_FIELDS |= {"ignore_eos", "stream_interval"}
+_SAMPLING_FIELDS |= {"ignore_eos", "stream_interval", "routed_experts_prompt_start"}
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -77,6 +79,7 @@ async def serve(config: WorkerConfig, *, on_ready: Callable[[str], None]) -> Non
         dtype=dtype,
         cache_tokens=config.cache_tokens,
         max_running=config.max_running,
+        routed_experts=config.routed_experts,
         version=config.version,
         seed=config.seed,
     )
@@ -127,6 +130,7 @@ class _Routes:
                     max_tokens=_field(sampling, "max_tokens", int),
                     temperature=_number(sampling, "temperature", 1.0),
                     stop_token_ids=_integers(sampling, "stop_token_ids", []),
+                    experts_from=_integer(sampling, "routed_experts_prompt_start", 0),
                 )
             )
         except ValueError as error:
@@ -194,6 +198,7 @@ class _Routes:
 def _generated(request_id: str, result: EngineResult) -> dict[str, Any]:
     content = [{"logprob": logprob} for logprob in result.logprobs]
     spans = [{"version": str(v), "start": start, "end": end} for v, start, end in result.spans]
+    experts = result.experts
     return {
         "request_id": request_id,
         "choices": [
@@ -203,6 +208,7 @@ def _generated(request_id: str, result: EngineResult) -> dict[str, Any]:
                 "logprobs": {"content": content},
                 "finish_reason": result.finish_reason,
                 "weight_versions": spans,
+                "routed_experts": None if experts is None else b64encode(packed(experts)).decode(),
             }
         ],
     }
@@ -233,6 +239,13 @@ def _number(body: dict[str, Any], name: str, default: float) -> float:
     if type(value) not in (int, float):
         raise web.HTTPBadRequest(text=f"{name} must be a number, not {value!r}")
     return float(value)
+
+
+def _integer(body: dict[str, Any], name: str, default: int) -> int:
+    value = body.get(name, default)
+    if type(value) is not int:
+        raise web.HTTPBadRequest(text=f"{name} must be an integer, not {value!r}")
+    return value
 
 
 def _integers(body: dict[str, Any], name: str, default: list[int] | None = None) -> list[int]:

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from flash.agents import EnvironmentAgent
@@ -58,7 +59,7 @@ class Says:
 
 async def played(env, style=None, **options):
     """The trajectory of an episode in which three tokens are sampled each turn."""
-    worker = FakeWorker("w", token_s=(0, 0), script=lambda prompt, _: SAID)
+    worker = FakeWorker("w", token_s=(0, 0), script=lambda prompt, _: SAID, experts=2)
     agent = EnvironmentAgent(
         envs=InlineEnvs(lambda: env), style=style or LetterStyle(), max_tokens=3,
         **{"max_sequence_tokens": LIMIT} | options,
@@ -292,3 +293,47 @@ def test_what_was_read_after_the_last_sampled_token_is_no_part_of_a_sample():
     assert after.token_ids.tolist() == before.token_ids.tolist() == [2, 3, 70, 1]
     assert len(after.turns) == len(after.versions) == len(after.logprobs) == 4
     assert conversation.token_ids == [2, 3, 70, 1, 5, 6], "it may be continued"
+
+
+@pytest.mark.parametrize("samples", ["whole", "turns"])
+@in_virtual_time
+async def test_the_experts_of_all_that_was_read_and_said_are_kept(samples):
+    """Each is asked for once; of the last token of an episode nobody knows them."""
+    trajectory = await played(Says("a", "b"), samples=samples, max_turns=2, experts=True)
+    ends = [len(sequence.token_ids) for sequence in trajectory.sequences]
+    assert len(ends) == (1 if samples == "whole" else 2)
+    for sequence, end in zip(trajectory.sequences, ends, strict=True):
+        assert sequence.experts[:, 0].tolist() == [*range(end - 1), -1]
+        assert sequence.experts.shape == (end, 2)
+    without = await played(Says("a", "b"), samples=samples, max_turns=2)
+    assert all(sequence.experts is None for sequence in without.sequences)
+
+
+def test_experts_that_are_told_twice_stay_as_they_were_sampled_with_and_gaps_are_not_known():
+    conversation = TokenSequence([2, 3])
+
+    def said(*experts):
+        return Completion(
+            token_ids=[5, 6], logprobs=[-1.0, -1.0], versions=[0, 0], temperature=1.0,
+            finish_reason="length", experts=np.array(experts, np.int16).reshape(-1, 1),
+        )  # fmt: skip
+
+    conversation.add_sampled(said(10, 11, 12))
+    assert conversation.experts_from == 3
+    going_on = conversation.going_on()
+    conversation.add_sampled(said(20, 21, 22, 23, 24))
+    assert conversation.snapshot().experts[:, 0].tolist() == [10, 11, 12, 23, 24, -1]
+    going_on.add_prompt([7, 7])
+    going_on.add_sampled(said(35, 36))
+    assert going_on.snapshot().experts[:, 0].tolist() == [10, 11, 12, -1, -1, 35, 36, -1]
+
+
+@pytest.mark.parametrize(("kept", "experts"), [(2, [0, 1, 2]), (1, [0, 1]), (0, [0])])
+def test_what_is_cut_of_a_completion_takes_its_experts_along(kept, experts):
+    whole = Completion(
+        token_ids=[5, 6], logprobs=[-1.0, -2.0], versions=[0, 1], temperature=1.0,
+        finish_reason="length", experts=np.arange(3, dtype=np.int16)[:, None],
+    )  # fmt: skip
+    cut = whole.cut(kept)
+    assert (cut.token_ids, cut.versions) == ([5, 6][:kept], [0, 1][:kept])
+    assert cut.experts[:, 0].tolist() == experts

@@ -95,6 +95,19 @@ async def rollouts(life, *, worker=None, records=None, timeout_s=100.0, agent=No
 
 
 @in_virtual_time
+async def test_an_agents_tokens_come_with_their_experts():
+    async def life(session, task):
+        for _ in range(3):
+            await session.say()
+        return 1.0
+
+    worker = FakeWorker("w", token_s=(1.0, 1.0), tokens=(4, 4), experts=2)
+    async with rollouts(life, worker=worker, agent={"experts": True}) as loop:
+        for sample in (await loop.next_batch()).samples:
+            assert sample.experts[:, 0].tolist() == [*range(3 * 6 - 1), -1]
+
+
+@in_virtual_time
 async def test_an_agents_reward_and_tokens_become_samples_under_the_bound():
     async def life(session, task):
         for _ in range(3):

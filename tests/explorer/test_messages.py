@@ -2,13 +2,15 @@
 
 from typing import Any, TypeVar
 
+import msgspec
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from typing_extensions import TypeAliasType
 
-from flash.explorer.messages import Ended, _dtype, decoder, encoder, exact
-from flash.types import SampledSequence, Trajectory
+from flash.explorer.messages import Ended, Said, _dtype, decoder, encoder, exact
+from flash.rollout.history import Sampled
+from flash.types import Completion, SampledSequence, Trajectory
 
 
 def test_numbers_and_arrays_of_other_kinds_arrive_as_what_they_are():
@@ -19,6 +21,7 @@ def test_numbers_and_arrays_of_other_kinds_arrive_as_what_they_are():
         versions=[-1, 3, 3],
         temperatures=np.ones(6, np.float32)[::2],
         turns=np.array([-1, 0, 0], np.int8),
+        experts=np.arange(6, dtype=np.int16).reshape(3, 2),
     )
     trajectory = Trajectory(
         sequences=[given], reward=np.float64(2), turns=np.int64(1), success=np.bool_(True),
@@ -30,9 +33,26 @@ def test_numbers_and_arrays_of_other_kinds_arrive_as_what_they_are():
     heard = decoder(Ended).decode(encoder.encode(told)).trajectory
     (sequence,) = heard.sequences
     for name in SampledSequence.__annotations__:
-        assert getattr(sequence, name).tolist() == list(getattr(given, name))
+        np.testing.assert_array_equal(getattr(sequence, name), getattr(given, name))
     assert (heard.reward, heard.turns, heard.success) == (2.0, 1, True)
     assert (heard.turn_rewards, heard.turn_states) == ([0.5], ["a", ("b", 1)])
+
+
+@pytest.mark.parametrize("experts", [np.array([[3, -1], [0, 7]], np.int16), None])
+def test_the_experts_of_a_response_arrive_with_it(experts):
+    completion = Completion(
+        token_ids=[5, 6], logprobs=[-0.5, -0.25], versions=[3, 3], temperature=1.0,
+        finish_reason="stop", experts=experts,
+    )  # fmt: skip
+    told = encoder.encode(Said(Sampled(prompt_sum=1, completion=completion)))
+    heard = decoder(Said).decode(told).step.completion
+    assert heard.token_ids == [5, 6]
+    if experts is None:
+        assert heard.experts is None
+        return
+    np.testing.assert_array_equal(heard.experts, experts)
+    with pytest.raises(msgspec.ValidationError):
+        decoder(Said).decode(told.replace(b"NUMPY", b"NUMPX"))
 
 
 _T = TypeVar("_T", bound=np.generic)

@@ -1,6 +1,8 @@
 """The HTTP client of the worker protocol, against a server that answers what it is told."""
 
+import base64
 import contextlib
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ from safetensors.numpy import save_file
 
 from flash.hub.http_worker import HttpWorker
 from flash.hub.worker import BadRequest, WorkerFailure
+from flash.routed import packed
 from flash.types import Completion, SamplingParams, Weights
 from flash.worker.checksum import checksum
 from flash.worker.delta import Delta, TensorInfo, file_in
@@ -95,6 +98,38 @@ async def test_a_request_and_its_answer_in_the_protocols_words(scripted):
     assert completion.finish_reason == "stop"
     assert completion.temperature == 0.5
     assert scripted.authorization == "Bearer key"
+
+
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "int16"])
+async def test_experts_are_asked_for_and_read_as_vllm_has_them(scripted, kind):
+    """Of tokens from the second on; in two layers two each."""
+    told = np.arange(12).reshape(3, 2, 2).astype(kind)
+    with io.BytesIO() as file:
+        np.save(file, told)
+        encoded = base64.b64encode(file.getvalue()).decode()
+    scripted.answer = changed(routed_experts=encoded)
+    asking = replace(SAMPLING, experts_from=1)
+    completion = await scripted.worker.generate("id", [1, 2], asking)
+    assert scripted.asked[0][2]["sampling_params"]["routed_experts_prompt_start"] == 1
+    assert completion.experts.tolist() == np.arange(12).reshape(3, 4).tolist()
+    assert (await scripted.worker.generate("id", [1, 2], SAMPLING)).experts is None
+    scripted.answer = GOOD
+    assert (await scripted.worker.generate("id", [1, 2], asking)).experts is None
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "?", "", base64.b64encode(b"\x93NUMPY\x01\x00").decode(),
+        base64.b64encode(packed(np.zeros((2, 2), np.int16))[:-1]).decode(),
+        base64.b64encode(packed(np.zeros((2, 2), np.float32))).decode(),
+        base64.b64encode(packed(np.zeros(2, np.int16))).decode(),
+    ],
+)  # fmt: skip
+async def test_experts_that_are_none_are_no_answer(scripted, said):
+    scripted.answer = changed(routed_experts=said)
+    with pytest.raises(WorkerFailure, match="not of this protocol"):
+        await scripted.worker.generate("id", [1, 2], replace(SAMPLING, experts_from=0))
 
 
 async def test_the_control_routes(scripted, tmp_path):
@@ -437,7 +472,7 @@ async def test_a_worker_that_does_not_stream_answers_whole():
         (chunked(event([7]), b"data: [DONE]\n\n", fields=EVENTS), "ended its answer before"),
         (chunked(event([7]), b'data: {"error": 1}\n\n', fields=EVENTS), "not of this protocol"),
         (chunked(event([7]), b"data: nonsense\n\n", fields=EVENTS), "not of this protocol"),
-        (chunked(event([7]), b"x" * (1 << 23), fields=EVENTS), "a stream that is too long"),
+        (chunked(event([7]), b"x" * ((1 << 26) + 1), fields=EVENTS), "a stream that is too long"),
         (
             chunked(event([7]), event([8], finish_reason="stop", weight_versions=[
                 {"version": "4", "start": 0, "end": 3}]), fields=EVENTS),

@@ -3,8 +3,10 @@
 import asyncio
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from flash.errors import InferenceFailure
@@ -29,6 +31,25 @@ async def test_a_pool_that_is_healthy_and_answers_nonsense_ends_the_request_with
             await hub.generate(request())
         assert isinstance(caught.value.__cause__, WorkerFailure)
         assert sum(len(worker.started) for worker in workers) == 5
+
+
+@pytest.mark.parametrize(
+    ("experts", "says"),
+    [
+        (None, "does not tell which experts .* start it as docs/engines.md says, or leave trainer"),
+        (np.zeros(3, np.int16), r"experts of the shape \[3\], which is none of tokens and their"),
+    ],
+)
+@in_virtual_time
+async def test_a_worker_that_does_not_tell_experts_that_are_asked_for_is_named(experts, says):
+    worker = steady("a")
+    for _ in range(100):
+        worker.lie_next(experts=experts)
+    asked = request()
+    asked = replace(asked, sampling=replace(asked.sampling, experts_from=0))
+    async with InferenceHub([worker]) as hub:
+        with pytest.raises(InferenceFailure, match=says):
+            await hub.generate(asked)
 
 
 @in_virtual_time

@@ -1,5 +1,9 @@
 """A response that several workers sample, part by part."""
 
+from dataclasses import replace
+
+import numpy as np
+
 from flash.hub.response import Response
 from flash.types import Completion
 from tests.steady import request
@@ -40,3 +44,27 @@ def test_an_answer_that_is_whole_at_once_names_its_worker_and_the_temperature_as
     assert (whole.token_ids, whole.versions, whole.worker) == ([7, 8], [4, 4], "a")
     assert whole.temperature == request(max_tokens=2).sampling.temperature
     assert sum(new) == 2
+
+
+def test_experts_are_asked_for_after_those_that_there_are():
+    asked = request(max_tokens=4, prompt=3)
+    asked = replace(asked, sampling=replace(asked.sampling, experts_from=1))
+    response = Response(asked, on_new=lambda _: None, on_sampled=None)
+
+    def part(tokens, experts, reason="abort"):
+        return Completion(
+            token_ids=[7] * tokens, logprobs=[-1.0] * tokens, versions=[4] * tokens,
+            temperature=1.0, finish_reason=reason,
+            experts=None if experts is None else np.array(experts, np.int16)[:, None],
+        )  # fmt: skip
+
+    assert response.rest()[1].experts_from == 1
+    assert response.add(part(0, [1]), worker="a") is None  # aborted while its prompt was read
+    assert response.rest()[1].experts_from == 2
+    assert response.add(part(1, None), worker="a") is None  # what a dead worker had told
+    assert response.rest()[1].experts_from == 2
+    assert response.add(part(1, [2, 3]), worker="b") is None
+    prompt, sampling = response.rest()
+    assert (len(prompt), sampling.max_tokens, sampling.experts_from) == (5, 2, 4)
+    whole = response.add(part(2, [4, 5], "length"), worker="c")
+    assert whole.experts[:, 0].tolist() == [1, 2, 3, 4, 5]  # of 7 tokens, from 1, without the last

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,23 @@ async def test_only_what_a_request_names_stops_it_though_sglang_stops_at_the_mod
             assert (answered.token_ids, answered.finish_reason) == (said, "stop")
             prompts = [body["input_ids"] for route, body in server.asked if route == "/generate"]
             assert prompts == [[1], [1, 7, EOS]]
+
+
+async def test_experts_are_asked_for_and_come_with_the_last_event():
+    worker = quick(token_s=(0.0005, 0.0005), tokens=(200, 200), tell_s=0.02, experts=4)
+    async with serving(worker) as (server, client):
+        await client.set_version(2)
+        for sampling in (
+            replace(LONG, experts_from=1),
+            SamplingParams(max_tokens=3, experts_from=1),
+        ):
+            completion = await client.generate("id", [1, 2, 3], sampling, lambda *_: None)
+            asked = server.asked[-1][1]
+            assert (asked["return_routed_experts"], asked["routed_experts_start_len"]) == (True, 1)
+            tokens = 3 + len(completion.token_ids)
+            assert completion.experts.tolist() == [[place] * 4 for place in range(1, tokens - 1)]
+        await client.generate("id", [1, 2, 3], SamplingParams(max_tokens=3))
+        assert "return_routed_experts" not in server.asked[-1][1]
 
 
 @pytest.mark.parametrize("incremental", [True, False])

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Column, Integer, MetaData, Table, delete, insert, select
 
-from flash.log.columns import Array, Json, States, Words
+from flash.log.columns import Array, Experts, Json, States, Words
 from flash.log.schema import METADATA
 
 TABLE = Table(
@@ -21,6 +21,7 @@ TABLE = Table(
     Column("words", Words),
     Column("json", Json),
     Column("states", States),
+    Column("experts", Experts),
     Column("id", Integer, primary_key=True),
 )
 many = settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -71,7 +72,15 @@ def test_an_array_lies_in_the_column_s_dtype_whatever_it_had(through, dtype):
     assert through("i4", np.array([1, 2, 3], dtype)[::-1]).tolist() == [3, 2, 1]
 
 
-@pytest.mark.parametrize("column", ["i4", "words", "json", "states"])
+@pytest.mark.parametrize("shape", [(0, 4), (3, 4), (2000, 384)])
+def test_experts_come_back_in_their_shape(through, shape):
+    experts = np.arange(shape[0] * shape[1], dtype=np.int64).reshape(shape) % 128 - 1
+    back = through("experts", experts.astype(np.int16))
+    np.testing.assert_array_equal(back, experts)
+    assert back.dtype == np.int16
+
+
+@pytest.mark.parametrize("column", ["i4", "words", "json", "states", "experts"])
 def test_nothing_comes_back_as_nothing(through, column):
     assert through(column, None) is None
 

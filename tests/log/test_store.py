@@ -151,6 +151,8 @@ FIRST_SCHEMA = [
     "ALTER TABLE batches DROP COLUMN expert_weight",
     "ALTER TABLE groups DROP COLUMN task_set",
     "ALTER TABLE episodes DROP COLUMN task_set",
+    "ALTER TABLE completions DROP COLUMN experts",
+    "ALTER TABLE sequences DROP COLUMN experts",
 ]
 
 

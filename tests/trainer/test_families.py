@@ -16,6 +16,7 @@ from flash.trainer.config import TrainerConfig
 from flash.trainer.export import layout, write_weights
 from flash.trainer.loading import sharded_scorer
 from flash.trainer.model_files import check_files
+from flash.trainer.router_replay import Routers
 from flash.trainer.scorer import TokenScorer
 from flash.worker.engine import EmbeddedEngine, EngineRequest
 from flash.worker.self_test import check_engine
@@ -46,6 +47,13 @@ def listed(title: str) -> list[str]:
 
 SERVED = listed("Trained, and served by every engine")
 TRAINED = listed("Trained, but not served by embedded workers")
+REPLAYED = listed("Mixtures of experts")
+# Without which they have no experts, or none in so few layers.
+WITH_EXPERTS: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {"first_k_dense_replace": 1},
+    "gemma4": {"enable_moe_block": True},
+    "gemma4_text": {"enable_moe_block": True},
+}
 REFUSED = [
     (kind, bool(windows), re.findall("`(.+?)`", why))
     for why, kinds in re.findall(r"^\| (`.+`) \| (.+) \|$", section("Not trained"), re.MULTILINE)
@@ -66,11 +74,11 @@ def plain(folder: Path) -> Any:
     return Model.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
 
 
-def packed_logprobs(scorer: TokenScorer) -> torch.Tensor:
+def packed_logprobs(scorer: TokenScorer, experts_NR: torch.Tensor | None = None) -> torch.Tensor:
     ids = torch.tensor([token for text in TEXTS for token in text])
     ends = torch.tensor(LENGTHS).cumsum(0).tolist()
     scored = [torch.arange(end - n + 1, end) for end, n in zip(ends, LENGTHS, strict=True)]
-    logprobs: torch.Tensor = scorer(ids, LENGTHS, torch.cat(scored))
+    logprobs: torch.Tensor = scorer(ids, LENGTHS, torch.cat(scored), experts_NR=experts_NR)
     return logprobs
 
 
@@ -182,6 +190,30 @@ async def test_a_family_that_embedded_workers_do_not_serve_is_trained_and_vllm_n
         await check_engine(opened())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", REPLAYED)
+def test_a_mixture_of_experts_takes_those_that_others_chose(kind: str, tmp_path: Path) -> None:
+    """In its packed sequences those of a forward pass of each are what its own routers choose."""
+    save_family(tmp_path, kind, **WITH_EXPERTS.get(kind, {}))
+    check_files(str(tmp_path), field="model", replays=True)
+    scorer = sharded_scorer(str(tmp_path), TrainerConfig(), device="cpu", half=False, replays=True)
+    reference = plain(tmp_path)
+    routers = Routers(reference)
+    experts = []
+    for text in TEXTS:
+        reference(input_ids=torch.tensor([text]), use_cache=False)
+        experts.append(routers.chosen())
+    own = packed_logprobs(scorer)
+    replayed = packed_logprobs(scorer, torch.cat(experts))
+    torch.testing.assert_close(replayed, own, atol=LIMIT, rtol=0)
+    assert scorer.routers is not None
+    differing_N, known_N = scorer.routers.differing()
+    assert known_N.all() and not differing_N.any()
+    others = packed_logprobs(scorer, scorer.routers.others())
+    assert (others - own).abs().max() > 10 * LIMIT
+    assert scorer.routers.differing()[0].any()
+
+
 @pytest.mark.parametrize(("kind", "windows", "why"), REFUSED)
 def test_a_family_that_can_not_be_trained_is_refused_by_name_before_anything_is_started(
     kind: str, windows: bool, why: list[str], tmp_path: Path
@@ -197,4 +229,5 @@ def test_a_family_that_can_not_be_trained_is_refused_by_name_before_anything_is_
 def test_no_family_is_in_two_lists() -> None:
     kinds = [*SERVED, *TRAINED, *(kind for kind, windows, _ in REFUSED if not windows)]
     assert len(kinds) == len(set(kinds))
+    assert set(REPLAYED) <= {*SERVED, *TRAINED} and len(REPLAYED) > 20
     assert len(SERVED) > 50 and len(TRAINED) > 10 and len(REFUSED) > 70

@@ -5,13 +5,15 @@ import itertools
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen2Config
 
 from flash.trainer.attention import VarlenKernel
+from flash.trainer.router_replay import Routers
 from flash.worker import attention
 from flash.worker.attention import GpuKernels, use_kernels
 from flash.worker.engine import EmbeddedEngine, EngineRequest
@@ -62,7 +64,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         partial(counting, "in_pages", in_pages),
     )
 
-    def use(model, manager, *, longest):
+    def use(model, manager, *, longest, graphs):
         use_kernels(model, manager, kernels, longest=longest, graphs=False)
 
     monkeypatch.setattr(attention, "use", use)
@@ -74,9 +76,9 @@ def opened(request: pytest.FixtureRequest):
     """Opens engines whose steps have as many tokens as there are, or as many as a graph has."""
     engines = []
 
-    def opened(model: Path) -> EmbeddedEngine:
+    def opened(model: Path, **settings) -> EmbeddedEngine:
         engine = EmbeddedEngine(
-            str(model), device="cpu", dtype="float32", cache_tokens=8192, max_running=8
+            str(model), device="cpu", dtype="float32", cache_tokens=8192, max_running=8, **settings
         )
         engines.append(engine)
         engine._manager.batch_processor.model_runner.pad_inputs = request.param
@@ -125,6 +127,25 @@ async def test_steps_of_one_token_each_read_the_pages(calls, opened, tmp_path):
     for prompt, result in zip(prompts, results, strict=True):
         check(model, prompt, result)
     assert (calls["in_pages"] > 0, calls["varlen"]) == (True, 0)
+
+
+async def test_the_experts_of_tokens_in_pages_are_those_of_a_forward_pass(calls, opened, tmp_path):
+    model = made(tmp_path / "m", MixtralConfig, num_local_experts=4, sliding_window=None)
+    engine = opened(model, routed_experts=True)
+    prompts = [prompt_of(length) for length in (3, 40, 100)]  # each begins as the next does
+    results = [await sampled(engine, "first", prompts[2])]
+    results += await asyncio.gather(*(sampled(engine, str(len(p)), p) for p in prompts))
+    reference = AutoModelForCausalLM.from_pretrained(model)
+    routers = Routers(reference)
+    for prompt, result in zip([prompts[2], *prompts], results, strict=True):
+        with torch.no_grad():
+            reference(torch.tensor([[*prompt, *result.token_ids]]))
+        own, told = (
+            np.sort(experts.reshape(-1, 2, 2), -1)
+            for experts in (routers.chosen().numpy()[:-1], result.experts)
+        )
+        np.testing.assert_array_equal(told, own)
+    assert calls["in_pages"] > 0
 
 
 async def test_long_prompts_and_shared_ones_are_attended_to_whole(calls, opened, tmp_path):
