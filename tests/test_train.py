@@ -46,7 +46,7 @@ async def test_a_run_on_vllm_servers_goes_on_when_one_is_killed(tmp_path):
         await asyncio.sleep(0.05)
     processes = psutil.Process().children(recursive=True)
     lines = {p: " ".join(p.cmdline()) for p in processes}
-    servers = [p for p, line in lines.items() if "api_server" in line and "watched" not in line]
+    servers = [p for p, line in lines.items() if "vllm_server" in line and "watched" not in line]
     assert len(servers) == 2
     watch = Watch(p.pid for p in processes)
     servers[0].kill()

@@ -13,8 +13,7 @@ from flash.system.machine import Gpu
 
 logger = logging.getLogger(__name__)
 
-# What `vllm serve` runs; that command itself is missing from the CPU build.
-_SERVER = "vllm.entrypoints.launchers.api_server.entry"
+_SERVER = "flash.worker.vllm_server"
 _BLOCK_TOKENS = 32  # the least that attention on a CPU takes
 
 
@@ -121,6 +120,9 @@ class VllmPool(ProcessPool):
         else:
             environment["VLLM_CPU_KVCACHE_SPACE"] = "1"
             environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+            # The engine computes itself, as on one GPU. vLLM gives it a process for that on a CPU,
+            # to bind its threads: seconds of imports for each server, and nothing is bound here.
+            environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
             if self._threads:
                 environment["OMP_NUM_THREADS"] = str(self._threads)
         return environment
