@@ -56,12 +56,11 @@ async def test_a_batch_that_fails_again_at_each_resume_is_named_and_other_settin
 
     failing = {"trainer.objective": {"name": "function", "run": "failing_loss:loss"}}
     notes = []
-    for resume in (False, True, True):
+    for resume in (False, True):
         with pytest.raises(TrainerFailure, match="no memory is left") as caught:
             await run(config(**failing, **{"checkpoint.resume": resume}))
         notes.append([n for n in getattr(caught.value, "__notes__", []) if "in a row" in n])
-    assert [len(of_run) for of_run in notes] == [0, 1, 1]
+    assert [len(of_run) for of_run in notes] == [0, 1]
     assert "version 0 is where 2 starts in a row" in notes[1][0]
-    assert "version 0 is where 3 starts in a row" in notes[2][0]
     summary = await run(config(**{"checkpoint.resume": True}))
     assert summary["steps"] == 1

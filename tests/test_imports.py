@@ -63,8 +63,9 @@ def test_heavy_packages_are_imported_where_they_are_needed_only(path):
 
 @pytest.mark.parametrize("path", sources("flash"), ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_engine_talks_to_vllm_and_sglang_over_http_and_ray_is_known_to_one_file(path):
-    # What vLLM's servers load, and the process that joins them in a NCCL group.
-    of_vllm = {"vllm"} if path.name in ("vllm_extension.py", "patch.py", "nccl.py") else set()
+    # What vLLM's servers are and load, and the process that joins them in a NCCL group.
+    vllms = ("vllm_server.py", "vllm_extension.py", "patch.py", "nccl.py")
+    of_vllm = {"vllm"} if path.name in vllms else set()
     of_ray = {"ray"} if path in USE_RAY else set()
     assert packages(path) & {"vllm", "sglang", "ray"} <= of_vllm | of_ray
 

@@ -25,8 +25,7 @@ class VllmPool(ServerPool):
         "for vLLM's torch.compile": "vLLM compiles the model, or takes what it compiled before",
         "Capturing CUDA graphs": "vLLM captures CUDA graphs",
     }
-    # What `vllm serve` runs; that command itself is missing from the CPU build.
-    _SERVER = "vllm.entrypoints.launchers.api_server.entry"
+    _SERVER = "flash.worker.vllm_server"
     _MODEL, _SEED = "model", "seed"
 
     def __init__(
@@ -77,4 +76,7 @@ class VllmPool(ServerPool):
         if not self._devices:
             variables["VLLM_CPU_KVCACHE_SPACE"] = "1"
             variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+            # The engine computes itself, as on one GPU. vLLM gives it a process for that on a CPU,
+            # to bind its threads: seconds of imports for each server, and nothing is bound here.
+            variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         return variables

@@ -34,7 +34,7 @@ def vllm(path, log_dir) -> VllmPool:
 
 VLLM = pytest.param(
     vllm,
-    1.0,
+    (1.0,),
     marks=pytest.mark.skipif(not has_vllm(), reason="vLLM is not installed: make setup-vllm"),
 )
 
@@ -50,30 +50,33 @@ def gap(model, sequence: SampledSequence) -> float:
     return float((expected - torch.tensor(sequence.logprobs[1:]))[sampled].abs().max())
 
 
-@pytest.mark.parametrize(("engine", "temperature"), [(embedded, 1.0), (embedded, 0.6), VLLM])
-async def test_recorded_logprobs_are_the_models_own(tmp_path, engine, temperature):
+@pytest.mark.parametrize(("engine", "temperatures"), [(embedded, (1.0, 0.6)), VLLM])
+async def test_recorded_logprobs_are_the_models_own(tmp_path, engine, temperatures):
     """Also those of a later turn, whose prompt is made of sampled tokens and new ones."""
     words = [f"w{n}" for n in range(300)]
     path = create(tmp_path / "model", words, layers=1, hidden_size=64, heads=2, seed=3)
+    model = AutoModelForCausalLM.from_pretrained(path)
     pool = engine(path, tmp_path / "logs")
     tokenizer = AutoTokenizer.from_pretrained(path)
     async with InferenceHub(pool) as hub, Door(hub, tokenizer=tokenizer, model="policy") as door:
-        episode = Episode(1, Task(1), hub=hub)
-        session = door.open(
-            episode.generate, max_tokens=8, temperature=temperature, max_sequence_tokens=200
-        )
-        async with openai.AsyncOpenAI(base_url=session.base_url, api_key="-") as client:
-            messages = [{"role": "user", "content": "w1 w2 w3"}]
-            for turn in range(4):
-                answer = await client.chat.completions.create(
-                    model="policy", messages=messages, logprobs=True
-                )
-                messages += [answer.choices[0].message, {"role": "user", "content": f"w{turn}"}]
-            text = await client.completions.create(model="policy", prompt="w7 w8", n=2)
-    grown, *texts = session.sequences()
-    assert (len(text.choices), len(texts)) == (2, 2)
-    last = [entry.logprob for entry in answer.choices[0].logprobs.content]
-    assert last == pytest.approx(grown.logprobs[-len(last) :].tolist())
-    assert set(grown.sampled_versions()) == {0}
-    model = AutoModelForCausalLM.from_pretrained(path)
-    assert max(gap(model, sequence) for sequence in (grown, *texts)) < 1e-3
+        for number, temperature in enumerate(temperatures):
+            episode = Episode(number, Task(number), hub=hub)
+            session = door.open(
+                episode.generate, max_tokens=8, temperature=temperature, max_sequence_tokens=200
+            )
+            async with openai.AsyncOpenAI(base_url=session.base_url, api_key="-") as client:
+                messages = [{"role": "user", "content": "w1 w2 w3"}]
+                for turn in range(4):
+                    answer = await client.chat.completions.create(
+                        model="policy", messages=messages, logprobs=True
+                    )
+                    messages += [
+                        answer.choices[0].message, {"role": "user", "content": f"w{turn}"},
+                    ]  # fmt: skip
+                text = await client.completions.create(model="policy", prompt="w7 w8", n=2)
+            grown, *texts = session.sequences()
+            assert (len(text.choices), len(texts)) == (2, 2)
+            last = [entry.logprob for entry in answer.choices[0].logprobs.content]
+            assert last == pytest.approx(grown.logprobs[-len(last) :].tolist())
+            assert set(grown.sampled_versions()) == {0}
+            assert max(gap(model, sequence) for sequence in (grown, *texts)) < 1e-3

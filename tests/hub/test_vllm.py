@@ -297,6 +297,8 @@ async def test_a_server_that_is_killed_loses_no_token_and_returns_with_the_prese
         victim = psutil.Process(servers.pool.pids[0])
         family = [victim, *victim.children(recursive=True)]
         watch = Watch(process.pid for process in family)
+        lines = (" ".join(process.cmdline()).strip() for process in family)
+        assert [line for line in lines if line.startswith("VLLM::")] == ["VLLM::EngineCore"]
         os.kill(family[1].pid, signal.SIGKILL)  # the API server; its engine would live on
     assert hub.stats().retries > restarts
     servers.assert_all_exact(answers)

@@ -64,7 +64,7 @@ def test_steps_of_this_start_are_known_too_and_one_that_never_came_to_its_end_is
 
 
 @pytest.mark.slow
-async def test_a_resume_says_whether_what_it_redoes_comes_to_the_same(tmp_path, caplog, capsys):
+async def test_a_resume_says_where_what_it_redoes_comes_to_other_numbers(tmp_path, caplog, capsys):
     async def run(steps: int, *, resume: bool) -> str:
         shutil.rmtree(tmp_path / "run/checkpoints", ignore_errors=True)
         config = tiny(
@@ -75,14 +75,12 @@ async def test_a_resume_says_whether_what_it_redoes_comes_to_the_same(tmp_path, 
         return capsys.readouterr().out
 
     await run(2, resume=False)
-    assert "redone 2 steps, numbers as logged\n" in await run(3, resume=True)
-    assert "trained again" not in caplog.text
     folder = tmp_path / "run"
     store = Store(sqlite_url(folder), run=(folder / "log.id").read_text(), name="run")
     store.own()
     store.commit([Change("update", STEPS, {"step": 2, "metrics": {"step": 2, "loss": 9.0}})])
     store.close()
-    out = await run(4, resume=True)
-    assert "redone 3 steps, with other numbers than logged from step 2 on\n" in out
+    out = await run(3, resume=True)
+    assert "redone 2 steps, with other numbers than logged from step 2 on\n" in out
     assert caplog.text.count("step 2, trained again, has loss") == 1
     assert "and 9.0 was logged" in caplog.text

@@ -225,17 +225,15 @@ async def test_two_ranks_imitate_as_one_does_and_the_critic_learns_nothing_of_it
 
 
 @pytest.mark.slow
-async def test_two_ranks_imitate_beside_a_batch_in_parts_as_beside_a_whole_one(
+async def test_two_ranks_imitate_beside_a_batch_in_parts_as_one_beside_a_whole_one(
     tmp_path: Path, model: Path, samples_of: SamplesOf, expert: list[Sample]
 ) -> None:
-    config = CONFIG.model_copy(update={"ranks": 2, "tokens_per_micro_batch": 50})
     own, told, scores = samples_of(7), [], []
-    for cuts in ([own], [own[:1], own[1:4], own[4:]]):
+    for ranks, cuts in ((1, [own]), (2, [own[:1], own[1:4], own[4:]])):
+        config = CONFIG.model_copy(update={"ranks": ranks, "tokens_per_micro_batch": 50})
         parts = [Batch(samples=cut, version=0, last=cut is cuts[-1]) for cut in cuts]
         parts[-1] = replace(parts[-1], expert=share_of(expert))
-        async with Trainer(
-            model=model, config=config, run_dir=tmp_path / str(len(cuts))
-        ) as trainer:
+        async with Trainer(model=model, config=config, run_dir=tmp_path / f"{ranks}") as trainer:
             for part in parts[:-1]:
                 await trainer.add(part)
             told.append(await trainer.step(parts[-1]))
