@@ -53,7 +53,8 @@ async def train(
         open_view() as view,
     ):
         opened(folder.path)
-        model = await unless(stop, prepared_model(config, view.progress))
+        nodes = 1 if starter is None else starter.nodes
+        model = await unless(stop, prepared_model(config, view.progress, nodes=nodes))
         if model is None:
             return None
         async with (

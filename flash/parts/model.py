@@ -9,15 +9,17 @@ from typing import Any
 from flash import registry
 from flash.config import SMALL, Config
 from flash.positions import check_positions
-from flash.trainer.config import LoraConfig
+from flash.system import machine
+from flash.trainer.config import LoraConfig, TrainerConfig
 from flash.types import PromptStyle
 from flash.warm_start.teach import OnProgress, key_of, small_model
 
 
-async def prepared_model(config: Config, on_progress: OnProgress) -> str:
+async def prepared_model(config: Config, on_progress: OnProgress, *, nodes: int = 1) -> str:
     """The model to start from: as given, or the small policy, made and taught if need be.
 
-    ValueError for one whose files are not whole, don't fit together, or can't be trained.
+    The trainer's ranks are on so many `nodes` like this one. ValueError for a model whose files are
+    not whole, don't fit together, or can't be trained, with this much memory either.
     """
     if (lora := config.trainer.lora).rank:
         from flash.trainer.lora import check_installed  # noqa: PLC0415  (seconds to import)
@@ -27,17 +29,19 @@ async def prepared_model(config: Config, on_progress: OnProgress) -> str:
     if reference is not None and config.trainer.kl.coefficient:
         await check_model_files(reference, field="trainer.kl.reference")
     if config.model != SMALL:
-        local = Path(config.model).expanduser()
+        model = config.model
+        local = Path(model).expanduser()
         if local.is_dir():
-            await check_model_files(str(local), lora=lora)
-            return str(local)
-        check_positions(
-            _hub_config(config.model),
-            model=config.model,
-            max_sequence_tokens=config.agent.max_sequence_tokens,
-        )
-        await check_model_files(config.model, lora=lora)
-        return config.model
+            model = str(local)
+        else:
+            check_positions(
+                _hub_config(model),
+                model=model,
+                max_sequence_tokens=config.agent.max_sequence_tokens,
+            )
+        await check_model_files(model, lora=lora)
+        await _check_memory(model, config.trainer, ranks_here=config.trainer.ranks // nodes)
+        return model
     env_key = key_of(of_set.env.model_dump() for of_set in config.sets.values())
     path = await small_model(
         envs=[registry.environment(env["name"])(**env["options"]) for env in env_key],
@@ -88,6 +92,24 @@ async def check_model_files(
     from flash.trainer.model_files import check_files  # noqa: PLC0415  (seconds to import)
 
     await asyncio.to_thread(check_files, model, field=field, lora=lora)
+
+
+async def _check_memory(model: str, trainer: TrainerConfig, *, ranks_here: int) -> None:
+    """ValueError for a model that this machine has no memory to train."""
+    from flash.trainer.memory import check_memory  # noqa: PLC0415  (seconds to import)
+
+    has = machine.capacity()
+    gpu_bytes = await asyncio.to_thread(machine.gpu_memory) if has.gpus else None
+    if has.gpus and gpu_bytes is None:
+        return  # the driver does not tell
+    await asyncio.to_thread(
+        check_memory,
+        model,
+        trainer,
+        gpu_bytes=gpu_bytes,
+        host_bytes=has.memory_bytes,
+        ranks_here=ranks_here,
+    )
 
 
 def self_test_text(model: str, *, at_most: int) -> list[int]:

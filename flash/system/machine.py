@@ -68,13 +68,29 @@ _ASK_S = 20.0
 
 def compute_capability() -> tuple[int, int] | None:
     """That of the oldest NVIDIA GPU, by its driver; None if it does not tell."""
-    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        told = [line.split(".") for line in _told_of_gpus("compute_cap")]
+        return min((int(major), int(minor)) for major, minor in told)
+    except ValueError:
+        return None
+
+
+def gpu_memory() -> int | None:
+    """Bytes of the largest NVIDIA GPU, by its driver; None if it does not tell."""
+    try:
+        return max(int(mebibytes) << 20 for mebibytes in _told_of_gpus("memory.total"))
+    except ValueError:
+        return None
+
+
+def _told_of_gpus(what: str) -> list[str]:
+    """What the driver says of each GPU; nothing if it does not answer."""
+    command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
     try:
         told = subprocess.run(command, capture_output=True, text=True, timeout=_ASK_S, check=True)
-        found = [line.strip().split(".") for line in told.stdout.splitlines() if line.strip()]
-        return min((int(major), int(minor)) for major, minor in found)
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return None
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in told.stdout.splitlines() if line.strip()]
 
 
 _REMEDIES = {

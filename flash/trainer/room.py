@@ -14,7 +14,7 @@ _MEASURED = (512, 1536)  # tokens
 _SCORED = 64
 # What a step needs besides activations: of a parameter its gradient and Adam's state in float32,
 # itself and its gradient in bfloat16; of a chunk's logit what its loss makes of it.
-_GRADIENT_BYTES, _STATE_BYTES, _HALF_BYTES, _LOGIT_BYTES = 4, 8, 2, 32
+_GRADIENT_BYTES, _STATE_BYTES, _HALF_BYTES, LOGIT_BYTES = 4, 8, 2, 32
 _SHARE = 0.7  # of what is left: the backward pass has activations of its own, the memory has gaps
 _STEP = 1024
 
@@ -79,4 +79,4 @@ def _to_come(scorer: TokenScorer, optimizer: Optimizer) -> int:
     own = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in trained)
     kept = own * (_GRADIENT_BYTES + (0 if optimizer.state else _STATE_BYTES))
     whole = sum(p.numel() for p in (*parameters, *trained)) * _HALF_BYTES
-    return kept + whole + scorer.kept_logits * _LOGIT_BYTES
+    return kept + whole + scorer.kept_logits * LOGIT_BYTES

@@ -1,0 +1,137 @@
+"""What memory a rank needs to train a model, by the model's sizes: before anything is loaded.
+
+    weights    4 bytes a parameter of its share, or as layers compute if they are frozen
+    gradients  4 bytes of what is trained, Adam's moments 8
+    gathered   the root's own weights (embedding, head) and a layer with the next, as layers compute
+    backward   besides: their gradients, as layers compute, and in float32 on their way to the ranks
+
+Its share is one part of as many as hold the model once among them. Activations come on top.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flash.trainer.config import TrainerConfig
+from flash.trainer.lora import add_adapters
+from flash.trainer.model_files import empty_model, read_config
+from flash.trainer.sharding import divided_layers
+
+_FLOAT32, _MOMENTS, _HALF = 4, 8, 2
+# Of a layer: FSDP's buffer that it was gathered in, itself, and the buffer of the next.
+_GATHERED_LAYERS = 3
+# Of a layer's gradient in float32: what goes to the other ranks, of it and of the one before.
+_SENT_LAYERS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSize:
+    """Numbers of a model, none in bytes."""
+
+    parameters: int
+    trained: int
+    root: int  # parameters outside of layers
+    layer: int  # parameters of the largest
+    tensor: int  # of the largest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankMemory:
+    """Bytes of a rank."""
+
+    load: float  # the model is read, and compared with itself in a forward pass, in float32
+    weights: float
+    gradients: float
+    moments: float
+    gathered: float  # in a forward pass
+    backward: float  # besides, at most
+    tensor: float  # the largest, whole
+
+    @property
+    def kept(self) -> float:
+        """From step to step, and in it."""
+        return self.weights + self.gradients + self.moments
+
+    @property
+    def step(self) -> float:
+        """Without activations."""
+        return self.kept + self.gathered + self.backward
+
+    def written(self, file_bytes: float) -> float:
+        """While it exports or saves: besides, files of so many bytes, of gathered tensors."""
+        return self.weights + self.moments + file_bytes + 2 * self.tensor
+
+
+def size_of(model: Any) -> ModelSize:
+    """Of a model that may be on torch's meta device."""
+    layers = [
+        sum(parameter.numel() for parameter in layer.parameters())
+        for layer in divided_layers(model, model)
+    ]
+    counts = [parameter.numel() for parameter in model.parameters()]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return ModelSize(
+        parameters=sum(counts),
+        trained=trained,
+        root=sum(counts) - sum(layers),
+        layer=max(layers, default=0),
+        tensor=max(counts),
+    )
+
+
+def rank_memory(size: ModelSize, *, shards: int, half: bool) -> RankMemory:
+    """Of each rank, where so many hold the model once among them; `half`: layers compute in
+    bfloat16."""
+    computed = _HALF if half else _FLOAT32
+    frozen = size.parameters - size.trained
+    gathered = size.root + _GATHERED_LAYERS * size.layer
+    return RankMemory(
+        load=_FLOAT32 * (size.parameters / shards + gathered),
+        weights=(_FLOAT32 * size.trained + computed * frozen) / shards,
+        gradients=_FLOAT32 * size.trained / shards,
+        moments=_MOMENTS * size.trained / shards,
+        gathered=computed * gathered,
+        backward=max(
+            computed * size.root + (computed + _SENT_LAYERS * _FLOAT32) * size.layer,
+            (computed + _FLOAT32) * size.root,
+        ),
+        tensor=computed * size.tensor,
+    )
+
+
+def check_memory(
+    source: str, config: TrainerConfig, *, gpu_bytes: int | None, host_bytes: int, ranks_here: int
+) -> None:
+    """ValueError if what training a model keeps can't be in this machine's memory.
+
+    Args:
+        source: a directory or a hub name.
+        gpu_bytes: of each rank's GPU; None where there are none, and ranks share `host_bytes`.
+        ranks_here: how many of the ranks are on this machine.
+    """
+    half = config.dtype == "bfloat16" or (config.dtype == "auto" and gpu_bytes is not None)
+    model = empty_model(read_config(source), torch.float32)
+    if config.lora.rank:
+        add_adapters(model, config.lora, source=source, half=half)
+    size, shards = size_of(model), config.shard_size or config.ranks
+    # Frozen weights are in float32 as well while they are loaded.
+    kept = max(
+        rank_memory(size, shards=shards, half=half).kept, _FLOAT32 * size.parameters / shards
+    )
+    kept *= 2 if config.has_critic else 1
+    has = host_bytes / ranks_here if gpu_bytes is None else gpu_bytes
+    if kept <= has:
+        return
+    remedies = ["a smaller model"]
+    if not config.lora.rank and not config.has_critic:
+        remedies.insert(0, "adapters (trainer.lora.rank=16)")
+    if shards < config.ranks:
+        remedies.insert(0, "a larger trainer.shard_size")
+    elif gpu_bytes is not None:
+        remedies.insert(0, "more trainer.ranks")
+    raise ValueError(
+        f"model={source!r} has {size.parameters / 1e9:.1f} billion parameters, of which each of "
+        f"trainer.ranks={config.ranks} keeps {kept / 1e9:,.1f} GB to train them, besides "
+        f"activations, and there are {has / 1e9:,.1f} GB for it: take {' or '.join(remedies)}"
+    )
