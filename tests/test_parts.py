@@ -1,6 +1,7 @@
 """From a configuration to parts: the model's tokenizer and the tasks of a run."""
 
 import asyncio
+import contextlib
 import json
 from types import SimpleNamespace
 
@@ -26,6 +27,7 @@ from flash.parts.reward import open_reward
 from flash.parts.training import as_logged
 from flash.parts.workers import open_hub, probe_of
 from flash.seeds import HELDOUT_SEEDS
+from flash.system.machine import Capacity
 from flash.train import warn_of_idle_steps
 from flash.trainer.checkpoint import write_state
 from flash.types import Task, Weights
@@ -117,6 +119,29 @@ async def test_so_it_does_a_reference_of_the_divergence(tmp_path):
     changes = {"trainer.kl.coefficient": 0.1, "trainer.kl.reference": str(tmp_path / "m")}
     with pytest.raises(ValueError, match=r"^trainer\.kl\.reference='.*m': its files lack"):
         await prepared_model(load("frozen_lake", changes), lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "host_bytes", "gpu_bytes", "nodes", "why"),
+    [
+        (0, 15_000, None, 1, "there are 0.0 GB for it: take adapters"),
+        (0, 15_000, None, 2, None),  # one of the two ranks is elsewhere
+        (2, 0, 5_000, 1, "there are 0.0 GB for it: take more trainer.ranks"),
+        (2, 0, 20_000, 1, None),
+        (2, 0, None, 1, None),  # the driver does not tell
+    ],
+)
+async def test_a_run_refuses_a_model_that_this_machine_has_no_memory_to_train(
+    num_gpus, host_bytes, gpu_bytes, nodes, why, tmp_path, monkeypatch
+):
+    small_policy.create(tmp_path / "m", ["a", "b"], layers=1, hidden_size=8, heads=2)
+    has = Capacity(cores=2, memory_bytes=host_bytes, gpus=range(num_gpus), open_files=1024)
+    monkeypatch.setattr("flash.system.machine.capacity", lambda: has)
+    monkeypatch.setattr("flash.system.machine.gpu_memory", lambda: gpu_bytes)
+    config = load("frozen_lake", {"model": str(tmp_path / "m"), "trainer.ranks": 2})
+    refused = contextlib.nullcontext() if why is None else pytest.raises(ValueError, match=why)
+    with refused:
+        await prepared_model(config, lambda *_: None, nodes=nodes)
 
 
 async def test_an_evaluation_refuses_such_a_checkpoint(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from flash.system.machine import compute_capability, gpus
+from flash.system.machine import compute_capability, gpu_memory, gpus
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,25 @@ def test_gpus_are_named_as_cuda_names_them(nodes, visible, found, tmp_path, monk
 )
 def test_the_oldest_gpu_is_known_by_its_driver(told, capability, tmp_path, monkeypatch):
     if told is not None:
-        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{told}\n")
-        (tmp_path / "nvidia-smi").chmod(0o755)
+        driver_that_says(told, tmp_path, monkeypatch)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert compute_capability() == capability
+
+
+@pytest.mark.parametrize(
+    ("told", "num_bytes"),
+    [
+        ("echo 81559; echo 24564", 81_559 << 20),
+        ("echo '[N/A]'", None),
+        ("exit 9", None),
+    ],
+)
+def test_the_largest_gpus_memory_is_known_by_its_driver(told, num_bytes, tmp_path, monkeypatch):
+    driver_that_says(told, tmp_path, monkeypatch)
+    assert gpu_memory() == num_bytes
+
+
+def driver_that_says(told, folder, monkeypatch):
+    (folder / "nvidia-smi").write_text(f"#!/bin/sh\n{told}\n")
+    (folder / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder))
