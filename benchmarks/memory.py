@@ -158,12 +158,12 @@ def phases(memory: RankMemory, *, ranks: int, vocabulary: int, checkpoint: Path)
         Phase(
             name="checkpoint",
             work=lambda trainer: trainer.save_checkpoint(checkpoint),
-            reckoned=memory.written(file_bytes),
+            reckoned=memory.checkpoint,
         ),
         Phase(
             name="export",
             work=lambda trainer: trainer.export_weights(),
-            reckoned=memory.written(file_bytes),
+            reckoned=memory.exported(file_bytes),
         ),
     ]
 
@@ -232,7 +232,8 @@ def on_gpus(config: Any, gpus: int) -> dict[str, float]:
         "weights": memory.weights, "gradients": memory.gradients, "moments": memory.moments,
         "gathered": memory.gathered, "backward": memory.backward, "logits": logits,
         "activations": kept, "recomputed": recomputed, "in all": memory.step + logits + recomputed,
-        "export, on the host": EXPORTED_BYTES + memory.tensor,
+        "host: export": EXPORTED_BYTES + memory.tensor,
+        "host: checkpoint": memory.checkpoint / 2,
     }  # fmt: skip
 
 

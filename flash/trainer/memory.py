@@ -58,8 +58,13 @@ class RankMemory:
         """Without activations."""
         return self.kept + self.gathered + self.backward
 
-    def written(self, file_bytes: float) -> float:
-        """While it exports or saves: besides, files of so many bytes, of gathered tensors."""
+    @property
+    def checkpoint(self) -> float:
+        """At most: what it holds, and a copy of it to write, which a GPU's rank has on the host."""
+        return 2 * (self.weights + self.moments)
+
+    def exported(self, file_bytes: float) -> float:
+        """Besides what it holds, files of so many bytes, of tensors that are gathered."""
         return self.weights + self.moments + file_bytes + 2 * self.tensor
 
 

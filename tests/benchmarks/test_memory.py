@@ -27,15 +27,16 @@ async def test_no_rank_holds_a_whole_model_to_load_train_save_or_export_it(tmp_p
     config = memory.config_of(layers=40)
     memory.write_model(tmp_path / "m", config)
     rows = await memory.measure(tmp_path / "m", config, ranks=3, run=tmp_path / "run")
-    limits = {row["phase"]: row["limit"] for row in rows}
-    assert list(limits) == ["load", "step", "checkpoint", "export"]
+    assert [row["phase"] for row in rows] == ["load", "step", "checkpoint", "export"]
     parameters = size_of(empty_model(config, torch.float32)).parameters
     whole, own = 4 * parameters, 4 * parameters / 3
-    assert limits["load"] < whole
-    assert limits["step"] < 4 * whole / 3 + whole  # its share of what training keeps
-    assert limits["checkpoint"] == limits["export"] < 3 * own + whole
+    kept = {"load": 0, "step": 4 * own, "checkpoint": 6 * own, "export": 3 * own}
     for row in rows:
-        assert row["peak"] == pytest.approx(row["reckoned"], rel=TOLERANCE), row
+        # Besides its own share of what training keeps, never as much as a whole model.
+        assert row["limit"] < kept[row["phase"]] + whole, row
+        assert row["peak"] <= (1 + TOLERANCE) * row["reckoned"], row
+        if row["phase"] != "checkpoint":  # which may copy less than that
+            assert row["peak"] >= (1 - TOLERANCE) * row["reckoned"], row
 
 
 @pytest.mark.slow

@@ -52,7 +52,8 @@ def test_weights_gradients_and_moments_are_shared_out_and_layers_are_gathered() 
     assert memory.backward == 4 * 20 + (4 + 8) * 40
     assert memory.load == 100 + memory.gathered
     assert memory.step == 400 + memory.gathered + memory.backward
-    assert memory.written(7) == 300 + 7 + 2 * 4 * 15
+    assert memory.checkpoint == 2 * 300
+    assert memory.exported(7) == 300 + 7 + 2 * 4 * 15
 
 
 def test_in_half_precision_what_is_gathered_is_half_but_for_the_first_comparison() -> None:
