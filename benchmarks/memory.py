@@ -142,7 +142,7 @@ def phases(memory: RankMemory, *, ranks: int, vocabulary: int, checkpoint: Path)
     rng = np.random.default_rng(0)
     samples = [
         fake_sample(
-            rng.integers(0, vocabulary, TOKENS), np.arange(TOKENS) >= TOKENS // 2, advantage=1.0,
+            rng.integers(0, vocabulary, TOKENS), [0.0] * (TOKENS // 2) + [1.0] * (TOKENS // 2), advantage=1.0,
             episode=episode,
         )
         for episode in range(ranks)
@@ -214,9 +214,9 @@ GPU_LOGITS = 1 << 28  # of a chunk
 def activation_bytes(config: Any, tokens: int, *, half: bool, recomputed: bool) -> float:
     """What a forward pass keeps for its backward pass, without fused kernels: a SwiGLU's four
     inner tensors, what projections and norms get, and what norms compute in float32."""
-    computed, hidden = 2 if half else 4, config.hidden_size
-    layer = computed * (4 * config.intermediate_size + 9 * hidden) + 8 * hidden
-    layers = config.num_hidden_layers
+    computed, hidden = 2 if half else 4, int(config.hidden_size)
+    layer = computed * (4 * int(config.intermediate_size) + 9 * hidden) + 8 * hidden
+    layers = int(config.num_hidden_layers)
     return tokens * (layers * computed * hidden + layer if recomputed else layers * layer)
 
 
