@@ -12,7 +12,6 @@ times a second. Then what the same formula says of models on GPUs.
 
 import argparse
 import asyncio
-import contextlib
 import json
 import os
 import resource
@@ -24,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, Qwen2Config
 
 from flash.fakes import fake_sample
+from flash.system.process import Child
 from flash.trainer.config import TrainerConfig
 from flash.trainer.memory import RankMemory, rank_memory, size_of
 from flash.trainer.model_files import empty_model
@@ -85,52 +84,52 @@ def write_model(folder: Path, config: Any) -> None:
 
 
 class LimitedRanks(LocalRanks):
-    """Ranks that may have so many bytes of private memory each from their start on."""
+    """Ranks that may have so many bytes of private memory each, from their start on."""
 
     def __init__(self, limit: float) -> None:
         super().__init__()
         self._limit = limit
+        self._guards: list[int] = []
 
     async def start(self, ranks: int, logs: Path) -> StartedRanks:
         own = resource.getrlimit(resource.RLIMIT_DATA)
         resource.setrlimit(resource.RLIMIT_DATA, (int(self._limit), own[1]))
         try:
-            return await super().start(ranks, logs)  # who inherit it
+            started = await super().start(ranks, logs)  # who inherit it
         finally:
             resource.setrlimit(resource.RLIMIT_DATA, own)
+        self._guards = [child.pid for child in started.ranks if isinstance(child, Child)]
+        return started
 
+    def limit(self, num_bytes: float) -> None:
+        for pid in self._pids():
+            resource.prlimit(pid, resource.RLIMIT_DATA, (int(num_bytes), resource.RLIM_INFINITY))
 
-def rank_processes() -> list[psutil.Process]:
-    """Those of this process's trainers, without their guards."""
-    return [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if "flash.trainer" in process.cmdline() and not process.children()
-    ]
+    async def peak_of(self, work: Awaitable[Any]) -> int:
+        """The most anonymous memory that a rank had meanwhile, in bytes."""
+        peak = 0
+        task = asyncio.ensure_future(work)
+        try:
+            while not task.done():
+                for pid in self._pids():
+                    status = Path(f"/proc/{pid}/status").read_text()
+                    if used := status.partition("RssAnon:")[2]:  # else it is ending
+                        peak = max(peak, int(used.split()[0]) * 1024)
+                await asyncio.wait([task], timeout=LOOK_S)
+            await task
+        finally:
+            task.cancel()
+        return peak
 
-
-def set_limit(limit: float) -> None:
-    for process in rank_processes():
-        process.rlimit(psutil.RLIMIT_DATA, (int(limit), resource.RLIM_INFINITY))
-
-
-async def peak_of(work: Awaitable[Any]) -> int:
-    """The most anonymous memory that a rank had meanwhile, in bytes."""
-    peak = 0
-    task = asyncio.ensure_future(work)
-    while not task.done():
-        for process in rank_processes():
-            with contextlib.suppress(OSError, IndexError):  # it has just ended
-                status = Path(f"/proc/{process.pid}/status").read_text()
-                peak = max(peak, int(status.partition("RssAnon:")[2].split()[0]) * 1024)
-        await asyncio.wait([task], timeout=LOOK_S)
-    task.result()
-    return peak
+    def _pids(self) -> list[int]:
+        """Of the ranks, each the only child of its guard."""
+        told = [Path(f"/proc/{pid}/task/{pid}/children").read_text() for pid in self._guards]
+        return [int(pid) for pids in told for pid in pids.split()]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
-    """What the ranks do, what the formula says of it, and what may be left of an earlier one."""
+    """What the ranks do, and the bytes of it by the formula."""
 
     name: str
     work: Callable[[Trainer], Awaitable[Any]]
@@ -140,13 +139,11 @@ class Phase:
 def phases(memory: RankMemory, *, ranks: int, vocabulary: int, checkpoint: Path) -> list[Phase]:
     file_bytes = min(EXPORTED_BYTES, memory.weights)
     rng = np.random.default_rng(0)
+    mask = [0.0] * (TOKENS // 2) + [1.0] * (TOKENS // 2)
     samples = [
-        fake_sample(
-            rng.integers(0, vocabulary, TOKENS), [0.0] * (TOKENS // 2) + [1.0] * (TOKENS // 2), advantage=1.0,
-            episode=episode,
-        )
+        fake_sample(rng.integers(0, vocabulary, TOKENS), mask, advantage=1.0, episode=episode)
         for episode in range(ranks)
-    ]  # fmt: skip
+    ]
 
     async def steps(trainer: Trainer) -> None:
         for version in range(2):  # from the second on there are moments beside gradients
@@ -173,17 +170,18 @@ async def measure(model: Path, config: Any, *, ranks: int, run: Path) -> list[di
     memory = rank_memory(size_of(empty_model(config, torch.float32)), shards=ranks, half=False)
     todo = phases(memory, ranks=ranks, vocabulary=config.vocab_size, checkpoint=run / "checkpoint")
     limits = [PROCESS_LIMIT + SLACK * phase.reckoned for phase in todo]
+    limited = LimitedRanks(limits[0])
     trainer = Trainer(
         model=model, config=TrainerConfig(ranks=ranks, threads=1, start_timeout_s=1800.0),
-        run_dir=run, starter=LimitedRanks(limits[0]),
+        run_dir=run, starter=limited,
     )  # fmt: skip
     rows = []
     async with trainer.starting():
         for phase, limit in zip(todo, limits, strict=True):
             if phase.name != "load":
-                set_limit(limit)
+                limited.limit(limit)
             started = time.perf_counter()
-            peak = await peak_of(phase.work(trainer))
+            peak = await limited.peak_of(phase.work(trainer))
             rows.append(
                 {
                     "ranks": ranks, "phase": phase.name, "limit": limit, "peak": peak,
