@@ -18,7 +18,8 @@ from flash.trainer.lora import add_adapters
 from flash.trainer.model_files import empty_model, read_config
 from flash.trainer.sharding import divided_layers
 
-_FLOAT32, _MOMENTS, _HALF = 4, 8, 2
+# Of a parameter.
+FLOAT32_BYTES, MOMENTS_BYTES, HALF_BYTES = 4, 8, 2
 # Of a layer: FSDP's buffer that it was gathered in, itself, and the buffer of the next.
 _GATHERED_LAYERS = 3
 # Of a layer's gradient in float32: what goes to the other ranks, of it and of the one before.
@@ -88,18 +89,18 @@ def size_of(model: Any) -> ModelSize:
 def rank_memory(size: ModelSize, *, shards: int, half: bool) -> RankMemory:
     """Of each rank, where so many hold the model once among them; `half`: layers compute in
     bfloat16."""
-    computed = _HALF if half else _FLOAT32
+    computed = HALF_BYTES if half else FLOAT32_BYTES
     frozen = size.parameters - size.trained
     gathered = size.root + _GATHERED_LAYERS * size.layer
     return RankMemory(
-        load=_FLOAT32 * (size.parameters / shards + gathered),
-        weights=(_FLOAT32 * size.trained + computed * frozen) / shards,
-        gradients=_FLOAT32 * size.trained / shards,
-        moments=_MOMENTS * size.trained / shards,
+        load=FLOAT32_BYTES * (size.parameters / shards + gathered),
+        weights=(FLOAT32_BYTES * size.trained + computed * frozen) / shards,
+        gradients=FLOAT32_BYTES * size.trained / shards,
+        moments=MOMENTS_BYTES * size.trained / shards,
         gathered=computed * gathered,
         backward=max(
-            computed * size.root + (computed + _SENT_LAYERS * _FLOAT32) * size.layer,
-            (computed + _FLOAT32) * size.root,
+            computed * size.root + (computed + _SENT_LAYERS * FLOAT32_BYTES) * size.layer,
+            (computed + FLOAT32_BYTES) * size.root,
         ),
         tensor=computed * size.tensor,
     )
@@ -122,7 +123,7 @@ def check_memory(
     size, shards = size_of(model), config.shard_size or config.ranks
     # Frozen weights are in float32 as well while they are loaded.
     kept = max(
-        rank_memory(size, shards=shards, half=half).kept, _FLOAT32 * size.parameters / shards
+        rank_memory(size, shards=shards, half=half).kept, FLOAT32_BYTES * size.parameters / shards
     )
     kept *= 2 if config.has_critic else 1
     has = host_bytes / ranks_here if gpu_bytes is None else gpu_bytes
