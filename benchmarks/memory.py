@@ -12,12 +12,13 @@ times a second. Then what the same formula says of models on GPUs. By default it
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import resource
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,7 @@ def phases(memory: RankMemory, *, ranks: int, vocabulary: int, checkpoint: Path)
             await trainer.step(Batch(samples=samples, version=version))
 
     return [
-        Phase(name="load", work=lambda trainer: trainer.ready(), reckoned=memory.load),
+        Phase(name="load", work=lambda trainer: trainer.__aenter__(), reckoned=memory.load),
         Phase(name="step", work=steps, reckoned=memory.step),
         Phase(
             name="checkpoint",
@@ -165,8 +166,10 @@ def phases(memory: RankMemory, *, ranks: int, vocabulary: int, checkpoint: Path)
     ]
 
 
-async def measure(model: Path, config: Any, *, ranks: int, run: Path) -> list[dict[str, Any]]:
-    """A row for each phase; TrainerFailure if a rank needs more than it may have."""
+async def measure(
+    model: Path, config: Any, *, ranks: int, run: Path
+) -> AsyncIterator[dict[str, Any]]:
+    """A row after each phase; TrainerFailure if a rank needs more than it may have."""
     memory = rank_memory(size_of(empty_model(config, torch.float32)), shards=ranks, half=False)
     todo = phases(memory, ranks=ranks, vocabulary=config.vocab_size, checkpoint=run / "checkpoint")
     limits = [PROCESS_LIMIT + SLACK * phase.reckoned for phase in todo]
@@ -175,21 +178,16 @@ async def measure(model: Path, config: Any, *, ranks: int, run: Path) -> list[di
         model=model, config=TrainerConfig(ranks=ranks, threads=1, start_timeout_s=1800.0),
         run_dir=run, starter=limited,
     )  # fmt: skip
-    rows = []
-    async with trainer.starting():
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_exit(trainer)  # the first phase enters it
         for phase, limit in zip(todo, limits, strict=True):
-            if phase.name != "load":
-                limited.limit(limit)
+            limited.limit(limit)
             started = time.perf_counter()
             peak = await limited.peak_of(phase.work(trainer))
-            rows.append(
-                {
-                    "ranks": ranks, "phase": phase.name, "limit": limit, "peak": peak,
-                    "reckoned": phase.reckoned + PROCESS_USED,
-                    "seconds": time.perf_counter() - started,
-                }
-            )  # fmt: skip
-    return rows
+            yield {
+                "ranks": ranks, "phase": phase.name, "limit": limit, "peak": peak,
+                "reckoned": phase.reckoned + PROCESS_USED, "seconds": time.perf_counter() - started,
+            }  # fmt: skip
 
 
 # ── models on GPUs, by the formula ───────────────────────────────────────────────────────────
@@ -251,7 +249,7 @@ async def measure_all(options: argparse.Namespace) -> dict[str, Any]:
         model = Path(folder) / "model"
         write_model(model, config)
         for ranks in options.ranks:
-            for row in await measure(model, config, ranks=ranks, run=Path(folder) / f"{ranks}"):
+            async for row in measure(model, config, ranks=ranks, run=Path(folder) / f"{ranks}"):
                 rows.append(row)
                 told = "".join(f"{row[head] / 1e9:>13.2f}" for head in heads)
                 print(f"{ranks:>5} {row['phase']:12}{told}{row['seconds']:>7.0f}", flush=True)

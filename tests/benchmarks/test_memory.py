@@ -25,7 +25,8 @@ TOLERANCE = 0.15
 async def test_no_rank_holds_a_whole_model_to_load_train_save_or_export_it(tmp_path: Path) -> None:
     config = memory.config_of(layers=40)
     memory.write_model(tmp_path / "m", config)
-    rows = await memory.measure(tmp_path / "m", config, ranks=3, run=tmp_path / "run")
+    measured = memory.measure(tmp_path / "m", config, ranks=3, run=tmp_path / "run")
+    rows = [row async for row in measured]
     assert [row["phase"] for row in rows] == ["load", "step", "checkpoint", "export"]
     parameters = size_of(empty_model(config, torch.float32)).parameters
     whole, own = 4 * parameters, 4 * parameters / 3
