@@ -5,9 +5,10 @@
 A random model, written and never held whole, is loaded, trained for two steps, saved and exported
 by the trainer's own ranks (gloo, float32). A rank may have no more private memory (RLIMIT_DATA)
 than flash/trainer/memory.py reckons for the phase, a tenth more, and what a process takes without a
-model; an allocation past that fails, and so does this script. While the model is loaded that limit
-is below a whole one in float32. Peaks are of resident anonymous memory (RssAnon), looked at 100
-times a second. Then what the same formula says of models on GPUs. By default it takes 12 GB.
+model; an allocation past that fails, and so does this script. Loading, the model's files count too:
+they are mapped as private memory, which no rank fills. Peaks are of resident anonymous memory
+(RssAnon), looked at 100 times a second. Then what the same formula says of models on GPUs. By
+default it takes 12 GB.
 """
 
 import argparse
@@ -112,10 +113,11 @@ class LimitedRanks(LocalRanks):
         task = asyncio.ensure_future(work)
         try:
             while not task.done():
-                for pid in self._pids():
-                    status = Path(f"/proc/{pid}/status").read_text()
-                    if used := status.partition("RssAnon:")[2]:  # else it is ending
-                        peak = max(peak, int(used.split()[0]) * 1024)
+                with contextlib.suppress(OSError, IndexError):  # one has ended: the work fails
+                    for pid in self._pids():
+                        status = Path(f"/proc/{pid}/status").read_text()
+                        used = int(status.partition("RssAnon:")[2].split()[0]) * 1024
+                        peak = max(peak, used)
                 await asyncio.wait([task], timeout=LOOK_S)
             await task
         finally:
@@ -173,6 +175,7 @@ async def measure(
     memory = rank_memory(size_of(empty_model(config, torch.float32)), shards=ranks, half=False)
     todo = phases(memory, ranks=ranks, vocabulary=config.vocab_size, checkpoint=run / "checkpoint")
     limits = [PROCESS_LIMIT + SLACK * phase.reckoned for phase in todo]
+    limits[0] += sum(file.stat().st_size for file in model.glob("*.safetensors"))
     limited = LimitedRanks(limits[0])
     trainer = Trainer(
         model=model, config=TrainerConfig(ranks=ranks, threads=1, start_timeout_s=1800.0),
