@@ -1,6 +1,7 @@
 """Which GPU serves whom, on machines that have as many as a test says."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +14,10 @@ from flash.evaluate import evaluate
 from flash.explorer.explore import Options, _play_for
 from flash.explorer.player import Player
 from flash.hub.pool import ProcessPool
-from flash.parts.devices import check_cards, lay_out
+from flash.parts import devices
+from flash.parts.devices import check_cards, check_devices, lay_out
 from flash.parts.workers import open_hub
+from flash.system import machine
 from flash.system.machine import Card, card_of
 from flash.train import train
 from flash.trainer.checkpoint import write_state
@@ -160,6 +163,40 @@ def checked(changes: dict[str, Any], cards: list[Card | None], billions: int) ->
         parameters=billions * BILLION,
         vllm=True,
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "gigabytes", "nodes", "why"),
+    [
+        ({}, 16, 1, None),
+        ({}, 15, 1,
+         "trainer.ranks=1: a model of 1.00 billion parameters takes 16.0 GB at least to be trained "
+         "by the ranks that are on this machine, which has 15.0 GB: use adapters "
+         "(trainer.lora.rank=16) or a smaller model"),
+        ({"trainer.ranks": 4}, 15, 1, "takes 16.0 GB at least"),
+        ({"trainer.ranks": 4}, 8, 2, None),
+        ({"trainer.advantages": "gae"}, 31, 1, "takes 32.0 GB at least"),
+        ({"trainer.lora.rank": 4}, 4, 1, None),
+        ({"trainer.lora.rank": 4}, 3, 1, "which has 3.0 GB: use a smaller model"),
+    ],
+)  # fmt: skip
+async def test_a_machine_without_gpus_has_the_memory_that_its_ranks_keep(
+    changes, gigabytes, nodes, why, monkeypatch
+):
+    async def parameters(_: str) -> int:
+        return BILLION
+
+    has = replace(machine.capacity(), memory_bytes=gigabytes * 10**9)
+    monkeypatch.setattr(machine, "gpus", list)
+    monkeypatch.setattr(machine, "capacity", lambda: has)
+    monkeypatch.setattr(devices, "parameters_of", parameters)
+    if why is None:
+        await check_devices(run_of(**changes), "m", say=print, nodes=nodes)
+        return
+    with pytest.raises(ValueError) as caught:
+        await check_devices(run_of(**changes), "m", say=print, nodes=nodes)
+    assert why in str(caught.value)
+    await check_devices(run_of(**changes), "m", say=print, trains=False)
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,8 @@ from flash.parts.model import parameters_of
 from flash.parts.workers import arguments_of
 from flash.system import machine
 from flash.system.machine import Card, Gpu, card_of
+from flash.trainer.memory import FLOAT32_BYTES, least_kept, shared_out
 
-# Of a parameter, at least: the weight, its gradient and AdamW's two moments in float32. Of adapters
-# the model's weights alone, which are compared in float32 before they are kept in half of it.
-_TRAINED_BYTES, _FROZEN_BYTES = 16, 4
 _BYTES = {"auto": 2, "bfloat16": 2, "float16": 2, "half": 2, "float32": 4, "float": 4}
 _HALF_CAPABILITY = (8, 0)  # GPUs before have no bfloat16, and servers refuse to do without
 
@@ -46,7 +44,7 @@ async def check_devices(
     config: Config, model: str, *, say: Callable[[str], None], trains: bool = True, nodes: int = 1
 ) -> None:
     """Tells which GPU serves whom, if there are any; ValueError for one that is too small for it,
-    or too old.
+    or too old, and for a machine without GPUs that has no memory to train the model.
 
     Args:
         model: the one that all of them load.
@@ -54,6 +52,9 @@ async def check_devices(
     """
     present = machine.gpus()
     if not present:
+        if trains:
+            has = machine.capacity().memory_bytes
+            check_host(config, has, parameters=await parameters_of(model), nodes=nodes)
         return
     layout = lay_out(config, present, trains=trains, nodes=nodes)
     for line in layout.lines():
@@ -84,6 +85,19 @@ def lay_out(
         tuple(present[:ranks]) if trains else (),
         tuple(gpus_of(devices, number, engine.tensor_parallel) for number in range(size)),
     )
+
+
+def check_host(config: Config, memory_bytes: int, *, parameters: int, nodes: int = 1) -> None:
+    """ValueError if what ranks keep is more than this machine's memory."""
+    ranks = config.trainer.ranks // nodes
+    kept = ranks * least_kept(parameters, config.trainer)
+    if kept > memory_bytes:
+        adapters = "" if config.trainer.lora.rank else "adapters (trainer.lora.rank=16) or "
+        raise ValueError(
+            f"trainer.ranks={config.trainer.ranks}: a model of {parameters / 1e9:.2f} billion "
+            f"parameters takes {kept / 1e9:.1f} GB at least to be trained by the ranks that are on "
+            f"this machine, which has {memory_bytes / 1e9:.1f} GB: use {adapters}a smaller model"
+        )
 
 
 def check_cards(
@@ -142,11 +156,11 @@ def _check_rank(
 ) -> None:
     """`servers`: the share of the GPU's memory that servers have, while they sample."""
     trainer = config.trainer
-    models = parameters / (trainer.shard_size or trainer.ranks) * (1 + trainer.has_critic)
-    training = models * (_FROZEN_BYTES if trainer.lora.rank else _TRAINED_BYTES)
+    training = least_kept(parameters, trainer)
     turns = [(training, servers)]
     if config.engine.colocated:
-        turns = [(training, 0.0), (models * _FROZEN_BYTES, servers)]
+        weights = FLOAT32_BYTES * shared_out(parameters, trainer)
+        turns = [(training, 0.0), (weights, servers)]
     for needed, taken in turns:
         left = (1 - taken) * memory_bytes
         if needed > left:

@@ -7,14 +7,13 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from flash.trainer.layers import decoder_layers, keep_activations, recompute_activations
+from flash.trainer.memory import FLOAT32_BYTES, HALF_BYTES, MOMENTS_BYTES
 from flash.trainer.passes import Room
 from flash.trainer.scorer import TokenScorer
 
 _MEASURED = (512, 1536)  # tokens
 _SCORED = 64
-# What a step needs besides activations: of a parameter its gradient and Adam's state in float32,
-# itself and its gradient in bfloat16; of a chunk's logit what its loss makes of it.
-_GRADIENT_BYTES, _STATE_BYTES, _HALF_BYTES, _LOGIT_BYTES = 4, 8, 2, 32
+LOGIT_BYTES = 32  # of a chunk's logit what its loss makes of it
 _SHARE = 0.7  # of what is left: the backward pass has activations of its own, the memory has gaps
 _STEP = 1024
 
@@ -81,10 +80,13 @@ def _kept_bytes(scorer: TokenScorer, device: torch.device, tokens: int) -> int:
 
 
 def _to_come(scorer: TokenScorer, optimizer: Optimizer) -> int:
-    """Bytes that the first step takes for good, or for a while besides activations."""
+    """Bytes that the first step takes for good, or for a while besides activations.
+
+    Of a parameter its gradient and Adam's moments, itself and its gradient in bfloat16.
+    """
     parameters = list(scorer.parameters())
     trained = [p for p in parameters if p.requires_grad]
     own = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in trained)
-    kept = own * (_GRADIENT_BYTES + (0 if optimizer.state else _STATE_BYTES))
-    whole = sum(p.numel() for p in (*parameters, *trained)) * _HALF_BYTES
-    return kept + whole + scorer.kept_logits * _LOGIT_BYTES
+    kept = own * (FLOAT32_BYTES + (0 if optimizer.state else MOMENTS_BYTES))
+    whole = sum(p.numel() for p in (*parameters, *trained)) * HALF_BYTES
+    return kept + whole + scorer.kept_logits * LOGIT_BYTES

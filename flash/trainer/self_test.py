@@ -27,6 +27,7 @@ _LENGTHS = (64, 5, 33)  # several sequences; more than a few dozen tokens in one
 _PAST_WINDOW = 16
 _COMPARED = 16  # tokens at the end of each text, where windows and positions show
 LIMIT = 1e-3  # in float32
+_NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # torch has no class for it on a CPU
 
 
 def texts(config: Any, *, at_most: int | None = None) -> list[list[int]]:
@@ -106,6 +107,8 @@ def packed_gaps(scorer: TokenScorer) -> list[tuple[int, float]]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # the boundary to the model's class
+        if _NO_MEMORY in str(error):
+            raise
         raise ValueError(
             f"model_type={model.config.model_type!r} can't compute a forward pass: correct its "
             f"config.json ({error})"

@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from flash.system.heap import give_large_blocks_back
 from flash.trainer.config import TrainerConfig
 
 # Below it one FSDP unit is faster than one a layer: gathering small layers is all overhead.
@@ -40,10 +41,15 @@ def shard(
         "cuda" if torch.cuda.is_available() else "cpu", sizes, mesh_dim_names=names
     )
     if sum(p.numel() for p in module.parameters()) > _most_in_one_unit(shard_size):
-        for layer in module.modules():
-            if type(layer).__name__ in (model._no_split_modules or ()):
-                fully_shard(layer, mesh=mesh, mp_policy=policy)
+        give_large_blocks_back()  # in which one layer after the other is gathered
+        for layer in divided_layers(module, model):
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(module, mesh=mesh, mp_policy=outer)
+
+
+def divided_layers(module: nn.Module, model: Any) -> list[nn.Module]:
+    """The layers that `model` names in a module: each is gathered by itself, if it is large."""
+    return [m for m in module.modules() if type(m).__name__ in (model._no_split_modules or ())]
 
 
 def _most_in_one_unit(ranks: int) -> float:

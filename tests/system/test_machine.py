@@ -43,7 +43,12 @@ def test_gpus_are_named_as_cuda_names_them(nodes, visible, found, tmp_path, monk
 )
 def test_the_oldest_gpu_is_known_by_its_driver(told, capability, tmp_path, monkeypatch):
     if told is not None:
-        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{told}\n")
-        (tmp_path / "nvidia-smi").chmod(0o755)
+        driver_that_says(told, tmp_path, monkeypatch)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert compute_capability() == capability
+
+
+def driver_that_says(told, folder, monkeypatch):
+    (folder / "nvidia-smi").write_text(f"#!/bin/sh\n{told}\n")
+    (folder / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder))

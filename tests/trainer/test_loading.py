@@ -231,11 +231,7 @@ def peaks() -> list[int]:
 
 
 @pytest.mark.slow
-async def test_no_rank_ever_holds_a_whole_model(
-    tmp_path: Path, save_model: SaveModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # By itself glibc gives back little of what the layers of a forward pass were gathered in.
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1000000")
+async def test_no_rank_ever_holds_a_whole_model(tmp_path: Path, save_model: SaveModel) -> None:
     large = saved(
         tmp_path / "large", "llama", hidden_size=512, intermediate_size=2048,
         num_hidden_layers=24, num_attention_heads=8, num_key_value_heads=8, head_dim=64,

@@ -78,6 +78,14 @@ def test_what_a_model_raises_is_told_with_its_type(tmp_path: Path) -> None:
         check_packed(scorer)
 
 
+def test_a_lack_of_memory_is_no_fault_of_the_models(tmp_path: Path) -> None:
+    scorer = scorer_of(tmp_path, "llama")
+    model: Any = scorer.model.base_model
+    model.forward = lambda **_: torch.empty(1 << 60)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        check_packed(scorer)
+
+
 def test_the_check_leaves_attention_as_it_was(tmp_path: Path) -> None:
     scorer = scorer_of(tmp_path, "llama")
     check_packed(scorer)
