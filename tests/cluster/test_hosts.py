@@ -132,7 +132,7 @@ async def test_without_room_for_minutes_it_gives_back_what_it_has(tmp_path):
     entering = asyncio.create_task(cluster.hosts(2).__aenter__())
     await asyncio.sleep(1)
     cluster.nodes[0].come_back()
-    with pytest.raises(ClusterFailure, match=r"no node after 3\d\d s: .* cluster.hosts.cpus=2"):
+    with pytest.raises(ClusterFailure, match=r"no node after \d+ s: .* cluster.hosts.cpus=2"):
         await entering
     assert all(node.ended for node in cluster.nodes)
 
