@@ -385,7 +385,8 @@ def _pack(value: Any) -> Any:
 
 def _unpack(kind: Any, value: Any) -> Any:
     if getattr(kind, "__origin__", None) in (np.ndarray, NDArray):
-        return unpacked(value) if kind == Experts else np.frombuffer(value, _dtype(kind))
+        dtype = _dtype(kind)
+        return unpacked(value) if dtype is _dtype(Experts) else np.frombuffer(value, dtype)
     return hashable(value)
 
 
