@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import shutil
 from dataclasses import replace
 
@@ -271,7 +272,8 @@ async def test_what_it_exports_then_are_the_weights_of_the_run_s_checkpoint(fini
 async def test_with_another_learning_rate_it_comes_to_other_weights(finished, caplog):
     steps, compared = await trained_again(finished, {"trainer.learning_rate": 1.0})
     assert max(step.metrics.get("mismatch/kl_fresh", 0) for step in steps) > 0.05
-    assert not caplog.messages, "that the engine had other weights is no news"
+    warned = [record.getMessage() for record in caplog.records if record.levelno > logging.DEBUG]
+    assert not warned, "that the engine had other weights is no news"
     assert not compared.equal
     assert compared.difference > 1e-3
     assert steps[0].metrics["loss"] == steps[0].logged["loss"], "it was computed before the step"
