@@ -122,13 +122,15 @@ class Routers:
                 f"model_type={self._kind!r} chooses {some.chosen} in each of {self._layers} "
                 f"layers: have them serve the model that is trained"
             )
-        if some.experts and int(experts_NR.max()) >= some.experts:
+        experts_NLK = experts_NR.view(len(experts_NR), self._layers, told // self._layers)
+        largest = int(experts_NLK[:, list(self._routers)].max())  # others have whatever they have
+        if some.experts and largest >= some.experts:
             raise ValueError(
-                f"workers chose the expert {int(experts_NR.max())}, where the trainer's "
+                f"workers chose the expert {largest}, where the trainer's "
                 f"model_type={self._kind!r} has {some.experts} in a layer, counted from 0: have "
                 f"them serve the model that is trained"
             )
-        return experts_NR.view(len(experts_NR), self._layers, told // self._layers)
+        return experts_NLK
 
 
 class _Router:
