@@ -213,12 +213,6 @@ def _check_replay(config: RunFields) -> None:
             "trainer.router_replay=true with model=small, which is no mixture of experts: give a "
             "model that is one, or leave it out"
         )
-    if config.trainer.router_replay and config.trainer.sequence_ranks > 1:
-        raise ValueError(
-            f"trainer.router_replay=true with "
-            f"trainer.sequence_ranks={config.trainer.sequence_ranks}: a rank that has a slice of a "
-            f"pass can't tell its experts yet: leave one of the two out"
-        )
     elsewhere = config.explorers.may_come or config.cluster.kind != "none" or config.engine.urls
     on_cpu = config.engine.kind == "vllm" and not elsewhere and not machine.gpus()
     if config.trainer.router_replay and on_cpu:

@@ -1,16 +1,16 @@
 """What no worker can truthfully answer; one that does is broken."""
 
 import math
-from collections.abc import Set
+from collections.abc import Sequence, Set
 
 from flash.hub.slot import Slot
 from flash.hub.worker import WorkerBroken
 from flash.types import Completion, SamplingParams
 
-_EXPERTS_AXES = 2
 
-
-def check_completion(answer: Completion, sampling: SamplingParams, published: Set[int]) -> None:
+def check_completion(
+    answer: Completion, prompt: Sequence[int], sampling: SamplingParams, published: Set[int]
+) -> None:
     """A worker that answers what can't be true has failed."""
     tokens = len(answer.token_ids)
     if not tokens == len(answer.logprobs) == len(answer.versions) or tokens > sampling.max_tokens:
@@ -20,17 +20,8 @@ def check_completion(answer: Completion, sampling: SamplingParams, published: Se
         )
     if not math.isfinite(sum(answer.logprobs)) and not all(map(math.isfinite, answer.logprobs)):
         raise WorkerBroken(f"{answer.worker} answered a logprob that is not finite")
-    told = answer.experts is not None or answer.finish_reason == "abort"
-    if sampling.experts_from is not None and not told:
-        raise WorkerBroken(
-            f"{answer.worker} does not tell which experts tokens were routed to: start it as "
-            f"docs/engines.md says, or leave trainer.router_replay out"
-        )
-    if answer.experts is not None and answer.experts.ndim != _EXPERTS_AXES:
-        raise WorkerBroken(
-            f"{answer.worker} answered experts of the shape {list(answer.experts.shape)}, which is "
-            f"none of tokens and their experts"
-        )
+    if sampling.experts_from is not None:
+        _check_experts(answer, max(0, len(prompt) + tokens - 1 - sampling.experts_from))
     only = answer.only_version
     versions = set(answer.versions) if only is None else {only}
     if unknown := versions - published:
@@ -42,6 +33,25 @@ def check_completion(answer: Completion, sampling: SamplingParams, published: Se
         raise WorkerBroken(f"{answer.worker} answered no tokens at all")
     if len(versions) > 1 and answer.versions != sorted(answer.versions):
         raise WorkerBroken(f"{answer.worker} answered with policy versions that go back")
+
+
+def _check_experts(answer: Completion, tokens: int) -> None:
+    """Of so many tokens, or of the first of them where an answer was broken off: of others, they
+    would be taken for another token's."""
+    aborted = answer.finish_reason == "abort"
+    if answer.experts is None:
+        if aborted:
+            return
+        raise WorkerBroken(
+            f"{answer.worker} does not tell which experts tokens were routed to: start it as "
+            f"docs/engines.md says, or leave trainer.router_replay out"
+        )
+    told, *of_each = answer.experts.shape
+    if len(of_each) != 1 or told > tokens or (told < tokens and not aborted):
+        raise WorkerBroken(
+            f"{answer.worker} answered experts of the shape {[told, *of_each]}, where {tokens} "
+            f"tokens have some"
+        )
 
 
 def check_age(answer: Completion, slot: Slot, *, since: int) -> None:

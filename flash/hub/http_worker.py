@@ -102,7 +102,8 @@ class HttpWorker(ServerClient):
         if on_tokens is not None and sampling.max_tokens >= STREAMED_FROM_TOKENS:
             request.sampling_params.stream_interval = STREAM_INTERVAL
             request.stream = True
-            stream = TokenStream(self.name, on_tokens)
+            tokens = len(token_ids) + sampling.max_tokens
+            stream = TokenStream(self.name, on_tokens, tokens=tokens)
             return await self._streamed(_GENERATE, request, stream, sampling)
         return self._whole(await self._call("POST", _GENERATE, request), sampling)
 

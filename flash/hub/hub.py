@@ -210,7 +210,7 @@ class InferenceHub:
                 if on_start is not None:
                     on_start(partial.version)
                 part = await self._attempts.ask(slot, prompt, sampling, partial)
-                check_completion(part, sampling, self._policy.published)
+                check_completion(part, prompt, sampling, self._policy.published)
                 check_age(part, slot, since=partial.version)
                 slot.failures = 0
                 if self._publisher.update_mode == "keep_stale_kv":

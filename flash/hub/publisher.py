@@ -237,7 +237,7 @@ class Publisher:
         async def answer(slot: Slot, prompt: Sequence[int]) -> Completion:
             partial = PartialCompletion(weights.version, sampling.temperature)
             completion = await self._ask(slot, prompt, sampling, partial)
-            check_completion(completion, sampling, self._policy.published)
+            check_completion(completion, prompt, sampling, self._policy.published)
             if not completion.token_ids:
                 raise WorkerFailure(f"{slot.worker.name} aborted the probe")
             return completion

@@ -6,7 +6,14 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from flash.types import Completion, Experts, FinishReason, GenerateRequest, SamplingParams
+from flash.types import (
+    UNKNOWN_EXPERT,
+    Completion,
+    Experts,
+    FinishReason,
+    GenerateRequest,
+    SamplingParams,
+)
 
 
 @dataclass(slots=True, eq=False)
@@ -106,8 +113,18 @@ class Response:
             temperature=temperature,
             finish_reason=reason,
             worker=worker,
-            experts=np.concatenate(self._experts) if self._experts else None,
+            experts=self._joined_experts(),
         )
+
+    def _joined_experts(self) -> Experts | None:
+        """Of all tokens but the last; None if nobody told any."""
+        start = self._request.sampling.experts_from
+        if start is None or not self._experts:
+            return None
+        experts = np.concatenate(self._experts)
+        tokens = len(self._request.token_ids) + len(self._token_ids) - 1 - start
+        lacking = tokens - len(experts)  # where only the end of the answer was lost
+        return np.pad(experts, ((0, lacking), (0, 0)), constant_values=UNKNOWN_EXPERT)
 
     def _count(self, sampled: int) -> None:
         self._on_new(max(0, sampled - self._most))

@@ -73,7 +73,7 @@ def sharded_scorer(
     check_packed(checked)
     fused = not config.compile and fuse(checked)  # torch.compile fuses the same
     if replays:
-        checked.routers = Routers(checked.model)
+        checked.routers = Routers(checked.model, group=group)
         check_replay(checked)
     checked.reshard()
     scorer: TokenScorer = checked
@@ -88,7 +88,7 @@ def sharded_scorer(
         if fused:
             fuse_layers(scorer.model)
         if replays:
-            scorer.routers = Routers(scorer.model)
+            scorer.routers = Routers(scorer.model, group=group)
     if config.compile:
         compile_layers(scorer.model)
     return scorer

@@ -19,16 +19,22 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from flash.trainer.sequence_parallel import SequenceGroup
 from flash.types import UNKNOWN_EXPERT
 
 
 class Routers:
     """All routers of a model, which from now on tell their choices, and take those of others.
 
+    Where the ranks of a `group` share each pass, each router sees a slice of its N tokens; what it
+    is given and tells is of all of them, with those that were padded, and to be told it is a
+    collective of the group.
+
     ValueError if the model has none, or several in a layer, which no worker tells apart.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, group: SequenceGroup | None = None) -> None:
+        self._group = group
         self._kind = model.config.model_type
         self._layers = int(model.config.get_text_config().num_hidden_layers)
         classes: Any = _router_classes(model)
@@ -51,6 +57,8 @@ class Routers:
     def take(self, experts_NR: Tensor | None) -> None:
         """What the passes from now on take, also those that recompute activations; UNKNOWN_EXPERT,
         or None for all of it, has the router choose. ValueError for experts of another model."""
+        if experts_NR is not None and self._group is not None:
+            experts_NR = self._group.own_rows(experts_NR, padding=UNKNOWN_EXPERT)
         experts_NLK = None if experts_NR is None else self._by_layer(experts_NR)
         for layer, router in self._routers.items():
             router.taken_NK = None if experts_NLK is None else experts_NLK[:, layer].long()
@@ -70,7 +78,14 @@ class Routers:
 
     def all_scored(self) -> bool:
         """Whether each expert that was taken in the last pass had a score."""
-        return all(bool(each.scores_NK.ne(0).all()) for each in self._routers.values())
+        scored = [each.scores_NK.ne(0).all(-1) for each in self._routers.values()]
+        return bool(self._of_all(torch.stack(scored, dim=1)).all())
+
+    def _of_all(self, own_NR: Tensor) -> Tensor:
+        """Of all tokens what the routers have of theirs."""
+        if self._group is None:
+            return own_NR
+        return self._group.all_rows(own_NR.int()).to(own_NR.dtype)  # no backend sends int16
 
     def _joined(self, experts: dict[int, Tensor]) -> Tensor:
         tokens, chosen = next(iter(experts.values())).shape
@@ -80,7 +95,7 @@ class Routers:
         )
         for layer, experts_NK in experts.items():
             joined_NLK[:, layer] = experts_NK
-        return joined_NLK.flatten(1)
+        return self._of_all(joined_NLK.flatten(1))
 
     def differing(self) -> tuple[Tensor, Tensor]:
         """Of each token of the last pass: in which share of the layers whose experts it was given
@@ -93,8 +108,9 @@ class Routers:
             known_N = (taken_NK >= 0).all(-1)
             known.append(known_N)
             differing.append(known_N & (own_NK.sort(-1)[0] != taken_NK.sort(-1)[0]).any(-1))
-        layers_N = torch.stack(known).sum(0)
-        return torch.stack(differing).sum(0) / layers_N.clamp(min=1), layers_N > 0
+        layers_N2 = torch.stack([torch.stack(each).sum(0) for each in (differing, known)], dim=1)
+        differing_N, layers_N = self._of_all(layers_N2).unbind(1)
+        return differing_N / layers_N.clamp(min=1), layers_N > 0
 
     def _by_layer(self, experts_NR: Tensor) -> Tensor:
         """[N, L, K], of the model's L layers."""
@@ -106,13 +122,15 @@ class Routers:
                 f"model_type={self._kind!r} chooses {some.chosen} in each of {self._layers} "
                 f"layers: have them serve the model that is trained"
             )
-        if some.experts and int(experts_NR.max()) >= some.experts:
+        experts_NLK = experts_NR.view(len(experts_NR), self._layers, told // self._layers)
+        largest = int(experts_NLK[:, list(self._routers)].max())  # others have whatever they have
+        if some.experts and largest >= some.experts:
             raise ValueError(
-                f"workers chose the expert {int(experts_NR.max())}, where the trainer's "
+                f"workers chose the expert {largest}, where the trainer's "
                 f"model_type={self._kind!r} has {some.experts} in a layer, counted from 0: have "
                 f"them serve the model that is trained"
             )
-        return experts_NR.view(len(experts_NR), self._layers, told // self._layers)
+        return experts_NLK
 
 
 class _Router:

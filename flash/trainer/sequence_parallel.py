@@ -8,7 +8,7 @@ Jacobs et al. 2023 (DeepSpeed-Ulysses). torch's own context parallelism divides 
 itself and knows no packs; here attention sees whole packs, windows and all.
 
 Legend: N tokens of a pass, padded to a multiple of the ranks; M of a slice; H heads, K of keys; D
-width of a head.
+width of a head; R numbers of a token.
 """
 
 import math
@@ -55,14 +55,28 @@ class SequenceGroup:
 
     def padded(self, token_ids_N: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Sequence[int]]:
         """With a sequence more, of the tokens that lack to slices of one length."""
-        lacking = self.size * self.slice_length(len(token_ids_N)) - len(token_ids_N)
+        lacking = self._lacking(len(token_ids_N))
         if not lacking:
             return token_ids_N, lengths
         return pad(token_ids_N, (0, lacking)), (*lengths, lacking)
 
+    def _lacking(self, tokens: int) -> int:
+        return self.size * self.slice_length(tokens) - tokens
+
     def own(self, of_tokens_1N: Tensor) -> Tensor:
         """Those of this rank's slice, [1, M]."""
         return of_tokens_1N.tensor_split(self.size, dim=1)[self.place]
+
+    def own_rows(self, of_tokens_NR: Tensor, *, padding: int) -> Tensor:
+        """Those of this rank's slice, [M, R]; of what was padded each number is `padding`."""
+        lacking = self._lacking(len(of_tokens_NR))
+        return self.own(pad(of_tokens_NR, (0, 0, 0, lacking), value=padding)[None])[0]
+
+    def all_rows(self, own_MR: Tensor) -> Tensor:
+        """Those of all slices, with those of what was padded; a collective."""
+        of_ranks = [torch.empty_like(own_MR) for _ in range(self.size)]
+        dist.all_gather(of_ranks, own_MR, group=self.group)
+        return torch.cat(of_ranks)
 
     def own_places(self, indices_T: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
         """Which of the tokens at these indices of N are in this rank's slice: where in T, and where

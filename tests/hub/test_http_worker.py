@@ -14,6 +14,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from safetensors.numpy import save_file
 
+from flash.hub.answers import TokenStream
 from flash.hub.http_worker import HttpWorker
 from flash.hub.worker import BadRequest, WorkerFailure
 from flash.routed import packed
@@ -98,6 +99,15 @@ async def test_a_request_and_its_answer_in_the_protocols_words(scripted):
     assert completion.finish_reason == "stop"
     assert completion.temperature == 0.5
     assert scripted.authorization == "Bearer key"
+
+
+def test_a_line_may_be_as_long_as_the_experts_of_all_tokens():
+    """Of 94 layers and 8 of each, as int32 in base64."""
+    tokens = 2000
+    stream = TokenStream("w", lambda *_: None, tokens=tokens)
+    stream.feed(b"data: " + b"x" * (tokens * 94 * 8 * 4 * 4 // 3))
+    with pytest.raises(WorkerFailure, match="too long"):
+        stream.feed(b"x" * (1 << 24))
 
 
 @pytest.mark.parametrize("kind", ["uint8", "uint16", "int16"])

@@ -37,7 +37,9 @@ async def test_a_pool_that_is_healthy_and_answers_nonsense_ends_the_request_with
     ("experts", "says"),
     [
         (None, "does not tell which experts .* start it as docs/engines.md says, or leave trainer"),
-        (np.zeros(3, np.int16), r"experts of the shape \[3\], which is none of tokens and their"),
+        (np.zeros(14, np.int16), r"experts of the shape \[14\], where 14 tokens have some"),
+        (np.zeros((15, 2), np.int16), r"experts of the shape \[15, 2\], where 14 tokens have some"),
+        (np.zeros((13, 2), np.int16), r"experts of the shape \[13, 2\], where 14 tokens have some"),
     ],
 )
 @in_virtual_time

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from flash.hub.response import Response
-from flash.types import Completion
+from flash.types import UNKNOWN_EXPERT, Completion
 from tests.steady import request
 
 
@@ -46,18 +46,22 @@ def test_an_answer_that_is_whole_at_once_names_its_worker_and_the_temperature_as
     assert sum(new) == 2
 
 
-def test_experts_are_asked_for_after_those_that_there_are():
-    asked = request(max_tokens=4, prompt=3)
+def asking_for_experts(*, max_tokens):
+    asked = request(max_tokens=max_tokens, prompt=3)
     asked = replace(asked, sampling=replace(asked.sampling, experts_from=1))
-    response = Response(asked, on_new=lambda _: None, on_sampled=None)
+    return Response(asked, on_new=lambda _: None, on_sampled=None)
 
-    def part(tokens, experts, reason="abort"):
-        return Completion(
-            token_ids=[7] * tokens, logprobs=[-1.0] * tokens, versions=[4] * tokens,
-            temperature=1.0, finish_reason=reason,
-            experts=None if experts is None else np.array(experts, np.int16)[:, None],
-        )  # fmt: skip
 
+def part(tokens, experts, reason="abort"):
+    return Completion(
+        token_ids=[7] * tokens, logprobs=[-1.0] * tokens, versions=[4] * tokens,
+        temperature=1.0, finish_reason=reason,
+        experts=None if experts is None else np.array(experts, np.int16)[:, None],
+    )  # fmt: skip
+
+
+def test_experts_are_asked_for_after_those_that_there_are():
+    response = asking_for_experts(max_tokens=4)
     assert response.rest()[1].experts_from == 1
     assert response.add(part(0, [1]), worker="a") is None  # aborted while its prompt was read
     assert response.rest()[1].experts_from == 2
@@ -68,3 +72,11 @@ def test_experts_are_asked_for_after_those_that_there_are():
     assert (len(prompt), sampling.max_tokens, sampling.experts_from) == (5, 2, 4)
     whole = response.add(part(2, [4, 5], "length"), worker="c")
     assert whole.experts[:, 0].tolist() == [1, 2, 3, 4, 5]  # of 7 tokens, from 1, without the last
+
+
+def test_experts_that_were_lost_with_the_end_of_an_answer_leave_the_others_where_they_are():
+    response = asking_for_experts(max_tokens=3)
+    assert response.add(part(1, [1, 2]), worker="a") is None
+    whole = response.add(part(2, None), worker="b")  # all was sampled, and its worker died
+    assert whole.finish_reason == "length"
+    assert whole.experts[:, 0].tolist() == [1, 2, UNKNOWN_EXPERT, UNKNOWN_EXPERT]

@@ -339,6 +339,18 @@ def test_experts_of_another_model_are_refused(tmp_path: Path, alone: None) -> No
         of_all(scorer, ids, experts + 1, (TOKENS,))
 
 
+def test_what_is_told_of_a_layer_without_experts_is_nothing(tmp_path: Path, alone: None) -> None:
+    save_family(tmp_path, "dots1")  # the first layer
+    scorer, ids = scorer_of(tmp_path), text()
+    with torch.no_grad():
+        own = of_all(scorer, ids, None, (TOKENS,))
+        assert scorer.routers is not None
+        chosen = scorer.routers.chosen()
+        assert (chosen[:, :CHOSEN] == UNKNOWN_EXPERT).all()
+        chosen[:, :CHOSEN] = 99
+        torch.testing.assert_close(of_all(scorer, ids, chosen, (TOKENS,)), own)
+
+
 def test_samples_of_several_models_are_refused() -> None:
     of_two = [sample(random_experts(12).numpy()), sample(np.ones((12, 2), np.int16))]
     with pytest.raises(ValueError, match="some samples have 2 experts .* and others 4: have all"):

@@ -19,8 +19,11 @@ from torch.testing._internal.distributed.multi_threaded_pg import (
 
 from flash.trainer.critic import TokenValuer
 from flash.trainer.layers import recompute_activations
+from flash.trainer.router_replay import Routers
 from flash.trainer.scorer import TokenScorer
+from flash.trainer.self_test import check_replay
 from flash.trainer.sequence_parallel import SequenceGroup, check_config
+from flash.types import UNKNOWN_EXPERT
 from tests.families import save_family
 from tests.packed import load_packed
 
@@ -130,6 +133,60 @@ def test_what_else_is_told_is_whole_with_recomputed_activations_and_logits_in_ch
         return scored(TokenScorer(own, kept_logits=97 * 2, group=group), **told)
 
     same_in_parts(on_ranks(2, shared), scored(TokenScorer(model), **told))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_routers_take_the_experts_of_their_slices_and_tell_of_all(
+    model_of: ModelOf, ranks: int, on_ranks: Any
+) -> None:
+    """Others than they would choose, and of some tokens none, with recomputed activations."""
+    model = model_of("qwen3_moe")
+
+    def replayed(group: SequenceGroup | None) -> tuple[Found, list[Tensor]]:
+        own = deepcopy(model)
+        recompute_activations(own)
+        scorer = TokenScorer(own, group=group)
+        scorer.routers = routers = Routers(own, group=group)
+        check_replay(scorer)
+        with torch.no_grad():
+            scorer(TOKEN_IDS_N, LENGTHS, SCORED_T)
+        experts_NR = routers.others()[: len(TOKEN_IDS_N)]
+        experts_NR[::3] = routers.chosen()[: len(TOKEN_IDS_N) : 3]
+        experts_NR[45:48] = UNKNOWN_EXPERT
+        told = scorer(TOKEN_IDS_N, LENGTHS, SCORED_T, experts_NR=experts_NR)
+        of_all = [experts_NR, *routers.differing()]
+        return with_gradients(scorer, told), [each[: len(TOKEN_IDS_N)] for each in of_all]
+
+    def shared() -> tuple[Found, list[Tensor]]:
+        return replayed(SequenceGroup.of(ranks, "cpu"))
+
+    whole, of_all = replayed(None)
+    found = on_ranks(ranks, shared)
+    same_in_parts([each for each, _ in found], whole)
+    assert (whole[0] - scored(TokenScorer(model))[0]).abs().max() > 1e-3, "others say another thing"
+    assert 0 < float(of_all[1].mean()) < 1 and of_all[2].sum() == len(TOKEN_IDS_N) - 3
+    for _, told in found:
+        for mine, expected in zip(told, of_all, strict=True):
+            assert torch.equal(mine, expected)
+
+
+def test_a_weight_that_one_rank_misses_is_known_to_all(model_of: ModelOf, on_ranks: Any) -> None:
+    """Else one of them would refuse a model that the others go on with."""
+    model = model_of("qwen3_moe")
+
+    def scored_everywhere() -> bool:
+        own, group = deepcopy(model), SequenceGroup.of(2, "cpu")
+        assert group is not None
+        routers = Routers(own, group=group)
+        routers.take(torch.zeros(len(TOKEN_IDS_N), 4, dtype=torch.int16))
+        with torch.no_grad():
+            TokenScorer(own, group=group)(TOKEN_IDS_N, LENGTHS, SCORED_T)
+        assert routers.all_scored()
+        if group.place == 1:
+            routers._routers[0].scores_NK[3] = 0
+        return routers.all_scored()
+
+    assert on_ranks(2, scored_everywhere) == [False, False]
 
 
 def test_a_critic_values_what_it_values_alone(model_of: ModelOf, on_ranks: Any) -> None:
