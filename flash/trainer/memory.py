@@ -6,6 +6,10 @@ from flash.trainer.config import TrainerConfig
 FLOAT32_BYTES, MOMENTS_BYTES, HALF_BYTES = 4, 8, 2
 TRAINED_BYTES = 2 * FLOAT32_BYTES + MOMENTS_BYTES  # itself, its gradient, AdamW's moments
 
+# Of a layer that is a unit of FSDP: its buffer that it was gathered in, itself, and the buffer of
+# the next; of its gradient in float32 what goes to the other ranks, of it and of the one before.
+GATHERED_LAYERS, SENT_LAYERS = 3, 2
+
 
 def least_kept(parameters: int, config: TrainerConfig) -> float:
     """Bytes of a rank, of a model of so many parameters: its share of the weights, and of the
