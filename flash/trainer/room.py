@@ -16,6 +16,7 @@ from flash.trainer.memory import (
     MOMENTS_BYTES,
     SENT_LAYERS,
 )
+from flash.trainer.offload import memory_of
 from flash.trainer.passes import Room
 from flash.trainer.scorer import TokenScorer
 
@@ -54,10 +55,13 @@ def room_of(
         each = _kept_of_token(scorer, device) + kept_each / layers
         if not recomputed:
             keep_activations(model)
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(device)
     if alone:
+        # Nothing is given back: a vLLM server that starts on the card fails if more is free after
+        # its own measurement than before (v1/worker/gpu_worker.py).
+        _, total = torch.cuda.mem_get_info(device)
         free = total - torch.cuda.memory_allocated(device)
+    else:
+        free, _ = memory_of(device)
     left = free - models * to_come(scorer, optimizer)
     return Room(tokens_that_fit(left, kept_each), tokens_that_fit(left, each))
 

@@ -285,8 +285,10 @@ def test_on_a_gpu_a_pass_of_so_many_tokens_fits(save_model: SaveModel, tmp_path:
     room = room_of(scorer, optimizer, recomputed=None)
     assert room is not None
     assert room.recomputed > room.kept
+    held = torch.cuda.memory_reserved()
     alone = room_of(scorer, optimizer, recomputed=None, alone=True)
     assert alone is not None
+    assert torch.cuda.memory_reserved() >= held
     assert alone.recomputed >= room.recomputed
     tokens, recompute = room.choose()
     assert tokens % 1024 == 0
