@@ -11,13 +11,14 @@ Its share is one part of as many as hold the model once among them. Activations 
 from dataclasses import dataclass
 from typing import Any
 
-from flash.trainer.memory import FLOAT32_BYTES, HALF_BYTES, MOMENTS_BYTES
+from flash.trainer.memory import (
+    FLOAT32_BYTES,
+    GATHERED_LAYERS,
+    HALF_BYTES,
+    MOMENTS_BYTES,
+    SENT_LAYERS,
+)
 from flash.trainer.sharding import divided_layers
-
-# Of a layer: FSDP's buffer that it was gathered in, itself, and the buffer of the next.
-_GATHERED_LAYERS = 3
-# Of a layer's gradient in float32: what goes to the other ranks, of it and of the one before.
-_SENT_LAYERS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +86,7 @@ def rank_memory(size: ModelSize, *, shards: int, half: bool) -> RankMemory:
     bfloat16."""
     computed = HALF_BYTES if half else FLOAT32_BYTES
     frozen = size.parameters - size.trained
-    gathered = size.root + _GATHERED_LAYERS * size.layer
+    gathered = size.root + GATHERED_LAYERS * size.layer
     return RankMemory(
         load=FLOAT32_BYTES * (size.parameters / shards + gathered),
         weights=(FLOAT32_BYTES * size.trained + computed * frozen) / shards,
@@ -93,7 +94,7 @@ def rank_memory(size: ModelSize, *, shards: int, half: bool) -> RankMemory:
         moments=MOMENTS_BYTES * size.trained / shards,
         gathered=computed * gathered,
         backward=max(
-            computed * size.root + (computed + _SENT_LAYERS * FLOAT32_BYTES) * size.layer,
+            computed * size.root + (computed + SENT_LAYERS * FLOAT32_BYTES) * size.layer,
             (computed + FLOAT32_BYTES) * size.root,
         ),
         tensor=computed * size.tensor,

@@ -114,14 +114,19 @@ async def test_workers_see_the_gpus_that_were_laid_out_for_them(changes, tmp_pat
          "each: start fewer, lower the share, or name more GPUs (engine.devices)"),
         ({"engine.kind": "embedded"}, [H100, H100], 6,
          "trainer.ranks=1: a rank takes 96.0 GB at least for a model of 6.00 billion parameters, "
-         "and GPU 0 has 80.0 GB: raise trainer.ranks, or use a smaller model"),
+         "and GPU 0 has 80.0 GB: raise trainer.ranks, train adapters (trainer.lora.rank=16), "
+         "or use a smaller model"),
         (SERVERS | {"trainer.ranks": 4, "trainer.shard_size": 2}, [H100] * 5, 11,
          "trainer.shard_size=2: a rank takes 88.0 GB at least"),
         (SERVERS | {"trainer.advantages": "gae"}, [H100, H100], 3, "a rank takes 96.0 GB at least"),
         (SERVERS, [H100], 3,
          "trainer.ranks=1: a rank takes 48.0 GB at least for a model of 3.00 billion parameters, "
-         "and GPU 0 has 40.0 GB beside engine.gpu_memory=0.5: raise"),
+         "and GPU 0 has 40.0 GB beside engine.gpu_memory=0.5: raise trainer.ranks, lower "
+         "engine.gpu_memory, train adapters"),
         (COLOCATED, [H100], 6, "a rank takes 96.0 GB at least"),
+        (COLOCATED | {"trainer.lora.rank": 4, "trainer.dtype": "float32"}, [H100], 16,
+         "has 40.0 GB beside engine.gpu_memory=0.5: raise trainer.ranks, lower engine.gpu_memory, "
+         "or use a smaller model"),
         (COLOCATED | {"engine.gpu_memory": 0.9}, [H100], 4,
          "a rank takes 16.0 GB at least for a model of 4.00 billion parameters, and GPU 0 has "
          "8.0 GB beside engine.gpu_memory=0.9: raise"),
@@ -144,9 +149,11 @@ def test_a_gpu_that_is_too_small_or_too_old_is_refused(changes, cards, billions,
          [H100] * 10, 30),
         (SERVERS | {"trainer.ranks": 8, "engine.vllm_args": "--quantization fp8"},
          [H100] * 9, 39),
+        (SERVERS | {"trainer.ranks": 8, "engine.vllm_args": "--cpu-offload-gb=40"}, [H100] * 9, 39),
         (SERVERS | {"engine.workers": 2}, [None, None], 10**6),  # nothing is known of these
         (SERVERS | {"trainer.lora.rank": 4}, [H100, H100], 19),
         (COLOCATED, [H100], 4),
+        (COLOCATED | {"trainer.lora.rank": 4}, [H100], 16),  # in half once they are loaded
         (SERVERS, [Card(0, "GPU-3", "NVIDIA GB10", None, (12, 1))] * 2, 10**6),
     ],
 )  # fmt: skip

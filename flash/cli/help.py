@@ -4,7 +4,7 @@ import textwrap
 import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, SecretStr
 from pydantic_core import PydanticUndefined
@@ -229,6 +229,8 @@ def fields_help(model: type[BaseModel], section: str = "") -> str:
 
 def _kind(kind: Any) -> str:
     """A field's type as it is written on a command line."""
+    if get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Literal:
         return "|".join(str(choice) for choice in inner)

@@ -11,6 +11,7 @@ from flash.config.run import Config
 from flash.hub.gpus import check_parallel, worker_gpus
 from flash.reward.config import ProcessReward
 from flash.system.machine import Capacity, Gpu, has_vllm
+from flash.trainer.memory import TRAINED_BYTES
 from flash.worker.config import CACHED_TOKEN_BYTES, MASK_BYTES, THREADS_PER_CORE
 
 # Bytes, measured where it says so.
@@ -19,7 +20,6 @@ _PLAIN_PROCESS = 25e6  # an environment's host or a reward's process: 30 and 22 
 _EPISODE = 10e3  # its task, its agent, and what it has said
 _RECORD = 1e3  # a demonstration, a held-out task with its outcome
 _SAMPLE_TOKEN = 36  # of a sample's arrays: ids, mask, logprobs, versions, temperatures, turns
-_TRAINED_PARAMETER = 16  # the weight, its gradient and AdamW's two moments, in float32
 
 _PER_CORE = {"engine.workers": 8, "trainer.ranks": 8, "env.hosts": 100, "reward.concurrency": 100}
 _OPEN_FILES = 64  # of a run: its files, its logs, its children's sockets
@@ -124,7 +124,7 @@ def _check_nccl(config: Config, gpus: Sequence[Gpu], *, trains: bool) -> None:
             "engine.transport=nccl needs NVIDIA GPUs, and this machine shows none: use "
             "engine.transport=disk"
         )
-    if trains and (shared := sorted({*gpus[:ranks]} & {*engine.devices})):
+    if trains and (shared := sorted({*gpus[:ranks]} & {*engine.devices}, key=str)):
         raise ValueError(
             f"engine.devices={list(engine.devices)} and the trainer ({ranks} trainer.ranks) share "
             f"GPUs {shared}, which engine.transport=nccl can't: name others, or use "
@@ -158,7 +158,7 @@ def _memory(config: Config, has: Capacity, *, trains: bool) -> Iterator[tuple[st
     if small:
         yield (
             f"policy.layers={policy.layers} with policy.hidden_size={policy.hidden_size}",
-            12 * policy.layers * policy.hidden_size**2 * _TRAINED_PARAMETER,
+            12 * policy.layers * policy.hidden_size**2 * TRAINED_BYTES,
         )
         if trains:
             demonstrations = config.warm_start.demonstrations

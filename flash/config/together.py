@@ -101,7 +101,7 @@ def _check_small_heads(config: RunFields) -> None:
     """That those of the small policy are what workers and ranks can compute."""
     policy, sequence_ranks = config.policy, config.trainer.sequence_ranks
     width = policy.hidden_size // policy.heads
-    if config.engine.kind == "vllm" and not machine.gpus() and width % 32:
+    if _starts_vllm_on_cpu(config) and width % 32:
         raise ValueError(
             f"policy.hidden_size={policy.hidden_size} with policy.heads={policy.heads} gives heads "
             f"of {width}; vLLM on a CPU takes 32, 64, 96, …: change one of them"
@@ -111,6 +111,12 @@ def _check_small_heads(config: RunFields) -> None:
             f"trainer.sequence_ranks={sequence_ranks} does not divide policy.heads={policy.heads}, "
             f"of which each rank computes as many: use a divisor of it"
         )
+
+
+def _starts_vllm_on_cpu(config: RunFields) -> bool:
+    """Explorers and a cluster's nodes, which may have GPUs, see to theirs themselves."""
+    starts_here = config.engine.workers > 0 and config.cluster.kind == "none"
+    return starts_here and config.engine.kind == "vllm" and not machine.gpus()
 
 
 def _check_workers(config: RunFields) -> None:
@@ -213,9 +219,7 @@ def _check_replay(config: RunFields) -> None:
             "trainer.router_replay=true with model=small, which is no mixture of experts: give a "
             "model that is one, or leave it out"
         )
-    elsewhere = config.explorers.may_come or config.cluster.kind != "none" or config.engine.urls
-    on_cpu = config.engine.kind == "vllm" and not elsewhere and not machine.gpus()
-    if config.trainer.router_replay and on_cpu:
+    if config.trainer.router_replay and _starts_vllm_on_cpu(config):
         raise ValueError(
             "trainer.router_replay=true with engine.kind=vllm, which tells no experts on a CPU: "
             "use engine.kind=embedded, or leave it out"

@@ -381,7 +381,8 @@ def local_config(
     if config.engine.transport == "nccl" and engine["transport"] != "nccl":
         why = "an evaluation needs its weights as files" if evaluates else "the run's is disk"
         raise ValueError(f"--engine.transport nccl: {why}: leave it out")
-    if config.engine.transport == "nccl" and config.engine.kind != engine["kind"]:
+    is_sglang = config.engine.kind == "sglang"  # servers that run already may be of either kind
+    if config.engine.transport == "nccl" and is_sglang != (engine["kind"] == "sglang"):
         raise ValueError(
             f"--engine.kind {config.engine.kind}: what sends the run's weights is for "
             f"{engine['kind']}: leave it out, or take --engine.transport disk"

@@ -81,8 +81,8 @@ class EngineConfig(Section):
     tensor_parallel: int = Field(1, ge=1, description="GPUs of a server")
     devices: GpuNames = Field(
         (),
-        description="GPUs for the workers, by number or UUID, with commas between; none given: "
-        "those that the trainer leaves",
+        description="GPUs for the workers, with commas between, by number, or by UUID where "
+        "CUDA_VISIBLE_DEVICES has UUIDs; none given: those that the trainer leaves",
     )
     gpu_memory: float = Field(
         0.5,

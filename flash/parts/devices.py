@@ -12,9 +12,10 @@ from flash.parts.model import parameters_of
 from flash.parts.workers import arguments_of
 from flash.system import machine
 from flash.system.machine import Card, Gpu, card_of
-from flash.trainer.memory import FLOAT32_BYTES, least_kept, shared_out
+from flash.trainer.memory import least_beside_others, least_kept
 
 _BYTES = {"auto": 2, "bfloat16": 2, "float16": 2, "half": 2, "float32": 4, "float": 4}
+_SMALLER_ARGS = {"quantization", "q", "cpu-offload-gb"}  # of servers that have less on a GPU
 _HALF_CAPABILITY = (8, 0)  # GPUs before have no bfloat16, and servers refuse to do without
 
 
@@ -139,7 +140,7 @@ def _check_server(config: Config, gpu: Gpu, card: Card, parameters: int) -> None
             f"engine.dtype={engine.dtype}: GPU {gpu} ({card}) has no bfloat16: use "
             f"engine.dtype=float32, or other GPUs (engine.devices)"
         )
-    if card.memory_bytes is None or {"quantization", "q"} & arguments.keys():
+    if card.memory_bytes is None or _SMALLER_ARGS & arguments.keys():
         return
     weights = parameters * _BYTES.get(dtype, 1) / engine.tensor_parallel
     if weights > engine.gpu_memory * card.memory_bytes:
@@ -159,15 +160,17 @@ def _check_rank(
     training = least_kept(parameters, trainer)
     turns = [(training, servers)]
     if config.engine.colocated:
-        weights = FLOAT32_BYTES * shared_out(parameters, trainer)
-        turns = [(training, 0.0), (weights, servers)]
+        turns = [(training, 0.0), (least_beside_others(parameters, trainer), servers)]
     for needed, taken in turns:
         left = (1 - taken) * memory_bytes
         if needed > left:
             field = "ranks" if trainer.shard_size is None else "shard_size"
             beside = f" beside engine.gpu_memory={config.engine.gpu_memory:g}" if taken else ""
+            lower = "lower engine.gpu_memory, " if taken else ""
+            adapters = "" if trainer.lora.rank else "train adapters (trainer.lora.rank=16), "
             raise ValueError(
                 f"trainer.{field}={getattr(trainer, field)}: a rank takes {needed / 1e9:.1f} GB at "
                 f"least for a model of {parameters / 1e9:.2f} billion parameters, and GPU {gpu} "
-                f"has {left / 1e9:.1f} GB{beside}: raise trainer.{field}, or use a smaller model"
+                f"has {left / 1e9:.1f} GB{beside}: raise trainer.{field}, {lower}{adapters}"
+                f"or use a smaller model"
             )

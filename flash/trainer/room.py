@@ -3,11 +3,20 @@
 from typing import Any
 
 import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from flash.trainer.layers import decoder_layers, keep_activations, recompute_activations
-from flash.trainer.memory import FLOAT32_BYTES, HALF_BYTES, MOMENTS_BYTES
+from flash.trainer.memory import (
+    FLOAT32_BYTES,
+    GATHERED_LAYERS,
+    HALF_BYTES,
+    MOMENTS_BYTES,
+    SENT_LAYERS,
+)
+from flash.trainer.offload import memory_of
 from flash.trainer.passes import Room
 from flash.trainer.scorer import TokenScorer
 
@@ -46,11 +55,14 @@ def room_of(
         each = _kept_of_token(scorer, device) + kept_each / layers
         if not recomputed:
             keep_activations(model)
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(device)
     if alone:
+        # Nothing is given back: a vLLM server that starts on the card fails if more is free after
+        # its own measurement than before (v1/worker/gpu_worker.py).
+        _, total = torch.cuda.mem_get_info(device)
         free = total - torch.cuda.memory_allocated(device)
-    left = free - models * _to_come(scorer, optimizer)
+    else:
+        free, _ = memory_of(device)
+    left = free - models * to_come(scorer, optimizer)
     return Room(tokens_that_fit(left, kept_each), tokens_that_fit(left, each))
 
 
@@ -79,14 +91,29 @@ def _kept_bytes(scorer: TokenScorer, device: torch.device, tokens: int) -> int:
     return kept
 
 
-def _to_come(scorer: TokenScorer, optimizer: Optimizer) -> int:
+def to_come(scorer: TokenScorer, optimizer: Optimizer) -> int:
     """Bytes that the first step takes for good, or for a while besides activations.
 
-    Of a parameter its gradient and Adam's moments, itself and its gradient in bfloat16.
+    Of a parameter its gradient and Adam's moments; of what is gathered at a time itself and its
+    gradient in bfloat16. That is the whole model if it is one unit of FSDP, else embedding and
+    head, and a layer with those beside it.
     """
-    parameters = list(scorer.parameters())
-    trained = [p for p in parameters if p.requires_grad]
+    trained = [p for p in scorer.parameters() if p.requires_grad]
     own = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in trained)
     kept = own * (FLOAT32_BYTES + (0 if optimizer.state else MOMENTS_BYTES))
-    whole = sum(p.numel() for p in (*parameters, *trained)) * HALF_BYTES
-    return kept + whole + scorer.kept_logits * LOGIT_BYTES
+    units = (m for m in scorer.modules() if isinstance(m, FSDPModule) and m is not scorer)
+    layers = [_numbers(unit) for unit in units]
+    root, root_trained = (n - sum(of) for n, *of in zip(_numbers(scorer), *layers, strict=True))
+    layer, layer_trained = max(layers, default=(0, 0))
+    gathered = HALF_BYTES * (root + GATHERED_LAYERS * layer)
+    sent = HALF_BYTES * root_trained + (HALF_BYTES + SENT_LAYERS * FLOAT32_BYTES) * layer_trained
+    return kept + gathered + sent + scorer.kept_logits * LOGIT_BYTES
+
+
+def _numbers(module: nn.Module) -> tuple[int, int]:
+    """How many parameters it has, and how many of them are trained: on all ranks."""
+    parameters = list(module.parameters())
+    return (
+        sum(p.numel() for p in parameters),
+        sum(p.numel() for p in parameters if p.requires_grad),
+    )

@@ -11,13 +11,14 @@ from torch.distributed.tensor import DTensor
 
 from flash.system.heap import give_large_blocks_back
 from flash.trainer.config import TrainerConfig
+from flash.trainer.memory import HALF_BYTES, TRAINED_BYTES
 
 # Below it one FSDP unit is faster than one a layer: gathering small layers is all overhead.
 _ONE_UNIT_PARAMETERS = 50_000_000
 # A GPU alone has nobody to gather from, and units of layers cost it three quarters of what a pass
 # costs the CPU. In one unit a parameter takes, at most: itself, its gradient and Adam's state in
 # float32, itself and its gradient in bfloat16, and the gradient on its way between the two.
-_ONE_UNIT_BYTES = 4 + 4 + 8 + 2 + 2 + 8
+_ONE_UNIT_BYTES = TRAINED_BYTES + 2 * HALF_BYTES + 8
 _ONE_UNIT_SHARE = 0.6  # of the GPU's memory; activations are gone when it takes most
 
 

@@ -160,6 +160,7 @@ def test_the_help_names_every_field_and_preset(capsys):
     for name, _ in config.fields():
         assert name in text
     assert f"presets: {', '.join(sorted(config.presets()))}" in text
+    assert "--engine.devices [int|text, …] " in text
 
 
 def test_values_are_yaml_with_or_without_an_equals_sign():

@@ -110,6 +110,11 @@ def test_an_explorer_takes_weights_as_the_run_sends_them_or_as_files(monkeypatch
         local_config(sent, MODEL, {"engine.kind": "vllm"})
     other = {"engine.kind": "vllm", "engine.transport": "disk"}
     assert local_config(sent, MODEL, other).engine.kind == "vllm"
+    runs_already = {"engine.kind": "urls", "engine.urls": "http://b:1"}
+    engine = local_config(told(**nccl), MODEL, runs_already).engine
+    assert (engine.transport, engine.urls) == ("nccl", ("http://b:1",))
+    with pytest.raises(ValueError, match="--engine.kind urls: .* is for sglang"):
+        local_config(sent, MODEL, runs_already)
     by_files = {"engine.transport": "disk", "engine.kind": "embedded"}
     assert local_config(told(**nccl), MODEL, by_files).engine.transport == "disk"
     assert local_config(told(**nccl), MODEL, {}, evaluates=True).engine.transport == "disk"
@@ -118,3 +123,20 @@ def test_an_explorer_takes_weights_as_the_run_sends_them_or_as_files(monkeypatch
         local_config(told(), MODEL, asked)
     with pytest.raises(ValueError, match="an evaluation needs its weights as files"):
         local_config(told(**nccl), MODEL, asked, evaluates=True)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"policy.heads": 4, "policy.hidden_size": 64},
+        {"model": MODEL, "trainer.router_replay": True},
+    ],
+)
+def test_what_vllm_lacks_on_a_cpu_is_asked_where_its_servers_are(changes, monkeypatch):
+    monkeypatch.setattr("flash.system.machine.has_vllm", lambda: True)
+    monkeypatch.setattr("flash.system.machine.gpus", list)
+    run = told(**{"engine.kind": "vllm", "engine.workers": 0}, **changes)
+    with pytest.raises(ValueError, match="on a CPU"):
+        local_config(run, MODEL, {})
+    monkeypatch.setattr("flash.system.machine.gpus", lambda: [0])
+    assert local_config(run, MODEL, {}).engine.kind == "vllm"

@@ -7,14 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import LlamaConfig
 
 from flash.fakes import FakeRanks, fake_sample
 from flash.trainer import sharding
 from flash.trainer.config import TOKENS_OF_PASS, TrainerConfig
 from flash.trainer.fused import can_fuse, fuse, fuse_layers
 from flash.trainer.layers import keep_activations, recompute_activations
+from flash.trainer.model_files import empty_model
 from flash.trainer.passes import Room
-from flash.trainer.room import room_of, tokens_that_fit
+from flash.trainer.room import room_of, to_come, tokens_that_fit
 from flash.trainer.scorer import TokenScorer
 from flash.trainer.sharding import make_optimizer
 from flash.trainer.trainer import Trainer
@@ -36,6 +40,36 @@ def loaded(save_model: SaveModel, folder: Path, device: str) -> tuple[TokenScore
 )
 def test_a_pass_has_what_fits_in_steps_that_make_sense(free_gb, token_mb, tokens):
     assert tokens_that_fit(free_gb * 1e9, token_mb * 1e6) == tokens
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("unit", [0, 1 << 62])
+def test_of_layers_that_are_gathered_one_by_one_few_are_there_at_a_time(
+    unit: int, adapted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharding, "_ONE_UNIT_PARAMETERS", unit)
+    config = LlamaConfig(
+        vocab_size=100, hidden_size=16, intermediate_size=32, num_hidden_layers=20,
+        num_attention_heads=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    layer, root = 4 * 16 * 16 + 3 * 16 * 32 + 2 * 16, 2 * 100 * 16 + 16
+    dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    try:
+        scorer = TokenScorer(empty_model(config, torch.float32), kept_logits=0)
+        for name, parameter in scorer.named_parameters():
+            parameter.requires_grad_(not adapted or "q_proj" in name)
+        sharding.shard(scorer, scorer.model, ranks=4, half=True)
+        optimizer = make_optimizer(scorer, TrainerConfig(), learning_rate=1e-3)
+        found = to_come(scorer, optimizer)
+    finally:
+        dist.destroy_process_group()
+    of_layer, of_root = (16 * 16, 0) if adapted else (layer, root)
+    kept = 12 * (20 * of_layer + of_root) // 4
+    if unit:
+        whole = 2 * (20 * layer + root) + 2 * (20 * of_layer + of_root)
+    else:
+        whole = 2 * (root + 3 * layer) + 2 * of_root + 10 * of_layer
+    assert found == kept + whole
 
 
 def test_on_a_cpu_nothing_is_measured(save_model: SaveModel, tmp_path: Path) -> None:
@@ -251,8 +285,10 @@ def test_on_a_gpu_a_pass_of_so_many_tokens_fits(save_model: SaveModel, tmp_path:
     room = room_of(scorer, optimizer, recomputed=None)
     assert room is not None
     assert room.recomputed > room.kept
+    held = torch.cuda.memory_reserved()
     alone = room_of(scorer, optimizer, recomputed=None, alone=True)
     assert alone is not None
+    assert torch.cuda.memory_reserved() >= held
     assert alone.recomputed >= room.recomputed
     tokens, recompute = room.choose()
     assert tokens % 1024 == 0

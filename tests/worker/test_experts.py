@@ -99,13 +99,18 @@ async def test_a_later_turn_asks_for_those_that_it_does_not_know(
         await sample(engine, "3", [3, 4, 5], experts_from=4)
 
 
+async def until_sampled(engine: EmbeddedEngine, running: asyncio.Task[Any], tokens: int) -> None:
+    while len(engine._sampled_so_far("long")[0]) < tokens:
+        assert not running.done(), "it ended before it was stopped"
+        await asyncio.sleep(0)
+
+
 async def test_what_was_sampled_with_older_weights_keeps_its_experts_and_an_abort_has_some(
     tmp_path: Path, opened: Any
 ) -> None:
     engine = await opened("mixtral")
-    running = asyncio.create_task(sample(engine, "long", PREFIX, 400))
-    while not engine._sampled_so_far("long")[0]:
-        await asyncio.sleep(0)
+    running = asyncio.create_task(sample(engine, "long", PREFIX, 900))
+    await until_sampled(engine, running, 1)
     await engine.pause("keep")
     before = len(engine._sampled_so_far("long")[0])
     old = chosen_by(tmp_path, PREFIX)
@@ -119,8 +124,7 @@ async def test_what_was_sampled_with_older_weights_keeps_its_experts_and_an_abor
     engine.load_weights(tmp_path / "new")
     engine.set_version(1)
     await engine.resume()
-    while len(engine._sampled_so_far("long")[0]) < before + 3:
-        await asyncio.sleep(0)
+    await until_sampled(engine, running, before + 3)
     await engine.pause("abort")
     result = await running
     assert result.finish_reason == "abort" and [v for v, _, _ in result.spans] == [0, 1]
