@@ -109,7 +109,7 @@ async def test_what_was_sampled_with_older_weights_keeps_its_experts_and_an_abor
     tmp_path: Path, opened: Any
 ) -> None:
     engine = await opened("mixtral")
-    running = asyncio.create_task(sample(engine, "long", PREFIX, 900))
+    running = asyncio.create_task(sample(engine, "long", PREFIX, 219))
     await until_sampled(engine, running, 1)
     await engine.pause("keep")
     before = len(engine._sampled_so_far("long")[0])
