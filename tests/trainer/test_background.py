@@ -13,7 +13,7 @@ from flash.checkpoints import Checkpoints, whole_versions
 from flash.fakes import FakeBatchLog
 from flash.rollout.observer import Observer
 from flash.trainer.advantage_settings import Gae
-from flash.trainer.config import TrainerConfig
+from flash.trainer.config import LoraConfig, TrainerConfig
 from flash.types import Sample
 from tests.saved import save
 from tests.trainer.test_lasting import batch, files_of, lasting, ranks
@@ -37,8 +37,12 @@ def held_up(directory: Path, rank: int = 0) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     "config",
-    [TrainerConfig(warmup_steps=0), TrainerConfig(warmup_steps=0, advantages=Gae())],
-    ids=["policy", "critic"],
+    [
+        TrainerConfig(warmup_steps=0),
+        TrainerConfig(warmup_steps=0, advantages=Gae()),
+        TrainerConfig(warmup_steps=0, lora=LoraConfig(rank=4, alpha=8)),
+    ],
+    ids=["policy", "critic", "adapters"],
 )
 def test_a_step_that_is_made_while_a_checkpoint_is_written_changes_nothing_of_it(
     config: TrainerConfig, tmp_path: Path, save_model: SaveModel, samples_of: SamplesOf
