@@ -6,6 +6,7 @@
 What ranks tell each other meanwhile goes by a group of its own, so that it never mixes with a step.
 """
 
+import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -42,13 +43,22 @@ class BackgroundWriter:
         copied = {folder: stager.stage(dict(state)) for folder, state in shards.items()}
         stager.close()
         self._writing = self._thread.submit(self._write, copied, finish)
+        self._writing.add_done_callback(_let_go)
 
     def _write(self, copied: Mapping[Path, Any], finish: Callable[[], None]) -> None:
         for folder, state in copied.items():
-            save(state, storage_writer=FileSystemWriter(folder), process_group=self._group)
+            # Nothing of it is on a GPU, whose stream the writer would wait for by itself.
+            writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
+            save(state, storage_writer=writer, process_group=self._group)
         finish()
 
     def written(self) -> "Future[None]":
         """Of what was begun last; its error is what this rank or another met."""
         assert self._writing is not None
         return self._writing
+
+
+def _let_go(writing: "Future[None]") -> None:
+    """Of the copies: an error that is kept would keep them, in what it passed through."""
+    if (error := writing.exception()) is not None:
+        traceback.clear_frames(error.__traceback__)

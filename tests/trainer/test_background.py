@@ -2,17 +2,22 @@
 
 import asyncio
 import os
+import shutil
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from flash.checkpoints import Checkpoints, whole_versions
 from flash.fakes import FakeBatchLog
 from flash.rollout.observer import Observer
+from flash.trainer import background
 from flash.trainer.advantage_settings import Gae
+from flash.trainer.checkpoint import checkpoint_version
 from flash.trainer.config import LoraConfig, TrainerConfig
 from flash.types import Sample
 from tests.saved import save
@@ -65,6 +70,42 @@ def test_a_step_that_is_made_while_a_checkpoint_is_written_changes_nothing_of_it
     assert second == before
     assert after["policy/__0_0.distcp"] != before["policy/__0_0.distcp"]
     assert not (tmp_path / "first" / "trainer.json").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Detected an existing checkpoint")
+def test_a_folder_that_is_written_again_is_whole_when_that_is_and_not_before(
+    tmp_path: Path, save_model: SaveModel
+) -> None:
+    saved = tmp_path / "saved"
+    with started(save_model(tmp_path / "model"), tmp_path, TrainerConfig()) as rank:
+        save(rank, saved, 1)
+        save(rank, saved, 2)
+        assert checkpoint_version(saved) == 2
+        shutil.rmtree(saved / "policy")
+        (saved / "policy" / "__0_0.distcp").mkdir(parents=True)
+        with pytest.raises(CheckpointException, match="Is a directory"):
+            save(rank, saved, 3)
+        assert not (saved / "trainer.json").exists()
+
+
+def test_what_can_not_be_written_is_not_kept_in_memory_with_its_error(
+    tmp_path: Path, save_model: SaveModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = []
+
+    def full(state: dict[str, Tensor], **_: object) -> None:
+        copies.append(weakref.ref(state["updates"]))
+        if len(copies) == 1:
+            raise OSError("no space left on device")
+
+    monkeypatch.setattr(background, "save", full)
+    with started(save_model(tmp_path / "model"), tmp_path, TrainerConfig()) as rank:
+        rank.begin_checkpoint(str(tmp_path / "first"), 1)
+        first = rank.written()
+        (tmp_path / "second").mkdir()
+        save(rank, tmp_path / "second", 1)  # its thread is done with the first
+        assert isinstance(first.exception(), OSError)
+        assert copies[0]() is None
 
 
 @pytest.mark.slow
