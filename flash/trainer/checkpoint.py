@@ -57,7 +57,7 @@ def write_state(directory: Path, version: int) -> None:
 
 def checkpoint_version(directory: Path) -> int:
     """The policy version of a checkpoint; ValueError if it is none, or not whole."""
-    remedy = "resume from another folder under runs/<name>/checkpoints"
+    remedy = "take another folder under runs/<name>/checkpoints"
     try:
         state = msgspec.json.decode((directory / STATE_FILE).read_bytes(), type=_State)
     except (OSError, ValueError) as error:  # a file that is no JSON, or of another kind, is both
