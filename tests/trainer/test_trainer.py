@@ -266,7 +266,7 @@ async def test_groups_that_shard_inside_and_replicate_across_come_to_the_weights
         ) as resumed:
             await same_step(plain, resumed, third)
         async with Trainer(
-            model="none", config=in_groups, run_dir=tmp_path / "again", resume_from=saved
+            model=model, config=in_groups, run_dir=tmp_path / "again", resume_from=saved
         ) as again:
             await again.step(third)
             scores = [(await each.score([PROBE])).logprobs[0] for each in (plain, again)]
