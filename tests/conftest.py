@@ -1,13 +1,19 @@
 """Shared by all tests."""
 
 import asyncio
+import tempfile
 from collections import Counter
 from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
 
 from flash.system.process import lasting
+
+if TYPE_CHECKING:
+    from tests.postgres import Postgres
 
 # An example's time says how busy the machine is, and nothing of the code.
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -29,6 +35,19 @@ def _default_event_loop() -> Iterator[None]:
     yield
     asyncio.set_event_loop(None)
     loop.close()
+
+
+@pytest.fixture(scope="session")
+def database_server() -> Iterator["Postgres"]:
+    """A PostgreSQL for all tests that ask for one: it takes seconds to be made.
+
+    Where root runs them the server is another user's, whom the next pytest that starts would shut
+    out of the folder that all of them share.
+    """
+    from tests.postgres import postgres  # noqa: PLC0415 (psycopg is an extra)
+
+    with tempfile.TemporaryDirectory() as folder, postgres(Path(folder)) as running:
+        yield running
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -18,6 +18,7 @@ import pytest
 
 _NUMBERS = itertools.count()
 _START_S = 60.0
+_LOG_CHARS = 2000
 
 
 class Postgres:
@@ -73,7 +74,12 @@ class Postgres:
         self._server.ensure_postgres_running()  # it is told that there is a server to end
 
     def _connected(self) -> psycopg.Connection:
-        return psycopg.connect(self.url, autocommit=True)
+        try:
+            return psycopg.connect(self.url, autocommit=True)
+        except psycopg.OperationalError as error:
+            log = (self._data / "log").read_text(errors="replace")
+            error.add_note(f"The end of PostgreSQL's own log:\n{log[-_LOG_CHARS:]}")
+            raise
 
     def close(self) -> None:
         self._server.cleanup()

@@ -223,9 +223,10 @@ async def test_a_rank_that_dies_where_no_checkpoint_is_whole_is_replaced_from_th
     damaged = []
 
     async def step(trainer: Trainer, batch: Batch) -> dict[str, float]:
-        saved = [*(tmp_path / "r" / "checkpoints").glob("*/policy/.metadata")]
-        if len(saved) == 2 and not damaged:
-            damaged.extend(saved)
+        checkpoints = [*(tmp_path / "r" / "checkpoints").glob("step_*")]
+        if len(checkpoints) == 2 and not damaged:
+            await trainer.written()
+            damaged.extend(path / "policy" / ".metadata" for path in checkpoints)
             for path in damaged:
                 path.write_bytes(b"")
             ranks()[0].kill()

@@ -27,6 +27,9 @@ def shards_of(
 ) -> dict[str, Any]:
     """What a rank holds of what an optimizer has gathered, of its steps so far, and with `weights`
     of the module: no copy. A collective."""
+    # After a forward pass alone the root's weights are still gathered, and none of the optimizer's.
+    sharded: Any = module
+    sharded.reshard()
     state: dict[str, Any] = {_UPDATES: torch.tensor(updates)}
     if weights:
         state[_WEIGHTS] = _weights(module)

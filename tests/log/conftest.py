@@ -5,13 +5,6 @@ import uuid
 import pytest
 
 from flash.log.store import Store, sqlite_url
-from tests.postgres import postgres
-
-
-@pytest.fixture(scope="session")
-def server(tmp_path_factory):
-    with postgres(tmp_path_factory.mktemp("postgres")) as running:
-        yield running
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.slow)])
@@ -19,7 +12,7 @@ def url(request, tmp_path):
     """Of a database that nothing is in."""
     if request.param == "sqlite":
         return sqlite_url(tmp_path)
-    return request.getfixturevalue("server").new_database()
+    return request.getfixturevalue("database_server").new_database()
 
 
 @pytest.fixture

@@ -290,14 +290,14 @@ def test_another_process_that_writes_is_waited_for_and_then_told_of(tmp_path, mo
 
 
 @pytest.mark.slow
-def test_postgresql_that_is_killed_and_started_again_has_all_that_was_committed(server):
-    store = Store(server.new_database(), run="r", name="run")
+def test_postgresql_that_is_killed_and_started_again_has_all_that_was_committed(database_server):
+    store = Store(database_server.new_database(), run="r", name="run")
     store.own()
     store.commit([group(1)])
-    server.kill()
+    database_server.kill()
     with pytest.raises(StoreError):
         store.commit([group(2)])
-    server.start()
+    database_server.start()
     store.commit([group(2)])
     assert groups(store) == [1, 2]
     store.close()

@@ -24,10 +24,10 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def with_password(server):
+def with_password(database_server):
     """The URL of a database whose users give one; {user} and {password} are to be put in."""
-    url = server.new_database()
-    with psycopg.connect(server.url, autocommit=True) as connection:
+    url = database_server.new_database()
+    with psycopg.connect(database_server.url, autocommit=True) as connection:
         (path,) = connection.execute("SHOW hba_file").fetchone()
         connection.execute("DROP ROLE IF EXISTS stranger")
         connection.execute("CREATE ROLE stranger LOGIN PASSWORD 'right'")
@@ -60,8 +60,8 @@ def test_a_wrong_password_is_not_shown(with_password, here, capsys):
 
 
 @pytest.mark.slow
-def test_a_user_or_a_database_that_is_not_there_is_named(server, here, capsys):
-    url = server.new_database()
+def test_a_user_or_a_database_that_is_not_there_is_named(database_server, here, capsys):
+    url = database_server.new_database()
     said = refused(capsys, url.replace("postgres:@", "nobody:secret@", 1))
     assert 'role "nobody" does not exist: make it (createuser), or name another user\n' in said
     name = url.partition("@/")[2].partition("?")[0]

@@ -1,8 +1,7 @@
-"""A run's log for each test, and a PostgreSQL for those that ask for it."""
+"""A run's log for each test."""
 
 import pytest
 
-from tests.postgres import postgres
 from tests.replay.logged import Logged
 
 
@@ -11,9 +10,3 @@ def logged(tmp_path):
     run = Logged(tmp_path)
     yield run
     run.store.close()
-
-
-@pytest.fixture(scope="session")
-def server(tmp_path_factory):
-    with postgres(tmp_path_factory.mktemp("postgres")) as running:
-        yield running

@@ -257,8 +257,10 @@ def test_a_small_policy_that_is_not_kept_any_more_is_named(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_log_in_postgresql_is_read_by_the_url_that_the_folder_keeps(tmp_path, server, capsys):
-    logged = Logged(tmp_path, url=server.new_database())
+def test_a_log_in_postgresql_is_read_by_the_url_that_the_folder_keeps(
+    tmp_path, database_server, capsys
+):
+    logged = Logged(tmp_path, url=database_server.new_database())
     logged.play(3, ("a room", "go north stop"), ("garden", "go south"), group=1, reward=1.0)
     assert shown(capsys, str(logged.path)) == PAGE
     logged.store.close()
