@@ -8,7 +8,7 @@ What ranks tell each other meanwhile goes by a group of its own, so that it neve
 
 import traceback
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,11 @@ class BackgroundWriter:
     def begin(self, shards: Mapping[Path, Mapping[str, Any]], finish: Callable[[], None]) -> None:
         """Copies what this rank holds, and has it written: each folder's part, on all ranks.
 
-        `finish` is called by the thread when all ranks have written all of theirs.
+        `finish` is called by the thread when all ranks have written all of theirs. What was begun
+        before is waited for, though nobody else may: there is memory for one copy.
         """
+        if self._writing is not None:
+            wait((self._writing,))
         stager = DefaultStager(_STAGING)
         copied = {folder: stager.stage(dict(state)) for folder, state in shards.items()}
         stager.close()
