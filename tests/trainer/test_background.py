@@ -130,7 +130,7 @@ def test_a_folder_that_is_written_again_is_whole_when_that_is_and_not_before(
 def test_what_can_not_be_written_is_not_kept_in_memory_with_its_error(
     tmp_path: Path, save_model: SaveModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copies = []
+    copies: list[weakref.ref[Tensor]] = []
 
     def full(state: dict[str, Tensor], **_: object) -> None:
         copies.append(weakref.ref(state["updates"]))
