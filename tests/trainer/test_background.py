@@ -16,12 +16,14 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from flash.checkpoints import Checkpoints, whole_versions
-from flash.fakes import FakeBatchLog
+from flash.errors import TrainerFailure
+from flash.fakes import FakeBatchLog, FakeRanks
 from flash.rollout.observer import Observer
 from flash.trainer import background
 from flash.trainer.advantage_settings import Gae
 from flash.trainer.checkpoint import checkpoint_version
 from flash.trainer.config import LoraConfig, TrainerConfig
+from flash.trainer.trainer import Trainer
 from flash.types import Sample
 from tests.saved import save
 from tests.trainer.test_lasting import batch, files_of, lasting, ranks
@@ -145,6 +147,20 @@ def test_what_can_not_be_written_is_not_kept_in_memory_with_its_error(
         save(rank, tmp_path / "second", 1)  # its thread is done with the first
         assert isinstance(first.exception(), OSError)
         assert copies[0]() is None
+
+
+async def test_ranks_that_take_the_place_of_others_are_not_asked_for_the_checkpoint_of_these(
+    tmp_path: Path,
+) -> None:
+    ranks = FakeRanks({"start": "", "begin_checkpoint": None, "written": None})
+    config = TrainerConfig(ranks=2)
+    trainer = Trainer(model="none", config=config, run_dir=tmp_path, starter=ranks)
+    async with trainer:
+        await trainer.begin_checkpoint(tmp_path / "saved")
+        await trainer.written()
+        await trainer.restart(None)
+        with pytest.raises(TrainerFailure, match="trainer rank 0"):
+            await trainer.written()
 
 
 @pytest.mark.slow
