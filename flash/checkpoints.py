@@ -261,8 +261,7 @@ def _read(path: Path) -> Checkpoint:
     version = checkpoint_version(path)
     if version != _version_of(path):
         raise ValueError(
-            f"the checkpoint {path} is damaged (it is of version {version}): resume from another "
-            f"one"
+            f"the checkpoint {path} is damaged (it is of version {version}): take another one"
         )
     return Checkpoint(path, version)
 

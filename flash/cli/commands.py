@@ -229,6 +229,11 @@ def _export(arguments: Sequence[str]) -> None:
 def _export_model(checkpoint: Path, out: Path, *, dtype: str) -> None:
     from flash.trainer.checkpoint import checkpoint_version
 
+    if (kept := checkpoint / "checkpoints").is_dir():
+        raise ValueError(
+            f"{checkpoint} is a run's folder: give one of {kept} for its model, or --format jsonl "
+            f"or --format parquet for its episodes"
+        )
     checkpoint_version(checkpoint)  # before torch is waited for
     if out.exists():
         raise ValueError(f"--out {out} is there already: give a folder to be made")

@@ -6,8 +6,9 @@
 What ranks tell each other meanwhile goes by a group of its own, so that it never mixes with a step.
 """
 
+import traceback
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +37,31 @@ class BackgroundWriter:
     def begin(self, shards: Mapping[Path, Mapping[str, Any]], finish: Callable[[], None]) -> None:
         """Copies what this rank holds, and has it written: each folder's part, on all ranks.
 
-        `finish` is called by the thread when all ranks have written all of theirs.
+        `finish` is called by the thread when all ranks have written all of theirs. What was begun
+        before is waited for, though nobody else may: there is memory for one copy.
         """
+        if self._writing is not None:
+            wait((self._writing,))
         stager = DefaultStager(_STAGING)
         copied = {folder: stager.stage(dict(state)) for folder, state in shards.items()}
         stager.close()
         self._writing = self._thread.submit(self._write, copied, finish)
+        self._writing.add_done_callback(_let_go)
 
     def _write(self, copied: Mapping[Path, Any], finish: Callable[[], None]) -> None:
         for folder, state in copied.items():
-            save(state, storage_writer=FileSystemWriter(folder), process_group=self._group)
+            # Nothing of it is on a GPU, whose stream the writer would wait for by itself.
+            writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
+            save(state, storage_writer=writer, process_group=self._group)
         finish()
 
     def written(self) -> "Future[None]":
         """Of what was begun last; its error is what this rank or another met."""
         assert self._writing is not None
         return self._writing
+
+
+def _let_go(writing: "Future[None]") -> None:
+    """Of the copies: an error that is kept would keep them, in what it passed through."""
+    if (error := writing.exception()) is not None:
+        traceback.clear_frames(error.__traceback__)

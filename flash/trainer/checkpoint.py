@@ -40,8 +40,14 @@ class _State(msgspec.Struct, frozen=True):
     files: dict[str, _File]
 
 
+def forget_state(directory: Path) -> None:
+    """What is in `directory` is not whole any more."""
+    (directory / STATE_FILE).unlink(missing_ok=True)
+
+
 def write_state(directory: Path, version: int) -> None:
-    """Declare the checkpoint in `directory` whole."""
+    """Declare the checkpoint in `directory` whole, also if another was there before."""
+    forget_state(directory)
     paths = sorted(directory.rglob("*"))
     sync(*paths, directory)
     files = {str(p.relative_to(directory)): _seen(p) for p in paths if p.is_file()}
@@ -51,7 +57,7 @@ def write_state(directory: Path, version: int) -> None:
 
 def checkpoint_version(directory: Path) -> int:
     """The policy version of a checkpoint; ValueError if it is none, or not whole."""
-    remedy = "resume from another folder under runs/<name>/checkpoints"
+    remedy = "take another folder under runs/<name>/checkpoints"
     try:
         state = msgspec.json.decode((directory / STATE_FILE).read_bytes(), type=_State)
     except (OSError, ValueError) as error:  # a file that is no JSON, or of another kind, is both

@@ -9,7 +9,7 @@ In one process, which holds no more than a file of it, and the model that adapte
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from flash.trainer.export import gathered, layout, on_its_own, whole_tensors
 from flash.trainer.lora import adapted_model
 from flash.trainer.model_files import empty_model, read_config
 from flash.trainer.save import save_beside
-from flash.trainer.shards import read_weight
+from flash.trainer.shards import weight_reader
 
 _FILE_BYTES = 5 * 10**9  # as transformers' files
 
@@ -54,7 +54,7 @@ def export_model(
         model, whole = adapted_model(beside), gathered
     else:
         model = empty_model(read_config(str(beside)), torch.float32)
-        whole = partial(_read, checkpoint / POLICY_FOLDER)
+        whole = partial(_read, weight_reader(checkpoint / POLICY_FOLDER))
     making = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(parents=True)
@@ -90,6 +90,8 @@ def _write_files(
             save_file(pending.pop(file), directory / file, metadata={"format": "pt"})
 
 
-def _read(policy: Path, model: Any, name: str, like: Tensor, wanted: torch.dtype) -> Tensor:
+def _read(
+    read: Callable[[str, Tensor], Tensor], model: Any, name: str, like: Tensor, wanted: torch.dtype
+) -> Tensor:
     """A tensor of the model that ranks trained."""
-    return read_weight(policy, f"model.{name}", like).to(wanted)
+    return read(f"model.{name}", like).to(wanted)

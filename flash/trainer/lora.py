@@ -171,7 +171,8 @@ def merged(model: Any, name: str, weight: Tensor) -> Tensor:
 def gathered_adapters(model: Any) -> dict[str, Tensor]:
     """Copies of them under the names that they have in files, on rank 0; a collective."""
     state: Any = get_model_state_dict(model, options=replace(_WHOLE, ignore_frozen_params=True))
-    return {_in_file(name): tensor for name, tensor in state.items() if is_adapter(name)}
+    # Of one rank on a CPU they are the parameters themselves.
+    return {_in_file(name): tensor.clone() for name, tensor in state.items() if is_adapter(name)}
 
 
 def write_adapters(model: Any, adapters: dict[str, Tensor], directory: Path) -> None:

@@ -28,7 +28,13 @@ from flash.seeds import derived
 from flash.system import machine
 from flash.system.process import serve
 from flash.trainer.background import BackgroundWriter
-from flash.trainer.checkpoint import CRITIC_FOLDER, MODEL_FOLDER, POLICY_FOLDER, write_state
+from flash.trainer.checkpoint import (
+    CRITIC_FOLDER,
+    MODEL_FOLDER,
+    POLICY_FOLDER,
+    forget_state,
+    write_state,
+)
 from flash.trainer.config import TrainerConfig
 from flash.trainer.critic import Critic
 from flash.trainer.delta import write_delta
@@ -511,6 +517,8 @@ class Rank:
         if self._critic is not None:
             shards[into / CRITIC_FOLDER] = self._critic.shards()
         adapters = gathered_adapters(self._model) if adapted else {}
+        if self._rank == 0:
+            forget_state(into)
 
         def finish() -> None:
             if self._rank != 0:

@@ -1,17 +1,19 @@
 """What training has gathered, each rank its shards, in a folder of torch.distributed.checkpoint.
 
-shards_of    what a rank holds; a copy of it may be written while training goes on
-load_shards  each rank reads what it shall hold: there may be another number of ranks
-read_weight  one weight, whole, for a process without ranks
+shards_of      what a rank holds; a copy of it may be written while training goes on
+load_shards    each rank reads what it shall hold: there may be another number of ranks
+weight_reader  weights one by one, whole, for a process without ranks
 """
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
@@ -41,7 +43,7 @@ def shards_of(
 
 def load_shards(directory: Path, module: nn.Module, optimizer: Optimizer) -> int:
     """Go on from there with the optimizer's present settings; its steps so far. A collective."""
-    reader = FileSystemReader(directory)
+    reader = _ReadOnce(directory)
     kept = {name.partition(".")[0] for name in reader.read_metadata().state_dict_metadata}
     updates = torch.tensor(0)
     state: dict[str, Any] = {_UPDATES: updates}
@@ -62,11 +64,26 @@ def _weights(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in module.state_dict().items() if name in once}
 
 
-def read_weight(directory: Path, name: str, like: Tensor) -> Tensor:
-    """One weight of the module, whole, for a process without ranks; in the shape and dtype of
-    `like`, which may be on torch's meta device."""
-    whole = torch.empty_like(like, device="cpu")
-    state = {_WEIGHTS: {name: whole}}
-    with warnings.catch_warnings(action="ignore"):  # that there are no ranks
-        load(state, storage_reader=FileSystemReader(directory), no_dist=True)
-    return whole
+class _ReadOnce(FileSystemReader):
+    """Where all is, of many ranks, takes seconds to read; it stays."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self._metadata = super().read_metadata()
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self._metadata
+
+
+def weight_reader(directory: Path) -> Callable[[str, Tensor], Tensor]:
+    """Reads a weight of the module by its name, whole, for a process without ranks; in the shape
+    and dtype of a tensor that may be on torch's meta device."""
+    reader = _ReadOnce(directory)
+
+    def read(name: str, like: Tensor) -> Tensor:
+        whole = torch.empty_like(like, device="cpu")
+        with warnings.catch_warnings(action="ignore"):  # that there are no ranks
+            load({_WEIGHTS: {name: whole}}, storage_reader=reader, no_dist=True)
+        return whole
+
+    return read

@@ -101,6 +101,7 @@ class Trainer:
         self._doing, self._since = "", 0.0  # a call, or none, since when
         self._interrupted = False  # a step was given up: which weights there are is not known
         self._children: Sequence[Process] = []
+        self._writing: Sequence[Process] = []  # those that began the newest checkpoint
         self._scratch: Scratch | None = None  # there while it runs
         self._parts = 0  # of the next batch, given to the ranks
         self._parts_tokens = 0
@@ -454,6 +455,7 @@ class Trainer:
         that, and steps may be made meanwhile."""
         directory.mkdir(parents=True, exist_ok=True)
         await self._call("begin_checkpoint", str(directory), self.version)
+        self._writing = self._children
 
     async def written(self) -> None:
         """Waits until the checkpoint that was begun last is whole.
@@ -461,10 +463,10 @@ class Trainer:
         TrainerFailure if it can't be, also if a rank dies over it; ranks that live are left alone.
         """
         timeout_s = self.config.step_timeout_s
-        children = list(self._children)
-        calls = [child.call("written", timeout_s=timeout_s) for child in children]
+        writing = self._writing
+        calls = [rank.call("written", timeout_s=timeout_s) for rank in writing]
         answers = await asyncio.gather(*calls, return_exceptions=True)
-        told = [(child.alive, answer) for child, answer in zip(children, answers, strict=True)]
+        told = [(rank.alive, answer) for rank, answer in zip(writing, answers, strict=True)]
         # Those that live complain of the one that died, too.
         for _, answer in sorted(told, key=lambda each: each[0]):
             if isinstance(answer, TimeoutError):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from transformers import AutoModelForCausalLM
 
 from flash.cli import main as cli
@@ -81,6 +82,23 @@ def test_what_is_apart_or_together_in_files_is_written_so(
     export_model(saved, tmp_path / "out", dtype="float32")
     assert weights_in(tmp_path / "out").keys() == weights_in(tmp_path / "model").keys()
     assert same(weights_in(tmp_path / "out"), weights_in(tmp_path / "exported"))
+
+
+def test_where_tensors_are_in_a_checkpoint_is_read_once(
+    tmp_path: Path, save_model: SaveModel, samples_of: SamplesOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = trained(save_model(tmp_path / "model"), tmp_path, samples_of, CONFIG)
+    times: list[dict[str, Any]] = []
+    read = FileSystemReader.read_metadata
+
+    def counted(reader: FileSystemReader, **settings: Any) -> Any:
+        times.append(settings)
+        return read(reader, **settings)
+
+    monkeypatch.setattr(FileSystemReader, "read_metadata", counted)
+    export_model(saved, tmp_path / "out", dtype="float32")
+    assert len(weights_in(tmp_path / "out")) > 10
+    assert len(times) == 1
 
 
 def test_the_command_writes_a_folder_that_is_not_there_in_the_dtype_that_is_asked_for(

@@ -119,7 +119,7 @@ def test_a_damaged_checkpoint_is_named_with_the_remedy(
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:20])
-    with pytest.raises(ValueError, match=f"{checkpoint}.*{name}.*resume from another folder"):
+    with pytest.raises(ValueError, match=f"{checkpoint}.*{name}.*take another folder"):
         Trainer(model="none", config=CONFIG, run_dir=tmp_path, resume_from=checkpoint)
 
 
