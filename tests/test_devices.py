@@ -1,6 +1,7 @@
 """Which GPU serves whom, on machines that have as many as a test says."""
 
 import asyncio
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +9,9 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from flash.config import load
 from flash.evaluate import evaluate
@@ -259,6 +263,10 @@ async def test_a_run_tells_who_has_which_gpu_and_starts_nothing_on_one_that_is_t
 async def test_an_evaluation_has_no_ranks_and_starts_no_server_on_a_gpu_that_is_too_small(tmp_path):
     checkpoint = tmp_path / "r" / "checkpoints" / "step_000001"
     changes = {"model": small_model(checkpoint / "model"), "runs_dir": str(tmp_path)}
+    weights = load_file(checkpoint / "model" / "model.safetensors")
+    state = {"weights": {f"model.{name}": tensor for name, tensor in weights.items()}}
+    with warnings.catch_warnings(action="ignore"):  # that there are no ranks
+        save(state, storage_writer=FileSystemWriter(checkpoint / "policy"), no_dist=True)
     write_state(checkpoint, 1)
     settings = run_of(**SERVERS, **changes).model_dump(mode="json")
     (tmp_path / "r" / "config.yaml").write_text(yaml.safe_dump(settings))
