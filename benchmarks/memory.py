@@ -5,8 +5,8 @@
 A random model, written and never held whole, is loaded, trained for two steps, saved and exported
 by the trainer's own ranks (gloo, float32). A rank may have no more private memory (RLIMIT_DATA)
 than rank_memory.py reckons for the phase, a tenth more, and what a process takes without a
-model; an allocation past that fails, and so does this script. Loading, the model's files count too:
-they are mapped as private memory, which no rank fills. Peaks are of resident anonymous memory
+model; an allocation past that fails, and so does this script. Loading, a file of the model counts
+too: it is mapped as private memory, which no rank fills. Peaks are of resident anonymous memory
 (RssAnon), looked at 100 times a second. Then what the same formula says of models on GPUs. By
 default it takes 12 GB.
 """
@@ -175,7 +175,7 @@ async def measure(
     memory = rank_memory(size_of(empty_model(config, torch.float32)), shards=ranks, half=False)
     todo = phases(memory, ranks=ranks, vocabulary=config.vocab_size, checkpoint=run / "checkpoint")
     limits = [PROCESS_LIMIT + SLACK * phase.reckoned for phase in todo]
-    limits[0] += sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    limits[0] += max(file.stat().st_size for file in model.glob("*.safetensors"))
     limited = LimitedRanks(limits[0])
     trainer = Trainer(
         model=model, config=TrainerConfig(ranks=ranks, threads=1, start_timeout_s=1800.0),

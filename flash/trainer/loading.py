@@ -7,8 +7,8 @@ What transformers does with names, experts that are stored apart, tied weights a
 file has, it does here too: each rank with its own rows.
 """
 
-import contextlib
 import gc
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -108,15 +108,10 @@ def load_weights(model: Any, source: str, device: Any) -> None:
     settings = LoadStateDictConfig(
         device_map={"": device}, ignore_mismatched_sizes=True, weight_mapping=names
     )
-    with contextlib.ExitStack() as opened:
-        weights: dict[str, Any] = {}  # not read yet
-        for path in weight_files(source):
-            if path.suffix == ".safetensors":
-                file = opened.enter_context(safe_open(path, framework="pt"))
-                weights |= {name: _Rows(file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
-            else:
-                weights |= load_state_dict(path)
-        found: Any = convert_and_load_state_dict_in_model(model, weights, settings, None)[0]
+    weights: dict[str, Any] = {}  # not read yet
+    for path in weight_files(source):
+        weights |= _rows_of(path) if path.suffix == ".safetensors" else load_state_dict(path)
+    found: Any = convert_and_load_state_dict_in_model(model, weights, settings, None)[0]
     _fill_empty_shards(model, found, device)
     if model.base_model is model:
         found.unexpected_keys.clear()
@@ -128,19 +123,29 @@ def load_weights(model: Any, source: str, device: Any) -> None:
     model._initialize_missing_keys(is_quantized=False)
 
 
-class _Rows:
-    """A weight of a safetensors file, whose slices are no longer the file's, which may change."""
+def _rows_of(path: Path) -> dict[str, "_Rows"]:
+    with safe_open(path, framework="pt") as file:
+        return {
+            name: _Rows(path, name, file.get_slice(name).get_shape())
+            for name in file.keys()  # noqa: SIM118
+        }
 
-    def __init__(self, in_file: Any) -> None:
-        self._in_file = in_file
+
+class _Rows:
+    """A weight of a safetensors file, which is mapped into memory only while it is read."""
+
+    def __init__(self, path: Path, name: str, shape: list[int]) -> None:
+        self._path = path
+        self._name = name
+        self._shape = shape
 
     def get_shape(self) -> list[int]:
-        shape: list[int] = self._in_file.get_shape()
-        return shape
+        return self._shape
 
     def __getitem__(self, rows: Any) -> Tensor:
-        own: Tensor = self._in_file[rows].clone()
-        return own
+        with safe_open(self._path, framework="pt") as file:
+            read: Tensor = file.get_slice(self._name)[rows]
+            return read.clone()  # the file may change
 
 
 def _unloaded_scorer(

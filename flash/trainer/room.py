@@ -101,13 +101,15 @@ def to_come(scorer: TokenScorer, optimizer: Optimizer) -> int:
     trained = [p for p in scorer.parameters() if p.requires_grad]
     own = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in trained)
     kept = own * (FLOAT32_BYTES + (0 if optimizer.state else MOMENTS_BYTES))
-    units = (m for m in scorer.modules() if isinstance(m, FSDPModule) and m is not scorer)
+    whole: nn.Module = scorer
+    units = (m for m in whole.modules() if isinstance(m, FSDPModule) and m is not whole)
     layers = [_numbers(unit) for unit in units]
     root, root_trained = (n - sum(of) for n, *of in zip(_numbers(scorer), *layers, strict=True))
     layer, layer_trained = max(layers, default=(0, 0))
     gathered = HALF_BYTES * (root + GATHERED_LAYERS * layer)
     sent = HALF_BYTES * root_trained + (HALF_BYTES + SENT_LAYERS * FLOAT32_BYTES) * layer_trained
-    return kept + gathered + sent + scorer.kept_logits * LOGIT_BYTES
+    all_of_it: int = kept + gathered + sent + scorer.kept_logits * LOGIT_BYTES
+    return all_of_it
 
 
 def _numbers(module: nn.Module) -> tuple[int, int]:
