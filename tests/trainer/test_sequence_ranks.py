@@ -16,6 +16,7 @@ from flash.trainer.config import CriticConfig, LoraConfig, TrainerConfig
 from flash.trainer.objectives.settings import Gspo, KlSettings
 from flash.trainer.trainer import Trainer
 from flash.types import Batch, ExpertSequence, ExpertShare, Sample
+from tests.families import save_family
 
 SamplesOf = Callable[..., list[Sample]]
 SaveModel = Callable[..., Path]
@@ -61,6 +62,19 @@ def imitated(samples: list[Sample]) -> ExpertShare:
     return ExpertShare(sequences=sequences, weight=0.3)
 
 
+def with_experts(samples: list[Sample]) -> list[Sample]:
+    """Two of four experts in each of two layers, but for the last token."""
+    rng = np.random.default_rng(3)
+
+    def row() -> list[int]:
+        return [int(expert) for _ in range(2) for expert in rng.permutation(4)[:2]]
+
+    return [
+        replace(s, experts=np.array([*(row() for _ in s.token_ids[1:]), [-1] * 4], np.int16))
+        for s in samples
+    ]
+
+
 async def steps(
     model: Path, run: Path, config: TrainerConfig, samples_of: SamplesOf
 ) -> tuple[list[dict[str, float]], list[list[float]], dict[str, Any]]:
@@ -70,6 +84,8 @@ async def steps(
         for version in range(2):
             expert = imitated(samples_of(3, seed=7)) if version else None
             samples = long_and_short(samples_of, version)
+            if config.router_replay:
+                samples = with_experts(samples)
             metrics.append(
                 await trainer.step(Batch(samples=samples, version=version, expert=expert))
             )
@@ -88,8 +104,9 @@ async def steps(
         ("qwen2", {}, [(4, 4)]),
         ("qwen2", OF_CRITIC, [(2, 2)]),
         ("llama", {"lora": LoraConfig(rank=4), "kl": KlSettings(coefficient=0.1)}, [(4, 2)]),
+        ("qwen3_moe", {"router_replay": True}, [(4, 2)]),
     ],
-    ids=["sequences", "plain", "critic", "adapters"],
+    ids=["sequences", "plain", "critic", "adapters", "experts"],
 )
 async def test_ranks_that_share_passes_make_the_steps_of_one(
     kind: str,
@@ -99,7 +116,11 @@ async def test_ranks_that_share_passes_make_the_steps_of_one(
     save_model: SaveModel,
     samples_of: SamplesOf,
 ) -> None:
-    model = save_model(tmp_path / "model", kind)
+    model = tmp_path / "model"
+    if "moe" in kind:
+        save_family(model, kind)
+    else:
+        save_model(model, kind)
     config = CONFIG.model_copy(update=settings)
     metrics, scores, weights = await steps(model, tmp_path / "one", config, samples_of)
     for ranks, sequence_ranks in divisions:
