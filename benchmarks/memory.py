@@ -86,7 +86,7 @@ def write_model(folder: Path, config: Any) -> None:
 
 
 class LimitedRanks(LocalRanks):
-    """Ranks that may have so many bytes of private memory each, from their start on."""
+    """Ranks that may have so many bytes of private memory each, before they load anything."""
 
     def __init__(self, limit: float) -> None:
         super().__init__()
@@ -94,13 +94,10 @@ class LimitedRanks(LocalRanks):
         self._guards: list[int] = []
 
     async def start(self, ranks: int, logs: Path) -> StartedRanks:
-        own = resource.getrlimit(resource.RLIMIT_DATA)
-        resource.setrlimit(resource.RLIMIT_DATA, (int(self._limit), own[1]))
-        try:
-            started = await super().start(ranks, logs)  # who inherit it
-        finally:
-            resource.setrlimit(resource.RLIMIT_DATA, own)
+        started = await super().start(ranks, logs)
         self._guards = [child.pid for child in started.ranks if isinstance(child, Child)]
+        assert len(self._pids()) == ranks
+        self.limit(self._limit)
         return started
 
     def limit(self, num_bytes: float) -> None:
