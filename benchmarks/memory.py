@@ -96,13 +96,14 @@ class LimitedRanks(LocalRanks):
     async def start(self, ranks: int, logs: Path) -> StartedRanks:
         started = await super().start(ranks, logs)
         self._guards = [child.pid for child in started.ranks if isinstance(child, Child)]
-        assert len(self._pids()) == ranks
+        for pid in self._guards:  # what they have not started yet inherits it
+            _limit(pid, self._limit)
         self.limit(self._limit)
         return started
 
     def limit(self, num_bytes: float) -> None:
         for pid in self._pids():
-            resource.prlimit(pid, resource.RLIMIT_DATA, (int(num_bytes), resource.RLIM_INFINITY))
+            _limit(pid, num_bytes)
 
     async def peak_of(self, work: Awaitable[Any]) -> int:
         """The most anonymous memory that a rank had meanwhile, in bytes."""
@@ -125,6 +126,10 @@ class LimitedRanks(LocalRanks):
         """Of the ranks, each the only child of its guard."""
         told = [Path(f"/proc/{pid}/task/{pid}/children").read_text() for pid in self._guards]
         return [int(pid) for pids in told for pid in pids.split()]
+
+
+def _limit(pid: int, num_bytes: float) -> None:
+    resource.prlimit(pid, resource.RLIMIT_DATA, (int(num_bytes), resource.RLIM_INFINITY))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
