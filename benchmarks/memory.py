@@ -14,6 +14,7 @@ default it takes 12 GB.
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import resource
@@ -178,6 +179,7 @@ async def measure(
     todo = phases(memory, ranks=ranks, vocabulary=config.vocab_size, checkpoint=run / "checkpoint")
     limits = [PROCESS_LIMIT + SLACK * phase.reckoned for phase in todo]
     limits[0] += max(file.stat().st_size for file in model.glob("*.safetensors"))
+    limits = list(itertools.accumulate(limits, max))  # a heap may keep what was used before
     limited = LimitedRanks(limits[0])
     trainer = Trainer(
         model=model, config=TrainerConfig(ranks=ranks, threads=1, start_timeout_s=1800.0),
