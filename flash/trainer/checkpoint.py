@@ -65,9 +65,12 @@ def checkpoint_version(directory: Path) -> int:
             f"{directory} is not a checkpoint, or not a whole one ({STATE_FILE}: {error}): {remedy}"
         ) from error
     if old := next((name for name in state.files if name.startswith(_OLD_OPTIMIZER)), ""):
+        its_model = f"of its {MODEL_FOLDER}/ folder"
+        if f"{MODEL_FOLDER}/{ADAPTERS_FILE}" in state.files:
+            its_model = f"of what PEFT's merge_and_unload makes {its_model}"
         raise ValueError(
             f"the checkpoint {directory} is of an earlier version ({old}): start anew under "
-            f"another name, with --model of its {MODEL_FOLDER}/ folder"
+            f"another name, with --model {its_model}"
         )
     for name, saved in state.files.items():
         if damage := _damage(directory / name, saved):

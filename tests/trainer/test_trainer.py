@@ -132,6 +132,10 @@ def test_a_checkpoint_with_its_weights_in_model_is_refused_with_the_remedy(
     write_state(checkpoint, 12)
     with pytest.raises(ValueError, match=rf"earlier version \({name}\).*--model of its model/"):
         checkpoint_version(checkpoint)
+    (checkpoint / "model" / "adapter_model.safetensors").write_bytes(b"a")
+    write_state(checkpoint, 12)
+    with pytest.raises(ValueError, match="--model of what PEFT's merge_and_unload makes of its"):
+        checkpoint_version(checkpoint)
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
