@@ -329,10 +329,14 @@ async def test_a_server_that_can_not_join_is_told_of_with_what_it_needs(setting,
     server, client = await setting.add()
     await client.set_version(0)
 
-    async def new_id() -> bytes:
-        return b"nccl://127.0.0.1:1/flash"
+    sender = setting.senders[0]
+    gloo_id = sender.new_id
 
-    setting.senders[0].new_id = new_id
+    async def nccl_id() -> bytes:
+        """Of the group for which the sender waits, as if it had a GPU."""
+        return (await gloo_id()).replace(b"gloo", b"nccl")
+
+    sender.new_id = nccl_id
     with pytest.raises(WorkerFailure, match="no nccl without a GPU.*a GPU that the trainer does n"):
         await client.load_weights(of(export(1)))
     await client.check_health()
