@@ -294,6 +294,22 @@ def _status(arguments: Sequence[str]) -> None:
     show(Path(source), as_json=options.json)
 
 
+def _convert(arguments: Sequence[str]) -> None:
+    parser = Options("flash convert", add_help=False)
+    parser.add_argument("--from", dest="of", choices=("roll", "trinity", "verl", "gerl"))
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--json", action="store_true")
+    options, words = parser.parse_known_args(arguments)
+    for name in (word.partition("=")[0] for word in words if word.startswith("-")):
+        parser.error(f"{name} is unknown: {nearest(name, parser.names(), 'leave it out')}")
+    source = only(words, "a configuration's file")
+    if source is None:
+        raise ValueError("flash convert what? Give a YAML file or script of ROLL, Trinity-RFT, …")
+    from flash.convert.command import run
+
+    run(Path(source), of=options.of, out=options.out, as_json=options.json)
+
+
 def _simulate(arguments: Sequence[str]) -> None:
     from flash.simulate.scenario import Scenario
     from flash.simulate.scenario import load as load_scenario
@@ -380,6 +396,7 @@ BY_NAME: dict[str, Callable[[Sequence[str]], None]] = {
     "export": _export,
     "explore": _explore,
     "status": _status,
+    "convert": _convert,
     "simulate": _simulate,
     "plan": _plan,
     "worker": _worker,

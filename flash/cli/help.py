@@ -103,6 +103,19 @@ _STATUS = """\
 A line for each role: where it is, the version it has, what it does a second, what it is at and
 what it waits for. The run writes it to status.json every two seconds.
 """
+_CONVERT = """\
+  flash convert rlvr_config.yaml --out mine.yaml
+  flash convert run_qwen.sh > mine.yaml
+  flash convert config.yaml --from verl --json
+
+  --from SYSTEM           roll, trinity, verl or gerl [told by the keys]
+  --out FILE              a file to be made [standard output]
+  --json                  all of it as data, in place of YAML and table
+
+A YAML file, or a script with words section.key=value, becomes a configuration that loads. A table
+on standard error tells of each key what it has become, why it has no meaning here, or what is
+missing; the file begins with what must be decided before it trains. docs/coming-from.md says more.
+"""
 _EXPORT = """\
   flash export runs/alfworld/checkpoints/step_000100 --out trained --dtype bfloat16
   flash export runs/alfworld --format parquet
@@ -158,13 +171,14 @@ _USAGE = {
     ),
     "explore": ("RUN|URL [--field value …]", _EXPLORE),
     "status": ("RUN [--json]", _STATUS),
+    "convert": ("FILE [--from SYSTEM] [--out FILE] [--json]", _CONVERT),
     "export": ("CHECKPOINT --out DIR | RUN --format jsonl|parquet", _EXPORT),
     "simulate": ("FILE.yaml [--field.sub value …]", _SIMULATE),
     "plan": ("FILE.yaml --gpus N [--field.sub value …]", _PLAN),
 }
 
 _FIELDS: dict[str, type[BaseModel]] = {"simulate": Scenario, "plan": Scenario, "replay": Retraining}
-_NO_FIELDS = ("show", "export")
+_NO_FIELDS = ("show", "export", "convert")
 
 
 def of(command: str, about: str, words: Sequence[str]) -> str:

@@ -20,6 +20,7 @@ COMMANDS = {
     "export": "Write a checkpoint as a Hugging Face model, or a run's episodes as a dataset.",
     "explore": "Play episodes for a run, from this machine: join it, and leave it, at any time.",
     "status": "Print what every part of a run does now, and what it waits for.",
+    "convert": "Turn a configuration of ROLL, Trinity-RFT, verl or GeRL into one of ours.",
     "simulate": "Simulate a run on a cluster: the engine's own hub, loop and agents in virtual "
     "time.",
     "plan": "Search how to split GPUs between workers and trainer, and the alpha to allow, by "

@@ -61,13 +61,13 @@ def _read(source: str) -> dict[str, Any]:
 
 def read_mapping(path: Path, example: str) -> dict[str, Any]:
     """What a YAML file holds. ValueError if that is no mapping, with an example of one."""
-    settings = plain_values(_text_of(path), str(path))
+    settings = plain_values(text_of(path), str(path))
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold a mapping of fields to values, at least {example}")
     return settings
 
 
-def _text_of(path: Path) -> str:
+def text_of(path: Path) -> str:
     """What a file of settings says. ValueError if it is none, or can't be read."""
     try:
         if path.exists() and not path.is_file():
