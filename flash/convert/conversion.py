@@ -75,9 +75,10 @@ def recognised(source: Source) -> System:
     names = ", ".join(SYSTEMS)
     if not found:
         ours = [key for key in source if key in _FIELDS]
-        hint = f"; {ours[0]} is a field of flash's own: flash train takes it" if ours else ""
+        hint = f"; {ours[0]} is a field of flash's own, which flash train takes" if ours else ""
         raise ValueError(
-            f"no key is of a system that is known ({names}){hint}: if it is of one, say --from"
+            f"no key is of a system that is known ({names}){hint}: say --from if it is of one of "
+            f"these"
         )
     if len(found) > 1:
         mixed = ", and ".join(f"{key} of {SYSTEMS[name].title}" for name, key in found.items())

@@ -392,8 +392,11 @@ def test_what_is_set_without_a_key_is_told_and_what_is_refused_of_it_too():
 @pytest.mark.parametrize(
     ("leaves", "says"),
     [
-        ({"lr": 1}, r"no key is of a system that is known \(roll, trinity, verl, gerl\): if"),
-        ({"alpha": 1}, "alpha is a field of flash's own: flash train takes it"),
+        (
+            {"lr": 1},
+            r"no key is of a system that is known \(roll, trinity, verl, gerl\): say --from",
+        ),
+        ({"alpha": 1}, "alpha is a field of flash's own, which flash train takes"),
         (
             {"actor_infer.x": 1, "synchronizer.sync_interval": 1},
             "several systems: actor_infer.x of ROLL, and synchronizer.sync_interval of Trinity-RFT",
