@@ -295,8 +295,10 @@ def _status(arguments: Sequence[str]) -> None:
 
 
 def _convert(arguments: Sequence[str]) -> None:
+    from flash.convert.conversion import SYSTEMS
+
     parser = Options("flash convert", add_help=False)
-    parser.add_argument("--from", dest="of", choices=("roll", "trinity", "verl", "gerl"))
+    parser.add_argument("--from", dest="of", choices=SYSTEMS)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--json", action="store_true")
     options, words = parser.parse_known_args(arguments)

@@ -3,9 +3,10 @@
 import json
 import reprlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import yaml
 from rich.console import Console
@@ -21,7 +22,7 @@ _SHOWN = reprlib.Repr()
 _SHOWN.maxstring = _SHOWN.maxother = 60
 
 
-def run(path: Path, *, of: str | None, out: Path | None, as_json: bool) -> Converted:
+def run(path: Path, *, of: str | None, out: Path | None, as_json: bool) -> None:
     """Writes what it becomes, to `out` or stdout, and tells on stderr what became of each key.
 
     ValueError for a file that holds no configuration of a known system, or `of` the one named.
@@ -33,10 +34,9 @@ def run(path: Path, *, of: str | None, out: Path | None, as_json: bool) -> Conve
     converted = convert(source, system, name=run_name(path.stem))
     if as_json:
         _write(json.dumps(plain(_as_data(converted)), indent=1) + "\n", out)
-        return converted
-    _write(_as_yaml(converted, path), out)
-    _tell(converted)
-    return converted
+    else:
+        _write(_as_yaml(converted, path), out)
+        _tell(converted)
 
 
 def _write(text: str, out: Path | None) -> None:
@@ -54,7 +54,7 @@ def _as_yaml(converted: Converted, path: Path) -> str:
     return "".join(f"# {line}\n" for line in lines) + values
 
 
-def _as_data(converted: Converted) -> dict[str, object]:
+def _as_data(converted: Converted) -> dict[str, Any]:
     return {
         "system": converted.system.name,
         "config": converted.nested(),
@@ -80,13 +80,11 @@ def _tell(converted: Converted) -> None:
         console.print(f"to decide: {what}", soft_wrap=True)
 
 
-def _table(title: str, rows: Iterable[tuple[str, object, object, str]]) -> Table:
+def _table(title: str, rows: Iterable[tuple[str, Any, Mapping[str, Any], str]]) -> Table:
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for column in ("key", "value", "here", "why, or what is counted"):
         table.add_column(column, overflow="fold")
     for key, value, fields, note in rows:
-        here = ", ".join(
-            f"{name}={_SHOWN.repr(one)}" for name, one in fields.items()
-        ) if isinstance(fields, dict) else ""  # fmt: skip
+        here = ", ".join(f"{name}={_SHOWN.repr(one)}" for name, one in fields.items())
         table.add_row(key, _SHOWN.repr(value) if key else "", here, note)
     return table

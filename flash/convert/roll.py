@@ -78,7 +78,9 @@ def _batch_size(source: Source) -> int:
 
 def _objective(source: Source) -> str:
     given = source.text("pg_variant", "actor_train.pg_variant")
-    return given if given in _VARIANTS else "decoupled_ppo"
+    if given in _VARIANTS:
+        return given
+    return "topr" if source.get("use_topr_loss") else "decoupled_ppo"
 
 
 def _advantages(source: Source) -> str:
@@ -386,6 +388,7 @@ _RULES: dict[str, Rule] = {
     "actor_infer.generating_args.repetition_penalty": Depends(
         (1,), "off", "refused: what is sampled is not the policy's own distribution"
     ),
+    "actor_infer.generating_args.logprobs": NoMeaning("the engine tells what it sampled, always"),
     "actor_infer.generating_args.*stop*": Missing(
         "a response ends where the model's chat template ends one; a prompt style of your own "
         "(agent.style) has its stop_token_ids"
@@ -516,6 +519,29 @@ _RULES: dict[str, Rule] = {
     "pg_variant": Becomes(
         ("trainer.objective.name", "trainer.objective.allow_stale"), "the loss", _variant
     ),
+    "use_topr_loss": Becomes(
+        ("trainer.objective.name",),
+        "the loss",
+        lambda given: {"trainer.objective.name": "topr"} if given.value else NoMeaning("off"),
+    ),
+    "use_topr_neg_loss_coef": Depends((0,), "off", "the objective topr has both signs: topr"),
+    "po*itive_loss_coef": Depends((0,), "off", "the objective topr has both signs: topr"),
+    "rl_loss_coef": Depends((1,), "1, as here", "there is one loss: trainer.objective"),
+    "use_policy_loss_type": Depends(
+        ("PPO",), "the clip of PPO, unless pg_variant says otherwise", "name it as pg_variant does"
+    ),
+    "importance_sampling": Depends(
+        ("token",), "ratios are of tokens", "gspo and masked_is take ratios of sequences"
+    ),
+    "ratio_type": Depends(
+        ("token",), "ratios are of tokens", "gspo and masked_is take ratios of sequences"
+    ),
+    "difficulty_*": Depends((False,), "off", "a loss of your own is trainer.objective.run"),
+    "length_loss_weight": Depends((False,), "off", "a loss of your own: trainer.objective.run"),
+    "*max_len_*": Depends((False,), "off", "what drops groups is rollout.filters"),
+    "mask_type": NoMeaning("masks of difficulty and length are not there"),
+    "balance_length": NoMeaning("samples are shared out by their tokens, always"),
+    "minibatch_data_iter_num": Depends((1,), "a batch is trained once", "see rollout.reuse.uses"),
     "tis_upper_bound": Becomes(
         ("trainer.objective.cap",),
         "cap of a token's weight",
@@ -564,6 +590,8 @@ _RULES: dict[str, Rule] = {
     "norm_mean_type": NoMeaning("trainer.advantages says what is compared with what"),
     "norm_std_type": NoMeaning("trainer.advantages says what is compared with what"),
     "whiten_rewards": Depends((False,), "off", "advantages can be: trainer.advantages.whiten"),
+    "l2": Depends((0,), "none", "AdamW has trainer.weight_decay"),
+    "add_len_reward": Depends((False,), "off", "a reward of your own is reward.run"),
     "reward_clip": Missing("clip the reward where it is made: reward.run; or advantage_clip"),
     "use_reward_*": Depends((False,), "off", "scale the reward where it is made: reward.run"),
     "use_kl_loss": NoMeaning("kl_loss_coef becomes trainer.kl.coefficient if it is set"),
@@ -626,6 +654,9 @@ _RULES: dict[str, Rule] = {
     "eval_steps": _steps_to("eval_every"),
     "logging_steps": NoMeaning("every step is logged"),
     "val_batch_size": is_field("eval.tasks", "episodes of an evaluation, likewise", int),
+    "val_*_length": Missing("an evaluation has the run's lengths: agent.max_sequence_tokens"),
+    "val_greedy": Depends((False,), "an evaluation samples", "eval.temperature is above 0"),
+    "val_n_sample": Depends((1,), "once", "an evaluation plays a task once: eval.tasks"),
     "validation.generating_args.temperature": is_field("eval.temperature", "of sampling"),
     "validation.generating_args.*": Missing("an evaluation samples as rollout does"),
     "validation.*": NoMeaning("an evaluation plays held-out tasks: env.eval_options"),
@@ -644,6 +675,18 @@ _RULES: dict[str, Rule] = {
     "*rpc_timeout": NoMeaning("each wait has a deadline of its own: see fields ending in _s"),
     "is_offload_*": NoMeaning("with engine.colocated the trainer makes room while workers sample"),
     "*old_logprobs_recompute": NoMeaning("decoupled_ppo recomputes what it needs: proximal"),
+    "report_length_and_rewards": NoMeaning("metrics have lengths and rewards of each step"),
+    "rollout_mock.*": Missing("flash replay --retrain trains logged batches again"),
+    "user_defined_rollout_loop_cls": Missing("an agent of your own is agent.run"),
+    "alive_check_interval": NoMeaning("a worker that fails is told by its requests and health"),
+    "global_template": NoMeaning("the model's own chat template is used"),
+    "dataset_filter.*": Missing("write a file of the questions that are wanted"),
+    "vlm_filter.*": Missing("policies here read texts"),
+    "agent_config_common.*": Missing("an agent that is a command: agent.run, agent.env"),
+    "*format_penalty": Missing("a reward of your own can take it: reward.run"),
+    "actor_*.name": NoMeaning("parts are named by what they do"),
+    "*.offload_nccl": NoMeaning("groups of NCCL stay as they are"),
+    "*.apply_loss_scale": NoMeaning("means are over the whole batch, on any number of ranks"),
     "batch_adjust_mode": NoMeaning("a batch has batch_size samples, whatever came"),
     "model_name": NoMeaning("a run is called by its name"),
     "model_update_buffer_size_mb": NoMeaning("engine.transport says how weights travel"),

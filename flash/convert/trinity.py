@@ -258,6 +258,8 @@ _RULES: dict[str, Rule] = {
     "name": is_field("name", "the run's folder", run_name),
     "checkpoint_root_dir": is_field("runs_dir", "where runs' folders are"),
     "continue_from_checkpoint": NoMeaning("flash train --resume goes on with a run"),
+    "checkpoint_job_dir": NoMeaning("a run's folder is runs_dir/name"),
+    "buffer.cache_dir": NoMeaning("all that a run writes is in its folder"),
     "ray_namespace": NoMeaning("parts are found by the run's folder, or a URL"),
     "algorithm.repeat_times": is_field("group_size", "runs of a task, likewise", int),
     "algorithm.optimizer.lr": is_field("trainer.learning_rate", "of AdamW, likewise", float),
@@ -363,6 +365,11 @@ _RULES: dict[str, Rule] = {
     "model.lora_configs.*.lora_alpha": is_field("trainer.lora.alpha", "over the rank", int),
     "model.lora_configs.*.target_modules": is_field("trainer.lora.targets", "modules, by name"),
     "model.lora_configs.*": NoMeaning("adapters are made at the start of a run"),
+    "model.fully_sharded_loras": NoMeaning("workers get merged weights, or trainer.lora.publish"),
+    "model.max_cpu_loras": NoMeaning("a worker has the one adapter that is trained"),
+    "model.enable_prompt_truncation": Depends(
+        (False,), "off", "an observation that leaves no room to answer ends the episode"
+    ),
     "model.rope_*": Missing("set it in the model's config.json"),
     "model.tinker.*": Missing("the trainer is FSDP2 here"),
     "model.external_model.*": Missing("workers that run already are engine.urls"),
@@ -411,6 +418,14 @@ _RULES: dict[str, Rule] = {
     ),
     "explorer.over_rollout.*": NoMeaning("the slowest are cancelled when a batch has enough"),
     "explorer.dynamic_timeout.*": Missing("agent.episode_timeout_s is one for all"),
+    "explorer.proxy_port": Missing("engine.door_port serves OpenAI's protocol"),
+    "explorer.listen_address": Missing("engine.door_port serves OpenAI's protocol, locally"),
+    "explorer.service_status_check_interval": NoMeaning("workers are watched, always"),
+    "explorer.min_running_model_num": NoMeaning("workers load one after the other, never all"),
+    "explorer.runner_state_report_interval": NoMeaning("flash status tells what each part does"),
+    "explorer.runner_prepare_*": NoMeaning("each episode is a coroutine of its own"),
+    "explorer.max_inflight_batches": NoMeaning("alpha says how many episodes are under way"),
+    "explorer.db_url": NoMeaning("what was sampled is in the run's log: log.url"),
     "explorer.env_vars.*": NoMeaning("set variables where the run is started, or agent.env"),
     "buffer.batch_size": Becomes(
         ("batch_size",), "tasks; here samples: times repeat_times", _batch_size
@@ -475,6 +490,7 @@ _RULES: dict[str, Rule] = {
     f"{_TASKSET}.task_selector.*": Missing("tasks are drawn by seed, each as often as the others"),
     f"{_TASKSET}.repeat_times": NoMeaning("algorithm.repeat_times says it"),
     f"{_TASKSET}.enable_progress_bar": NoMeaning("a run shows how far it is"),
+    f"{_TASKSET}.max_retry_*": NoMeaning("tasks are made from seeds, or read once"),
     f"{_TASKSET}.index": NoMeaning("a resume goes on where tasks stopped"),
     "buffer.explorer_input.default_reward_fn_type": Missing(
         "the environment's reward counts; another is reward.name=process with reward.run"

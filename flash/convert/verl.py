@@ -383,6 +383,13 @@ RULES: dict[str, Rule] = {
     f"{ROLLOUT}n_gpus_per_node": _GPUS,
     f"{ROLLOUT}over_sample_rate": Missing("redundant prompts are rollout.redundant_groups"),
     f"{ROLLOUT}engine_kwargs.*": Missing("further options: engine.vllm_args, engine.sglang_args"),
+    f"{ROLLOUT}cudagraph_capture_sizes": Missing("an option of servers: engine.vllm_args"),
+    f"{ROLLOUT}data_parallel_size": Depends((1,), "1", "start more workers: engine.workers"),
+    f"{ROLLOUT}multi_stage_wake_up": NoMeaning("colocated servers wake when it is their turn"),
+    f"{ROLLOUT}skip_rollout": Depends(
+        (False,), "off", "flash replay --retrain trains logged batches again"
+    ),
+    f"{ROLLOUT}skip_dump_dir": NoMeaning("the run's log has every episode"),
     f"{ROLLOUT}trace.*": NoMeaning("transcripts and flash replay show what was said"),
     f"{ROLLOUT}*profiler*": Missing("flash status and metrics tell where time goes"),
     "rollout.nnodes": _GPUS,
@@ -453,6 +460,8 @@ RULES: dict[str, Rule] = {
     f"{ACTOR}fsdp_config.*": NoMeaning("each layer is sharded over all ranks, and gathered alone"),
     f"{ACTOR}megatron.*": NoMeaning("FSDP2 shards a model over all ranks"),
     f"{ACTOR}use_torch_compile": is_field("trainer.compile", "layers by torch.compile"),
+    f"{ACTOR}use_fused_kernels": NoMeaning("fused kernels are used where they are installed"),
+    f"{ACTOR}use_remove_padding": _PACKED,
     f"{ACTOR}shuffle": NoMeaning("samples of a batch are shared out by their tokens"),
     f"{ACTOR}entropy_*": NoMeaning("logits are computed in chunks of tokens, always"),
     f"{ACTOR}checkpoint.*": NoMeaning("a checkpoint holds all that a resume needs"),
