@@ -201,7 +201,7 @@ class _Making:
         section."""
         for name in _NAME.findall(line):
             known = [one for one in self.settings if _holds(one, name) or _holds(name, one)]
-            if known and "env.name" not in known:
+            if known:
                 return known
         return []
 

@@ -525,7 +525,7 @@ _RULES: dict[str, Rule] = {
         lambda given: {"trainer.objective.name": "topr"} if given.value else NoMeaning("off"),
     ),
     "use_topr_neg_loss_coef": Depends((0,), "off", "the objective topr has both signs: topr"),
-    "po*itive_loss_coef": Depends((0,), "off", "the objective topr has both signs: topr"),
+    "pos*tive_loss_coef": Depends((0,), "off", "the objective topr has both signs: topr"),
     "rl_loss_coef": Depends((1,), "1, as here", "there is one loss: trainer.objective"),
     "use_policy_loss_type": Depends(
         ("PPO",), "the clip of PPO, unless pg_variant says otherwise", "name it as pg_variant does"

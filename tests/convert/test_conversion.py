@@ -79,7 +79,15 @@ def row_of(system: str, leaves, key: str):
         ("verl", VERL, "alpha", 1),
         ("verl", VERL, "rollout.schedule", "batch"),
         ("verl", APART | {"async_training.staleness_threshold": 0.5}, "alpha", 5),
+        # Two mini-batches of 8 prompts with 4 responses each.
+        (
+            "verl",
+            VERL | {"async_training.require_batches": 2, f"{ACTOR}ppo_mini_batch_size": 8},
+            "batch_size",
+            64,
+        ),
         ("gerl", {"actor_rollout_ref.async_strategy": "one-step-off"} | APART, "alpha", 1),
+        ("gerl", {"data.train_batch_size": 8} | APART, "trainer.advantages.name", "grpo"),
         ("gerl", {"actor_rollout_ref.async_strategy": "naive"} | APART, "alpha", 0),
         ("gerl", {"data.train_batch_size": 8} | APART, "batch_size", 64),
         # Optimizer steps of a batch: 64 samples over 2 · 8 on each of two data-parallel ranks.
@@ -256,6 +264,8 @@ def test_a_key_becomes_a_field_with_the_value_that_means_the_same(system, leaves
         ("verl", VERL | {"trainer.logger": ["console", "wandb"]}, None, "missing here", "metrics"),
         ("verl", VERL | {f"{ACTOR}clip_ratio_c": 3.0}, None, "missing here", "no dual_clip"),
         ("gerl", {f"{ROLLOUT}sde_type": "cps"}, None, "missing here", "no worker makes images"),
+        # Keys that verl has too, otherwise.
+        ("gerl", {"actor_rollout_ref.model.path": "a/b"}, None, "missing here", "makes images"),
         # The loader refuses it, as it would in a file: its words, and the rest loads.
         (
             "roll",
@@ -290,6 +300,19 @@ def test_gpus_of_one_node_are_ranks_and_workers():
         },
     )
     assert (found["trainer.ranks"], found["engine.workers"]) == (3, 2)
+    assert "cluster.kind" not in found
+
+
+def test_a_node_may_be_full():
+    found = made(
+        "roll",
+        **{
+            "actor_train.device_mapping": "list(range(4))",
+            "actor_infer.device_mapping": "list(range(4,6))",
+            "num_gpus_per_node": 6,
+        },
+    )
+    assert (found["trainer.ranks"], found["engine.workers"]) == (4, 2)
     assert "cluster.kind" not in found
 
 

@@ -13,6 +13,7 @@ SCRIPT = r"""
     longest=$((1024 * 2))
     both=$(((longest + 1024) * prompts))
     NODES=${NODES:-3}
+    rollout=${ROLLOUT:-$NODES}
     logger="['console','wandb']"
     python3 -m verl.trainer.main_ppo \
         data.train_batch_size=${prompts} \
@@ -22,6 +23,7 @@ SCRIPT = r"""
         actor_rollout_ref.model.path="org/model" \
         trainer.logger="${logger}" \
         trainer.nnodes="${NODES}" \
+        rollout.nnodes="${rollout}" \
         trainer.val_before_train=False \
         trainer.default_local_dir="runs/${UNKNOWN_OF_ALL}" \
         data.truncation='error' \
@@ -41,6 +43,7 @@ def written(tmp_path):
 
 def test_a_script_gives_its_words_with_variables_sums_and_defaults_put_in(written, monkeypatch):
     monkeypatch.delenv("NODES", raising=False)
+    monkeypatch.delenv("ROLLOUT", raising=False)
     assert dict(written("run.sh", SCRIPT)) == {
         "data.train_batch_size": 32,
         "data.max_prompt_length": 2048,
@@ -49,6 +52,7 @@ def test_a_script_gives_its_words_with_variables_sums_and_defaults_put_in(writte
         "actor_rollout_ref.model.path": "org/model",
         "trainer.logger": ["console", "wandb"],
         "trainer.nnodes": 3,
+        "rollout.nnodes": 3,
         "trainer.val_before_train": False,
         "trainer.default_local_dir": "runs/${UNKNOWN_OF_ALL}",
         "data.truncation": "error",
