@@ -19,6 +19,7 @@ from flash.convert.verl import VERL
 SYSTEMS = {system.name: system for system in (ROLL, TRINITY, VERL, GERL)}
 _FIELDS = {name: place for place, (name, _) in enumerate(configuration.fields())}
 _NAME = re.compile(r"[a-z_]\w*(?:\.\w+)*")
+_SECRET = re.compile(r"(api_?key|token|password|secret)$", re.IGNORECASE)
 
 Outcome = Literal["mapped", "no meaning here", "missing here", "unknown"]
 OUTCOMES: tuple[Outcome, ...] = ("mapped", "no meaning here", "missing here", "unknown")
@@ -129,20 +130,21 @@ class _Making:
 
     def row(self, given: Given, pattern: str | None) -> Row:
         """What becomes of a key, whose rule has that pattern; None: nobody knows it."""
+        shown = "(not shown)" if _SECRET.search(given.key) else given.value
         if pattern is None:
             why = f"no key of {self._system.title} that is known: look whether it is spelt right"
-            return Row(given.key, given.value, "unknown", why)
+            return Row(given.key, shown, "unknown", why)
         rule = self._system.rules[pattern]
         answer = _answer(rule, given)
         if isinstance(answer, Mapping):
             if taken := self._take(answer, given.key):
-                return Row(given.key, given.value, "mapped", getattr(rule, "unit", ""), taken)
+                return Row(given.key, shown, "mapped", getattr(rule, "unit", ""), taken)
             before = ", ".join(f"{name} is {self._given_by[name]}'s" for name in answer)
             answer = NoMeaning(f"{before}, which counts")
         elif isinstance(answer, Placeholder):
             self.place(answer)
         outcome: Outcome = "no meaning here" if isinstance(answer, NoMeaning) else "missing here"
-        return Row(given.key, given.value, outcome, answer.why)
+        return Row(given.key, shown, outcome, answer.why)
 
     def place(self, placeholder: Placeholder) -> None:
         """Puts what stands for something that must be decided, where nothing is."""
@@ -164,6 +166,8 @@ class _Making:
             if isinstance(before, list):
                 whole = [*before, *value]
             elif isinstance(before, dict):
+                if all(before.get(inner, one) != one for inner, one in value.items()):
+                    continue
                 whole = {**value, **before}
             elif before not in (None, value):
                 continue
@@ -213,7 +217,7 @@ def _answer(rule: Rule, given: Given) -> Answer:
         return rule
     try:
         return rule.answer(given)
-    except (TypeError, ValueError):  # a value of a kind that the key does not have
+    except (TypeError, ValueError, OverflowError):  # a value of a kind that the key does not have
         return Missing(f"{given.value!r} is no value that is understood: set it by hand")
 
 

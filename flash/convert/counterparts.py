@@ -72,11 +72,6 @@ def questions_of(given: Given) -> Answer:
     return Placeholder(questions(), f"{named} is no file of JSON Lines: {MAKE_QUESTIONS}")
 
 
-def data(unit: str) -> Becomes:
-    """Of a key that names problems with answers."""
-    return Becomes(OF_QUESTIONS, unit, questions_of)
-
-
 def model(given: Given) -> Answer:
     """A hub name, or a directory; of one that is not here its name is kept, which no run finds."""
     name = str(given.value)

@@ -10,17 +10,18 @@ from typing import Any
 from flash.convert.counterparts import (
     MODEL,
     OF_FILES,
+    OF_QUESTIONS,
     OF_TRAINER,
     OF_WORKERS,
     SEED,
     aggregation,
     clip,
-    data,
     dtype,
     environment,
     no_environment,
     of_advantages,
     placed,
+    questions_of,
     run_name,
     server_args,
 )
@@ -230,17 +231,26 @@ def _sequence(given: Given) -> Answer:
     return found or Missing("it takes response_length: set agent.max_sequence_tokens")
 
 
+def _world(source: Source, tag: str) -> str | None:
+    """The environment of a tag, by what the file says that it is, or else by its name."""
+    kinds = (f"custom_envs.{tag}.env_type", f"custom_env.{tag}.env_type")
+    return environment(source.text(*kinds, default=tag))
+
+
+def _played(source: Source) -> list[str] | None:
+    tags = source.get("train_env_manager.tags")
+    return [str(tag) for tag in tags] if isinstance(tags, list) else None
+
+
 def _tags(given: Given) -> Answer:
     """One environment, or a task set for each tag, by its part of the groups."""
-    tags = given.value if isinstance(given.value, list) else [given.value]
-    source, names = given.source, {}
-    for tag in tags:
-        kinds = (f"custom_envs.{tag}.env_type", f"custom_env.{tag}.env_type")
-        if (name := environment(source.text(*kinds, default=str(tag)))) is None:
-            return no_environment(
-                f"{tag}: no environment is registered for it: name yours, module:Class"
-            )
-        names[tag] = name
+    source = given.source
+    tags = _played(source) or [str(given.value)]
+    names = {tag: _world(source, tag) for tag in tags}
+    for tag in (tag for tag, name in names.items() if name is None):
+        return no_environment(
+            f"{tag}: no environment is registered for it: name yours, module:Class"
+        )
     if len(names) == 1:
         return {"env.name": names[tags[0]]}
     shares = source.get("train_env_manager.num_groups_partition")
@@ -252,13 +262,29 @@ def _tags(given: Given) -> Answer:
     return {"env.name": names[tags[0]], "task_sets": sets}
 
 
-def _max_turns(given: Given) -> Answer:
-    return {"agent.max_turns": int(given.value)}
+def _of_tag(rule: Becomes | NoMeaning | Missing) -> Becomes:
+    """A rule for what an environment has, if it is one of those that are played."""
+
+    def how(given: Given) -> Answer:
+        played = _played(given.source)
+        if played is not None and given.key.split(".")[1] not in played:
+            return NoMeaning("train_env_manager.tags does not name it")
+        return rule.answer(given) if isinstance(rule, Becomes) else rule
+
+    if isinstance(rule, Becomes):
+        return Becomes(rule.fields, rule.unit, how)
+    return Becomes((), rule.why, how)
+
+
+def _files(given: Given) -> Answer:
+    if "train_env_manager.tags" in given.source:
+        return NoMeaning("train_env_manager.tags names the environments")
+    return questions_of(given)
 
 
 def _slippery(given: Given) -> Answer:
-    tags = given.source.get("train_env_manager.tags")
-    if not isinstance(tags, list) or len(tags) != 1 or environment(given.key) != "frozen_lake":
+    tag = given.key.split(".")[1]
+    if _played(given.source) != [tag] or _world(given.source, tag) != "frozen_lake":
         return Missing("options of several environments: give them in task_sets.NAME.env.options")
     return {"env.options": {"slippery": given.value}}
 
@@ -272,6 +298,8 @@ def _steps_to(field: str) -> Becomes:
 
 
 _LENGTHS = ("agent.max_tokens", "agent.max_sequence_tokens")
+_MAX_TURNS = is_field("agent.max_turns", "actions of an episode, likewise", int)
+_MAX_TOKENS = is_field("agent.max_tokens", "tokens of a response, likewise", int)
 _MEGATRON = NoMeaning("FSDP2 shards a model over all ranks, whatever its parallelism was")
 _ROLE = NoMeaning("one model is the policy, the reference is a copy of it on the same ranks")
 
@@ -324,34 +352,35 @@ _RULES: dict[str, Rule] = {
     "val_env_manager.num_groups_partition": NoMeaning("task sets have their part of eval.tasks"),
     "val_env_manager.max_env_num_per_worker": NoMeaning("an episode has its own environment"),
     "val_env_manager.max_traj_per_env": NoMeaning("an episode has its own environment"),
-    "custom_env*.*.env_type": NoMeaning("what a tag means: train_env_manager.tags has become it"),
-    "custom_env*.*.env_config.max_steps": Becomes(
-        ("agent.max_turns",), "actions of an episode, likewise", _max_turns
+    "custom_env*.*.env_type": _of_tag(
+        NoMeaning("what a tag means: train_env_manager.tags has become it")
     ),
-    "custom_env*.*.max_steps": Becomes(
-        ("agent.max_turns",), "actions of an episode, likewise", _max_turns
-    ),
-    "max_actions_per_traj": Becomes(
-        ("agent.max_turns",), "actions of an episode, likewise", _max_turns
-    ),
+    "custom_env*.*.env_config.max_steps": _of_tag(_MAX_TURNS),
+    "custom_env*.*.max_steps": _of_tag(_MAX_TURNS),
+    "max_actions_per_traj": _MAX_TURNS,
     "custom_env*.*.env_config.is_slippery": Becomes(
         ("env.options",), "whether a step may go astray: slippery", _slippery
     ),
-    "custom_env*.*.max_tokens_per_step": is_field("agent.max_tokens", "tokens of a response", int),
-    "max_tokens_per_step": is_field("agent.max_tokens", "tokens of a response", int),
-    "custom_env*.*.env_manager_cls": by_name(
-        "agent.samples",
-        "what an episode is trained as: one sample, or one for each turn",
-        {
-            "roll.pipeline.agentic.env_manager.traj_env_manager.TrajEnvManager": "whole",
-            "roll.pipeline.agentic.env_manager.step_env_manager.StepEnvManager": "turns",
-        },
-        "there are whole and turns; an agent of your own is agent.run",
+    "custom_env*.*.max_tokens_per_step": _of_tag(_MAX_TOKENS),
+    "max_tokens_per_step": _MAX_TOKENS,
+    "custom_env*.*.env_manager_cls": _of_tag(
+        by_name(
+            "agent.samples",
+            "what an episode is trained as: one sample, or one for each turn",
+            {
+                "roll.pipeline.agentic.env_manager.traj_env_manager.TrajEnvManager": "whole",
+                "roll.pipeline.agentic.env_manager.step_env_manager.StepEnvManager": "turns",
+            },
+            "there are whole and turns; an agent of your own is agent.run",
+        )
     ),
     "custom_env*.*.use_thread_lock": NoMeaning("an environment is driven by one episode alone"),
-    "custom_env*.*.agent_system_template": Missing("with agent.style=chat: agent.style_options"),
-    "custom_env*.*.agent_template": Missing("a prompt style of your own is agent.style"),
-    "custom_env*.*": Missing("options of an environment here have other names: env.options"),
+    "custom_env*.*.agent_*template": _of_tag(
+        Missing("with agent.style=chat: agent.style_options; or a style of your own, agent.style")
+    ),
+    "custom_env*.*": _of_tag(
+        Missing("options of an environment here have other names: env.options")
+    ),
     "*agent_system_template": Missing("with agent.style=chat: agent.style_options.system"),
     "*agent_template": Missing("a prompt style of your own is agent.style=module:Class"),
     "*action_pattern": Missing("with agent.style=chat: agent.style_options.answer"),
@@ -505,7 +534,7 @@ _RULES: dict[str, Rule] = {
     ),
     "actor_train.training_args.num_train_epochs": NoMeaning("max_steps ends the run"),
     "actor_train.training_args.*": Missing("see flash train --help trainer for what there is"),
-    "actor_train.data_args.file_name": data(OF_FILES),
+    "actor_train.data_args.file_name": Becomes(OF_QUESTIONS, OF_FILES, _files),
     "actor_train.data_args.template": NoMeaning("the model's own chat template is used"),
     "actor_train.data_args.domain_interleave_probs.*": Missing(
         "several kinds of tasks are task_sets.NAME, each with a weight"

@@ -4,6 +4,7 @@ Both become leaves: values by dotted key, in the order of the file, with referen
 """
 
 import ast
+import math
 import operator
 import os
 import re
@@ -61,7 +62,7 @@ class Source(Mapping[str, Any]):
         """Likewise, of keys that measure; what is no number counts as the default."""
         value = self.first(*keys)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return value if is_number else default
+        return value if is_number and math.isfinite(value) else default
 
     def count(self, *keys: str, default: int) -> int:
         """Likewise, of keys that count; what is no number of at least 1 counts as the default."""

@@ -5,6 +5,7 @@ of them; buffer.batch_size counts tasks of an explorer's step, train_batch_size 
 trainer's. A step here is a batch of samples trained.
 """
 
+import re
 from typing import Any
 
 from flash.convert.counterparts import (
@@ -13,6 +14,7 @@ from flash.convert.counterparts import (
     MODEL,
     OF_GPUS,
     OF_QUESTIONS,
+    QUESTIONS,
     SEED,
     clip,
     dtype,
@@ -33,6 +35,7 @@ from flash.convert.rules import (
     Given,
     Missing,
     NoMeaning,
+    Placeholder,
     Rule,
     System,
     by_name,
@@ -63,6 +66,7 @@ _ADVANTAGES = {
 }  # fmt: skip
 _WORKFLOWS_OF_QUESTIONS = ("math", "boxed", "gsm8k", "simple_workflow", "rm_gallery")
 _TASKSET = "buffer.explorer_input.taskset*"
+_TASKSETS = "buffer.explorer_input.tasksets.*"
 _MODEL = "explorer.rollout_model."
 _CUT = (
     "refused: logprobs of a cut distribution make every correction for staleness wrong; use "
@@ -192,6 +196,27 @@ def _path(given: Given) -> Answer:
     return questions_of(given)
 
 
+def _task_set(given: Given) -> Answer:
+    """One of several tasksets, with its environment, or its questions."""
+    source, section = given.source, given.key.rpartition(".")[0]
+    index = section.rpartition(".")[2]
+    named = source.first(f"{section}.name", default=f"set_{index}")
+    name = re.sub(r"[^A-Za-z0-9_-]+", "_", str(named))[:40] or f"set_{index}"
+    workflow = source.text(
+        f"{section}.default_workflow_type", "buffer.explorer_input.default_workflow_type"
+    )
+    if (world := environment(workflow)) is not None:
+        return {"task_sets": {name: {"env": {"name": world}}}, "env.name": world}
+    path, asked = source.text(f"{section}.path"), questions()
+    agent = {field: asked[f"agent.{field}"] for field in ("style_options", "max_turns")}
+    of_set: dict[str, Any] = {"env": {"name": QUESTIONS}, "agent": agent}
+    fields = {"task_sets": {name: of_set}, "env.name": QUESTIONS}
+    if not path.endswith(".jsonl"):
+        return Placeholder(fields, f"{named}: {MAKE_QUESTIONS}, of task_sets.{name}")
+    of_set["env"]["options"] = {"path": path}
+    return fields
+
+
 def _gpus(given: Given) -> Answer:
     source = given.source
     per_node = source.count("cluster.gpu_per_node", default=8)
@@ -235,10 +260,6 @@ def _style(given: Given) -> Answer:
     return NoMeaning("a publish follows a trainer's step: publish_every")
 
 
-def _max_env_steps(given: Given) -> Answer:
-    return {"agent.max_turns": int(given.value)}
-
-
 def _over_rollout(given: Given) -> Answer:
     if not given.value:
         return NoMeaning("off")
@@ -250,6 +271,10 @@ def _replay(given: Given) -> Answer:
     """Whether groups are trained again, twice as a start."""
     return {"rollout.reuse.uses": 2} if given.value else NoMeaning("off")
 
+
+_OF_SETS = Becomes(
+    ("task_sets", "env.name"), "one of several kinds of tasks: a task set", _task_set
+)
 
 _RULES: dict[str, Rule] = {
     "mode": Becomes(("explorers.expected", "engine.workers"), "who plays and trains", _mode),
@@ -446,6 +471,9 @@ _RULES: dict[str, Rule] = {
         ("agent.style_options",), "what comes before a question",
         lambda given: {"agent.style_options": {"system": given.value}},
     ),
+    f"{_TASKSETS}.name": _OF_SETS,
+    f"{_TASKSETS}.path": _OF_SETS,
+    f"{_TASKSETS}.default_workflow_type": _OF_SETS,
     f"{_TASKSET}.default_workflow_type": Becomes(
         OF_QUESTIONS, "how a task is played: an environment", _workflow
     ),
@@ -478,8 +506,8 @@ _RULES: dict[str, Rule] = {
     f"{_TASKSET}.rollout_args.top_k": Depends((-1, 0), _WHOLE, _CUT),
     f"{_TASKSET}.rollout_args.logprobs": NoMeaning("the engine tells what it sampled, always"),
     f"{_TASKSET}.rollout_args.max_tokens": is_field("agent.max_tokens", "of a response", int),
-    f"{_TASKSET}.workflow_args.max_env_steps": Becomes(
-        ("agent.max_turns",), "actions of an episode, likewise", _max_env_steps
+    f"{_TASKSET}.workflow_args.max_env_steps": is_field(
+        "agent.max_turns", "actions of an episode, likewise", int
     ),
     f"{_TASKSET}.workflow_args.*": Missing("options of an environment are env.options"),
     f"{_TASKSET}.default_reward_fn_type": Missing(

@@ -377,6 +377,62 @@ def test_several_tags_are_task_sets_with_their_part_of_the_groups():
     }
 
 
+def test_several_tasksets_are_task_sets_with_environments_or_questions():
+    sets, workflow = "buffer.explorer_input.tasksets", "default_workflow_type"
+    leaves = TRINITY | {
+        f"{sets}.0.name": "house work",
+        f"{sets}.0.{workflow}": "alfworld_workflow",
+        f"{sets}.1.name": "sums",
+        f"{sets}.1.path": "sums.jsonl",
+        f"{sets}.1.{workflow}": "math_workflow",
+    }
+    found = converted("trinity", leaves)
+    worlds = found.settings["task_sets"]
+    assert worlds["house_work"] == {"env": {"name": "alfworld"}}
+    assert worlds["sums"]["env"] == {"name": "questions", "options": {"path": "sums.jsonl"}}
+    assert worlds["sums"]["agent"]["max_turns"] == 1
+    assert not found.decide
+    elsewhere = converted("trinity", leaves | {f"{sets}.1.path": "org/sums"})
+    assert elsewhere.settings["task_sets"]["sums"]["env"] == {"name": "questions"}
+    assert "task_sets.sums" in elsewhere.decide[0]
+
+
+def test_environments_that_are_not_played_change_nothing():
+    leaves = {
+        "custom_envs.Other.max_steps": 99,
+        "custom_envs.Ice.env_type": "frozen_lake",
+        "custom_envs.Ice.max_steps": 7,
+        "custom_envs.Ice.env_config.is_slippery": True,
+        "train_env_manager.tags": ["Ice"],
+    }
+    found = converted("roll", leaves)
+    assert found.settings["agent.max_turns"] == 7
+    assert found.settings["env.options"] == {"slippery": True}
+    row = row_of("roll", leaves, "custom_envs.Other.max_steps")
+    assert (row.outcome, row.note) == (
+        "no meaning here",
+        "train_env_manager.tags does not name it",
+    )
+
+
+def test_files_of_problems_have_no_meaning_beside_environments():
+    leaves = {
+        "train_env_manager.tags": ["FrozenLake"],
+        "custom_envs.FrozenLake.env_config.is_slippery": True,
+        "actor_train.data_args.file_name": "sums.jsonl",
+    }
+    found = made("roll", **leaves)
+    assert (found["env.name"], found["env.options"]) == ("frozen_lake", {"slippery": True})
+    assert "agent.max_turns" not in found
+    alone = made("roll", **{"actor_train.data_args.file_name": "sums.jsonl"})
+    assert alone["env.options"] == {"path": "sums.jsonl"}
+
+
+def test_keys_for_others_are_not_shown():
+    found = converted("roll", ROLL | {"tracker_kwargs.api_key": "hunter2"})
+    assert "hunter2" not in repr(found)
+
+
 def test_what_nothing_here_stands_for_is_to_decide_and_starts_no_run():
     found = converted(
         "roll", {"train_env_manager.tags": ["MyOwnWorld"], "pretrain": "/no/model-7b"}
