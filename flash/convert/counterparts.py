@@ -110,16 +110,15 @@ def dtype(field: str) -> Becomes:
     return Becomes((field,), "a number format", how)
 
 
-def server_args(*options: str) -> Becomes:
+def server_args(option: str) -> Becomes:
     """An option of vLLM's servers, passed on; --no-… for false."""
 
     def how(given: Given) -> Answer:
-        (option,) = options
         if isinstance(given.value, bool):
             return {"engine.vllm_args": [f"--{'' if given.value else 'no-'}{option}"]}
         return {"engine.vllm_args": [f"--{option}={given.value}"]}
 
-    return Becomes(("engine.vllm_args",), f"vLLM's own --{options[0]}", how)
+    return Becomes(("engine.vllm_args",), f"vLLM's own --{option}", how)
 
 
 def clip(field: str, name: str, value: Any) -> Answer:

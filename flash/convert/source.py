@@ -20,7 +20,9 @@ from flash.config.yaml_text import plain_values
 
 _OVERRIDE = re.compile(r"\+{0,2}([A-Za-z_]\w*(?:\.\w+)+)=(.*)", re.DOTALL)
 _VARIABLE = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
-_IN_SHELL = re.compile(r"\$\(\(([^()]*(?:\([^()]*\)[^()]*)*)\)\)|\$\{(\w+)(?::-([^}]*))?\}|\$(\w+)")
+_IN_SHELL = re.compile(
+    r"\$\(\(([^()]*(?:\([^()]*\)[^()]*)*)\)\)|\$\{(\w+)(?::?[-=]([^}]*))?\}|\$(\w+)"
+)
 _SUM = re.compile(r"\$\(\(.*?\)\)")
 _REFERENCE = re.compile(r"\$\{([^${}]+)\}")
 _NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # as 1e-6, which YAML takes for a text

@@ -454,13 +454,19 @@ RULES: dict[str, Rule] = {
             {"trainer.shard_size": int(given.value)} if given.value > 0 else NoMeaning("all ranks")
         ),
     ),
-    f"{ACTOR}fsdp_config.*dtype": dtype("trainer.dtype"),
+    f"{ACTOR}fsdp_config.dtype": dtype("trainer.dtype"),
+    f"{ACTOR}fsdp_config.mixed_precision.param_dtype": dtype("trainer.dtype"),
+    f"{ACTOR}fsdp_config.*dtype": NoMeaning(
+        "weights, gradients and optimizer are in float32, whatever trainer.dtype computes in"
+    ),
     f"{ACTOR}fsdp_config.*offload*": Depends(
         (False,), "off", "weights and optimizer stay on the trainer's GPUs; engine.colocated"
     ),
     f"{ACTOR}fsdp_config.*": NoMeaning("each layer is sharded over all ranks, and gathered alone"),
     f"{ACTOR}megatron.*": NoMeaning("FSDP2 shards a model over all ranks"),
-    f"{ACTOR}use_torch_compile": is_field("trainer.compile", "layers by torch.compile"),
+    f"{ACTOR}use_torch_compile": NoMeaning(
+        "it is of entropies and logprobs there; of layers: trainer.compile"
+    ),
     f"{ACTOR}use_fused_kernels": NoMeaning("fused kernels are used where they are installed"),
     f"{ACTOR}use_remove_padding": _PACKED,
     f"{ACTOR}shuffle": NoMeaning("samples of a batch are shared out by their tokens"),

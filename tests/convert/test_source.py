@@ -13,7 +13,7 @@ SCRIPT = r"""
     longest=$((1024 * 2))
     both=$(((longest + 1024) * prompts))
     NODES=${NODES:-3}
-    rollout=${ROLLOUT:-$NODES}
+    rollout=${ROLLOUT:=$NODES}
     logger="['console','wandb']"
     python3 -m verl.trainer.main_ppo \
         data.train_batch_size=${prompts} \
@@ -28,6 +28,9 @@ SCRIPT = r"""
         trainer.default_local_dir="runs/${UNKNOWN_OF_ALL}" \
         data.truncation='error' \
         +extra.key=[a,b] $@
+    MORE=(
+        trainer.save_freq=20
+    )
 """
 
 
@@ -57,6 +60,7 @@ def test_a_script_gives_its_words_with_variables_sums_and_defaults_put_in(writte
         "trainer.default_local_dir": "runs/${UNKNOWN_OF_ALL}",
         "data.truncation": "error",
         "extra.key": ["a", "b"],
+        "trainer.save_freq": 20,
     }
 
 
