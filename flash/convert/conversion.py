@@ -163,9 +163,9 @@ class _Making:
         for name, value in answer.items():
             before = self.settings.get(name)
             whole = value
-            if isinstance(before, list):
+            if isinstance(before, list) and isinstance(value, list):
                 whole = [*before, *value]
-            elif isinstance(before, dict):
+            elif isinstance(before, dict) and isinstance(value, dict):
                 if all(before.get(inner, one) != one for inner, one in value.items()):
                     continue
                 whole = {**value, **before}
