@@ -11,7 +11,16 @@ from flash import config as configuration
 from flash.convert.counterparts import no_environment
 from flash.convert.gerl import GERL
 from flash.convert.roll import ROLL
-from flash.convert.rules import Answer, Given, Missing, NoMeaning, Placeholder, Rule, System
+from flash.convert.rules import (
+    Answer,
+    Becomes,
+    Given,
+    Missing,
+    NoMeaning,
+    Placeholder,
+    Rule,
+    System,
+)
 from flash.convert.source import Source
 from flash.convert.trinity import TRINITY
 from flash.convert.verl import VERL
@@ -137,8 +146,9 @@ class _Making:
         rule = self._system.rules[pattern]
         answer = _answer(rule, given)
         if isinstance(answer, Mapping):
+            assert isinstance(rule, Becomes), "nothing else gives fields"
             if taken := self._take(answer, given.key):
-                return Row(given.key, shown, "mapped", getattr(rule, "unit", ""), taken)
+                return Row(given.key, shown, "mapped", rule.unit, taken)
             before = ", ".join(f"{name} is {self._given_by[name]}'s" for name in answer)
             answer = NoMeaning(f"{before}, which counts")
         elif isinstance(answer, Placeholder):
@@ -230,14 +240,15 @@ def _order(name: str) -> int:
 
 
 def _without(row: Row, refused: Mapping[str, str]) -> Row:
-    """The row without what the loader refused; if nothing is left of it, it is missing."""
-    left = {name: value for name, value in row.fields.items() if name not in refused}
-    if left == row.fields:
+    """The row without what the loader refused, which is told; if nothing is left, it is missing."""
+    gone = [name for name in row.fields if name in refused]
+    if not gone:
         return row
+    left = {name: value for name, value in row.fields.items() if name not in refused}
+    why = f"refused: {refused[gone[0]]}"
     if left:
-        return replace(row, fields=left)
-    why = next(refused[name] for name in row.fields if name in refused)
-    return Row(row.key, row.value, "missing here", f"refused: {why}")
+        return replace(row, fields=left, note=f"{row.note}; {', '.join(gone)} {why}")
+    return Row(row.key, row.value, "missing here", why)
 
 
 def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -346,6 +346,13 @@ def test_gpus_that_both_have_are_colocated_or_that_is_refused_where_nothing_can_
         assert "vLLM, which is not installed here" in kind.note
 
 
+def test_a_key_of_which_a_part_is_refused_says_so():
+    same = {"actor_train.device_mapping": [0, 1], "actor_infer.device_mapping": [0, 1]}
+    row = row_of("roll", same, "actor_infer.device_mapping")
+    assert (row.outcome, row.fields) == ("mapped", {"engine.workers": 2})
+    assert "; engine.colocated refused: engine.colocated=true with engine.kind=auto" in row.note
+
+
 def test_engines_leave_the_trainer_the_other_gpus():
     leaves = TRINITY | {
         "cluster.node_num": 1,
