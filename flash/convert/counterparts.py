@@ -1,13 +1,24 @@
 """What of ours stands for what other systems name: environments, data, losses, GPUs."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
 from flash import registry
 from flash.config.model import check_model
 from flash.config.source import presets, read_mapping
-from flash.convert.rules import Answer, Becomes, Given, Missing, Placeholder, is_field
+from flash.convert.rules import (
+    Answer,
+    Becomes,
+    Depends,
+    Given,
+    Missing,
+    NoMeaning,
+    Placeholder,
+    is_field,
+)
+from flash.convert.source import Source
 from flash.trainer.advantage_settings import AnyAdvantages
 from flash.trainer.objectives.settings import SETTINGS
 
@@ -22,6 +33,19 @@ _DTYPES = {
     "bf16": "bfloat16", "bfloat16": "bfloat16", "fp32": "float32", "float32": "float32",
     "auto": "auto",
 }  # fmt: skip
+_CUT = (
+    "refused: logprobs of a cut distribution make every correction for staleness wrong; use "
+    "agent.temperature"
+)
+_WHOLE = "all is sampled from the whole distribution"
+TOP_P = Depends((1,), _WHOLE, _CUT)
+TOP_K = Depends((-1, 0), _WHOLE, _CUT)
+REPETITION = Depends((1,), "off", _CUT)
+RATE = Depends(
+    ("constant", "constant_with_warmup"),
+    "constant after the warm-up, as without trainer.decay_steps",
+    "there is a linear decay to 0: trainer.decay_steps, in optimizer steps",
+)
 AGGREGATIONS = {
     "token-mean": "token_mean",
     "seq-mean-token-sum": "sequence_sum",
@@ -128,6 +152,22 @@ def clip(field: str, name: str, value: Any) -> Answer:
     return {f"trainer.objective.{field}": value}
 
 
+def clips(objective: Callable[[Source], str], *fields: str) -> Becomes:
+    """Bounds of a token's ratio, settings of the objective that a configuration names."""
+
+    def how(given: Given) -> Answer:
+        found: dict[str, Any] = {}
+        for field in fields:
+            answer = clip(field, objective(given.source), given.value)
+            if not isinstance(answer, dict):
+                return answer
+            found |= answer
+        return found
+
+    names = tuple(f"trainer.objective.{field}" for field in fields)
+    return Becomes(names, "how far a token's ratio may be from 1", how)
+
+
 def of_advantages(field: str, name: str, value: Any) -> Answer:
     """Likewise of the advantages."""
     kinds = {
@@ -136,6 +176,25 @@ def of_advantages(field: str, name: str, value: Any) -> Answer:
     if field not in kinds[name].model_fields:
         return Missing(f"the advantages {name} have no {field}: see docs/objectives.md")
     return {f"trainer.advantages.{field}": value}
+
+
+def of_gae(
+    advantages: Callable[[Source], str], field: str, unit: str, how: Callable[[Any], Any]
+) -> Becomes:
+    """What only gae has: λ, or a critic."""
+
+    def answer(given: Given) -> Answer:
+        if advantages(given.source) != "gae":
+            return NoMeaning("only gae has it, and the advantages are others")
+        return {field: how(given.value)}
+
+    return Becomes((field,), unit, answer)
+
+
+def frequency(field: str) -> Becomes:
+    """How often something is done."""
+    unit = "steps, of batches; below 1: never, 0 here"
+    return is_field(field, unit, lambda steps: max(0, int(steps)))
 
 
 def aggregation(length: str, *lengths: str) -> Becomes:

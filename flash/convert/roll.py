@@ -13,13 +13,20 @@ from flash.convert.counterparts import (
     OF_QUESTIONS,
     OF_TRAINER,
     OF_WORKERS,
+    RATE,
+    REPETITION,
     SEED,
+    TOP_K,
+    TOP_P,
     aggregation,
     clip,
+    clips,
     dtype,
     environment,
+    frequency,
     no_environment,
     of_advantages,
+    of_gae,
     placed,
     questions_of,
     run_name,
@@ -101,28 +108,9 @@ def _variant(given: Given) -> Answer:
     )
 
 
-def _clips(*fields: str) -> Becomes:
-    """Bounds of the ratio, if the objective has them."""
-
-    def how(given: Given) -> Answer:
-        found: dict[str, Any] = {}
-        for field in fields:
-            answer = clip(field, _objective(given.source), given.value)
-            if not isinstance(answer, dict):
-                return answer
-            found |= answer
-        return found
-
-    return Becomes(
-        tuple(f"trainer.objective.{field}" for field in fields),
-        "how far a token's ratio may be from 1",
-        how,
-    )
-
-
 def _of_range(field: str) -> Becomes:
     """pg_clip_low and pg_clip_high count if use_pg_clip_range says so."""
-    inner = _clips(field)
+    inner = clips(_objective, field)
 
     def how(given: Given) -> Answer:
         if not given.source.get("use_pg_clip_range"):
@@ -289,14 +277,6 @@ def _slippery(given: Given) -> Answer:
     return {"env.options": {"slippery": given.value}}
 
 
-def _steps_to(field: str) -> Becomes:
-    return Becomes(
-        (field,),
-        "steps, of batches; below 1: never, 0 here",
-        lambda given: {field: max(0, int(given.value))},
-    )
-
-
 _LENGTHS = ("agent.max_tokens", "agent.max_sequence_tokens")
 _MAX_TURNS = is_field("agent.max_turns", "actions of an episode, likewise", int)
 _MAX_TOKENS = is_field("agent.max_tokens", "tokens of a response, likewise", int)
@@ -396,27 +376,15 @@ _RULES: dict[str, Rule] = {
     "actor_infer.generating_args.temperature": is_field(
         "agent.temperature", "of sampling; the trainer accounts for it"
     ),
-    "actor_infer.generating_args.top_p": Depends(
-        (1,),
-        "all is sampled from the whole distribution",
-        "refused: logprobs of a cut distribution make every correction for staleness wrong; use "
-        "agent.temperature",
-    ),
-    "actor_infer.generating_args.top_k": Depends(
-        (0, -1),
-        "all is sampled from the whole distribution",
-        "refused: logprobs of a cut distribution make every correction for staleness wrong; use "
-        "agent.temperature",
-    ),
+    "actor_infer.generating_args.top_p": TOP_P,
+    "actor_infer.generating_args.top_k": TOP_K,
     "actor_infer.generating_args.num_beams": Depends(
         (1,), "responses are sampled, one each", "policies are not trained on beams: leave it"
     ),
     "actor_infer.generating_args.num_return_sequences": NoMeaning(
         "a request has one response; num_return_sequences_in_group, or group_size, says how many"
     ),
-    "actor_infer.generating_args.repetition_penalty": Depends(
-        (1,), "off", "refused: what is sampled is not the policy's own distribution"
-    ),
+    "actor_infer.generating_args.repetition_penalty": REPETITION,
     "actor_infer.generating_args.logprobs": NoMeaning("the engine tells what it sampled, always"),
     "actor_infer.generating_args.*stop*": Missing(
         "a response ends where the model's chat template ends one; a prompt style of your own "
@@ -514,11 +482,7 @@ _RULES: dict[str, Rule] = {
     "actor_train.training_args.warmup_steps": is_field(
         "trainer.warmup_steps", "optimizer steps, likewise", int
     ),
-    "actor_train.training_args.lr_scheduler_type": Depends(
-        ("constant", "constant_with_warmup"),
-        "constant after the warm-up, as it is without trainer.decay_steps",
-        "there is a linear decay to 0: trainer.decay_steps, in optimizer steps",
-    ),
+    "actor_train.training_args.lr_scheduler_type": RATE,
     "actor_train.training_args.per_device_train_batch_size": Becomes(
         ("trainer.tokens_per_micro_batch",),
         "sequences of a pass; here tokens, of the longest sequences",
@@ -595,7 +559,7 @@ _RULES: dict[str, Rule] = {
     "use_pg_clip_range": NoMeaning("says whether pg_clip or pg_clip_low and _high count"),
     "pg_clip_low": _of_range("clip_low"),
     "pg_clip_high": _of_range("clip_high"),
-    "pg_clip": _clips("clip_low", "clip_high"),
+    "pg_clip": clips(_objective, "clip_low", "clip_high"),
     "dual_clip_loss": Becomes(
         ("trainer.objective.dual_clip",), "bound of a bad token's loss: 1 + 2·pg_clip", _dual_clip
     ),
@@ -610,8 +574,8 @@ _RULES: dict[str, Rule] = {
     ),
     "whiten_advantages": _advantage("whiten"),
     "advantage_clip": _advantage("clip"),
-    "gamma": _advantage("gamma", "gae"),
-    "lambd": _advantage("lam", "gae"),
+    "gamma": of_gae(_advantages, "trainer.advantages.gamma", "discount, a token", float),
+    "lambd": of_gae(_advantages, "trainer.advantages.lam", "λ, likewise", float),
     "step_reward_gamma": _advantage("gamma", "gigpo", "turn_returns"),
     "step_reward_weight": _advantage("omega", "gigpo"),
     "episode_reward_weight": Depends((1,), "1, as here", "1 here: change the other, omega"),
@@ -647,20 +611,14 @@ _RULES: dict[str, Rule] = {
     "train_infer_correction.*": Missing(
         "the objectives icepop and masked_is leave out by low and high"
     ),
-    "critic.training_args.learning_rate": Becomes(
-        ("trainer.critic.learning_rate",),
-        "of the critic's AdamW",
-        lambda given: _of_critic(given, "learning_rate"),
+    "critic.training_args.learning_rate": of_gae(
+        _advantages, "trainer.critic.learning_rate", "of the critic's AdamW, likewise", float
     ),
-    "value_clip": Becomes(
-        ("trainer.critic.clip",),
-        "how far a value may move",
-        lambda given: _of_critic(given, "clip"),
+    "value_clip": of_gae(
+        _advantages, "trainer.critic.clip", "how far a value may move, likewise", float
     ),
-    "critic_warmup": Becomes(
-        ("trainer.critic.warmup_batches",),
-        "batches that teach the critic alone",
-        lambda given: _of_critic(given, "warmup_batches"),
+    "critic_warmup": of_gae(
+        _advantages, "trainer.critic.warmup_batches", "batches that teach the critic alone", int
     ),
     "critic.*": NoMeaning("the critic of gae is a copy of the policy, on its ranks"),
     "reward_pretrain": NoMeaning("the critic of gae begins as a copy of the policy"),
@@ -679,8 +637,8 @@ _RULES: dict[str, Rule] = {
             else Missing("a run here has an end: steps")
         ),
     ),
-    "save_steps": _steps_to("checkpoint.every"),
-    "eval_steps": _steps_to("eval_every"),
+    "save_steps": frequency("checkpoint.every"),
+    "eval_steps": frequency("eval_every"),
     "logging_steps": NoMeaning("every step is logged"),
     "val_batch_size": is_field("eval.tasks", "episodes of an evaluation, likewise", int),
     "val_*_length": Missing("an evaluation has the run's lengths: agent.max_sequence_tokens"),
@@ -726,12 +684,6 @@ _RULES: dict[str, Rule] = {
     "defaults": Missing("what these files set is not here: convert the configuration as hydra "
                         "composes it"),
 }  # fmt: skip
-
-
-def _of_critic(given: Given, field: str) -> Answer:
-    if _advantages(given.source) != "gae":
-        return NoMeaning("only gae has a critic, and adv_estimator is another")
-    return {f"trainer.critic.{field}": given.value}
 
 
 ROLL = System(

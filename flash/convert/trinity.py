@@ -15,12 +15,18 @@ from flash.convert.counterparts import (
     OF_GPUS,
     OF_QUESTIONS,
     QUESTIONS,
+    RATE,
+    REPETITION,
     SEED,
-    clip,
+    TOP_K,
+    TOP_P,
+    clips,
     dtype,
     environment,
+    frequency,
     no_environment,
     of_advantages,
+    of_gae,
     placed,
     questions,
     questions_of,
@@ -68,11 +74,6 @@ _WORKFLOWS_OF_QUESTIONS = ("math", "boxed", "gsm8k", "simple_workflow", "rm_gall
 _TASKSET = "buffer.explorer_input.taskset*"
 _TASKSETS = "buffer.explorer_input.tasksets.*"
 _MODEL = "explorer.rollout_model."
-_CUT = (
-    "refused: logprobs of a cut distribution make every correction for staleness wrong; use "
-    "temperature"
-)
-_WHOLE = "all is sampled from the whole distribution"
 
 
 def _algorithm(source: Source) -> tuple[str, str, dict[str, Any]]:
@@ -80,6 +81,14 @@ def _algorithm(source: Source) -> tuple[str, str, dict[str, Any]]:
     advantages, objective, settings = _ALGORITHMS.get(given, _ALGORITHMS["grpo"])
     named = _LOSSES.get(source.text("algorithm.policy_loss_fn"), objective)
     return advantages, named, settings if named == objective else {}
+
+
+def _objective(source: Source) -> str:
+    return _algorithm(source)[1]
+
+
+def _advantages(source: Source) -> str:
+    return _algorithm(source)[0]
 
 
 def _alpha(source: Source) -> int:
@@ -110,23 +119,6 @@ def _loss(given: Given) -> Answer:
     if given.value not in _LOSSES:
         return Missing(f"{given.value}: there is no such objective: see docs/objectives.md")
     return {"trainer.objective.name": _LOSSES[given.value]}
-
-
-def _clips(*fields: str) -> Becomes:
-    def how(given: Given) -> Answer:
-        found: dict[str, Any] = {}
-        for field in fields:
-            answer = clip(field, _algorithm(given.source)[1], given.value)
-            if not isinstance(answer, dict):
-                return answer
-            found |= answer
-        return found
-
-    return Becomes(
-        tuple(f"trainer.objective.{field}" for field in fields),
-        "how far a token's ratio may be from 1",
-        how,
-    )
 
 
 def _batch_size(given: Given) -> Answer:
@@ -168,7 +160,7 @@ def _entropy(given: Given) -> Answer:
 
 def _advantages_setting(field: str) -> Becomes:
     def how(given: Given) -> Answer:
-        return of_advantages(field, _algorithm(given.source)[0], given.value)
+        return of_advantages(field, _advantages(given.source), given.value)
 
     return Becomes((f"trainer.advantages.{field}",), "as there", how)
 
@@ -294,14 +286,8 @@ _RULES: dict[str, Rule] = {
     "algorithm.optimizer.lr_warmup_steps_ratio": Depends(
         (0,), "none", "a share of the run: trainer.warmup_steps counts optimizer steps"
     ),
-    "algorithm.optimizer.lr_scheduler_type": Depends(
-        ("constant",), "constant, as without trainer.decay_steps",
-        "there is a linear decay to 0: trainer.decay_steps, in optimizer steps",
-    ),
-    "algorithm.optimizer.warmup_style": Depends(
-        ("constant",), "constant, as without trainer.decay_steps",
-        "there is a linear decay to 0: trainer.decay_steps, in optimizer steps",
-    ),
+    "algorithm.optimizer.lr_scheduler_type": RATE,
+    "algorithm.optimizer.warmup_style": RATE,
     "algorithm.optimizer.min_lr_ratio": NoMeaning("a linear decay ends at 0"),
     "algorithm.optimizer.weight_decay": is_field("trainer.weight_decay", "of AdamW, likewise"),
     "algorithm.optimizer.betas": is_field("trainer.betas", "of AdamW, likewise"),
@@ -310,11 +296,11 @@ _RULES: dict[str, Rule] = {
         ("adam", "adamw"), "AdamW, always", "the optimizer is AdamW"
     ),
     "algorithm.policy_loss_fn": Becomes(("trainer.objective.name",), "the loss", _loss),
-    "algorithm.policy_loss_fn_args.clip_range": _clips("clip_low", "clip_high"),
-    "algorithm.policy_loss_fn_args.clip_range_low": _clips("clip_low"),
-    "algorithm.policy_loss_fn_args.clip_range_high": _clips("clip_high"),
-    "algorithm.policy_loss_fn_args.clip_ratio_c": _clips("dual_clip"),
-    "algorithm.policy_loss_fn_args.tau": _clips("tau"),
+    "algorithm.policy_loss_fn_args.clip_range": clips(_objective, "clip_low", "clip_high"),
+    "algorithm.policy_loss_fn_args.clip_range_low": clips(_objective, "clip_low"),
+    "algorithm.policy_loss_fn_args.clip_range_high": clips(_objective, "clip_high"),
+    "algorithm.policy_loss_fn_args.clip_ratio_c": clips(_objective, "dual_clip"),
+    "algorithm.policy_loss_fn_args.tau": clips(_objective, "tau"),
     "algorithm.policy_loss_fn_args.loss_agg_mode": by_name(
         "trainer.aggregation", "how losses are added up", AGGREGATIONS,
         "fixed_length takes trainer.fixed_length, the longest response",
@@ -378,9 +364,9 @@ _RULES: dict[str, Rule] = {
     "model.max_prompt_tokens": NoMeaning("agent.max_sequence_tokens is of prompt and responses"),
     "model.min_response_tokens": Depends((0, 1), "none", "a response ends where the model ends it"),
     "model.temperature": is_field("agent.temperature", "of sampling; the trainer accounts for it"),
-    "model.top_p": Depends((1,), _WHOLE, _CUT),
-    "model.top_k": Depends((-1, 0), _WHOLE, _CUT),
-    "model.repetition_penalty": Depends((1,), "off", _CUT),
+    "model.top_p": TOP_P,
+    "model.top_k": TOP_K,
+    "model.repetition_penalty": REPETITION,
     "model.enable_thinking": Missing("a prompt style of your own: agent.style"),
     "model.custom_chat_template": Missing("a prompt style of your own: agent.style"),
     "model.chat_template_path": Missing("a prompt style of your own: agent.style"),
@@ -431,9 +417,7 @@ _RULES: dict[str, Rule] = {
         "rollout.max_attempts", "tries after the first; here with the first",
         lambda times: int(times) + 1,
     ),
-    "explorer.eval_interval": is_field(
-        "eval_every", "steps, of batches", lambda steps: max(0, int(steps))
-    ),
+    "explorer.eval_interval": frequency("eval_every"),
     "explorer.eval_on_startup": Depends(
         (True,), "a run evaluates at its start and end", "a run evaluates at its start and end"
     ),
@@ -502,8 +486,8 @@ _RULES: dict[str, Rule] = {
     f"{_TASKSET}.rollout_args.temperature": is_field(
         "agent.temperature", "of sampling; the trainer accounts for it"
     ),
-    f"{_TASKSET}.rollout_args.top_p": Depends((1,), _WHOLE, _CUT),
-    f"{_TASKSET}.rollout_args.top_k": Depends((-1, 0), _WHOLE, _CUT),
+    f"{_TASKSET}.rollout_args.top_p": TOP_P,
+    f"{_TASKSET}.rollout_args.top_k": TOP_K,
     f"{_TASKSET}.rollout_args.logprobs": NoMeaning("the engine tells what it sampled, always"),
     f"{_TASKSET}.rollout_args.max_tokens": is_field("agent.max_tokens", "of a response", int),
     f"{_TASKSET}.workflow_args.max_env_steps": is_field(
@@ -573,7 +557,7 @@ _RULES: dict[str, Rule] = {
     "trainer.trainer_type": NoMeaning("the trainer is FSDP2, always"),
     "trainer.trainer_strategy": NoMeaning("the trainer is FSDP2, always"),
     "trainer.name": NoMeaning("a run has one trainer"),
-    "trainer.save_interval": is_field("checkpoint.every", "steps between checkpoints", int),
+    "trainer.save_interval": frequency("checkpoint.every"),
     "trainer.save_hf_checkpoint": NoMeaning("flash export makes a model of any checkpoint"),
     "trainer.save_strategy": NoMeaning("a checkpoint is written while training goes on"),
     "trainer.max_checkpoints_to_keep": Depends((0,), "all", "all of checkpoint.every are kept"),
@@ -588,13 +572,8 @@ _RULES: dict[str, Rule] = {
     "trainer.ulysses_sequence_parallel_size": is_field(
         "trainer.sequence_ranks", "ranks that share a sequence, likewise", int
     ),
-    "trainer.critic_warmup": Becomes(
-        ("trainer.critic.warmup_batches",), "batches that teach the critic alone",
-        lambda given: (
-            {"trainer.critic.warmup_batches": int(given.value)}
-            if _algorithm(given.source)[0] == "gae"
-            else NoMeaning("only gae has a critic")
-        ),
+    "trainer.critic_warmup": of_gae(
+        _advantages, "trainer.critic.warmup_batches", "batches that teach the critic alone", int
     ),
     "trainer.*offload*": Depends(
         (False,), "off", "weights and optimizer stay on the trainer's GPUs; engine.colocated"

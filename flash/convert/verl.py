@@ -13,11 +13,17 @@ from flash.convert.counterparts import (
     OF_FILES,
     OF_GPUS,
     OF_QUESTIONS,
+    RATE,
+    REPETITION,
     SEED,
+    TOP_K,
+    TOP_P,
     aggregation,
     clip,
+    clips,
     dtype,
-    of_advantages,
+    frequency,
+    of_gae,
     placed,
     questions_of,
     run_name,
@@ -53,11 +59,6 @@ _ADVANTAGES = {
     "reinforce_plus_plus_baseline": "reinforce_pp",
 }
 _LOSSES = {"vanilla": "decoupled_ppo", "gspo": "gspo", "cispo": "cispo"}
-_CUT = (
-    "refused: logprobs of a cut distribution make every correction for staleness wrong; use "
-    "temperature"
-)
-_WHOLE = "all is sampled from the whole distribution"
 _PACKED = NoMeaning("passes are packed by tokens, for all that ranks compute")
 _OF_REFERENCE = NoMeaning("the reference is on the trainer's ranks, and computes as they do")
 _NEW_RUN = NoMeaning("flash train --resume goes on with a run")
@@ -134,47 +135,10 @@ def _bypass(given: Given) -> Answer:
     return {"trainer.objective.name": _objective(given.source)}
 
 
-def _clips(*fields: str) -> Becomes:
-    def how(given: Given) -> Answer:
-        found: dict[str, Any] = {}
-        for field in fields:
-            answer = clip(field, _objective(given.source), given.value)
-            if not isinstance(answer, dict):
-                return answer
-            found |= answer
-        return found
-
-    return Becomes(
-        tuple(f"trainer.objective.{field}" for field in fields),
-        "how far a token's ratio may be from 1",
-        how,
-    )
-
-
 def _is_weight(given: Given) -> Answer:
     if given.source.text(f"{_CORRECTION}rollout_is", default="token") != "token":
         return Missing("weights are of tokens (max_behaviour_weight); of sequences: masked_is")
     return clip("max_behaviour_weight", _objective(given.source), given.value)
-
-
-def _of_gae(field: str, what: str) -> Becomes:
-    """A setting of the advantages of gae."""
-
-    def how(given: Given) -> Answer:
-        if _advantages(given.source) != "gae":
-            return NoMeaning("it is of gae, and adv_estimator is another")
-        return of_advantages(field, "gae", given.value)
-
-    return Becomes((f"trainer.advantages.{field}",), what, how)
-
-
-def _of_critic(field: str, what: str) -> Becomes:
-    def how(given: Given) -> Answer:
-        if _advantages(given.source) != "gae":
-            return NoMeaning("only gae has a critic, and adv_estimator is another")
-        return {f"trainer.critic.{field}": given.value}
-
-    return Becomes((f"trainer.critic.{field}",), what, how)
 
 
 def _kl(switch: str, place: str) -> Becomes:
@@ -243,12 +207,6 @@ def _gpus(given: Given) -> Answer:
         per_node=source.count("trainer.n_gpus_per_node", default=8),
         per_worker=source.count(f"{ROLLOUT}tensor_model_parallel_size", default=1),
         shared=shared,
-    )
-
-
-def _frequency(field: str) -> Becomes:
-    return is_field(
-        field, "steps, of batches; below 1: never, 0 here", lambda steps: max(0, int(steps))
     )
 
 
@@ -328,9 +286,9 @@ RULES: dict[str, Rule] = {
     f"{ROLLOUT}temperature": is_field(
         "agent.temperature", "of sampling; the trainer accounts for it"
     ),
-    f"{ROLLOUT}top_p": Depends((1,), _WHOLE, _CUT),
-    f"{ROLLOUT}top_k": Depends((-1, 0), _WHOLE, _CUT),
-    f"{ROLLOUT}repetition_penalty": Depends((1,), "off", _CUT),
+    f"{ROLLOUT}top_p": TOP_P,
+    f"{ROLLOUT}top_k": TOP_K,
+    f"{ROLLOUT}repetition_penalty": REPETITION,
     f"{ROLLOUT}do_sample": Depends((True,), "all is sampled", "refused: a policy must sample"),
     f"{ROLLOUT}ignore_eos": Depends((False,), "off", "a response ends where the model ends it"),
     f"{ROLLOUT}val_kwargs.temperature": Becomes(
@@ -400,7 +358,7 @@ RULES: dict[str, Rule] = {
         "prompts of a run; here batches trained",
         lambda given: {"steps": max(1, int(given.value) // _prompts(given.source))},
     ),
-    "rollout.test_freq": _frequency("eval_every"),
+    "rollout.test_freq": frequency("eval_every"),
     "rollout.total_epochs": Missing("steps ends a run"),
     f"{ACTOR}n_gpus_per_node": _GPUS,
     "trainer.nnodes": _GPUS,
@@ -417,22 +375,14 @@ RULES: dict[str, Rule] = {
     f"{ACTOR}optim.lr_warmup_steps_ratio": Depends(
         (0,), "none", "a share of the run: trainer.warmup_steps counts optimizer steps"
     ),
-    f"{ACTOR}optim.warmup_style": Depends(
-        ("constant",),
-        "constant, as without trainer.decay_steps",
-        "there is a linear decay to 0: trainer.decay_steps, in optimizer steps",
-    ),
-    f"{ACTOR}optim.lr_scheduler_type": Depends(
-        ("constant",),
-        "constant, as without trainer.decay_steps",
-        "there is a linear decay to 0: trainer.decay_steps, in optimizer steps",
-    ),
+    f"{ACTOR}optim.warmup_style": RATE,
+    f"{ACTOR}optim.lr_scheduler_type": RATE,
     f"{ACTOR}optim.*": Missing("AdamW, with a linear decay to 0 at most: trainer.decay_steps"),
     f"{ACTOR}grad_clip": is_field("trainer.max_grad_norm", "norm of the gradients, likewise"),
-    f"{ACTOR}clip_ratio_low": _clips("clip_low"),
-    f"{ACTOR}clip_ratio_high": _clips("clip_high"),
-    f"{ACTOR}clip_ratio": _clips("clip_low", "clip_high"),
-    f"{ACTOR}clip_ratio_c": _clips("dual_clip"),
+    f"{ACTOR}clip_ratio_low": clips(_objective, "clip_low"),
+    f"{ACTOR}clip_ratio_high": clips(_objective, "clip_high"),
+    f"{ACTOR}clip_ratio": clips(_objective, "clip_low", "clip_high"),
+    f"{ACTOR}clip_ratio_c": clips(_objective, "dual_clip"),
     f"{ACTOR}policy_loss.loss_mode": Becomes(
         ("trainer.objective.name",),
         "the loss: vanilla there is the clip on π/π_old, decoupled_ppo here",
@@ -493,9 +443,15 @@ RULES: dict[str, Rule] = {
     f"{_MODEL}*": Missing("a model is used as its files say"),
     "actor_rollout_ref.ref.*": _OF_REFERENCE,
     "actor_rollout_ref.nccl_timeout": NoMeaning("each of the trainer's calls has a deadline"),
-    "critic.optim.lr": _of_critic("learning_rate", "of the critic's AdamW, likewise"),
-    "critic.cliprange_value": _of_critic("clip", "how far a value may move, likewise"),
-    "trainer.critic_warmup": _of_critic("warmup_batches", "batches that teach the critic alone"),
+    "critic.optim.lr": of_gae(
+        _advantages, "trainer.critic.learning_rate", "of the critic's AdamW, likewise", float
+    ),
+    "critic.cliprange_value": of_gae(
+        _advantages, "trainer.critic.clip", "how far a value may move, likewise", float
+    ),
+    "trainer.critic_warmup": of_gae(
+        _advantages, "trainer.critic.warmup_batches", "batches that teach the critic alone", int
+    ),
     "critic.*": NoMeaning("the critic of gae is a copy of the policy, on its ranks"),
     "algorithm.adv_estimator": Becomes(
         ("trainer.advantages.name", "trainer.advantages.baseline"),
@@ -511,8 +467,8 @@ RULES: dict[str, Rule] = {
             else NoMeaning("it is of grpo, and adv_estimator is another")
         ),
     ),
-    "algorithm.gamma": _of_gae("gamma", "discount of a reward, a token"),
-    "algorithm.lam": _of_gae("lam", "λ"),
+    "algorithm.gamma": of_gae(_advantages, "trainer.advantages.gamma", "discount, a token", float),
+    "algorithm.lam": of_gae(_advantages, "trainer.advantages.lam", "λ, likewise", float),
     "algorithm.use_kl_in_reward": NoMeaning("says whether kl_ctrl.kl_coef counts"),
     "algorithm.kl_ctrl.kl_coef": _kl("algorithm.use_kl_in_reward", "reward"),
     "algorithm.kl_penalty": _kl_estimator("algorithm.use_kl_in_reward"),
@@ -573,8 +529,8 @@ RULES: dict[str, Rule] = {
     "trainer.total_epochs": Missing(
         "steps ends a run, 100 unless it is set: epochs × prompts / train_batch_size is as long"
     ),
-    "trainer.save_freq": _frequency("checkpoint.every"),
-    "trainer.test_freq": _frequency("eval_every"),
+    "trainer.save_freq": frequency("checkpoint.every"),
+    "trainer.test_freq": frequency("eval_every"),
     "trainer.val_before_train": Depends(
         (True,), "a run evaluates at its start", "a run evaluates at its start and end"
     ),
