@@ -313,8 +313,8 @@ class Trajectory:
     """An episode that came to its end: what was sampled in it and what it was worth.
 
     Of each turn, where the agent knows it: the reward that followed it, and the state that it began
-    in (any two that are equal are taken for the same). `role_rewards` are of those roles, of several
-    that play an episode, that have another one than `reward`.
+    in (any two that are equal are taken for the same). `role_rewards` are those of
+    roles, of several that play an episode, that have another one than `reward`.
     """
 
     sequences: list[SampledSequence]
