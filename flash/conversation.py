@@ -58,8 +58,9 @@ class _Sampled:
 class TokenSequence:
     """Tokens in the order they were seen or sampled, with what the engine said of each."""
 
-    def __init__(self, prompt: Sequence[int]) -> None:
+    def __init__(self, prompt: Sequence[int], *, role: str = "") -> None:
         self.token_ids: list[int] = []
+        self._role = role
         self._sampled: list[_Sampled] = []
         self._experts: list[Experts] = []  # of the first tokens, without gaps
         self._turn = 0
@@ -72,7 +73,7 @@ class TokenSequence:
 
     def going_on(self) -> "TokenSequence":
         """Another, with all that there is of this one as its prompt."""
-        other = TokenSequence(self.token_ids)
+        other = TokenSequence(self.token_ids, role=self._role)
         other._experts += self._experts
         return other
 
@@ -135,6 +136,7 @@ class TokenSequence:
             temperatures=_array(temperatures, np.float32),
             turns=_array(turns, np.int64),
             experts=self._experts_of(end),
+            role=self._role,
         )
 
     def _experts_of(self, end: int) -> Experts | None:
@@ -157,12 +159,13 @@ def _array(parts: Iterable[bytes], dtype: type[_Number]) -> NDArray[_Number]:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpokenTurn:
     """One response of a policy, and what it read since the one before; the last three lists have
-    one length."""
+    one length. `role` is who said it, of an episode that several play."""
 
     read: list[int]
     said: list[int]
     logprobs: list[float]
     versions: list[int]
+    role: str = ""
 
 
 def spoken_turns(sequences: Sequence[SampledSequence]) -> list[SpokenTurn]:
@@ -171,7 +174,7 @@ def spoken_turns(sequences: Sequence[SampledSequence]) -> list[SpokenTurn]:
     A sequence that begins with all of the one before it goes on from there: a sample of a later
     turn has the turns before it as its prompt.
     """
-    turns: list[SpokenTurn] = []
+    turns: list[tuple[int, SpokenTurn]] = []
     known: list[int] = []
     for sequence in sequences:
         token_ids = sequence.token_ids.tolist()
@@ -182,14 +185,16 @@ def spoken_turns(sequences: Sequence[SampledSequence]) -> list[SpokenTurn]:
             if not sampled:
                 read = run
                 continue
-            logprobs, versions = sequence.logprobs[start:end], sequence.versions[start:end]
-            turns.append(
-                SpokenTurn(
-                    read=read, said=run, logprobs=logprobs.tolist(), versions=versions.tolist()
-                )
+            spoken = SpokenTurn(
+                read=read,
+                said=run,
+                logprobs=sequence.logprobs[start:end].tolist(),
+                versions=sequence.versions[start:end].tolist(),
+                role=sequence.role,
             )
+            turns.append((int(sequence.turns[start]), spoken))
         known = token_ids
-    return turns
+    return [spoken for _, spoken in sorted(turns, key=lambda numbered: numbered[0])]
 
 
 class ChatTemplate:

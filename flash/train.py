@@ -76,7 +76,7 @@ async def train(
                     tell.trained(await run.step(batch))
                     step = trainer.version
                     if run.publishes_after(step):
-                        await rollouts.publish(await trainer.export_weights())
+                        await run.publish()
                 rollouts.use_alpha(run.adaptive_alpha.after_step(run.progress.metrics))
                 await run.evaluations.after(step)
                 tell.step_done(step)

@@ -262,7 +262,7 @@ class SampledSequence:
     `flash.conversation.TokenSequence` keeps count of all that.
 
     `experts` are those that each token was routed to when it was read or sampled, S rows; None if
-    no worker told any.
+    no worker told any. `role` is who said it, of an episode that several play.
 
     Example, a prompt of two tokens and a response of two, sampled by version 3:
 
@@ -283,6 +283,7 @@ class SampledSequence:
     temperatures: NDArray[np.float32]
     turns: NDArray[np.int64]
     experts: Experts | None = None
+    role: str = ""
 
     @classmethod
     def extending(cls, sequence: "SampledSequence", **more: Any) -> Self:
@@ -312,7 +313,8 @@ class Trajectory:
     """An episode that came to its end: what was sampled in it and what it was worth.
 
     Of each turn, where the agent knows it: the reward that followed it, and the state that it began
-    in (any two that are equal are taken for the same).
+    in (any two that are equal are taken for the same). `role_rewards` are those of
+    roles, of several that play an episode, that have another one than `reward`.
     """
 
     sequences: list[SampledSequence]
@@ -321,6 +323,24 @@ class Trajectory:
     success: bool = False
     turn_rewards: Sequence[float] = ()
     turn_states: Sequence[Hashable] = ()
+    role_rewards: Mapping[str, float] = field(default_factory=dict)
+
+    def of_role(self, role: str) -> "Trajectory":
+        """What that one said in it, and what that was worth; there may be nothing that it said."""
+        return replace(
+            self,
+            sequences=[sequence for sequence in self.sequences if sequence.role == role],
+            reward=self.role_rewards.get(role, self.reward),
+            role_rewards={},
+        )
+
+
+def by_role(group: Sequence[Trajectory]) -> dict[str, Sequence[Trajectory]]:
+    """The episodes of a group as each role has them, by its name; of one player's, as they are."""
+    roles = sorted({sequence.role for trajectory in group for sequence in trajectory.sequences})
+    if roles in ([], [""]):
+        return {"": group}
+    return {role: [trajectory.of_role(role) for trajectory in group] for role in roles}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,7 @@ from flash.fakes import FakeRanks
 from flash.hub.embedded_pool import EmbeddedPool
 from flash.hub.hub import InferenceHub
 from flash.parts.model import prepared_model
+from flash.parts.roles import Earlier
 from flash.replay.logged_run import open_run
 from flash.seeds import first_task
 from flash.system.machine import has_vllm
@@ -302,6 +303,34 @@ async def test_a_command_that_knows_a_base_url_only_is_trained_and_evaluated(tmp
     assert len(told) <= 32, "as many as run together"
     evaluation = await evaluate(folder, {"eval.tasks": 4})
     assert (evaluation.episodes, evaluation.success_rate) == (4, 1.0)
+
+
+async def test_the_policy_plays_against_what_it_was_some_steps_ago(tmp_path, monkeypatch):
+    published = []
+    publish = Earlier.publish
+
+    async def watched(self, weights):
+        await publish(self, weights)
+        published.append({every: hub.version for every, hub in self.hubs.items()})
+
+    monkeypatch.setattr(Earlier, "publish", watched)
+    play = {
+        "agent.run": "examples.self_play:act",
+        "agent.roles": {"player": {}, "rival": {"earlier": 2}},
+        "env.eval_options": {},
+    }
+    await run(tiny("frozen_lake_openai", tmp_path, **play))
+    folder = tmp_path / "frozen_lake_openai"
+    assert published == [{2: 0}, {2: 2}, {2: 2}]
+    assert (folder / "logs" / "earlier_2" / "worker_0.log").exists()
+    with open_run(folder) as logged, logged.reading() as reader:
+        trained = reader.page("trained", after=-1, most=100)
+    assert len(trained) == 3 * 16
+    for episode in trained:
+        assert {sequence.role for sequence in episode.sequences} == {"player"}
+        assert len(episode.turns) == 3
+    await run(tiny("frozen_lake_openai", tmp_path, **play, steps=4, **{"checkpoint.resume": True}))
+    assert published[3:] == [{2: 3}, {2: 4}], "after a resume it is the policy from then on"
 
 
 async def test_two_task_sets_are_one_run_and_go_on_in_their_own_order_after_a_resume(tmp_path):

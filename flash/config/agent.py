@@ -3,14 +3,63 @@
 import os
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 
-from flash.section import Names, Section
+from flash.config.names import check_names
+from flash.section import Names, Secret, Section, is_url
 
 # The environment variables that a command finds for its episode.
-GIVEN = ("OPENAI_BASE_URL", "OPENAI_API_KEY", "FLASH_TASK")
+GIVEN = ("OPENAI_BASE_URL", "OPENAI_API_KEY", "FLASH_ROLES", "FLASH_TASK")
+
+
+class RoleConfig(Section):
+    """One of several who play an episode together."""
+
+    trained: bool = Field(
+        True, description="false: it plays as the policy is, and nothing that it says is trained on"
+    )
+    share: float = Field(
+        1.0, description="of the episode's reward, where the agent answers none for this role"
+    )
+    earlier: int | None = Field(
+        None,
+        ge=1,
+        description="steps: it plays the policy as it was after the last multiple of so many, on "
+        "a worker of its own; not trained",
+    )
+    url: str = Field(
+        "", description="of OpenAI's protocol, as https://host/v1: another model's; not trained"
+    )
+    model: str = Field("", description="at that URL")
+    api_key: Secret = Field(
+        SecretStr(""), description="bearer token of that URL, or $NAME of a variable"
+    )
+
+    @property
+    def learns(self) -> bool:
+        return self.trained and not self.url and self.earlier is None
+
+    @model_validator(mode="after")
+    def _is_one_player(self) -> Self:
+        if self.url and not is_url(self.url):
+            raise ValueError(f"url={self.url!r} is not a URL: write https://host/v1")
+        if bool(self.url) != bool(self.model):
+            raise ValueError(
+                f"url={self.url!r} with model={self.model!r}: give both, or neither for the policy"
+            )
+        if self.url and self.earlier is not None:
+            raise ValueError(
+                f"url={self.url!r} with earlier={self.earlier}: it is another model or an earlier "
+                f"policy: leave one out"
+            )
+        if "trained" in self.model_fields_set and self.trained and not self.learns:
+            raise ValueError(
+                "trained=true is for a role that plays the policy: leave out url and earlier, or "
+                "trained"
+            )
+        return self
 
 
 class AgentConfig(Section):
@@ -30,6 +79,11 @@ class AgentConfig(Section):
         (),
         description="what its requests may ask for in vain (temperature, tool_choice, image_url, "
         "…; * is all that is not honoured); anything else that training can't allow is refused",
+    )
+    roles: dict[str, RoleConfig] = Field(
+        {},
+        description="of an agent of your own in which several play: each by a key of its own, as "
+        "{planner: {}, critic: {trained: false}}",
     )
     samples: Literal["whole", "turns"] = Field(
         "whole", description="what an episode is trained as: one sample, or one for each turn"
@@ -88,6 +142,17 @@ class AgentConfig(Section):
                 raise ValueError(f"{name} is each episode's own: leave it out")
             if not given and name not in os.environ:
                 raise ValueError(f"{name} is not set here: export it, or write {name}=value")
+        return value
+
+    @field_validator("roles")
+    @classmethod
+    def _somebody_learns(cls, value: dict[str, RoleConfig]) -> dict[str, RoleConfig]:
+        check_names(value)
+        if value and not any(role.learns for role in value.values()):
+            raise ValueError(
+                f"of {', '.join(value)} none is trained: let one of them play the policy, with "
+                f"trained=true"
+            )
         return value
 
     @field_validator("ignore")

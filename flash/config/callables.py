@@ -22,7 +22,13 @@ def check_run(config: RunFields) -> None:
             f"{run!r} is none: leave it out"
         )
     if not run:
+        if config.agent.roles:
+            raise ValueError(
+                f"agent.roles={list(config.agent.roles)} are for an agent of your own (agent.run): "
+                f"leave them out"
+            )
         return
+    takes = ("roles", "task") if config.agent.roles else ("base_url", "api_key", "task")
     if isinstance(run, tuple):
         if shutil.which(run[0]) is None:
             raise ValueError(
@@ -34,10 +40,10 @@ def check_run(config: RunFields) -> None:
         if not inspect.iscoroutinefunction(act):
             raise ValueError(f"agent.run={run!r} is not a coroutine function: write async def")
         try:
-            inspect.signature(act).bind(base_url="", api_key="", task=None)
+            inspect.signature(act).bind(**dict.fromkeys(takes))
         except TypeError as error:
             raise ValueError(
-                f"agent.run={run!r} must take base_url, api_key and task: {error}"
+                f"agent.run={run!r} must take {', '.join(takes[:-1])} and {takes[-1]}: {error}"
             ) from None
     for field, given in (
         ("agent.max_turns", config.agent.max_turns is not None),

@@ -10,8 +10,8 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from flash.cluster.config import ClusterConfig
 from flash.config.agent import AgentConfig
 from flash.config.model import SMALL, check_model
-from flash.config.names import BARE, without_aliases
-from flash.config.task_sets import TaskSetConfig, check_names, groups_of_sets
+from flash.config.names import BARE, check_names, without_aliases
+from flash.config.task_sets import TaskSetConfig, groups_of_sets
 from flash.environments.config import EnvConfig
 from flash.evaluation.config import EvalConfig
 from flash.explorer.config import ExplorersConfig
@@ -121,7 +121,7 @@ class RunFields(Section):
     @field_validator("task_sets")
     @classmethod
     def _sets_can_be_told_apart(cls, value: dict[str, TaskSetConfig]) -> dict[str, TaskSetConfig]:
-        check_names(value)
+        check_names(value, "task_sets: ")
         return value
 
     @property

@@ -1,5 +1,6 @@
-"""Other ways to write a setting: a section by its bare value, a field by another system's name."""
+"""Names in a configuration: other ways to write a setting, and what a user may call things."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,3 +29,12 @@ def without_aliases(given: Mapping[str, Any]) -> dict[str, Any]:
                     f"give one"
                 )
     return settings
+
+
+def check_names(names: Mapping[str, Any], where: str = "") -> None:
+    """ValueError for a name that no metric and no folder can have; `where` it was given."""
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", str(name)):
+            raise ValueError(
+                f"{where}{name!r} is no name: use at most 40 letters, digits, '_' and '-'"
+            )

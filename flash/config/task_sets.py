@@ -1,7 +1,6 @@
 """Settings of several task sets in one run, and what each of them has of a batch."""
 
 import math
-import re
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any, Self
@@ -76,15 +75,6 @@ class TaskSetConfig(PlayedWith):
                     f"leave {field} out, or brought"
                 )
         return self
-
-
-def check_names(names: Mapping[str, Any], where: str = "task_sets: ") -> None:
-    """ValueError for a name that no metric and no folder can have; `where` it was given."""
-    for name in names:
-        if not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", str(name)):
-            raise ValueError(
-                f"{where}{name!r} is no name of a set: use at most 40 letters, digits, '_' and '-'"
-            )
 
 
 def groups_of_sets(

@@ -84,6 +84,29 @@ def _check_set(config: RunFields, *, longest: int) -> None:
             f"{longest}, which the workers are made for: raise that one"
         )
     _check_lengths(config)
+    _check_roles(config)
+
+
+def _check_roles(config: RunFields) -> None:
+    """That those who play an episode together can be told apart, and that an earlier policy has
+    a worker."""
+    roles = config.agent.roles
+    if roles and config.trainer.advantages.name == "gae":
+        raise ValueError(
+            f"trainer.advantages.name=gae with agent.roles={list(roles)}: a critic's values are of "
+            f"one player's tokens: use grpo, rloo or reinforce"
+        )
+    for name, earlier in ((n, role.earlier) for n, role in roles.items() if role.earlier):
+        for given, is_so in (
+            ("engine.colocated=true", config.engine.colocated),
+            (f"explorers.expected={config.explorers.expected}", config.explorers.may_come),
+            (f"cluster.kind={config.cluster.kind}", config.cluster.kind != "none"),
+        ):
+            if is_so:
+                raise ValueError(
+                    f"agent.roles.{name}.earlier={earlier} with {given}: an earlier policy has a "
+                    f"worker of its own beside those of the run: leave one of them out"
+                )
 
 
 def _check_played_with(config: RunFields) -> None:

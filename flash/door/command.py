@@ -7,7 +7,7 @@ import json
 import os
 import shlex
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,11 +30,12 @@ class CommandAgent:
     """Runs the command for one episode, with what it needs to know in its environment variables.
 
     OPENAI_BASE_URL and OPENAI_API_KEY, which OpenAI's clients read by themselves, and FLASH_TASK,
-    as `{"seed": …, "options": {…}}`, with the `task_set` if the task is of one. Of this process's
-    environment it has where programs and files are and how people here write, and what `env` lists
-    as NAME or NAME=value: no keys that it was not meant to have. The last line of its output is its
-    answer, in JSON; what it writes to stderr goes to `<name>_<n>.log`, n below the number of those
-    that run together.
+    as `{"seed": …, "options": {…}}`, with the `task_set` if the task is of one. Where several play,
+    FLASH_ROLES in place of the first two: `{"planner": {"base_url": …, "api_key": …}, …}`. Of this
+    process's environment it has where programs and files are and how people here write, and what
+    `env` lists as NAME or NAME=value: no keys that it was not meant to have. The last line of its
+    output is its answer, in JSON; what it writes to stderr goes to `<name>_<n>.log`, n below the
+    number of those that run together.
 
     A cancelled call, and the end of this process whatever its cause, end the command with
     everything that it started, in sessions of their own too.
@@ -55,16 +56,24 @@ class CommandAgent:
         self._new_numbers = itertools.count()
         self._free_numbers: list[int] = []
 
-    async def __call__(self, *, base_url: str, api_key: str, task: Task) -> Any:
+    async def __call__(
+        self,
+        *,
+        task: Task,
+        base_url: str = "",
+        api_key: str = "",
+        roles: Mapping[str, Mapping[str, str]] | None = None,
+    ) -> Any:
         """The answer. AgentFailure for an exit code but 0, RewardFailure for what is no JSON."""
         known: dict[str, Any] = {"seed": task.seed, "options": dict(task.options)}
         if task.task_set:
             known["task_set"] = task.task_set
-        variables = {
-            "OPENAI_BASE_URL": base_url,
-            "OPENAI_API_KEY": api_key,
-            "FLASH_TASK": json.dumps(known, default=str),
-        }
+        access = (
+            {"OPENAI_BASE_URL": base_url, "OPENAI_API_KEY": api_key}
+            if roles is None
+            else {"FLASH_ROLES": json.dumps(roles)}
+        )
+        variables = {**access, "FLASH_TASK": json.dumps(known, default=str)}
         with self._log() as log, tempfile.TemporaryFile() as output:
             before = log.tell()
             code = await self._run(variables, output, log)

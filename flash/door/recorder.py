@@ -1,8 +1,9 @@
 """Joins the calls of an episode into sequences, and remembers the conversations behind them."""
 
 import hashlib
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from flash.conversation import ChatTemplate, Message, TokenSequence
@@ -10,16 +11,19 @@ from flash.types import Completion, SampledSequence
 
 
 class Recorder:
-    """What was really sampled in an episode, as sequences.
+    """What was really sampled in an episode, or by one role in it, as sequences.
 
     A call whose prompt starts with the whole of a sequence, token by token, extends that sequence;
     any other opens a new one. So each sampled token has loss mask 1 in exactly one sequence: where
     two calls go on from the same one, the second sequence has the common part as its prompt.
+
+    `turns` numbers the responses of an episode, also of roles that it has more than one of.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, role: str = "", turns: Iterator[int] | None = None) -> None:
+        self._role = role
+        self._turns = itertools.count() if turns is None else turns
         self._sequences: list[TokenSequence] = []
-        self._calls = 0
 
     def add(self, prompt: Sequence[int], completion: Completion) -> "Known":
         """Records a call; what it returns names the call's tokens, prompt and all."""
@@ -29,12 +33,11 @@ class Recorder:
             default=None,
         )
         if sequence is None:
-            sequence = TokenSequence(prompt)
+            sequence = TokenSequence(prompt, role=self._role)
             self._sequences.append(sequence)
         else:
             sequence.add_prompt(prompt[len(sequence.token_ids) :])
-        sequence.add_sampled(completion, turn=self._calls)
-        self._calls += 1
+        sequence.add_sampled(completion, turn=next(self._turns))
         return Known(sequence, len(sequence.token_ids))
 
     def sequences(self) -> list[SampledSequence]:

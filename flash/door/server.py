@@ -15,17 +15,27 @@ import logging
 import secrets
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping, Sequence
-from typing import Any
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Collection,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
+from typing import Any, TypeVar
 
+import aiohttp
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from flash.door.elsewhere import Elsewhere, ElsewhereSession
 from flash.door.limits import Allowance
 from flash.door.metrics import Metrics
 from flash.door.respond import Exchange, Responder, Response
 from flash.door.schema import ApiError, Ignore, parse_chat, parse_text, usage
-from flash.door.session import DoorSession, Generate
+from flash.door.session import DoorSession, Generate, Session
 from flash.hub.hub import InferenceHub
 from flash.system.listener import Listener, local_address, page_refusal, read_body
 from flash.types import Completion, GenerateRequest, SamplingParams
@@ -33,6 +43,9 @@ from flash.types import Completion, GenerateRequest, SamplingParams
 logger = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Answer = Callable[[web.Request, DoorSession], Awaitable[web.StreamResponse]]
+
+_S = TypeVar("_S", bound=Session)
 
 _CONNECTIONS_A_RESPONSE = 4  # that a token may have, busy or idle
 _READ_TIMEOUT_S = 60.0  # for a client to read its answer
@@ -85,29 +98,31 @@ class Door:
         self._max_sequence_tokens = max_sequence_tokens
         self._metrics = Metrics(hub)
         # By the token's digest: how long a look-up takes tells nothing of the token.
-        self._sessions: dict[bytes, DoorSession] = {}
+        self._sessions: dict[bytes, Session] = {}
 
     async def __aenter__(self) -> "Door":
         self._responder = await Responder.create(self._tokenizer, self._metrics)
+        self._http = aiohttp.ClientSession()
         app = web.Application(
             client_max_size=self._max_body_bytes, middlewares=[self._answer_errors]
         )
         for prefix in ("", "/episodes/{token}"):
-            app.router.add_post(f"{prefix}/v1/chat/completions", self._chat)
-            app.router.add_post(f"{prefix}/v1/completions", self._text)
-            app.router.add_get(f"{prefix}/v1/models", self._models)
+            app.router.add_post(f"{prefix}/v1/chat/completions", self._asked(self._chat))
+            app.router.add_post(f"{prefix}/v1/completions", self._asked(self._text))
+            app.router.add_get(f"{prefix}/v1/models", self._asked(self._models))
         app.router.add_get("/metrics", self._metrics_route)
         host, port = self._address
         try:
             self.url = await self._listener.start(app, logger=_WithoutTexts(logger))
         except OSError as error:
             await self._listener.close()
+            await self._http.close()
             raise ValueError(
                 f"the door can't listen on {host}:{port} ({error.strerror}): choose another port, "
                 f"or 0 for a free one"
             ) from error
         self._own = self._new_session(
-            self._generate, self.token, temperature=None,
+            DoorSession, self._generate, token=self.token, temperature=None,
             max_tokens=self._max_tokens, max_sequence_tokens=self._max_sequence_tokens,
         )  # fmt: skip
         return self
@@ -116,29 +131,46 @@ class Door:
         for session in list(self._sessions.values()):
             session.close()
         await self._listener.close()
+        await self._http.close()
 
     def open(
-        self, generate: Generate, *, max_tokens: int, temperature: float, max_sequence_tokens: int
+        self,
+        generate: Generate,
+        *,
+        max_tokens: int,
+        temperature: float | None,
+        max_sequence_tokens: int,
+        role: str = "",
+        turns: Iterator[int] | None = None,
     ) -> DoorSession:
         """A token for one episode, whose `generate` answers its calls; close it at its end.
 
         A client may ask for fewer than `max_tokens`, not for more; nor for another temperature.
+        Without a temperature nothing is kept of what is sampled, and clients may ask for any. Of an
+        episode that several play each `role` has a session, and all the same numbers of `turns`.
         """
         return self._new_session(
-            generate, secrets.token_urlsafe(32), max_tokens=max_tokens, temperature=temperature,
-            max_sequence_tokens=max_sequence_tokens,
+            DoorSession, generate, max_tokens=max_tokens, temperature=temperature,
+            max_sequence_tokens=max_sequence_tokens, role=role, turns=turns,
         )  # fmt: skip
 
-    def _new_session(self, generate: Generate, token: str, **options: Any) -> DoorSession:
-        def forget(session: DoorSession) -> None:
+    def open_elsewhere(self, to: Elsewhere) -> ElsewhereSession:
+        """A token whose calls another model answers; close it at the end of the episode."""
+        return self._new_session(ElsewhereSession, to, self._http)
+
+    def _new_session(
+        self, kind: type[_S], *of_kind: Any, token: str | None = None, **options: Any
+    ) -> _S:
+        def forget(session: Session) -> None:
             self._sessions.pop(_digest(session.api_key), None)
 
+        token = token or secrets.token_urlsafe(32)
         allowance = Allowance(
             max_concurrent=self._max_concurrent, requests_per_s=self._requests_per_s
         )
-        session = DoorSession(
-            generate, door_url=self.url, api_key=token, allowance=allowance,
-            on_close=forget, **options,
+        session = kind(
+            *of_kind, door_url=self.url, api_key=token, allowance=allowance, on_close=forget,
+            **options,
         )  # fmt: skip
         self._sessions[_digest(token)] = session
         return session
@@ -148,8 +180,22 @@ class Door:
 
     # ── the routes ───────────────────────────────────────────────────────────────────────────
 
-    async def _chat(self, request: web.Request) -> web.StreamResponse:
-        session = self._session(request)
+    def _asked(self, answer: Answer) -> Handler:
+        """The route of a request that is answered here, or passed on by the session of a role."""
+
+        async def route(request: web.Request) -> web.StreamResponse:
+            session = self._session(request)
+            if isinstance(session, DoorSession):
+                return await answer(request, session)
+            assert isinstance(session, ElsewhereSession)
+            with session.allowance.responses(1):
+                return await session.pass_on(
+                    request, await _json(request) if request.can_read_body else None
+                )
+
+        return route
+
+    async def _chat(self, request: web.Request, session: DoorSession) -> web.StreamResponse:
         body = await _json(request)
         if isinstance(body, dict) and isinstance(body.get("messages"), list):
             session.check_room(len(body["messages"]))  # each is a token at least
@@ -159,15 +205,13 @@ class Door:
             exchange = await asyncio.to_thread(self._responder.chat, session, ask)
             return await self._answer(request, exchange)
 
-    async def _text(self, request: web.Request) -> web.StreamResponse:
-        session = self._session(request)
+    async def _text(self, request: web.Request, session: DoorSession) -> web.StreamResponse:
         ask = parse_text(await _json(request), model=self._model, ignore=self._ignore)
         with session.allowance.responses(ask.n):
             exchange = await asyncio.to_thread(self._responder.text, session, ask)
             return await self._answer(request, exchange)
 
-    async def _models(self, request: web.Request) -> web.StreamResponse:
-        self._session(request)
+    async def _models(self, request: web.Request, session: DoorSession) -> web.StreamResponse:
         card = {"id": self._model, "object": "model", "created": 0, "owned_by": "flash"}
         return web.json_response({"object": "list", "data": [card]})
 
@@ -177,7 +221,7 @@ class Door:
         body = self._metrics.exposition()
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
-    def _session(self, request: web.Request) -> DoorSession:
+    def _session(self, request: web.Request) -> Session:
         """Whose request it is; it counts against that token's rate."""
         if why := page_refusal(request.headers, local_address=local_address(request)):
             raise ApiError(403, why)

@@ -1,7 +1,9 @@
 """What one token opens: an episode's calls, what they sampled, and their limits."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from typing import Any
 
 from flash.conversation import longest_text
 from flash.door.limits import Allowance
@@ -13,38 +15,23 @@ from flash.types import Completion, SampledSequence, SamplingParams
 Generate = Callable[[Sequence[int], SamplingParams], Awaitable[Completion]]
 
 
-class DoorSession:
-    """One episode's way through the door; `Door.open` makes it."""
+class Session:
+    """What one token opens, until it is closed."""
 
     def __init__(
         self,
-        generate: Generate,
         *,
         door_url: str,
         api_key: str,
-        max_tokens: int,
-        temperature: float | None,
-        max_sequence_tokens: int,
         allowance: Allowance,
-        on_close: Callable[["DoorSession"], None],
+        on_close: Callable[["Session"], None],
     ) -> None:
         self.api_key = api_key
         self.base_url = f"{door_url}/episodes/{api_key}/v1"
         self.allowance = allowance
-        # Without a temperature of its own it serves clients that train nothing: nothing is kept.
-        self.recorder = None if temperature is None else Recorder()
-        self.memory = Memory()
-        self._generate = generate
-        self._max_tokens = max_tokens
-        self._temperature = temperature
-        self._max_sequence_tokens = max_sequence_tokens
         self._on_close = on_close
         self._closed = False
         self._calls: set[asyncio.Timeout] = set()
-
-    def sequences(self) -> list[SampledSequence]:
-        """What was sampled so far, joined."""
-        return self.recorder.sequences() if self.recorder is not None else []
 
     def close(self) -> None:
         """Ends it: calls under way are cancelled, later ones answered 401."""
@@ -52,6 +39,51 @@ class DoorSession:
         for call in self._calls:
             call.reschedule(asyncio.get_running_loop().time())
         self._on_close(self)
+
+    @contextlib.asynccontextmanager
+    async def calling(self) -> AsyncIterator[None]:
+        """A call, in the block; ApiError once the session is closed."""
+        if self._closed:
+            raise _ended()
+        try:
+            async with asyncio.timeout(None) as call:
+                self._calls.add(call)
+                try:
+                    yield
+                finally:
+                    self._calls.discard(call)
+        except TimeoutError as error:
+            if not call.expired():
+                raise
+            raise _ended() from error
+
+
+class DoorSession(Session):
+    """One episode's way through the door, or that of a role in it; `Door.open` makes it."""
+
+    def __init__(
+        self,
+        generate: Generate,
+        *,
+        max_tokens: int,
+        temperature: float | None,
+        max_sequence_tokens: int,
+        role: str = "",
+        turns: Iterator[int] | None = None,
+        **of_any: Any,
+    ) -> None:
+        super().__init__(**of_any)
+        # Without a temperature of its own it serves clients that train nothing: nothing is kept.
+        self.recorder = None if temperature is None else Recorder(role=role, turns=turns)
+        self.memory = Memory()
+        self._generate = generate
+        self._max_tokens = max_tokens
+        self._temperature = temperature
+        self._max_sequence_tokens = max_sequence_tokens
+
+    def sequences(self) -> list[SampledSequence]:
+        """What was sampled so far, joined."""
+        return self.recorder.sequences() if self.recorder is not None else []
 
     def check_chars(self, chars: int) -> None:
         """ApiError for a prompt that is so long that it is not tokenised."""
@@ -87,19 +119,9 @@ class DoorSession:
 
     async def generate(self, prompt: Sequence[int], sampling: SamplingParams) -> Completion:
         """One response; ApiError if there is none."""
-        if self._closed:
-            raise _ended()
         try:
-            async with asyncio.timeout(None) as call:
-                self._calls.add(call)
-                try:
-                    return await self._generate(prompt, sampling)
-                finally:
-                    self._calls.discard(call)
-        except TimeoutError as error:
-            if not call.expired():
-                raise
-            raise _ended() from error
+            async with self.calling():
+                return await self._generate(prompt, sampling)
         except ValueError as error:
             raise ApiError(400, str(error)) from error
         except FlashError as error:

@@ -33,7 +33,7 @@ from flash.rollout.history import Sampled
 from flash.routed import packed, unpacked
 from flash.types import Experts, Observation, SampledSequence, Task, Trajectory
 
-PROTOCOL = 5
+PROTOCOL = 6
 # What decoding raises for bytes that are none of what is expected.
 UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
@@ -373,7 +373,7 @@ def _dtype(kind: Any) -> Any:
 _ARRAYS = {
     name: _dtype(kind)
     for name, kind in get_type_hints(SampledSequence).items()
-    if name != "experts"
+    if name not in ("experts", "role")
 }
 
 
@@ -397,6 +397,7 @@ def exact(trajectory: Trajectory) -> Trajectory:
             SampledSequence(
                 **{name: np.asarray(getattr(each, name), kind) for name, kind in _ARRAYS.items()},
                 experts=each.experts,
+                role=each.role,
             )
             for each in trajectory.sequences
         ],
@@ -405,6 +406,7 @@ def exact(trajectory: Trajectory) -> Trajectory:
         success=bool(trajectory.success),
         turn_rewards=[float(reward) for reward in trajectory.turn_rewards],
         turn_states=[packable(state) for state in trajectory.turn_states],
+        role_rewards={str(role): float(r) for role, r in trajectory.role_rewards.items()},
     )
 
 

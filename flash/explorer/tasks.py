@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from flash.config import try_environment, validated
+from flash.config.names import check_names
 from flash.config.source import read_mapping
-from flash.config.task_sets import PlayedWith, TaskSetConfig, check_names
+from flash.config.task_sets import PlayedWith, TaskSetConfig
 
 _EXAMPLE = "NAME: {env: …}, with the name of a task set of the run"
 

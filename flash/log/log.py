@@ -335,6 +335,7 @@ class Log(Observer):
             reward=trajectory.reward, success=trajectory.success, turns=trajectory.turns,
             version_min=episode.oldest_version, version_max=episode.newest_version,
             turn_rewards=list(trajectory.turn_rewards), turn_states=list(trajectory.turn_states),
+            role_rewards=dict(trajectory.role_rewards),
         )  # fmt: skip
         for number, sequence in enumerate(trajectory.sequences):
             self._add(
@@ -343,7 +344,7 @@ class Log(Observer):
                 token_ids=sequence.token_ids, logprobs=sequence.logprobs,
                 versions=sequence.versions, loss_mask=sequence.loss_mask,
                 temperatures=sequence.temperatures, turns=sequence.turns,
-                experts=sequence.experts,
+                experts=sequence.experts, role=sequence.role,
             )  # fmt: skip
         self._add("delete", COMPLETIONS, episode=episode.id)  # the sequences have all of them
 

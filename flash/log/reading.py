@@ -177,6 +177,7 @@ class Reader:
                     temperatures=row.temperatures,
                     turns=row.turns.astype(np.int64),
                     experts=row.experts,
+                    role=row.role,
                 )
             )
         return found
@@ -491,6 +492,7 @@ def _trajectory(row: Row[Any], sequences: list[SampledSequence]) -> Trajectory:
         success=row.success,
         turn_rewards=row.turn_rewards,
         turn_states=row.turn_states,
+        role_rewards=row.role_rewards or {},
     )
 
 

@@ -96,6 +96,7 @@ EPISODES = _of_run(
     Column("stages_s", Json),
     Column("turn_rewards", Json),
     Column("turn_states", States),
+    Column("role_rewards", Json),
     Index("episodes_of_group", "run", "group"),
     Index("episodes_by_outcome", "run", "outcome", "reason"),
 )
@@ -131,6 +132,7 @@ SEQUENCES = _of_run(
     Column("loss_mask", Array("<f4"), nullable=False),
     Column("temperatures", Array("<f4"), nullable=False),
     Column("turns", Array("<i4"), nullable=False),
+    Column("role", Words, nullable=False, server_default=""),
 )
 BATCHES = _of_run(
     "batches",

@@ -11,8 +11,11 @@ from flash import registry
 from flash.config import Config
 from flash.door import Door
 from flash.door.command import CommandAgent
+from flash.door.roles import Role
 from flash.environments.hosts import EnvHosts
 from flash.environments.inline import InlineEnvs
+from flash.hub.hub import InferenceHub
+from flash.parts.roles import NONE_EARLIER, Earlier, make_roles
 from flash.reward.stage import RewardStage
 from flash.rollout.episode import AgentFactory
 from flash.system.process import Child, StartProcess
@@ -44,12 +47,15 @@ async def open_agents(
     sets: Mapping[str, Playing],
     *,
     door: Door | None,
+    hub: InferenceHub,
+    earlier: Earlier = NONE_EARLIER,
     heldout: bool = False,
     start: StartProcess = Child.start,
 ) -> AsyncIterator[Agents]:
     """Opens environments of the training or the held-out kind, for agents that act in them.
 
-    `start` starts the hosts of environments that are in some.
+    `hub` has the policy, `earlier` those that it once was; `start` starts the hosts of
+    environments that are in some.
     """
     async with contextlib.AsyncExitStack() as opened:
         envs = {
@@ -58,7 +64,13 @@ async def open_agents(
         }
         yield Agents(
             make={
-                name: _factory(playing, envs=envs[name], door=door, heldout=heldout)
+                name: _factory(
+                    playing,
+                    envs=envs[name],
+                    door=door,
+                    roles=make_roles(playing.config.agent.roles, hub=hub, earlier=earlier),
+                    heldout=heldout,
+                )
                 for name, playing in sets.items()
             },
             hosts=[source for source in envs.values() if isinstance(source, EnvHosts)],
@@ -66,7 +78,12 @@ async def open_agents(
 
 
 def _factory(
-    playing: Playing, *, envs: EnvSource | None, door: Door | None, heldout: bool
+    playing: Playing,
+    *,
+    envs: EnvSource | None,
+    door: Door | None,
+    roles: Mapping[str, Role],
+    heldout: bool,
 ) -> AgentFactory:
     """Makes agents; found by name, because `flash` does not import `flash.agents`."""
     config = playing.config
@@ -88,7 +105,7 @@ def _factory(
         else:
             name = "heldout_agent" if heldout else "agent"
             act = CommandAgent(settings.run, log_dir=playing.log_dir, name=name, env=settings.env)
-        return lambda: external(door=door, act=act, options=options, **common)
+        return lambda: external(door=door, act=act, options=options, roles=roles, **common)
     agent = registry.agent("environment")
     return lambda: agent(
         envs=envs,

@@ -22,6 +22,7 @@ from flash.parts.agents import Agents, Playing, open_agents
 from flash.parts.door import open_door
 from flash.parts.model import load_tokenizer, make_style
 from flash.parts.reward import open_reward
+from flash.parts.roles import NONE_EARLIER, Earlier
 from flash.parts.workers import open_hub
 from flash.system.process import Child, StartProcess
 from flash.types import Weights
@@ -35,11 +36,19 @@ class Parts:
     tokenizer: Any
     door: Door | None
     sets: Mapping[str, Playing]
+    earlier: Earlier
     start: StartProcess
 
     def agents(self, *, heldout: bool = False) -> contextlib.AbstractAsyncContextManager[Agents]:
         """Agents that train, or those of an evaluation."""
-        return open_agents(self.sets, door=self.door, heldout=heldout, start=self.start)
+        return open_agents(
+            self.sets,
+            door=self.door,
+            hub=self.hub,
+            earlier=self.earlier,
+            heldout=heldout,
+            start=self.start,
+        )
 
 
 @contextlib.asynccontextmanager
@@ -54,6 +63,7 @@ async def open_parts(
     door_file: Path | None = None,
     senders: Callable[[int], StartSender] | None = None,
     make_room: MakeRoom | None = None,
+    earlier: Earlier = NONE_EARLIER,
     start: StartProcess = Child.start,
 ) -> AsyncIterator[Parts]:
     """The parts of a configuration, closed in the end.
@@ -64,6 +74,7 @@ async def open_parts(
         say: is told which workers these are, and why.
         door_file: where a run tells its door's URL and token.
         senders, make_room: as for the hub's workers.
+        earlier: the policies of roles that play what it once was.
         start: starts environment hosts and reward processes.
 
     Raises ValueError for what the model or the machine can't do.
@@ -92,4 +103,6 @@ async def open_parts(
                 open_reward(of_set, hub, tokenizer=tokenizer, log_dir=logs, start=start)
             )
             sets[name] = Playing(config=of_set, style=styles[name], reward=reward, log_dir=logs)
-        yield Parts(hub=hub, tokenizer=tokenizer, door=door, sets=sets, start=start)
+        yield Parts(
+            hub=hub, tokenizer=tokenizer, door=door, sets=sets, earlier=earlier, start=start
+        )

@@ -30,6 +30,7 @@ from flash.hub.turns import MakeRoom
 from flash.log.run_log import ID_FILE
 from flash.parts.model import load_tokenizer
 from flash.parts.open import Parts, open_parts
+from flash.parts.roles import NONE_EARLIER, Earlier, open_earlier
 from flash.rollout.crew import AgentCrew, Crew
 from flash.rollout.episode import AgentFactories
 from flash.section import revealed
@@ -53,6 +54,7 @@ class Players:
     examined: Callable[[], Crew] | None
     tokenizer: Any
     hosts: Sequence[EnvHosts]
+    earlier: Earlier = NONE_EARLIER
     fleet: Fleet | None = None
     gate: Callable[[], AbstractAsyncContextManager[None]] = contextlib.nullcontext
 
@@ -87,7 +89,18 @@ async def open_players(
         hosts: Sequence[EnvHosts] = ()
         local: AgentCrew | None = None
         heldout: AgentFactories = _nobody
+        earlier = NONE_EARLIER
         if config.engine.workers or config.engine.urls:
+            earlier = await opened.enter_async_context(
+                open_earlier(
+                    config,
+                    model=model,
+                    version=version,
+                    weights=weights,
+                    log_dir=folder / "logs",
+                    say=say,
+                )
+            )
             parts = await opened.enter_async_context(
                 open_parts(
                     config,
@@ -98,6 +111,7 @@ async def open_players(
                     say=say,
                     door_file=folder / "logs" / "door.json",
                     make_room=make_room,
+                    earlier=earlier,
                 )
             )
             agents = await opened.enter_async_context(parts.agents())
@@ -108,7 +122,7 @@ async def open_players(
             assert parts is not None and local is not None
             yield Players(
                 hub=parts.hub, crew=local, heldout=heldout, examined=None,
-                tokenizer=parts.tokenizer, hosts=hosts,
+                tokenizer=parts.tokenizer, hosts=hosts, earlier=earlier,
             )  # fmt: skip
             return
         files = await opened.enter_async_context(FileServer())

@@ -28,6 +28,7 @@ from flash.log.run_log import RunLog
 from flash.parts.expert import expert_of
 from flash.parts.model import self_test_text
 from flash.parts.players import open_players
+from flash.parts.roles import Earlier
 from flash.parts.workers import probe_of
 from flash.rollout.adaptive import AdaptiveAlpha
 from flash.rollout.expert import ShuffledExpert
@@ -65,6 +66,7 @@ class Training:
     adaptive_alpha: AdaptiveAlpha
     trainer: LastingTrainer
     hub: InferenceHub | FleetHub
+    earlier: Earlier
     rollouts: RolloutLoop
     evaluations: Evaluations
     progress: Progress
@@ -74,6 +76,12 @@ class Training:
         """What is evaluated is published before."""
         every = self.config.publish_every
         return step % every == 0 or self.evaluations.due_after(step)
+
+    async def publish(self) -> None:
+        """The present weights, to workers; to those of an earlier policy if it is due."""
+        weights = await self.trainer.export_weights()
+        await self.rollouts.publish(weights)
+        await self.earlier.publish(weights)
 
     async def step(self, batch: Batch) -> dict[str, float]:
         """Trains a batch, or the last part of one."""
@@ -231,7 +239,9 @@ async def _open(
         observers.add(Transcripts(folder.transcript, decode=decode, per_step=per_step, steps=steps))
         if players.hub.version < past.version:
             await trainer.ready()
-            await players.hub.publish(await trainer.export_weights())
+            weights = await trainer.export_weights()
+            await players.hub.publish(weights)
+            await players.earlier.publish(weights)
         rollouts = RolloutLoop(
             players.hub,
             crew=players.crew,
@@ -295,6 +305,7 @@ async def _open(
                     adaptive_alpha=adaptive,
                     trainer=trainer,
                     hub=players.hub,
+                    earlier=players.earlier,
                     rollouts=rollouts,
                     evaluations=evaluations,
                     progress=progress,

@@ -68,6 +68,7 @@ class LoggedEpisode:
     trained_at_version: int | None
     stages_s: Mapping[str, float]
     turn_rewards: Sequence[float]
+    role_rewards: Mapping[str, float]
     sequences: Sequence[SampledSequence]
     turns: Sequence[LoggedTurn]
     seen: Sequence[Seen]
@@ -94,6 +95,7 @@ class LoggedEpisode:
             turns=len(self.turns),
             success=bool(self.success),
             turn_rewards=self.turn_rewards,
+            role_rewards=self.role_rewards,
         )
 
 
@@ -237,6 +239,7 @@ def _episode(
         task=task,
         stages_s=row.stages_s or {},
         turn_rewards=turn_rewards,
+        role_rewards=row.role_rewards or {},
         sequences=sequences,
         turns=turns,
         seen=seen,

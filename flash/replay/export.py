@@ -121,11 +121,13 @@ def _row(episode: LoggedEpisode, decode: Decoder) -> dict[str, Any]:
         "reward": episode.reward,
         "success": episode.success,
         "turn_rewards": list(episode.turn_rewards),
+        "role_rewards": json.dumps(episode.role_rewards),
         "version_min": episode.version_min,
         "version_max": episode.version_max,
         "trained_at_version": episode.trained_at_version,
         "turns": [
             {
+                "role": turn.spoken.role,
                 "read": decode(turn.spoken.read) if turn.spoken.read else None,
                 "said": decode(turn.spoken.said),
                 "reward": turn.reward,
@@ -139,6 +141,7 @@ def _row(episode: LoggedEpisode, decode: Decoder) -> dict[str, Any]:
                 "logprobs": sequence.logprobs,
                 "versions": sequence.versions,
                 "loss_mask": sequence.loss_mask,
+                "role": sequence.role,
             }
             for sequence in episode.sequences
         ],
@@ -203,13 +206,14 @@ class _Parquet:
 
 def _schema(arrow: Any) -> Any:
     integer, real, text = arrow.int64(), arrow.float64(), arrow.string()
-    turn = {"read": text, "said": text, "reward": real}
+    turn = {"role": text, "read": text, "said": text, "reward": real}
     message = {"role": text, "content": text}
     sequence = {
         "token_ids": arrow.list_(arrow.int32()),
         "logprobs": arrow.list_(arrow.float32()),
         "versions": arrow.list_(arrow.int32()),
         "loss_mask": arrow.list_(arrow.float32()),
+        "role": text,
     }
 
     def rows_of(fields: dict[str, Any]) -> Any:
@@ -228,6 +232,7 @@ def _schema(arrow: Any) -> Any:
             "reward": real,
             "success": arrow.bool_(),
             "turn_rewards": arrow.list_(real),
+            "role_rewards": text,
             "version_min": integer,
             "version_max": integer,
             "trained_at_version": integer,

@@ -57,6 +57,7 @@ def as_data(episode: LoggedEpisode, decode: Decoder) -> dict[str, Any]:
         "reason": episode.reason,
         "reward": episode.reward,
         "success": episode.success,
+        "role_rewards": dict(episode.role_rewards),
         "admitted_at": episode.admitted_at,
         "played_at": episode.played_at,
         "ended_at": episode.ended_at,
@@ -69,6 +70,7 @@ def as_data(episode: LoggedEpisode, decode: Decoder) -> dict[str, Any]:
         "gone": episode.is_gone,
         "turns": [
             {
+                "role": turn.spoken.role,
                 "read": decode(turn.spoken.read) if turn.spoken.read else None,
                 "said": decode(turn.spoken.said),
                 "token_ids": turn.spoken.said,
@@ -103,13 +105,14 @@ def _lines(episode: LoggedEpisode, decode: Decoder, colour: Colour) -> Iterator[
         yield Text(GONE)
     told: set[int] = set()
     for number, turn in enumerate(episode.turns, start=1):
+        who = f"{turn.spoken.role} " if turn.spoken.role else ""
         if turn.spoken.read:
-            yield _rule(f"turn {number}, read {_count(len(turn.spoken.read), 'token')}")
+            yield _rule(f"turn {number}, {who}read {_count(len(turn.spoken.read), 'token')}")
             yield Text(printable(decode(turn.spoken.read)))
         elif turn.before is not None and turn.before not in told:
             yield from _observed(episode, turn.before, "observed")
             told.add(turn.before)
-        yield _rule(f"turn {number}, said {_about_said(episode, turn)}")
+        yield _rule(f"turn {number}, {who}said {_about_said(episode, turn)}")
         yield _coloured(turn, decode, colour)
         if turn.after is not None:
             yield from _observed(episode, turn.after, f"turn {number}, observed")
@@ -124,10 +127,11 @@ def _lines(episode: LoggedEpisode, decode: Decoder, colour: Colour) -> Iterator[
 def _head(episode: LoggedEpisode) -> Iterator[Text]:
     options = f", options {episode.task.options}" if episode.task.options else ""
     reward = "" if episode.reward is None else f", reward {episode.reward:g}"
+    roles = "".join(f", {role} {worth:g}" for role, worth in episode.role_rewards.items())
     success = ", success" if episode.success else ""
     yield _rule(
         f"episode {episode.episode} of group {episode.group}, attempt {episode.attempt}, "
-        f"{episode.task}{options}: {_outcome(episode)}{reward}{success}",
+        f"{episode.task}{options}: {_outcome(episode)}{reward}{roles}{success}",
         mark="═══",
     )
     about = []

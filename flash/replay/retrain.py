@@ -254,9 +254,10 @@ def _with_advantages(
     samples: Sequence[Sample], states: Mapping[int, Sequence[Any]], settings: TrainerConfig
 ) -> list[Sample]:
     """The samples of whole groups with the advantages that these settings give them."""
-    groups: dict[int, dict[int, list[Sample]]] = {}
+    groups: dict[tuple[int, str], dict[int, list[Sample]]] = {}
     for sample in samples:
-        groups.setdefault(sample.group, {}).setdefault(sample.episode, []).append(sample)
+        same = groups.setdefault((sample.group, sample.role), {})
+        same.setdefault(sample.episode, []).append(sample)
     advantages = make_advantages(settings.advantages, finished=not settings.finishes_advantages)
     computed = advantages(
         [
@@ -265,11 +266,11 @@ def _with_advantages(
         ]
     )
     of_episodes = {
-        episode: advantage
-        for group, of_group in zip(groups.values(), computed, strict=True)
+        (role, episode): advantage
+        for ((_, role), group), of_group in zip(groups.items(), computed, strict=True)
         for episode, advantage in zip(group, of_group, strict=True)
     }
-    return [replace(s, advantage=of_tokens(of_episodes[s.episode], s)) for s in samples]
+    return [replace(s, advantage=of_tokens(of_episodes[s.role, s.episode], s)) for s in samples]
 
 
 def _trajectory(samples: Sequence[Sample], states: Sequence[Any]) -> Trajectory:

@@ -1,7 +1,7 @@
 """From complete groups to the batch that the trainer gets: samples, advantages, numbers."""
 
 from collections import Counter, defaultdict
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from flash.rollout.episode import Episode
 from flash.rollout.groups import Group
 from flash.trainer.advantages import Advantages, OfEpisodes, PerGroup
-from flash.types import Sample, SampledSequence, Trajectory
+from flash.types import Sample, SampledSequence, Trajectory, by_role
 
 _STAGES = ("generate", "env", "agent", "reward")
 _SAMPLES_AT_ONCE = 128  # of a hand-over; each takes 30 µs or so, with all who are told of it
@@ -44,8 +44,7 @@ def samples_of(
     for part in parts_of(groups):
         of_part = of_batch or _computed(part, advantages)
         for group in part:
-            of_group = zip(group.members.values(), of_part[group], strict=True)
-            samples += [s for member, a in of_group for s in _samples(group, member, a)]
+            samples += _samples(group, of_part[group])
         ages = Ages(version)
         ages.add(part)
         assert ages.oldest <= alpha, f"a token is {ages.oldest} versions old"
@@ -53,26 +52,28 @@ def samples_of(
     return samples
 
 
-def _computed(groups: Sequence[Group], advantages: Advantages) -> dict[Group, OfEpisodes]:
-    computed = advantages([trajectories(group) for group in groups])
-    return dict(zip(groups, computed, strict=True))
+def _computed(
+    groups: Sequence[Group], advantages: Advantages
+) -> dict[Group, dict[str, OfEpisodes]]:
+    """Of each group and role: who has the same role is compared with each other."""
+    played = [(group, by_role(trajectories(group))) for group in groups]
+    computed = iter(advantages([episodes for _, roles in played for episodes in roles.values()]))
+    return {group: {role: next(computed) for role in roles} for group, roles in played}
 
 
-def _samples(
-    group: Group, episode: Episode, advantage: NDArray[np.float64] | float
-) -> list[Sample]:
-    trajectory = _trajectory(episode)
-    return [
-        Sample.extending(
-            sequence,
-            advantage=of_tokens(advantage, sequence),
-            reward=trajectory.reward,
-            turn_rewards=trajectory.turn_rewards,
-            group=group.id,
-            episode=episode.id,
-        )
-        for sequence in trajectory.sequences
-    ]
+def _samples(group: Group, advantages: Mapping[str, OfEpisodes]) -> Iterator[Sample]:
+    for number, episode in enumerate(group.members.values()):
+        trajectory = _trajectory(episode)
+        for sequence in trajectory.sequences:
+            role = sequence.role
+            yield Sample.extending(
+                sequence,
+                advantage=of_tokens(advantages[role][number], sequence),
+                reward=trajectory.role_rewards.get(role, trajectory.reward),
+                turn_rewards=trajectory.turn_rewards,
+                group=group.id,
+                episode=episode.id,
+            )
 
 
 class Numbers:

@@ -8,19 +8,21 @@ import numpy as np
 
 from flash import registry
 from flash.errors import RolloutFailure
-from flash.types import Trajectory
+from flash.types import Trajectory, by_role
 
 GroupFilter = Callable[[Sequence[Trajectory]], bool]
 """Of the episodes of one group: whether it is dropped. It is called in the event loop."""
 
 
 def equal_rewards(group: Sequence[Trajectory]) -> bool:
-    """All rewards are equal, but for rounding, so that no episode is better than another.
+    """All rewards of a role are equal, but for rounding, so that no episode is better than another.
 
     Yu et al. 2025 (DAPO).
     """
-    rewards = [trajectory.reward for trajectory in group]
-    return math.isclose(min(rewards), max(rewards), rel_tol=1e-6, abs_tol=1e-8)
+    of_roles = [[each.reward for each in episodes] for episodes in by_role(group).values()]
+    return all(
+        math.isclose(min(rewards), max(rewards), rel_tol=1e-6, abs_tol=1e-8) for rewards in of_roles
+    )
 
 
 FILTERS: dict[str, GroupFilter] = {"equal_rewards": equal_rewards}

@@ -83,6 +83,7 @@ def _turns(trajectory: Trajectory, decode: Decode) -> list[dict[str, Any]]:
     rewards = trajectory.turn_rewards if len(trajectory.turn_rewards) == len(turns) else ()
     return [
         {
+            **({"role": turn.role} if turn.role else {}),
             "read": _text(turn.read, decode, most),
             "said": _text(turn.said, decode, most),
             "reward": rewards[number] if rewards else None,
@@ -151,10 +152,11 @@ def _page(line: Mapping[str, Any]) -> str:
     ]
     for number, turn in enumerate(line["turns"], start=1):
         reward = "" if turn["reward"] is None else f", reward {turn['reward']:g}"
+        who = f"{turn['role']} " if turn.get("role") else ""
         parts += [
-            f"─── turn {number}, read",
+            f"─── turn {number}, {who}read",
             printable(turn["read"]),
-            f"─── turn {number}, said{reward}",
+            f"─── turn {number}, {who}said{reward}",
             printable(turn["said"]),
         ]
     return "\n".join(parts)

@@ -565,8 +565,12 @@ def _imitated(expert: ExpertShare | None) -> list[Sample]:
 
 def _check(sample: Sample, source: str = "") -> None:
     name = source or f"episode {sample.episode}"
-    arrays = {field.name: getattr(sample, field.name) for field in fields(SampledSequence)}
-    lengths = {name: len(array) for name, array in arrays.items() if array is not None}
+    values = {field.name: getattr(sample, field.name) for field in fields(SampledSequence)}
+    lengths = {
+        name: len(value)
+        for name, value in values.items()
+        if value is not None and not isinstance(value, str)
+    }
     if set(lengths.values()) != {sample.num_tokens} or not sample.num_tokens:
         told = ", ".join(f"{name} {length}" for name, length in lengths.items())
         raise ValueError(

@@ -39,8 +39,9 @@ class FakeDoor:
         self.sessions = {}
         self.closed = 0
 
-    def open(self, generate, *, max_tokens, temperature, max_sequence_tokens):
-        session = FakeSession(self, generate, SamplingParams(max_tokens=max_tokens))
+    def open(self, generate, *, max_tokens, temperature, max_sequence_tokens, role="", turns=None):
+        session = FakeSession(self, generate, SamplingParams(max_tokens=max_tokens), role, turns)
+        session.is_recorded = temperature is not None
         self.sessions[session.api_key] = session
         return session
 
@@ -49,21 +50,22 @@ class FakeSession:
     base_url = "http://fake"
     numbers = itertools.count()
 
-    def __init__(self, door, generate, sampling):
+    def __init__(self, door, generate, sampling, role, turns):
         self.api_key = f"key {next(self.numbers)}"
         self.door = door
         self.generate = generate
         self.sampling = sampling
-        self.sequence = TokenSequence([])
+        self.sequence = TokenSequence([], role=role)
+        self.turns = turns
 
     async def say(self, prompt=(1, 2)):
         said = [*self.sequence.token_ids, *prompt]
         completion = await self.generate(said, self.sampling)
         self.sequence.add_prompt(prompt)
-        self.sequence.add_sampled(completion)
+        self.sequence.add_sampled(completion, turn=next(self.turns))
 
     def sequences(self):
-        return [self.sequence.snapshot()] if self.sequence.token_ids else []
+        return [self.sequence.snapshot()] if self.sequence.token_ids and self.is_recorded else []
 
     def close(self):
         self.door.closed += 1

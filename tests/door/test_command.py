@@ -73,7 +73,15 @@ async def test_a_command_has_of_our_environment_only_what_is_listed(tmp_path, mo
     assert (told["MINE"], told["DEPTH"], told["LC_ALL"]) == ("sesame", "3=x", "C.UTF-8")
     assert told["PATH"] == os.environ["PATH"]
     assert [name for name, value in told.items() if "sesame" in value] == ["MINE"]
-    assert set(GIVEN) <= told.keys()
+    assert set(GIVEN) - told.keys() == {"FLASH_ROLES"}
+
+
+async def test_a_command_in_which_several_play_finds_the_key_of_each(tmp_path):
+    code = "import json, os; print(json.dumps(dict(os.environ)))"
+    roles = {"a": {"base_url": "http://x/v1", "api_key": "1"}, "b": {"base_url": "", "api_key": ""}}
+    told = await python(code, tmp_path)(roles=roles, task=TASK)
+    assert set(GIVEN) & told.keys() == {"FLASH_ROLES", "FLASH_TASK"}
+    assert json.loads(told["FLASH_ROLES"]) == roles
 
 
 async def test_a_long_talk_before_the_answer_does_no_harm(tmp_path):

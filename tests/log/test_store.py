@@ -153,6 +153,8 @@ FIRST_SCHEMA = [
     "ALTER TABLE episodes DROP COLUMN task_set",
     "ALTER TABLE completions DROP COLUMN experts",
     "ALTER TABLE sequences DROP COLUMN experts",
+    "ALTER TABLE episodes DROP COLUMN role_rewards",
+    "ALTER TABLE sequences DROP COLUMN role",
 ]
 
 

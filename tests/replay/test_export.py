@@ -21,12 +21,13 @@ ROW = {
     "reward": 1.0,
     "success": True,
     "turn_rewards": [0.0, 1.0],
+    "role_rewards": "{}",
     "version_min": 2,
     "version_max": 2,
     "trained_at_version": 2,
     "turns": [
-        {"read": "a room", "said": "go north stop", "reward": 0.0},
-        {"read": "garden", "said": "go south", "reward": 1.0},
+        {"role": "", "read": "a room", "said": "go north stop", "reward": 0.0},
+        {"role": "", "read": "garden", "said": "go south", "reward": 1.0},
     ],
     "messages": [
         {"role": "user", "content": "a room"},
@@ -40,6 +41,7 @@ ROW = {
             "logprobs": pytest.approx([0, 0, -0.05, -0.5, -5.0, 0, -0.05, -0.5]),
             "versions": [-1, -1, 2, 2, 2, -1, 2, 2],
             "loss_mask": [0, 0, 1, 1, 1, 0, 1, 1],
+            "role": "",
         }
     ],
 }
@@ -83,7 +85,9 @@ def test_all_are_those_that_ended_in_any_way(played, format, tmp_path, capsys):
     assert [(row["episode"], row["outcome"], row["reason"]) for row in rows] == [
         (3, "trained", ""), (4, "dropped", "stale"), (5, "cancelled", "interrupted"),
     ]  # fmt: skip
-    assert rows[2]["turns"] == [{"read": None, "said": "go north", "reward": None}]
+    assert rows[2]["turns"] == [
+        {"role": "", "read": None, "said": "go north", "reward": None}
+    ]
     assert (rows[2]["sequences"], rows[2]["reward"]) == ([], None)
 
 
