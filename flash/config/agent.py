@@ -11,7 +11,10 @@ from flash.config.names import check_names
 from flash.section import Names, Secret, Section, is_url
 
 # The environment variables that a command finds for its episode.
-GIVEN = ("OPENAI_BASE_URL", "OPENAI_API_KEY", "FLASH_ROLES", "FLASH_TASK")
+GIVEN = (
+    "OPENAI_BASE_URL", "OPENAI_API_KEY", "ANTHROPIC_BASE_URL", "ANTHROPIC_API_KEY",
+    "FLASH_ROLES", "FLASH_TASK",
+)  # fmt: skip
 
 
 class RoleConfig(Section):

@@ -14,6 +14,7 @@ from typing import IO, Any
 import msgspec
 
 from flash.answers import shown
+from flash.door.session import anthropic_base_url
 from flash.errors import AgentFailure, RewardFailure
 from flash.system.guarded import start_guarded
 from flash.system.process import log_tail
@@ -29,9 +30,9 @@ _ANSWER_BYTES = 65_536
 class CommandAgent:
     """Runs the command for one episode, with what it needs to know in its environment variables.
 
-    OPENAI_BASE_URL and OPENAI_API_KEY, which OpenAI's clients read by themselves, and FLASH_TASK,
-    as `{"seed": …, "options": {…}}`, with the `task_set` if the task is of one. Where several play,
-    FLASH_ROLES in place of the first two: `{"planner": {"base_url": …, "api_key": …}, …}`. Of this
+    OPENAI_BASE_URL and OPENAI_API_KEY, which OpenAI's clients read by themselves, ANTHROPIC_BASE_URL
+    and ANTHROPIC_API_KEY, which Anthropic's do, and FLASH_TASK, as `{"seed": …, "options": {…}}`, with the `task_set` if the task is of one. Where several play,
+    FLASH_ROLES in place of the first four: `{"planner": {"base_url": …, "api_key": …}, …}`. Of this
     process's environment it has where programs and files are and how people here write, and what
     `env` lists as NAME or NAME=value: no keys that it was not meant to have. The last line of its
     output is its answer, in JSON; what it writes to stderr goes to `<name>_<n>.log`, n below the
@@ -69,7 +70,12 @@ class CommandAgent:
         if task.task_set:
             known["task_set"] = task.task_set
         access = (
-            {"OPENAI_BASE_URL": base_url, "OPENAI_API_KEY": api_key}
+            {
+                "OPENAI_BASE_URL": base_url,
+                "OPENAI_API_KEY": api_key,
+                "ANTHROPIC_BASE_URL": anthropic_base_url(base_url),
+                "ANTHROPIC_API_KEY": api_key,
+            }
             if roles is None
             else {"FLASH_ROLES": json.dumps(roles)}
         )

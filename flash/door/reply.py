@@ -45,7 +45,7 @@ class Reply:
         self.reasoning = ""
         self.tool_calls: list[dict[str, Any]] = []
         self.token_ids: list[int] = []
-        self.stopped = False  # by a stop string: what is fed from here on does not count
+        self.stopped = ""  # the stop string: what is fed after it does not count
         self._tokenizer = tokenizer
         self._stop = stop
         self._stop_token_ids = stop_token_ids
@@ -104,11 +104,12 @@ class Reply:
         self._text += piece
         until = len(self._text)
         if self._stop:
-            found = [at for stop in self._stop if (at := self._text.find(stop, self._passed)) >= 0]
+            starts = {stop: self._text.find(stop, self._passed) for stop in self._stop}
+            found = {stop: at for stop, at in starts.items() if at >= 0}
             if found:
-                self.stopped = True
-                until = min(found)
-                del self.token_ids[self._tokens_to(min(found)) :]
+                self.stopped = min(found, key=lambda stop: found[stop])
+                until = found[self.stopped]
+                del self.token_ids[self._tokens_to(until) :]
             elif not final:
                 until -= max(_overlap(self._text, stop) for stop in self._stop)
         piece, self._passed = self._text[self._passed : until], max(until, self._passed)

@@ -1,16 +1,19 @@
-"""From a request to its responses: prompt, sampling, recording, and OpenAI's shapes."""
+"""From a request to its responses, in whatever dialect: prompt, sampling, recording.
+
+A dialect (`openai.py`, `anthropic.py`) reads a body into what is asked here, and tells what was
+answered.
+"""
 
 import asyncio
-import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from flash.conversation import ChatTemplate
 from flash.door.metrics import Metrics
 from flash.door.recorder import Known
-from flash.door.reply import Delta, Manners, Reply, load_template, manners_of, token_logprobs
+from flash.door.reply import Delta, Manners, Reply, load_template, manners_of
 from flash.door.schema import ApiError, ChatAsk, TextAsk, as_template, refused
 from flash.door.session import DoorSession
 from flash.types import Completion
@@ -106,17 +109,12 @@ class Responder:
 class Exchange(ABC):
     """One request being answered."""
 
-    kind: str
-    chunk_kind: str
-    id_prefix: str
-
     def __init__(
         self, responder: Responder, session: DoorSession, ask: ChatAsk | TextAsk, prompt: list[int]
     ) -> None:
         self.ask = ask
         self.prompt = prompt
-        self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
-        self._tokenizer = responder.tokenizer
+        self.tokenizer = responder.tokenizer
         self._metrics = responder.metrics
         self._session = session
         self._ends = responder.ends
@@ -156,69 +154,14 @@ class Exchange(ABC):
             finish_reason=finish_reason,
         )
 
-    def chunks(self, response: Response) -> Iterator[dict[str, Any]]:
-        """The response as the choices of a stream."""
-        pending = 0  # tokens whose logprobs were not told yet
-        for deltas, end in response.pieces:
-            for delta in deltas:
-                yield self._choice(response, self._part(delta), pending, end, None)
-                pending = end
-        kept = len(response.completion.token_ids)
-        yield self._choice(response, self._part({}), pending, kept, response.finish_reason)
-
-    def whole(self, response: Response) -> dict[str, Any]:
-        """The response as a choice."""
-        kept = len(response.completion.token_ids)
-        words = self._whole(response.reply)
-        return self._choice(response, words, 0, kept, response.finish_reason)
-
     @abstractmethod
     def _new_reply(self, stop_token_ids: Sequence[int]) -> Reply: ...
 
     @abstractmethod
     def _note(self, reply: Reply, known: Known) -> None: ...
 
-    @abstractmethod
-    def _whole(self, reply: Reply) -> dict[str, Any]:
-        """The words of a whole choice."""
-
-    @abstractmethod
-    def _part(self, delta: Delta) -> dict[str, Any]:
-        """The words of a choice of a stream."""
-
-    @abstractmethod
-    def _logprobs(self, of_tokens: list[dict[str, Any]]) -> dict[str, Any]:
-        """The logprobs of a choice."""
-
-    def _choice(
-        self,
-        response: Response,
-        words: dict[str, Any],
-        start: int,
-        end: int,
-        finish_reason: str | None,
-    ) -> dict[str, Any]:
-        """With the logprobs of the tokens from `start` to `end`, if they are asked for."""
-        logprobs = None
-        if self.ask.logprobs and start < end:
-            sampled = response.completion
-            logprobs = self._logprobs(
-                token_logprobs(
-                    self._tokenizer, sampled.token_ids[start:end], sampled.logprobs[start:end]
-                )
-            )
-        return {
-            "index": response.index,
-            **words,
-            "logprobs": logprobs,
-            "finish_reason": finish_reason,
-        }
-
 
 class _Chat(Exchange):
-    kind = "chat.completion"
-    chunk_kind = "chat.completion.chunk"
-    id_prefix = "chatcmpl"
     ask: ChatAsk
 
     def __init__(
@@ -228,14 +171,9 @@ class _Chat(Exchange):
         self._stop_token_ids = responder.stop_token_ids
         self._template = responder.response_templates[ask.parse_tools]
 
-    def chunks(self, response: Response) -> Iterator[dict[str, Any]]:
-        first = self._part({"role": "assistant", "content": ""})
-        yield self._choice(response, first, 0, 0, None)
-        yield from super().chunks(response)
-
     def _new_reply(self, stop_token_ids: Sequence[int]) -> Reply:
         return Reply(
-            self._tokenizer,
+            self.tokenizer,
             stop=self.ask.stop,
             stop_token_ids=stop_token_ids,
             response_template=self._template,
@@ -247,19 +185,8 @@ class _Chat(Exchange):
         said = as_template(reply.message())
         self._session.memory.note_chat(self.ask.messages, said, self.ask.shown, known)
 
-    def _whole(self, reply: Reply) -> dict[str, Any]:
-        return {"message": reply.message()}
-
-    def _part(self, delta: Delta) -> dict[str, Any]:
-        return {"delta": delta}
-
-    def _logprobs(self, of_tokens: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"content": of_tokens, "refusal": None}
-
 
 class _Text(Exchange):
-    kind = chunk_kind = "text_completion"
-    id_prefix = "cmpl"
     ask: TextAsk
 
     def __init__(
@@ -270,25 +197,11 @@ class _Text(Exchange):
         self._stop_token_ids = () if eos is None else (eos,)
 
     def _new_reply(self, stop_token_ids: Sequence[int]) -> Reply:
-        return Reply(self._tokenizer, stop=self.ask.stop, stop_token_ids=stop_token_ids)
+        return Reply(self.tokenizer, stop=self.ask.stop, stop_token_ids=stop_token_ids)
 
     def _note(self, reply: Reply, known: Known) -> None:
         if isinstance(self.ask.prompt, str):
             self._session.memory.note_text(self.ask.prompt + reply.content, known)
-
-    def _whole(self, reply: Reply) -> dict[str, Any]:
-        return {"text": reply.content}
-
-    def _part(self, delta: Delta) -> dict[str, Any]:
-        return {"text": delta.get("content", "")}
-
-    def _logprobs(self, of_tokens: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "tokens": [entry["token"] for entry in of_tokens],
-            "token_logprobs": [entry["logprob"] for entry in of_tokens],
-            "top_logprobs": None,
-            "text_offset": None,
-        }
 
 
 def _shows_tools(template: ChatTemplate) -> bool:

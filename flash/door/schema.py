@@ -1,4 +1,4 @@
-"""What a client may ask for in OpenAI's words, and how an error is told to it.
+"""What a client may ask for, in OpenAI's words, and which field is told to be at fault.
 
 A field is honoured, means nothing here (`user`), or is refused by name, unless the door was told to
 ignore it: none is dropped in silence, because a sampling field that is not honoured would train on
@@ -13,16 +13,16 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, ValidationError
 
 LEAVE_OUT = "leave it out, or have the door ignore it (agent.ignore)"
-_SAMPLER = "the workers sample from the whole distribution, as training needs it"
+SAMPLER = "the workers sample from the whole distribution, as training needs it"
 _NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
     # field: the values that change nothing, why there are no others
-    "top_p": ((1,), _SAMPLER),
-    "top_k": ((-1, 0), _SAMPLER),
-    "min_p": ((0,), _SAMPLER),
-    "repetition_penalty": ((1,), _SAMPLER),
-    "frequency_penalty": ((0,), _SAMPLER),
-    "presence_penalty": ((0,), _SAMPLER),
-    "logit_bias": (({},), _SAMPLER),
+    "top_p": ((1,), SAMPLER),
+    "top_k": ((-1, 0), SAMPLER),
+    "min_p": ((0,), SAMPLER),
+    "repetition_penalty": ((1,), SAMPLER),
+    "frequency_penalty": ((0,), SAMPLER),
+    "presence_penalty": ((0,), SAMPLER),
+    "logit_bias": (({},), SAMPLER),
     "seed": ((), "the workers have one stream of random numbers for all requests"),
     "top_logprobs": ((0,), "only the sampled token's logprob is known"),
     "response_format": (({"type": "text"},), "what is sampled is not constrained by a grammar"),
@@ -53,7 +53,7 @@ Positive = Annotated[int, Field(strict=True, ge=1)]
 
 
 class ApiError(Exception):
-    """An answer other than 200, in OpenAI's shape. `param` is the field at fault."""
+    """An answer other than 200. `param` is the field at fault."""
 
     def __init__(
         self,
@@ -70,16 +70,6 @@ class ApiError(Exception):
         self.param = param
         self.headers = dict(headers or {})
 
-    def body(self) -> dict[str, Any]:
-        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(
-            self.status, "server_error" if self.status >= 500 else "invalid_request_error"
-        )
-        return {
-            "error": {
-                "message": str(self), "type": kind, "param": self.param, "code": self.code,
-            }
-        }  # fmt: skip
-
 
 def refused(field: str, value: Any, why: str) -> ApiError:
     """A field's value that can't be honoured; `why` holds the remedy."""
@@ -91,17 +81,17 @@ def refused(field: str, value: Any, why: str) -> ApiError:
 # ── the shapes ───────────────────────────────────────────────────────────────────────────────
 
 
-class _Shape(BaseModel):
+class Shape(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class _Function(_Shape):
+class _Function(Shape):
     name: StrictStr
     arguments: StrictStr
     parsed_arguments: Any = None  # what a client made of them
 
 
-class _ToolCall(_Shape):
+class _ToolCall(Shape):
     id: StrictStr
     type: Literal["function"] = "function"
     function: _Function
@@ -117,12 +107,12 @@ class _ToolCall(_Shape):
         return {"id": self.id, "type": self.type, "function": function}
 
 
-class _TextPart(_Shape):
+class _TextPart(Shape):
     type: Literal["text"]
     text: StrictStr
 
 
-class _Message(_Shape):
+class _Message(Shape):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: StrictStr | list[_TextPart] | None = None
     name: StrictStr | None = None
@@ -156,25 +146,28 @@ class _Message(_Shape):
         return message
 
 
-class _ToolFunction(_Shape):
+class _ToolFunction(Shape):
     name: StrictStr
     description: StrictStr | None = None
     parameters: dict[str, Any] | None = None
     strict: Annotated[Literal[False] | None, Field(exclude=True)] = None
 
 
-class _Tool(_Shape):
+class _Tool(Shape):
     type: Literal["function"]
     function: _ToolFunction
 
 
-class _StreamOptions(_Shape):
+class _StreamOptions(Shape):
     include_usage: StrictBool = False
     include_obfuscation: Literal[False] = False
 
 
-class _Body(_Shape):
+class Body(Shape):
     model: StrictStr
+
+
+class _OpenAIBody(Body):
     n: Positive = 1
     max_tokens: Positive | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -183,7 +176,7 @@ class _Body(_Shape):
     stream_options: _StreamOptions | None = None
 
 
-class _Chat(_Body):
+class _Chat(_OpenAIBody):
     messages: Annotated[list[Any], Field(min_length=1)]  # of _Message, one after the other
     max_completion_tokens: Positive | None = None
     tools: list[_Tool] | None = None
@@ -192,13 +185,14 @@ class _Chat(_Body):
     chat_template_kwargs: dict[str, Any] = {}
 
 
-class _Text(_Body):
+class _Text(_OpenAIBody):
     prompt: StrictStr | list[Annotated[int, Field(strict=True, ge=0)]]
     # The number of other tokens whose logprobs are told; the sampled token's is told with 0.
     logprobs: Annotated[int, Field(strict=True, ge=0, le=0)] | None = None
 
 
-_S = TypeVar("_S", bound=_Body)
+_B = TypeVar("_B", bound=Body)
+_P = TypeVar("_P", bound=Shape)
 _MAY_BE_IGNORED = {"model", "temperature", "tool_choice"}
 _HEEDED = {*_Chat.model_fields, *_Text.model_fields} - _MAY_BE_IGNORED
 _NESTED_SHAPES = (_Message, _ToolCall, _Function, _TextPart, _Tool, _ToolFunction)
@@ -225,6 +219,143 @@ class Ignore:
 
     def __contains__(self, name: object) -> bool:
         return name in self._names or (_EVERYTHING in self._names and name not in _BY_NAME_ONLY)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vocabulary:
+    """The words of a protocol: what is read of its bodies, and what is overlooked or refused.
+
+    Args:
+        heeded: the body's fields that are honoured; `nested`: those of what is in these.
+        neutral: of others, the values that change nothing, and why there are no others.
+        holders: fields in whose values others are nested.
+        kinds: types of parts that are known.
+        names: all fields that an error may name.
+        remedies: by field, what to do about it.
+    """
+
+    heeded: Container[str]
+    nested: Container[str]
+    neutral: Mapping[str, tuple[tuple[Any, ...], str]]
+    holders: Container[str]
+    kinds: Container[str]
+    names: Container[object]
+    remedies: Mapping[Any, str]
+
+    def body(self, shape: type[_B], body: Any, *, model: str, ignore: Container[str]) -> _B:
+        """A whole body. ApiError for what can't be honoured, or for another model's name."""
+        if not isinstance(body, dict):
+            raise ApiError(400, "the body must be a JSON object")
+        fields = {}
+        for name, value in body.items():
+            values, why = self.neutral.get(name, (None, ""))
+            # An absent field and null are the same to the clients.
+            if value is None or name in _LABELS:
+                continue
+            honoured = name in self.heeded or (name == "tool_choice" and value in ("auto", "none"))
+            if name in ignore and not honoured and name != "model":
+                continue
+            if values is None:
+                fields[name] = value
+            elif not any(
+                type(value) is type(other) and value == other for other in values
+            ) and not (isinstance(value, float) and value in values):
+                raise refused(name, value, f"{why}; {LEAVE_OUT}")
+        if "tools" in fields:
+            fields["tools"] = self._without_vain(fields["tools"], ignore)
+        try:
+            asked = shape.model_validate(fields)
+        except ValidationError as error:
+            raise self._told(error) from None
+        if asked.model != model and "model" not in ignore:
+            raise ApiError(
+                404, f"model={asked.model!r}: the model here is {model!r}",
+                code="model_not_found", param="model",
+            )  # fmt: skip
+        return asked
+
+    def part(
+        self, shape: type[_P], given: Any, *, ignore: Container[str], within: tuple[str | int, ...]
+    ) -> _P:
+        """A part of a body by itself, so that many take turns with whatever else runs here."""
+        try:
+            return shape.model_validate(self._without_vain(given, ignore))
+        except ValidationError as error:
+            raise self._told(error, within=within) from None
+
+    def _without_vain(self, value: Any, ignore: Container[str]) -> Any:
+        """A message, or tools, without what is null, says nothing here, or is to be ignored."""
+        if isinstance(value, list):
+            return [
+                self._without_vain(item, ignore)
+                for item in value
+                if not self._is_vain_part(item, ignore)
+            ]
+        if not isinstance(value, dict):
+            return value
+        # The arguments of a call and the parameters of a tool are not ours to change.
+        return {
+            name: self._without_vain(inner, ignore) if name in self.holders else inner
+            for name, inner in value.items()
+            if not (
+                inner is None or name in _LABELS or (name in ignore and name not in self.nested)
+            )
+        }
+
+    def _is_vain_part(self, part: Any, ignore: Container[str]) -> bool:
+        """Whether it is a part of a message that is to be ignored: an image, or a sound."""
+        kind = part.get("type") if isinstance(part, dict) else None
+        return isinstance(kind, str) and kind not in self.kinds and kind in ignore
+
+    def _told(self, error: ValidationError, *, within: tuple[str | int, ...] = ()) -> ApiError:
+        """The fault that lies deepest, with the field's path as clients write it:
+        messages[0].role."""
+        fault = max(error.errors(include_url=False), key=lambda fault: len(fault["loc"]))
+        # Pydantic's path also names the branches of a union: str, list[_TextPart].
+        path = (*within, *fault["loc"])
+        names = [part for part in path if isinstance(part, int) or part in self.names]
+        if fault["type"] == "extra_forbidden":
+            names = [*(name for name in names if name != fault["loc"][-1]), fault["loc"][-1]]
+        told = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in names)
+        param = told.removeprefix(".")
+        if fault["type"] == "missing":
+            return ApiError(
+                400, f"{param} is missing", code="missing_required_parameter", param=param
+            )
+        if fault["type"] == "extra_forbidden":
+            why = f"this door does not know the field: {LEAVE_OUT}"
+        else:
+            why, _, _ = fault["msg"].partition(" or instance of ")
+        remedy = next(
+            (self.remedies[name] for name in reversed(names) if name in self.remedies), ""
+        )
+        return refused(param, fault["input"], "; ".join(filter(None, (why, remedy))))
+
+
+_NAMES = {
+    name for shape in (_Chat, _Text, _StreamOptions, *_NESTED_SHAPES) for name in shape.model_fields
+}
+_REMEDIES: Mapping[Any, str] = {
+    "tool_choice": 'whether a tool is called is the policy\'s choice: send "auto" or "none", or '
+    "have the door ignore it (agent.ignore)",
+    "logprobs": "only the sampled token's logprob is known: true for chats, 0 for completions",
+    "stop": "send one string, or a list of at most 4",
+    "include_obfuscation": "nothing is padded here: leave it out",
+    "prompt": "one string, or one list of token ids: send one request for each prompt",
+    "strict": f"arguments are not constrained by their schema: {LEAVE_OUT}",
+    "type": "only text and functions are known here: leave it out, or have the door ignore such "
+    "parts by their type (agent.ignore)",
+    **dict.fromkeys(("refusal", "audio", "function_call", "annotations"), LEAVE_OUT),
+}
+_OPENAI = Vocabulary(
+    heeded=_HEEDED,
+    nested=_HEEDED_NESTED,
+    neutral=_NEUTRAL,
+    holders={"content", "tool_calls", "function"},
+    kinds={"text", "function"},  # of parts, and of tools and calls
+    names=_NAMES,
+    remedies=_REMEDIES,
+)
 
 
 # ── the requests ─────────────────────────────────────────────────────────────────────────────
@@ -265,7 +396,7 @@ class TextAsk(Ask):
 
 def parse_chat(body: Any, *, model: str, ignore: Container[str]) -> ChatAsk:
     """Raises ApiError, naming the field, for what can't be honoured."""
-    asked = _validated(_Chat, body, model=model, ignore=ignore)
+    asked = _OPENAI.body(_Chat, body, model=model, ignore=ignore)
     limits = (asked.max_completion_tokens, asked.max_tokens)
     if None not in limits and limits[0] != limits[1]:
         raise refused(
@@ -287,7 +418,7 @@ def parse_chat(body: Any, *, model: str, ignore: Container[str]) -> ChatAsk:
 
 def parse_text(body: Any, *, model: str, ignore: Container[str]) -> TextAsk:
     """Raises ApiError, naming the field, for what can't be honoured."""
-    asked = _validated(_Text, body, model=model, ignore=ignore)
+    asked = _OPENAI.body(_Text, body, model=model, ignore=ignore)
     return TextAsk(
         **_common(asked, max_tokens=asked.max_tokens),
         logprobs=asked.logprobs is not None,
@@ -296,14 +427,10 @@ def parse_text(body: Any, *, model: str, ignore: Container[str]) -> TextAsk:
 
 
 def _message(given: Any, number: int, ignore: Container[str]) -> _Message:
-    """By itself, so that many take turns with whatever else runs in this process."""
-    try:
-        return _Message.model_validate(_without_vain(given, ignore))
-    except ValidationError as error:
-        raise _told(error, within=("messages", number)) from None
+    return _OPENAI.part(_Message, given, ignore=ignore, within=("messages", number))
 
 
-def _common(asked: _Body, *, max_tokens: int | None) -> dict[str, Any]:
+def _common(asked: _OpenAIBody, *, max_tokens: int | None) -> dict[str, Any]:
     stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
     if "" in stop:
         raise refused("stop", asked.stop, "an empty string is in every text: leave it out")
@@ -315,99 +442,6 @@ def _common(asked: _Body, *, max_tokens: int | None) -> dict[str, Any]:
         "stream": asked.stream,
         "include_usage": asked.stream_options is not None and asked.stream_options.include_usage,
     }
-
-
-def _validated(shape: type[_S], body: Any, *, model: str, ignore: Container[str]) -> _S:
-    if not isinstance(body, dict):
-        raise ApiError(400, "the body must be a JSON object")
-    fields = {}
-    for name, value in body.items():
-        values, why = _NEUTRAL.get(name, (None, ""))
-        # An absent field and null are the same to OpenAI's clients.
-        if value is None or name in _LABELS:
-            continue
-        honoured = name in _HEEDED or (name == "tool_choice" and value in ("auto", "none"))
-        if name in ignore and not honoured and name != "model":
-            continue
-        if values is None:
-            fields[name] = value
-        elif not any(type(value) is type(other) and value == other for other in values) and not (
-            isinstance(value, float) and value in values
-        ):
-            raise refused(name, value, f"{why}; {LEAVE_OUT}")
-    if "tools" in fields:
-        fields["tools"] = _without_vain(fields["tools"], ignore)
-    try:
-        asked = shape.model_validate(fields)
-    except ValidationError as error:
-        raise _told(error) from None
-    if asked.model != model and "model" not in ignore:
-        raise ApiError(
-            404, f"model={asked.model!r}: the model here is {model!r}",
-            code="model_not_found", param="model",
-        )  # fmt: skip
-    return asked
-
-
-def _without_vain(value: Any, ignore: Container[str]) -> Any:
-    """A message, or tools, without what is null, says nothing here, or is to be ignored."""
-    if isinstance(value, list):
-        return [_without_vain(item, ignore) for item in value if not _is_vain_part(item, ignore)]
-    if not isinstance(value, dict):
-        return value
-    # The arguments of a call and the parameters of a tool are not ours to change.
-    return {
-        name: _without_vain(inner, ignore) if name in _HOLDERS else inner
-        for name, inner in value.items()
-        if not (inner is None or name in _LABELS or (name in ignore and name not in _HEEDED_NESTED))
-    }
-
-
-_HOLDERS = {"content", "tool_calls", "function"}
-
-
-def _is_vain_part(part: Any, ignore: Container[str]) -> bool:
-    """Whether it is a part of a message that is to be ignored: an image, or a sound."""
-    kind = part.get("type") if isinstance(part, dict) else None
-    return isinstance(kind, str) and kind not in _KINDS and kind in ignore
-
-
-_KINDS = {"text", "function"}  # of parts, and of tools and calls
-_NAMES = {
-    name for shape in (_Chat, _Text, _StreamOptions, *_NESTED_SHAPES) for name in shape.model_fields
-}
-_REMEDIES: Mapping[Any, str] = {
-    "tool_choice": 'whether a tool is called is the policy\'s choice: send "auto" or "none", or '
-    "have the door ignore it (agent.ignore)",
-    "logprobs": "only the sampled token's logprob is known: true for chats, 0 for completions",
-    "stop": "send one string, or a list of at most 4",
-    "include_obfuscation": "nothing is padded here: leave it out",
-    "prompt": "one string, or one list of token ids: send one request for each prompt",
-    "strict": f"arguments are not constrained by their schema: {LEAVE_OUT}",
-    "type": "only text and functions are known here: leave it out, or have the door ignore such "
-    "parts by their type (agent.ignore)",
-    **dict.fromkeys(("refusal", "audio", "function_call", "annotations"), LEAVE_OUT),
-}
-
-
-def _told(error: ValidationError, *, within: tuple[str | int, ...] = ()) -> ApiError:
-    """The fault that lies deepest, with the field's path as OpenAI writes it: messages[0].role."""
-    fault = max(error.errors(include_url=False), key=lambda fault: len(fault["loc"]))
-    # Pydantic's path also names the branches of a union: str, list[_TextPart].
-    path = (*within, *fault["loc"])
-    names = [part for part in path if isinstance(part, int) or part in _NAMES]
-    if fault["type"] == "extra_forbidden":
-        names = [*(name for name in names if name != fault["loc"][-1]), fault["loc"][-1]]
-    told = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in names)
-    param = told.removeprefix(".")
-    if fault["type"] == "missing":
-        return ApiError(400, f"{param} is missing", code="missing_required_parameter", param=param)
-    if fault["type"] == "extra_forbidden":
-        why = f"this door does not know the field: {LEAVE_OUT}"
-    else:
-        why, _, _ = fault["msg"].partition(" or instance of ")
-    remedy = next((_REMEDIES[name] for name in reversed(names) if name in _REMEDIES), "")
-    return refused(param, fault["input"], "; ".join(filter(None, (why, remedy))))
 
 
 def function_call(value: Mapping[str, Any], call_id: str) -> dict[str, Any]:

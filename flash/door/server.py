@@ -1,6 +1,8 @@
-"""The door: OpenAI's protocol over the hub, for agents that know nothing of this engine.
+"""The door: OpenAI's and Anthropic's protocols over the hub, for agents that know nothing of this
+engine.
 
-POST /v1/chat/completions, /v1/completions;  GET /v1/models      the token as bearer
+POST /v1/chat/completions, /v1/completions;  GET /v1/models      the token as bearer, or x-api-key
+POST /v1/messages, /v1/messages/count_tokens
 POST /episodes/<token>/v1/…                                      the token in the path
 GET  /metrics                                                    for Prometheus; the run's token
 
@@ -13,14 +15,13 @@ import hashlib
 import json
 import logging
 import secrets
-import time
 import traceback
 from collections.abc import (
     Awaitable,
     Callable,
     Collection,
+    Iterable,
     Iterator,
-    Mapping,
     MutableMapping,
     Sequence,
 )
@@ -30,11 +31,13 @@ import aiohttp
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from flash.door import anthropic, openai
+from flash.door.dialect import Dialect, Frame
 from flash.door.elsewhere import Elsewhere, ElsewhereSession
 from flash.door.limits import Allowance
 from flash.door.metrics import Metrics
 from flash.door.respond import Exchange, Responder, Response
-from flash.door.schema import ApiError, Ignore, parse_chat, parse_text, usage
+from flash.door.schema import ApiError, ChatAsk, Ignore, parse_chat, parse_text
 from flash.door.session import DoorSession, Generate, Session
 from flash.hub.hub import InferenceHub
 from flash.system.listener import Listener, local_address, page_refusal, read_body
@@ -47,12 +50,13 @@ Answer = Callable[[web.Request, DoorSession], Awaitable[web.StreamResponse]]
 
 _S = TypeVar("_S", bound=Session)
 
+_MESSAGES = "/v1/messages"
 _CONNECTIONS_A_RESPONSE = 4  # that a token may have, busy or idle
 _READ_TIMEOUT_S = 60.0  # for a client to read its answer
 
 
 class Door:
-    """Serves the hub in OpenAI's protocol, in this event loop.
+    """Serves the hub in OpenAI's and Anthropic's protocols, in this event loop.
 
     >>> async with Door(hub, tokenizer=tokenizer, model="policy") as door:
     ...     session = door.open(episode.generate, max_tokens=256, temperature=1.0, ...)
@@ -109,6 +113,10 @@ class Door:
         for prefix in ("", "/episodes/{token}"):
             app.router.add_post(f"{prefix}/v1/chat/completions", self._asked(self._chat))
             app.router.add_post(f"{prefix}/v1/completions", self._asked(self._text))
+            app.router.add_post(f"{prefix}{_MESSAGES}", self._asked(self._messages))
+            app.router.add_post(
+                f"{prefix}{_MESSAGES}/count_tokens", self._asked(self._count_tokens)
+            )
             app.router.add_get(f"{prefix}/v1/models", self._asked(self._models))
         app.router.add_get("/metrics", self._metrics_route)
         host, port = self._address
@@ -197,19 +205,37 @@ class Door:
 
     async def _chat(self, request: web.Request, session: DoorSession) -> web.StreamResponse:
         body = await _json(request)
-        if isinstance(body, dict) and isinstance(body.get("messages"), list):
-            session.check_room(len(body["messages"]))  # each is a token at least
+        session.check_room(_length(body))
         # In a thread: to check, render and tokenise a long conversation takes its time.
         ask = await asyncio.to_thread(parse_chat, body, model=self._model, ignore=self._ignore)
         with session.allowance.responses(ask.n):
             exchange = await asyncio.to_thread(self._responder.chat, session, ask)
-            return await self._answer(request, exchange)
+            return await self._answer(request, exchange, openai.CHAT)
 
     async def _text(self, request: web.Request, session: DoorSession) -> web.StreamResponse:
         ask = parse_text(await _json(request), model=self._model, ignore=self._ignore)
         with session.allowance.responses(ask.n):
             exchange = await asyncio.to_thread(self._responder.text, session, ask)
-            return await self._answer(request, exchange)
+            return await self._answer(request, exchange, openai.TEXT)
+
+    async def _messages(self, request: web.Request, session: DoorSession) -> web.StreamResponse:
+        ask, exchange = await self._of_messages(request, session)
+        with session.allowance.responses(ask.n):
+            return await self._answer(request, exchange, anthropic.MESSAGES)
+
+    async def _count_tokens(self, request: web.Request, session: DoorSession) -> web.StreamResponse:
+        _, exchange = await self._of_messages(request, session)
+        return web.json_response({"input_tokens": len(exchange.prompt)})
+
+    async def _of_messages(
+        self, request: web.Request, session: DoorSession
+    ) -> tuple[ChatAsk, Exchange]:
+        body = await _json(request)
+        session.check_room(_length(body))
+        ask = await asyncio.to_thread(
+            anthropic.parse_messages, body, model=self._model, ignore=self._ignore
+        )
+        return ask, await asyncio.to_thread(self._responder.chat, session, ask)
 
     async def _models(self, request: web.Request, session: DoorSession) -> web.StreamResponse:
         card = {"id": self._model, "object": "model", "created": 0, "owned_by": "flash"}
@@ -229,6 +255,8 @@ class Door:
         if token is None:
             kind, _, token = request.headers.get("Authorization", "").partition(" ")
             if kind.lower() != "bearer":
+                token = request.headers.get("x-api-key")
+            if token is None:
                 raise ApiError(401, "a bearer token is needed", code="invalid_api_key")
         session = self._sessions.get(_digest(token))
         if session is None or not secrets.compare_digest(
@@ -242,7 +270,9 @@ class Door:
         session.allowance.take_request()
         return session
 
-    async def _answer(self, request: web.Request, exchange: Exchange) -> web.StreamResponse:
+    async def _answer(
+        self, request: web.Request, exchange: Exchange, dialect: Dialect
+    ) -> web.StreamResponse:
         indices = range(exchange.ask.n)
         if exchange.ask.n == 1:
             responses = [await exchange.respond(0)]
@@ -254,45 +284,31 @@ class Door:
             for outcome in outcomes:
                 if isinstance(outcome, ApiError):
                     raise outcome
-        head = {"id": exchange.id, "created": int(time.time()), "model": self._model}
-        counts = usage(
-            prompt=len(exchange.prompt),
-            sampled=[len(response.completion.token_ids) for response in responses],
-        )
-        if not exchange.ask.stream:
-            choices = [exchange.whole(response) for response in responses]
-            body = {**head, "object": exchange.kind, "choices": choices, "usage": counts}
-            return web.json_response(body, dumps=_dumps)
-        head["object"] = exchange.chunk_kind
-        chunks: list[dict[str, Any]] = [
-            {**head, "choices": [chunk]}
-            for response in responses
-            for chunk in exchange.chunks(response)
-        ]
-        if exchange.ask.include_usage:
-            chunks = [{**chunk, "usage": None} for chunk in chunks]
-            chunks.append({**head, "choices": [], "usage": counts})
-        return await _stream(request, chunks)
+        if exchange.ask.stream:
+            return await _stream(request, dialect.stream(exchange, responses, self._model))
+        return web.json_response(dialect.whole(exchange, responses, self._model), dumps=_dumps)
 
     @web.middleware
     async def _answer_errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         route = request.match_info.route.resource
         name = route.canonical if route is not None else "none"
+        told = None
         try:
             response = await handler(request)
         except ApiError as error:
-            response = web.json_response(error.body(), status=error.status, headers=error.headers)
+            told = error
         except web.HTTPException as error:
-            told = ApiError(error.status, f"{request.method}: {error.reason}")
             headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
-            response = web.json_response(told.body(), status=error.status, headers=headers)
+            told = ApiError(error.status, f"{request.method}: {error.reason}", headers=headers)
         except Exception as error:  # ours; its message may quote what the client sent
             while isinstance(error, ExceptionGroup):
                 error = error.exceptions[0]
             places = "".join(traceback.format_tb(error.__traceback__))
             logger.error("the door failed: %s in\n%s", type(error).__name__, places)
             told = ApiError(500, f"the door failed: {type(error).__name__}; its log tells where")
-            response = web.json_response(told.body(), status=500)
+        if told is not None:
+            shape = anthropic.error_body if _MESSAGES in request.path else openai.error_body
+            response = web.json_response(shape(told), status=told.status, headers=told.headers)
         self._metrics.requests.labels(name, response.status).inc()
         return response
 
@@ -303,6 +319,12 @@ async def _or_error(response: Awaitable[Response]) -> Response | ApiError:
         return await response
     except ApiError as error:
         return error
+
+
+def _length(body: Any) -> int:
+    """Of a chat's messages, each of which is a token at least."""
+    messages = body.get("messages") if isinstance(body, dict) else None
+    return len(messages) if isinstance(messages, list) else 0
 
 
 async def _json(request: web.Request) -> Any:
@@ -316,15 +338,16 @@ async def _json(request: web.Request) -> Any:
     return body
 
 
-async def _stream(request: web.Request, chunks: Sequence[Mapping[str, Any]]) -> web.StreamResponse:
+async def _stream(request: web.Request, frames: Iterable[Frame]) -> web.StreamResponse:
     headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
     response = web.StreamResponse(headers=headers)
     try:
         async with asyncio.timeout(_READ_TIMEOUT_S):
             await response.prepare(request)
-            for chunk in chunks:
-                await response.write(f"data: {_dumps(chunk)}\n\n".encode())
-            await response.write(b"data: [DONE]\n\n")
+            for event, data in frames:
+                named = f"event: {event}\n" if event else ""
+                told = data if isinstance(data, str) else _dumps(data)
+                await response.write(f"{named}data: {told}\n\n".encode())
             await response.write_eof()
     except (TimeoutError, ConnectionError):  # it reads no more, or is gone
         if request.transport is not None:

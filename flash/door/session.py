@@ -28,6 +28,7 @@ class Session:
     ) -> None:
         self.api_key = api_key
         self.base_url = f"{door_url}/episodes/{api_key}/v1"
+        self.anthropic_base_url = anthropic_base_url(self.base_url)
         self.allowance = allowance
         self._on_close = on_close
         self._closed = False
@@ -134,6 +135,11 @@ class DoorSession(Session):
             f"max_sequence_tokens={self._max_sequence_tokens}: send a shorter one",
             code="context_length_exceeded",
         )
+
+
+def anthropic_base_url(base_url: str) -> str:
+    """Its clients add what OpenAI's have in theirs."""
+    return base_url.removesuffix("/v1")
 
 
 def _ended() -> ApiError:

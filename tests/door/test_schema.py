@@ -9,6 +9,7 @@ import pytest
 from openai.types.chat import completion_create_params as chat_params
 
 from flash.door import ApiError
+from flash.door.openai import error_body
 from flash.door.schema import Ignore, as_template, parse_chat, parse_text
 from flash.door.server import Door
 
@@ -55,7 +56,7 @@ def test_a_value_that_can_not_be_honoured_is_refused_by_name(field, value):
     told = refusal(chat, **{field: value})
     assert (told.status, told.param.partition("[")[0].partition(".")[0]) == (400, field)
     assert f"{told.param}=" in str(told)
-    assert told.body()["error"]["type"] == "invalid_request_error"
+    assert error_body(told)["error"]["type"] == "invalid_request_error"
 
 
 @pytest.mark.parametrize(
