@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from flash.envs.of_package import PackageEnv, Split, importing
+from .of_package import PackageEnv, Split, importing
 
 with importing():
     import gem

@@ -9,8 +9,9 @@ from typing import Any
 
 import gymnasium
 
-from flash.envs.of_package import PackageEnv, Split, importing
 from flash.types import Observation, Task, Turn
+
+from .of_package import PackageEnv, Split, importing
 
 with importing():
     import reasoning_gym

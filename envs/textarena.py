@@ -3,7 +3,7 @@
 import functools
 from typing import Any
 
-from flash.envs.of_package import PackageEnv, Split, importing
+from .of_package import PackageEnv, Split, importing
 
 with importing():
     import textarena
