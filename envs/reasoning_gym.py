@@ -131,7 +131,10 @@ def _make(name: str, given: dict[str, Any]) -> _Set:
     config = {"seed": 0, "size": _FEWER.get(name, _PROBLEMS), **(given.get("config") or {})}
     if (level := given.get("level")) is not None:
         config = {**_of_level(name, level), **config}
-    return _Set(reasoning_gym.create_dataset(name, **config), config["size"])
+    try:
+        return _Set(reasoning_gym.create_dataset(name, **config), config["size"])
+    except (AssertionError, TypeError) as error:
+        raise ValueError(f"the config or level of dataset {name} is wrong: {error}") from error
 
 
 def _of_level(name: str, level: int) -> dict[str, Any]:

@@ -77,6 +77,14 @@ def test_a_level_is_the_curriculum_s_and_config_comes_before_it():
     [
         ({"level": 99}, "level=99 of chain_sum must be between 0 and"),
         ({"dataset": "composite", "level": 0}, "composite has no curriculum"),
+        (
+            {"dataset": "knight_swap", "level": 0},
+            "level of dataset knight_swap is wrong: min_nodes",
+        ),
+        (
+            {"config": {"max_term": 2}},
+            "config or level of dataset chain_sum is wrong: .*'max_term'",
+        ),
         ({"datasets": {}}, "has none"),
         ({"datasets": {"chain_sum": {"weight": 0}}}, "chain_sum.weight=0 must be a number above 0"),
         ({"datasets": {"chain_sum": {"size": 3}}}, r"chain_sum has \['size'\]"),
@@ -108,6 +116,6 @@ def test_each_dataset_has_problems_and_takes_any_answer(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(CURRICULA))
+@pytest.mark.parametrize("name", sorted(set(CURRICULA) - {"knight_swap"}))
 def test_each_curriculum_s_first_level_has_problems(name):
     assert ReasoningGymEnv(dataset=name, level=0).reset(seed=3)[0]
