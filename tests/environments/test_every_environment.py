@@ -13,12 +13,17 @@ import numpy as np
 import pytest
 
 from flash import registry
+from flash.agents import EnvironmentAgent
 from flash.config import try_environment
 from flash.environments.config import EnvConfig
 from flash.environments.hosts import EnvHosts
 from flash.environments.inline import InlineEnvs
 from flash.errors import EnvFailure
+from flash.fakes import FakeStyle, FakeWorker
+from flash.hub.hub import InferenceHub
+from flash.rollout.episode import Episode
 from flash.types import Task
+from flash.virtual_time import in_virtual_time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,3 +150,25 @@ async def test_a_step_before_any_reset_is_blamed_on_the_environment_or_answered(
     env = await envs.open()
     with contextlib.suppress(EnvFailure):
         assert isinstance((await env.step(row.action)).text, str)
+
+
+class Says(FakeStyle):
+    """Whatever is sampled, it says that."""
+
+    def __init__(self, action):
+        self._action = action
+
+    def action(self, sampled):
+        return self._action
+
+
+@each
+@in_virtual_time
+async def test_an_agent_plays_an_episode_in_it(row, envs):
+    agent = EnvironmentAgent(
+        envs=envs, style=Says(row.action), max_turns=3, max_tokens=3, max_sequence_tokens=100
+    )
+    async with InferenceHub([FakeWorker("w", token_s=(0, 0))]) as hub:
+        trajectory = await agent.play(Episode(1, Task(5), hub=hub))
+    assert 1 <= trajectory.turns <= 3
+    assert np.isfinite(trajectory.reward)
