@@ -280,14 +280,19 @@ class ChatTemplate:
         return self._encode_after_words(rest)
 
     def next_turn(
-        self, system: Sequence[Message], text: str, *, sampled: Sequence[int]
+        self,
+        system: Sequence[Message],
+        text: str,
+        *,
+        sampled: Sequence[int],
+        shown: Mapping[str, Any] = _NOTHING,
     ) -> list[int]:
         """Tokens of the user's next message, to follow what was sampled: see `between`.
 
         What was said before makes no difference to them, which `check_turns` sees to.
         """
         user = {"role": "user", "content": text}
-        between = self.between([*system, USER], SAID, [user], sampled=sampled)
+        between = self.between([*system, USER], SAID, [user], sampled=sampled, shown=shown)
         assert between is not None, "check_turns has seen that the template shows it"
         return between
 
@@ -307,6 +312,12 @@ class ChatTemplate:
             marked["content"] = self._sentinel
         _, found, rest = self.render([*before, marked, *after], shown).rpartition(self._sentinel)
         return rest if found else None
+
+    def end_of_call(self, said: Message, shown: Mapping[str, Any]) -> int | None:
+        """The token that ends an answer with calls in it; None if the template writes none."""
+        rest = self.after([USER], said, [], {"add_generation_prompt": False, **shown})
+        special = [token for token in self._encode(rest or "") if token in self._special]
+        return special[-1] if special else None
 
     def check_ends(self) -> None:
         """ValueError unless a token ends the assistant's turn."""
