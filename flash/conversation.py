@@ -21,7 +21,7 @@ from flash.types import UNKNOWN_EXPERT, Completion, Experts, SampledSequence
 
 Message = Mapping[str, Any]
 _Number = TypeVar("_Number", np.float32, np.int64)
-_NOTHING: Mapping[str, Any] = MappingProxyType({})
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 # Any words of theirs.
 USER: Message = {"role": "user", "content": "?"}
 SAID: Message = {"role": "assistant", "content": "!"}
@@ -229,7 +229,7 @@ class ChatTemplate:
         """What a template is rendered with otherwise than as its variables."""
         return inspect.signature(self._tokenizer.apply_chat_template).parameters.keys()
 
-    def prompt(self, messages: Sequence[Message], shown: Mapping[str, Any] = _NOTHING) -> list[int]:
+    def prompt(self, messages: Sequence[Message], shown: Mapping[str, Any] = NOTHING) -> list[int]:
         """Tokens of the whole conversation, up to the start of the assistant's next words.
 
         `shown` are `tools`, and more variables of the template.
@@ -256,7 +256,7 @@ class ChatTemplate:
         after: Sequence[Message],
         *,
         sampled: Sequence[int],
-        shown: Mapping[str, Any] = _NOTHING,
+        shown: Mapping[str, Any] = NOTHING,
     ) -> list[int] | None:
         """Tokens from the end of `sampled`, which said `said`, to the start of the next words.
 
@@ -285,7 +285,7 @@ class ChatTemplate:
         text: str,
         *,
         sampled: Sequence[int],
-        shown: Mapping[str, Any] = _NOTHING,
+        shown: Mapping[str, Any] = NOTHING,
     ) -> list[int]:
         """Tokens of the user's next message, to follow what was sampled: see `between`.
 
@@ -301,7 +301,7 @@ class ChatTemplate:
         before: Sequence[Message],
         said: Message,
         after: Sequence[Message],
-        shown: Mapping[str, Any] = _NOTHING,
+        shown: Mapping[str, Any] = NOTHING,
     ) -> str | None:
         """What stands after the words, or the last call, of `said`; None if they are not shown."""
         marked = dict(said)
@@ -363,7 +363,7 @@ class ChatTemplate:
             return False
         return self._sentinel in rendered and f"'{self._sentinel}'" not in rendered
 
-    def render(self, messages: Sequence[Message], shown: Mapping[str, Any] = _NOTHING) -> str:
+    def render(self, messages: Sequence[Message], shown: Mapping[str, Any] = NOTHING) -> str:
         """The conversation as the template writes it, up to the start of the next words."""
         return self._render(messages, {"add_generation_prompt": True, **shown})
 

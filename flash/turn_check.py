@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flash.conversation import SAID, USER, ChatTemplate, Message
+from flash.conversation import NOTHING, SAID, USER, ChatTemplate, Message
 
 _NAMES = {"system": "the system message", "user": "an observation", "assistant": "an answer"}
 _OTHERWISE = "use agent.style=plain, or another model"
@@ -11,11 +11,14 @@ _WITHOUT_TOOLS = "leave agent.tools and agent.mcp out, or use another model"
 _WITHOUT_SYSTEM = f"set agent.style_options.system='', or {_OTHERWISE}"
 
 
-def check_turns(template: ChatTemplate, *, system: bool) -> None:
+def check_turns(
+    template: ChatTemplate, *, system: bool, shown: Mapping[str, Any] = NOTHING
+) -> None:
     """ValueError unless `ChatTemplate.next_turn` gives what the template of the whole would.
 
     Of three turns each message must be shown once. Only the start of the assistant's words may
-    differ: see `_opens_alike`. `system`: whether there is a system message.
+    differ: see `_opens_alike`. `system`: whether there is a system message;
+    `shown`: as for `ChatTemplate.prompt`.
     """
     first = [{"role": "system", "content": "system-words"}] if system else []
     turns = [
@@ -23,9 +26,10 @@ def check_turns(template: ChatTemplate, *, system: bool) -> None:
         for number, role in enumerate(("user", "assistant", "user", "assistant", "user"))
     ]
     try:
-        whole, grown = template.render([*first, *turns]), template.render([*first, turns[0]])
+        whole = template.render([*first, *turns], shown)
+        grown = template.render([*first, turns[0]], shown)
         for said, user in ((turns[1], turns[2]), (turns[3], turns[4])):
-            after = template.after([*first, USER], SAID, [user])
+            after = template.after([*first, USER], SAID, [user], shown)
             grown += said["content"] + (after or "")
     except ValueError as error:
         raise ValueError(f"{error}: {_WITHOUT_SYSTEM if system else _OTHERWISE}") from error

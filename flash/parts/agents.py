@@ -1,5 +1,6 @@
 """The agents of a run and their environments: those that train, or those on held-out tasks."""
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from flash.environments.inline import InlineEnvs
 from flash.reward.stage import RewardStage
 from flash.rollout.episode import AgentFactory
 from flash.system.process import Child, StartProcess
+from flash.tools.tool import CallingStyle
+from flash.tools.toolset import Toolset
 from flash.types import EnvSource, PromptStyle
 
 
@@ -56,9 +59,15 @@ async def open_agents(
             name: await opened.enter_async_context(_open_envs(playing, start, heldout=heldout))
             for name, playing in sets.items()
         }
+        tools = {
+            name: await opened.enter_async_context(_open_tools(playing, start, heldout=heldout))
+            for name, playing in sets.items()
+        }
         yield Agents(
             make={
-                name: _factory(playing, envs=envs[name], door=door, heldout=heldout)
+                name: _factory(
+                    playing, envs=envs[name], tools=tools[name], door=door, heldout=heldout
+                )
                 for name, playing in sets.items()
             },
             hosts=[source for source in envs.values() if isinstance(source, EnvHosts)],
@@ -66,7 +75,12 @@ async def open_agents(
 
 
 def _factory(
-    playing: Playing, *, envs: EnvSource | None, door: Door | None, heldout: bool
+    playing: Playing,
+    *,
+    envs: EnvSource | None,
+    tools: "_Tools | None",
+    door: Door | None,
+    heldout: bool,
 ) -> AgentFactory:
     """Makes agents; found by name, because `flash` does not import `flash.agents`."""
     config = playing.config
@@ -92,7 +106,8 @@ def _factory(
     agent = registry.agent("environment")
     return lambda: agent(
         envs=envs,
-        style=playing.style,
+        style=playing.style if tools is None else tools.style,
+        tools=None if tools is None else tools.tools,
         max_turns=settings.max_turns,
         samples=settings.samples,
         # A host that hangs is found by its own deadline first, which can tell who was working.
@@ -127,6 +142,37 @@ async def _open_envs(
         start=start,
     ) as hosts:
         yield hosts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tools:
+    """Tools that are open, and the prompt style that knows them."""
+
+    tools: Toolset
+    style: CallingStyle
+
+
+@contextlib.asynccontextmanager
+async def _open_tools(
+    playing: Playing, start: StartProcess, *, heldout: bool
+) -> AsyncIterator[_Tools | None]:
+    """What the policy can call, if anything; ValueError for a model that calls no tools."""
+    settings = playing.config.agent
+    if not settings.has_tools:
+        yield None
+        return
+    async with Toolset(
+        settings.tools,
+        settings.mcp,
+        processes=settings.tool_processes,
+        timeout_s=settings.tool_timeout_s,
+        max_chars=settings.tool_chars,
+        log_dir=playing.log_dir / "heldout" if heldout else playing.log_dir,
+        start=start,
+    ) as tools:
+        assert isinstance(playing.style, CallingStyle), "as check_tools has seen to"
+        style = await asyncio.to_thread(playing.style.calling, tools.schemas)
+        yield _Tools(tools=tools, style=style)
 
 
 def _env_options(config: Config, *, heldout: bool) -> dict[str, Any]:

@@ -7,12 +7,11 @@ trial: a call that its chat template writes must be read as what it was.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from flash.conversation import SAID, USER, ChatTemplate
+from flash.conversation import USER, ChatTemplate
 from flash.door.reply import Reply, load_template, manners_of
-from flash.tools.tool import Schema, ToolCall, name_of
+from flash.tools.tool import Said, Schema, ToolCall, name_of
 from flash.turn_check import check_results
 
 _REMEDY = "leave agent.tools and agent.mcp out, or use a model that calls tools"
@@ -125,15 +124,6 @@ FORMATS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Said:
-    """What a policy said: an answer, or calls; `wrong` is why calls can't be read."""
-
-    text: str
-    calls: Sequence[ToolCall] = ()
-    wrong: str = ""
-
-
 class CallFormat:
     """Reads calls in what was sampled, and writes their results, for one model and its tools.
 
@@ -154,7 +144,11 @@ class CallFormat:
         call = _probe_call()
         end = template.end_of_call(call, self.shown)
         manners = manners_of(tokenizer)
-        stops = (*template.stop_token_ids, *manners.stop_token_ids, *(() if end is None else (end,)))
+        stops = (
+            *template.stop_token_ids,
+            *manners.stop_token_ids,
+            *(() if end is None else (end,)),
+        )
         self.stop_token_ids = tuple(dict.fromkeys(stops))
         self._reads = self._format(manners.response_template)
         check_results(template, call, _RESULT, self.shown)
@@ -180,9 +174,7 @@ class CallFormat:
             {"role": "tool", "tool_call_id": call.id, "name": call.name, "content": result}
             for call, result in zip(calls, results, strict=True)
         ]
-        between = self._template.between(
-            [USER], said, messages, sampled=sampled, shown=self.shown
-        )
+        between = self._template.between([USER], said, messages, sampled=sampled, shown=self.shown)
         assert between is not None, "calls are read in answers that have ended only"
         return between
 
@@ -201,7 +193,11 @@ class CallFormat:
         if not reply.kept_format:
             return Said(text=reply.content, wrong="it is not in the format of calls")
         calls = [
-            ToolCall(id=call["id"], name=call["function"]["name"], arguments=call["function"]["arguments"])
+            ToolCall(
+                id=call["id"],
+                name=call["function"]["name"],
+                arguments=call["function"]["arguments"],
+            )
             for call in reply.tool_calls
         ]
         if calls and sampled[-1] not in self.stop_token_ids:

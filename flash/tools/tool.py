@@ -4,12 +4,13 @@ import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self, runtime_checkable
 
 import jsonschema
 
 from flash.answers import shown
 from flash.errors import EnvFailure, first_error
+from flash.types import PromptStyle
 
 Schema = Mapping[str, Any]
 """As chat templates take it: `{"type": "function", "function": {"name", "parameters", …}}`."""
@@ -22,6 +23,35 @@ class ToolCall:
     id: str
     name: str
     arguments: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Said:
+    """What a policy said: an answer, or calls; `wrong` is why calls can't be read."""
+
+    text: str
+    calls: Sequence[ToolCall] = ()
+    wrong: str = ""
+
+
+@runtime_checkable
+class CallingStyle(PromptStyle, Protocol):
+    """A prompt style whose policy is shown tools, and calls them."""
+
+    def calling(self, schemas: Sequence[Schema]) -> Self:
+        """The same style with these tools, of which `read` and `results` know. ValueError where
+        the model does not call tools. Reads files."""
+        ...
+
+    def read(self, prompt: Sequence[int], sampled: Sequence[int]) -> Said:
+        """What was sampled after `prompt`; in `text` the action, if nothing was called."""
+        ...
+
+    def results(
+        self, calls: Sequence[ToolCall], results: Sequence[str], sampled: Sequence[int]
+    ) -> list[int]:
+        """Tokens between what was sampled, with those calls, and the next words."""
+        ...
 
 
 class ToolError(Exception):

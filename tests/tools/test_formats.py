@@ -22,7 +22,10 @@ ADD = {
 }
 USER = {"role": "user", "content": "2 + 3?"}
 CALL = '{"name": "add", "%s": {"a": 2, "b": 3}}'
-XML = "<tool_call>\n<function=add>\n<parameter=a>\n2\n</parameter>\n<parameter=b>\n3\n</parameter>\n</function>\n</tool_call>"
+XML = (
+    "<tool_call>\n<function=add>\n<parameter=a>\n2\n</parameter>\n"
+    "<parameter=b>\n3\n</parameter>\n</function>\n</tool_call>"
+)
 TAGGED = "<tool_call>\n" + CALL % "arguments" + "\n</tool_call>"
 HARMONY_CALL = 'to=functions.add <|constrain|>json<|message|>{"a": 2, "b": 3}<|call|>'
 
@@ -56,9 +59,7 @@ SAID = [
 
 
 @pytest.mark.parametrize(("name", "said", "text", "calls"), SAID)
-def test_calls_are_read_and_their_results_written_as_the_template_has_them(
-    name, said, text, calls
-):
+def test_calls_are_read_and_their_results_written_as_the_template_has_them(name, said, text, calls):
     tokenizer, form = made(name)
     template = ChatTemplate(tokenizer)
     prompt, sampled = template.prompt([USER], form.shown), encoded(tokenizer, said)
