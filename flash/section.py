@@ -76,7 +76,8 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 """A list, or one string with commas between its names."""
 
 
-def _can_be_had(value: tuple[str, ...]) -> tuple[str, ...]:
+def can_be_had(value: tuple[str, ...]) -> tuple[str, ...]:
+    """Environment variables, if they are; ValueError for one that is not set here."""
     for name, given, _ in (entry.partition("=") for entry in value):
         if not re.fullmatch(r"[A-Za-z_]\w*", name):
             raise ValueError(f"{name!r} is no name of a variable: write NAME or NAME=value")
@@ -85,7 +86,7 @@ def _can_be_had(value: tuple[str, ...]) -> tuple[str, ...]:
     return value
 
 
-Variables = Annotated[Names, AfterValidator(_can_be_had)]
+Variables = Annotated[Names, AfterValidator(can_be_had)]
 """Environment variables: NAME passes this process's own, NAME=value sets one."""
 
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from flash.section import Names, Section, Variables
+from flash.section import Names, Section, can_be_had
 from flash.tools.config import McpConfig
 
 # The environment variables that a command finds for its episode.
@@ -20,7 +20,7 @@ class AgentConfig(Section):
         description="an agent of your own, as a coroutine function module:name, or as a command "
         "[python, agent.py, …]; it brings its own environment",
     )
-    env: Variables = Field(
+    env: Names = Field(
         (),
         description="environment variables of an agent that is a command, beside PATH, HOME and "
         "the like: NAME passes this process's own, NAME=value sets one, kept in config.yaml",
@@ -95,11 +95,11 @@ class AgentConfig(Section):
 
     @field_validator("env")
     @classmethod
-    def _env_is_no_episodes_own(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _env_can_be_had(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in (entry.partition("=")[0] for entry in value):
             if name in GIVEN:
                 raise ValueError(f"{name} is each episode's own: leave it out")
-        return value
+        return can_be_had(value)
 
     @field_validator("ignore")
     @classmethod

@@ -60,7 +60,7 @@ async def open_agents(
             for name, playing in sets.items()
         }
         tools = {
-            name: await opened.enter_async_context(_open_tools(playing, start, heldout=heldout))
+            name: await opened.enter_async_context(_open_tools(playing, start))
             for name, playing in sets.items()
         }
         yield Agents(
@@ -153,9 +153,7 @@ class _Tools:
 
 
 @contextlib.asynccontextmanager
-async def _open_tools(
-    playing: Playing, start: StartProcess, *, heldout: bool
-) -> AsyncIterator[_Tools | None]:
+async def _open_tools(playing: Playing, start: StartProcess) -> AsyncIterator[_Tools | None]:
     """What the policy can call, if anything; ValueError for a model that calls no tools."""
     settings = playing.config.agent
     if not settings.has_tools:
@@ -167,7 +165,7 @@ async def _open_tools(
         processes=settings.tool_processes,
         timeout_s=settings.tool_timeout_s,
         max_chars=settings.tool_chars,
-        log_dir=playing.log_dir / "heldout" if heldout else playing.log_dir,
+        log_dir=playing.log_dir,
         start=start,
     ) as tools:
         assert isinstance(playing.style, CallingStyle), "as check_tools has seen to"

@@ -11,23 +11,10 @@ from typing import Any
 
 from flash.conversation import USER, ChatTemplate
 from flash.door.reply import Reply, load_template, manners_of
-from flash.tools.tool import Said, Schema, ToolCall, name_of
+from flash.tools.tool import PROBE, Said, Schema, ToolCall, name_of
 from flash.turn_check import check_results
 
 _REMEDY = "leave agent.tools and agent.mcp out, or use a model that calls tools"
-_PROBE: Schema = {
-    "type": "function",
-    "function": {
-        "name": "probe",
-        "description": "?",
-        "parameters": {
-            "type": "object",
-            "properties": {"argument": {"type": "string", "description": "?"}},
-            "required": ["argument"],
-        },
-    },
-}
-
 _PROBE_ID = "call00001"
 _RESULT = {"role": "tool", "tool_call_id": _PROBE_ID, "name": "probe", "content": "result-words"}
 _OF_CALL = {"type": "function", "function": "{content}"}
@@ -206,7 +193,7 @@ class CallFormat:
 
     def _format(self, own: Mapping[str, Any] | None) -> Any:
         """The response template that reads a call which the chat template has written."""
-        shown = {"tools": [_PROBE]}
+        shown = {"tools": [PROBE]}
         call = _probe_call()
         try:
             before = self._template.render([USER], shown)
@@ -221,7 +208,7 @@ class CallFormat:
                 continue
             reads = load_template(described, tools=True)
             said = self._read(
-                reads, [_PROBE], encode(before, add_special_tokens=False), sampled[: end + 1]
+                reads, [PROBE], encode(before, add_special_tokens=False), sampled[: end + 1]
             )
             if [(c.name, json.loads(c.arguments)) for c in said.calls] == [
                 ("probe", {"argument": "call-words"})

@@ -15,6 +15,20 @@ from flash.types import PromptStyle
 Schema = Mapping[str, Any]
 """As chat templates take it: `{"type": "function", "function": {"name", "parameters", …}}`."""
 
+PROBE: Schema = {
+    "type": "function",
+    "function": {
+        "name": "probe",
+        "description": "?",
+        "parameters": {
+            "type": "object",
+            "properties": {"argument": {"type": "string", "description": "?"}},
+            "required": ["argument"],
+        },
+    },
+}
+"""A tool that nobody runs, to try how a model calls one."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolCall:

@@ -114,7 +114,7 @@ async def test_a_call_that_is_wrong_is_told_and_may_be_mended(tmp_path, wrong, t
 
 async def test_rounds_of_tools_are_among_the_responses_that_are_allowed(tmp_path):
     said = [f"{CALL}<|im_end|>"] * 3
-    trajectory, text, heard, _, tokenizer = await played(said, tmp_path, max_turns=3)
+    trajectory, text, heard, _, _ = await played(said, tmp_path, max_turns=3)
     assert heard == []
     assert (trajectory.turns, trajectory.reward, trajectory.success) == (3, 0.0, False)
     assert trajectory.turn_rewards == [0.0, 0.0, 0.0]
@@ -124,11 +124,11 @@ async def test_rounds_of_tools_are_among_the_responses_that_are_allowed(tmp_path
 
 async def test_results_that_leave_no_room_end_the_episode_before_them(tmp_path):
     said = [f"{CALL}<|im_end|>"]
-    whole, text, _, _, _ = await played([*said, "5<|im_end|>", "<|im_end|>"], tmp_path)
+    whole, _, _, _, _ = await played([*said, "5<|im_end|>", "<|im_end|>"], tmp_path)
     (sequence,) = whole.sequences
     first = [run for _, run in sequence.runs(0)]
     up_to = sum(map(len, first[:3]))  # with the result
-    trajectory, text, heard, _, tokenizer = await played(said, tmp_path, max_sequence_tokens=up_to)
+    trajectory, _, heard, _, tokenizer = await played(said, tmp_path, max_sequence_tokens=up_to)
     assert heard == []
     assert sampled(trajectory, tokenizer) == said
     assert trajectory.sequences[0].num_tokens == up_to - len(first[2])
@@ -136,7 +136,7 @@ async def test_results_that_leave_no_room_end_the_episode_before_them(tmp_path):
 
 async def test_llama_and_harmony_call_tools_too(tmp_path):
     call = '{"name": "add", "parameters": {"a": 2, "b": 3}}<|eot_id|>'
-    trajectory, _, heard, _, _ = await played(
+    _, _, heard, _, _ = await played(
         [call, "5<|eot_id|>", "so<|eot_id|>"], tmp_path, form="llama3_json"
     )
     assert heard == ["5", "so"]

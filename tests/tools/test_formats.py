@@ -4,7 +4,9 @@ import json
 
 import pytest
 
+from flash.config import load
 from flash.conversation import ChatTemplate
+from flash.parts.model import make_style
 from flash.tools.formats import CallFormat
 from tests.tools.templates import HERMES, TEMPLATES, tokenizer_of
 
@@ -134,3 +136,14 @@ def test_a_template_that_does_not_serve_is_refused_with_the_remedy(template, why
     tokenizer = tokenizer_of(template)
     with pytest.raises(ValueError, match=f"{why}(?s:.)*leave agent.tools and agent.mcp out"):
         CallFormat(tokenizer, ChatTemplate(tokenizer), [ADD])
+
+
+def test_a_model_that_calls_no_tools_is_refused_before_anything_starts():
+    config = load(
+        "frozen_lake", {"agent.style": "chat", "agent.mcp": [{"url": "http://127.0.0.1:1/mcp"}]}
+    )
+    make_style(config, tokenizer_of(HERMES))
+    with pytest.raises(
+        ValueError, match=r"agent\.style='chat' .*shows no tools: leave agent\.tools"
+    ):
+        make_style(config, tokenizer_of(HERMES.replace("{{ tools | tojson }}", "")))

@@ -79,19 +79,19 @@ async def test_a_server_of_all_that_dies_fails_the_episode_and_is_started_anew(
     monkeypatch.setenv("SHOWN", "here")
     monkeypatch.setenv("HIDDEN", "too")
     config = McpConfig(command=tuple(odd), env=("SHOWN",))
-    async with Toolset([], [config], timeout_s=20, log_dir=tmp_path) as tools:
-        async with tools.of_episode() as one, tools.of_episode() as other:
-            first = await asked(one, "pid")
-            assert first == await asked(other, "pid")
-            assert first.split()[1:] == ["here", "None"]
-            with pytest.raises(EnvFailure, match=r"the MCP server .*odd\.py was lost"):
-                await asked(one, "dies")
-            second = await asked(other, "pid")
-            assert second.split()[0] != first.split()[0]
-            os.kill(int(second.split()[0]), signal.SIGKILL)
-            with pytest.raises(EnvFailure, match="was lost"):
-                await asked(other, "pid")
-            third = await asked(other, "pid")
+    tools = Toolset([], [config], timeout_s=20, log_dir=tmp_path)
+    async with tools, tools.of_episode() as one, tools.of_episode() as other:
+        first = await asked(one, "pid")
+        assert first == await asked(other, "pid")
+        assert first.split()[1:] == ["here", "None"]
+        with pytest.raises(EnvFailure, match=r"the MCP server .*odd\.py was lost"):
+            await asked(one, "dies")
+        second = await asked(other, "pid")
+        assert second.split()[0] != first.split()[0]
+        os.kill(int(second.split()[0]), signal.SIGKILL)
+        with pytest.raises(EnvFailure, match="was lost"):
+            await asked(other, "pid")
+        third = await asked(other, "pid")
     with pytest.raises(ProcessLookupError):
         os.kill(int(third.split()[0]), 0)
 
