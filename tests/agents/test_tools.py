@@ -9,9 +9,10 @@ from flash.errors import EnvFailure
 from flash.fakes import FakeWorker
 from flash.hub.hub import InferenceHub
 from flash.rollout.episode import Episode
+from flash.tools.tool import PROBE
 from flash.tools.toolset import Toolset
-from flash.types import Task
-from tests.tools.templates import TEMPLATES, tokenizer_of
+from flash.types import Observation, Task
+from tests.tools.templates import HERMES, TEMPLATES, tokenizer_of
 
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}\n</tool_call>'
 RESULT = "<|im_start|>user\n<tool_response>\n%s\n</tool_response><|im_end|>\n"
@@ -164,3 +165,16 @@ async def test_tools_are_for_a_style_that_reads_calls(tmp_path):
             EnvironmentAgent(
                 envs=InlineEnvs(Asks), style=PlainStyle(tokenizer), tools=tools, max_tokens=1
             )
+
+
+def test_later_observations_are_written_as_the_template_writes_them_beside_tools():
+    template = HERMES.replace(
+        "{% if m.role == 'tool' %}",
+        "{% if tools and m.role == 'user' %}<|im_start|>user\n(tools) {{ m.content }}<|im_end|>\n"
+        "{% elif m.role == 'tool' %}",
+    )
+    tokenizer = tokenizer_of(template)
+    style = ChatStyle(tokenizer, system="").calling([PROBE])
+    said = tokenizer.encode("5<|im_end|>", add_special_tokens=False)
+    told = tokenizer.decode(style.next(Observation(text="and now?"), said))
+    assert told == f"\n<|im_start|>user\n(tools) and now?<|im_end|>\n{ASSISTANT}"
