@@ -9,7 +9,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 import jsonschema
 
 from flash.answers import shown
-from flash.errors import EnvFailure, first_error
+from flash.errors import EnvFailure, first_error, one_line
 from flash.types import PromptStyle
 
 Schema = Mapping[str, Any]
@@ -119,10 +119,9 @@ class Toolbox:
         try:
             text = await self._call(call)
         except ToolError as error:
-            text = f"Error: {error}"
+            text = f"Error: {error}".encode(errors="replace").decode()
         except TimeoutError:
             text = f"Error: {call.name} took longer than {self._timeout_s:g} s"
-        text = text.encode(errors="replace").decode() if text.startswith("Error: ") else text
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -147,7 +146,14 @@ class Toolbox:
             raise ToolError("the arguments must be a JSON object")
         parameters = tool.schema["function"].get("parameters", {})
         checker = jsonschema.Draft202012Validator(parameters)
-        if wrong := jsonschema.exceptions.best_match(checker.iter_errors(arguments)):
+        try:
+            wrong = jsonschema.exceptions.best_match(checker.iter_errors(arguments))
+        except Exception as error:  # the boundary to a server's schema, which may be none
+            raise EnvFailure(
+                f"tool {call.name!r} has a schema that nothing can be checked against: "
+                f"{one_line(error)}"
+            ) from error
+        if wrong:
             where = "".join(f" of {part!r}" for part in reversed(wrong.absolute_path))
             raise ToolError(f"wrong arguments{where}: {wrong.message}")
         return await tool.call(arguments, timeout_s=self._timeout_s)

@@ -103,6 +103,14 @@ async def test_a_tool_that_is_at_fault_fails_the_episode_by_its_name(function, w
         await boxed(function).answer([call(function.__name__)])
 
 
+async def test_a_schema_that_is_none_fails_the_episode_by_the_tools_name():
+    tool = CoroutineTool("m:f", functions.table)
+    tool.schema["function"]["parameters"] = {"$ref": "#/nowhere"}
+    box = Toolbox([tool], timeout_s=5, max_chars=100)
+    with pytest.raises(EnvFailure, match="tool 'table' has a schema that nothing can be checked"):
+        await box.answer([call("table")])
+
+
 async def test_two_tools_of_one_name_are_refused(tmp_path):
     names = ["tests.tools.functions:add", "tests.tools.functions:other_add"]
     with pytest.raises(ValueError, match="two tools named 'add'"):
