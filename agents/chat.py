@@ -1,13 +1,19 @@
 """The `chat` style: the model's own chat template, extended turn by turn."""
 
+import copy
 import functools
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Self
 
-from flash.conversation import ChatTemplate
+from flash.conversation import NOTHING, ChatTemplate
+from flash.tools.tool import Said, Schema, ToolCall
 from flash.turn_check import check_turns
 from flash.types import Observation
+
+if TYPE_CHECKING:
+    from flash.tools.formats import CallFormat
 
 
 class ChatStyle:
@@ -45,22 +51,47 @@ class ChatStyle:
         self._instruction = instruction
         self._commands = commands
         self.stop_token_ids = self._template.stop_token_ids
+        self._format: CallFormat | None = None
+        self._shown: Mapping[str, Any] = NOTHING
+
+    def calling(self, schemas: Sequence[Schema]) -> Self:
+        from flash.tools.formats import CallFormat  # noqa: PLC0415  (imports a server)
+
+        style = copy.copy(self)
+        style._format = CallFormat(self._tokenizer, self._template, schemas)
+        style._shown = style._format.shown
+        style.stop_token_ids = style._format.stop_token_ids
+        check_turns(self._template, system=bool(self._system), shown=style._shown)
+        return style
 
     def first(self, observation: Observation) -> list[int]:
         goal = observation.info.get("goal")
         text = self._message(observation)
         if goal and goal not in text:
             text = f"Your task: {goal}\n\n{text}"
-        return self._template.prompt([*self._system, {"role": "user", "content": text}])
+        messages = [*self._system, {"role": "user", "content": text}]
+        return self._template.prompt(messages, self._shown)
 
     def next(self, observation: Observation, sampled: Sequence[int]) -> list[int]:
-        return self._template.next_turn(self._system, self._message(observation), sampled=sampled)
+        text = self._message(observation)
+        return self._template.next_turn(self._system, text, sampled=sampled, shown=self._shown)
 
     def action(self, sampled: Sequence[int]) -> str:
         ended = bool(sampled) and sampled[-1] in self.stop_token_ids
         said = list(sampled[:-1] if ended else sampled)
         text: str = self._tokenizer.decode(said, skip_special_tokens=True)
         return self._answer(text).strip()
+
+    def read(self, prompt: Sequence[int], sampled: Sequence[int]) -> Said:
+        assert self._format is not None, "calling() gives a style that reads calls"
+        said = self._format.read(prompt, sampled)
+        return replace(said, text=self._answer(said.text).strip())
+
+    def results(
+        self, calls: Sequence[ToolCall], results: Sequence[str], sampled: Sequence[int]
+    ) -> list[int]:
+        assert self._format is not None, "calling() gives a style that reads calls"
+        return self._format.results(calls, results, sampled=sampled)
 
     def _message(self, observation: Observation) -> str:
         parts = [observation.text]

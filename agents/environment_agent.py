@@ -1,6 +1,10 @@
-"""The actor that lives one episode at a time: reset → (generate → step)* → reward."""
+"""The actor that lives one episode at a time: reset → (generate → step)* → reward.
+
+With tools a response may call some; their results are what it reads next, in place of a step's.
+"""
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -12,6 +16,8 @@ from flash.deadline import Deadline
 from flash.errors import AgentFailure, EnvFailure, RewardFailure
 from flash.reward.outcome import outcome
 from flash.rollout.episode import Episode
+from flash.tools.tool import CallingStyle, Said, Toolbox
+from flash.tools.toolset import Toolset
 from flash.types import (
     AsyncEnv,
     Completion,
@@ -40,7 +46,8 @@ class EnvironmentAgent(Actor):
 
     Args:
         envs: where environments come from.
-        style: turns observations into prompt tokens and sampled tokens into actions.
+        style: turns observations into prompt tokens and sampled tokens into actions; with tools
+            a CallingStyle that knows them.
         max_tokens: of one response.
         max_turns: responses in an episode; None leaves the end to the environment.
         max_sequence_tokens: of a conversation. An observation after which no token could be
@@ -54,6 +61,8 @@ class EnvironmentAgent(Actor):
         reward: computes the episode's reward from all its observations; by default the sum of
             what the environment gave.
         reward_timeout_s: past it the episode fails (reward).
+        tools: what the policy can call, as often as `max_turns` responses allow. A response with
+            calls is followed by their results and no step, and by a reward of 0.
         reward_stage: computes it after that, from what was read and said: see `flash/reward/`.
     """
 
@@ -72,6 +81,7 @@ class EnvironmentAgent(Actor):
         episode_timeout_s: float = 1800.0,
         reward: Reward | None = None,
         reward_timeout_s: float = 60.0,
+        tools: Toolset | None = None,
         reward_stage: RewardStage | None = None,
     ) -> None:
         super().__init__(episode_timeout_s=episode_timeout_s, reward_stage=reward_stage)
@@ -89,6 +99,9 @@ class EnvironmentAgent(Actor):
         self._step_timeout_s = step_timeout_s
         self._reward = reward
         self._reward_timeout_s = reward_timeout_s
+        self._tools = tools
+        if tools is not None and not isinstance(style, CallingStyle):
+            raise ValueError("tools are for a style that reads calls: use ChatStyle.calling")
 
     async def play(self, episode: Episode) -> Trajectory:
         """One whole episode; a subclass may live it differently."""
@@ -97,16 +110,24 @@ class EnvironmentAgent(Actor):
         try:
             if env.deterministic:
                 episode.replay_history()
-            return await self._play_in(env, episode)
+            async with contextlib.AsyncExitStack() as opened:
+                toolbox: Toolbox | None = None
+                if self._tools is not None:
+                    with episode.stage("tools"):
+                        toolbox = await opened.enter_async_context(self._tools.of_episode())
+                return await self._play_in(env, episode, toolbox)
         finally:
             env.close()
 
-    async def _play_in(self, env: AsyncEnv, episode: Episode) -> Trajectory:
+    async def _play_in(
+        self, env: AsyncEnv, episode: Episode, toolbox: Toolbox | None
+    ) -> Trajectory:
         with episode.stage("env"):
             seen = [await self._within_step("reset", env.reset(episode.task))]
         episode.observe(seen[0])
         conversation = TokenSequence([])
         turns: list[SampledSequence] = []
+        states, rewards = [seen[0].text], list[float]()  # before each response, and after it
         prompt: Sequence[int] | None = await self._first_prompt(seen[0])
         while prompt is not None:
             conversation.add_prompt(prompt)
@@ -116,14 +137,25 @@ class EnvironmentAgent(Actor):
                 turn.add_sampled(completion, turn=episode.turns - 1)
                 turns.append(turn.snapshot())
             conversation.add_sampled(completion)
-            with episode.stage("env"):
-                action = self._style.action(completion.token_ids)
-                seen.append(await self._within_step("step", env.step(action)))
-            episode.observe(seen[-1])
+            said = self._said(prompt, completion.token_ids, calls=toolbox is not None)
+            may_go_on = episode.turns != self._max_turns
+            room = self._max_sequence_tokens - len(conversation.token_ids)
             prompt = None
-            if not seen[-1].done and episode.turns != self._max_turns:
-                room = self._max_sequence_tokens - len(conversation.token_ids)
+            if toolbox is not None and (said.calls or said.wrong):
+                rewards.append(0.0)
+                if may_go_on:
+                    text, prompt = await self._results(
+                        episode, toolbox, said, completion.token_ids, room
+                    )
+                    states.append(text)
+                continue
+            with episode.stage("env"):
+                seen.append(await self._within_step("step", env.step(said.text)))
+            episode.observe(seen[-1])
+            rewards.append(seen[-1].reward)
+            if not seen[-1].done and may_go_on:
                 prompt = await self._next_prompt(seen[-1], completion.token_ids, room)
+            states.append(seen[-1].text)
         with episode.stage("reward"):
             reward = await self._reward_of(seen)
         return Trajectory(
@@ -131,9 +163,35 @@ class EnvironmentAgent(Actor):
             reward=reward,
             turns=episode.turns,
             success=bool(seen[-1].info.get("success", reward > 0)),
-            turn_rewards=self._turn_rewards(seen, reward),
-            turn_states=[observation.text for observation in seen[: episode.turns]],
+            turn_rewards=self._turn_rewards(rewards, reward),
+            turn_states=states[: episode.turns],
         )
+
+    def _said(self, prompt: Sequence[int], sampled: Sequence[int], *, calls: bool) -> Said:
+        """What was said; without `calls` it is all for the environment."""
+        if calls:
+            assert isinstance(self._style, CallingStyle), "as the constructor has checked"
+            return self._style.read(prompt, sampled)
+        return Said(text=self._style.action(sampled))
+
+    async def _results(
+        self, episode: Episode, toolbox: Toolbox, said: Said, sampled: Sequence[int], room: int
+    ) -> tuple[str, list[int] | None]:
+        """What tools answered, and its tokens; None if they leave no room to answer."""
+        if said.wrong:
+            told = Observation(text=f"No tool was called: {said.wrong}.")
+            return told.text, await self._next_prompt(told, sampled, room)
+        with episode.stage("tools"):
+            results = await toolbox.answer(said.calls)
+        told = Observation(text="\n".join(results))
+        if room <= 1:
+            return told.text, None
+        assert isinstance(self._style, CallingStyle), "as the constructor has checked"
+        try:
+            prompt = await self._tokens(told, self._style.results, said.calls, results, sampled)
+        except ValueError as error:
+            raise AgentFailure(f"no results of {len(said.calls)} calls: {error}") from error
+        return told.text, prompt if prompt is not None and len(prompt) < room else None
 
     async def _first_prompt(self, observation: Observation) -> list[int]:
         limit = self._max_sequence_tokens
@@ -193,11 +251,11 @@ class EnvironmentAgent(Actor):
                 f"{what} took longer than step_timeout_s={self._step_timeout_s:g}"
             ) from error
 
-    def _turn_rewards(self, seen: Sequence[Observation], reward: float) -> list[float]:
+    def _turn_rewards(self, rewards: Sequence[float], reward: float) -> list[float]:
         """What followed each turn; a reward computed at the end followed the last one."""
         if self._reward is None:
-            return [observation.reward for observation in seen[1:]]
-        return [0.0] * (len(seen) - 2) + [reward] if len(seen) > 1 else []
+            return list(rewards)
+        return [0.0] * (len(rewards) - 1) + [reward]
 
     async def _reward_of(self, seen: Sequence[Observation]) -> float:
         if self._reward is None:

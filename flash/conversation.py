@@ -21,7 +21,7 @@ from flash.types import UNKNOWN_EXPERT, Completion, Experts, SampledSequence
 
 Message = Mapping[str, Any]
 _Number = TypeVar("_Number", np.float32, np.int64)
-_NOTHING: Mapping[str, Any] = MappingProxyType({})
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 # Any words of theirs.
 USER: Message = {"role": "user", "content": "?"}
 SAID: Message = {"role": "assistant", "content": "!"}
@@ -234,7 +234,7 @@ class ChatTemplate:
         """What a template is rendered with otherwise than as its variables."""
         return inspect.signature(self._tokenizer.apply_chat_template).parameters.keys()
 
-    def prompt(self, messages: Sequence[Message], shown: Mapping[str, Any] = _NOTHING) -> list[int]:
+    def prompt(self, messages: Sequence[Message], shown: Mapping[str, Any] = NOTHING) -> list[int]:
         """Tokens of the whole conversation, up to the start of the assistant's next words.
 
         `shown` are `tools`, and more variables of the template.
@@ -261,7 +261,7 @@ class ChatTemplate:
         after: Sequence[Message],
         *,
         sampled: Sequence[int],
-        shown: Mapping[str, Any] = _NOTHING,
+        shown: Mapping[str, Any] = NOTHING,
     ) -> list[int] | None:
         """Tokens from the end of `sampled`, which said `said`, to the start of the next words.
 
@@ -285,14 +285,19 @@ class ChatTemplate:
         return self._encode_after_words(rest)
 
     def next_turn(
-        self, system: Sequence[Message], text: str, *, sampled: Sequence[int]
+        self,
+        system: Sequence[Message],
+        text: str,
+        *,
+        sampled: Sequence[int],
+        shown: Mapping[str, Any] = NOTHING,
     ) -> list[int]:
         """Tokens of the user's next message, to follow what was sampled: see `between`.
 
         What was said before makes no difference to them, which `check_turns` sees to.
         """
         user = {"role": "user", "content": text}
-        between = self.between([*system, USER], SAID, [user], sampled=sampled)
+        between = self.between([*system, USER], SAID, [user], sampled=sampled, shown=shown)
         assert between is not None, "check_turns has seen that the template shows it"
         return between
 
@@ -301,7 +306,7 @@ class ChatTemplate:
         before: Sequence[Message],
         said: Message,
         after: Sequence[Message],
-        shown: Mapping[str, Any] = _NOTHING,
+        shown: Mapping[str, Any] = NOTHING,
     ) -> str | None:
         """What stands after the words, or the last call, of `said`; None if they are not shown."""
         marked = dict(said)
@@ -312,6 +317,12 @@ class ChatTemplate:
             marked["content"] = self._sentinel
         _, found, rest = self.render([*before, marked, *after], shown).rpartition(self._sentinel)
         return rest if found else None
+
+    def end_of_call(self, said: Message, shown: Mapping[str, Any]) -> int | None:
+        """The token that ends an answer with calls in it; None if the template writes none."""
+        rest = self.after([USER], said, [], {"add_generation_prompt": False, **shown})
+        special = [token for token in self._encode(rest or "") if token in self._special]
+        return special[-1] if special else None
 
     def check_ends(self) -> None:
         """ValueError unless a token ends the assistant's turn."""
@@ -357,7 +368,7 @@ class ChatTemplate:
             return False
         return self._sentinel in rendered and f"'{self._sentinel}'" not in rendered
 
-    def render(self, messages: Sequence[Message], shown: Mapping[str, Any] = _NOTHING) -> str:
+    def render(self, messages: Sequence[Message], shown: Mapping[str, Any] = NOTHING) -> str:
         """The conversation as the template writes it, up to the start of the next words."""
         return self._render(messages, {"add_generation_prompt": True, **shown})
 

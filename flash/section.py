@@ -1,11 +1,13 @@
 """What all parts of a configuration share."""
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, get_args
 from urllib.parse import urlsplit
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -72,6 +74,20 @@ Secret = Annotated[SecretStr, BeforeValidator(_given), PlainSerializer(_kept, re
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 """A list, or one string with commas between its names."""
+
+
+def can_be_had(value: tuple[str, ...]) -> tuple[str, ...]:
+    """Environment variables, if they are; ValueError for one that is not set here."""
+    for name, given, _ in (entry.partition("=") for entry in value):
+        if not re.fullmatch(r"[A-Za-z_]\w*", name):
+            raise ValueError(f"{name!r} is no name of a variable: write NAME or NAME=value")
+        if not given and name not in os.environ:
+            raise ValueError(f"{name} is not set here: export it, or write {name}=value")
+    return value
+
+
+Variables = Annotated[Names, AfterValidator(can_be_had)]
+"""Environment variables: NAME passes this process's own, NAME=value sets one."""
 
 
 def _named(value: Any) -> Any:

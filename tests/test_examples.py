@@ -16,10 +16,16 @@ from examples.own_environment.lamps import LampsEnv
 from examples.own_loss import discounted_by_age
 from flash import Door, HttpWorker, InferenceHub, RolloutLoop, Task, TokenBatch
 from flash.agents import ExternalAgent
+from flash.config import load
 from flash.envs.frozen_lake import FrozenLakeTextEnv
+from flash.fakes import FakeWorker
 from flash.hub.embedded_pool import EmbeddedPool
+from flash.parts.agents import Playing, open_agents
+from flash.parts.model import make_style
+from flash.rollout.episode import Episode
 from flash.telemetry.folder import read_lines
 from flash.warm_start.small_policy import create
+from tests.tools.templates import TEMPLATES, tokenizer_of
 from tests.wheels import build_wheel
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -165,3 +171,49 @@ def test_a_package_with_an_environment_is_installed_and_trained_with_a_loss_of_o
     _, *steps = read_lines(tmp_path / "tiny" / "metrics.jsonl")
     assert [line["step"] for line in steps] == [1, 2]
     assert all(line["tokens/trained"] > 0 for line in steps)
+
+
+@slow
+async def test_a_policy_calls_a_function_and_an_mcp_server(tmp_path, monkeypatch):
+    """As a run opens them: the function in a process, the server of the episode alone."""
+    monkeypatch.chdir(EXAMPLES.parent)
+    (tmp_path / "q.jsonl").write_text('{"question": "What is (2 + 3) * 4?", "answer": 20}\n')
+    server = {"command": [sys.executable, "examples/tools/notes_server.py"], "each": "episode"}
+    config = load(
+        "gsm8k",
+        {
+            "env.options": {"path": str(tmp_path / "q.jsonl")},
+            "agent.tools": "examples.tools.calculator:calculate",
+            "agent.mcp": [server],
+            "agent.style": "chat",
+            "agent.style_options": {},
+            "agent.max_turns": 4,
+            "agent.max_sequence_tokens": 8192,
+        },
+    )
+    tokenizer = tokenizer_of(*TEMPLATES["hermes"])
+    call = '<tool_call>\n{"name": "%s", "arguments": %s}\n</tool_call>'
+    calculate = call % ("calculate", '{"expression": "(2 + 3) * 4"}')
+    said = iter(
+        [
+            calculate + "\n" + call % ("write", '{"note": "brackets first"}') + "<|im_end|>",
+            call % ("read", '{"number": 1}') + "<|im_end|>",
+            call % ("calculate", '{"expression": "print(1)"}') + "<|im_end|>",
+            "It is 20.<|im_end|>",
+        ]
+    )
+    worker = FakeWorker(
+        "w", token_s=(0, 0),
+        script=lambda prompt, _: tokenizer.encode(next(said), add_special_tokens=False),
+    )  # fmt: skip
+    playing = Playing(
+        config=config, style=make_style(config, tokenizer), reward=None, log_dir=tmp_path
+    )
+    async with InferenceHub([worker]) as hub, open_agents({"": playing}, door=None) as agents:
+        trajectory = await agents.make[""]().play(Episode(1, Task(0), hub=hub))
+    assert trajectory.turn_states[1:] == [
+        "20\nnote 1",
+        "brackets first",
+        "Error: ValueError: print(1) is no arithmetic",
+    ]
+    assert (trajectory.turns, trajectory.reward) == (4, 1.0)

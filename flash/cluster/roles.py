@@ -74,7 +74,7 @@ class HostsAsked(msgspec.Struct, frozen=True):
 def plan_of(config: Config, *, token: str, marker: Path) -> Plan:
     """The plan of a configuration whose kind of cluster is not none."""
     variables = {_TOKEN: revealed(config.explorers.token) or token}
-    for entry in config.agent.env:
+    for entry in (*config.agent.env, *(of for server in config.agent.mcp for of in server.env)):
         if "=" not in entry:
             variables[entry] = os.environ[entry]
     settings = _named(config, variables)

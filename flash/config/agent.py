@@ -1,14 +1,13 @@
 """Settings of the agent. It lives outside the engine, which finds it by name."""
 
-import os
-import re
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from flash.config.names import check_names
-from flash.section import Names, Secret, Section, is_url
+from flash.section import Names, Secret, Section, can_be_had, is_url
+from flash.tools.config import McpConfig
 
 # The environment variables that a command finds for its episode.
 GIVEN = (
@@ -105,6 +104,22 @@ class AgentConfig(Section):
     step_timeout_s: float = Field(60.0, gt=0, description="for one environment step")
     episode_timeout_s: float = Field(1800.0, gt=0, description="for one episode")
 
+    tools: Names = Field(
+        (),
+        description="functions that the policy can call, module:name; with style=chat",
+    )
+    mcp: tuple[McpConfig, ...] = Field((), description="MCP servers whose tools it can call")
+    tool_timeout_s: float = Field(60.0, gt=0, description="for one call of a tool")
+    tool_chars: int = Field(20_000, ge=1, description="of one result; what is longer is cut")
+    tool_processes: int = Field(
+        2, ge=1, description="that run those functions which are no coroutines"
+    )
+
+    @property
+    def has_tools(self) -> bool:
+        """Whether the policy can call any."""
+        return bool(self.tools or self.mcp)
+
     @model_validator(mode="before")
     @classmethod
     def _samples_the_whole_distribution(cls, given: Any) -> Any:
@@ -138,14 +153,10 @@ class AgentConfig(Section):
     @field_validator("env")
     @classmethod
     def _env_can_be_had(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for name, given, _ in (entry.partition("=") for entry in value):
-            if not re.fullmatch(r"[A-Za-z_]\w*", name):
-                raise ValueError(f"{name!r} is no name of a variable: write NAME or NAME=value")
+        for name in (entry.partition("=")[0] for entry in value):
             if name in GIVEN:
                 raise ValueError(f"{name} is each episode's own: leave it out")
-            if not given and name not in os.environ:
-                raise ValueError(f"{name} is not set here: export it, or write {name}=value")
-        return value
+        return can_be_had(value)
 
     @field_validator("roles")
     @classmethod

@@ -2,15 +2,18 @@
 
 import contextlib
 import difflib
+import importlib.util
 import inspect
 import shutil
 from collections.abc import Mapping
 from typing import Any
 
 from flash import registry
+from flash.config.agent import AgentConfig
 from flash.config.fields import RunFields
 from flash.environments.config import EnvConfig
 from flash.errors import EnvFailure
+from flash.system import machine
 
 
 def check_run(config: RunFields) -> None:
@@ -48,6 +51,8 @@ def check_run(config: RunFields) -> None:
     for field, given in (
         ("agent.max_turns", config.agent.max_turns is not None),
         ("agent.samples", config.agent.samples != "whole"),
+        ("agent.tools", bool(config.agent.tools)),
+        ("agent.mcp", bool(config.agent.mcp)),
         ("env.hosts", config.env.hosts > 0),
     ):
         if given:
@@ -57,6 +62,25 @@ def check_run(config: RunFields) -> None:
             f"trainer.advantages.name={config.trainer.advantages.name} takes the rewards of turns, "
             f"and an agent of your own (agent.run) has one for its episode: use grpo, rloo or "
             f"reinforce"
+        )
+
+
+def check_tools(agent: AgentConfig) -> None:
+    """That the agent's tools are there, and that its style can offer them."""
+    if not agent.has_tools:
+        return
+    from flash.tools.functions import function_of  # noqa: PLC0415  (seconds to import)
+
+    if not hasattr(registry.style(agent.style), "calling"):
+        raise ValueError(
+            f"agent.style={agent.style!r} offers no tools, and agent.tools or agent.mcp has some: "
+            f"set agent.style=chat"
+        )
+    for name in agent.tools:
+        function_of(name)
+    if agent.mcp and importlib.util.find_spec("mcp") is None:
+        raise ValueError(
+            f"agent.mcp needs a package that is not installed: run {machine.how_to_install('mcp')}"
         )
 
 

@@ -35,8 +35,8 @@ KINDS: Final[Mapping[str, Kind]] = {
             *["alpha", "batch_size", "group_size", "publish_every", "task_sets"],
             *_of("env", "name options eval_options"),
             *_of("engine", "dtype update_mode vllm_args sglang_args"),
-            *_of("agent", "run env ignore roles samples style style_options"),
-            *_of("agent", "max_turns max_tokens max_sequence_tokens temperature"),
+            *_of("agent", "run env ignore roles samples style style_options tools mcp"),
+            *_of("agent", "tool_chars max_turns max_tokens max_sequence_tokens temperature"),
             *_of("reward", "name run url model prompt max_score max_tokens"),
             *_of("rollout", "schedule redundant_groups redundant_episodes filters on_stale"),
             *_of("rollout", "max_attempts max_regenerations adaptive_alpha reuse expert"),
@@ -54,7 +54,7 @@ KINDS: Final[Mapping[str, Kind]] = {
             *_of("engine", "kind workers urls api_key max_running cache_tokens threads transport"),
             *_of("engine", "tensor_parallel devices gpu_memory colocated door_port gap_limit"),
             *_of("engine", "start_timeout_s request_timeout_s progress_timeout_s"),
-            *_of("agent", "step_timeout_s episode_timeout_s"),
+            *_of("agent", "step_timeout_s episode_timeout_s tool_timeout_s tool_processes"),
             *_of("reward", "api_key concurrency retries timeout_s"),
             *_of("rollout", "replicate max_filtered stall_timeout_s on_stall"),
             # How a step is divided among processes and passes: it stays the same but for rounding.
@@ -83,7 +83,7 @@ _MADE_FROM = "which is what its small policy was made from"
 # What the episodes of a group must have in common, or their rewards can't be compared.
 _OF_A_GROUP = (
     *("group_size", "env.name", "env.options", "reward", "brought"),
-    *_of("agent", "run roles samples style style_options"),
+    *_of("agent", "run roles samples style style_options tools mcp"),
 )
 _SETS = "task_sets"
 

@@ -19,7 +19,7 @@ _SETS = "task_sets."
 _BLOCK = 1 << 20
 _MOST_BLOCKS = 64  # of a file; of a larger one so many are read, evenly apart
 _MOST_FILES = 20_000  # of a folder; the first, by name
-_OF_A_MACHINE = ("reward.url", "agent.env")
+_OF_A_MACHINE = ("reward.url", "agent.env", "agent.mcp")
 
 
 class _Content(msgspec.Struct, frozen=True):

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flash import registry
-from flash.config.callables import check_arguments, check_run
+from flash.config.callables import check_arguments, check_run, check_tools
 from flash.config.fields import RunFields
 from flash.config.model import SMALL, check_heads, check_model, read_config
 from flash.hub.config import ADAPTER_RANKS
@@ -112,6 +112,7 @@ def _check_roles(config: RunFields) -> None:
 def _check_played_with(config: RunFields) -> None:
     """That what its tasks are played with is there."""
     check_run(config)
+    check_tools(config.agent)
     if config.uses_environment:
         make = registry.environment(config.env.name)
         check_arguments(make, config.env.options, "env.options")

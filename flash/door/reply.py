@@ -45,6 +45,7 @@ class Reply:
         self.reasoning = ""
         self.tool_calls: list[dict[str, Any]] = []
         self.token_ids: list[int] = []
+        self.kept_format = True  # what was written can be read with the response template
         self.stopped = ""  # the stop string: what is fed after it does not count
         self._tokenizer = tokenizer
         self._stop = stop
@@ -178,7 +179,7 @@ class Reply:
 
     def _as_text(self) -> list[Delta]:
         """The model did not keep to its format: what it wrote is given as it stands."""
-        self._parser = None
+        self._parser, self.kept_format = None, False
         text = self._text[: self._passed]
         if self.content:
             text = text.rpartition(self.content)[2]

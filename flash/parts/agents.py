@@ -1,5 +1,6 @@
 """The agents of a run and their environments: those that train, or those on held-out tasks."""
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from flash.parts.roles import NONE_EARLIER, Earlier, make_roles
 from flash.reward.stage import RewardStage
 from flash.rollout.episode import AgentFactory
 from flash.system.process import Child, StartProcess
+from flash.tools.tool import CallingStyle
+from flash.tools.toolset import Toolset
 from flash.types import EnvSource, PromptStyle
 
 
@@ -62,11 +65,16 @@ async def open_agents(
             name: await opened.enter_async_context(_open_envs(playing, start, heldout=heldout))
             for name, playing in sets.items()
         }
+        tools = {
+            name: await opened.enter_async_context(_open_tools(playing, start))
+            for name, playing in sets.items()
+        }
         yield Agents(
             make={
                 name: _factory(
                     playing,
                     envs=envs[name],
+                    tools=tools[name],
                     door=door,
                     roles=make_roles(playing.config.agent.roles, hub=hub, earlier=earlier),
                     heldout=heldout,
@@ -81,6 +89,7 @@ def _factory(
     playing: Playing,
     *,
     envs: EnvSource | None,
+    tools: "_Tools | None",
     door: Door | None,
     roles: Mapping[str, Role],
     heldout: bool,
@@ -109,7 +118,8 @@ def _factory(
     agent = registry.agent("environment")
     return lambda: agent(
         envs=envs,
-        style=playing.style,
+        style=playing.style if tools is None else tools.style,
+        tools=None if tools is None else tools.tools,
         max_turns=settings.max_turns,
         samples=settings.samples,
         # A host that hangs is found by its own deadline first, which can tell who was working.
@@ -144,6 +154,35 @@ async def _open_envs(
         start=start,
     ) as hosts:
         yield hosts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tools:
+    """Tools that are open, and the prompt style that knows them."""
+
+    tools: Toolset
+    style: CallingStyle
+
+
+@contextlib.asynccontextmanager
+async def _open_tools(playing: Playing, start: StartProcess) -> AsyncIterator[_Tools | None]:
+    """What the policy can call, if anything; ValueError for a model that calls no tools."""
+    settings = playing.config.agent
+    if not settings.has_tools:
+        yield None
+        return
+    async with Toolset(
+        settings.tools,
+        settings.mcp,
+        processes=settings.tool_processes,
+        timeout_s=settings.tool_timeout_s,
+        max_chars=settings.tool_chars,
+        log_dir=playing.log_dir,
+        start=start,
+    ) as tools:
+        assert isinstance(playing.style, CallingStyle), "as check_tools has seen to"
+        style = await asyncio.to_thread(playing.style.calling, tools.schemas)
+        yield _Tools(tools=tools, style=style)
 
 
 def _env_options(config: Config, *, heldout: bool) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from flash import registry
 from flash.config import SMALL, Config
 from flash.config.model import check_heads
 from flash.positions import check_positions
+from flash.tools.tool import PROBE, CallingStyle
 from flash.trainer.config import LoraConfig
 from flash.types import PromptStyle
 from flash.warm_start.teach import OnProgress, key_of, small_model
@@ -137,6 +138,8 @@ def make_style(config: Config, tokenizer: Any) -> PromptStyle:
     try:
         style: PromptStyle
         style = registry.style(config.agent.style)(tokenizer, **config.agent.style_options)
+        if config.agent.has_tools and isinstance(style, CallingStyle):
+            style.calling([PROBE])  # which says at once if the model calls no tools
     except Exception as error:  # the boundary to the style's code
         raise ValueError(
             f"agent.style={config.agent.style!r} with the tokenizer of model={config.model!r}: "

@@ -12,7 +12,7 @@ from flash.rollout.groups import Group
 from flash.trainer.advantages import Advantages, OfEpisodes, PerGroup
 from flash.types import Sample, SampledSequence, Trajectory, by_role
 
-_STAGES = ("generate", "env", "agent", "reward")
+_STAGES = ("generate", "env", "tools", "agent", "reward")
 _SAMPLES_AT_ONCE = 128  # of a hand-over; each takes 30 µs or so, with all who are told of it
 
 

@@ -50,7 +50,7 @@ class Ledger(Observer):
         if record.outcome != "trained":
             self.waste_tokens += record.generated_tokens
             stages_s = record.stages_s
-            self.waste_env_s += stages_s.get("env", 0.0) + stages_s.get("agent", 0.0)
+            self.waste_env_s += sum(stages_s.get(name, 0.0) for name in ("env", "tools", "agent"))
         self.check()
 
     def trained_again(self, episode: Episode, uses: int) -> None:

@@ -26,6 +26,7 @@ _STAGES = {
 _EPISODE_STAGES = {
     "generate": "generate",
     "env": "environment",
+    "tools": "tools",
     "reward": "reward",
     "wait": "wait to be trained",
 }

@@ -1,0 +1,1 @@
+"""Tools that a policy calls within an episode: functions and MCP servers."""
