@@ -18,6 +18,7 @@
 The catalogue is our own and generated (`catalogue.py`); it is searched with BM25.
 """
 
+import logging
 import random
 import re
 from functools import lru_cache
@@ -67,6 +68,7 @@ class Shop:
             import bm25s  # noqa: PLC0415  (an extra)
         except ImportError as error:
             raise ImportError("webshop needs bm25s: pip install 'flash-rl[webshop]'") from error
+        logging.getLogger("bm25s").setLevel(logging.WARNING)  # its import set DEBUG
         self.products = make_products(products, seed)
         self._index = bm25s.BM25()
         self._index.index(
@@ -173,8 +175,8 @@ class WebShopEnv(gymnasium.Env[str, str]):
 
     def _page_after(self, action: str) -> Page | None:
         """None for what can't be done on this page."""
-        answer = _ANSWER.fullmatch(action[: _LONGEST_ANSWER + 1].strip())
-        if answer is None or len(action) > _LONGEST_ANSWER:
+        answer = _ANSWER.fullmatch(action.strip()) if len(action) <= _LONGEST_ANSWER else None
+        if answer is None:
             return None
         verb, words = answer[1].lower(), answer[2].strip().lower()
         if verb == "click":

@@ -78,10 +78,11 @@ def test_every_room_needs_as_many_pushes_as_were_asked_for(size, boxes, rooms):
 
 def test_the_solver_finds_the_fewest_moves_and_knows_what_is_lost():
     for seed in range(20):
-        start = generate(seed, 5, 1, 1, 4, "train")
-        layer, moves = {start}, 0
+        start = generate(seed, 6, 2, 3, 6, "train")
+        layer, seen, moves = {start}, {start}, 0
         while not any(r.solved for r in layer):
-            layer, moves = {r.after(move) for r in layer for move in MOVES}, moves + 1
+            layer, moves = {r.after(move) for r in layer for move in MOVES} - seen, moves + 1
+            seen |= layer
         assert len(solve(start)) == moves
     assert solve(CORRIDOR) == ["Right"]
     lost = CORRIDOR.after("Right").after("Right")

@@ -13,6 +13,7 @@ pytest.importorskip("bm25s")
 
 from flash.envs.webshop import WebShopEnv, open_shop
 from flash.envs.webshop.catalogue import CATEGORIES, Goal, Product, make_goal, make_products
+from flash.envs.webshop.pages import ResultsPage
 from flash.types import Task
 
 ROOT = Path(__file__).parents[2]
@@ -111,6 +112,26 @@ def test_pages_turn_forth_and_back_and_lead_to_a_product_and_its_details():
     assert env.step("search[]")[0] == "Back to Search\nNothing was found."
 
 
+def test_the_last_page_of_results_is_not_empty_and_has_no_next():
+    for found, size, pages in ((8, 4, 2), (9, 4, 3), (3, 4, 1)):
+        page = ResultsPage(tuple(make_products(found, 0)), size)
+        for _ in range(pages - 1):
+            assert not page.is_last
+            page = page.buttons()["Next >"]
+        assert page.shown
+        assert "Next >" not in page.buttons()
+        assert page.text().startswith(f"Back to Search | Page {pages} of {pages}")
+
+
+def test_what_is_bought_at_the_last_turn_is_no_truncated_episode():
+    env = WebShopEnv(max_turns=3, **SMALL)
+    env.reset(seed=3)
+    first = env.step("search[shampoo]")[4]["admissible_commands"][-1]
+    assert bought_after(env, first, "click[Buy Now]")[2:4] == (True, False)
+    env.reset(seed=3)
+    assert [env.step("search[rug]")[2:4] for _ in range(3)][-1] == (False, True)
+
+
 def test_an_option_that_is_chosen_anew_takes_the_place_of_the_one_before():
     env = WebShopEnv(**SMALL)
     env.reset(seed=3)
@@ -129,6 +150,9 @@ def test_a_search_finds_what_has_the_words_and_of_equals_the_older():
     assert len(found) == 50
     assert shop.search("xyzzy") == ()
     assert shop.search("cable hdmi") == shop.search("hdmi cable hdmi")
+    scores = shop._index.get_scores(["kelmark"])
+    best = sorted(range(1_000), key=lambda number: (-scores[number], number))[:50]
+    assert shop.search("kelmark") == tuple(shop.products[number] for number in best)
 
 
 PIECES = st.sampled_from(
@@ -168,7 +192,8 @@ def test_whatever_is_said_gets_an_answer_and_a_reward_from_0_to_1(said, seed):
 @pytest.mark.parametrize(
     "action",
     ["", "buy now", "click[Buy Now]", "click[B00001]", "click", "search", "click[]", "[]",
-     "search[a] search[b]]x", "search[" + "a " * 1_000_000 + "]", "click[" * 1_000_000],
+     "search[a] search[b]]x", "search[rug]" + " " * 1_000,
+     "search[" + "a " * 1_000_000 + "]", "click[" * 1_000_000],
 )  # fmt: skip
 def test_what_cant_be_done_changes_nothing_and_is_told(action):
     env = WebShopEnv(**SMALL)
@@ -204,6 +229,7 @@ def test_a_goal_belongs_to_one_split_and_its_product_fulfils_it():
     for goal in goals("train"):
         assert goal.score(goal.product, goal.options) == 1
         assert goal.product.price < goal.limit
+        assert all(p.price != goal.limit for p in products), "lower than it, or above"
         for part in (*goal.attributes, goal.product.kind, *goal.options.values()):
             assert part in goal.text
 
@@ -257,3 +283,8 @@ def test_gymnasium_makes_it():
 def test_options_that_cant_be_are_told_by_name_and_value(options, told):
     with pytest.raises(ValueError, match=told):
         WebShopEnv(**options)
+
+
+def test_nothing_is_logged_of_the_index(caplog):
+    open_shop(61, 0).search("shampoo")
+    assert caplog.records == []
