@@ -134,6 +134,11 @@ class SokobanEnv(gymnasium.Env[str, str]):
         max_steps: int = 30,
         wander: float = 0.0,
     ) -> None:
+        numbers = {"size": size, "boxes": boxes, "min_pushes": min_pushes,
+                   "max_pushes": max_pushes, "max_steps": max_steps}  # fmt: skip
+        for name, value in numbers.items():
+            if not isinstance(value, int):
+                raise ValueError(f"{name}={value!r} must be a whole number")
         if not 5 <= size <= 12:
             raise ValueError(f"size={size} must be 5 to 12, outer walls included")
         if not 1 <= boxes <= (size - 2) ** 2 // 4:
@@ -178,13 +183,9 @@ class SokobanEnv(gymnasium.Env[str, str]):
         text = self._room.text() if known else f"{_NO_MOVE}\n{self._room.text()}"
         solved = self._room.solved
         truncated = not solved and self._steps >= self._max_steps
-        return (
-            text,
-            float(solved) if self._success_only else reward,
-            solved,
-            truncated,
-            self._info(),
-        )
+        if self._success_only:
+            reward = float(solved)
+        return text, reward, solved, truncated, self._info()
 
     def _play(self, move: str | None) -> float:
         """gym-sokoban's reward of one step; None moves nothing."""

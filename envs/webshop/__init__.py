@@ -131,6 +131,10 @@ class WebShopEnv(gymnasium.Env[str, str]):
         max_turns: int = 15,
         wander: float = 0.0,
     ) -> None:
+        numbers = {"products": products, "page_size": page_size, "max_turns": max_turns}
+        for name, value in numbers.items():
+            if not isinstance(value, int):
+                raise ValueError(f"{name}={value!r} must be a whole number")
         if not 10 <= products <= 100_000:
             raise ValueError(f"products={products} must be 10 to 100000")
         if not 1 <= page_size <= _MOST_RESULTS:

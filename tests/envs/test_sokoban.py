@@ -203,7 +203,8 @@ def test_gymnasium_makes_it():
 
 @pytest.mark.parametrize(
     ("options", "told"),
-    [({"size": 4}, "size=4"), ({"boxes": 5}, "boxes=5"), ({"min_pushes": 0}, "min_pushes=0"),
+    [({"size": 5.5}, "size=5.5 must be a whole"), ({"size": 4}, "size=4"),
+     ({"boxes": 5}, "boxes=5"), ({"min_pushes": 0}, "min_pushes=0"),
      ({"min_pushes": 9, "max_pushes": 3}, "max_pushes=3"), ({"rewards": "no"}, "rewards='no'"),
      ({"split": "test"}, "split='test'"), ({"max_steps": 0}, "max_steps=0"),
      ({"wander": 1}, "wander=1"),

@@ -276,7 +276,8 @@ def test_gymnasium_makes_it():
 
 @pytest.mark.parametrize(
     ("options", "told"),
-    [({"products": 9}, "products=9"), ({"page_size": 51}, "page_size=51"),
+    [({"products": 9}, "products=9"), ({"page_size": "4"}, "page_size='4' must be a whole"),
+     ({"page_size": 51}, "page_size=51"),
      ({"split": "test"}, "split='test'"), ({"max_turns": 0}, "max_turns=0"),
      ({"wander": 1}, "wander=1")],
 )  # fmt: skip
