@@ -140,8 +140,9 @@ def _environments(envs: Sequence[str]) -> dict[str, Any]:
         if _has_settings(env):
             preset = configuration.load(env)
             sets[name] = {
-                section: getattr(preset, section).model_dump(mode="json", exclude_unset=True)
-                for section in ("env", "agent", "reward")
+                "env": preset.env.model_dump(mode="json"),
+                "agent": preset.agent.model_dump(mode="json", exclude_unset=True),
+                "reward": preset.reward.model_dump(mode="json"),
             }
     return {
         "env": next(iter(sets.values()))["env"],

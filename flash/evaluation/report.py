@@ -1,5 +1,6 @@
 """What `flash eval` found: each environment's numbers, as data and as a table."""
 
+import io
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -140,8 +141,14 @@ def _mean(values: Sequence[int]) -> float | None:
     return fmean(values) if values else None
 
 
-def table(report: Report) -> Table:
-    """A row for each environment, in Markdown."""
+def markdown(report: Report) -> str:
+    """A table with a row for each environment."""
+    page = io.StringIO()
+    Console(file=page, width=_WIDE).print(_table(report))  # a row that wraps can't be pasted
+    return page.getvalue().strip()
+
+
+def _table(report: Report) -> Table:
     shown = Table(box=box.MARKDOWN)
     ks = sorted({k for found in report.environments.values() for k in found.pass_at if k > 1})
     shown.add_column("environment", no_wrap=True)
@@ -185,9 +192,7 @@ def show(report: Report, json: str | None) -> None:
         return
     if json is not None:
         Path(json).write_text(data + "\n", encoding="utf-8")
-    # As wide as it is: a row that wraps can't be pasted.
-    Console(width=_WIDE, highlight=False).print(table(report))
-    print(caption(report))
+    print(f"{markdown(report)}\n\n{caption(report)}")
 
 
 def _rate(found: Estimate | None) -> str:

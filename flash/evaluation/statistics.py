@@ -13,8 +13,8 @@ import msgspec
 
 CONFIDENCE = 0.95
 _Z = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
-# Student's t at 0.975 of 1 to 4 degrees of freedom, where the expansion below is coarse.
-_FIRST_T = (12.7062, 4.3027, 3.1824, 2.7764)
+# Student's t at 0.975 of 1 to 5 degrees of freedom, where the expansion below is coarse.
+_FIRST_T = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706)
 
 
 class Estimate(msgspec.Struct, frozen=True):
@@ -74,7 +74,7 @@ def rate_of_tasks(rates: Sequence[float]) -> Estimate:
 def student_t(degrees: int) -> float:
     """Its quantile for a two-sided interval of CONFIDENCE, to a thousandth.
 
-    From 5 degrees of freedom on Abramowitz and Stegun, 26.7.5.
+    From 6 degrees of freedom on Abramowitz and Stegun, 26.7.5.
     """
     if degrees <= len(_FIRST_T):
         return _FIRST_T[degrees - 1]
