@@ -18,7 +18,7 @@ _FIRST_T = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706)
 
 
 class Estimate(msgspec.Struct, frozen=True):
-    """A mean over so many tasks, and the ends of its confidence interval; of one task none."""
+    """A mean over so many tasks, and the ends of its confidence interval, if it has one."""
 
     tasks: int
     mean: float
@@ -43,9 +43,10 @@ def powers_of_two(most: int) -> Iterator[int]:
 
 
 def mean_of_tasks(values: Sequence[float]) -> Estimate:
-    """The mean of one value for each task, with Student's interval."""
+    """The mean of one value for each task, with Student's interval; none where all are equal,
+    which tells nothing of how far others might be."""
     mean = fmean(values)
-    if len(values) < 2:
+    if len(set(values)) < 2:
         return Estimate(len(values), mean, None, None)
     half = student_t(len(values) - 1) * math.sqrt(variance(values) / len(values))
     return Estimate(len(values), mean, mean - half, mean + half)

@@ -60,9 +60,9 @@ def test_the_interval_of_a_mean_is_as_worked_by_hand():
     assert (found.low, found.high) == pytest.approx((0.4457, 4.5543), abs=1e-4)
 
 
-def test_one_task_has_no_interval():
-    for estimate in (mean_of_tasks([3.0]), rate_of_tasks([0.5])):
-        assert (estimate.tasks, estimate.low, estimate.high) == (1, None, None)
+def test_one_task_has_no_interval_nor_have_rewards_that_are_all_equal():
+    for estimate in (mean_of_tasks([3.0]), rate_of_tasks([0.5]), mean_of_tasks([0.0, 0.0])):
+        assert (estimate.low, estimate.high) == (None, None)
 
 
 def test_where_all_tasks_agree_a_rate_is_still_not_certain():
