@@ -27,6 +27,11 @@ def environment(name: str) -> Any:
     return _find(_ENVS, name, "env.name")
 
 
+def is_environment(name: str) -> bool:
+    """Whether an environment is registered by that name."""
+    return name in entry_points(group=_ENVS).names
+
+
 def style(name: str) -> Any:
     """The prompt style of that name: a callable that takes a tokenizer."""
     return _find(_STYLES, name, "agent.style")

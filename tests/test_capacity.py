@@ -44,7 +44,7 @@ def test_a_node_holds_what_a_small_machine_does_not():
         ({"alpha": 1e6}, "batch_size=64 with alpha=1e+06, rollout.redundant_groups=0 and"),
         ({"rollout.redundant_groups": 1 << 20}, "rollout.redundant_groups=1048576 and"),
         ({"rollout.redundant_episodes": 1 << 20}, "rollout.redundant_episodes=1048576 need"),
-        ({"eval.tasks": 10**9}, "eval.tasks=1000000000 need 1,000.0 GB"),
+        ({"eval.tasks": 10**9}, "eval.tasks=1000000000 with eval.samples=1 need 1,000.0 GB"),
         ({"policy.hidden_size": 1 << 16}, "policy.layers=2 with policy.hidden_size=65536 need"),
         ({"warm_start.demonstrations": 10**9}, "warm_start.demonstrations=1000000000 need"),
         ({"engine.cache_tokens": 10**9}, "engine.cache_tokens=1000000000 with engine.workers=1"),

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from flash.agents import EnvironmentAgent, ExternalAgent
 from flash.config import load
-from flash.evaluate import evaluate
+from flash.evaluate import evaluate, plan
 from flash.evaluation.play import heldout_tasks
 from flash.fakes import FakeRank, FakeSglang, FakeStyle, FakeWorker
 from flash.hub.hub import InferenceHub
@@ -150,7 +150,7 @@ async def test_an_evaluation_leaves_out_what_explorers_bring_and_says_so(tmp_pat
     said: list[str] = []
     (tmp_path / "r" / "config.yaml").write_text(json.dumps(run))
     with pytest.raises(ValueError, match="names no model_type"):  # it comes that far
-        await evaluate(checkpoint, {}, said.append)
+        await evaluate(plan(str(checkpoint), {}), said.append)
     assert said == [
         "left out, because explorers bring it: web; --task_sets.web.brought false and "
         "--task_sets.web.env NAME play web here"
@@ -158,7 +158,7 @@ async def test_an_evaluation_leaves_out_what_explorers_bring_and_says_so(tmp_pat
     del run["task_sets"]["own"]
     (tmp_path / "r" / "config.yaml").write_text(json.dumps(run | {"engine": {"workers": 0}}))
     with pytest.raises(ValueError, match=r"all task sets are brought by explorers \(web\): --task"):
-        await evaluate(checkpoint, {})
+        await evaluate(plan(str(checkpoint), {}))
 
 
 def test_a_tokenizer_larger_than_its_model_is_refused(tmp_path):

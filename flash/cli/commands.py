@@ -1,6 +1,8 @@
 """What each command does."""
 
 import asyncio
+import signal
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -94,15 +96,34 @@ def _stopped_early(config: configuration.Config) -> str:
 
 
 def _eval(arguments: Sequence[str]) -> None:
-    sources, overrides = split_words(arguments)
-    source = only(sources, "a run's folder or a checkpoint")
-    if source is None:
-        raise ValueError("flash eval what? Give a run's folder or a checkpoint: runs/NAME")
-    from flash.evaluate import evaluate
+    parser = Options("flash eval", add_help=False)
+    parser.add_argument("--env", action="append", default=[])
+    parser.add_argument("--tokenizer")
+    parser.add_argument("--json", metavar="FILE")
+    options, words = parser.parse_known_args(arguments)
+    sources, overrides = split_words(words, options=parser.names())
+    source = only(sources, "a run's folder, a checkpoint, a preset or a YAML file")
+    if options.json not in (None, "-"):
+        _check_can_write(Path(options.json))
+    from flash.evaluate import evaluate, plan
 
-    evaluation = run_loop(evaluate(Path(source), overrides))
-    for name, value in evaluation.metrics().items():
-        print(f"{name:20} {value:.4g}")
+    planned = plan(source, overrides, envs=options.env, tokenizer=options.tokenizer)
+    stop = asyncio.Event()
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)  # the results alone are for a pipe
+
+    report = run_loop(evaluate(planned, say, stop=stop), stop=stop, stopping="stopping here")
+    from flash.evaluation.report import show
+
+    show(report, options.json)
+    if not report.complete:
+        raise SystemExit(128 + signal.SIGINT)
+
+
+def _check_can_write(path: Path) -> None:
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"--json {path}: name a file in a folder that is there, or - for stdout")
 
 
 def _show(arguments: Sequence[str]) -> None:

@@ -34,8 +34,19 @@ Results are in runs/<name>/. Ctrl-C ends the run after its step, with a checkpoi
 _EVAL = """\
   flash eval runs/alfworld
   flash eval runs/alfworld/checkpoints/step_000010 --eval.tasks 256
+  flash eval --env frozen_lake --env my_env:MyEnv --model http://host:8000 --eval.samples 8
+  flash eval gsm8k --model Qwen/Qwen2.5-0.5B-Instruct --json results.json
 
-The run's own configuration says how; fields given here change it.
+  --env NAME              an environment, or a preset or YAML file with its settings; several are
+                          played at the same time, in the place of those that are configured
+  --model MODEL|URL       in the place of a checkpoint: a model's name or folder; or a server of
+                          vLLM or SGLang, or of /v1/completions with token ids, as it is
+  --tokenizer NAME        or a folder: of a server's model, if the server does not say it
+  --json FILE             the results as data, with each episode; -: to stdout, and no table
+
+A run's folder, a preset or a YAML file says how; fields given here change it, and without any of
+these agent.style is chat. A server's key: --engine.api_key '$NAME', of a variable. Nothing is
+trained, and nothing written to a run. Ctrl-C ends it, and prints what there is.
 """
 _SHOW = """\
   flash show runs/alfworld
@@ -163,7 +174,7 @@ _PLAN = """\
 """
 _USAGE = {
     "train": ("[PRESET|FILE.yaml] [--field.sub value …]", _TRAIN),
-    "eval": ("RUN|CHECKPOINT [--field.sub value …]", _EVAL),
+    "eval": ("[RUN|CHECKPOINT|PRESET|FILE.yaml] [--env NAME …] [--model MODEL|URL]", _EVAL),
     "show": ("RUN [--step N]", _SHOW),
     "replay": (
         "RUN [--episode N|--group N|--worst|--dropped [REASON]|--rescore …|--retrain]",

@@ -14,7 +14,7 @@ from flash.command_line import ended, nearest
 
 COMMANDS = {
     "train": "Train a policy by asynchronous reinforcement learning.",
-    "eval": "Measure a run, or one checkpoint of it, on held-out tasks.",
+    "eval": "Measure a run, a checkpoint of it, or any model, on held-out tasks.",
     "show": "Print what was said in some episodes of a run.",
     "replay": "Look at a run's episodes turn by turn; score or train them again, otherwise.",
     "export": "Write a checkpoint as a Hugging Face model, or a run's episodes as a dataset.",

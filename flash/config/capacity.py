@@ -153,7 +153,10 @@ def _memory(config: Config, has: Capacity, *, trains: bool) -> Iterator[tuple[st
             f"rollout.redundant_episodes={rollout.redundant_episodes}",
             _episodes(config) * _EPISODE,
         )
-    yield f"eval.tasks={config.eval.tasks}", config.eval.tasks * len(config.sets) * _RECORD
+    yield (
+        f"eval.tasks={config.eval.tasks} with eval.samples={config.eval.samples}",
+        config.eval.tasks * config.eval.samples * len(config.sets) * _RECORD,
+    )
     small = config.model == SMALL
     if small:
         yield (

@@ -43,7 +43,7 @@ KINDS: Final[Mapping[str, Kind]] = {
             *_of("trainer", "objective advantages kl critic aggregation fixed_length"),
             *_of("trainer", "entropy_bonus learning_rate warmup_steps decay_steps weight_decay"),
             *_of("trainer", "betas max_grad_norm mini_batches dtype router_replay"),
-            *_of("eval", "tasks temperature"),
+            *_of("eval", "tasks samples temperature"),
         ),
         "told",
     ),

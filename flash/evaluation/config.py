@@ -10,7 +10,8 @@ from flash.section import Section
 class EvalConfig(Section):
     """Evaluation on held-out tasks."""
 
-    tasks: int = Field(64, ge=1, description="episodes of an evaluation")
+    tasks: int = Field(64, ge=1, description="held-out tasks of an evaluation")
+    samples: int = Field(1, ge=1, description="episodes of each of these tasks")
     temperature: float = Field(1.0, gt=0, description="of sampling")
     mode: Literal["pause", "beside"] = Field(
         "pause",

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -22,11 +22,12 @@ from flash.types import Task, Trajectory
 def heldout_tasks(settings: EvalConfig, task_sets: Iterable[str] = ("",)) -> list[Task]:
     """The same for every run, so that runs can be compared; no run trains on their seeds.
 
-    As many of each task set.
+    As many of each task set; a task is there once for each sample of it.
     """
     seeds = HELDOUT_SEEDS[: settings.tasks]
     names = [*task_sets]
-    return [Task(seed, task_set=name) for seed in seeds for name in names]
+    tasks = (Task(seed, task_set=name) for seed in seeds for name in names)
+    return [task for task in tasks for _ in range(settings.samples)]
 
 
 class EvaluationHub(SessionHub, InspectedHub, Protocol):
@@ -42,10 +43,12 @@ async def play(
     max_attempts: int = 3,
     stall_timeout_s: float = 600.0,
     crew: Crew | None = None,
+    told: Callable[[Episode, Trajectory | EpisodeFailure], None] = lambda *_: None,
 ) -> Evaluation:
     """One episode for each task, `concurrency` at a time; failed ones are tried again.
 
-    A `crew` plays in the place of agents of that kind.
+    A `crew` plays in the place of agents of that kind. `told` hears of each episode that came to
+    its end, or failed to the last.
 
     They train nothing, and are in no ledger.
 
@@ -75,11 +78,12 @@ async def play(
         running -= 1
         if isinstance(end, Trajectory):
             played[episode.task.task_set].append(end)
+            told(episode, end)
+        elif isinstance(end, EpisodeFailure) and episode.attempt < max_attempts:
+            waiting.append((-1 - episode.id, episode.task, episode.attempt + 1))
         elif isinstance(end, EpisodeFailure):
-            if episode.attempt < max_attempts:
-                waiting.append((-1 - episode.id, episode.task, episode.attempt + 1))
-            else:
-                failures.append(end)
+            failures.append(end)
+            told(episode, end)
         elif episode.cancel_reason == INTERRUPTED:
             waiting.append((-1 - episode.id, episode.task, episode.attempt))
         start_more()

@@ -18,6 +18,7 @@ from flash.door import Door
 from flash.hub.hub import InferenceHub
 from flash.hub.sender import StartSender
 from flash.hub.turns import MakeRoom
+from flash.hub.worker import Worker
 from flash.parts.agents import Agents, Playing, open_agents
 from flash.parts.door import open_door
 from flash.parts.model import load_tokenizer, make_style
@@ -65,6 +66,7 @@ async def open_parts(
     make_room: MakeRoom | None = None,
     earlier: Earlier = NONE_EARLIER,
     start: StartProcess = Child.start,
+    fixed: Callable[[Any], Worker] | None = None,
 ) -> AsyncIterator[Parts]:
     """The parts of a configuration, closed in the end.
 
@@ -76,6 +78,7 @@ async def open_parts(
         senders, make_room: as for the hub's workers.
         earlier: the policies of roles that play what it once was.
         start: starts environment hosts and reward processes.
+        fixed: makes, of the tokenizer, a worker that keeps its weights, in the place of others.
 
     Raises ValueError for what the model or the machine can't do.
     """
@@ -92,6 +95,7 @@ async def open_parts(
             say=say,
             senders=senders,
             make_room=make_room,
+            fixed=None if fixed is None else fixed(tokenizer),
         ) as hub,
         open_door(config, hub, tokenizer=tokenizer, told_in=door_file) as door,
         contextlib.AsyncExitStack() as opened,

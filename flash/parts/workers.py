@@ -56,6 +56,7 @@ async def open_hub(
     say: Callable[[str], None],
     senders: Callable[[int], StartSender] | None = None,
     make_room: MakeRoom | None = None,
+    fixed: Worker | None = None,
 ) -> AsyncIterator[InferenceHub]:
     """The hub, over workers that run already or over a pool that it starts; `say` is told which.
 
@@ -64,7 +65,8 @@ async def open_hub(
     weights to a worker, by its number; by default these are on the trainer's GPUs, here.
     `make_room` has the trainer make room for workers on its own GPUs, if they share these; they are
     given `weights` too, because they lose what they have. So are those that take adapters: a
-    request that begins without one would go on without the next.
+    request that begins without one would go on without the next. A `fixed` worker takes the place
+    of all these, and keeps the weights that it has.
     """
     engine = config.engine
     shared = make_room is not None
@@ -73,17 +75,21 @@ async def open_hub(
     parameters = None
     if engine.kind == "auto" and not engine.urls and devices and has_vllm():
         parameters = await parameters_of(model)
-    workers, why = _workers(
-        config,
-        choose_engine(engine, devices=devices, vllm=has_vllm(), parameters=parameters),
-        shared=shared,
-        model=model,
-        devices=devices,
-        version=version,
-        log_dir=log_dir,
-        senders=senders or functools.partial(_sender, config, log_dir),
-        say=say,
-    )
+    if fixed is not None:
+        workers: list[Worker | str] | ProcessPool = [fixed]
+        why = f"{fixed.name}, with the weights that it has"
+    else:
+        workers, why = _workers(
+            config,
+            choose_engine(engine, devices=devices, vllm=has_vllm(), parameters=parameters),
+            shared=shared,
+            model=model,
+            devices=devices,
+            version=version,
+            log_dir=log_dir,
+            senders=senders or functools.partial(_sender, config, log_dir),
+            say=say,
+        )
     say(f"engine: {why}")
     with first_error():
         async with asyncio.TaskGroup() as asking:
@@ -94,7 +100,7 @@ async def open_hub(
         max_running=engine.max_running,
         update_mode=engine.update_mode,
         version=version,
-        weights=await weights() if engine.urls or shared or adapters else None,
+        weights=await weights() if not fixed and (engine.urls or shared or adapters) else None,
         make_room=make_room,
         request_timeout_s=engine.request_timeout_s,
         progress_timeout_s=engine.progress_timeout_s,

@@ -121,6 +121,8 @@ class Episode:
         self.prompt_tokens = 0
         self.generated_tokens = 0
         self.turns = 0
+        self.cut_responses = 0  # that ended at a limit of tokens
+        self.over: bool | None = None  # whether its environment ended it; None: it has none of ours
         self.oldest: float = math.inf  # as `oldest_version`, where many are compared
         self.newest_version: int | None = None
 
@@ -149,6 +151,7 @@ class Episode:
             else:
                 await asyncio.sleep(0)  # an environment of this process may never give way
         self.turns += 1
+        self.cut_responses += completion.finish_reason == "length"
         self.prompt_tokens += len(token_ids)
         count(len(completion.token_ids))
         if completion.versions:
@@ -161,6 +164,7 @@ class Episode:
     def observe(self, observation: Observation) -> None:
         """What the environment answered to the reset, or to an action."""
         self._replay.observed(observation)
+        self.over = observation.terminated
         if self._witness is not None:
             self._witness.observed(self, observation)
 
