@@ -21,7 +21,12 @@ async def act(*, roles: Mapping[str, Mapping[str, str]], task: Any) -> float:
     talks: dict[str, list[Any]] = {name: [] for name in roles}
     won = 0
     async with DefaultAsyncHttpxClient(verify=False, timeout=600) as http:
-        clients = {name: AsyncOpenAI(**access, http_client=http) for name, access in roles.items()}
+        clients = {
+            name: AsyncOpenAI(
+                base_url=access["base_url"], api_key=access["api_key"], http_client=http
+            )
+            for name, access in roles.items()
+        }
 
         async def choose(name: str) -> str:
             talk = talks[name]

@@ -31,9 +31,10 @@ class CommandAgent:
     """Runs the command for one episode, with what it needs to know in its environment variables.
 
     OPENAI_BASE_URL and OPENAI_API_KEY, which OpenAI's clients read by themselves,
-    ANTHROPIC_BASE_URL and ANTHROPIC_API_KEY, which Anthropic's do, and FLASH_TASK, as `{"seed": …, "options": {…}}`,
-    with the `task_set` if the task is of one. Where several play, FLASH_ROLES in place of the first
-    four: `{"planner": {"base_url": …, "api_key": …}, …}`. Of this process's environment it has where programs and files are and how people here write, and what
+    ANTHROPIC_BASE_URL and ANTHROPIC_API_KEY, which Anthropic's do, and FLASH_TASK, as
+    `{"seed": …, "options": {…}}`, with the `task_set` if the task is of one. Where several play,
+    FLASH_ROLES in place of the first four: `{"planner": {"base_url": …, "api_key": …}, …}`. Of this
+    process's environment it has where programs and files are and how people here write, and what
     `env` lists as NAME or NAME=value: no keys that it was not meant to have. The last line of its
     output is its answer, in JSON; what it writes to stderr goes to `<name>_<n>.log`, n below the
     number of those that run together.

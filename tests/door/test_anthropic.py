@@ -55,9 +55,11 @@ async def answered(claude, stream, **asked):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("as_sent", [lambda content: content,
-                                     lambda content: [b.model_dump() for b in content]])  # fmt: skip
-async def test_a_loop_of_thoughts_and_tools_is_one_sample(enter, stream, as_sent):
+@pytest.mark.parametrize("dumped", [False, True])
+async def test_a_loop_of_thoughts_and_tools_is_one_sample(enter, stream, dumped):
+    def as_sent(content):
+        return [block.model_dump() for block in content] if dumped else content
+
     async with enter() as house:
         session, _ = house.open()
         house.says = [CALL + END, f"<think>so</think>It is there.{END}", f"bye{END}"]

@@ -85,9 +85,7 @@ def test_all_are_those_that_ended_in_any_way(played, format, tmp_path, capsys):
     assert [(row["episode"], row["outcome"], row["reason"]) for row in rows] == [
         (3, "trained", ""), (4, "dropped", "stale"), (5, "cancelled", "interrupted"),
     ]  # fmt: skip
-    assert rows[2]["turns"] == [
-        {"role": "", "read": None, "said": "go north", "reward": None}
-    ]
+    assert rows[2]["turns"] == [{"role": "", "read": None, "said": "go north", "reward": None}]
     assert (rows[2]["sequences"], rows[2]["reward"]) == ([], None)
 
 

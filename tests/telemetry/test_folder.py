@@ -36,7 +36,8 @@ step policy_version time_s reward/mean success_rate loss grad_norm kl_behaviour
 ratio/clip_fraction logprob_gap/max staleness/{mean,max,histogram}
 episodes/{admitted,running,ready,trained,reused,dropped,failed,cancelled} waste/{tokens,env_s}
 tokens/{prompt,generated,mixed,trained} tokens_per_s idle/{trainer,workers,env_hosts}
-time/{generate,env,tools,agent,reward,wait_batch,train,publish}_s publish/{count,paused_s,load_s,reset_s}
+time/{generate,env,tools,agent,reward,wait_batch,train,publish}_s
+publish/{count,paused_s,load_s,reset_s}
 log/lag_s trainer/restarts
 bias/{turns,tokens,seconds}
 """
