@@ -10,22 +10,19 @@ Where several play an episode each has a base URL and a key, by which it is know
 
 import asyncio
 import itertools
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn, Protocol
 
 from flash.answers import failing_as, number, shown
-from flash.door.elsewhere import Elsewhere
-from flash.door.roles import Role
 from flash.errors import AgentFailure, FlashError, RewardFailure, first_error
 from flash.reward.outcome import outcome as stated_outcome
+from flash.roles import Elsewhere, Role
 from flash.rollout.episode import Episode
-from flash.types import Completion, SampledSequence, SamplingParams, Task, Trajectory
+from flash.types import Completion, Generate, SampledSequence, SamplingParams, Task, Trajectory
 
 from .actor import Actor, RewardStage
-
-Generate = Callable[[Sequence[int], SamplingParams], Awaitable[Completion]]
 
 _ALONE = ""  # the role of one who plays an episode alone
 

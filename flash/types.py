@@ -97,6 +97,10 @@ class Completion:
         return self.versions[0]
 
 
+Generate = Callable[[Sequence[int], SamplingParams], Awaitable[Completion]]
+"""One response after these tokens."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
     """What the trainer itself says of sequences.

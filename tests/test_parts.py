@@ -193,7 +193,7 @@ async def test_an_open_door_alone_makes_nobody_elses_agents(tmp_path):
         name: Playing(config=each, style=FakeStyle(), reward=None, log_dir=tmp_path)
         for name, each in {"ours": config, "own": own}.items()
     }
-    async with open_agents(sets, door=object()) as agents:
+    async with open_agents(sets, door=object(), hub=None) as agents:
         assert type(agents.make["ours"]()) is EnvironmentAgent
         assert type(agents.make["own"]()) is ExternalAgent
 
@@ -216,7 +216,7 @@ async def test_environment_hosts_and_reward_processes_are_started_where_they_are
         playing = Playing(config=config, style=None, reward=None, log_dir=tmp_path)
         for heldout in (False, True):
             async with open_agents(
-                {"": playing}, door=None, heldout=heldout, start=start
+                {"": playing}, door=None, hub=None, heldout=heldout, start=start
             ) as agents:
                 await agents.hosts[0].open()
     rewards = [("flash.reward.host", f"reward_{number}.log") for number in range(2)]

@@ -1,7 +1,6 @@
 """Requests of a role that another model plays: passed on to where it is, and its answers back."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
@@ -9,18 +8,10 @@ from aiohttp import web
 
 from flash.door.schema import ApiError
 from flash.door.session import Session
+from flash.roles import Elsewhere
 from flash.types import SampledSequence
 
 _NO_DEADLINE = aiohttp.ClientTimeout(total=None)  # the episode has one
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Elsewhere:
-    """A model at a URL such as https://host/v1."""
-
-    url: str
-    model: str
-    api_key: str = field(default="", repr=False)
 
 
 class ElsewhereSession(Session):

@@ -2,6 +2,7 @@
 engine.
 
 POST /v1/chat/completions, /v1/completions;  GET /v1/models      the token as bearer, or x-api-key
+POST /v1/responses;  GET, DELETE /v1/responses/<id>              of the same episode
 POST /v1/messages, /v1/messages/count_tokens
 POST /episodes/<token>/v1/…                                      the token in the path
 GET  /metrics                                                    for Prometheus; the run's token
@@ -31,17 +32,22 @@ import aiohttp
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from flash.door import anthropic, openai
+from flash.door.anthropic import MESSAGES, parse_messages
+from flash.door.anthropic import error_body as anthropic_error
 from flash.door.dialect import Dialect, Frame
-from flash.door.elsewhere import Elsewhere, ElsewhereSession
+from flash.door.elsewhere import ElsewhereSession
 from flash.door.limits import Allowance
 from flash.door.metrics import Metrics
+from flash.door.openai import CHAT, TEXT
+from flash.door.openai import error_body as openai_error
 from flash.door.respond import Exchange, Responder, Response
+from flash.door.responses import Request
 from flash.door.schema import ApiError, ChatAsk, Ignore, parse_chat, parse_text
-from flash.door.session import DoorSession, Generate, Session
+from flash.door.session import DoorSession, Session
 from flash.hub.hub import InferenceHub
+from flash.roles import Elsewhere
 from flash.system.listener import Listener, local_address, page_refusal, read_body
-from flash.types import Completion, GenerateRequest, SamplingParams
+from flash.types import Completion, Generate, GenerateRequest, SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +119,9 @@ class Door:
         for prefix in ("", "/episodes/{token}"):
             app.router.add_post(f"{prefix}/v1/chat/completions", self._asked(self._chat))
             app.router.add_post(f"{prefix}/v1/completions", self._asked(self._text))
+            app.router.add_post(f"{prefix}/v1/responses", self._asked(self._responses))
+            for add in (app.router.add_get, app.router.add_delete):
+                add(f"{prefix}/v1/responses/{{id}}", self._asked(self._response))
             app.router.add_post(f"{prefix}{_MESSAGES}", self._asked(self._messages))
             app.router.add_post(
                 f"{prefix}{_MESSAGES}/count_tokens", self._asked(self._count_tokens)
@@ -210,18 +219,37 @@ class Door:
         ask = await asyncio.to_thread(parse_chat, body, model=self._model, ignore=self._ignore)
         with session.allowance.responses(ask.n):
             exchange = await asyncio.to_thread(self._responder.chat, session, ask)
-            return await self._answer(request, exchange, openai.CHAT)
+            return await self._answer(request, exchange, CHAT)
 
     async def _text(self, request: web.Request, session: DoorSession) -> web.StreamResponse:
         ask = parse_text(await _json(request), model=self._model, ignore=self._ignore)
         with session.allowance.responses(ask.n):
             exchange = await asyncio.to_thread(self._responder.text, session, ask)
-            return await self._answer(request, exchange, openai.TEXT)
+            return await self._answer(request, exchange, TEXT)
+
+    async def _responses(self, request: web.Request, session: DoorSession) -> web.StreamResponse:
+        body = await _json(request)
+        session.check_room(_length(body, "input"))
+        asked = await asyncio.to_thread(
+            Request, body, model=self._model, ignore=self._ignore, kept=session.kept
+        )
+        with session.allowance.responses(asked.ask.n):
+            exchange = await asyncio.to_thread(self._responder.chat, session, asked.ask)
+            return await self._answer(request, exchange, asked.dialect)
+
+    async def _response(self, request: web.Request, session: DoorSession) -> web.StreamResponse:
+        name = request.match_info["id"]
+        if name not in session.kept:
+            raise ApiError(404, f"this episode has no response {name!r} that was stored")
+        if request.method == "DELETE":
+            del session.kept[name]
+            return web.json_response({"id": name, "object": "response", "deleted": True})
+        return web.json_response(session.kept[name].body, dumps=_dumps)
 
     async def _messages(self, request: web.Request, session: DoorSession) -> web.StreamResponse:
         ask, exchange = await self._of_messages(request, session)
         with session.allowance.responses(ask.n):
-            return await self._answer(request, exchange, anthropic.MESSAGES)
+            return await self._answer(request, exchange, MESSAGES)
 
     async def _count_tokens(self, request: web.Request, session: DoorSession) -> web.StreamResponse:
         _, exchange = await self._of_messages(request, session)
@@ -232,9 +260,7 @@ class Door:
     ) -> tuple[ChatAsk, Exchange]:
         body = await _json(request)
         session.check_room(_length(body))
-        ask = await asyncio.to_thread(
-            anthropic.parse_messages, body, model=self._model, ignore=self._ignore
-        )
+        ask = await asyncio.to_thread(parse_messages, body, model=self._model, ignore=self._ignore)
         return ask, await asyncio.to_thread(self._responder.chat, session, ask)
 
     async def _models(self, request: web.Request, session: DoorSession) -> web.StreamResponse:
@@ -275,18 +301,18 @@ class Door:
     ) -> web.StreamResponse:
         indices = range(exchange.ask.n)
         if exchange.ask.n == 1:
-            responses = [await exchange.respond(0)]
+            answers = [await exchange.respond(0)]
         else:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(_or_error(exchange.respond(i))) for i in indices]
             outcomes = [task.result() for task in tasks]
-            responses = [outcome for outcome in outcomes if isinstance(outcome, Response)]
+            answers = [outcome for outcome in outcomes if isinstance(outcome, Response)]
             for outcome in outcomes:
                 if isinstance(outcome, ApiError):
                     raise outcome
         if exchange.ask.stream:
-            return await _stream(request, dialect.stream(exchange, responses, self._model))
-        return web.json_response(dialect.whole(exchange, responses, self._model), dumps=_dumps)
+            return await _stream(request, dialect.stream(exchange, answers, self._model))
+        return web.json_response(dialect.whole(exchange, answers, self._model), dumps=_dumps)
 
     @web.middleware
     async def _answer_errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -307,7 +333,7 @@ class Door:
             logger.error("the door failed: %s in\n%s", type(error).__name__, places)
             told = ApiError(500, f"the door failed: {type(error).__name__}; its log tells where")
         if told is not None:
-            shape = anthropic.error_body if _MESSAGES in request.path else openai.error_body
+            shape = anthropic_error if _MESSAGES in request.path else openai_error
             response = web.json_response(shape(told), status=told.status, headers=told.headers)
         self._metrics.requests.labels(name, response.status).inc()
         return response
@@ -321,9 +347,9 @@ async def _or_error(response: Awaitable[Response]) -> Response | ApiError:
         return error
 
 
-def _length(body: Any) -> int:
-    """Of a chat's messages, each of which is a token at least."""
-    messages = body.get("messages") if isinstance(body, dict) else None
+def _length(body: Any, field: str = "messages") -> int:
+    """Of a conversation's messages, each of which is a token at least."""
+    messages = body.get(field) if isinstance(body, dict) else None
     return len(messages) if isinstance(messages, list) else 0
 
 

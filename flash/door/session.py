@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 from flash.conversation import longest_text
@@ -10,9 +10,7 @@ from flash.door.limits import Allowance
 from flash.door.recorder import Memory, Recorder
 from flash.door.schema import LEAVE_OUT, ApiError, Ask, refused
 from flash.errors import FlashError
-from flash.types import Completion, SampledSequence, SamplingParams
-
-Generate = Callable[[Sequence[int], SamplingParams], Awaitable[Completion]]
+from flash.types import Completion, Generate, SampledSequence, SamplingParams
 
 
 class Session:
@@ -77,6 +75,9 @@ class DoorSession(Session):
         # Without a temperature of its own it serves clients that train nothing: nothing is kept.
         self.recorder = None if temperature is None else Recorder(role=role, turns=turns)
         self.memory = Memory()
+        self.kept: dict[
+            str, Any
+        ] = {}  # answers that may be gone on from, as their dialect has them
         self._generate = generate
         self._max_tokens = max_tokens
         self._temperature = temperature

@@ -12,12 +12,12 @@ from flash import registry
 from flash.config import Config
 from flash.door import Door
 from flash.door.command import CommandAgent
-from flash.door.roles import Role
 from flash.environments.hosts import EnvHosts
 from flash.environments.inline import InlineEnvs
 from flash.hub.hub import InferenceHub
 from flash.parts.roles import NONE_EARLIER, Earlier, make_roles
 from flash.reward.stage import RewardStage
+from flash.roles import Role
 from flash.rollout.episode import AgentFactory
 from flash.system.process import Child, StartProcess
 from flash.tools.tool import CallingStyle

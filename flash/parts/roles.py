@@ -11,12 +11,11 @@ from pathlib import Path
 
 from flash.config import Config
 from flash.config.agent import RoleConfig
-from flash.door.elsewhere import Elsewhere
-from flash.door.roles import Role
 from flash.hub.config import EngineConfig
 from flash.hub.gpus import worker_gpus
 from flash.hub.hub import InferenceHub
 from flash.parts.workers import open_hub
+from flash.roles import Elsewhere, Role
 from flash.section import revealed
 from flash.system.machine import gpus
 from flash.types import Completion, GenerateRequest, SamplingParams, Weights

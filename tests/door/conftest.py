@@ -67,6 +67,7 @@ class House:
         self.says: list[str | list[int]] = []
         self.prompts: list[list[int]] = []
         self.worker = FakeWorker("worker", token_s=(0, 0), script=self._script)
+        self.clients: list[openai.AsyncOpenAI] = []
         self.door: Door
         self.hub: InferenceHub
 
@@ -84,7 +85,11 @@ class House:
         return session, self.client(session)
 
     def client(self, session) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(base_url=session.base_url, api_key=session.api_key, max_retries=0)
+        client = openai.AsyncOpenAI(
+            base_url=session.base_url, api_key=session.api_key, max_retries=0
+        )
+        self.clients.append(client)
+        return client
 
     def _script(self, prompt, sampling):
         self.prompts.append(list(prompt))
@@ -104,5 +109,7 @@ def enter(tokenizer):
             Door(house.hub, tokenizer=tokenizer, model="policy", **options) as house.door,
         ):
             yield house
+            for client in house.clients:
+                await client.close()
 
     return enter

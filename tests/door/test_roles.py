@@ -11,11 +11,10 @@ from aiohttp import web
 
 from flash.agents.external import ExternalAgent
 from flash.door import Door
-from flash.door.elsewhere import Elsewhere
-from flash.door.roles import Role
 from flash.fakes import FakeWorker, KeepingObserver
 from flash.hub.hub import InferenceHub
 from flash.reward.stage import FunctionScorer, RewardStage
+from flash.roles import Elsewhere, Role
 from flash.rollout.filters import equal_rewards
 from flash.rollout.loop import RolloutLoop
 from flash.types import Completion, SampledSequence, Task, Trajectory, by_role

@@ -1,9 +1,17 @@
 """One of several who play an episode: who answers it, and what it is worth to it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from flash.door.elsewhere import Elsewhere
-from flash.door.session import Generate
+from flash.types import Generate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Elsewhere:
+    """A model at a URL such as https://host/v1, of OpenAI's protocol."""
+
+    url: str
+    model: str
+    api_key: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
