@@ -80,7 +80,8 @@ class AgentConfig(Section):
     ignore: Names = Field(
         (),
         description="what its requests may ask for in vain (temperature, tool_choice, image_url, "
-        "…; * is all that is not honoured); anything else that training can't allow is refused",
+        "…, or patterns, x_*; * is all that is not honoured); anything else that training can't "
+        "allow is refused",
     )
     roles: dict[str, RoleConfig] = Field(
         {},

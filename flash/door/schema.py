@@ -5,6 +5,7 @@ ignore it: none is dropped in silence, because a sampling field that is not hono
 what nobody asked for.
 """
 
+import fnmatch
 import json
 from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass
@@ -203,7 +204,8 @@ _HEEDED_NESTED = {name for shape in _NESTED_SHAPES for name in shape.model_field
 
 class Ignore:
     """What requests may hold in vain: fields, in messages and tools too, and parts of messages by
-    their type, such as image_url. "*" is all that is not honoured, but what has to be named.
+    their type, such as image_url, or what a pattern fits, such as "x_*". No pattern is for what is
+    honoured, or has to be named.
 
     ValueError for what is honoured.
     """
@@ -216,9 +218,13 @@ class Ignore:
                 f"else; leave it out. Others can, by name, or nearly all of them as {_EVERYTHING!r}"
             )
         self._names = frozenset(names)
+        self._patterns = [name for name in names if "*" in name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._names or (_EVERYTHING in self._names and name not in _BY_NAME_ONLY)
+        return name in self._names or (
+            name not in _BY_NAME_ONLY
+            and any(fnmatch.fnmatchcase(str(name), pattern) for pattern in self._patterns)
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

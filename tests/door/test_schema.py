@@ -144,6 +144,16 @@ def test_everything_that_is_not_honoured_may_be_ignored_at_once():
         assert chat(ignore={name}, **{name: value}) == chat()
 
 
+def test_fields_may_be_ignored_by_a_pattern_but_not_what_is_honoured_or_has_to_be_named():
+    fits = Ignore(["x_*", "*_penalty", "st*", "doc*"])
+    assert (
+        chat(ignore=fits, x_trace="1", frequency_penalty=2, messages=[{**USER, "x_y": 1}]) == chat()
+    )
+    assert refusal(chat, ignore=fits, trace="1").param == "trace"
+    assert chat(ignore=fits, stop=["x"]).stop == ("x",), "honoured"
+    assert refusal(chat, ignore=fits, documents=[{}]).param == "documents"
+
+
 STREAMED = {  # as the official client's stream helper gives it
     "role": "assistant", "content": "I call", "refusal": None, "annotations": None, "audio": None,
     "function_call": None, "parsed": None,
