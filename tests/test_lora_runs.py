@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flash.cli import main as cli
 from flash.evaluate import evaluate
+from flash.evaluate import plan as plan_evaluation
 from flash.replay.logged_run import open_run
 from flash.replay.retrain import Compared, plan, retrain
 from flash.system.machine import has_vllm
@@ -41,8 +42,8 @@ async def test_a_run_with_adapters_goes_on_from_them_and_is_evaluated_merged_and
     assert [step["mismatch/kl_fresh"] for step in steps] == pytest.approx([0] * 4, abs=1e-5)
     assert steps[0]["kl_reference"] == 0 < steps[1]["kl_reference"] < steps[3]["kl_reference"]
 
-    evaluation = await evaluate(folder / "checkpoints" / "step_000002", {})
-    assert evaluation.metrics()["eval/episodes"] == 8
+    report = await evaluate(plan_evaluation(str(folder / "checkpoints" / "step_000002"), {}))
+    assert [found.played for found in report.environments.values()] == [8]
     again = {**OPTIONS, "checkpoint.resume": True, "trainer.lora.rank": 8}
     with pytest.raises(ValueError, match=r"lora\.rank=8 with checkpoint\.resume: the run began wi"):
         await run(tiny("frozen_lake", tmp_path, **again))
@@ -74,5 +75,7 @@ async def test_a_run_on_vllm_publishes_adapters_alone_is_resumed_and_evaluated(t
     steps = [each for each in map(json.loads, lines) if "kl_reference" in each]
     assert [each["mismatch/kl_fresh"] for each in steps] == pytest.approx([0] * 3, abs=1e-5)
     assert steps[2]["kl_reference"] > 0
-    evaluation = await evaluate(tmp_path / "r", {})  # by a server of the merged model
-    assert evaluation.metrics()["eval/episodes"] == 8
+    report = await evaluate(
+        plan_evaluation(str(tmp_path / "r"), {})
+    )  # by a server of the merged model
+    assert [found.played for found in report.environments.values()] == [8]

@@ -14,7 +14,7 @@ import pytest
 
 from flash.cli.main import run as flash
 from flash.errors import RolloutFailure
-from flash.evaluate import evaluate
+from flash.evaluate import evaluate, plan
 from flash.fakes import FakeRanks
 from flash.hub.embedded_pool import EmbeddedPool
 from flash.hub.hub import InferenceHub
@@ -159,8 +159,8 @@ async def test_a_run_that_is_stopped_saves_and_goes_on_where_it_stopped(tmp_path
     assert set(kept) == {1, 2, 3, 4}, "what was said in each step"
     assert max(kept.values()) <= 2, "and no step is kept twice"
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    evaluation = await evaluate(folder, {"eval.tasks": 4})
-    assert evaluation.episodes == 4
+    report = await evaluate(plan(str(folder), {"eval.tasks": 4}))
+    assert report.environments["frozen_lake"].played == 4
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == files
 
 
@@ -301,8 +301,9 @@ async def test_a_command_that_knows_a_base_url_only_is_trained_and_evaluated(tmp
     assert told
     assert all(line.startswith("playing") for log in told for line in log.splitlines())
     assert len(told) <= 32, "as many as run together"
-    evaluation = await evaluate(folder, {"eval.tasks": 4})
-    assert (evaluation.episodes, evaluation.success_rate) == (4, 1.0)
+    report = await evaluate(plan(str(folder), {"eval.tasks": 4}))
+    found = report.environments["frozen_lake"]
+    assert (found.played, found.success.mean) == (4, 1.0)
 
 
 async def test_the_policy_plays_against_what_it_was_some_steps_ago(tmp_path, monkeypatch):

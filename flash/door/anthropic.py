@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StrictBool, StrictStr
 
 from flash.door.dialect import Dialect, Frame
+from flash.door.recorder import as_object
 from flash.door.respond import Exchange, Response
 from flash.door.schema import (
     LEAVE_OUT,
@@ -183,6 +184,13 @@ def parse_messages(body: Any, *, model: str, ignore: Container[str]) -> ChatAsk:
 
     Raises ApiError, naming the field, for what can't be honoured.
     """
+    if isinstance(body, dict) and body.get("thread") is not None:
+        # Overlooked, it would leave the client to send what is new alone.
+        raise ApiError(
+            400, "thread: nothing of a conversation is kept here: send all of its messages",
+            code="unsupported_value", param="thread",
+            details={"error_code": "thread_unsupported_request", "unsupported": ["thread"]},
+        )  # fmt: skip
     asked = _ANTHROPIC.body(_Messages, body, model=model, ignore=ignore)
     if "" in asked.stop_sequences:
         raise refused(
@@ -311,14 +319,13 @@ def _tool_use(call: Mapping[str, Any], arguments: Any) -> dict[str, Any]:
     return _block("tool_use", id=call["id"], name=call["function"]["name"], input=arguments)
 
 
-def _arguments(call: Mapping[str, Any]) -> Any:
-    """As an object, which the protocol has for them, whatever the model wrote."""
+def _arguments(call: Mapping[str, Any]) -> dict[str, Any]:
     arguments = call["function"]["arguments"]
     try:
         value = json.loads(arguments)
     except ValueError:
         value = arguments
-    return value if isinstance(value, dict) else {"arguments": value}
+    return as_object(value)
 
 
 def _head(exchange: Exchange, model: str) -> dict[str, Any]:
@@ -341,8 +348,12 @@ def _usage(exchange: Exchange, response: Response) -> dict[str, int]:
 
 def error_body(error: ApiError) -> dict[str, Any]:
     other = "api_error" if error.status >= 500 else "invalid_request_error"
-    kind = _ERRORS.get(error.status, other)
-    return {"type": "error", "error": {"type": kind, "message": str(error)}}
+    told: dict[str, Any] = {
+        "type": _ERRORS.get(error.status, other), "message": str(error),
+    }  # fmt: skip
+    if error.details is not None:
+        told["details"] = error.details
+    return {"type": "error", "error": told}
 
 
 MESSAGES = Dialect(whole=_whole, stream=_stream, error=error_body)

@@ -131,6 +131,19 @@ def _digests(messages: Sequence[Message], shown: Mapping[str, Any]) -> list[byte
         compared = {name: value for name, value in message.items() if name != "reasoning_content"}
         if message["role"] == "assistant":
             compared["content"] = message["content"].strip()
+            if calls := message.get("tool_calls"):
+                compared["tool_calls"] = [_as_object(call) for call in calls]
         running.update(json.dumps(compared, sort_keys=True).encode())
         digests.append(running.digest())
     return digests
+
+
+def _as_object(call: Mapping[str, Any]) -> dict[str, Any]:
+    """The call, its arguments an object as every dialect can tell them."""
+    function = call["function"]
+    return {**call, "function": {**function, "arguments": as_object(function["arguments"])}}
+
+
+def as_object(arguments: Any) -> dict[str, Any]:
+    """A call's arguments as dialects tell them that have nothing else, whatever was written."""
+    return arguments if isinstance(arguments, dict) else {"arguments": arguments}

@@ -54,7 +54,7 @@ Positive = Annotated[int, Field(strict=True, ge=1)]
 
 
 class ApiError(Exception):
-    """An answer other than 200. `param` is the field at fault."""
+    """An answer other than 200. `param` is the field at fault, `details` are for programs."""
 
     def __init__(
         self,
@@ -64,12 +64,14 @@ class ApiError(Exception):
         code: str | None = None,
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
+        details: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
         self.param = param
         self.headers = dict(headers or {})
+        self.details = details
 
 
 def refused(field: str, value: Any, why: str) -> ApiError:
@@ -332,9 +334,7 @@ class Vocabulary:
             why = f"this door does not know the field: {LEAVE_OUT}"
         else:
             why, _, _ = fault["msg"].partition(" or instance of ")
-        remedy = next(
-            (self.remedies[name] for name in reversed(names) if name in self.remedies), ""
-        )
+        remedy = next((self.remedies[name] for name in names if name in self.remedies), "")
         return refused(param, fault["input"], "; ".join(filter(None, (why, remedy))))
 
 

@@ -4,7 +4,7 @@ import anthropic
 import httpx
 import pytest
 
-from flash.door.anthropic import parse_messages
+from flash.door.anthropic import error_body, parse_messages
 from flash.door.schema import ApiError, Ignore
 
 TOOL = {
@@ -89,6 +89,36 @@ async def test_a_loop_of_thoughts_and_tools_is_one_sample(enter, stream, dumped)
         said = "".join(house.text(ids) for sampled, ids in sequence.runs() if sampled)
         assert said == f"{CALL}{END}<think>so</think>It is there.{END}bye{END}"
         assert "a lamp" in house.text(house.prompts[1])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("arguments", ["[1]", '"at"', "null"])
+async def test_arguments_that_are_no_object_keep_it_one_sample(enter, stream, arguments):
+    written = f'<tool_call>{{"name": "look", "arguments": {arguments}}}</tool_call>{END}'
+    async with enter() as house:
+        session, _ = house.open()
+        house.says = [written, f"done{END}"]
+        messages = [user("find it")]
+        async with client(session) as claude:
+            said = await answered(claude, stream, messages=messages, tools=[TOOL])
+            (call,) = said.content
+            assert list(call.input) == ["arguments"]
+            result = {"type": "tool_result", "tool_use_id": call.id, "content": "no such place"}
+            messages += [{"role": "assistant", "content": said.content}, user([result])]
+            await answered(claude, stream, messages=messages, tools=[TOOL])
+        (sequence,) = session.sequences()
+        sampled = "".join(house.text(ids) for sampled, ids in sequence.runs() if sampled)
+        assert sampled == f"{written}done{END}"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "remedy"),
+    [("tool_choice", "any", "send auto or none"), ("thinking", "enabled", "send disabled or")],
+)
+def test_a_choice_that_is_not_had_is_refused_with_those_that_are(field, value, remedy):
+    body = {"model": "policy", "messages": [user("hi")], field: {"type": value}}
+    with pytest.raises(ApiError, match=remedy):
+        parse_messages(body, model="policy", ignore=Ignore([]))
 
 
 async def test_tokens_are_counted_as_a_message_would_be_read_and_nothing_is_sampled(enter):
@@ -189,6 +219,14 @@ def test_what_can_not_be_honoured_is_refused_by_name(field, changes):
     assert told.value.status == 400
     assert told.value.param == field
     assert ": " in str(told.value)
+
+
+def test_a_client_that_would_send_what_is_new_alone_is_told_as_it_understands():
+    with pytest.raises(ApiError, match="send all of its messages") as told:
+        parse(ignore=["*"], thread={"type": "create"})
+    assert error_body(told.value)["error"]["details"] == {
+        "error_code": "thread_unsupported_request", "unsupported": ["thread"],
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,13 @@ class Sender(LocalSender):
         self.process = psutil.Process(child.pid)
         self.dies_in_chunk = -1
 
+    async def die(self) -> None:
+        """All of it, at once: when its guard is killed, the rest is ended a moment later."""
+        guarded = self.process.children(recursive=True)
+        self.process.kill()
+        _, left = await asyncio.to_thread(psutil.wait_procs, guarded, timeout=60)
+        assert not left
+
     @classmethod
     async def start(cls, log: Path) -> "Sender":
         module = "flash.trainer.process_group"
@@ -67,7 +74,7 @@ class Sender(LocalSender):
 
     async def send(self, number: int) -> None:
         if number == self.dies_in_chunk:
-            self.process.kill()
+            await self.die()
         await super().send(number)
 
 
@@ -251,7 +258,7 @@ async def test_a_sender_that_ended_since_the_last_update_is_replaced_and_costs_n
     await client.set_version(0)
     await client.load_weights(of(export(1)))
     await client.set_version(1)
-    setting.senders[0].process.kill()
+    await setting.senders[0].die()
     server.asked.clear()
     await client.load_weights(of(again := export(2)))
     assert routes(server) == [MODEL_INFO, *JOIN, *UPDATE]
