@@ -7,14 +7,14 @@ import urllib.request
 from typing import Any, Literal
 
 import msgspec
-from websockets.exceptions import WebSocketException
+from websockets.exceptions import ConnectionClosed, WebSocketException
 from websockets.sync.client import ClientConnection, connect
 
 from .of_package import PackageEnv, Split
 
 _MAX_ANSWER_BYTES = 32_000_000
 _CLOSE_TIMEOUT_S = 1.0
-_NOT_OF_THE_ACTION = "metadata"  # every action has it, none needs it
+_APART = {"done", "reward", "metadata"}  # declared as of the observation, and told beside it
 
 
 class _Answer(msgspec.Struct):
@@ -77,10 +77,11 @@ class OpenEnv(PackageEnv):
         self._url = url.rstrip("/")
         self._timeout_s = timeout_s
         self._session: ClientConnection | None = None
+        self._leaving = contextlib.ExitStack()
         schema = self._schema()
         self._action = _action(action, schema.action)
         self._shown = observation
-        fields = schema.observation.get("properties", {})
+        fields = set(schema.observation.get("properties", {})) - _APART
         if observation is not None and observation not in fields:
             raise ValueError(f"observation={observation!r} must be one of {_listed(fields)}")
 
@@ -106,9 +107,8 @@ class OpenEnv(PackageEnv):
         return text, reward, seen.done, False, info
 
     def close(self) -> None:
-        if self._session is not None:
-            self._session.close()
-            self._session = None
+        self._session = None
+        self._leaving.close()
 
     def _sent(self, text: str) -> Any:
         if self._action != "json":
@@ -146,19 +146,22 @@ class OpenEnv(PackageEnv):
 
     def _opened(self) -> ClientConnection:
         try:
-            return connect(
-                f"ws{self._url.removeprefix('http')}/ws",
-                open_timeout=self._timeout_s,
-                ping_interval=None,  # a server that computes may answer none; timeout_s decides
-                close_timeout=_CLOSE_TIMEOUT_S,
-                max_size=_MAX_ANSWER_BYTES,
+            return self._leaving.enter_context(
+                connect(
+                    f"ws{self._url.removeprefix('http')}/ws",
+                    open_timeout=self._timeout_s,
+                    ping_interval=None,  # a server that computes may answer none; timeout_s decides
+                    close_timeout=_CLOSE_TIMEOUT_S,
+                    max_size=_MAX_ANSWER_BYTES,
+                )
             )
         except (OSError, WebSocketException) as error:
             raise ConnectionError(f"{self._url} opens no session: {error}") from error
 
     def _ask(self, session: ClientConnection, kind: str, data: Any) -> _Seen:
         try:
-            session.send(json.dumps({"type": kind, "data": data}))
+            with contextlib.suppress(ConnectionClosed):  # what it said before is there to be read
+                session.send(json.dumps({"type": kind, "data": data}))
             answer = msgspec.json.decode(session.recv(self._timeout_s), type=_Answer)
             if answer.type != "error":
                 return msgspec.convert(answer.data, _Seen)
@@ -172,20 +175,19 @@ class OpenEnv(PackageEnv):
         if kind == "step" and code == "VALIDATION_ERROR":
             raise _Refused(_what_was_wrong(answer.data.get("errors")) or message)
         if code == "CAPACITY_REACHED":
-            message = f"{message}: raise max_concurrent_envs where its app is made, or play fewer"
+            raise self._failed("has no session left: raise its max_concurrent_envs, or play fewer")
         raise self._failed(f"answered {kind} with {code}: {message}")
 
     def _failed(self, what: str) -> RuntimeError:
         """Ends the session too: its next answer might be to what was asked before it."""
         with contextlib.suppress(OSError, WebSocketException):
             self.close()
-        self._session = None
         return RuntimeError(f"{self._url} {what}")
 
 
 def _action(given: Any, schema: dict[str, Any]) -> dict[str, Any] | Literal["json"]:
     """What to send; ValueError if the server would take it for no text at all."""
-    fields = set(schema.get("properties", {})) - {_NOT_OF_THE_ACTION}
+    fields = set(schema.get("properties", {}))
     required = set(schema.get("required", ()))
     if given is None:
         if len(required) != 1:
