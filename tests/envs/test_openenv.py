@@ -1,9 +1,15 @@
+import contextlib
+import http
 import json
 import socket
+import threading
 
 import pytest
 
 pytest.importorskip("websockets", reason="needs the extra 'openenv'")
+
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.server import serve
 
 from flash.environments import boundary
 from flash.envs.openenv import OpenEnv
@@ -169,3 +175,43 @@ def test_a_server_that_is_not_there_or_does_not_answer_is_named():
             OpenEnv(url=url, timeout_s=0.05)
     with pytest.raises(ValueError, match=f"url='{url}' can't be asked .*refused.*: start"):
         OpenEnv(url=url)
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (None, "ended the session"),
+        ("", "did not answer reset within 1 s"),
+        ("<html>", "answered reset as no OpenEnv server does"),
+        ('{"type": "observation", "data": {}}', "as no OpenEnv server does: .*`observation`"),
+        ('{"type": "error", "data": {"code": "ODD", "message": "so"}}', "reset with ODD: so"),
+    ],
+)
+def test_a_server_that_fails_in_a_session_is_named_and_asked_anew_in_another(answer, said):
+    sessions = []
+
+    def play(session):
+        sessions.append(session)
+        session.recv()
+        if answer:
+            session.send(answer)
+        elif answer is not None:
+            with contextlib.suppress(ConnectionClosed):
+                session.recv()  # until it is left
+
+    def schema(session, request):
+        if request.path == "/schema":
+            return session.respond(http.HTTPStatus.OK, '{"action": {}, "observation": {}}')
+        return None
+
+    with serve(play, "127.0.0.1", 0, process_request=schema) as served:
+        thread = threading.Thread(target=served.serve_forever)
+        thread.start()
+        url = f"http://127.0.0.1:{served.socket.getsockname()[1]}"
+        env = OpenEnv(url=url, action="json", timeout_s=1)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=f"{url} .*{said}"):
+                env.reset(seed=1)
+        served.shutdown()
+        thread.join()
+    assert len(sessions) == 2
