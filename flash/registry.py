@@ -152,7 +152,7 @@ def said_and_where(error: BaseException) -> str:
 
 def missing_package(field: str, name: str, error: ImportError) -> ValueError:
     """The error of a part whose own dependencies are not installed."""
-    how = machine.how_to_install("alfworld,reasoning,textarena,gem")
+    how = machine.how_to_install("alfworld,reasoning,textarena,gem,openenv")
     return ValueError(
         f"{field}={name!r} needs a package that is not installed ({error}): run {how}, or install "
         f"that package"

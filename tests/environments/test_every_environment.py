@@ -24,6 +24,7 @@ from flash.hub.hub import InferenceHub
 from flash.rollout.episode import Episode
 from flash.types import Task
 from flash.virtual_time import in_virtual_time
+from tests import openenv
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,29 @@ ODD = [
 ]
 ODD += ["[99999999999999999999 0]", r"\boxed{99999999999999999999}", "[-1 -1 -1]", "<tool_call>"]
 
-each = pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.name} {row.options}")
+OF_A_SERVER = Row("openenv", {"observation": "text"}, "3", "websockets")
+
+each = pytest.mark.parametrize(
+    "row",
+    [*ROWS, pytest.param(OF_A_SERVER, marks=pytest.mark.slow)],
+    ids=lambda row: f"{row.name} {row.options}",
+    indirect=True,
+)
+
+
+@pytest.fixture(scope="module")
+def openenv_url():
+    with openenv.server() as url:
+        yield f"{url}/numbers"
+
+
+@pytest.fixture
+def row(request):
+    if request.param is not OF_A_SERVER:
+        return request.param
+    pytest.importorskip(OF_A_SERVER.needs)
+    url = request.getfixturevalue("openenv_url")
+    return dataclasses.replace(OF_A_SERVER, options=OF_A_SERVER.options | {"url": url})
 
 
 @pytest.fixture
