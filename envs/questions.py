@@ -41,8 +41,9 @@ class QuestionsEnv(gymnasium.Env[str, str]):
     1,2, 1/2, 1e3.
 
     Args:
-        path: a file of JSON Lines in UTF-8, each with a `question` and an `answer`, a text or a
-            number; where the answer has a `####` in it, what follows that. It is read once.
+        path: a file of JSON Lines in UTF-8, or a Parquet file (`.parquet`); each line or row has a
+            `question` and an `answer`, a text or a number; where the answer has a `####` in it,
+            what follows that. It is read once.
         split: `train` or `heldout`; a question belongs to one of them, wherever it stands.
     """
 
@@ -58,7 +59,7 @@ class QuestionsEnv(gymnasium.Env[str, str]):
             raise ValueError(f"split={split!r} must be 'train' or 'heldout'")
         if not path:
             raise ValueError(
-                "path is missing: give a file of JSON Lines, as in GSM8K's train.jsonl"
+                "path is missing: give a file of JSON Lines, as in GSM8K's train.jsonl, or Parquet"
             )
         try:
             state = Path(path).expanduser().stat()
@@ -100,12 +101,14 @@ def _value(number: re.Match[str]) -> Decimal:
 def _read(path: str, changed_ns: int, size: int) -> dict[str, list[_Problem]]:
     """The problems of each split. ValueError names the line, and its field, that holds none."""
     found: dict[str, list[_Problem]] = {"train": [], "heldout": []}
-    for number, line in _lines(path):
+    in_rows = Path(path).suffix == ".parquet"
+    for number, entry in _rows(path) if in_rows else _lines(path):
         try:
-            question, answer = _problem(line)
+            question, answer = _problem(entry if in_rows else _parsed(entry))
             held_out = zlib.crc32(question.encode()) % _HELDOUT_SHARE == 0
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"path={path!r}, line {number}: {error}") from error
+            unit = "row" if in_rows else "line"
+            raise ValueError(f"path={path!r}, {unit} {number}: {error}") from error
         found["heldout" if held_out else "train"].append((question, answer))
     return found
 
@@ -130,13 +133,37 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
-def _problem(line: str) -> _Problem:
+def _rows(path: str) -> Iterator[tuple[int, Any]]:
+    """Of a Parquet file, with their numbers, from 1."""
     try:
-        entry = json.loads(
+        import pyarrow  # noqa: PLC0415
+        from pyarrow import parquet  # noqa: PLC0415
+    except ImportError as error:
+        raise ValueError(
+            f"path={path!r} needs pyarrow, which is not installed ({error}): "
+            "pip install 'flash-rl[parquet]', or give JSON Lines"
+        ) from error
+    number = 0
+    try:
+        with parquet.ParquetFile(Path(path).expanduser()) as file:
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except (OSError, pyarrow.ArrowException) as error:
+        raise ValueError(f"path={path!r} can't be read as Parquet: {error}") from error
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(
             line, parse_int=Decimal, parse_float=Decimal, parse_constant=_refuse_constant
         )
     except json.JSONDecodeError as error:
         raise ValueError(f"it is not JSON: {error.msg} at character {error.pos + 1}") from error
+
+
+def _problem(entry: Any) -> _Problem:
     if not isinstance(entry, dict):
         raise ValueError('it is not an object {"question": …, "answer": …}')
     for field in ("question", "answer"):
@@ -145,7 +172,9 @@ def _problem(line: str) -> _Problem:
     question, answer = entry["question"], entry["answer"]
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"question={_shown(question)} must be a text that is not empty")
-    if isinstance(answer, Decimal):
+    if isinstance(answer, int | float) and not isinstance(answer, bool):  # of Parquet
+        answer = Decimal(str(answer))
+    if isinstance(answer, Decimal) and answer.is_finite():
         return question, answer
     if not isinstance(answer, str):
         raise ValueError(f"answer={_shown(answer)} must be a text or a number")

@@ -1,9 +1,13 @@
 import contextlib
 import json
 import time
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from flash.config import load, try_environment
 from flash.envs.questions import QuestionsEnv
@@ -189,3 +193,48 @@ def test_every_solution_of_gsm8k_is_right():
         for seed in range(100):
             question, _ = env.reset(seed=seed)
             assert env.step(right_answers[question].splitlines()[-1])[1] == 1.0
+
+
+def _parquet(folder: Path, columns: dict[str, Any]) -> str:
+    path = folder / "questions.parquet"
+    parquet.write_table(pyarrow.table(columns), path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "answers", [["1 + 1 = 2\n#### 2"] * 40, [2] * 40, [2.0] * 40, [Decimal("2.00")] * 40]
+)
+def test_a_parquet_file_asks_what_json_lines_ask(tmp_path, answers):
+    questions = [f"q {number}" for number in range(40)]
+    rows = _parquet(tmp_path, {"question": questions, "answer": answers})
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text("".join(json.dumps({"question": q, "answer": 2}) + "\n" for q in questions))
+    for split in ("train", "heldout"):
+        of_rows = QuestionsEnv(path=rows, split=split)
+        of_lines = QuestionsEnv(path=str(lines), split=split)
+        for seed in range(40):
+            assert of_rows.reset(seed=seed) == of_lines.reset(seed=seed)
+            assert of_rows.step("It is 2.")[1] == 1
+            assert of_rows.step("It is 3.")[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        ({"question": ["a", "b"], "answer": ["1", None]}, "row 2: answer=null must be a text"),
+        ({"question": ["a", ""], "answer": [1, 2]}, "row 2: question="),
+        ({"question": ["a"], "answer": [float("nan")]}, "row 1: answer="),
+        ({"question": ["a"], "answer": [True]}, "row 1: answer=true must be"),
+        ({"prompt": ["a"], "answer": [1]}, "row 1: it has no 'question'; it has 'prompt'"),
+    ],
+)
+def test_a_row_that_is_no_problem_is_named_with_its_field(tmp_path, columns, told):
+    with pytest.raises(ValueError, match=told):
+        QuestionsEnv(path=_parquet(tmp_path, columns))
+
+
+def test_a_file_that_only_says_it_is_parquet_is_refused(tmp_path):
+    path = tmp_path / "none.parquet"
+    path.write_text('{"question": "a", "answer": "1"}\n')
+    with pytest.raises(ValueError, match="can't be read as Parquet"):
+        QuestionsEnv(path=str(path))
