@@ -209,7 +209,10 @@ async def test_a_policy_calls_a_function_and_an_mcp_server(tmp_path, monkeypatch
     playing = Playing(
         config=config, style=make_style(config, tokenizer), reward=None, log_dir=tmp_path
     )
-    async with InferenceHub([worker]) as hub, open_agents({"": playing}, door=None) as agents:
+    async with (
+        InferenceHub([worker]) as hub,
+        open_agents({"": playing}, door=None, hub=hub) as agents,
+    ):
         trajectory = await agents.make[""]().play(Episode(1, Task(0), hub=hub))
     assert trajectory.turn_states[1:] == [
         "20\nnote 1",
