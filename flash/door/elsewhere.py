@@ -1,5 +1,6 @@
 """Requests of a role that another model plays: passed on to where it is, and its answers back."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from flash.door.session import Session
 from flash.roles import Elsewhere
 from flash.types import SampledSequence
 
+_PATH = re.compile(r"[\w-]+(/[\w-]+)*")
 _NO_DEADLINE = aiohttp.ClientTimeout(total=None)  # the episode has one
 
 
@@ -30,7 +32,11 @@ class ElsewhereSession(Session):
     ) -> web.StreamResponse:
         """The answer of the model elsewhere, whatever it is, as it comes. ApiError, 502, if there
         is none."""
-        _, _, path = request.path.rpartition("/v1/")
+        _, _, path = request.path.partition("/v1/")
+        if not _PATH.fullmatch(path):  # an id in it might lead anywhere, with the key
+            raise ApiError(
+                404, f"{path!r} is passed on to no model: it may have no such characters"
+            )
         url = f"{self._to.url.rstrip('/')}/{path}"
         asked = None if body is None else {**body, "model": self._to.model}
         response: web.StreamResponse | None = None

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from flash.config import Config
 from flash.config.agent import RoleConfig
+from flash.errors import first_error
 from flash.hub.config import EngineConfig
 from flash.hub.gpus import worker_gpus
 from flash.hub.hub import InferenceHub
@@ -34,7 +35,12 @@ class Earlier:
             for every, hub in self.hubs.items()
             if weights.version // every > hub.version // every
         ]
-        await asyncio.gather(*(hub.publish(weights) for hub in due))
+        with first_error():
+            async with asyncio.TaskGroup() as publishing:
+                for hub in due:
+                    publishing.create_task(
+                        hub.publish(weights), name="publish to an earlier policy"
+                    )
 
 
 NONE_EARLIER = Earlier({})

@@ -4,6 +4,7 @@ import itertools
 from collections import defaultdict
 from contextlib import asynccontextmanager
 
+import httpx
 import numpy as np
 import openai
 import pytest
@@ -172,6 +173,24 @@ async def test_another_model_plays_a_role_where_it_is(tokenizer):
         await runner.cleanup()
     assert {sample.role for sample in batch.samples} == {"coder"}
     assert set(seen) == {("/v1/chat/completions", "Bearer sesame", "big")}
+
+
+@pytest.mark.parametrize("name", ["..%2F..%2Fadmin", "a%2Fv1%2F..", "%2e%2e", "x%3Fy"])
+async def test_no_path_leads_a_role_beside_the_model_that_it_is_passed_on_to(tokenizer, name):
+    there = Elsewhere(url="http://127.0.0.1:9/v1", model="big", api_key="sesame")
+    statuses = []
+
+    async def act(roles, task):
+        async with httpx.AsyncClient() as http:
+            url = f"{roles['critic']['base_url']}/responses/{name}"
+            statuses.append((await http.get(url)).status_code)
+        await say(roles["coder"], "go")
+        return 1.0
+
+    roles = {"coder": Role(), "critic": Role(elsewhere=there)}
+    async with rollouts(tokenizer, act, roles) as loop:
+        await loop.next_batch()
+    assert {*statuses} <= {404, 405}, "it was not asked, or it would not have answered: 502"
 
 
 async def test_a_model_that_is_not_there_is_told_of_by_its_url(tokenizer):
