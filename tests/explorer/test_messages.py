@@ -22,10 +22,12 @@ def test_numbers_and_arrays_of_other_kinds_arrive_as_what_they_are():
         temperatures=np.ones(6, np.float32)[::2],
         turns=np.array([-1, 0, 0], np.int8),
         experts=np.arange(6, dtype=np.int16).reshape(3, 2),
+        role="coder",
     )
     trajectory = Trajectory(
         sequences=[given], reward=np.float64(2), turns=np.int64(1), success=np.bool_(True),
         turn_rewards=np.array([0.5]), turn_states=["a", ("b", 1)],
+        role_rewards={"coder": np.float32(0.5)},
     )  # fmt: skip
     told = Ended(
         trajectory=exact(trajectory), prompt_tokens=1, generated_tokens=2, turns=1, seconds={}
@@ -36,6 +38,7 @@ def test_numbers_and_arrays_of_other_kinds_arrive_as_what_they_are():
         np.testing.assert_array_equal(getattr(sequence, name), getattr(given, name))
     assert (heard.reward, heard.turns, heard.success) == (2.0, 1, True)
     assert (heard.turn_rewards, heard.turn_states) == ([0.5], ["a", ("b", 1)])
+    assert heard.role_rewards == {"coder": 0.5}
 
 
 @pytest.mark.parametrize("experts", [np.array([[3, -1], [0, 7]], np.int16), None])

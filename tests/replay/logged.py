@@ -1,6 +1,6 @@
 """A run's folder with a log that a Store wrote: nothing was played for it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -92,33 +92,40 @@ class Logged:
         version: int = 2,
         outcome: str = "trained",
         reason: str = "",
+        roles: Sequence[str] = ("",),
+        role_rewards: Mapping[str, float] | None = None,
     ) -> None:
-        """From its beginning to its end; it observes what it reads, and "garden" at last."""
+        """From its beginning to its end; it observes what it reads, and "garden" at last. Who has
+        one of `roles` speaks in turn, each in a sequence of its own."""
         self.begin(episode, group=group)
-        sequence = TokenSequence([])
+        sequences = {role: TokenSequence([], role=role) for role in roles}
         for number, (read, said) in enumerate(turns):
+            sequence = sequences[roles[number % len(roles)]]
             sequence.add_prompt(ids(read))
             told = ids(said)
             sequence.add_sampled(
                 Completion(
                     token_ids=told, logprobs=list(logprobs[: len(told)]),
                     versions=[version] * len(told), temperature=1.0, finish_reason="stop",
-                )
+                ),
+                turn=number,
             )  # fmt: skip
             self.observe(episode, 2 * number, read)
         self.observe(episode, 2 * len(turns), "garden", reward, terminated=True)
-        arrays = sequence.snapshot()
-        self.insert(
-            SEQUENCES, episode=episode, number=0, tokens=arrays.num_tokens,
-            sampled=int((arrays.loss_mask > 0).sum()), token_ids=arrays.token_ids,
-            logprobs=arrays.logprobs, versions=arrays.versions, loss_mask=arrays.loss_mask,
-            temperatures=arrays.temperatures, turns=arrays.turns,
-        )  # fmt: skip
+        played = [sequence.snapshot() for sequence in sequences.values()]
+        for number, arrays in enumerate(played):
+            self.insert(
+                SEQUENCES, episode=episode, number=number, tokens=arrays.num_tokens,
+                sampled=int((arrays.loss_mask > 0).sum()), token_ids=arrays.token_ids,
+                logprobs=arrays.logprobs, versions=arrays.versions, loss_mask=arrays.loss_mask,
+                temperatures=arrays.temperatures, turns=arrays.turns, role=arrays.role,
+            )  # fmt: skip
         trained = outcome == "trained"
         self.end(
             episode, outcome, reason, played_at=BEGAN + 1, reward=reward, success=reward > 0,
-            turns=len(turns), prompt_tokens=arrays.num_tokens,
-            generated_tokens=int(np.sum(arrays.loss_mask > 0)), version_min=version,
+            turns=len(turns), prompt_tokens=sum(arrays.num_tokens for arrays in played),
+            generated_tokens=sum(int(np.sum(arrays.loss_mask > 0)) for arrays in played),
+            role_rewards=role_rewards, version_min=version,
             version_max=version, trained_at_version=version if trained else None,
             stages_s={"generate": 0.5, "env": 0.25},
             turn_rewards=[0.0] * (len(turns) - 1) + [reward], turn_states=["x"] * len(turns),
@@ -138,17 +145,31 @@ class Logged:
             config={"trainer": TrainerConfig(**trainer).model_dump(mode="json")},
         )  # fmt: skip
 
-    def batch(self, version: int, *parts: Sequence[int], start: int = 1, done: bool = True) -> None:
-        """Its parts, as episodes of one group each; and its step, if it was done."""
+    def batch(
+        self,
+        version: int,
+        *parts: Sequence[int],
+        start: int = 1,
+        done: bool = True,
+        roles: Mapping[str, Sequence[float]] | None = None,
+    ) -> None:
+        """Its parts, as episodes of one group each; and its step, if it was done. `roles` has the
+        rewards of each, by the place of the episode; by default the one player's is its number."""
         for number, episodes in enumerate(parts):
             self.insert(
                 BATCHES, version=version, part=number, start=start, at=BEGAN,
                 last=number == len(parts) - 1, metrics={},
             )  # fmt: skip
-            for position, episode in enumerate(episodes):
+            of_roles = (roles or {"": episodes}).values()
+            played = [
+                (episode, sequence, rewards[place])
+                for place, episode in enumerate(episodes)
+                for sequence, rewards in enumerate(of_roles)
+            ]
+            for position, (episode, sequence, reward) in enumerate(played):
                 self.insert(
                     SAMPLES, version=version, part=number, position=position, episode=episode,
-                    number=0, group=number, advantage=[9.0], reward=float(episode),
+                    number=sequence, group=number, advantage=[9.0], reward=float(reward),
                 )  # fmt: skip
         if done:
             self.step(version + 1, start=start)

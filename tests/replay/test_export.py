@@ -78,6 +78,24 @@ def test_a_row_is_an_episode_with_all_that_it_takes_to_train_on_it(played, forma
 
 
 @pytest.mark.parametrize("format", ["jsonl", "parquet"])
+def test_of_several_who_played_it_says_who_said_what_and_what_that_was_worth(
+    logged, format, capsys
+):
+    logged.play(
+        3, ("a room", "go north"), ("garden", "go south"), ("a garden", "stop"),
+        roles=("asks", "answers"), role_rewards={"answers": -2.0}, reward=1.0,
+    )  # fmt: skip
+    exported(capsys, logged, format)
+    (row,) = read(logged.path / f"dataset_trained.{format}")
+    assert (row["reward"], json.loads(row["role_rewards"])) == (1.0, {"answers": -2.0})
+    assert [(turn["role"], turn["said"]) for turn in row["turns"]] == [
+        ("asks", "go north"), ("answers", "go south"), ("asks", "stop"),
+    ]  # fmt: skip
+    sampled = [(each["role"], sum(each["loss_mask"])) for each in row["sequences"]]
+    assert sampled == [("asks", 3), ("answers", 2)]
+
+
+@pytest.mark.parametrize("format", ["jsonl", "parquet"])
 def test_all_are_those_that_ended_in_any_way(played, format, tmp_path, capsys):
     path = tmp_path / f"all.{format}"
     exported(capsys, played, format, "--episodes", "all", "--out", str(path))

@@ -82,6 +82,22 @@ def test_as_data_it_has_every_token_with_its_logprob_and_version(logged, capsys)
     assert (told["played_at"] - told["admitted_at"], told["trained_at_version"]) == (1.0, 2)
 
 
+def test_of_several_who_played_it_is_told_who_said_what_and_what_that_was_worth(logged, capsys):
+    logged.play(
+        3, ("a room", "go north"), ("garden", "go south"), ("a garden", "stop"),
+        roles=("asks", "answers"), role_rewards={"answers": -2.0}, reward=1.0,
+    )  # fmt: skip
+    page = shown(capsys, str(logged.path), "--episode", "3")
+    assert "reward 1, answers -2" in page
+    said = [line for line in page.splitlines() if " said " in line]
+    assert [line.partition(" said ")[0] for line in said] == [
+        "─── turn 1, asks", "─── turn 2, answers", "─── turn 3, asks",
+    ]  # fmt: skip
+    told = json.loads(shown(capsys, str(logged.path), "--json"))
+    assert told["role_rewards"] == {"answers": -2.0}
+    assert [turn["role"] for turn in told["turns"]] == ["asks", "answers", "asks"]
+
+
 def coloured(logged, colour) -> str:
     text = io.StringIO()
     console = Console(file=text, force_terminal=True, color_system="standard", width=500)

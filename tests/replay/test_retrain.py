@@ -147,6 +147,20 @@ def test_other_advantages_are_computed_from_the_logged_rewards(trained):
     ]
 
 
+def test_who_has_the_same_role_is_compared_with_each_other(logged):
+    logged.started(1, threads=1)
+    roles = ("asks", "answers")
+    for episode in range(2):
+        turns = ("a room", "go north"), ("garden", "go south")
+        logged.play(episode, *turns, roles=roles, reward=float(episode))
+    logged.batch(0, [0, 1], done=False, roles={"asks": (0.0, 1.0), "answers": (5.0, 1.0)})
+    (leg,) = planned(logged, {"trainer.advantages": "rloo"}).legs
+    (part,) = batch_of(logged, leg, 0)
+    assert {(s.episode, s.role): s.advantage for s in part.samples} == {
+        (0, "asks"): -1.0, (1, "asks"): 1.0, (0, "answers"): 4.0, (1, "answers"): -4.0,
+    }  # fmt: skip
+
+
 def test_what_needs_the_whole_batch_is_given_it_whole(trained):
     (leg,) = planned(trained, {"trainer.advantages": "reinforce"}).legs
     (whole,) = batch_of(trained, leg, 0)
