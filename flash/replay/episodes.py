@@ -180,11 +180,24 @@ class EpisodeReader(Reader):
                 query = query.where(EPISODES.c.reward.is_not(None))
         return self._whole(self._rows(query.order_by(EPISODES.c.episode).limit(most)))
 
-    def states(self, episodes: Sequence[int]) -> dict[int, Sequence[Any]]:
-        """The states that the turns of each of these episodes began in."""
-        query = select(EPISODES.c.episode, EPISODES.c.turn_states)
-        rows = self._in(query, EPISODES.c.episode, episodes)
-        return {row.episode: row.turn_states or () for row in rows}
+    def worth(self, episodes: Sequence[int]) -> dict[int, Trajectory]:
+        """What each of these episodes was worth, without what was said in it."""
+        columns = EPISODES.c
+        query = select(
+            columns.episode, columns.reward, columns.turns, columns.turn_rewards,
+            columns.turn_states, columns.role_rewards,
+        )  # fmt: skip
+        return {
+            row.episode: Trajectory(
+                sequences=[],
+                reward=row.reward,
+                turns=row.turns,
+                turn_rewards=row.turn_rewards,
+                turn_states=row.turn_states or (),
+                role_rewards=row.role_rewards or {},
+            )
+            for row in self._in(query, columns.episode, episodes)
+        }
 
     def _first(self, query: Select[Any]) -> list[LoggedEpisode]:
         return self._whole(self._rows(query.limit(1)))

@@ -33,7 +33,7 @@ from flash.config.source import changed
 from flash.config.together import check_staleness
 from flash.replay.fields import Retraining
 from flash.replay.logged_run import LoggedRun, first_model
-from flash.rollout.batching import of_tokens
+from flash.rollout.batching import compared, of_tokens
 from flash.system.own_logs import own_logs
 from flash.trainer.advantages import make_advantages
 from flash.trainer.checkpoint import ADAPTERS_FILE, MODEL_FOLDER, checkpoint_version
@@ -235,8 +235,8 @@ class _Batches:
             if self._leg.as_logged:
                 return parts
             episodes = sorted({sample.episode for part in parts for sample in part.samples})
-            states = reader.states(episodes)
-        return [replace(p, samples=_with_advantages(p.samples, states, settings)) for p in parts]
+            worth = reader.worth(episodes)
+        return [replace(p, samples=_with_advantages(p.samples, worth, settings)) for p in parts]
 
 
 def _check_samples(run: LoggedRun, version: int) -> None:
@@ -251,37 +251,26 @@ def _check_samples(run: LoggedRun, version: int) -> None:
 
 
 def _with_advantages(
-    samples: Sequence[Sample], states: Mapping[int, Sequence[Any]], settings: TrainerConfig
+    samples: Sequence[Sample], worth: Mapping[int, Trajectory], settings: TrainerConfig
 ) -> list[Sample]:
     """The samples of whole groups with the advantages that these settings give them."""
-    groups: dict[tuple[int, str], dict[int, list[Sample]]] = {}
+    groups: dict[int, dict[int, list[Sample]]] = {}
     for sample in samples:
-        same = groups.setdefault((sample.group, sample.role), {})
-        same.setdefault(sample.episode, []).append(sample)
-    advantages = make_advantages(settings.advantages, finished=not settings.finishes_advantages)
-    computed = advantages(
+        groups.setdefault(sample.group, {}).setdefault(sample.episode, []).append(sample)
+    computed = compared(
         [
-            [_trajectory(of_episode, states[episode]) for episode, of_episode in group.items()]
+            [replace(worth[episode], sequences=list(said)) for episode, said in group.items()]
             for group in groups.values()
-        ]
+        ],
+        make_advantages(settings.advantages, finished=not settings.finishes_advantages),
     )
     of_episodes = {
         (role, episode): advantage
-        for ((_, role), group), of_group in zip(groups.items(), computed, strict=True)
+        for group, roles in zip(groups.values(), computed, strict=True)
+        for role, of_group in roles.items()
         for episode, advantage in zip(group, of_group, strict=True)
     }
     return [replace(s, advantage=of_tokens(of_episodes[s.role, s.episode], s)) for s in samples]
-
-
-def _trajectory(samples: Sequence[Sample], states: Sequence[Any]) -> Trajectory:
-    rewards = samples[0].turn_rewards
-    return Trajectory(
-        sequences=list(samples),
-        reward=samples[0].reward,
-        turns=len(rewards),
-        turn_rewards=rewards,
-        turn_states=states,
-    )
 
 
 # ── what is planned ──────────────────────────────────────────────────────────────────────────

@@ -52,13 +52,20 @@ def samples_of(
     return samples
 
 
+def compared(
+    groups: Sequence[Sequence[Trajectory]], advantages: Advantages
+) -> list[dict[str, OfEpisodes]]:
+    """Of each group and role: who has the same role is compared with each other."""
+    played = [by_role(group) for group in groups]
+    computed = iter(advantages([episodes for roles in played for episodes in roles.values()]))
+    return [{role: next(computed) for role in roles} for roles in played]
+
+
 def _computed(
     groups: Sequence[Group], advantages: Advantages
 ) -> dict[Group, dict[str, OfEpisodes]]:
-    """Of each group and role: who has the same role is compared with each other."""
-    played = [(group, by_role(trajectories(group))) for group in groups]
-    computed = iter(advantages([episodes for _, roles in played for episodes in roles.values()]))
-    return {group: {role: next(computed) for role in roles} for group, roles in played}
+    of_groups = compared([trajectories(group) for group in groups], advantages)
+    return dict(zip(groups, of_groups, strict=True))
 
 
 def _samples(group: Group, advantages: Mapping[str, OfEpisodes]) -> Iterator[Sample]:

@@ -151,25 +151,24 @@ class Logged:
         *parts: Sequence[int],
         start: int = 1,
         done: bool = True,
-        roles: Mapping[str, Sequence[float]] | None = None,
+        sequences: Mapping[int, int] | None = None,
     ) -> None:
-        """Its parts, as episodes of one group each; and its step, if it was done. `roles` has the
-        rewards of each, by the place of the episode; by default the one player's is its number."""
+        """Its parts, as episodes of one group each, with so many `sequences` each, by default one;
+        and its step, if it was done."""
         for number, episodes in enumerate(parts):
             self.insert(
                 BATCHES, version=version, part=number, start=start, at=BEGAN,
                 last=number == len(parts) - 1, metrics={},
             )  # fmt: skip
-            of_roles = (roles or {"": episodes}).values()
             played = [
-                (episode, sequence, rewards[place])
-                for place, episode in enumerate(episodes)
-                for sequence, rewards in enumerate(of_roles)
+                (episode, sequence)
+                for episode in episodes
+                for sequence in range((sequences or {}).get(episode, 1))
             ]
-            for position, (episode, sequence, reward) in enumerate(played):
+            for position, (episode, sequence) in enumerate(played):
                 self.insert(
                     SAMPLES, version=version, part=number, position=position, episode=episode,
-                    number=sequence, group=number, advantage=[9.0], reward=float(reward),
+                    number=sequence, group=number, advantage=[9.0], reward=float(episode),
                 )  # fmt: skip
         if done:
             self.step(version + 1, start=start)

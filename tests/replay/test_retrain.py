@@ -147,17 +147,19 @@ def test_other_advantages_are_computed_from_the_logged_rewards(trained):
     ]
 
 
-def test_who_has_the_same_role_is_compared_with_each_other(logged):
+def test_who_has_the_same_role_is_compared_with_each_other_also_where_one_was_silent(logged):
     logged.started(1, threads=1)
-    roles = ("asks", "answers")
-    for episode in range(2):
-        turns = ("a room", "go north"), ("garden", "go south")
-        logged.play(episode, *turns, roles=roles, reward=float(episode))
-    logged.batch(0, [0, 1], done=False, roles={"asks": (0.0, 1.0), "answers": (5.0, 1.0)})
+    turns = ("a room", "go north"), ("garden", "go south")
+    both = ("asks", "answers")
+    logged.play(0, *turns, roles=both, role_rewards={"answers": 5.0})
+    logged.play(1, *turns, roles=both, role_rewards={"answers": 1.0}, reward=3.0)
+    logged.play(2, turns[0], roles=("asks",), reward=6.0)
+    logged.batch(0, [0, 1, 2], done=False, sequences={0: 2, 1: 2})
     (leg,) = planned(logged, {"trainer.advantages": "rloo"}).legs
     (part,) = batch_of(logged, leg, 0)
     assert {(s.episode, s.role): s.advantage for s in part.samples} == {
-        (0, "asks"): -1.0, (1, "asks"): 1.0, (0, "answers"): 4.0, (1, "answers"): -4.0,
+        (0, "asks"): -4.5, (1, "asks"): 0.0, (2, "asks"): 4.5,
+        (0, "answers"): 1.5, (1, "answers"): -4.5,
     }  # fmt: skip
 
 
