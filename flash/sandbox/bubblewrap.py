@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import stat
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,17 +24,17 @@ _SYSTEM = (
 _OF_USR = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 _USERS = "root:x:0:0::/:/bin/sh\nsandbox:x:1000:1000::/tmp:/bin/sh\n"
 _GROUPS = "root:x:0:\nsandbox:x:1000:\n"
-# Nobody could not pass the folders above some of what he may see: root's own is closed. They are
-# mounted where he can, in a mount namespace of its own; that nothing is needed of /sys is its use.
-_AS_NOBODY = f"""
+# What lies in folders that are closed to nobody, as root's own is, is mounted where it is not, in a
+# mount namespace of its own. Of /sys nothing is needed here, so it has room for that.
+_OPENING = """
 mount -t tmpfs -o mode=755 none /sys || exit
 while [ "$1" != -- ]; do
-  if [ -d "$1" ]; then mkdir -p "/sys$1"; else mkdir -p "/sys${{1%/*}}" && : > "/sys$1"; fi
+  if [ -d "$1" ]; then mkdir -p "/sys$1"; else mkdir -p "/sys${1%/*}" && : > "/sys$1"; fi
   mount --rbind "$1" "/sys$1" || exit
   shift
 done
 shift
-exec setpriv --reuid={_NOBODY} --regid={_NOBODY} --clear-groups -- "$@"
+exec "$@"
 """
 
 
@@ -55,10 +56,11 @@ def command_line(
             descriptors.append(descriptor)
             return ["--ro-bind-data", str(descriptor), there]
 
-        prefix = "/sys" if os.geteuid() == 0 else ""
+        is_root = os.geteuid() == 0
+        closed = [path for path in seen if is_root and _is_closed(path)]
         mounts = [word for folder in ("/run", *FOLDERS) for word in ("--dir", folder)]
         for path in seen:
-            mounts += ["--ro-bind", f"{prefix}{path}", str(path)]
+            mounts += ["--ro-bind", f"/sys{path}" if path in closed else str(path), str(path)]
         for path in map(Path, _OF_USR):
             if path.is_symlink():
                 mounts += ["--symlink", str(path.readlink()), str(path)]
@@ -74,10 +76,16 @@ def command_line(
             "--remount-ro", "/", "--chdir", "/",
             "--", sys.executable, "-IS", _INSIDE_THERE, argument,
         ]  # fmt: skip
-        if prefix:
+        if is_root:
+            nobody = str(_NOBODY)
+            command = [
+                *("setpriv", "--reuid", nobody, "--regid", nobody, "--clear-groups", "--"),
+                *command,
+            ]
+        if closed:
             command = [
                 *("unshare", "--mount", "--propagation", "private"),
-                *("sh", "-c", _AS_NOBODY, "sh", *map(str, seen), "--", *command),
+                *("sh", "-c", _OPENING, "sh", *map(str, closed), "--", *command),
             ]
         if joins is not None:
             command = ["sh", "-c", 'echo 0 > "$0" && exec "$@"', str(joins), *command]
@@ -118,6 +126,11 @@ def seen_of(readable: Sequence[Path]) -> list[Path]:
         if not any(path.is_relative_to(above) for above in seen):
             seen.append(path)
     return seen
+
+
+def _is_closed(path: Path) -> bool:
+    """Whether not everybody can pass the folders above."""
+    return not all(above.stat().st_mode & stat.S_IXOTH for above in path.resolve().parents)
 
 
 def _memory(text: str) -> int:

@@ -48,7 +48,7 @@ class MemoryGroup:
     @classmethod
     def make(cls, limit_bytes: int) -> Self | None:
         """None where this process may make none."""
-        for parent, files in _parents():
+        for parent, files in parents():
             _sweep(parent)
             name = f"{_NAME}-{os.getpid()}-{next(_numbers)}"
             with contextlib.suppress(OSError):
@@ -77,7 +77,7 @@ class MemoryGroup:
         self._folder.rmdir()
 
 
-def _parents(
+def parents(
     root: Path = _ROOT, own: Path = Path("/proc/self/cgroup")
 ) -> Iterator[tuple[Path, _Files]]:
     """Where a group with a limit can be made: below our own group, or beside it.

@@ -85,6 +85,11 @@ async def test_it_is_denied(attempt):
     assert again.stdout == b"unharmed\n"
 
 
+def test_the_table_tells_of_every_attempt():
+    told = (Path(__file__).parents[2] / "docs/sandbox.md").read_text()
+    assert [attempt for attempt in DENIED if attempt not in told] == []
+
+
 async def test_what_is_beside_the_system_is_not_seen(tmp_path):
     (tmp_path / "secret").write_text("hush")
     shown = tmp_path / "shown"
