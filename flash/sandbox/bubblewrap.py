@@ -11,7 +11,7 @@ from pathlib import Path
 from flash.sandbox.sandbox import WORK, SandboxUnavailable
 
 FOLDERS = (WORK, "/tmp", "/dev/shm")
-"""What is writable."""
+"""What is writable in each."""
 
 _NOBODY = 65534  # who we are in a sandbox where root opens it
 _IDS = ("--uid", "1000", "--gid", "1000")  # as seen from inside
@@ -40,7 +40,7 @@ exec "$@"
 
 @contextlib.contextmanager
 def command_line(
-    argument: str, *, seen: Sequence[Path], joins: Path | None
+    argument: str, *, seen: Sequence[Path], folders: Sequence[str], joins: Path | None
 ) -> Iterator[tuple[list[str], list[int]]]:
     """What opens a sandbox and runs `inside.py` in it, and the descriptors that it is to inherit.
 
@@ -58,7 +58,7 @@ def command_line(
 
         is_root = os.geteuid() == 0
         closed = [path for path in seen if is_root and _is_closed(path)]
-        mounts = [word for folder in ("/run", *FOLDERS) for word in ("--dir", folder)]
+        mounts = [word for folder in ("/run", *folders) for word in ("--dir", folder)]
         for path in seen:
             mounts += ["--ro-bind", f"/sys{path}" if path in closed else str(path), str(path)]
         for path in map(Path, _OF_USR):

@@ -54,11 +54,15 @@ class LocalSandbox(Sandbox):
 
     Args:
         readable: files and folders of this machine that are seen in it, at their own paths.
+        writable: folders at its root that may be written to, beside those of each.
     """
 
-    def __init__(self, limits: Limits, readable: Sequence[Path] = ()) -> None:
+    def __init__(
+        self, limits: Limits, readable: Sequence[Path] = (), writable: Sequence[str] = ()
+    ) -> None:
         super().__init__(limits)
         self._readable = readable
+        self._writable = writable
         self._control: socket.socket | None = None  # each message is the descriptors of a command
         self._process: asyncio.subprocess.Process | None = None
         self._memory: MemoryGroup | None = None
@@ -153,6 +157,7 @@ class LocalSandbox(Sandbox):
 
     async def _open(self, stderr: IO[bytes]) -> None:
         limits, seen, memory = self.limits, seen_of(self._readable), self._memory
+        folders = list(dict.fromkeys((*FOLDERS, *self._writable)))
         rlimits = {
             "RLIMIT_NPROC": limits.processes + _OWN_PROCESSES,
             "RLIMIT_FSIZE": limits.disk_mb << 20,
@@ -163,7 +168,7 @@ class LocalSandbox(Sandbox):
             rlimits["RLIMIT_AS"] = limits.memory_mb << 20
         argument = {
             "readable": list(map(str, seen)),
-            "folders": FOLDERS,
+            "folders": folders,
             "disk_mb": limits.disk_mb,
             "rlimits": rlimits,
         }
@@ -172,7 +177,10 @@ class LocalSandbox(Sandbox):
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.setblocking(False)
         line = command_line(
-            json.dumps(argument), seen=seen, joins=None if memory is None else memory.members
+            json.dumps(argument),
+            seen=seen,
+            folders=folders,
+            joins=None if memory is None else memory.members,
         )
         with theirs, line as (command, descriptors):
             self._process = await asyncio.create_subprocess_exec(
