@@ -124,9 +124,12 @@ async def test_no_server_of_this_machine_is_reached():
 
 
 async def test_nothing_is_inherited_but_the_standard_streams():
+    code = "import os; print(sorted(map(int, os.listdir('/proc/self/fd'))))"
     async with open_sandbox(limits=LIMITS) as sandbox:
-        outcome = await python(sandbox, "print(sorted(map(int, os.listdir('/proc/self/fd'))))")
-    assert outcome.stdout == b"[0, 1, 2, 3]\n"  # 3: the folder that is listed
+        outcome = await sandbox.run([sys.executable, "-c", code])
+        started = await sandbox.start([sys.executable, "-c", code])
+        told = await started.stdout.read()
+    assert outcome.stdout == told == b"[0, 1, 2, 3]\n"  # 3: the folder that is listed
 
 
 async def test_its_init_can_not_be_killed_nor_anybody_elses_process():
