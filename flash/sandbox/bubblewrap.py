@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from flash.sandbox.sandbox import WORK, SandboxUnavailable
+from flash.sandbox.seccomp import without_keyrings
 
 FOLDERS = (WORK, "/tmp", "/dev/shm")
 """What is writable in each."""
@@ -22,8 +23,8 @@ _SYSTEM = (
     "/etc/localtime",
 )  # fmt: skip
 _OF_USR = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
-_USERS = "root:x:0:0::/:/bin/sh\nsandbox:x:1000:1000::/tmp:/bin/sh\n"
-_GROUPS = "root:x:0:\nsandbox:x:1000:\n"
+_USERS = b"root:x:0:0::/:/bin/sh\nsandbox:x:1000:1000::/tmp:/bin/sh\n"
+_GROUPS = b"root:x:0:\nsandbox:x:1000:\n"
 # What lies in folders that are closed to nobody, as root's own is, is mounted where it is not, in a
 # mount namespace of its own. Of /sys nothing is needed here, so it has room for that.
 _OPENING = """
@@ -51,10 +52,10 @@ def command_line(
     with contextlib.ExitStack() as opened:
         descriptors: list[int] = []
 
-        def data(descriptor: int, there: str) -> list[str]:
+        def given(descriptor: int) -> str:
             opened.callback(os.close, descriptor)
             descriptors.append(descriptor)
-            return ["--ro-bind-data", str(descriptor), there]
+            return str(descriptor)
 
         is_root = os.geteuid() == 0
         closed = [path for path in seen if is_root and _is_closed(path)]
@@ -70,10 +71,10 @@ def command_line(
             "--cap-drop", "ALL", "--cap-add", "CAP_SYS_ADMIN", "--clearenv",
             "--proc", "/proc", "--dev", "/dev",
             *mounts, "--remount-ro", "/dev",
-            *data(_memory(_USERS), "/etc/passwd"),
-            *data(_memory(_GROUPS), "/etc/group"),
-            *data(os.open(_INSIDE, os.O_RDONLY), _INSIDE_THERE),
-            "--remount-ro", "/", "--chdir", "/",
+            "--ro-bind-data", given(_memory(_USERS)), "/etc/passwd",
+            "--ro-bind-data", given(_memory(_GROUPS)), "/etc/group",
+            "--ro-bind-data", given(os.open(_INSIDE, os.O_RDONLY)), _INSIDE_THERE,
+            "--remount-ro", "/", "--chdir", "/", "--seccomp", given(_memory(without_keyrings())),
             "--", sys.executable, "-IS", _INSIDE_THERE, argument,
         ]  # fmt: skip
         if is_root:
@@ -102,6 +103,11 @@ def python_path() -> str:
 
 
 def check_installed() -> None:
+    """Raises SandboxUnavailable for a command that is not there, or an unknown kind of machine."""
+    try:
+        without_keyrings()
+    except ValueError as error:
+        raise SandboxUnavailable(str(error)) from error
     needs = ["bwrap", *(("unshare", "mount", "setpriv") if os.geteuid() == 0 else ())]
     packages = {"bwrap": "bubblewrap", "mount": "mount"}
     for name in needs:
@@ -133,9 +139,9 @@ def _is_closed(path: Path) -> bool:
     return not all(above.stat().st_mode & stat.S_IXOTH for above in path.resolve().parents)
 
 
-def _memory(text: str) -> int:
+def _memory(content: bytes) -> int:
     """A descriptor of a file that has no name."""
     descriptor = os.memfd_create("sandbox")
-    os.write(descriptor, text.encode())
+    os.write(descriptor, content)
     os.lseek(descriptor, 0, os.SEEK_SET)
     return descriptor

@@ -4,12 +4,15 @@ version 1 or 2, where this process may make some."""
 import asyncio
 import contextlib
 import itertools
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, Self
 
 import psutil
+
+logger = logging.getLogger(__name__)
 
 _ROOT = Path("/sys/fs/cgroup")
 _NAME = "flash-sandbox"
@@ -72,9 +75,10 @@ class MemoryGroup:
             try:
                 self._folder.rmdir()
                 return
-            except OSError:
+            except OSError as error:
+                why = error
                 await asyncio.sleep(wait_s)
-        self._folder.rmdir()
+        logger.warning("a control group of a sandbox can't be removed: %s", why)
 
 
 def parents(

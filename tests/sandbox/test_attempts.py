@@ -43,6 +43,14 @@ DENIED = {
     "rename the host": ("call(libc.sethostname(b'x', 1))", "not permitted"),
     "set the clock": ("time.clock_settime(time.CLOCK_REALTIME, 0)", "not permitted"),
     "type into a terminal": ("open('/dev/tty')", "No such device"),
+    "read keys of the kernel": (
+        "call(libc.syscall(KEYCTL, 10, -3, b'user', b'k', 0))",
+        "not permitted",
+    ),
+    "call it as another machine does": (
+        "call(libc.syscall(KEYCTL | 0x40000000, 0, -3, 0))",
+        "permitted|not implemented",
+    ),
     "lift a limit": ("resource.setrlimit(resource.RLIMIT_NPROC, (999, 999))", "not allowed"),
     "ask the internet": ("socket.create_connection(('1.1.1.1', 53), 5)", "unreachable"),
     "start threads without end": (
@@ -64,6 +72,7 @@ DENIED = {
 PRELUDE = """
 import contextlib, ctypes, os, resource, socket, sys, threading, time
 libc = ctypes.CDLL(None, use_errno=True)
+KEYCTL = {"x86_64": 250, "aarch64": 219}[os.uname().machine]
 def call(result):
     if result < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
