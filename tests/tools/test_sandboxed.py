@@ -36,18 +36,23 @@ async def test_functions_answer_as_they_do_outside(tmp_path):
             assert await asked(box, "pid") == "2"  # of a namespace of its own
 
 
-async def test_what_is_at_fault_is_told_or_ends_the_episode(tmp_path):
-    async with (
-        in_sandbox(FAULTY, log_dir=tmp_path, timeout_s=1.5) as tools,
-        tools.of_episode() as box,
-    ):
+async def test_what_takes_too_much_is_told(tmp_path):
+    blocks, *_, hoards = FAULTY
+    tools = in_sandbox([blocks], log_dir=tmp_path, timeout_s=1.5)
+    async with tools, tools.of_episode() as box:
         assert await asked(box, "blocks") == "Error: blocks took longer than 1.5 s"
+    tools = in_sandbox([hoards], log_dir=tmp_path)
+    async with tools, tools.of_episode() as box:
         assert (await asked(box, "hoards")).startswith(
             ("Error: it needed more than 1024 MB of memory", "Error: MemoryError")
         )
+
+
+async def test_a_function_that_does_not_answer_ends_the_episode(tmp_path):
+    async with in_sandbox(FAULTY, log_dir=tmp_path) as tools, tools.of_episode() as box:
         with pytest.raises(EnvFailure, match=r"'tests.tools.functions:dies' did not .*code 3"):
             await asked(box, "dies")
-        with pytest.raises(EnvFailure, match="did not answer.*code 1: TypeError.*object"):
+        with pytest.raises(EnvFailure, match=r"did not answer.*code 1: TypeError.*object"):
             await asked(box, "thing")
 
 
