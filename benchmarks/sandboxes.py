@@ -42,7 +42,7 @@ async def memory_mb() -> float:
     async with open_sandbox() as sandbox:
         await sandbox.run(["true"])
         inside = psutil.Process().children(recursive=True)
-        return sum(process.memory_full_info().uss for process in inside) / 2**20
+        return float(sum(process.memory_full_info().uss for process in inside) / 2**20)
 
 
 async def measure(at_once: list[int], times: int) -> list[dict[str, float]]:

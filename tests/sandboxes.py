@@ -1,6 +1,7 @@
 """What tests with a sandbox need, and what they look for. `.ci/run` installs bubblewrap."""
 
 import contextlib
+import os
 import shutil
 
 import psutil
@@ -10,8 +11,8 @@ needs_sandbox = pytest.mark.skipif(
     shutil.which("bwrap") is None,
     reason="bubblewrap is not installed: apt-get install bubblewrap",
 )
-MARK = "flash-in-a-sandbox"
-"""An argument of commands, by which they are found from outside."""
+MARK = f"flash-in-a-sandbox-{os.getpid()}"
+"""An argument of commands, by which those of this test process are found from outside."""
 
 
 def marked() -> list[int]:

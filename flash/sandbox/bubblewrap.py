@@ -120,7 +120,12 @@ def check_installed() -> None:
 
 
 def seen_of(readable: Sequence[Path]) -> list[Path]:
-    """What is seen of this machine: those above first, and none that is seen with another."""
+    """What is seen of this machine: those above first, and none that is seen with another.
+
+    ValueError for something readable that is not there.
+    """
+    if missing := [path for path in readable if not path.exists()]:
+        raise ValueError(f"readable: {missing[0]} is not there: leave it out, or mend the path")
     wanted = {
         *map(Path, _SYSTEM),
         *(path for path in map(Path, _OF_USR) if not path.is_symlink()),

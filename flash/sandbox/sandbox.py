@@ -69,7 +69,8 @@ class Started(Protocol):
     stderr: asyncio.StreamReader
 
     async def wait(self) -> int | None:
-        """Its exit code, as in Outcome, once all of it has ended; None if it was killed."""
+        """Its exit code, as in Outcome, once all of it has ended; None if it was killed. For one
+        caller, once."""
         ...
 
     def kill(self) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ async def mcp_in_sandbox(
     """
     from mcp.shared.memory import create_client_server_memory_streams  # noqa: PLC0415
 
-    named = {word: Path(word).absolute() for word in command[1:] if Path(word).exists()}
+    named = {word: Path(word).absolute() for word in command[1:] if os.path.exists(word)}
     async with (
         open_sandbox(kind, readable=list(named.values())) as sandbox,
         create_client_server_memory_streams() as (ours, (requests, answers)),

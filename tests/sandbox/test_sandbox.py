@@ -98,13 +98,13 @@ async def test_a_command_that_goes_on_is_spoken_with():
         assert await killed.stdout.read() == b""
 
 
-async def begun(sandbox, command="echo begun > f; sleep 99"):
+async def begun(sandbox, mark=MARK):
     """A task that runs the command, which has begun, with a daemon."""
     listener = await sandbox.start(["sh", "-c", "mkfifo f; echo listens; cat f"])
     assert await listener.stdout.readline() == b"listens\n"
-    daemon = f"setsid sh -c 'sleep 99' {MARK} &"
+    daemon = f"setsid sh -c 'sleep 99' {mark} &"
     running = asyncio.create_task(
-        sandbox.run(["sh", "-c", f"{daemon} {command}", MARK], seconds=600)
+        sandbox.run(["sh", "-c", f"{daemon} echo begun > f; sleep 99", mark], seconds=600)
     )
     assert await listener.stdout.readline() == b"begun\n"
     return running
@@ -137,13 +137,13 @@ async def test_nothing_outlives_a_sandbox_that_is_closed():
 
 
 HOST = """
-import asyncio
+import asyncio, sys
 from flash.sandbox import open_sandbox
 from tests.sandbox.test_sandbox import begun
 
 async def main():
     async with open_sandbox() as sandbox:
-        await begun(sandbox)
+        await begun(sandbox, sys.argv[1])
         print("begun", flush=True)
         await asyncio.Event().wait()
 
@@ -153,7 +153,7 @@ asyncio.run(main())
 
 async def test_nothing_outlives_a_process_that_is_killed():
     host = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", HOST, stdout=asyncio.subprocess.PIPE
+        sys.executable, "-c", HOST, MARK, stdout=asyncio.subprocess.PIPE
     )
     assert await host.stdout.readline() == b"begun\n"
     watch = Watch(marked())
@@ -170,6 +170,12 @@ async def test_a_sandbox_that_dies_is_told():
         os.kill(bwrap, signal.SIGKILL)
         with pytest.raises(EnvFailure, match="the sandbox was lost"):
             await running
+
+
+async def test_what_is_readable_must_be_there(tmp_path):
+    with pytest.raises(ValueError, match=r"readable: .*/none is not there"):
+        async with open_sandbox(readable=[tmp_path / "none"]):
+            pass
 
 
 def test_what_a_machine_lacks_is_told_with_the_remedy(monkeypatch):
