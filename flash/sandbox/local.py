@@ -35,8 +35,8 @@ def check_local() -> None:
         async with LocalSandbox(Limits()) as sandbox:
             outcome = await sandbox.run(["true"])
             if outcome.returncode != 0:
-                said = outcome.stderr.decode(errors="replace")
-                raise EnvFailure(f"no command runs in it: {said or outcome.ended}")
+                said = outcome.stderr.decode(errors="replace") or outcome.ended
+                raise EnvFailure(f"no command runs in it: {' '.join(said.split())}")
 
     try:
         with ThreadPoolExecutor(1) as thread:  # where no event loop runs yet

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from flash.config.agent import AgentConfig
+from flash.config.callables import check_tools
 from flash.errors import EnvFailure
 from flash.tools.config import McpConfig
 from flash.tools.toolset import Toolset
@@ -129,3 +131,11 @@ async def test_a_server_that_does_not_serve_is_told_at_the_start(tmp_path, comma
     ):
         async with in_sandbox([], [McpConfig(command=command)], log_dir=tmp_path):
             pass
+
+
+def test_that_nothing_can_make_sandboxes_is_told_with_the_configuration(monkeypatch, tmp_path):
+    agent = AgentConfig(style="chat", tools=(SHELL,), sandbox="local")
+    check_tools(agent)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match=r"agent\.sandbox=local: .*apt-get install bubblewrap"):
+        check_tools(agent)
