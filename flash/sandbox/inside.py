@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 
 HEADER = struct.Struct("!I")
 _STATUS = struct.Struct("!i")
-MAX_DESCRIPTORS = 4
+_MAX_DESCRIPTORS = 4
 
 _CLONE_NEWNS, _CLONE_NEWPID = 0x00020000, 0x20000000
 _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_BIND, _MS_REC = 2, 4, 8, 4096, 16384
@@ -52,7 +52,7 @@ def main() -> None:
     _make_writable(limits["folders"], limits["readable"], disk_mb=limits["disk_mb"])
     control.send(b"ready")
     while True:
-        message, descriptors, _, _ = socket.recv_fds(control, 1, MAX_DESCRIPTORS)
+        message, descriptors, _, _ = socket.recv_fds(control, 1, _MAX_DESCRIPTORS)
         if not message:
             return
         with contextlib.suppress(BlockingIOError):  # no more processes: its socket is closed
