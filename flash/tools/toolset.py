@@ -11,6 +11,7 @@ from flash.errors import EnvFailure
 from flash.system.pool import ProcessPool
 from flash.system.process import Child, StartProcess
 from flash.tools.config import McpConfig
+from flash.tools.environment import EnvTools
 from flash.tools.functions import (
     FIELD,
     CoroutineTool,
@@ -21,12 +22,14 @@ from flash.tools.functions import (
 from flash.tools.host import ToolHost
 from flash.tools.mcp import McpServer, McpTool
 from flash.tools.tool import Schema, Tool, Toolbox, name_of
+from flash.types import ToolUse
 
 
 class Toolset:
     """Functions and MCP servers as tools; `async with` starts processes and servers.
 
     Args:
+        of_env: schemas of what the environments of episodes offer.
         functions: by `module:name`. Coroutines run in the event loop, all others in `processes`.
         servers: of those that are for each episode one is opened at the start, too, to be asked
             what it has.
@@ -42,12 +45,14 @@ class Toolset:
         functions: Sequence[str],
         servers: Sequence[McpConfig],
         *,
+        of_env: Sequence[Schema] = (),
         processes: int = 2,
         timeout_s: float = 60.0,
         max_chars: int = 20_000,
         log_dir: Path,
         start: StartProcess = Child.start,
     ) -> None:
+        self.of_env = of_env
         self.schemas: list[Schema] = []
         self._functions = functions
         self._servers = [
@@ -73,14 +78,20 @@ class Toolset:
         await self._opened.aclose()
 
     @contextlib.asynccontextmanager
-    async def of_episode(self) -> AsyncIterator[Toolbox]:
-        """What one episode can call, until it is left."""
+    async def of_episode(
+        self, env: EnvTools | None = None, *, uses: dict[str, ToolUse] | None = None
+    ) -> AsyncIterator[Toolbox]:
+        """What one episode can call, until it is left; `env` is its environment's part of it.
+
+        `uses` is told of calls, by the tool.
+        """
         async with contextlib.AsyncExitStack() as opened:
             tools = list(self._tools)
+            tools += () if env is None else env.tools
             for servers in self._servers:
                 server = await opened.enter_async_context(servers.of_episode())
                 tools += (McpTool(schema, server) for schema in servers.schemas)
-            yield Toolbox(tools, timeout_s=self._timeout_s, max_chars=self._max_chars)
+            yield Toolbox(tools, timeout_s=self._timeout_s, max_chars=self._max_chars, uses=uses)
 
     async def _open(self) -> None:
         functions = {name: function_of(name) for name in self._functions}
@@ -102,15 +113,15 @@ class Toolset:
                 if name in blocking
                 else CoroutineTool(name, function)
             )
-        self.schemas += (tool.schema for tool in self._tools)
+        self.schemas += (*self.of_env, *(tool.schema for tool in self._tools))
         for servers in self._servers:
             await self._opened.enter_async_context(servers)
             self.schemas += servers.schemas
         names = [name_of(schema) for schema in self.schemas]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(
-                f"{FIELD} and agent.mcp have two tools named {twice[0]!r}: leave one out (a server "
-                f"offers its `tools` only)"
+                f"{FIELD}, agent.mcp and env.name have two tools named {twice[0]!r}: leave one out "
+                f"(a server offers its `tools` only)"
             )
 
 
