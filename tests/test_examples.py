@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from examples import attach_to_vllm, embed_the_loop, openai_agent
 from examples.own_environment.lamps import LampsEnv
 from examples.own_loss import discounted_by_age
+from examples.tools.shelf import ShelfEnv
 from flash import Door, HttpWorker, InferenceHub, RolloutLoop, Task, TokenBatch
 from flash.agents import ExternalAgent
 from flash.config import load
@@ -174,6 +175,38 @@ def test_a_package_with_an_environment_is_installed_and_trained_with_a_loss_of_o
     assert all(line["tokens/trained"] > 0 for line in steps)
 
 
+@pytest.mark.parametrize("hosts", [0, pytest.param(1, marks=slow)])
+async def test_a_policy_calls_tools_of_its_environment_of_which_one_is_a_step(
+    tmp_path, monkeypatch, hosts
+):
+    monkeypatch.chdir(EXAMPLES.parent)
+    config = load(
+        "gsm8k",
+        {
+            "env": {"name": "examples.tools.shelf:ShelfEnv", "eval_options": {}, "hosts": hosts},
+            "agent.style": "chat",
+            "agent.style_options": {},
+            "agent.max_turns": 3,
+            "agent.max_sequence_tokens": 8192,
+        },
+    )
+    shelf = ShelfEnv()
+    shelf.reset(seed=5)
+    call = '<tool_call>\n{"name": "%s", "arguments": {"%s": %d}}\n</tool_call>'
+    looks = "\n".join(call % ("look", "box", box) for box in range(3))
+    named = call % ("name", "number", shelf.number)
+    said = ["Hm.", looks, f"{named}\n{looks}"]
+    trajectory, episode = await played(config, said, tmp_path)
+    what = ["Nothing."] * 3
+    what[shelf.box] = f"The number {shelf.number}."
+    assert trajectory.turn_states[2] == "\n".join(what)
+    assert trajectory.turn_rewards == [0.0, 0.0, 1.0]
+    assert (trajectory.turns, trajectory.reward, trajectory.success) == (3, 1.0, True)
+    assert episode.over
+    uses = {tool: (use.calls, use.errors) for tool, use in episode.tool_uses.items()}
+    assert uses == {"look": (6, 3), "name": (1, 0)}
+
+
 @slow
 @pytest.mark.parametrize("sandbox", ["none", pytest.param("local", marks=needs_sandbox)])
 async def test_a_policy_calls_a_function_and_an_mcp_server(tmp_path, monkeypatch, sandbox):
@@ -194,20 +227,31 @@ async def test_a_policy_calls_a_function_and_an_mcp_server(tmp_path, monkeypatch
             "agent.max_sequence_tokens": 8192,
         },
     )
-    tokenizer = tokenizer_of(*TEMPLATES["hermes"])
     call = '<tool_call>\n{"name": "%s", "arguments": %s}\n</tool_call>'
     calculate = call % ("calculate", '{"expression": "(2 + 3) * 4"}')
-    said = iter(
-        [
-            calculate + "\n" + call % ("write", '{"note": "brackets first"}') + "<|im_end|>",
-            call % ("read", '{"number": 1}') + "<|im_end|>",
-            call % ("calculate", '{"expression": "print(1)"}') + "<|im_end|>",
-            "It is 20.<|im_end|>",
-        ]
-    )
+    said = [
+        calculate + "\n" + call % ("write", '{"note": "brackets first"}'),
+        call % ("read", '{"number": 1}'),
+        call % ("calculate", '{"expression": "print(1)"}'),
+        "It is 20.",
+    ]
+    trajectory, _ = await played(config, said, tmp_path)
+    assert (tmp_path / "tool_0.log").exists() == (sandbox == "none")
+    assert trajectory.turn_states[1:] == [
+        "20\nnote 1",
+        "brackets first",
+        "Error: ValueError: print(1) is no arithmetic",
+    ]
+    assert (trajectory.turns, trajectory.reward) == (4, 1.0)
+
+
+async def played(config, said, tmp_path):
+    """An episode in which that is said, as a run opens all that it needs."""
+    tokenizer = tokenizer_of(*TEMPLATES["hermes"])
+    spoken = iter(said)
     worker = FakeWorker(
         "w", token_s=(0, 0),
-        script=lambda prompt, _: tokenizer.encode(next(said), add_special_tokens=False),
+        script=lambda *_: tokenizer.encode(f"{next(spoken)}<|im_end|>", add_special_tokens=False),
     )  # fmt: skip
     playing = Playing(
         config=config, style=make_style(config, tokenizer), reward=None, log_dir=tmp_path
@@ -216,12 +260,5 @@ async def test_a_policy_calls_a_function_and_an_mcp_server(tmp_path, monkeypatch
         InferenceHub([worker]) as hub,
         open_agents({"": playing}, door=None, hub=hub) as agents,
     ):
-        trajectory = await agents.make[""]().play(Episode(1, Task(0), hub=hub))
-    in_processes = (tmp_path / "tool_0.log").exists()
-    assert in_processes == (sandbox == "none")
-    assert trajectory.turn_states[1:] == [
-        "20\nnote 1",
-        "brackets first",
-        "Error: ValueError: print(1) is no arithmetic",
-    ]
-    assert (trajectory.turns, trajectory.reward) == (4, 1.0)
+        episode = Episode(1, Task(5), hub=hub)
+        return await agents.make[""]().play(episode), episode

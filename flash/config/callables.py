@@ -68,23 +68,27 @@ def check_run(config: RunFields) -> None:
         )
 
 
-def check_tools(agent: AgentConfig) -> None:
-    """That the agent's tools are there, and that its style can offer them."""
+def check_tools(agent: AgentConfig, env: EnvConfig) -> None:
+    """That the agent's tools and its environment's are there, and that its style can offer them."""
+    of_env = not agent.run and hasattr(registry.environment(env.name), "tools")
     in_sandbox = agent.sandbox != "none"
-    if not agent.has_tools:
-        if in_sandbox:
-            raise ValueError(
-                f"agent.sandbox={agent.sandbox} is for what agent.tools and agent.mcp name, and "
-                f"they are empty: leave it out"
-            )
+    if in_sandbox and not agent.has_tools:
+        raise ValueError(
+            f"agent.sandbox={agent.sandbox} is for what agent.tools and agent.mcp name, and they "
+            f"are empty: leave it out"
+        )
+    if not agent.has_tools and not of_env:
         return
+    from flash.tools.environment import offered_by  # noqa: PLC0415  (seconds to import)
     from flash.tools.functions import function_of  # noqa: PLC0415  (seconds to import)
 
     if not hasattr(registry.style(agent.style), "calling"):
+        who = f"env.name={env.name!r}" if of_env else "agent.tools or agent.mcp"
         raise ValueError(
-            f"agent.style={agent.style!r} offers no tools, and agent.tools or agent.mcp has some: "
-            f"set agent.style=chat"
+            f"agent.style={agent.style!r} offers no tools, and {who} has some: set agent.style=chat"
         )
+    if of_env:
+        offered_by(env.name)
     for name in agent.tools:
         function_of(name)
     if in_sandbox:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mcp.types import CallToolResult
 
 _START_TIMEOUT_S = 60.0
+_HTTP_TIMEOUT_S = 300.0  # as the client of the protocol has it for what a server holds open
 
 
 class McpServer:
@@ -168,10 +169,16 @@ class _Connection:
 
     @contextlib.asynccontextmanager
     async def _open(self) -> AsyncIterator["Client"]:
+        import httpx2  # noqa: PLC0415
         from mcp import Client, StdioServerParameters, stdio_client  # noqa: PLC0415
+        from mcp.client.streamable_http import streamable_http_client  # noqa: PLC0415
 
         if self._config.url:
-            async with Client(self._config.url) as client:
+            # Redirects are followed within the URL's origin only, by the client of the protocol.
+            async with (
+                httpx2.AsyncClient(headers=self._config.sent(), timeout=_HTTP_TIMEOUT_S) as http,
+                Client(streamable_http_client(self._config.url, http_client=http)) as client,
+            ):
                 yield client
             return
         command, *args = self._config.command

@@ -7,6 +7,7 @@ import pytest
 
 from flash.config.agent import AgentConfig
 from flash.config.callables import check_tools
+from flash.environments.config import EnvConfig
 from flash.errors import EnvFailure
 from flash.tools.config import McpConfig
 from flash.tools.toolset import Toolset
@@ -135,7 +136,7 @@ async def test_a_server_that_does_not_serve_is_told_at_the_start(tmp_path, comma
 
 def test_that_nothing_can_make_sandboxes_is_told_with_the_configuration(monkeypatch, tmp_path):
     agent = AgentConfig(style="chat", tools=(SHELL,), sandbox="local")
-    check_tools(agent)
+    check_tools(agent, EnvConfig(name="frozen_lake"))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match=r"agent\.sandbox=local: .*apt-get install bubblewrap"):
-        check_tools(agent)
+        check_tools(agent, EnvConfig(name="frozen_lake"))
