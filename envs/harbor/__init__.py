@@ -32,8 +32,9 @@ from typing import Any, Literal, get_args
 import gymnasium
 from gymnasium import spaces
 
-from flash.sandbox import Limits, Outcome, check_sandbox, open_sandbox
+from flash.sandbox import Limits, Outcome, open_sandbox
 from flash.sandbox.blocking import BlockingSandbox
+from flash.sandbox.choose import check_sandbox
 
 from .build import HOME, build, writable_folders
 from .dockerfile import Need

@@ -67,6 +67,7 @@ class BlockingSandbox:
         return asyncio.run_coroutine_threadsafe(call, self._loop).result()
 
     def _end(self) -> None:
+        self._wait(self._loop.shutdown_default_executor())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()

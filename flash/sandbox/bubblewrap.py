@@ -10,7 +10,7 @@ from pathlib import Path
 from flash.sandbox.sandbox import WORK, SandboxUnavailable
 
 FOLDERS = (WORK, "/tmp", "/dev/shm")
-"""What is writable."""
+"""What is writable in each."""
 
 _NOBODY = 65534  # who we are in a sandbox where root opens it
 _IDS = ("--uid", "1000", "--gid", "1000")  # as seen from inside
@@ -38,7 +38,9 @@ exec setpriv --reuid={_NOBODY} --regid={_NOBODY} --clear-groups -- "$@"
 
 
 @contextlib.contextmanager
-def command_line(argument: str, *, seen: Sequence[Path]) -> Iterator[tuple[list[str], list[int]]]:
+def command_line(
+    argument: str, *, seen: Sequence[Path], folders: Sequence[str]
+) -> Iterator[tuple[list[str], list[int]]]:
     """What opens a sandbox and runs `inside.py` in it, and the descriptors that it is to inherit.
 
     Raises SandboxUnavailable for a command that is not installed.
@@ -53,7 +55,7 @@ def command_line(argument: str, *, seen: Sequence[Path]) -> Iterator[tuple[list[
             return ["--ro-bind-data", str(descriptor), there]
 
         prefix = "/sys" if os.geteuid() == 0 else ""
-        mounts = [word for folder in ("/run", *FOLDERS) for word in ("--dir", folder)]
+        mounts = [word for folder in ("/run", *folders) for word in ("--dir", folder)]
         for path in seen:
             mounts += ["--ro-bind", f"{prefix}{path}", str(path)]
         for path in map(Path, _OF_USR):

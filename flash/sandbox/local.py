@@ -52,11 +52,15 @@ class LocalSandbox(Sandbox):
 
     Args:
         readable: files and folders of this machine that are seen in it, at their own paths.
+        writable: folders at its root that may be written to, beside those of each.
     """
 
-    def __init__(self, limits: Limits, readable: Sequence[Path] = ()) -> None:
+    def __init__(
+        self, limits: Limits, readable: Sequence[Path] = (), writable: Sequence[str] = ()
+    ) -> None:
         super().__init__(limits)
         self._readable = readable
+        self._writable = writable
         self._control: socket.socket | None = None  # each message is the descriptors of a command
         self._process: asyncio.subprocess.Process | None = None
         self._started: list[LocalStarted] = []
@@ -142,9 +146,10 @@ class LocalSandbox(Sandbox):
 
     async def _open(self, stderr: IO[bytes]) -> None:
         limits, seen = self.limits, seen_of(self._readable)
+        folders = list(dict.fromkeys((*FOLDERS, *self._writable)))
         argument = {
             "readable": list(map(str, seen)),
-            "folders": FOLDERS,
+            "folders": folders,
             "disk_mb": limits.disk_mb,
             "rlimits": {
                 "RLIMIT_AS": limits.memory_mb << 20,
@@ -158,7 +163,7 @@ class LocalSandbox(Sandbox):
             self._control.close()
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.setblocking(False)
-        line = command_line(json.dumps(argument), seen=seen)
+        line = command_line(json.dumps(argument), seen=seen, folders=folders)
         with theirs, line as (command, descriptors):
             self._process = await asyncio.create_subprocess_exec(
                 *command,

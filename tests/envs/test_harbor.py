@@ -11,20 +11,16 @@ from flash.envs.harbor.build import build, writable_folders
 from flash.envs.harbor.folder import read_folder
 from flash.envs.harbor.verdict import verify
 from flash.errors import EnvFailure
-from flash.sandbox import check_sandbox, open_sandbox
+from flash.sandbox import open_sandbox
 from flash.sandbox.blocking import BlockingSandbox
 from flash.types import Task
 from tests import task_folders
+from tests.sandboxes import needs_sandbox
 from tests.task_folders import SOLUTION
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, needs_sandbox]
 
 SUBMIT = "```bash\nsubmit\n```"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _sandboxes():
-    check_sandbox("local")
 
 
 @pytest.fixture
