@@ -55,10 +55,10 @@ Each block begins anew in {folder}, and what it starts ends with it. When the ta
 ```bash
 submit
 ```"""
-_REMEDIES: dict[Need, str] = {
-    "image": "there are no images, but this machine's system can stand in for it",
-    "network": "there is no network, but it can be tried all the same",
-    "user": "there is one user only, who can have all of it",
+_LACKS: dict[Need, str] = {
+    "image": "there are no images; this machine's system can stand in",
+    "network": "there is none",
+    "user": "there is one user, who can have all of it",
 }
 _BLOCK = re.compile(r"```(?:bash|sh|shell)?[ \t]*\n(.*?)\n?[ \t]*```", re.DOTALL)
 _SUBMIT = "submit"
@@ -270,9 +270,10 @@ def _played(path: str, patterns: tuple[str, ...], without: tuple[Need, ...]) -> 
 
 def _task(folder: Path, without: tuple[Need, ...]) -> TaskFolder:
     task = read_folder(folder)
-    for need, words in task.needs.items():
-        if need not in without:
-            raise ValueError(f"{words}: {_REMEDIES[need]} (without: [{need}])")
+    lacking = {need: words for need, words in task.needs.items() if need not in without}
+    if lacking:
+        asked = ", ".join(f"{words} ({_LACKS[need]})" for need, words in lacking.items())
+        raise ValueError(f"{asked}: play it without: [{', '.join(lacking)}]")
     return task
 
 

@@ -5,6 +5,7 @@ Dockerfiles none follows them, and dockerfile-parse, the common one, knows no he
 """
 
 import json
+import posixpath
 import re
 import shlex
 from collections.abc import Iterator
@@ -87,10 +88,10 @@ def reaches_out(script: str) -> str | None:
 
 def root_folder(path: str) -> str:
     """The folder of the root that holds it; ValueError if that is the system's."""
-    parts = PurePosixPath(path).parts
-    if len(parts) < 2 or parts[1] in _OF_THE_SYSTEM or ".." in parts:
+    first, *rest = PurePosixPath(posixpath.normpath(path)).parts
+    if first != "/" or not rest or rest[0] in _OF_THE_SYSTEM:
         raise ValueError(f"writes to {path!r}: without an image the system is this machine's")
-    return f"/{parts[1]}"
+    return f"/{rest[0]}"
 
 
 def _instructions(path: Path) -> Iterator[tuple[int, str, str]]:
@@ -211,7 +212,7 @@ class _Reader:
         self.recipe.steps.append(Run(where, ("/bin/mkdir", "-p", path), "/", {}))
 
     def _path(self, text: str) -> str:
-        path = str(PurePosixPath(self.recipe.folder) / text)
+        path = posixpath.normpath(posixpath.join(self.recipe.folder, text))
         root_folder(path)
         return path
 

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .dockerfile import Need, Recipe, reaches_out, read_dockerfile
+from .dockerfile import Need, Recipe, reaches_out, read_dockerfile, root_folder
 
 Marking = Literal["reward file", "pytest summary"]
 
@@ -153,6 +153,8 @@ def _harbor(path: Path) -> TaskFolder:
             needs["user"] = f"user = {section.user!r}"
     if "allowlist" in (environment.network_mode, about.agent.network_mode, verifier.network_mode):
         needs["network"] = "network_mode = 'allowlist'"
+    folder = environment.workdir or recipe.folder
+    root_folder(folder)
     tests = path / "tests"
     script = tests / "test.sh"
     _ask_of_script(script, needs)
@@ -160,7 +162,7 @@ def _harbor(path: Path) -> TaskFolder:
         name=path.name,
         instruction=_without_canary((path / "instruction.md").read_text()),
         recipe=recipe,
-        folder=environment.workdir or recipe.folder,
+        folder=folder,
         env={**recipe.env, **environment.env},
         tests=tests,
         script=script,
