@@ -224,6 +224,7 @@ def _told(outcome: Outcome, seconds: float, chars: int) -> str:
     how = {
         "exited": f"exit status {outcome.returncode}",
         "deadline": f"stopped after {seconds:g} s",
+        "memory": "out of memory",
         "killed": "killed",
     }[outcome.ended]
     # On stderr is only what the sandbox says of commands that can't be run.

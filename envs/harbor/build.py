@@ -71,6 +71,7 @@ def how_it_ended(outcome: Outcome) -> str:
     how = {
         "exited": f"ended with exit status {outcome.returncode}",
         "deadline": "took too long",
+        "memory": "ran out of memory",
         "killed": "was killed",
     }[outcome.ended]
     said = (outcome.stdout + outcome.stderr).decode(errors="replace").strip()
