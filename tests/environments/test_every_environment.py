@@ -109,9 +109,11 @@ def row(request):
 
 @pytest.fixture
 def envs(row):
-    """What opens such environments in the loop."""
+    """What opens such environments in the loop; they are closed after the test."""
     pytest.importorskip(row.needs)
-    return InlineEnvs(functools.partial(registry.environment(row.name), **row.options))
+    make = functools.partial(registry.environment(row.name), **row.options)
+    with contextlib.ExitStack() as opened:
+        yield InlineEnvs(lambda: opened.enter_context(contextlib.closing(make())))
 
 
 async def played(env, seed, action, turns=3):
