@@ -60,7 +60,10 @@ _LACKS: dict[Need, str] = {
     "network": "there is none",
     "user": "there is one user, who can have all of it",
 }
-_BLOCK = re.compile(r"```(?:bash|sh|shell)?[ \t]*\n(.*?)\n?[ \t]*```", re.DOTALL)
+_BLOCK = re.compile(
+    r"^[ \t]*```(\w*)(?:[ \t]*\n(.*?)^[ \t]*```|[ \t]+([^\n]*?)```)", re.DOTALL | re.MULTILINE
+)
+_SHELLS = ("bash", "sh", "shell", "")
 _SUBMIT = "submit"
 _HELDOUT_SHARE = 5  # one task of so many is held out
 _NAMED_AT_ONCE = 10
@@ -166,7 +169,9 @@ class HarborEnv(gymnasium.Env[str, str]):
         if self._sandbox is None:
             raise RuntimeError("there is no task: reset first")
         self._turns += 1
-        blocks = _BLOCK.findall(action)
+        blocks = [
+            lines or line for shell, lines, line in _BLOCK.findall(action) if shell in _SHELLS
+        ]
         if [block.strip() for block in blocks] == [_SUBMIT]:
             return self._end(self._sandbox, "", truncated=False)
         if len(blocks) == 1:

@@ -4,6 +4,9 @@ import dataclasses
 import re
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from transformers import AutoTokenizer
 
 from flash.environments import boundary
 from flash.envs.harbor import HarborEnv
@@ -11,9 +14,11 @@ from flash.envs.harbor.build import build, writable_folders
 from flash.envs.harbor.folder import read_folder
 from flash.envs.harbor.verdict import verify
 from flash.errors import EnvFailure
+from flash.evaluate import evaluate, plan
 from flash.sandbox import open_sandbox
 from flash.sandbox.blocking import BlockingSandbox
 from flash.types import Task
+from flash.warm_start import small_policy
 from tests import task_folders
 from tests.sandboxes import needs_sandbox
 from tests.task_folders import SOLUTION
@@ -21,6 +26,7 @@ from tests.task_folders import SOLUTION
 pytestmark = [pytest.mark.slow, needs_sandbox]
 
 SUBMIT = "```bash\nsubmit\n```"
+SOLVE = f"```bash\n{SOLUTION}\n```"
 
 
 @pytest.fixture
@@ -97,7 +103,11 @@ def test_blocks_begin_anew_and_what_they_start_ends_with_them(tmp_path, opened):
     ("action", "told"),
     [
         ("ls", "Nothing was run. .* there is none"),
-        (block("touch a") + block("touch b"), "Nothing was run. .* there are 2"),
+        ("```python\n1\n```", "Nothing was run. .* there is none"),
+        (f"{block('touch a')}\n{block('touch b')}", "Nothing was run. .* there are 2"),
+        (f"```python\n1\n```\n{block('echo 1')}", "exit status 0\n1\n$"),
+        ("```\necho '```'; echo 2\n```", "exit status 0\n```\n2\n$"),
+        ("So:\n```sh echo 3```", "exit status 0\n3\n$"),
         (block("echo out; echo err >&2; false"), "exit status 1\nout\nerr\n$"),
         (block("kill -9 $$"), "exit status -9\n$"),
         (block("sleep 100"), "stopped after 0.5 s\n$"),
@@ -252,3 +262,45 @@ def test_a_line_of_the_dockerfile_that_fails_is_named(tmp_path, opened):
         EnvFailure, match="count: Dockerfile, line 3 ended with exit status 4: oh no"
     ):
         boundary.reset(env, Task(1))
+
+
+async def test_a_served_policy_is_evaluated_on_a_folder_s_tasks_in_host_processes(tmp_path):
+    """It solves what it sees, unless it sees no log in the instruction."""
+    path = tmp_path / "tasks"
+    for number in range(4):
+        task_folders.harbor(path / f"count-{number}")
+        task_folders.harbor(path / f"other-{number}", **{"instruction.md": "Guess the count."})
+    model = small_policy.create(
+        tmp_path / "m", [SUBMIT, SOLVE, "log", "exit status"], layers=1, hidden_size=8,
+        heads=2,
+    )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(model)
+
+    async def models(request):
+        return web.json_response({"data": [{"id": "served", "root": str(model)}]})
+
+    async def complete(request):
+        body = await request.json()
+        if not body:  # asked which fields it wants
+            return web.json_response({}, status=422)
+        seen = tokenizer.decode(body["prompt"])
+        text = SOLVE if "log" in seen and "exit status" not in seen else SUBMIT
+        return web.json_response({"choices": [{"text": text, "finish_reason": "stop"}]})
+
+    app = web.Application()
+    app.router.add_get("/v1/models", models)
+    app.router.add_post("/v1/completions", complete)
+    options = {"path": str(path), "without": ["image"]}
+    changes = {
+        "env.options": options, "env.eval_options": {}, "env.hosts": 2,
+        "agent.style": "plain", "eval.tasks": 8, "rollout.max_attempts": 1,
+    }  # fmt: skip
+    async with TestServer(app) as server:
+        changes["model"] = str(server.make_url("")).rstrip("/")
+        report = await evaluate(
+            plan(None, changes, envs=["flash.envs.harbor:HarborEnv"]), lambda _: None
+        )
+    (found,) = report.environments.values()
+    assert (found.played, found.failed, found.unfinished) == (8, 0, 0)
+    assert 0 < found.success.mean < 1
+    assert {(e.reward, e.turns) for e in found.episodes} == {(1.0, 2), (0.0, 1)}
