@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 import torch
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from gymnasium.utils.env_checker import check_env
 from transformers import AutoTokenizer
 
-from examples import attach_to_vllm, embed_the_loop, openai_agent
+from examples import attach_to_vllm, embed_the_loop, openai_agent, shell_agent
 from examples.own_environment.lamps import LampsEnv
 from examples.own_loss import discounted_by_age
 from examples.tools.shelf import ShelfEnv
@@ -26,6 +28,7 @@ from flash.parts.model import make_style
 from flash.rollout.episode import Episode
 from flash.telemetry.folder import read_lines
 from flash.warm_start.small_policy import create
+from tests import task_folders
 from tests.sandboxes import needs_sandbox
 from tests.tools.templates import TEMPLATES, tokenizer_of
 from tests.wheels import build_wheel
@@ -104,6 +107,29 @@ async def test_an_agent_that_knows_the_official_client_only_is_played_through_th
     for sample in batch.samples:
         said = tokenizer.decode(sample.token_ids[sample.loss_mask > 0], skip_special_tokens=True)
         assert sample.reward == (said.strip() == str(7 + sample.group)), said  # 3 + 4, 3 + 5
+
+
+@slow
+@needs_sandbox
+async def test_the_shell_agent_earns_what_its_tests_give(tmp_path, monkeypatch):
+    task_folders.harbor(tmp_path / "tasks/count")
+    monkeypatch.setenv("TASKS", str(tmp_path / "tasks"))
+    told: list[str] = []
+
+    async def complete(request):
+        told.append((await request.json())["messages"][-1]["content"])
+        commands = [task_folders.SOLUTION, "submit"][len(told) - 1]
+        message = {"role": "assistant", "content": f"```bash\n{commands}\n```"}
+        return web.json_response({"choices": [{"index": 0, "message": message}]})
+
+    app = web.Application()
+    app.router.add_post("/chat/completions", complete)
+    async with TestServer(app) as server:
+        earned = await shell_agent.act(
+            base_url=str(server.make_url("")), api_key="none", task=Task(1)
+        )
+    assert earned == {"reward": 1.0, "success": True}
+    assert told[1] == "exit status 0\n"
 
 
 def test_the_own_environment_is_one_for_gymnasium_and_its_expert_arrives_sometimes():
