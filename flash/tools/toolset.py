@@ -94,11 +94,10 @@ class Toolset:
 
     async def _open(self) -> None:
         functions = {name: function_of(name) for name in self._functions}
-        if self._sandbox is not None:
-            await asyncio.to_thread(check_sandbox, self._sandbox)
         if self._sandbox is None:
             await self._open_here(functions)
-        elif functions:
+        else:
+            await asyncio.to_thread(check_sandbox, self._sandbox)
             self._sandboxed = SandboxedFunctions(self._sandbox, functions)
             await self._sandboxed.check()
         self.schemas += (schema_of(name, function) for name, function in functions.items())
