@@ -30,6 +30,7 @@ class ChatStyle:
         answer: what of the response the environment is given: `whole`; `last_line`, of which a
             line `Action: …` is what follows the colon; or `tag:NAME`, what stands in the last
             `<NAME>…</NAME>`, nothing if there is none.
+        tool_parser: of vLLM, by its name, that reads calls of tools; by default none.
 
     Raises ValueError for a template in which a conversation can't grow: see `check_turns`.
     """
@@ -42,7 +43,9 @@ class ChatStyle:
         instruction: str = "",
         commands: bool = True,
         answer: str = "whole",
+        tool_parser: str = "",
     ) -> None:
+        self._tool_parser = tool_parser
         self._answer = _answers(answer)
         self._template = ChatTemplate(tokenizer)
         check_turns(self._template, system=bool(system))
@@ -58,7 +61,9 @@ class ChatStyle:
         from flash.tools.formats import CallFormat  # noqa: PLC0415  (imports a server)
 
         style = copy.copy(self)
-        style._format = CallFormat(self._tokenizer, self._template, schemas)
+        style._format = CallFormat(
+            self._tokenizer, self._template, schemas, parser=self._tool_parser
+        )
         style._shown = style._format.shown
         style.stop_token_ids = style._format.stop_token_ids
         check_turns(self._template, system=bool(self._system), shown=style._shown)

@@ -1,13 +1,14 @@
 """The actor that lives one episode at a time: reset → (generate → step)* → reward.
 
-With tools a response may call some; their results are what it reads next, in place of a step's.
+With tools a response may call some; their results are what it reads next, in place of a step's. A
+call of an environment's tool may be a step, too.
 """
 
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 from flash.answers import failing_as, shown
@@ -16,6 +17,7 @@ from flash.deadline import Deadline
 from flash.errors import AgentFailure, EnvFailure, RewardFailure
 from flash.reward.outcome import outcome
 from flash.rollout.episode import Episode
+from flash.tools.environment import EnvTools
 from flash.tools.tool import CallingStyle, Said, Toolbox
 from flash.tools.toolset import Toolset
 from flash.types import (
@@ -62,7 +64,7 @@ class EnvironmentAgent(Actor):
             what the environment gave.
         reward_timeout_s: past it the episode fails (reward).
         tools: what the policy can call, as often as `max_turns` responses allow. A response with
-            calls is followed by their results and no step, and by a reward of 0.
+            calls is followed by their results, and the rewards of those that were steps.
         reward_stage: computes it after that, from what was read and said: see `flash/reward/`.
     """
 
@@ -111,17 +113,19 @@ class EnvironmentAgent(Actor):
             if env.deterministic:
                 episode.replay_history()
             async with contextlib.AsyncExitStack() as opened:
-                toolbox: Toolbox | None = None
+                tools: _Tools | None = None
                 if self._tools is not None:
+                    of_env = EnvTools(env, self._tools.of_env, timeout_s=self._step_timeout_s)
                     with episode.stage("tools"):
-                        toolbox = await opened.enter_async_context(self._tools.of_episode())
-                return await self._play_in(env, episode, toolbox)
+                        box = await opened.enter_async_context(
+                            self._tools.of_episode(of_env, uses=episode.tool_uses)
+                        )
+                    tools = _Tools(box, of_env)
+                return await self._play_in(env, episode, tools)
         finally:
             env.close()
 
-    async def _play_in(
-        self, env: AsyncEnv, episode: Episode, toolbox: Toolbox | None
-    ) -> Trajectory:
+    async def _play_in(self, env: AsyncEnv, episode: Episode, tools: "_Tools | None") -> Trajectory:
         with episode.stage("env"):
             seen = [await self._within_step("reset", env.reset(episode.task))]
         episode.observe(seen[0])
@@ -137,17 +141,23 @@ class EnvironmentAgent(Actor):
                 turn.add_sampled(completion, turn=episode.turns - 1)
                 turns.append(turn.snapshot())
             conversation.add_sampled(completion)
-            said = self._said(prompt, completion.token_ids, calls=toolbox is not None)
+            said = self._said(prompt, completion.token_ids, calls=tools is not None)
             may_go_on = episode.turns != self._max_turns
             room = self._max_sequence_tokens - len(conversation.token_ids)
             prompt = None
-            if toolbox is not None and (said.calls or said.wrong):
-                rewards.append(0.0)
-                if may_go_on:
+            if tools is not None and (said.calls or said.wrong):
+                if may_go_on or tools.of_env.tools:
                     text, prompt = await self._results(
-                        episode, toolbox, said, completion.token_ids, room
+                        episode, tools.box, said, completion.token_ids, room
                     )
                     states.append(text)
+                steps = tools.of_env.take_steps()
+                for step in steps:
+                    episode.observe(step)
+                seen += steps
+                rewards.append(sum(step.reward for step in steps))
+                if seen[-1].done or not may_go_on:
+                    prompt = None
                 continue
             with episode.stage("env"):
                 seen.append(await self._within_step("step", env.step(said.text)))
@@ -269,6 +279,14 @@ class EnvironmentAgent(Actor):
                 f"the reward took longer than reward_timeout_s={self._reward_timeout_s:g}"
             ) from error
         return outcome(answer, "the reward")[0]
+
+
+@dataclass(frozen=True, slots=True)
+class _Tools:
+    """What one episode can call, and what of it is its environment's."""
+
+    box: Toolbox
+    of_env: EnvTools
 
 
 def _chars(observation: Observation) -> int:

@@ -34,7 +34,8 @@ class Act(Protocol):
     above 0, `success`. It runs in the event loop, so it must not block: what blocks is a command.
 
     Where several play, it takes `roles` in place of `base_url` and `api_key`: both of each role, by
-    its name. What its answer has as `rewards` are those of roles that have another than `reward`.
+    its name. What its answer has as `rewards` are those of roles that have another than `reward`;
+    those of roles that are not trained are overlooked.
     """
 
     async def __call__(self, *, task: Task, **access: Any) -> Any: ...
@@ -191,19 +192,23 @@ class ExternalAgent(Actor):
             return await self._act(task=task, **given)
 
     def _told_rewards(self, answer: Any) -> dict[str, float]:
-        """Those of single roles. RewardFailure for one that is none, or of nobody who learns."""
+        """Those of single roles who learn. RewardFailure for one that is none, or of nobody."""
         told = answer.get("rewards") if isinstance(answer, Mapping) else None
         if told is None:
             return {}
-        learn = [name for name, role in self._roles.items() if role.learns and name != _ALONE]
+        roles = {name: role for name, role in self._roles.items() if name != _ALONE}
         of_roles = told if isinstance(told, Mapping) else {}
-        rewards = {name: number(reward) for name, reward in of_roles.items() if name in learn}
+        rewards = {name: number(reward) for name, reward in of_roles.items() if name in roles}
         if told is not of_roles or len(rewards) < len(of_roles) or None in rewards.values():
             raise RewardFailure(
                 f"the agent answered 'rewards'={shown(told)}: it must be a finite number for each "
-                f"of some roles that are trained ({', '.join(learn) or 'agent.roles has none'})"
+                f"of some roles ({', '.join(roles) or 'agent.roles has none'})"
             )
-        return {name: reward for name, reward in rewards.items() if reward is not None}
+        return {
+            name: reward
+            for name, reward in rewards.items()
+            if reward is not None and roles[name].learns
+        }
 
     async def _shared(
         self, stage: RewardStage | None, episode: Episode, trajectory: Trajectory

@@ -1,4 +1,4 @@
-"""TextArena's games for one player."""
+"""TextArena's games: for one player an environment, for several a table at which they sit."""
 
 import functools
 from typing import Any
@@ -7,7 +7,7 @@ from .of_package import PackageEnv, Split, importing
 
 with importing():
     import textarena
-    from textarena.core import ObservationType
+    from textarena.core import GAME_ID, ObservationType
     from textarena.envs.registration import ENV_REGISTRY
     from textarena.wrappers import ActionFormattingWrapper
 
@@ -29,10 +29,8 @@ class TextArenaEnv(PackageEnv):
         self, *, id: str, config: dict[str, Any] | None = None, split: Split = "train"
     ) -> None:
         super().__init__(split)
-        if f"{id}-raw" not in ENV_REGISTRY:
-            raise ValueError(f"id={id!r} is not one of textarena's {len(ENV_REGISTRY)} games")
         with self.apart(), importing():
-            _check(id)
+            _check(id, 1)
             self._game = _made(id, config or {})
 
     def reset(
@@ -54,19 +52,72 @@ class TextArenaEnv(PackageEnv):
         return text, reward, True, False, {**about[0], "success": reward >= 1.0}
 
     def _said(self) -> str:
-        _, messages = self._game.get_observation()
-        return "\n".join(
-            text for _, text, kind in messages if kind is not ObservationType.PLAYER_ACTION
-        )
+        return _heard(self._game)[1]
+
+
+class TextArenaTable:
+    """A game of TextArena for several players, who take turns at it as the game says.
+
+    Args:
+        id: the game, for example `TicTacToe-v0`.
+        players: how many sit at it.
+        config, split: as for `TextArenaEnv`.
+    """
+
+    def __init__(
+        self, *, id: str, players: int, config: dict[str, Any] | None = None, split: Split = "train"
+    ) -> None:
+        self._package = PackageEnv(split)
+        self._players = players
+        with self._package.apart(), importing():
+            _check(id, players)
+            self._game = _made(id, config or {})
+
+    def reset(self, *, seed: int) -> None:
+        """Begins the game of that seed."""
+        game_seed = self._package.game_of(seed)
+        with self._package.apart(game_seed):
+            self._game.reset(num_players=self._players, seed=game_seed)
+
+    def turn(self) -> tuple[int, str]:
+        """Whose turn it is, by seat from 0, and what that one has heard since the last."""
+        with self._package.apart():
+            return _heard(self._game)
+
+    def step(self, action: str) -> bool:
+        """What the one whose turn it is does; whether the game is over."""
+        with self._package.apart():
+            done, _ = self._game.step(action)
+        return bool(done)
+
+    def rewards(self) -> list[float]:
+        """Of a game that is over, by seat."""
+        rewards, _ = self._game.close()
+        return [float(rewards[seat]) for seat in range(self._players)]
+
+
+def _heard(game: Any) -> tuple[int, str]:
+    """By whose turn it is: what others said and the game told, not what that one did."""
+    player, messages = game.get_observation()
+    return player, "\n".join(
+        text
+        for sender, text, kind in messages
+        # An action of the only player is told as the game's own words.
+        if kind is not ObservationType.PLAYER_ACTION or sender not in (player, GAME_ID)
+    )
 
 
 @functools.cache
-def _check(id: str) -> None:
-    """ValueError if that game can't be played here by one player; found out by a trial."""
-    several = f"id={id!r} is for several players: name a game for one"
+def _check(id: str, players: int) -> None:
+    """ValueError if that game can't be played here by so many; found out by a trial."""
+    if f"{id}-raw" not in ENV_REGISTRY:
+        raise ValueError(f"id={id!r} is not one of textarena's {len(ENV_REGISTRY)} games")
+    wrong = f"id={id!r} is not for {players} players: name another game, or as many roles"
+    if players == 1:
+        wrong = f"id={id!r} is for several players: name a game for one, or let roles play it"
     try:
         game = _made(id, {})
-        game.reset(num_players=1, seed=0)
+        game.reset(num_players=players, seed=0)
     except LookupError as error:
         raise ValueError(
             f"id={id!r} needs word lists that are not here: run `python -m nltk.downloader "
@@ -79,10 +130,10 @@ def _check(id: str) -> None:
         ) from error
     except (AssertionError, ValueError) as error:
         if "player" in str(error):
-            raise ValueError(several) from error
+            raise ValueError(wrong) from error
         raise
-    if not isinstance(game.state, textarena.SinglePlayerState):
-        raise ValueError(several)
+    if isinstance(game.state, textarena.SinglePlayerState) != (players == 1):
+        raise ValueError(wrong)
 
 
 def _made(id: str, config: dict[str, Any]) -> Any:

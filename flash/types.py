@@ -8,7 +8,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, fields, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -198,6 +198,32 @@ class AsyncEnv(Protocol):
     def close(self) -> None:
         """Lets go of it, at once and whatever it is doing; raises nothing at all."""
         ...
+
+
+@runtime_checkable
+class ToolEnv(AsyncEnv, Protocol):
+    """One that may have tools."""
+
+    async def call(self, tool: str, arguments: Mapping[str, Any]) -> str | Observation:
+        """What that tool answers: a result, or what came of a step."""
+        ...
+
+
+@dataclass(slots=True)
+class ToolUse:
+    """Calls of one tool: how many, how many of them went wrong or took too long, and the seconds
+    of all."""
+
+    calls: int = 0
+    errors: int = 0
+    late: int = 0
+    seconds: float = 0.0
+
+    def add(self, other: "ToolUse") -> None:
+        self.calls += other.calls
+        self.errors += other.errors
+        self.late += other.late
+        self.seconds += other.seconds
 
 
 class EnvSource(Protocol):

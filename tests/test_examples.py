@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 import torch
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from gymnasium.utils.env_checker import check_env
 from transformers import AutoTokenizer
 
-from examples import attach_to_vllm, embed_the_loop, openai_agent
+from examples import attach_to_vllm, embed_the_loop, openai_agent, shell_agent
 from examples.own_environment.lamps import LampsEnv
 from examples.own_loss import discounted_by_age
+from examples.tools.shelf import ShelfEnv
 from flash import Door, HttpWorker, InferenceHub, RolloutLoop, Task, TokenBatch
 from flash.agents import ExternalAgent
 from flash.config import load
@@ -25,6 +28,8 @@ from flash.parts.model import make_style
 from flash.rollout.episode import Episode
 from flash.telemetry.folder import read_lines
 from flash.warm_start.small_policy import create
+from tests import task_folders
+from tests.sandboxes import needs_sandbox
 from tests.tools.templates import TEMPLATES, tokenizer_of
 from tests.wheels import build_wheel
 
@@ -104,6 +109,29 @@ async def test_an_agent_that_knows_the_official_client_only_is_played_through_th
         assert sample.reward == (said.strip() == str(7 + sample.group)), said  # 3 + 4, 3 + 5
 
 
+@slow
+@needs_sandbox
+async def test_the_shell_agent_earns_what_its_tests_give(tmp_path, monkeypatch):
+    task_folders.harbor(tmp_path / "tasks/count")
+    monkeypatch.setenv("TASKS", str(tmp_path / "tasks"))
+    told: list[str] = []
+
+    async def complete(request):
+        told.append((await request.json())["messages"][-1]["content"])
+        commands = [task_folders.SOLUTION, "submit"][len(told) - 1]
+        message = {"role": "assistant", "content": f"```bash\n{commands}\n```"}
+        return web.json_response({"choices": [{"index": 0, "message": message}]})
+
+    app = web.Application()
+    app.router.add_post("/chat/completions", complete)
+    async with TestServer(app) as server:
+        earned = await shell_agent.act(
+            base_url=str(server.make_url("")), api_key="none", task=Task(1)
+        )
+    assert earned == {"reward": 1.0, "success": True}
+    assert told[1] == "exit status 0\n"
+
+
 def test_the_own_environment_is_one_for_gymnasium_and_its_expert_arrives_sometimes():
     lamps = LampsEnv()
     check_env(lamps, skip_render_check=True)
@@ -173,8 +201,41 @@ def test_a_package_with_an_environment_is_installed_and_trained_with_a_loss_of_o
     assert all(line["tokens/trained"] > 0 for line in steps)
 
 
+@pytest.mark.parametrize("hosts", [0, pytest.param(1, marks=slow)])
+async def test_a_policy_calls_tools_of_its_environment_of_which_one_is_a_step(
+    tmp_path, monkeypatch, hosts
+):
+    monkeypatch.chdir(EXAMPLES.parent)
+    config = load(
+        "gsm8k",
+        {
+            "env": {"name": "examples.tools.shelf:ShelfEnv", "eval_options": {}, "hosts": hosts},
+            "agent.style": "chat",
+            "agent.style_options": {},
+            "agent.max_turns": 3,
+            "agent.max_sequence_tokens": 8192,
+        },
+    )
+    shelf = ShelfEnv()
+    shelf.reset(seed=5)
+    call = '<tool_call>\n{"name": "%s", "arguments": {"%s": %d}}\n</tool_call>'
+    looks = "\n".join(call % ("look", "box", box) for box in range(3))
+    named = call % ("name", "number", shelf.number)
+    said = ["Hm.", looks, f"{named}\n{looks}"]
+    trajectory, episode = await played(config, said, tmp_path)
+    what = ["Nothing."] * 3
+    what[shelf.box] = f"The number {shelf.number}."
+    assert trajectory.turn_states[2] == "\n".join(what)
+    assert trajectory.turn_rewards == [0.0, 0.0, 1.0]
+    assert (trajectory.turns, trajectory.reward, trajectory.success) == (3, 1.0, True)
+    assert episode.over
+    uses = {tool: (use.calls, use.errors) for tool, use in episode.tool_uses.items()}
+    assert uses == {"look": (6, 3), "name": (1, 0)}
+
+
 @slow
-async def test_a_policy_calls_a_function_and_an_mcp_server(tmp_path, monkeypatch):
+@pytest.mark.parametrize("sandbox", ["none", pytest.param("local", marks=needs_sandbox)])
+async def test_a_policy_calls_a_function_and_an_mcp_server(tmp_path, monkeypatch, sandbox):
     """As a run opens them: the function in a process, the server of the episode alone."""
     monkeypatch.chdir(EXAMPLES.parent)
     (tmp_path / "q.jsonl").write_text('{"question": "What is (2 + 3) * 4?", "answer": 20}\n')
@@ -185,26 +246,38 @@ async def test_a_policy_calls_a_function_and_an_mcp_server(tmp_path, monkeypatch
             "env.options": {"path": str(tmp_path / "q.jsonl")},
             "agent.tools": "examples.tools.calculator:calculate",
             "agent.mcp": [server],
+            "agent.sandbox": sandbox,
             "agent.style": "chat",
             "agent.style_options": {},
             "agent.max_turns": 4,
             "agent.max_sequence_tokens": 8192,
         },
     )
-    tokenizer = tokenizer_of(*TEMPLATES["hermes"])
     call = '<tool_call>\n{"name": "%s", "arguments": %s}\n</tool_call>'
     calculate = call % ("calculate", '{"expression": "(2 + 3) * 4"}')
-    said = iter(
-        [
-            calculate + "\n" + call % ("write", '{"note": "brackets first"}') + "<|im_end|>",
-            call % ("read", '{"number": 1}') + "<|im_end|>",
-            call % ("calculate", '{"expression": "print(1)"}') + "<|im_end|>",
-            "It is 20.<|im_end|>",
-        ]
-    )
+    said = [
+        calculate + "\n" + call % ("write", '{"note": "brackets first"}'),
+        call % ("read", '{"number": 1}'),
+        call % ("calculate", '{"expression": "print(1)"}'),
+        "It is 20.",
+    ]
+    trajectory, _ = await played(config, said, tmp_path)
+    assert (tmp_path / "tool_0.log").exists() == (sandbox == "none")
+    assert trajectory.turn_states[1:] == [
+        "20\nnote 1",
+        "brackets first",
+        "Error: ValueError: print(1) is no arithmetic",
+    ]
+    assert (trajectory.turns, trajectory.reward) == (4, 1.0)
+
+
+async def played(config, said, tmp_path):
+    """An episode in which that is said, as a run opens all that it needs."""
+    tokenizer = tokenizer_of(*TEMPLATES["hermes"])
+    spoken = iter(said)
     worker = FakeWorker(
         "w", token_s=(0, 0),
-        script=lambda prompt, _: tokenizer.encode(next(said), add_special_tokens=False),
+        script=lambda *_: tokenizer.encode(f"{next(spoken)}<|im_end|>", add_special_tokens=False),
     )  # fmt: skip
     playing = Playing(
         config=config, style=make_style(config, tokenizer), reward=None, log_dir=tmp_path
@@ -213,10 +286,5 @@ async def test_a_policy_calls_a_function_and_an_mcp_server(tmp_path, monkeypatch
         InferenceHub([worker]) as hub,
         open_agents({"": playing}, door=None, hub=hub) as agents,
     ):
-        trajectory = await agents.make[""]().play(Episode(1, Task(0), hub=hub))
-    assert trajectory.turn_states[1:] == [
-        "20\nnote 1",
-        "brackets first",
-        "Error: ValueError: print(1) is no arithmetic",
-    ]
-    assert (trajectory.turns, trajectory.reward) == (4, 1.0)
+        episode = Episode(1, Task(5), hub=hub)
+        return await agents.make[""]().play(episode), episode

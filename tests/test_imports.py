@@ -21,7 +21,7 @@ INSIDE_FUNCTIONS = {
     "parts": {"transformers"},
     "door": {"transformers"},
     "fakes": {"torch"},
-    "tools": {"transformers"},
+    "tools": {"transformers", "vllm"},
     "warm_start": {"torch", "transformers"},
 }
 # What is on it; nothing else imports these before they are asked for.
@@ -64,8 +64,8 @@ def test_heavy_packages_are_imported_where_they_are_needed_only(path):
 
 @pytest.mark.parametrize("path", sources("flash"), ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_engine_talks_to_vllm_and_sglang_over_http_and_ray_is_known_to_one_file(path):
-    # What vLLM's servers are and load, and the process that joins them in a NCCL group.
-    vllms = ("vllm_server.py", "vllm_extension.py", "patch.py", "nccl.py")
+    # What vLLM's servers are and load, the process that joins them in a NCCL group, and parsers.
+    vllms = ("vllm_server.py", "vllm_extension.py", "patch.py", "nccl.py", "vllm_parsers.py")
     of_vllm = {"vllm"} if path.name in vllms else set()
     of_ray = {"ray"} if path in USE_RAY else set()
     assert packages(path) & {"vllm", "sglang", "ray"} <= of_vllm | of_ray

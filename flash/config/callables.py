@@ -13,6 +13,8 @@ from flash.config.agent import AgentConfig
 from flash.config.fields import RunFields
 from flash.environments.config import EnvConfig
 from flash.errors import EnvFailure
+from flash.sandbox import SandboxUnavailable
+from flash.sandbox.bubblewrap import check_installed
 from flash.system import machine
 
 
@@ -53,6 +55,7 @@ def check_run(config: RunFields) -> None:
         ("agent.samples", config.agent.samples != "whole"),
         ("agent.tools", bool(config.agent.tools)),
         ("agent.mcp", bool(config.agent.mcp)),
+        ("agent.sandbox", config.agent.sandbox != "none"),
         ("env.hosts", config.env.hosts > 0),
     ):
         if given:
@@ -65,19 +68,34 @@ def check_run(config: RunFields) -> None:
         )
 
 
-def check_tools(agent: AgentConfig) -> None:
-    """That the agent's tools are there, and that its style can offer them."""
-    if not agent.has_tools:
+def check_tools(agent: AgentConfig, env: EnvConfig) -> None:
+    """That the agent's tools and its environment's are there, and that its style can offer them."""
+    of_env = not agent.run and hasattr(registry.environment(env.name), "tools")
+    in_sandbox = agent.sandbox != "none"
+    if in_sandbox and not agent.has_tools:
+        raise ValueError(
+            f"agent.sandbox={agent.sandbox} is for what agent.tools and agent.mcp name, and they "
+            f"are empty: leave it out"
+        )
+    if not agent.has_tools and not of_env:
         return
+    from flash.tools.environment import offered_by  # noqa: PLC0415  (seconds to import)
     from flash.tools.functions import function_of  # noqa: PLC0415  (seconds to import)
 
     if not hasattr(registry.style(agent.style), "calling"):
+        who = f"env.name={env.name!r}" if of_env else "agent.tools or agent.mcp"
         raise ValueError(
-            f"agent.style={agent.style!r} offers no tools, and agent.tools or agent.mcp has some: "
-            f"set agent.style=chat"
+            f"agent.style={agent.style!r} offers no tools, and {who} has some: set agent.style=chat"
         )
+    if of_env:
+        offered_by(env.name)
     for name in agent.tools:
         function_of(name)
+    if in_sandbox:
+        try:
+            check_installed()
+        except SandboxUnavailable as error:
+            raise ValueError(f"agent.sandbox={agent.sandbox}: {error}") from error
     if agent.mcp and importlib.util.find_spec("mcp") is None:
         raise ValueError(
             f"agent.mcp needs a package that is not installed: run {machine.how_to_install('mcp')}"

@@ -112,7 +112,7 @@ def _check_roles(config: RunFields) -> None:
 def _check_played_with(config: RunFields) -> None:
     """That what its tasks are played with is there."""
     check_run(config)
-    check_tools(config.agent)
+    check_tools(config.agent, config.env)
     if config.uses_environment:
         make = registry.environment(config.env.name)
         check_arguments(make, config.env.options, "env.options")

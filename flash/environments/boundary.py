@@ -6,6 +6,7 @@ environment is the same to its agent wherever it runs.
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import gymnasium
@@ -15,6 +16,7 @@ import numpy as np
 from flash.answers import is_ctrl_c, number, raised, shown, truth
 from flash.conversation import MAX_CHARS
 from flash.errors import EnvFailure
+from flash.tools.functions import as_text
 from flash.types import Observation, Task
 
 TextEnv = gymnasium.Env[str, str]
@@ -66,6 +68,16 @@ def step(env: TextEnv, action: str) -> Observation:
     raise EnvFailure(f"{what} answered {shown(answer)}: it must be {_STEP}")
 
 
+def call(env: TextEnv, tool: str, arguments: Mapping[str, Any]) -> str | Observation:
+    """What one of the environment's tools answers: a result, or what `step` would."""
+    what = f"tool {tool!r}"
+    answer = _call(what, partial(_call(what, getattr, env, tool), **arguments))
+    match answer:
+        case tuple((text, reward, terminated, truncated, info)):
+            return _observation(what, text, reward, terminated, truncated, info)
+    return check_result(tool, as_text(tool, answer))
+
+
 def close(env: TextEnv) -> None:
     """Lets go of the environment."""
     _call("close", env.close)
@@ -74,6 +86,11 @@ def close(env: TextEnv) -> None:
 def check_again(what: str, seen: Observation) -> Observation:
     """Of what came from another process, whose word alone is not enough."""
     return _observation(what, seen.text, seen.reward, seen.terminated, seen.truncated, seen.info)
+
+
+def check_result(tool: str, text: str) -> str:
+    """A result of that tool, as it is, if it is a text that can be read."""
+    return _text(f"tool {tool!r}", "result", text)
 
 
 def _call(what: str, function: Callable[..., Any], *args: Any, **named: Any) -> Any:

@@ -30,6 +30,9 @@ class EnvHost:
     def step(self, env_id: int, action: str) -> Observation:
         return boundary.step(self._envs[env_id], action)
 
+    def call(self, env_id: int, tool: str, arguments: Mapping[str, Any]) -> str | Observation:
+        return boundary.call(self._envs[env_id], tool, arguments)
+
     def close(self, env_id: int) -> None:
         boundary.close(self._envs.pop(env_id))
 

@@ -233,16 +233,19 @@ class _HostedEnv:
         self._generation = generation
 
     async def reset(self, task: Task) -> Observation:
-        return await self._call("reset", task)
+        return boundary.check_again("reset", await self._call("reset", task))
 
     async def step(self, action: str) -> Observation:
-        return await self._call("step", action)
+        return boundary.check_again("step", await self._call("step", action))
+
+    async def call(self, tool: str, arguments: Mapping[str, Any]) -> str | Observation:
+        answer = await self._call("call", tool, dict(arguments))
+        if isinstance(answer, Observation):
+            return boundary.check_again(f"tool {tool!r}", answer)
+        return boundary.check_result(tool, answer)
 
     def close(self) -> None:
         self._host.close(self._env_id, self._generation)
 
-    async def _call(self, method: str, argument: Task | str) -> Observation:
-        observation = await self._host.call(
-            method, self._env_id, argument, generation=self._generation
-        )
-        return boundary.check_again(method, observation)
+    async def _call(self, method: str, *arguments: Any) -> Any:
+        return await self._host.call(method, self._env_id, *arguments, generation=self._generation)

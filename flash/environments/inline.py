@@ -7,7 +7,8 @@ hangs.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from flash.environments import boundary
 from flash.environments.boundary import TextEnv
@@ -47,6 +48,9 @@ class _InlineEnv:
 
     async def step(self, action: str) -> Observation:
         return boundary.step(self._env, action)
+
+    async def call(self, tool: str, arguments: Mapping[str, Any]) -> str | Observation:
+        return boundary.call(self._env, tool, arguments)
 
     def close(self) -> None:
         self._close(self._env)

@@ -31,7 +31,7 @@ from flash.hub.sender import ChunkInfo
 from flash.plain import hashable, packable, plain
 from flash.rollout.history import Sampled
 from flash.routed import packed, unpacked
-from flash.types import Experts, Observation, SampledSequence, Task, Trajectory
+from flash.types import Experts, Observation, SampledSequence, Task, ToolUse, Trajectory
 
 PROTOCOL = 6
 # What decoding raises for bytes that are none of what is expected.
@@ -86,7 +86,7 @@ class Anew(Struct, frozen=True, tag=True, array_like=True):
 class Ended(Struct, frozen=True, tag=True, array_like=True, kw_only=True):
     """It came to its end, or failed (`failure` is then its kind, and `words` why), or was given up.
 
-    Its counts, and the seconds that it took by stage.
+    Its counts, the seconds that it took by stage, and what it called, by tool.
     """
 
     trajectory: Trajectory | None = None
@@ -96,6 +96,7 @@ class Ended(Struct, frozen=True, tag=True, array_like=True, kw_only=True):
     generated_tokens: int
     turns: int
     seconds: dict[str, float]
+    tool_uses: dict[str, ToolUse] = {}
 
 
 Step = Told | Said | Began | Anew | Ended

@@ -366,4 +366,5 @@ def _ended(episode: Episode, end: EpisodeEnd) -> Ended:
         generated_tokens=episode.generated_tokens,
         turns=episode.turns,
         seconds=dict(episode.seconds),
+        tool_uses=episode.tool_uses,
     )

@@ -49,6 +49,7 @@ class RemoteEpisode(Episode):
         self.generated_tokens = ended.generated_tokens
         self.turns = ended.turns
         self.seconds = dict(ended.seconds)
+        self.tool_uses = dict(ended.tool_uses)
         self.is_at("start")  # from here on nothing is timed but how long it waits
         if ended.trajectory is not None:
             return ended.trajectory

@@ -15,6 +15,7 @@ from flash.door.command import CommandAgent
 from flash.environments.hosts import EnvHosts
 from flash.environments.inline import InlineEnvs
 from flash.hub.hub import InferenceHub
+from flash.parts.model import env_tools
 from flash.parts.roles import NONE_EARLIER, Earlier, make_roles
 from flash.reward.stage import RewardStage
 from flash.roles import Role
@@ -167,14 +168,16 @@ class _Tools:
 @contextlib.asynccontextmanager
 async def _open_tools(playing: Playing, start: StartProcess) -> AsyncIterator[_Tools | None]:
     """What the policy can call, if anything; ValueError for a model that calls no tools."""
-    settings = playing.config.agent
-    if not settings.has_tools:
+    settings, of_env = playing.config.agent, env_tools(playing.config)
+    if not (settings.has_tools or of_env):
         yield None
         return
     async with Toolset(
         settings.tools,
         settings.mcp,
+        of_env=of_env,
         processes=settings.tool_processes,
+        sandbox=None if settings.sandbox == "none" else settings.sandbox,
         timeout_s=settings.tool_timeout_s,
         max_chars=settings.tool_chars,
         log_dir=playing.log_dir,

@@ -10,7 +10,8 @@ from flash import registry
 from flash.config import SMALL, Config
 from flash.config.model import check_heads
 from flash.positions import check_positions
-from flash.tools.tool import PROBE, CallingStyle
+from flash.tools.environment import offered_by
+from flash.tools.tool import PROBE, CallingStyle, Schema
 from flash.trainer.config import LoraConfig
 from flash.types import PromptStyle
 from flash.warm_start.teach import OnProgress, key_of, small_model
@@ -133,12 +134,18 @@ def _told_by_name(model: str) -> Iterator[None]:
         ) from error
 
 
+def env_tools(config: Config) -> list[Schema]:
+    """What the environment offers to the agent that plays it."""
+    return [] if config.agent.run else offered_by(config.env.name)
+
+
 def make_style(config: Config, tokenizer: Any) -> PromptStyle:
     """The prompt style of the configuration, for a tokenizer."""
     try:
         style: PromptStyle
         style = registry.style(config.agent.style)(tokenizer, **config.agent.style_options)
-        if config.agent.has_tools and isinstance(style, CallingStyle):
+        has_tools = config.agent.has_tools or bool(env_tools(config))
+        if has_tools and isinstance(style, CallingStyle):
             style.calling([PROBE])  # which says at once if the model calls no tools
     except Exception as error:  # the boundary to the style's code
         raise ValueError(

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from flash.rollout.episode import Episode
 from flash.rollout.groups import Group
 from flash.trainer.advantages import Advantages, OfEpisodes, PerGroup
-from flash.types import Sample, SampledSequence, Trajectory, by_role
+from flash.types import Sample, SampledSequence, ToolUse, Trajectory, by_role
 
 _STAGES = ("generate", "env", "tools", "agent", "reward")
 _SAMPLES_AT_ONCE = 128  # of a hand-over; each takes 30 µs or so, with all who are told of it
@@ -96,6 +96,7 @@ class Numbers:
         # By task set, of each episode: reward, success, turns, sampled tokens.
         self._ended: dict[str, list[tuple[float, bool, int, int]]] = defaultdict(list)
         self._seconds: dict[str, list[float]] = {name: [] for name in _STAGES}
+        self._tool_uses: dict[str, ToolUse] = {}
 
     def add(self, groups: Iterable[Group]) -> None:
         for group in groups:
@@ -107,6 +108,8 @@ class Numbers:
                 of_set.append((trajectory.reward, trajectory.success, trajectory.turns, tokens))
                 for stage, seconds in self._seconds.items():
                     seconds.append(member.seconds.get(stage, 0.0))
+                for tool, use in member.tool_uses.items():
+                    self._tool_uses.setdefault(tool, ToolUse()).add(use)
 
     def add_again(self, groups: Iterable[Group]) -> None:
         """Groups that were trained before, which count for the ages only."""
@@ -133,6 +136,13 @@ class Numbers:
             if name:
                 metrics |= {f"{metric}/{name}": value for metric, value in _means(of_set).items()}
                 metrics[f"share/{name}"] = sum(of_one[-1] for of_one in of_set) / tokens
+        for tool, use in self._tool_uses.items():
+            metrics |= {
+                f"tools/calls/{tool}": use.calls,
+                f"tools/errors/{tool}": use.errors,
+                f"tools/late/{tool}": use.late,
+                f"tools/seconds/{tool}": use.seconds / use.calls,
+            }
         return metrics | {
             "staleness/mean": ages.mean,
             "staleness/max": ages.oldest,

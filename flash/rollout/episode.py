@@ -18,6 +18,7 @@ from flash.types import (
     Observation,
     SamplingParams,
     Task,
+    ToolUse,
     Trajectory,
 )
 
@@ -121,6 +122,7 @@ class Episode:
         self.prompt_tokens = 0
         self.generated_tokens = 0
         self.turns = 0
+        self.tool_uses: dict[str, ToolUse] = {}  # by tool
         self.cut_responses = 0  # that ended at a limit of tokens
         self.over: bool | None = None  # whether its environment ended it; None: it has none of ours
         self.oldest: float = math.inf  # as `oldest_version`, where many are compared

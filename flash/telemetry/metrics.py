@@ -70,6 +70,10 @@ MORE_METRICS = {
     "staleness/mean/NAME": "age of the trained tokens of that task set, in versions",
     "staleness/max/NAME": "likewise",
     "share/NAME": "of the batch's sampled tokens, that are of that task set",
+    "tools/calls/TOOL": "of that tool, by trained episodes; _unknown: of those that are not there",
+    "tools/errors/TOOL": "of these, that went wrong in a way that the policy was told",
+    "tools/late/TOOL": "of these, that took longer than agent.tool_timeout_s",
+    "tools/seconds/TOOL": "of such a call, mean",
     "reuse/share": "of the batch's groups, that were trained before",
     "reuse/age_mean": "of the tokens of these, in versions; 0 if there are none",
     "ratio/mean": "policy / proximal policy, mean over tokens whose proximal logprob is known",
@@ -103,4 +107,5 @@ MORE_METRICS = {
     "critic/return_mean": "what it is taught, mean over trained tokens",
     "critic/explained_variance": "of the returns by the critic: 1 knows all, 0 a constant does it",
 }
-"""In lines with an evaluation, and what the objective in use adds; NAME is that of a task set."""
+"""In lines with an evaluation, and what the objective and tools in use add; NAME is that of a task
+set, TOOL that of a tool."""

@@ -24,7 +24,7 @@ def function_of(name: str) -> Function:
     return function
 
 
-def schema_of(name: str, function: Function) -> Schema:
+def schema_of(name: str, function: Function, *, field: str = FIELD) -> Schema:
     """Of its signature and docstring; ValueError says what they lack."""
     # Seconds to import.
     from transformers.utils.chat_template_utils import (  # noqa: PLC0415
@@ -37,7 +37,7 @@ def schema_of(name: str, function: Function) -> Schema:
         schema: dict[str, Any] = get_json_schema(function)
     except (DocstringParsingException, TypeHintParsingException, ValueError) as error:
         raise ValueError(
-            f"{FIELD}={name!r} does not say what it takes: {' '.join(str(error).split())}: give "
+            f"{field}={name!r} does not say what it takes: {' '.join(str(error).split())}: give "
             f"each argument a type, and a line in the docstring's 'Args:'"
         ) from error
     schema["function"].pop("return", None)  # templates show it to the model as one more argument

@@ -10,10 +10,13 @@ import jsonschema
 
 from flash.answers import shown
 from flash.errors import EnvFailure, first_error, one_line
-from flash.types import PromptStyle
+from flash.types import PromptStyle, ToolUse
 
 Schema = Mapping[str, Any]
 """As chat templates take it: `{"type": "function", "function": {"name", "parameters", …}}`."""
+
+UNKNOWN = "_unknown"
+"""In what is told of calls: tools that are not there."""
 
 PROBE: Schema = {
     "type": "function",
@@ -95,9 +98,18 @@ class Toolbox:
     Args:
         timeout_s: for one call.
         max_chars: of one result; what is longer is cut, which the policy is told.
+        uses: by tool, is told of each call; of tools that are not there under one name.
     """
 
-    def __init__(self, tools: Sequence[Tool], *, timeout_s: float, max_chars: int) -> None:
+    def __init__(
+        self,
+        tools: Sequence[Tool],
+        *,
+        timeout_s: float,
+        max_chars: int,
+        uses: dict[str, ToolUse] | None = None,
+    ) -> None:
+        self._uses = {} if uses is None else uses
         self._tools = {name_of(tool.schema): tool for tool in tools}
         self._timeout_s = timeout_s
         self._max_chars = max_chars
@@ -116,12 +128,20 @@ class Toolbox:
         return [task.result() for task in running]
 
     async def _answer(self, call: ToolCall) -> str:
+        clock = asyncio.get_running_loop().time
+        use = self._uses.setdefault(call.name if call.name in self._tools else UNKNOWN, ToolUse())
+        use.calls += 1
+        began = clock()
         try:
             text = await self._call(call)
         except ToolError as error:
+            use.errors += 1
             text = f"Error: {error}".encode(errors="replace").decode()
         except TimeoutError:
+            use.late += 1
             text = f"Error: {call.name} took longer than {self._timeout_s:g} s"
+        finally:
+            use.seconds += clock() - began
         try:
             text.encode()
         except UnicodeEncodeError as error:

@@ -213,7 +213,7 @@ async def test_a_model_that_is_not_there_is_told_of_by_its_url(tokenizer):
 @pytest.mark.parametrize(
     "rewards",
     [
-        {"critic": 1.0},
+        {"critic": "much"},
         {"nobody": 1.0},
         {"coder": float("nan")},
         {"coder": "much"},
@@ -221,7 +221,7 @@ async def test_a_model_that_is_not_there_is_told_of_by_its_url(tokenizer):
         ["coder"],
     ],
 )
-async def test_rewards_of_roles_are_finite_numbers_of_those_who_learn(tokenizer, rewards):
+async def test_rewards_of_roles_are_finite_numbers_of_those_who_play(tokenizer, rewards):
     async def act(roles, task):
         await say(roles["coder"], "go")
         return {"reward": 1.0, "rewards": rewards if task.seed == 0 else {"coder": 2.0}}

@@ -24,7 +24,8 @@ from flash.hub.hub import InferenceHub
 from flash.rollout.episode import Episode
 from flash.types import Task
 from flash.virtual_time import in_virtual_time
-from tests import openenv
+from tests import openenv, task_folders
+from tests.sandboxes import needs_sandbox
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +65,15 @@ ODD = [
 ODD += ["[99999999999999999999 0]", r"\boxed{99999999999999999999}", "[-1 -1 -1]", "<tool_call>"]
 
 OF_A_SERVER = Row("openenv", {"observation": "text"}, "3", "websockets")
+OF_FOLDERS = Row("harbor", {"without": ["image"]}, "```bash\ncat log.txt\n```")
 
 each = pytest.mark.parametrize(
     "row",
-    [*ROWS, pytest.param(OF_A_SERVER, marks=pytest.mark.slow)],
+    [
+        *ROWS,
+        pytest.param(OF_A_SERVER, marks=pytest.mark.slow),
+        pytest.param(OF_FOLDERS, marks=[pytest.mark.slow, needs_sandbox]),
+    ],
     ids=lambda row: f"{row.name} {row.options}",
     indirect=True,
 )
@@ -79,20 +85,35 @@ def openenv_url():
         yield f"{url}/numbers"
 
 
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tasks")
+    for number in range(5):
+        logged = {"environment/log.txt": "a line\n" * number}
+        task_folders.harbor(path / f"task-{number}", **logged)
+    return path
+
+
 @pytest.fixture
 def row(request):
-    if request.param is not OF_A_SERVER:
-        return request.param
-    pytest.importorskip(OF_A_SERVER.needs)
-    url = request.getfixturevalue("openenv_url")
-    return dataclasses.replace(OF_A_SERVER, options=OF_A_SERVER.options | {"url": url})
+    match request.param:
+        case Row(name="openenv", needs=package):
+            pytest.importorskip(package)
+            own = {"url": request.getfixturevalue("openenv_url")}
+        case Row(name="harbor"):
+            own = {"path": str(request.getfixturevalue("folders"))}
+        case _:
+            own = {}
+    return dataclasses.replace(request.param, options=request.param.options | own)
 
 
 @pytest.fixture
 def envs(row):
-    """What opens such environments in the loop."""
+    """What opens such environments in the loop; they are closed after the test."""
     pytest.importorskip(row.needs)
-    return InlineEnvs(functools.partial(registry.environment(row.name), **row.options))
+    make = functools.partial(registry.environment(row.name), **row.options)
+    with contextlib.ExitStack() as opened:
+        yield InlineEnvs(lambda: opened.enter_context(contextlib.closing(make())))
 
 
 async def played(env, seed, action, turns=3):

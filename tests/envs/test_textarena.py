@@ -2,7 +2,7 @@ import pytest
 
 pytest.importorskip("textarena", reason="needs the extra 'textarena'")
 
-from flash.envs.textarena import TextArenaEnv
+from flash.envs.textarena import TextArenaEnv, TextArenaTable
 
 
 def test_a_game_is_won_in_its_own_moves_and_only_what_is_new_is_told():
@@ -36,6 +36,40 @@ def test_the_splits_have_other_games():
 
     assert len(boards("train")) == 20
     assert not boards("train") & boards("heldout")
+
+
+def test_at_a_table_each_hears_what_the_others_did_and_is_rewarded_for_its_seat():
+    table = TextArenaTable(id="TicTacToe-v0", players=2)
+    table.reset(seed=0)
+    heard = {}
+    for move in ("0", "3", "1", "4"):
+        seat, heard[seat] = table.turn()
+        assert not table.step(move)
+    assert heard[0].startswith("Player 0 placed their symbol (O) in cell 0.")
+    assert "\n[3]\nPlayer 1 placed their symbol (X) in cell 3.\n" in heard[0]
+    assert "\n[1]\n" in heard[1]
+    assert "(X) in cell 4." in table.turn()[1]
+    assert table.turn() == (0, ""), "it has been told"
+    assert table.step("2")
+    assert table.rewards() == [1.0, -1.0]
+
+
+def test_a_seed_is_a_game_of_its_own_in_each_split():
+    def deals(split):
+        table = TextArenaTable(id="KuhnPoker-v0", players=2, split=split)
+        seen = []
+        for seed in range(8):
+            table.reset(seed=seed)
+            seen.append(table.turn())
+        return seen
+
+    assert deals("train") == deals("train") != deals("heldout")
+
+
+@pytest.mark.parametrize(("id", "players"), [("TicTacToe-v0", 3), ("TowerOfHanoi-v0", 2)])
+def test_a_table_is_for_as_many_as_the_game(id, players):
+    with pytest.raises(ValueError, match=f"id='{id}' is not for {players} players"):
+        TextArenaTable(id=id, players=players)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing_extensions import TypeAliasType
 
 from flash.explorer.messages import Ended, Said, _dtype, decoder, encoder, exact
 from flash.rollout.history import Sampled
-from flash.types import Completion, SampledSequence, Trajectory
+from flash.types import Completion, SampledSequence, ToolUse, Trajectory
 
 
 def test_numbers_and_arrays_of_other_kinds_arrive_as_what_they_are():
@@ -29,10 +29,14 @@ def test_numbers_and_arrays_of_other_kinds_arrive_as_what_they_are():
         turn_rewards=np.array([0.5]), turn_states=["a", ("b", 1)],
         role_rewards={"coder": np.float32(0.5)},
     )  # fmt: skip
+    uses = {"add": ToolUse(calls=2, errors=1, late=1, seconds=0.5)}
     told = Ended(
-        trajectory=exact(trajectory), prompt_tokens=1, generated_tokens=2, turns=1, seconds={}
-    )
-    heard = decoder(Ended).decode(encoder.encode(told)).trajectory
+        trajectory=exact(trajectory), prompt_tokens=1, generated_tokens=2, turns=1, seconds={},
+        tool_uses=uses,
+    )  # fmt: skip
+    ended = decoder(Ended).decode(encoder.encode(told))
+    assert ended.tool_uses == uses
+    heard = ended.trajectory
     (sequence,) = heard.sequences
     for name in SampledSequence.__annotations__:
         np.testing.assert_array_equal(getattr(sequence, name), getattr(given, name))

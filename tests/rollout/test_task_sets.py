@@ -16,7 +16,7 @@ from flash.rollout.config import RolloutSettings
 from flash.rollout.loop import RolloutLoop
 from flash.rollout.restored import DueEpisode, OpenGroup, ReadyEpisode, Restored
 from flash.rollout.tasks import Tasks, TaskSet
-from flash.types import Batch, Completion, Task, Trajectory
+from flash.types import Batch, Completion, Task, ToolUse, Trajectory
 from flash.virtual_time import in_virtual_time
 from tests.steady import weights
 
@@ -178,6 +178,18 @@ async def test_numbers_are_told_by_task_set():
     assert (told["reward/mean/easy"], told["reward/mean/hard"]) == (1.0, 0.25)
     assert (told["success_rate/easy"], told["turns/mean/hard"]) == (1.0, 1.0)
     assert (told["share/easy"], told["share/hard"]) == (0.25, 0.75)
+
+
+@in_virtual_time
+async def test_calls_of_tools_are_told_by_tool():
+    def play(episode):
+        episode.tool_uses["add"] = ToolUse(calls=2, errors=1, late=1, seconds=3.0)
+        return played(0)
+
+    async with loop_of(task_set("easy", 1, 2), task_set("hard", 1, 2), play=play) as (loop, _, _):
+        told = (await loop.next_batch()).metrics
+    of_add = {name: told[f"tools/{name}/add"] for name in ("calls", "errors", "late", "seconds")}
+    assert of_add == {"calls": 8, "errors": 4, "late": 4, "seconds": 1.5}
 
 
 @in_virtual_time

@@ -43,16 +43,39 @@ HARMONY = (
     "{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
 )
+# As the template of Llama 3.2 does: texts of past calls have no quotes.
+PYTHONIC = LLAMA3.replace(
+    "{% if m.tool_calls | length > 1 %}{{ raise_exception('one call at a time') }}{% endif %}", ""
+).replace(
+    '{"name": "{{ m.tool_calls[0].function.name }}", '
+    '"parameters": {{ m.tool_calls[0].function.arguments | tojson }}}',
+    "[{% for call in m.tool_calls %}{{ call.function.name }}("
+    "{% for name, value in call.function.arguments.items() %}{{ name }}={{ value }}"
+    "{% if not loop.last %}, {% endif %}{% endfor %}){% if not loop.last %}, {% endif %}"
+    "{% endfor %}]",
+)
+# As DeepSeek V3 does; only a parser of vLLM's reads it.
+DEEPSEEK = HERMES.replace(
+    "{% for call in m.tool_calls or [] %}\n<tool_call>\n"
+    '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}'
+    "\n</tool_call>{% endfor %}",
+    "{% if m.tool_calls %}<｜tool▁calls▁begin｜>{% for call in m.tool_calls %}<｜tool▁call▁begin｜>"
+    "function<｜tool▁sep｜>{{ call.function.name }}\n```json\n"
+    "{{ call.function.arguments | tojson }}\n```<｜tool▁call▁end｜>{% endfor %}"
+    "<｜tool▁calls▁end｜>{% endif %}",
+)
 TEMPLATES = {
     "hermes": (HERMES, "<|im_end|>"),
     "qwen3_coder": (QWEN3_CODER, "<|im_end|>"),
     "llama3_json": (LLAMA3, "<|eot_id|>"),
+    "pythonic": (PYTHONIC, "<|eot_id|>"),
     "harmony": (HARMONY, "<|return|>"),
 }
 _SPECIAL = (
     *("<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|eot_id|>"),
     *("<|end_header_id|>", "<|python_tag|>", "<|start|>", "<|end|>", "<|message|>", "<|call|>"),
-    *("<|channel|>", "<|constrain|>", "<|return|>"),
+    *("<|channel|>", "<|constrain|>", "<|return|>", "<｜tool▁calls▁begin｜>"),
+    *("<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"),
 )
 
 

@@ -4,11 +4,14 @@ import json
 
 import pytest
 
+from flash.agents import ChatStyle
 from flash.config import load
 from flash.conversation import ChatTemplate
 from flash.parts.model import make_style
 from flash.tools.formats import CallFormat
-from tests.tools.templates import HERMES, TEMPLATES, tokenizer_of
+from tests.tools.templates import DEEPSEEK, HERMES, TEMPLATES, tokenizer_of
+
+slow = pytest.mark.slow
 
 ADD = {
     "type": "function",
@@ -49,6 +52,8 @@ SAID = [
     ("qwen3_coder", "So:\n" + XML + "\n" + XML + "<|im_end|>", "So:", 2),
     ("llama3_json", CALL % "parameters" + "<|eot_id|>", "", 1),
     ("llama3_json", "<|python_tag|>" + CALL % "parameters" + "<|eot_id|>", "", 1),
+    ("pythonic", "[add(a=2, b=3)]<|eot_id|>", "", 1),
+    ("pythonic", "<|python_tag|>[add(a=2, b=3), add(b=3, a=2)]<|eot_id|>", "", 2),
     ("harmony", "<|channel|>commentary " + HARMONY_CALL, "", 1),
     (
         "harmony",
@@ -106,6 +111,8 @@ def test_an_answer_without_a_call_is_an_answer(name):
         ("hermes", '<tool_call>{"nome": "add"}</tool_call><|im_end|>', "not in the format"),
         ("llama3_json", '{"name": "add", "parameters": {<|eot_id|>', "not in the format"),
         ("harmony", "<|channel|>commentary to=functions.add<|message|>{<|call|>", "not in the"),
+        ("pythonic", "[add(a=2, b=open('x'))]<|eot_id|>", "not in the format"),
+        ("pythonic", "[add(a=2, b=3)]", "cut off"),
         ("hermes", TAGGED, "cut off"),
     ],
 )
@@ -147,3 +154,39 @@ def test_a_model_that_calls_no_tools_is_refused_before_anything_starts():
         ValueError, match=r"agent\.style='chat' .*shows no tools: leave agent\.tools"
     ):
         make_style(config, tokenizer_of(HERMES.replace("{{ tools | tojson }}", "")))
+
+
+@slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's, of what vLLM imports
+def test_a_parser_of_vllm_reads_what_nothing_else_does():
+    pytest.importorskip("vllm")
+    tokenizer = tokenizer_of(DEEPSEEK)
+    template = ChatTemplate(tokenizer)
+    with pytest.raises(ValueError, match=r"is none of .*: .*name a parser of vLLM's"):
+        CallFormat(tokenizer, template, [ADD])
+    with pytest.raises(ValueError, match="tool_parser='hermes' does not read a call as"):
+        CallFormat(tokenizer, template, [ADD], parser="hermes")
+    with pytest.raises(ValueError, match="tool_parser='deepsea' is none of vLLM's: .*, hermes,"):
+        CallFormat(tokenizer, template, [ADD], parser="deepsea")
+    form = CallFormat(tokenizer, template, [ADD], parser="deepseek_v3")
+    prompt = template.prompt([USER], form.shown)
+    arguments = {"a": 2, "b": 3}
+    calls = [{"type": "function", "function": {"name": "add", "arguments": arguments}}] * 2
+    said = template.render(
+        [USER, {"role": "assistant", "content": "So:", "tool_calls": calls}],
+        {**form.shown, "add_generation_prompt": False},
+    )
+    sampled = encoded(tokenizer, said.removeprefix(tokenizer.decode(prompt)).rstrip())
+    read = form.read(prompt, sampled)
+    assert [(c.name, json.loads(c.arguments)) for c in read.calls] == [("add", arguments)] * 2
+    assert read.text == "So:"
+    assert form.read(prompt, sampled[:-1]).wrong == "the answer was cut off, being too long"
+    read = form.read(prompt, encoded(tokenizer, "It is 5.<|im_end|>"))
+    assert (read.text, read.calls, read.wrong) == ("It is 5.", [], "")
+
+
+def test_a_style_is_told_of_the_parser_that_reads_its_calls(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    style = ChatStyle(tokenizer_of(HERMES), tool_parser="hermes")
+    with pytest.raises(ValueError, match=r"tool_parser='hermes' is vLLM's, which is not installed"):
+        style.calling([ADD])

@@ -1,7 +1,8 @@
 """Real MCP servers, over standard streams and over HTTP: what they offer, and their end."""
 
 import asyncio
-import json
+import contextlib
+import logging
 import os
 import signal
 import sys
@@ -9,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import uvicorn
+from starlette.responses import PlainTextResponse
 
 from examples.tools.notes_server import server as notes
 from flash.errors import EnvFailure
 from flash.tools.config import McpConfig
 from flash.tools.mcp import McpServer
-from flash.tools.tool import ToolCall
 from flash.tools.toolset import Toolset
+from tests.tools.calls import asked
 
 pytestmark = pytest.mark.slow
 
@@ -40,15 +42,6 @@ def dies() -> str:
 
 server.run()
 """
-
-
-def call(name, **arguments):
-    return ToolCall(id="call1", name=name, arguments=json.dumps(arguments))
-
-
-async def asked(box, name, **arguments):
-    (result,) = await box.answer([call(name, **arguments)])
-    return result
 
 
 @pytest.fixture
@@ -108,23 +101,62 @@ async def test_a_call_that_takes_too_long_is_told_and_costs_no_server(tmp_path, 
             assert await asked(box, "pid") == first
 
 
-async def test_a_server_by_its_url(tmp_path):
-    app = notes.streamable_http_app()
+@contextlib.asynccontextmanager
+async def serving(app):
+    """The app by HTTP; its URL."""
     served = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     async with asyncio.TaskGroup() as tasks:
-        serving = tasks.create_task(served.serve())
+        task = tasks.create_task(served.serve())
         while not served.started:
             await asyncio.sleep(0.01)
         port = served.servers[0].sockets[0].getsockname()[1]
-        config = McpConfig(url=f"http://127.0.0.1:{port}/mcp")
-        async with Toolset([], [config], log_dir=tmp_path) as tools, tools.of_episode() as box:
-            assert await asked(box, "write", note="by HTTP") == "note 1"
-            assert await asked(box, "read", number=1) == "by HTTP"
+        yield f"http://127.0.0.1:{port}/mcp"
         served.should_exit = True
-        await serving
+        await task
+
+
+async def test_a_server_by_its_url(tmp_path):
+    async with serving(notes.streamable_http_app()) as url:
+        config = McpConfig(url=url)
+        async with Toolset([], [config], log_dir=tmp_path) as tools, tools.of_episode() as box:
+            said = await asked(box, "write", note="by HTTP")
+            assert await asked(box, "read", number=int(said.split()[1])) == "by HTTP"
     with pytest.raises(ValueError, match=r"agent\.mcp: the MCP server http://127.*can't be had"):
         async with Toolset([], [config], log_dir=tmp_path):
             pass
+
+
+async def test_a_server_is_sent_its_key_and_headers_which_nothing_tells(
+    tmp_path, monkeypatch, caplog
+):
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setenv("NOTES_KEY", "sesame-open")
+    wanted = {b"authorization": b"Bearer sesame-open", b"x-team": b"hush-hush"}
+    app, refused = notes.streamable_http_app(), []
+
+    async def guarded(scope, receive, send):
+        if scope["type"] == "http" and not wanted.items() <= dict(scope["headers"]).items():
+            refused.append(scope["path"])
+            await PlainTextResponse("who is it?", status_code=401)(scope, receive, send)
+            return
+        await app(scope, receive, send)
+
+    async with serving(guarded) as url:
+        config = McpConfig(url=url, api_key="$NOTES_KEY", headers={"X-Team": "hush-hush"})
+        async with Toolset([], [config], log_dir=tmp_path) as tools, tools.of_episode() as box:
+            said = await asked(box, "write", note="guarded")
+            assert await asked(box, "read", number=int(said.split()[1])) == "guarded"
+        assert not refused
+        other = McpConfig(url=url, api_key="$NOTES_KEY", headers={"X-Team": "hush-who"})
+        with pytest.raises(ValueError, match=r"agent\.mcp: the MCP server http://127.*had") as told:
+            async with Toolset([], [other], log_dir=tmp_path):
+                pass
+        assert refused
+    kept = config.model_dump(mode="json")
+    assert (kept["api_key"], kept["headers"]) == ("$NOTES_KEY", {"X-Team": "(not kept)"})
+    for text in (repr(config), str(config), str(kept), str(told.value), caplog.text):
+        assert "sesame" not in text
+        assert "hush" not in text
 
 
 @pytest.mark.parametrize(
