@@ -110,6 +110,17 @@ def test_a_line_may_be_as_long_as_the_experts_of_all_tokens():
         stream.feed(b"x" * (1 << 24))
 
 
+async def test_a_constraint_and_texts_that_end_an_answer_in_vllms_words(scripted):
+    asked = replace(SAMPLING, constraint='{"type": "structural_tag"}', stop=("a", "b"))
+    await scripted.worker.generate("id", [1, 2], asked)
+    body = scripted.asked[0][2]
+    assert body["reasoning_ended"] is True
+    assert body["sampling_params"]["stop"] == ["a", "b"]
+    assert body["sampling_params"]["structured_outputs"] == {
+        "structural_tag": '{"type": "structural_tag"}'
+    }
+
+
 @pytest.mark.parametrize("kind", ["uint8", "uint16", "int16"])
 async def test_experts_are_asked_for_and_read_as_vllm_has_them(scripted, kind):
     """Of tokens from the second on; in two layers two each."""
