@@ -6,7 +6,7 @@ answered.
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from http import HTTPStatus
 from typing import Any
@@ -42,11 +42,8 @@ class Response:
 class Responder:
     """Makes exchanges: what the door's requests have in common."""
 
-    def __init__(
-        self, tokenizer: Any, metrics: Metrics, manners: Manners, constrains: Callable[[], bool]
-    ) -> None:
+    def __init__(self, tokenizer: Any, metrics: Metrics, manners: Manners) -> None:
         self.tokenizer = tokenizer
-        self.constrains = constrains
         self.metrics = metrics
         template = manners.response_template
         self.parses_tools = template is not None and "tool_calls" in template["fields"]
@@ -66,11 +63,9 @@ class Responder:
         self.ends = frozenset({*tokenizer.all_special_ids, *self.stop_token_ids})
 
     @classmethod
-    async def create(
-        cls, tokenizer: Any, metrics: Metrics, constrains: Callable[[], bool]
-    ) -> "Responder":
-        """Reads what is known of the tokenizer's model. `constrains`: as the hub's."""
-        return cls(tokenizer, metrics, await asyncio.to_thread(manners_of, tokenizer), constrains)
+    async def create(cls, tokenizer: Any, metrics: Metrics) -> "Responder":
+        """Reads what is known of the tokenizer's model."""
+        return cls(tokenizer, metrics, await asyncio.to_thread(manners_of, tokenizer))
 
     def chat(self, session: DoorSession, ask: ChatAsk) -> "Exchange":
         """Raises ApiError for what this model can't do."""
@@ -88,12 +83,6 @@ class Responder:
                 400, "tools: how this model writes a call is not known: give its tokenizer a "
                 'response_template, or send tool_choice="none"',
                 code="unsupported_value", param="tools",
-            )  # fmt: skip
-        if ask.demand is not None and not self.constrains():
-            asked = ask.demand.asked
-            raise refused(
-                asked.field, asked.value,
-                f"not all workers here can hold what they sample to it (vLLM's can): {LEAVE_OUT}",
             )  # fmt: skip
         session.check_chars(sum(len(message["content"]) for message in ask.messages))
         taken = ask.template_variables.keys() & self.template.arguments
@@ -210,9 +199,7 @@ class _Chat(Exchange):
             if self.ask.demand is None or error.status != HTTPStatus.BAD_REQUEST:
                 raise
             asked = self.ask.demand.asked
-            raise refused(
-                asked.field, asked.value, f"the workers can't hold to it: {error}: {LEAVE_OUT}"
-            ) from error
+            raise refused(asked.field, asked.value, f"{error}: {LEAVE_OUT}") from error
 
     def _new_reply(self, stop_token_ids: Sequence[int]) -> Reply:
         return Reply(

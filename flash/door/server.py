@@ -113,9 +113,7 @@ class Door:
         self._sessions: dict[bytes, Session] = {}
 
     async def __aenter__(self) -> "Door":
-        self._responder = await Responder.create(
-            self._tokenizer, self._metrics, lambda: self._hub.constrains
-        )
+        self._responder = await Responder.create(self._tokenizer, self._metrics)
         self._http = aiohttp.ClientSession()
         app = web.Application(
             client_max_size=self._max_body_bytes, middlewares=[self._answer_errors]

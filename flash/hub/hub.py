@@ -197,8 +197,7 @@ class InferenceHub:
             )
         if request.sampling.constraint is not None and not self.constrains:
             raise ValueError(
-                "a constraint needs workers that keep to it, and some here can't: leave it out, or "
-                "use vLLM (engine.kind)"
+                "not all workers here can hold what they sample to a constraint (vLLM's can)"
             )
         arrival = next(self._arrivals)
         response = Response(request, on_new=self._count_tokens, on_sampled=on_sampled)
