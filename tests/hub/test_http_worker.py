@@ -469,6 +469,15 @@ async def test_a_streamed_answer_wherever_it_is_cut(cut, ends):
     assert (asked["stream"], asked["sampling_params"]["stream_interval"]) == (True, 32)
 
 
+@pytest.mark.parametrize(("code", "fault"), [(400, BadRequest), (500, WorkerFailure)])
+async def test_a_stream_may_hold_a_refusal_in_the_place_of_an_event(code, fault):
+    told = json.dumps({"error": {"message": "no such grammar", "code": code}}).encode()
+    answers = chunked(b"data: " + told + b"\n\ndata: [DONE]\n\n", fields=EVENTS)
+    async with streaming(answers) as (generate, _, _):
+        with pytest.raises(fault, match="no such grammar"):
+            await generate()
+
+
 async def test_short_answers_and_those_that_nobody_listens_to_come_whole():
     async with raw_server(*[answer(json.dumps(GOOD).encode())] * 2) as server:
         worker, told = HttpWorker(server.url), []
