@@ -28,7 +28,7 @@ _TOOL = {
         "parameters": {"type": "object", "properties": {"argument": {"type": "string"}}},
     },
 }
-_SHOWN = {"tools": [_TOOL]}
+SHOWN = {"tools": [_TOOL]}
 # How arguments are written, in XGrammar's words.
 _STYLES = {
     "json": re.compile(r'\{\s*"argument"\s*:\s*"call-words"\s*\}'),
@@ -168,8 +168,8 @@ class Constraints:
                 for i in range(calls)
             ],
         }  # fmt: skip
-        before = self._template.render([USER], _SHOWN)
-        whole = self._template.render([USER, said], {**_SHOWN, "add_generation_prompt": False})
+        before = self._template.render([USER], SHOWN)
+        whole = self._template.render([USER, said], {**SHOWN, "add_generation_prompt": False})
         start = before
         if self._opens and before.rstrip().endswith(self._opens):
             start = before.rstrip().removesuffix(self._opens)

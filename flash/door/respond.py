@@ -12,7 +12,7 @@ from http import HTTPStatus
 from typing import Any
 
 from flash.conversation import ChatTemplate
-from flash.door.constraint import Constraints
+from flash.door.constraint import SHOWN, Constraints
 from flash.door.errors import LEAVE_OUT, ApiError, refused
 from flash.door.metrics import Metrics
 from flash.door.recorder import Known
@@ -22,7 +22,6 @@ from flash.door.session import DoorSession
 from flash.types import Completion, SamplingParams
 
 _PIECE_TOKENS = 16  # of a streamed response
-_A_TOOL = {"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,4 +235,4 @@ class _Text(Exchange):
 
 def _shows_tools(template: ChatTemplate) -> bool:
     messages = [{"role": "user", "content": "?"}]
-    return template.render(messages) != template.render(messages, {"tools": [_A_TOOL]})
+    return template.render(messages) != template.render(messages, SHOWN)

@@ -42,7 +42,7 @@ _NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
 # They tell who asks, or what a cache may do, and change no answer.
 _LABELS = {
     "user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "prompt_cache_options", "cache_control",
+    "prompt_cache_options", "cache_control", "diagnostics", "inference_geo", "user_profile_id",
 }  # fmt: skip
 _EVERYTHING = "*"
 # Without these a request asks for something else, so they are ignored only by their own names.

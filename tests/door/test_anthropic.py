@@ -272,7 +272,8 @@ def test_it_may_be_overlooked(ignore, changes):
 
 def test_what_changes_no_answer_is_taken():
     asked = parse(
-        metadata={"user_id": "u"}, thinking={"type": "disabled"}, top_k=0, temperature=0.5,
+        metadata={"user_id": "u"}, inference_geo="eu", user_profile_id="p", diagnostics={},
+        thinking={"type": "disabled"}, top_k=0, temperature=0.5,
         tools=[{**TOOL, "type": "custom", "cache_control": {"type": "ephemeral"},
                 "eager_input_streaming": True, "allowed_callers": ["direct"]}],
         tool_choice={"type": "none"},
