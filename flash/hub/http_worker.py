@@ -113,6 +113,8 @@ class HttpWorker(ServerClient):
         if sampling.constraint is not None:
             request.sampling_params.structured_outputs = _StructuredOutputs(sampling.constraint)
             request.reasoning_ended = True
+            # A grammar may end with any end of a text that the model has: the answer must, too.
+            request.sampling_params.ignore_eos = False
         if sampling.experts_from is not None:
             request.sampling_params.routed_experts_prompt_start = sampling.experts_from
         if on_tokens is not None and sampling.max_tokens >= STREAMED_FROM_TOKENS:

@@ -114,7 +114,7 @@ async def test_a_constraint_and_texts_that_end_an_answer_in_vllms_words(scripted
     asked = replace(SAMPLING, constraint='{"type": "structural_tag"}', stop=("a", "b"))
     await scripted.worker.generate("id", [1, 2], asked)
     body = scripted.asked[0][2]
-    assert body["reasoning_ended"] is True
+    assert (body["reasoning_ended"], body["sampling_params"]["ignore_eos"]) == (True, False)
     assert body["sampling_params"]["stop"] == ["a", "b"]
     assert body["sampling_params"]["structured_outputs"] == {
         "structural_tag": '{"type": "structural_tag"}'
