@@ -249,7 +249,9 @@ async def test_an_answer_keeps_to_its_schema_and_a_demanded_call_is_made(servers
         async with AsyncOpenAI(base_url=session.base_url, api_key=session.api_key) as client:
             create = client.chat.completions.create
             words = await create(**asked, response_format=given)
-            calls = await create(**asked, tools=[tool], tool_choice="required")
+            calls = await create(
+                **asked, tools=[tool], tool_choice="required", parallel_tool_calls=False
+            )
             with pytest.raises(BadRequestError, match="response_format="):
                 unknown = {"name": "x", "schema": {"$ref": "#/nowhere"}}
                 await create(
@@ -268,6 +270,32 @@ async def test_an_answer_keeps_to_its_schema_and_a_demanded_call_is_made(servers
         told, own = sequence.logprobs[1:][known], np.array(own)[known]
         assert (told > own - 1e-3).all()
         assert told.sum() > own.sum() + 10
+
+
+@pytest.mark.parametrize(("mode", "versions"), [("keep", 2), ("abort", 1)])
+async def test_a_constraint_holds_through_a_publish(servers, mode, versions):
+    """Where the request is broken off, it begins anew."""
+    tokenizer = AutoTokenizer.from_pretrained(servers.models[0])
+    schema = {"type": "array", "items": {"const": "w" * 50}, "minItems": 12, "maxItems": 12}
+    form = {"type": "json_schema", "json_schema": schema}
+    sampling = SamplingParams(
+        max_tokens=1000,
+        stop_token_ids=(tokenizer.eos_token_id,),
+        constraint=json.dumps({"type": "structural_tag", "format": form}),
+    )
+    under_way = asyncio.Event()
+    asked = GenerateRequest(token_ids=PROMPT, sampling=sampling)
+    call = asyncio.create_task(
+        servers.hub.generate(asked, on_sampled=lambda sampled: sampled and under_way.set())
+    )
+    await under_way.wait()
+    await servers.publish(mode)
+    answer = await call
+    assert len(set(answer.versions)) == versions
+    assert answer.versions[-1] == servers.hub.version
+    assert answer.finish_reason == "stop"
+    # Its end is any that the model's files name, of which one is a byte here.
+    jsonschema.validate(json.loads(tokenizer.decode(answer.token_ids[:-1])), schema)
 
 
 async def test_nobody_without_the_key_reaches_any_route(servers):
