@@ -53,6 +53,7 @@ class _Sampled:
     versions: bytes
     temperature: float
     turn: int
+    trained: bool
 
 
 class TokenSequence:
@@ -80,8 +81,11 @@ class TokenSequence:
     def add_prompt(self, token_ids: Sequence[int]) -> None:
         self.token_ids += token_ids
 
-    def add_sampled(self, completion: Completion, *, turn: int | None = None) -> None:
-        """`turn` is which response of the episode it is; without it the next one."""
+    def add_sampled(
+        self, completion: Completion, *, turn: int | None = None, trained: bool = True
+    ) -> None:
+        """`turn` is which response of the episode it is; without it the next one. What was sampled
+        under a constraint is not `trained`."""
         turn = self._turn if turn is None else turn
         self._turn = turn + 1
         tokens = len(completion.token_ids)
@@ -98,9 +102,8 @@ class TokenSequence:
             if version is not None
             else pack(f"={tokens}q", *completion.versions)
         )
-        self._sampled.append(
-            _Sampled(start, start + tokens, logprobs, versions, completion.temperature, turn)
-        )
+        end, temperature = start + tokens, completion.temperature
+        self._sampled.append(_Sampled(start, end, logprobs, versions, temperature, turn, trained))
 
     def _add_experts(self, experts: Experts) -> None:
         """Of tokens up to the last but one: what was known before stays, as it was sampled with."""
@@ -123,7 +126,7 @@ class TokenSequence:
         for sampled in self._sampled:
             read, tokens = sampled.start - end, sampled.end - sampled.start
             end = sampled.end
-            loss_mask += _ZERO * read, _ONE * tokens
+            loss_mask += _ZERO * read, (_ONE if sampled.trained else _ZERO) * tokens
             logprobs += _ZERO * read, sampled.logprobs
             versions += _NONE * read, sampled.versions
             temperatures += _ONE * read, pack("=f", sampled.temperature) * tokens

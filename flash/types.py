@@ -33,6 +33,11 @@ is not known.
 class SamplingParams:
     """How one response is sampled.
 
+    `stop`: texts after which nothing more is needed; a worker may still say more, so who asks looks
+    for them too. `constraint`: what the response keeps to, a structural tag of XGrammar's as JSON;
+    only for workers that say that they can (`Worker.constrains`). Its logprobs are those of the
+    tokens that the constraint leaves.
+
     `experts_from`: the completion tells the experts of the tokens from that one on, counted with
     the prompt's.
     """
@@ -40,6 +45,8 @@ class SamplingParams:
     max_tokens: int
     temperature: float = 1.0
     stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    constraint: str | None = None
     experts_from: int | None = None
 
 
@@ -286,9 +293,10 @@ class PromptStyle(Protocol):
 class SampledSequence:
     """Tokens that a policy read and sampled, in their order; every array is [S], but `experts`.
 
-    `loss_mask` is 1 on sampled tokens, 0 elsewhere. Of the sampled ones `logprobs`, `versions` and
-    `temperatures` are the engine's own (`Completion`), and `turns` says to which response of the
-    episode a token belongs, counted from 0. Elsewhere they are 0, -1, 1 and -1.
+    Of the sampled ones `logprobs`, `versions` and `temperatures` are the engine's own
+    (`Completion`), and `turns` says to which response of the episode a token belongs, counted from
+    0. Elsewhere they are 0, -1, 1 and -1. `loss_mask` is 1 on sampled tokens, but for those that
+    were sampled under a constraint (docs/decisions/0014), and 0 elsewhere.
     `flash.conversation.TokenSequence` keeps count of all that.
 
     `experts` are those that each token was routed to when it was read or sampled, S rows; None if
@@ -329,12 +337,12 @@ class SampledSequence:
 
     def runs(self, start: int = 0) -> list[tuple[bool, list[int]]]:
         """Whether they were sampled, and their token ids, of each run of tokens from `start` on."""
-        sampled = (self.loss_mask[start:] > 0).tolist()
+        sampled = (self.turns[start:] >= 0).tolist()
         pairs = zip(sampled, self.token_ids[start:].tolist(), strict=True)
         return [(of_run, [t for _, t in run]) for of_run, run in groupby(pairs, lambda p: p[0])]
 
     def sampled_versions(self) -> NDArray[np.int64]:
-        """Versions of the sampled tokens only, [sampled]."""
+        """Versions of the sampled tokens only that are trained on, [sampled]."""
         return self.versions[self.loss_mask > 0]
 
 

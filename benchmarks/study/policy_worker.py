@@ -33,6 +33,7 @@ class PolicyWorker:
     """The Worker protocol, for one small model on a CPU. Weights change between two tokens."""
 
     name = "policy"
+    constrains = False
 
     def __init__(self, model: Path, *, seed: int, token_s: float) -> None:
         loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -7,19 +7,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictBool, StrictStr
 
+from flash.door.demand import Asked, Choice, demand_of
 from flash.door.dialect import Dialect, Frame
+from flash.door.errors import LEAVE_OUT, ApiError, refused
 from flash.door.recorder import as_object
 from flash.door.respond import Exchange, Response
 from flash.door.schema import (
-    LEAVE_OUT,
     SAMPLER,
-    ApiError,
     Body,
     ChatAsk,
     Positive,
     Shape,
     Vocabulary,
-    refused,
+    strict_of,
 )
 
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
@@ -45,6 +45,13 @@ class _Thinking(Shape):
     type: Literal["thinking"]
     thinking: StrictStr
     signature: StrictStr = ""
+
+
+class _RedactedThinking(Shape):
+    """Another server's, of an earlier model: it says nothing here."""
+
+    type: Literal["redacted_thinking"]
+    data: StrictStr
 
 
 class _ToolUse(Shape):
@@ -95,7 +102,12 @@ class _UserMessage(Shape):
 
 class _AssistantMessage(Shape):
     role: Literal["assistant"]
-    content: StrictStr | list[Annotated[_Text | _Thinking | _ToolUse, Field(discriminator="type")]]
+    content: (
+        StrictStr
+        | list[
+            Annotated[_Text | _Thinking | _RedactedThinking | _ToolUse, Field(discriminator="type")]
+        ]
+    )
 
     def to_template(self) -> Iterator[dict[str, Any]]:
         blocks = self.content if isinstance(self.content, list) else []
@@ -114,7 +126,10 @@ class _Tool(Shape):
     name: StrictStr
     description: StrictStr | None = None
     input_schema: dict[str, Any]
-    strict: Literal[False] = False
+    strict: StrictBool = False
+    eager_input_streaming: StrictBool = False  # arguments are told at once, being known
+    defer_loading: Literal[False] = False
+    allowed_callers: tuple[Literal["direct"], ...] = ("direct",)
 
     def to_template(self) -> dict[str, Any]:
         function: dict[str, Any] = {"name": self.name}
@@ -123,20 +138,55 @@ class _Tool(Shape):
         return {"type": "function", "function": {**function, "parameters": self.input_schema}}
 
 
-class _ToolChoice(Shape):
-    type: Literal["auto", "none"]
-    disable_parallel_tool_use: Literal[False] = False
+class _Choice(Shape):
+    disable_parallel_tool_use: StrictBool = False
+
+    @property
+    def one_call(self) -> Asked | None:
+        """What asks for one call at most, if anything does."""
+        if not self.disable_parallel_tool_use:
+            return None
+        return Asked(field="tool_choice.disable_parallel_tool_use", value=True)
+
+
+class _PlainChoice(_Choice):
+    type: Literal["auto", "any", "none"] = "auto"
+
+    def choice(self, asked: Asked) -> Choice:
+        return Choice(asked=asked, calls=self.type != "none", must_call=self.type == "any")
+
+
+class _NamedChoice(_Choice):
+    type: Literal["tool"]
+    name: StrictStr
+
+    def choice(self, asked: Asked) -> Choice:
+        return Choice(asked=asked, must_call=True, one_call=True, names=(self.name,))
 
 
 class _ThinkingConfig(Shape):
     type: Literal["disabled", "adaptive"]
+    display: Literal["summarized", "omitted"] = "summarized"
+
+
+class _Format(Shape):
+    type: Literal["json_schema"]
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+
+
+class _OutputConfig(Shape):
+    format: _Format | None = None
+    effort: None = None
 
 
 class _Messages(Body):
     messages: Annotated[list[Any], Field(min_length=1)]
     system: Any = ""
     tools: tuple[_Tool, ...] = ()
-    tool_choice: _ToolChoice | None = None
+    tool_choice: Annotated[_PlainChoice | _NamedChoice, Field(discriminator="type")] = (
+        _PlainChoice()
+    )
+    output_config: _OutputConfig = _OutputConfig()
     thinking: _ThinkingConfig | None = None
     max_tokens: Positive | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -144,9 +194,13 @@ class _Messages(Body):
     stream: StrictBool = False
 
 
-_MAY_BE_IGNORED = {"model", "temperature", "tool_choice", "thinking"}
-_PARTS = (_Text, _Thinking, _ToolUse, _ToolResult, _UserMessage, _AssistantMessage, _Tool)
-_NESTED = {name for shape in _PARTS for name in shape.model_fields} - {"strict", "citations"}
+_MAY_BE_IGNORED = {"model", "temperature", "tool_choice", "thinking", "output_config"}
+_PARTS = (
+    _Text, _Thinking, _RedactedThinking, _ToolUse, _ToolResult, _UserMessage, _AssistantMessage,
+    _Tool,
+)  # fmt: skip
+_NOT_HEEDED = {"strict", "citations", "defer_loading", "allowed_callers", "eager_input_streaming"}
+_NESTED = {name for shape in _PARTS for name in shape.model_fields} - _NOT_HEEDED
 _THINKS = "how long the policy thinks is its own choice"
 _ANTHROPIC = Vocabulary(
     heeded=_Messages.model_fields.keys() - _MAY_BE_IGNORED,
@@ -156,22 +210,27 @@ _ANTHROPIC = Vocabulary(
         "top_k": ((0, -1), SAMPLER),
         "service_tier": (("auto", "standard_only"), "there is one tier"),
         "speed": (("standard",), "there is one speed"),
-        "output_config": (({},), f"what is sampled is not constrained, and {_THINKS}"),
         "mcp_servers": (([],), "the agent calls its tools itself"),
         "container": ((), "nothing is run here"),
         "context_management": (({},), "the conversation is kept as it is sent"),
     },
     holders={"content", "system"},
-    kinds={"text", "thinking", "tool_use", "tool_result", "custom"},
+    kinds={"text", "thinking", "redacted_thinking", "tool_use", "tool_result", "custom"},
     names={
-        *_Messages.model_fields, *_ToolChoice.model_fields, *_NESTED, "strict", "citations",
+        *_Messages.model_fields, *_NamedChoice.model_fields, *_ThinkingConfig.model_fields,
+        *_OutputConfig.model_fields, "schema", *_NESTED, *_NOT_HEEDED,
     },
     remedies={
-        "tool_choice": "whether a tool is called is the policy's choice: send auto or none, or "
-        "have the door ignore it (agent.ignore)",
+        "tool_choice": "send auto, any, none, or tool with a name, or have the door ignore it "
+        "(agent.ignore)",
+        "effort": f"{_THINKS}: leave it out, or have the door ignore output_config (agent.ignore)",
+        "output_config": "send a format of the type json_schema, or have the door ignore it "
+        "(agent.ignore)",
         "thinking": f"{_THINKS}: send disabled or adaptive, or have the door ignore it "
         "(agent.ignore)",
-        "strict": f"arguments are not constrained by their schema: {LEAVE_OUT}",
+        "strict": f"true or false: {LEAVE_OUT}",
+        "defer_loading": f"every tool is shown to the model: {LEAVE_OUT}",
+        "allowed_callers": f"only the model calls tools: {LEAVE_OUT}",
         "citations": LEAVE_OUT,
         "type": "only text, thoughts, tools of the agent's own and their results are known here: "
         "leave it out, or have the door ignore such parts by their type (agent.ignore)",
@@ -212,6 +271,8 @@ def parse_messages(body: Any, *, model: str, ignore: Container[str]) -> ChatAsk:
             "the model begins its own answer, and goes on from none: end with the user's message",
         )  # fmt: skip
     tools = [tool.to_template() for tool in asked.tools]
+    choice = asked.tool_choice.choice(Asked(field="tool_choice", value=body.get("tool_choice")))
+    words = asked.output_config.format
     variables: dict[str, Any] = {}
     if asked.thinking is not None and asked.thinking.type == "disabled":
         variables["enable_thinking"] = False  # as the templates that know the choice have it
@@ -225,8 +286,21 @@ def parse_messages(body: Any, *, model: str, ignore: Container[str]) -> ChatAsk:
         logprobs=False,
         messages=messages,
         tools=tools,
-        parse_tools=bool(tools) and (asked.tool_choice is None or asked.tool_choice.type == "auto"),
+        parse_tools=bool(tools) and choice.calls,
         template_variables=variables,
+        demand=demand_of(
+            tools,
+            choice,
+            strict=strict_of((tool.name, tool.strict) for tool in asked.tools),
+            one_call=asked.tool_choice.one_call,
+            answer=None
+            if words is None
+            else (
+                Asked(field="output_config.format", value=body["output_config"]["format"]),
+                words.schema_,
+            ),
+        ),
+        shows_thoughts=asked.thinking is None or asked.thinking.display == "summarized",
     )
 
 
@@ -242,7 +316,8 @@ def _whole(exchange: Exchange, responses: Sequence[Response], model: str) -> dic
     reply = response.reply
     content: list[dict[str, Any]] = []
     if reply.reasoning:
-        content.append(_block("thinking", thinking=reply.reasoning, signature=_SIGNATURE))
+        thought = reply.reasoning if _shows_thoughts(exchange) else ""
+        content.append(_block("thinking", thinking=thought, signature=_SIGNATURE))
     if reply.content:
         content.append(_block("text", text=reply.content, citations=None))
     content += [_tool_use(call, _arguments(call)) for call in reply.tool_calls]
@@ -261,7 +336,7 @@ def _stream(exchange: Exchange, responses: Sequence[Response], model: str) -> It
     for deltas, _ in response.pieces:
         for delta in deltas:
             if words := delta.get("reasoning_content"):
-                yield from blocks.go_on("thinking", words)
+                yield from blocks.go_on("thinking", words if _shows_thoughts(exchange) else "")
             elif words := delta.get("content"):
                 yield from blocks.go_on("text", words)
             for call in delta.get("tool_calls", ()):
@@ -283,7 +358,8 @@ class _Blocks:
         if kind != self._kind:
             empty = {"signature": ""} if kind == "thinking" else {"citations": None}
             yield from self._begin(kind, _block(kind, **{kind: "", **empty}))
-        yield self._delta(f"{kind}_delta", **{kind: words})
+        if words:
+            yield self._delta(f"{kind}_delta", **{kind: words})
 
     def call(self, call: Mapping[str, Any]) -> Iterator[Frame]:
         yield from self._begin("tool_use", _tool_use(call, {}))
@@ -305,6 +381,11 @@ class _Blocks:
 
     def _delta(self, kind: str, **of_kind: Any) -> Frame:
         return _frame("content_block_delta", index=self._index, delta={"type": kind, **of_kind})
+
+
+def _shows_thoughts(exchange: Exchange) -> bool:
+    assert isinstance(exchange.ask, ChatAsk)
+    return exchange.ask.shows_thoughts
 
 
 def _frame(kind: str, **fields: Any) -> Frame:

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flash.door.errors import ApiError
 from flash.door.respond import Exchange, Response
-from flash.door.schema import ApiError
 
 Frame = tuple[str, Mapping[str, Any] | str]
 """Of a stream of server-sent events: the event's name, if they have names, and its data."""

@@ -7,7 +7,7 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-from flash.door.schema import ApiError
+from flash.door.errors import ApiError
 from flash.door.session import Session
 from flash.roles import Elsewhere
 from flash.types import SampledSequence

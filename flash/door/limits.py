@@ -5,7 +5,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 
-from flash.door.schema import ApiError
+from flash.door.errors import ApiError
 
 
 class Allowance:

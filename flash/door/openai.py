@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from flash.door.dialect import Dialect, Frame
+from flash.door.errors import ApiError
 from flash.door.reply import Delta, Reply, token_logprobs
 from flash.door.respond import Exchange, Response
-from flash.door.schema import ApiError, usage
+from flash.door.schema import usage
 
 Choice = dict[str, Any]
 

@@ -14,7 +14,7 @@ class Recorder:
     """What was really sampled in an episode, or by one role in it, as sequences.
 
     A call whose prompt starts with the whole of a sequence, token by token, extends that sequence;
-    any other opens a new one. So each sampled token has loss mask 1 in exactly one sequence: where
+    any other opens a new one. So each sampled token is one in exactly one sequence: where
     two calls go on from the same one, the second sequence has the common part as its prompt.
 
     `turns` numbers the responses of an episode, also of roles that it has more than one of.
@@ -25,8 +25,11 @@ class Recorder:
         self._turns = itertools.count() if turns is None else turns
         self._sequences: list[TokenSequence] = []
 
-    def add(self, prompt: Sequence[int], completion: Completion) -> "Known":
-        """Records a call; what it returns names the call's tokens, prompt and all."""
+    def add(
+        self, prompt: Sequence[int], completion: Completion, *, trained: bool = True
+    ) -> "Known":
+        """Records a call; what it returns names the call's tokens, prompt and all. What was sampled
+        under a constraint is not `trained`."""
         sequence = max(
             (s for s in self._sequences if _starts_with(prompt, s.token_ids)),
             key=lambda s: len(s.token_ids),
@@ -37,7 +40,7 @@ class Recorder:
             self._sequences.append(sequence)
         else:
             sequence.add_prompt(prompt[len(sequence.token_ids) :])
-        sequence.add_sampled(completion, turn=next(self._turns))
+        sequence.add_sampled(completion, turn=next(self._turns), trained=trained)
         return Known(sequence, len(sequence.token_ids))
 
     def sequences(self) -> list[SampledSequence]:

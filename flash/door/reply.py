@@ -13,7 +13,7 @@ from flash.door.schema import function_call
 Delta = dict[str, Any]
 _PARTIAL = "\ufffd"  # what a decoder writes for bytes that are no character, or not one yet
 _PREFIX_TOKENS = 256  # of the prompt: more than any template puts before the model's own words
-_REASONING = ("thinking", "reasoning", "reasoning_content")
+REASONING = ("thinking", "reasoning", "reasoning_content")
 
 
 class Reply:
@@ -162,7 +162,7 @@ class Reply:
                 continue
             if event["field"] == "content":
                 deltas += self._add_content(event["text"])
-            elif event["field"] in _REASONING:
+            elif event["field"] in REASONING:
                 text = event["text"] if self.reasoning else event["text"].lstrip()
                 self.reasoning += text
                 deltas += [{"reasoning_content": text}] if text else []

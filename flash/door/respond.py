@@ -7,19 +7,21 @@ answered.
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from http import HTTPStatus
 from typing import Any
 
 from flash.conversation import ChatTemplate
+from flash.door.constraint import SHOWN, Constraints
+from flash.door.errors import LEAVE_OUT, ApiError, refused
 from flash.door.metrics import Metrics
 from flash.door.recorder import Known
 from flash.door.reply import Delta, Manners, Reply, load_template, manners_of
-from flash.door.schema import ApiError, ChatAsk, TextAsk, as_template, refused
+from flash.door.schema import ChatAsk, TextAsk, as_template
 from flash.door.session import DoorSession
-from flash.types import Completion
+from flash.types import Completion, SamplingParams
 
 _PIECE_TOKENS = 16  # of a streamed response
-_A_TOOL = {"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +57,7 @@ class Responder:
             self.shows_tools = _shows_tools(self.template)
             stops = (*self.template.stop_token_ids, *manners.stop_token_ids)
             self.stop_token_ids = tuple(dict.fromkeys(stops))
+            self._constraints = Constraints(tokenizer, self.template, template, self.stop_token_ids)
         # An engine may know more tokens that end a turn than we do; they are special ones.
         self.ends = frozenset({*tokenizer.all_special_ids, *self.stop_token_ids})
 
@@ -91,7 +94,10 @@ class Responder:
             prompt = session.memory.chat_prompt(self.template, ask.messages, ask.shown)
         except ValueError as error:
             raise ApiError(400, str(error), param="messages") from error
-        return _Chat(self, session, ask, prompt)
+        constraint = None
+        if ask.demand is not None:
+            constraint = self._constraints.of(ask.demand, prompt)
+        return _Chat(self, session, ask, prompt, constraint)
 
     def text(self, session: DoorSession, ask: TextAsk) -> "Exchange":
         """Raises ApiError for a prompt that is none."""
@@ -119,14 +125,18 @@ class Exchange(ABC):
         self._session = session
         self._ends = responder.ends
         self._stop_token_ids: Sequence[int] = ()
+        self._constraint: str | None = None
 
     async def respond(self, index: int) -> Response:
         """Samples one response and records it."""
         session = self._session
-        sampling = session.sampling(self.ask, self.prompt, self._stop_token_ids)
+        sampling = replace(
+            session.sampling(self.ask, self.prompt, self._stop_token_ids),
+            constraint=self._constraint,
+        )
         clock = asyncio.get_running_loop().time
         started = clock()
-        completion = await session.generate(self.prompt, sampling)
+        completion = await self._generate(sampling)
         self._metrics.generate_s.labels(completion.worker).observe(clock() - started)
         sampled = completion.token_ids
         ended = completion.finish_reason == "stop" and sampled[-1] in self._ends
@@ -142,7 +152,8 @@ class Exchange(ABC):
         pieces.append((reply.finish(), kept))
         completion = completion.cut(kept)
         if session.recorder is not None:
-            self._note(reply, session.recorder.add(self.prompt, completion))
+            trained = self._constraint is None
+            self._note(reply, session.recorder.add(self.prompt, completion, trained=trained))
         finish_reason = "tool_calls" if reply.tool_calls else "stop"
         if completion.finish_reason == "length" and not reply.stopped:
             finish_reason = "length"
@@ -153,6 +164,9 @@ class Exchange(ABC):
             pieces=pieces,
             finish_reason=finish_reason,
         )
+
+    async def _generate(self, sampling: SamplingParams) -> Completion:
+        return await self._session.generate(self.prompt, sampling)
 
     @abstractmethod
     def _new_reply(self, stop_token_ids: Sequence[int]) -> Reply: ...
@@ -165,11 +179,26 @@ class _Chat(Exchange):
     ask: ChatAsk
 
     def __init__(
-        self, responder: Responder, session: DoorSession, ask: ChatAsk, prompt: list[int]
+        self,
+        responder: Responder,
+        session: DoorSession,
+        ask: ChatAsk,
+        prompt: list[int],
+        constraint: str | None,
     ) -> None:
         super().__init__(responder, session, ask, prompt)
         self._stop_token_ids = responder.stop_token_ids
+        self._constraint = constraint
         self._template = responder.response_templates[ask.parse_tools]
+
+    async def _generate(self, sampling: SamplingParams) -> Completion:
+        try:
+            return await super()._generate(sampling)
+        except ApiError as error:
+            if self.ask.demand is None or error.status != HTTPStatus.BAD_REQUEST:
+                raise
+            asked = self.ask.demand.asked
+            raise refused(asked.field, asked.value, f"{error}: {LEAVE_OUT}") from error
 
     def _new_reply(self, stop_token_ids: Sequence[int]) -> Reply:
         return Reply(
@@ -206,4 +235,4 @@ class _Text(Exchange):
 
 def _shows_tools(template: ChatTemplate) -> bool:
     messages = [{"role": "user", "content": "?"}]
-    return template.render(messages) != template.render(messages, {"tools": [_A_TOOL]})
+    return template.render(messages) != template.render(messages, SHOWN)

@@ -14,22 +14,32 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictBool, StrictStr
 
+from flash.door.demand import Asked, Choice, demand_of
 from flash.door.dialect import Dialect, Frame
+from flash.door.errors import LEAVE_OUT, refused
 from flash.door.openai import error_body
 from flash.door.reply import Reply
 from flash.door.respond import Exchange, Response
 from flash.door.schema import (
-    LEAVE_OUT,
     SAMPLER,
+    AnyObject,
+    AnyText,
     Body,
     ChatAsk,
+    JsonSchema,
+    PlainChoice,
     Positive,
     Shape,
     Vocabulary,
-    refused,
+    answer_of,
+    choice_of,
+    one_call_of,
+    strict_of,
 )
 
 Message = dict[str, Any]
+
+_ITEMS, _MOST_ITEMS = 20, 100  # of a page of a request's items
 
 
 # ── the shapes ───────────────────────────────────────────────────────────────────────────────
@@ -91,11 +101,40 @@ class _Tool(Shape):
     name: StrictStr
     description: StrictStr | None = None
     parameters: dict[str, Any] | None = None
-    strict: Annotated[Literal[False] | None, Field(exclude=True)] = None
+    strict: Annotated[StrictBool | None, Field(exclude=True)] = None
+    defer_loading: Annotated[Literal[False], Field(exclude=True)] = False
+    allowed_callers: Annotated[tuple[Literal["direct"], ...], Field(exclude=True)] = ()
 
     def to_template(self) -> dict[str, Any]:
         function = self.model_dump(exclude_none=True, exclude={"type"})
         return {"type": "function", "function": function}
+
+
+class _NamedTool(Shape):
+    type: Literal["function"]
+    name: StrictStr
+
+    def choice(self, asked: Asked) -> Choice:
+        return Choice(asked=asked, must_call=True, one_call=True, names=(self.name,))
+
+
+class _Allowed(Shape):
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[tuple[_NamedTool, ...], Field(min_length=1)]
+
+    def choice(self, asked: Asked) -> Choice:
+        names = tuple(tool.name for tool in self.tools)
+        return Choice(asked=asked, must_call=self.mode == "required", names=names)
+
+
+class _Format(JsonSchema):
+    type: Literal["json_schema"]
+
+
+class _TextConfig(Shape):
+    format: Annotated[AnyText | AnyObject | _Format, Field(discriminator="type")] = AnyText()
+    verbosity: None = None
 
 
 class _StreamOptions(Shape):
@@ -110,7 +149,11 @@ class _Responses(Body):
     max_output_tokens: Positive | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     tools: tuple[_Tool, ...] = ()
-    tool_choice: Literal["auto", "none"] = "auto"
+    tool_choice: PlainChoice | Annotated[_NamedTool | _Allowed, Field(discriminator="type")] = (
+        "auto"
+    )
+    parallel_tool_calls: StrictBool = True
+    text: _TextConfig = _TextConfig()
     stream: StrictBool = False
     stream_options: _StreamOptions | None = None
 
@@ -122,9 +165,10 @@ _KINDS: Mapping[str, type[Shape]] = {
     "reasoning": _Reasoning,
     "item_reference": _Reference,
 }
-_MAY_BE_IGNORED = {"model", "temperature", "tool_choice"}
+_MAY_BE_IGNORED = {"model", "temperature", "tool_choice", "parallel_tool_calls", "text"}
 _PARTS: tuple[type[Shape], ...] = (_Part, _Thought, _Tool, *_KINDS.values())
-_NESTED = {name for shape in _PARTS for name in shape.model_fields} - {"strict", "annotations"}
+_NOT_HEEDED = {"strict", "annotations", "defer_loading", "allowed_callers"}
+_NESTED = {name for shape in _PARTS for name in shape.model_fields} - _NOT_HEEDED
 _THINKS = "how long the policy thinks is its own choice"
 _VOCABULARY = Vocabulary(
     heeded=_Responses.model_fields.keys() - _MAY_BE_IGNORED,
@@ -132,18 +176,12 @@ _VOCABULARY = Vocabulary(
     neutral={
         "top_p": ((1,), SAMPLER),
         "top_logprobs": ((0,), "only the sampled token's logprob is known"),
-        "text": (
-            ({}, {"format": {"type": "text"}}),
-            "what is sampled is not constrained by a grammar, and how much is written is the "
-            "policy's own choice",
-        ),
         "reasoning": (({},), _THINKS),
         # Thoughts are told as they are, which is more than their encrypted form.
         "include": (
             ([], ["reasoning.encrypted_content"]),
             "nothing else is known of an answer; logprobs are told by /v1/chat/completions",
         ),
-        "parallel_tool_calls": ((True,), "how many tools are called is the policy's choice"),
         "truncation": (("disabled",), "a conversation is never cut"),
         "background": ((False,), "an answer is waited for"),
         "service_tier": (("auto", "default"), "there is one tier"),
@@ -154,11 +192,25 @@ _VOCABULARY = Vocabulary(
     },
     holders={"content", "output", "summary"},
     kinds={"input_text", "output_text", "text", "reasoning_text", "summary_text", "function"},
-    names={*_Responses.model_fields, *_StreamOptions.model_fields, *_NESTED, "strict"},
+    names={
+        *_Responses.model_fields,
+        *_StreamOptions.model_fields,
+        *_Allowed.model_fields,
+        *_TextConfig.model_fields,
+        "schema",
+        *_NESTED,
+        *_NOT_HEEDED,
+    },
     remedies={
-        "tool_choice": 'whether a tool is called is the policy\'s choice: send "auto" or "none", '
-        "or have the door ignore it (agent.ignore)",
-        "strict": f"arguments are not constrained by their schema: {LEAVE_OUT}",
+        "tool_choice": "send auto, none, required, a function with its name or allowed_tools, or "
+        "have the door ignore it (agent.ignore)",
+        "verbosity": "how much is written is the policy's own choice: leave it out, or have the "
+        "door ignore text (agent.ignore)",
+        "format": "send the type text, json_object or json_schema, or have the door ignore text "
+        "(agent.ignore)",
+        "strict": f"true or false: {LEAVE_OUT}",
+        "defer_loading": f"every tool is shown to the model: {LEAVE_OUT}",
+        "allowed_callers": f"only the model calls tools: {LEAVE_OUT}",
         "include_obfuscation": "nothing is padded here: leave it out",
         "type": "only text and functions are known here: leave it out, or have the door ignore "
         "such parts by their type (agent.ignore)",
@@ -171,10 +223,12 @@ _VOCABULARY = Vocabulary(
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """An answer that may be gone on from: its body, and the conversation up to its end."""
+    """An answer that may be gone on from: its body, the conversation up to its end, and the items
+    that it answered, those before them too."""
 
     body: Mapping[str, Any]
     messages: Sequence[Message]
+    input: Sequence[Mapping[str, Any]]
 
 
 class Request:
@@ -190,6 +244,7 @@ class Request:
         self._kept = kept
         self._asked = asked = _VOCABULARY.body(_Responses, body, model=model, ignore=ignore)
         self._messages: list[Message] = []
+        self._input: list[Mapping[str, Any]] = []
         if (previous := asked.previous_response_id) is not None:
             if previous not in kept:
                 raise refused(
@@ -197,15 +252,19 @@ class Request:
                     "this episode has no such response that was stored: send the items again",
                 )  # fmt: skip
             self._messages += kept[previous].messages
-        if isinstance(asked.input, str):
-            self._messages.append({"role": "user", "content": asked.input})
-        else:
-            items = [self._item(given, n, ignore) for n, given in enumerate(asked.input)]
-            self._messages = _joined(self._messages, [item for item in items if item is not None])
+            self._input += [*kept[previous].input, *kept[previous].body["output"]]
+        given = [{"role": "user", "content": asked.input}]
+        given = given if isinstance(asked.input, str) else asked.input
+        found = [self._item(item, number, ignore) for number, item in enumerate(given)]
+        items = [item for item in found if item is not None]
+        self._messages = _joined(self._messages, items)
+        self._input += map(_as_told, items)
         if not self._messages:
             raise refused("input", asked.input, "it holds nothing to answer: send an item at least")
         first = [] if asked.instructions is None else [_words_of("system", asked.instructions)]
         tools = [tool.to_template() for tool in asked.tools]
+        choice = choice_of(asked.tool_choice, body.get("tool_choice"))
+        text = body.get("text") or {}
         self.ask = ChatAsk(
             n=1,
             max_tokens=asked.max_output_tokens,
@@ -216,8 +275,15 @@ class Request:
             logprobs=False,
             messages=[*first, *self._messages],
             tools=tools,
-            parse_tools=bool(tools) and asked.tool_choice == "auto",
+            parse_tools=bool(tools) and choice.calls,
             template_variables={},
+            demand=demand_of(
+                tools,
+                choice,
+                strict=strict_of((tool.name, tool.strict) for tool in asked.tools),
+                one_call=one_call_of(asked.parallel_tool_calls),
+                answer=answer_of("text.format", text.get("format"), asked.text.format),
+            ),
         )
         self.dialect = Dialect(whole=self._whole, stream=self._stream, error=error_body)
 
@@ -260,7 +326,7 @@ class Request:
         }
         if self._asked.store:
             items = [_VOCABULARY.part(_KINDS[i["type"]], i, ignore=(), within=()) for i in output]
-            self._kept[self.id] = Kept(body, _joined(self._messages, items))
+            self._kept[self.id] = Kept(body, _joined(self._messages, items), self._input)
         return body
 
     def _stream(
@@ -295,17 +361,52 @@ class Request:
             "instructions": asked.instructions,
             "max_output_tokens": asked.max_output_tokens,
             "metadata": {},
-            "parallel_tool_calls": True,
+            "parallel_tool_calls": asked.parallel_tool_calls,
             "previous_response_id": asked.previous_response_id,
             "reasoning": {"effort": None, "summary": None},
             "store": asked.store,
             "temperature": asked.temperature,
-            "text": {"format": {"type": "text"}},
-            "tool_choice": asked.tool_choice,
-            "tools": [{**tool.model_dump(), "strict": False} for tool in asked.tools],
+            "text": {"format": asked.text.format.model_dump(by_alias=True)},
+            "tool_choice": asked.model_dump(include={"tool_choice"})["tool_choice"],
+            "tools": [{**tool.model_dump(), "strict": bool(tool.strict)} for tool in asked.tools],
             "top_p": 1.0,
             "truncation": "disabled",
         }
+
+
+def input_items(kept: Kept, query: Mapping[str, str]) -> dict[str, Any]:
+    """A page of the items that were answered. ApiError, naming the field, for no such page."""
+    limit, order, after = (query.get(name) for name in ("limit", "order", "after"))
+    if limit is not None and not (limit.isdecimal() and 1 <= int(limit) <= _MOST_ITEMS):
+        raise refused("limit", limit, f"a number from 1 to {_MOST_ITEMS}")
+    if order not in (None, "asc", "desc"):
+        raise refused("order", order, "asc or desc")
+    items = list(kept.input) if order == "asc" else list(reversed(kept.input))
+    if after is not None:
+        ids = [item["id"] for item in items]
+        if after not in ids:
+            raise refused("after", after, "the response has no such item: send an id of an item")
+        items = items[ids.index(after) + 1 :]
+    page = items[: int(limit or _ITEMS)]
+    return {
+        "object": "list",
+        "data": page,
+        "first_id": page[0]["id"] if page else None,
+        "last_id": page[-1]["id"] if page else None,
+        "has_more": len(page) < len(items),
+    }
+
+
+def _as_told(item: Shape) -> Mapping[str, Any]:
+    """An item of a request, as it is told of."""
+    told = {"status": "completed", **item.model_dump(mode="json", exclude_none=True)}
+    if isinstance(item, _Said):
+        kind = "output_text" if item.role == "assistant" else "input_text"
+        told["content"] = [{"type": kind, "text": _words(item.content)}]
+        prefix = "msg"
+    else:
+        prefix = {"function_call": "fc", "reasoning": "rs"}.get(told["type"], "fco")
+    return {"id": _id(prefix), **told}
 
 
 def _joined(before: Sequence[Message], items: Sequence[Shape]) -> list[Message]:

@@ -7,13 +7,16 @@ what nobody asked for.
 
 import fnmatch
 import json
-from collections.abc import Collection, Container, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from itertools import groupby
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, ValidationError
 
-LEAVE_OUT = "leave it out, or have the door ignore it (agent.ignore)"
+from flash.door.demand import Asked, Choice, Demand, demand_of
+from flash.door.errors import LEAVE_OUT, ApiError, refused
+
 SAMPLER = "the workers sample from the whole distribution, as training needs it"
 _NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
     # field: the values that change nothing, why there are no others
@@ -26,8 +29,6 @@ _NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "logit_bias": (({},), SAMPLER),
     "seed": ((), "the workers have one stream of random numbers for all requests"),
     "top_logprobs": ((0,), "only the sampled token's logprob is known"),
-    "response_format": (({"type": "text"},), "what is sampled is not constrained by a grammar"),
-    "parallel_tool_calls": ((True,), "how many tools are called is the policy's choice"),
     "best_of": ((1,), "every response is given out"),
     "echo": ((False,), "the client has the prompt already"),
     "suffix": (("",), "the model writes on, and does not fill in"),
@@ -41,7 +42,7 @@ _NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
 # They tell who asks, or what a cache may do, and change no answer.
 _LABELS = {
     "user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "prompt_cache_options", "cache_control",
+    "prompt_cache_options", "cache_control", "diagnostics", "inference_geo", "user_profile_id",
 }  # fmt: skip
 _EVERYTHING = "*"
 # Without these a request asks for something else, so they are ignored only by their own names.
@@ -50,35 +51,8 @@ _BY_NAME_ONLY = {
     "continue_final_message", "add_generation_prompt", "custom",
 }  # fmt: skip
 
+PlainChoice = Literal["auto", "none", "required"]
 Positive = Annotated[int, Field(strict=True, ge=1)]
-
-
-class ApiError(Exception):
-    """An answer other than 200. `param` is the field at fault, `details` are for programs."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        code: str | None = None,
-        param: str | None = None,
-        headers: Mapping[str, str] | None = None,
-        details: Mapping[str, Any] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.code = code
-        self.param = param
-        self.headers = dict(headers or {})
-        self.details = details
-
-
-def refused(field: str, value: Any, why: str) -> ApiError:
-    """A field's value that can't be honoured; `why` holds the remedy."""
-    told = json.dumps(value)
-    told = told if len(told) <= 80 else told[:77] + "..."
-    return ApiError(400, f"{field}={told}: {why}", code="unsupported_value", param=field)
 
 
 # ── the shapes ───────────────────────────────────────────────────────────────────────────────
@@ -153,12 +127,75 @@ class _ToolFunction(Shape):
     name: StrictStr
     description: StrictStr | None = None
     parameters: dict[str, Any] | None = None
-    strict: Annotated[Literal[False] | None, Field(exclude=True)] = None
+    strict: Annotated[StrictBool | None, Field(exclude=True)] = None
 
 
 class _Tool(Shape):
     type: Literal["function"]
     function: _ToolFunction
+
+
+class _Named(Shape):
+    name: StrictStr
+
+
+class _NamedTool(Shape):
+    type: Literal["function"]
+    function: _Named
+
+    def choice(self, asked: Asked) -> Choice:
+        return Choice(asked=asked, must_call=True, one_call=True, names=(self.function.name,))
+
+
+class _AllowedTools(Shape):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[_NamedTool], Field(min_length=1)]
+
+
+class _Allowed(Shape):
+    type: Literal["allowed_tools"]
+    allowed_tools: _AllowedTools
+
+    def choice(self, asked: Asked) -> Choice:
+        names = tuple(tool.function.name for tool in self.allowed_tools.tools)
+        must_call = self.allowed_tools.mode == "required"
+        return Choice(asked=asked, must_call=must_call, names=names)
+
+
+class AnyText(Shape):
+    """A format that is none."""
+
+    type: Literal["text"] = "text"
+
+    @property
+    def schema_(self) -> None:
+        return None
+
+
+class AnyObject(Shape):
+    type: Literal["json_object"]
+
+    @property
+    def schema_(self) -> dict[str, Any]:
+        return {"type": "object"}
+
+
+class JsonSchema(Shape):
+    """A schema, with a name that says nothing here; words that keep to it do so strictly."""
+
+    name: StrictStr
+    description: StrictStr | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")] = {}
+    strict: StrictBool | None = None
+
+
+class _WithSchema(Shape):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+    @property
+    def schema_(self) -> dict[str, Any]:
+        return self.json_schema.schema_
 
 
 class _StreamOptions(Shape):
@@ -183,7 +220,13 @@ class _Chat(_OpenAIBody):
     messages: Annotated[list[Any], Field(min_length=1)]  # of _Message, one after the other
     max_completion_tokens: Positive | None = None
     tools: list[_Tool] | None = None
-    tool_choice: Literal["auto", "none"] = "auto"
+    tool_choice: PlainChoice | Annotated[_NamedTool | _Allowed, Field(discriminator="type")] = (
+        "auto"
+    )
+    parallel_tool_calls: StrictBool = True
+    response_format: Annotated[AnyText | AnyObject | _WithSchema, Field(discriminator="type")] = (
+        AnyText()
+    )
     logprobs: StrictBool = False
     chat_template_kwargs: dict[str, Any] = {}
 
@@ -196,9 +239,12 @@ class _Text(_OpenAIBody):
 
 _B = TypeVar("_B", bound=Body)
 _P = TypeVar("_P", bound=Shape)
-_MAY_BE_IGNORED = {"model", "temperature", "tool_choice"}
+_MAY_BE_IGNORED = {
+    "model", "temperature", "tool_choice", "parallel_tool_calls", "response_format",
+}  # fmt: skip
 _HEEDED = {*_Chat.model_fields, *_Text.model_fields} - _MAY_BE_IGNORED
 _NESTED_SHAPES = (_Message, _ToolCall, _Function, _TextPart, _Tool, _ToolFunction)
+_CHOICE_SHAPES = (_Allowed, _AllowedTools, _Named, _WithSchema, JsonSchema)
 _HEEDED_NESTED = {name for shape in _NESTED_SHAPES for name in shape.model_fields} - {
     "strict", "refusal", "audio", "function_call", "annotations",
 }  # fmt: skip
@@ -319,8 +365,9 @@ class Vocabulary:
         """The fault that lies deepest, with the field's path as clients write it:
         messages[0].role."""
         fault = max(error.errors(include_url=False), key=lambda fault: len(fault["loc"]))
-        # Pydantic's path also names the branches of a union: str, list[_TextPart].
-        path = (*within, *fault["loc"])
+        # Pydantic's path also names the branches of a union: str, list[_TextPart], and for a type
+        # its name, which may be that of the field in it.
+        path = [part for part, _ in groupby((*within, *fault["loc"]))]
         names = [part for part in path if isinstance(part, int) or part in self.names]
         if fault["type"] == "extra_forbidden":
             names = [*(name for name in names if name != fault["loc"][-1]), fault["loc"][-1]]
@@ -339,16 +386,20 @@ class Vocabulary:
 
 
 _NAMES = {
-    name for shape in (_Chat, _Text, _StreamOptions, *_NESTED_SHAPES) for name in shape.model_fields
-}
+    name
+    for shape in (_Chat, _Text, _StreamOptions, *_NESTED_SHAPES, *_CHOICE_SHAPES)
+    for name in shape.model_fields
+} | {"schema"}
 _REMEDIES: Mapping[Any, str] = {
-    "tool_choice": 'whether a tool is called is the policy\'s choice: send "auto" or "none", or '
-    "have the door ignore it (agent.ignore)",
+    "tool_choice": "send auto, none, required, a named function or allowed_tools, or have the door "
+    "ignore it (agent.ignore)",
+    "response_format": "send the type text, json_object or json_schema, or have the door ignore it "
+    "(agent.ignore)",
     "logprobs": "only the sampled token's logprob is known: true for chats, 0 for completions",
     "stop": "send one string, or a list of at most 4",
     "include_obfuscation": "nothing is padded here: leave it out",
     "prompt": "one string, or one list of token ids: send one request for each prompt",
-    "strict": f"arguments are not constrained by their schema: {LEAVE_OUT}",
+    "strict": f"true or false: {LEAVE_OUT}",
     "type": "only text and functions are known here: leave it out, or have the door ignore such "
     "parts by their type (agent.ignore)",
     **dict.fromkeys(("refusal", "audio", "function_call", "annotations"), LEAVE_OUT),
@@ -388,6 +439,8 @@ class ChatAsk(Ask):
     tools: list[dict[str, Any]]
     parse_tools: bool
     template_variables: dict[str, Any]
+    demand: Demand | None
+    shows_thoughts: bool = True
 
     @property
     def shown(self) -> dict[str, Any]:
@@ -409,6 +462,8 @@ def parse_chat(body: Any, *, model: str, ignore: Container[str]) -> ChatAsk:
             "max_tokens", asked.max_tokens, "differs from max_completion_tokens: send one of them"
         )
     tools = [tool.model_dump(exclude_none=True) for tool in asked.tools or ()]
+    choice = choice_of(asked.tool_choice, body.get("tool_choice"))
+    functions = [tool.function for tool in asked.tools or ()]
     return ChatAsk(
         **_common(asked, max_tokens=limits[0] or limits[1]),
         logprobs=asked.logprobs,
@@ -417,9 +472,57 @@ def parse_chat(body: Any, *, model: str, ignore: Container[str]) -> ChatAsk:
             for number, given in enumerate(asked.messages)
         ],
         tools=tools,
-        parse_tools=bool(tools) and asked.tool_choice == "auto",
+        parse_tools=bool(tools) and choice.calls,
         template_variables=asked.chat_template_kwargs,
+        demand=demand_of(
+            tools,
+            choice,
+            strict=strict_of(((f.name, f.strict) for f in functions), within=".function"),
+            one_call=one_call_of(asked.parallel_tool_calls),
+            answer=answer_of("response_format", body.get("response_format"), asked.response_format),
+        ),
     )
+
+
+class HasChoice(Protocol):
+    """One of a dialect's shapes for `tool_choice`."""
+
+    def choice(self, asked: Asked) -> Choice: ...
+
+
+class HasSchema(Protocol):
+    """One of a dialect's shapes for the format of words; None for any."""
+
+    @property
+    def schema_(self) -> dict[str, Any] | None: ...
+
+
+def choice_of(chosen: PlainChoice | HasChoice, value: Any) -> Choice:
+    """Of `tool_choice`, which the client wrote as `value`."""
+    asked = Asked(field="tool_choice", value=value)
+    if not isinstance(chosen, str):
+        return chosen.choice(asked)
+    return Choice(asked=asked, calls=chosen != "none", must_call=chosen == "required")
+
+
+def one_call_of(parallel_tool_calls: bool) -> Asked | None:
+    """What asks for one call at most, if anything does."""
+    return None if parallel_tool_calls else Asked(field="parallel_tool_calls", value=False)
+
+
+def strict_of(tools: Iterable[tuple[str, bool | None]], *, within: str = "") -> dict[str, Asked]:
+    """The strict ones of tools, by name, and what asks for it."""
+    return {
+        name: Asked(field=f"tools[{number}]{within}.strict", value=True)
+        for number, (name, strict) in enumerate(tools)
+        if strict
+    }
+
+
+def answer_of(field: str, value: Any, chosen: HasSchema) -> tuple[Asked, dict[str, Any]] | None:
+    """The schema of the words, if they have one, and what asks for it."""
+    schema = chosen.schema_
+    return None if schema is None else (Asked(field=field, value=value), schema)
 
 
 def parse_text(body: Any, *, model: str, ignore: Container[str]) -> TextAsk:

@@ -3,6 +3,7 @@ engine.
 
 POST /v1/chat/completions, /v1/completions;  GET /v1/models      the token as bearer, or x-api-key
 POST /v1/responses;  GET, DELETE /v1/responses/<id>              of the same episode
+GET  /v1/responses/<id>/input_items
 POST /v1/messages, /v1/messages/count_tokens
 POST /episodes/<token>/v1/…                                      the token in the path
 GET  /metrics                                                    for Prometheus; the run's token
@@ -37,13 +38,14 @@ from flash.door.anthropic import MESSAGES, parse_messages
 from flash.door.anthropic import error_body as anthropic_error
 from flash.door.dialect import Dialect, Frame
 from flash.door.elsewhere import ElsewhereSession
+from flash.door.errors import ApiError
 from flash.door.limits import Allowance
 from flash.door.metrics import Metrics
 from flash.door.openai import CHAT, TEXT
 from flash.door.openai import error_body as openai_error
 from flash.door.respond import Exchange, Responder, Response
-from flash.door.responses import Request
-from flash.door.schema import ApiError, ChatAsk, Ignore, parse_chat, parse_text
+from flash.door.responses import Kept, Request, input_items
+from flash.door.schema import ChatAsk, Ignore, parse_chat, parse_text
 from flash.door.session import DoorSession, Session
 from flash.hub.hub import InferenceHub
 from flash.roles import Elsewhere
@@ -125,6 +127,9 @@ class Door:
             app.router.add_post(f"{prefix}/v1/responses", self._asked(self._responses))
             for add in (app.router.add_get, app.router.add_delete):
                 add(f"{prefix}/v1/responses/{{id}}", self._asked(self._response))
+            app.router.add_get(
+                f"{prefix}/v1/responses/{{id}}/input_items", self._asked(self._input_items)
+            )
             app.router.add_post(f"{prefix}{_MESSAGES}", self._asked(self._messages))
             app.router.add_post(
                 f"{prefix}{_MESSAGES}/count_tokens", self._asked(self._count_tokens)
@@ -241,13 +246,16 @@ class Door:
             return await self._answer(request, exchange, asked.dialect)
 
     async def _response(self, request: web.Request, session: DoorSession) -> web.StreamResponse:
-        name = request.match_info["id"]
-        if name not in session.kept:
-            raise ApiError(404, f"this episode has no response {name!r} that was stored")
+        kept = _kept(request, session)
         if request.method == "DELETE":
+            name = kept.body["id"]
             del session.kept[name]
             return web.json_response({"id": name, "object": "response", "deleted": True})
-        return web.json_response(session.kept[name].body, dumps=_dumps)
+        return web.json_response(kept.body, dumps=_dumps)
+
+    async def _input_items(self, request: web.Request, session: DoorSession) -> web.StreamResponse:
+        page = input_items(_kept(request, session), request.query)
+        return web.json_response(page, dumps=_dumps)
 
     async def _messages(self, request: web.Request, session: DoorSession) -> web.StreamResponse:
         ask, exchange = await self._of_messages(request, session)
@@ -340,6 +348,15 @@ class Door:
             response = web.json_response(shape(told), status=told.status, headers=told.headers)
         self._metrics.requests.labels(name, response.status).inc()
         return response
+
+
+def _kept(request: web.Request, session: DoorSession) -> Kept:
+    """The response that the route is of."""
+    name = request.match_info["id"]
+    if name not in session.kept:
+        raise ApiError(404, f"this episode has no response {name!r} that was stored")
+    kept: Kept = session.kept[name]
+    return kept
 
 
 async def _or_error(response: Awaitable[Response]) -> Response | ApiError:

@@ -6,9 +6,10 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 from flash.conversation import longest_text
+from flash.door.errors import LEAVE_OUT, ApiError, refused
 from flash.door.limits import Allowance
 from flash.door.recorder import Memory, Recorder
-from flash.door.schema import LEAVE_OUT, ApiError, Ask, refused
+from flash.door.schema import Ask
 from flash.errors import FlashError
 from flash.types import Completion, Generate, SampledSequence, SamplingParams
 
@@ -110,6 +111,7 @@ class DoorSession(Session):
             max_tokens=min(ask.max_tokens or self._max_tokens, self._max_tokens, room),
             temperature=temperature,
             stop_token_ids=tuple(stop_token_ids),
+            stop=ask.stop,
         )
 
     def check_room(self, prompt_tokens: int) -> int:

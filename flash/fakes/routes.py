@@ -24,6 +24,8 @@ def worker_app(worker: FakeWorker) -> web.Application:
             max_tokens=asked["max_tokens"],
             temperature=asked["temperature"],
             stop_token_ids=tuple(asked["stop_token_ids"]),
+            stop=tuple(asked.get("stop", ())),
+            constraint=asked.get("structured_outputs", {}).get("structural_tag"),
             experts_from=asked.get("routed_experts_prompt_start"),
         )
         request_id = "generate-tokens-" + body["request_id"]

@@ -79,6 +79,8 @@ class FakeWorker:
         script: the response to a prompt; without it token ids are drawn.
         experts: it says, where it is asked, of each token that its experts are so many times its
             place.
+        constrains: whether it says that it keeps to constraints; what it says is the script's all
+            the same.
     """
 
     def __init__(
@@ -96,8 +98,10 @@ class FakeWorker:
         tell_s: float | None = None,
         script: Script | None = None,
         experts: int = 0,
+        constrains: bool = False,
     ) -> None:
         self.name = name
+        self.constrains = constrains
         self._experts = experts
         self.version = version
         self.running = 0

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from flash.hub.worker import OnTokens, WorkerFailure
+from flash.hub.worker import BadRequest, OnTokens, WorkerFailure
 from flash.routed import unpacked
 from flash.types import Completion, Experts, FinishReason, SamplingParams
 
@@ -17,8 +17,18 @@ from flash.types import Completion, Experts, FinishReason, SamplingParams
 _CLAMPED_LOGPROB = -9000.0
 # The last event has the experts of all tokens: SGLang's of 94 layers, 8 in each, are 4 KB a token.
 _LINE_BYTES, _LINE_BYTES_A_TOKEN = 1 << 22, 1 << 13
+_HTTP_CLIENT_ERROR, _HTTP_SERVER_ERROR = 400, 500
+# Their fault is not the request's: the worker is busy or gone, or lacks our key.
+_HTTP_NOT_THE_REQUEST = (401, 403, 404, 408, 429)
 _EVENT = b"data: "
 _DONE = b"data: [DONE]"
+
+
+class Error(msgspec.Struct, gc=False):
+    """In the place of an event, or of an answer."""
+
+    message: str
+    code: int = _HTTP_CLIENT_ERROR
 
 
 class _Entry(msgspec.Struct, gc=False):
@@ -59,7 +69,8 @@ class Answer(msgspec.Struct, gc=False):
     """What is read of an answer. Its other fields (vLLM repeats each logprob) become no objects,
     which costs a ninth of json.loads, and leaves the garbage collector nothing to walk through."""
 
-    choices: list[Choice]
+    choices: list[Choice] = []
+    error: Error | None = None
 
 
 decode_answer = msgspec.json.Decoder(Answer).decode
@@ -108,7 +119,10 @@ class EventStream(abc.ABC):
 
     @abc.abstractmethod
     def _hear(self, event: bytes) -> tuple[list[int], list[float]]:
-        """New tokens and their logprobs; ValueError or IndexError if it is not of this protocol."""
+        """New tokens and their logprobs; ValueError or IndexError if it is not of this protocol.
+
+        BadRequest or WorkerFailure if it refuses the request.
+        """
 
     @abc.abstractmethod
     def completion(self, sampling: SamplingParams) -> Completion:
@@ -121,7 +135,10 @@ class TokenStream(EventStream):
     _last: Choice
 
     def _hear(self, event: bytes) -> tuple[list[int], list[float]]:
-        choice = decode_answer(event).choices[0]
+        answer = decode_answer(event)
+        if answer.error is not None:
+            raise refusal(answer.error.code, f"{self._worker}: {answer.error.message}")
+        choice = answer.choices[0]
         if choice.finish_reason is not None:
             self._last, self.complete = choice, True
         return choice.token_ids, choice.numbers()
@@ -174,3 +191,11 @@ def unreadable(worker: str, answer: bytes, error: Exception) -> WorkerFailure:
         f"{worker} sent an answer that is not of this protocol ({error!r}): "
         f"{answer.decode(errors='replace')[:300]}"
     )
+
+
+def refusal(status: int, message: str) -> BadRequest | WorkerFailure:
+    """Whose fault an answer with that status is: the request's, or the worker's."""
+    of_the_request = _HTTP_CLIENT_ERROR <= status < _HTTP_SERVER_ERROR
+    if of_the_request and status not in _HTTP_NOT_THE_REQUEST:
+        return BadRequest(message)
+    return WorkerFailure(message)

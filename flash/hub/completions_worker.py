@@ -46,6 +46,8 @@ class CompletionsWorker(ServerClient):
         encode: tokenises a text as it stands, without special tokens.
     """
 
+    constrains = False  # who it is is not known, and many would overlook it
+
     def __init__(
         self, url: str, *, model: str, encode: Callable[[str], list[int]], api_key: str = ""
     ) -> None:

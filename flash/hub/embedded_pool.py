@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from flash.hub.gpus import visible_gpus
+from flash.hub.http_worker import HttpWorker
 from flash.hub.pool import ProcessPool
 from flash.seeds import derived
 from flash.system.machine import Gpu
@@ -54,6 +55,9 @@ class EmbeddedPool(ProcessPool):
         options = {**self._options, "seed": seed, "host": host, "port": port}
         given = [f"--{name}={value}" for name, value in options.items()]
         return [sys.executable, "-m", "flash.worker", *given, *self._switches]
+
+    def _client(self, number: int, url: str) -> HttpWorker:
+        return HttpWorker(url, api_key=self._api_key, constrains=False)
 
     def _environment(self, number: int) -> Mapping[str, str]:
         return {"FLASH_WORKER_API_KEY": self._api_key, **visible_gpus(self._devices, number)}

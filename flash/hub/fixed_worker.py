@@ -13,6 +13,9 @@ class Sampler(Protocol):
 
     name: str
 
+    @property
+    def constrains(self) -> bool: ...
+
     async def generate(
         self,
         request_id: str,
@@ -34,6 +37,7 @@ class FixedWorker:
 
     def __init__(self, worker: Sampler) -> None:
         self.name = worker.name
+        self.constrains = worker.constrains
         self._worker = worker
 
     async def generate(

@@ -23,6 +23,10 @@ _REQUEST_PREFIX = "generate-tokens-"
 _GENERATE = "/inference/v1/generate"
 
 
+class _StructuredOutputs(msgspec.Struct, gc=False):
+    structural_tag: str
+
+
 class _Sampling(msgspec.Struct, gc=False):
     """How a worker is to sample; as a struct it is encoded in half the time of a dictionary."""
 
@@ -33,6 +37,8 @@ class _Sampling(msgspec.Struct, gc=False):
     logprobs: int = 0
     stream_interval: int | msgspec.UnsetType = msgspec.UNSET
     routed_experts_prompt_start: int | msgspec.UnsetType = msgspec.UNSET
+    stop: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
+    structured_outputs: _StructuredOutputs | msgspec.UnsetType = msgspec.UNSET
 
 
 class _Request(msgspec.Struct, gc=False, omit_defaults=True):
@@ -42,6 +48,7 @@ class _Request(msgspec.Struct, gc=False, omit_defaults=True):
     cache_salt: str = ""
     stream: bool = False
     model: str = ""  # the server's own, or its adapter
+    reasoning_ended: bool = False  # whatever its parser thinks: a constraint has room for thoughts
 
 
 class _Results(msgspec.Struct):
@@ -73,10 +80,14 @@ _decode_reset = msgspec.json.Decoder(_Reset).decode
 
 
 class HttpWorker(ServerClient):
-    """Client of one worker at `url`. Deadlines are the caller's."""
+    """Client of one worker at `url`. Deadlines are the caller's.
 
-    def __init__(self, url: str, *, api_key: str = "") -> None:
+    `constrains`: it is none of the embedded ones, which refuse constraints by name.
+    """
+
+    def __init__(self, url: str, *, api_key: str = "", constrains: bool = True) -> None:
         super().__init__(url, api_key=api_key)
+        self.constrains = constrains
         self._keeps_stale = False
         self._cache_salt = ""  # requests with another one share no keys and values
         self._model = ""
@@ -97,6 +108,13 @@ class HttpWorker(ServerClient):
             cache_salt=self._cache_salt,
             model=self._model,
         )
+        if sampling.stop:
+            request.sampling_params.stop = sampling.stop
+        if sampling.constraint is not None:
+            request.sampling_params.structured_outputs = _StructuredOutputs(sampling.constraint)
+            request.reasoning_ended = True
+            # A grammar may end with any end of a text that the model has: the answer must, too.
+            request.sampling_params.ignore_eos = False
         if sampling.experts_from is not None:
             request.sampling_params.routed_experts_prompt_start = sampling.experts_from
         if on_tokens is not None and sampling.max_tokens >= STREAMED_FROM_TOKENS:

@@ -195,6 +195,10 @@ class InferenceHub:
                 f"a request needs a prompt and max_tokens of at least 1, not "
                 f"{len(request.token_ids)} tokens and max_tokens={request.sampling.max_tokens}"
             )
+        if request.sampling.constraint is not None and not self.constrains:
+            raise ValueError(
+                "not all workers here can hold what they sample to a constraint (vLLM's can)"
+            )
         arrival = next(self._arrivals)
         response = Response(request, on_new=self._count_tokens, on_sampled=on_sampled)
         failures = 0
@@ -243,6 +247,11 @@ class InferenceHub:
     def forget(self, session: str) -> None:
         """No more requests of this session will come."""
         self._queue.forget(session)
+
+    @property
+    def constrains(self) -> bool:
+        """Whether its workers keep a response to `SamplingParams.constraint`, all of them."""
+        return all(slot.worker.constrains for slot in self._slots)
 
     @property
     def room(self) -> int:

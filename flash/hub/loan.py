@@ -16,6 +16,7 @@ class LentWorker:
 
     def __init__(self, worker: Worker) -> None:
         self.name = worker.name
+        self.constrains = worker.constrains
         self.failed = ""  # why, if it has
         self._busy_s = 0.0
         self._worker = worker

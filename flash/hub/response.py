@@ -95,6 +95,10 @@ class Response:
             if part.worker == worker and part.temperature == temperature:
                 return part
             return replace(part, worker=worker, temperature=temperature)
+        if self._request.sampling.constraint is not None:
+            # A constraint begins with the response, so no other worker can go on within it.
+            self._count(0)
+            return None
         self._token_ids += part.token_ids
         self._logprobs += part.logprobs
         self._versions += part.versions

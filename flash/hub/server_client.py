@@ -7,17 +7,15 @@ from typing import Any
 
 import msgspec
 
-from flash.hub.answers import EventStream, unreadable
+from flash.hub.answers import EventStream, refusal, unreadable
 from flash.hub.http_client import HttpAnswer, HttpClient
-from flash.hub.worker import BadRequest, WorkerFailure
+from flash.hub.worker import WorkerFailure
 from flash.types import Completion, SamplingParams
 
 # A stream costs this process half as much again as a whole answer, and vLLM 8% of its speed, with
 # 64 tokens in chunks of 16. So it is for answers that are worth keeping when their worker dies.
 STREAMED_FROM_TOKENS, STREAM_INTERVAL = 128, 32
-_HTTP_REDIRECT, _HTTP_CLIENT_ERROR, _HTTP_SERVER_ERROR = 300, 400, 500
-# Their fault is not the request's: the worker is busy or gone, or lacks our key.
-_HTTP_NOT_THE_REQUEST = (401, 403, 404, 408, 429)
+_HTTP_REDIRECT = 300
 
 Body = msgspec.Struct | Mapping[str, Any] | None
 
@@ -82,11 +80,3 @@ class ServerClient(abc.ABC):
             yield
         except (IndexError, ValueError) as error:  # msgspec's errors are ValueErrors
             raise unreadable(self.name, answer, error) from error
-
-
-def refusal(status: int, message: str) -> BadRequest | WorkerFailure:
-    """Whose fault an answer with that status is: the request's, or the worker's."""
-    of_the_request = _HTTP_CLIENT_ERROR <= status < _HTTP_SERVER_ERROR
-    if of_the_request and status not in _HTTP_NOT_THE_REQUEST:
-        return BadRequest(message)
-    return WorkerFailure(message)

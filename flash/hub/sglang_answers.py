@@ -13,12 +13,9 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
-from flash.hub.answers import EventStream, Span, versions_of
-from flash.hub.server_client import refusal
+from flash.hub.answers import Error, EventStream, Span, refusal, versions_of
 from flash.hub.worker import WorkerBroken, WorkerFailure
 from flash.types import Completion, Experts, FinishReason, SamplingParams
-
-_BAD_REQUEST = 400
 
 
 class _Reason(msgspec.Struct, gc=False):
@@ -37,17 +34,12 @@ class _Meta(msgspec.Struct, gc=False):
     routed_experts: str | None = None  # of an answer that is complete: int32 in base64
 
 
-class _Error(msgspec.Struct, gc=False):
-    message: str
-    code: int = _BAD_REQUEST
-
-
 class Answer(msgspec.Struct, gc=False):
     """A whole answer, or an event of a stream; an event may be an error instead."""
 
     output_ids: list[int] = []
     meta_info: _Meta | None = None
-    error: _Error | None = None
+    error: Error | None = None
 
     def after(self, known: int, worker: str) -> tuple[list[int], list[float]]:
         """Its tokens after the first `known`, with their logprobs.

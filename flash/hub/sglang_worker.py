@@ -52,6 +52,8 @@ class _ServerInfo(msgspec.Struct):
 class SglangWorker(ServerClient):
     """Client of one SGLang server at `url`. Deadlines are the caller's."""
 
+    constrains = False  # its grammars need the tokenizer that it is started without
+
     def __init__(self, url: str, *, api_key: str = "") -> None:
         super().__init__(url, api_key=api_key)
         self._keeps_stale = False

@@ -29,6 +29,9 @@ OnTokens = Callable[[Sequence[int], Sequence[float]], None]
 class Worker(Protocol):
     """One inference engine. Every method raises WorkerFailure when the worker fails.
 
+    `constrains` says whether it can keep a response to `SamplingParams.constraint`; one that says
+    no is asked for none.
+
     `generate` raises BadRequest for a request that no worker would take. When it is cancelled the
     hub calls `abort` with the same `request_id`. A worker that can tell of tokens before the
     answer is whole calls `on_tokens(token_ids, logprobs)` with those since the last call; the
@@ -39,6 +42,9 @@ class Worker(Protocol):
     """
 
     name: str
+
+    @property
+    def constrains(self) -> bool: ...
 
     async def generate(
         self,

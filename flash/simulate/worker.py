@@ -49,6 +49,8 @@ class SimulatedWorker:
     and for others of its task, until there is no room or the weights change.
     """
 
+    constrains = False
+
     def __init__(
         self, name: str, config: WorkersConfig, world: World, timeline: Timeline | None = None
     ) -> None:

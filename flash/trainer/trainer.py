@@ -318,7 +318,8 @@ class Trainer:
         if not samples:
             raise ValueError(
                 "no token to train on: the loss mask of every sample of the batch is 0 (the first "
-                "token of a sample never counts)"
+                "token of a sample never counts, nor does what was sampled under a constraint, "
+                "such as tool_choice or response_format: agent.ignore overlooks them)"
             )
         await self._size_passes()
         of_critic: dict[str, float] = {}

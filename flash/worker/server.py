@@ -38,8 +38,9 @@ logger = logging.getLogger(__name__)
 _REQUEST_PREFIX = "generate-tokens-"
 _MAX_BODY_BYTES = 64 * 1024 * 1024
 _SAMPLING_FIELDS = {"max_tokens", "temperature", "stop_token_ids", "logprobs"}
-# What is so here anyway: only what a request names stops it, and an answer comes whole.
-_SAMPLING_FIELDS |= {"ignore_eos", "stream_interval", "routed_experts_prompt_start"}
+# What is so here anyway: only what a request names stops it, and an answer comes whole. Texts that
+# end an answer are looked for by who asks: a worker knows tokens only.
+_SAMPLING_FIELDS |= {"ignore_eos", "stream_interval", "routed_experts_prompt_start", "stop"}
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

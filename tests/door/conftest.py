@@ -12,7 +12,7 @@ from flash.door import Door
 from flash.fakes import FakeWorker
 from flash.hub.hub import InferenceHub
 from flash.rollout.episode import Episode
-from flash.types import Task
+from flash.types import SamplingParams, Task
 
 # Close to what instruction-tuned models have: past reasoning is dropped, words are trimmed, calls
 # are written anew.
@@ -62,11 +62,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
 class House:
     """A door over a hub of one fake worker, which says what is in `says`, then "ok"."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, *, constrains: bool) -> None:
         self.tokenizer = tokenizer
         self.says: list[str | list[int]] = []
         self.prompts: list[list[int]] = []
-        self.worker = FakeWorker("worker", token_s=(0, 0), script=self._script)
+        self.samplings: list[SamplingParams] = []
+        self.worker = FakeWorker(
+            "worker", token_s=(0, 0), script=self._script, constrains=constrains
+        )
         self.clients: list[openai.AsyncOpenAI] = []
         self.door: Door
         self.hub: InferenceHub
@@ -93,17 +96,18 @@ class House:
 
     def _script(self, prompt, sampling):
         self.prompts.append(list(prompt))
+        self.samplings.append(sampling)
         said = self.says.pop(0) if self.says else "ok<|im_end|>"
         return self.tokens(said) if isinstance(said, str) else said
 
 
 @pytest.fixture
 def enter(tokenizer):
-    """Opens a house with the given options of its door."""
+    """Opens a house, whose worker may keep to constraints, with the given options of its door."""
 
     @contextlib.asynccontextmanager
-    async def enter(**options) -> AsyncIterator[House]:
-        house = House(tokenizer)
+    async def enter(*, constrains=False, **options) -> AsyncIterator[House]:
+        house = House(tokenizer, constrains=constrains)
         async with (
             InferenceHub([house.worker]) as house.hub,
             Door(house.hub, tokenizer=tokenizer, model="policy", **options) as house.door,

@@ -5,7 +5,8 @@ import httpx
 import pytest
 
 from flash.door.anthropic import error_body, parse_messages
-from flash.door.schema import ApiError, Ignore
+from flash.door.errors import ApiError
+from flash.door.schema import Ignore
 
 TOOL = {
     "name": "look", "description": "looks",
@@ -111,9 +112,26 @@ async def test_arguments_that_are_no_object_keep_it_one_sample(enter, stream, ar
         assert sampled == f"{written}done{END}"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_thoughts_are_left_out_for_who_does_not_want_them_and_it_is_one_sample(enter, stream):
+    async with enter() as house:
+        session, _ = house.open()
+        house.says = [f"<think>so</think>Yes.{END}"]
+        asked = {"thinking": {"type": "adaptive", "display": "omitted"}}
+        messages = [user("well?")]
+        async with client(session) as claude:
+            said = await answered(claude, stream, messages=messages, extra_body=asked)
+            thought, text = said.content
+            assert (thought.thinking, bool(thought.signature), text.text) == ("", True, "Yes.")
+            messages += [{"role": "assistant", "content": said.content}, user("sure?")]
+            await answered(claude, stream, messages=messages, extra_body=asked)
+        (sequence,) = session.sequences()
+        assert "<think>so</think>Yes." in house.text(sequence.token_ids)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "remedy"),
-    [("tool_choice", "any", "send auto or none"), ("thinking", "enabled", "send disabled or")],
+    [("tool_choice", "some", "send auto, any"), ("thinking", "enabled", "send disabled or")],
 )
 def test_a_choice_that_is_not_had_is_refused_with_those_that_are(field, value, remedy):
     body = {"model": "policy", "messages": [user("hi")], field: {"type": value}}
@@ -193,14 +211,20 @@ def parse(ignore=(), **changes):
     [
         ("top_k", {"top_k": 5}),
         ("top_p", {"top_p": 0.9}),
-        ("tool_choice.type", {"tools": [TOOL], "tool_choice": {"type": "any"}}),
+        ("tool_choice", {"tools": [TOOL], "tool_choice": {"type": "some"}}),
+        ("tool_choice", {"tool_choice": {"type": "any"}}),
+        ("tool_choice", {"tools": [TOOL], "tool_choice": {"type": "tool", "name": "other"}}),
+        ("thinking.display", {"thinking": {"type": "adaptive", "display": "full"}}),
+        ("tools[0].defer_loading", {"tools": [{**TOOL, "defer_loading": True}]}),
+        ("tools[0].allowed_callers[0]", {"tools": [{**TOOL, "allowed_callers": ["code"]}]}),
         ("thinking.type", {"thinking": {"type": "enabled", "budget_tokens": 2000}}),
-        ("output_config", {"output_config": {"effort": "low"}}),
+        ("output_config.effort", {"output_config": {"effort": "low"}}),
+        ("output_config.format.type", {"output_config": {"format": {"type": "x", "schema": {}}}}),
         ("container", {"container": "c"}),
         ("betas", {"betas": ["x"]}),
         ("max_tokens", {"max_tokens": 0}),
         ("system[0].type", {"system": [{"type": "image", "text": "x"}]}),
-        ("tools[0].strict", {"tools": [{**TOOL, "strict": True}]}),
+        ("tools[0].strict", {"tools": [{**TOOL, "strict": "yes"}]}),
         ("tools[0].type", {"tools": [{"type": "bash_20250124", "name": "bash"}]}),
         ("stop_sequences", {"stop_sequences": [""]}),
         ("messages", {"messages": []}),
@@ -248,11 +272,20 @@ def test_it_may_be_overlooked(ignore, changes):
 
 def test_what_changes_no_answer_is_taken():
     asked = parse(
-        metadata={"user_id": "u"}, thinking={"type": "disabled"}, top_k=0, temperature=0.5,
-        tools=[{**TOOL, "type": "custom", "cache_control": {"type": "ephemeral"}}],
+        metadata={"user_id": "u"}, inference_geo="eu", user_profile_id="p", diagnostics={},
+        thinking={"type": "disabled"}, top_k=0, temperature=0.5,
+        tools=[{**TOOL, "type": "custom", "cache_control": {"type": "ephemeral"},
+                "eager_input_streaming": True, "allowed_callers": ["direct"]}],
         tool_choice={"type": "none"},
+        messages=[
+            user("hi"),
+            {"role": "assistant", "content": [{"type": "redacted_thinking", "data": "x"},
+                                              {"type": "text", "text": "ho"}]},
+            user("hi"),
+        ],
     )  # fmt: skip
     assert (asked.max_tokens, asked.temperature) == (5, 0.5)
     assert not asked.parse_tools
+    assert asked.messages[1] == {"role": "assistant", "content": "ho"}
     assert asked.tools[0]["function"]["parameters"] == TOOL["input_schema"]
     assert asked.template_variables == {"enable_thinking": False}

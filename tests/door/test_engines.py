@@ -59,6 +59,7 @@ async def test_recorded_logprobs_are_the_models_own(tmp_path, engine, temperatur
     pool = engine(path, tmp_path / "logs")
     tokenizer = AutoTokenizer.from_pretrained(path)
     async with InferenceHub(pool) as hub, Door(hub, tokenizer=tokenizer, model="policy") as door:
+        assert hub.constrains is (engine is vllm)
         for number, temperature in enumerate(temperatures):
             episode = Episode(number, Task(number), hub=hub)
             session = door.open(

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flash.conversation import ChatTemplate
+from flash.conversation import ChatTemplate, spoken_turns
 from flash.door.recorder import Memory, Recorder
 from flash.types import Completion
 
@@ -40,6 +40,19 @@ def test_a_call_that_goes_on_extends_the_sequence():
     assert sequence.logprobs.tolist() == [0, 0, -3, -4, 0, -6]
     assert sequence.versions.tolist() == [-1, -1, 5, 5, -1, 7]
     assert sequence.temperatures.tolist() == [1, 1, 0.5, 0.5, 1, 2]
+
+
+def test_what_was_sampled_under_a_constraint_is_known_and_not_trained_on():
+    recorder = Recorder()
+    recorder.add([1, 2], completion(3, 4, version=5), trained=False)
+    recorder.add([1, 2, 3, 4, 9], completion(6, version=7))
+    (sequence,) = recorder.sequences()
+    assert sequence.loss_mask.tolist() == [0, 0, 0, 0, 0, 1]
+    assert sequence.turns.tolist() == [-1, -1, 0, 0, -1, 1]
+    assert sequence.versions.tolist() == [-1, -1, 5, 5, -1, 7]
+    assert sequence.sampled_versions().tolist() == [7]
+    assert sequence.runs() == [(False, [1, 2]), (True, [3, 4]), (False, [9]), (True, [6])]
+    assert [turn.said for turn in spoken_turns([sequence])] == [[3, 4], [6]]
 
 
 def test_a_prompt_that_lacks_the_last_sampled_token_opens_a_new_sequence():

@@ -4,8 +4,9 @@ import openai
 import pytest
 from pydantic import BaseModel
 
+from flash.door.errors import ApiError
 from flash.door.responses import Request
-from flash.door.schema import ApiError, Ignore
+from flash.door.schema import Ignore
 
 TOOL = {
     "type": "function", "name": "look", "description": "looks", "strict": False,
@@ -109,6 +110,33 @@ async def test_a_loop_that_goes_on_from_the_last_response_is_one_sample(enter, s
             await answered(client, stream, **{**asked, "previous_response_id": second.id})
 
 
+async def test_what_a_response_answers_is_told_page_by_page(enter):
+    """Also what came before it, the newest first."""
+    async with enter() as house:
+        _, client = house.open()
+        house.says = [CALL + END]
+        first = await client.responses.create(model="policy", input="find it", tools=[TOOL])
+        call = first.output[-1].call_id
+        result = {"type": "function_call_output", "call_id": call, "output": "a lamp"}
+        last = await client.responses.create(
+            model="policy", tools=[TOOL], previous_response_id=first.id,
+            input=[result, {"role": "user", "content": "well?"}],
+        )  # fmt: skip
+        told = [item async for item in client.responses.input_items.list(last.id, limit=2)]
+        kinds = ["message", "function_call_output", "function_call", "message", "reasoning"]
+        assert [item.type for item in told] == [*kinds, "message"]
+        assert (told[0].content[0].text, told[-1].content[0].text) == ("well?", "find it")
+        assert (told[1].output, told[1].call_id, told[2].call_id) == ("a lamp", call, call)
+        assert len({item.id for item in told}) == len(told)
+        oldest = await client.responses.input_items.list(last.id, order="asc")
+        assert [item.id for item in oldest.data] == [item.id for item in reversed(told)]
+        for wrong in ({"limit": 0}, {"order": "up"}, {"after": "msg_0"}):
+            with pytest.raises(openai.BadRequestError, match=f"{next(iter(wrong))}="):
+                await client.responses.input_items.list(last.id, **wrong)
+        with pytest.raises(openai.NotFoundError):
+            await client.responses.input_items.list("resp_0")
+
+
 async def test_what_is_not_stored_or_another_episodes_is_not_gone_on_from(enter):
     async with enter() as house:
         _, client = house.open()
@@ -175,7 +203,7 @@ class Found(BaseModel):
 async def test_a_schema_that_nothing_keeps_to_is_refused_by_name(enter):
     async with enter() as house:
         _, client = house.open()
-        with pytest.raises(openai.BadRequestError, match="text=.*not constrained"):
+        with pytest.raises(openai.BadRequestError, match="text.format=.*vLLM.*agent.ignore"):
             await client.responses.parse(model="policy", input="hi", text_format=Found)
 
 
@@ -188,8 +216,12 @@ def ask(ignore=(), kept=None, **changes):
     ("field", "changes"),
     [
         ("top_p", {"top_p": 0.9}),
-        ("tool_choice", {"tools": [TOOL], "tool_choice": "required"}),
-        ("tools[0].strict", {"tools": [{**TOOL, "strict": True}]}),
+        ("tool_choice", {"tool_choice": "required"}),
+        ("tool_choice", {"tools": [TOOL], "tool_choice": {"type": "function", "name": "other"}}),
+        ("tool_choice", {"tools": [TOOL], "tool_choice": {"type": "web_search"}}),
+        ("text.format", {"text": {"format": {"type": "yaml"}}}),
+        ("text.verbosity", {"text": {"verbosity": "low"}}),
+        ("tools[0].strict", {"tools": [{**TOOL, "strict": "yes"}]}),
         ("tools[0].type", {"tools": [{"type": "web_search"}]}),
         ("reasoning", {"reasoning": {"effort": "low"}}),
         ("include", {"include": ["message.output_text.logprobs"]}),

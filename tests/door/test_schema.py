@@ -38,9 +38,11 @@ def refusal(parse, **fields) -> ApiError:
     [
         ("top_p", 0.9), ("top_p", True), ("frequency_penalty", 0.1), ("presence_penalty", -1),
         ("logit_bias", {"5": 1}), ("seed", 7), ("top_logprobs", 3),
-        ("response_format", {"type": "json_object"}), ("parallel_tool_calls", False),
+        ("response_format", {"type": "yaml"}),
+        ("parallel_tool_calls", "no"),
         ("modalities", ["text", "audio"]), ("service_tier", "priority"), ("store", True),
         ("reasoning_effort", "low"), ("verbosity", "low"), ("tool_choice", "required"),
+        ("tool_choice", "always"), ("tool_choice", {"type": "custom"}),
         ("tool_choice", {"type": "function", "function": {"name": "f"}}), ("n", 0), ("n", True),
         ("n", 1.5), ("max_tokens", 0), ("max_tokens", "9"), ("temperature", -1),
         ("temperature", float("nan")), ("stop", ""), ("stop", ["a"] * 5), ("stop", [1]),
@@ -110,7 +112,8 @@ def test_a_field_may_be_ignored_if_the_door_was_told_to():
     heedless = chat(ignore={"temperature", "seed"}, temperature=0.1, seed=3)
     assert heedless == chat()
     strict = {"type": "function", "function": {"name": "f", "strict": True}}
-    assert refusal(chat, tools=[strict]).param == "tools[0].function.strict"
+    assert chat(tools=[strict]).demand is not None
+    assert chat(ignore={"strict"}, tools=[strict]).demand is None
     assert chat(ignore={"strict"}, tools=[strict]).tools == [TOOL]
     assert chat(ignore={"model"}, model="gpt-4o") == chat()
     assert chat(ignore={"tool_choice"}, tool_choice="required", tools=[TOOL]).parse_tools
@@ -239,6 +242,8 @@ def test_two_limits_must_agree():
 def test_what_is_missing_is_named():
     told = refusal(lambda: parse_chat({"model": "policy"}, model="policy", ignore=()))
     assert (told.param, told.code) == ("messages", "missing_required_parameter")
+    told = refusal(chat, response_format={"type": "json_schema"})
+    assert told.param == "response_format.json_schema"
 
 
 def test_every_field_that_the_official_client_knows_is_known_here():

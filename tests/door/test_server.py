@@ -191,6 +191,7 @@ async def test_a_stop_string_ends_the_text_and_the_tokens_after_it_do_not_count(
             assert (choice.message.content, choice.finish_reason) == ("Action: go\n", "stop")
             assert answer.usage.completion_tokens == len(house.tokens("Action: go\nObservation:"))
             await chat(client, USER, choice.message, USER)
+        assert [sampling.stop for sampling in house.samplings] == [tuple(stop), ()]
         (sequence,) = session.sequences()
         assert house.text(sequence.token_ids).endswith(
             "assistant\nAction: go\nObservation:<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"

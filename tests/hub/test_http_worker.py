@@ -110,6 +110,17 @@ def test_a_line_may_be_as_long_as_the_experts_of_all_tokens():
         stream.feed(b"x" * (1 << 24))
 
 
+async def test_a_constraint_and_texts_that_end_an_answer_in_vllms_words(scripted):
+    asked = replace(SAMPLING, constraint='{"type": "structural_tag"}', stop=("a", "b"))
+    await scripted.worker.generate("id", [1, 2], asked)
+    body = scripted.asked[0][2]
+    assert (body["reasoning_ended"], body["sampling_params"]["ignore_eos"]) == (True, False)
+    assert body["sampling_params"]["stop"] == ["a", "b"]
+    assert body["sampling_params"]["structured_outputs"] == {
+        "structural_tag": '{"type": "structural_tag"}'
+    }
+
+
 @pytest.mark.parametrize("kind", ["uint8", "uint16", "int16"])
 async def test_experts_are_asked_for_and_read_as_vllm_has_them(scripted, kind):
     """Of tokens from the second on; in two layers two each."""
@@ -456,6 +467,15 @@ async def test_a_streamed_answer_wherever_it_is_cut(cut, ends):
     )
     asked = json.loads(server.requests[0][2])
     assert (asked["stream"], asked["sampling_params"]["stream_interval"]) == (True, 32)
+
+
+@pytest.mark.parametrize(("code", "fault"), [(400, BadRequest), (500, WorkerFailure)])
+async def test_a_stream_may_hold_a_refusal_in_the_place_of_an_event(code, fault):
+    told = json.dumps({"error": {"message": "no such grammar", "code": code}}).encode()
+    answers = chunked(b"data: " + told + b"\n\ndata: [DONE]\n\n", fields=EVENTS)
+    async with streaming(answers) as (generate, _, _):
+        with pytest.raises(fault, match="no such grammar"):
+            await generate()
 
 
 async def test_short_answers_and_those_that_nobody_listens_to_come_whole():

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from flash import virtual_time
 from flash.errors import InferenceFailure
 from flash.fakes import FakeWorker
+from flash.hub.fixed_worker import FixedWorker
 from flash.hub.hub import InferenceHub
 from flash.hub.worker import BadRequest, WorkerFailure
 from flash.types import Completion, GenerateRequest, SamplingParams
@@ -420,6 +422,20 @@ async def test_a_request_that_is_refused_is_its_callers_mistake_alone():
         worker.answer = answer()
         assert (await hub.generate(request())).token_ids == [1, 2]
         assert hub.stats().retries == 0
+
+
+@in_virtual_time
+async def test_a_constraint_is_refused_unless_every_worker_keeps_to_it():
+    bound = replace(request(), sampling=SamplingParams(max_tokens=1, constraint="{}"))
+    free, able = steady("free"), steady("able", constrains=True)
+    async with InferenceHub([free, able]) as hub:
+        with pytest.raises(ValueError, match="not all workers here.*vLLM's can"):
+            await hub.generate(bound)
+    async with InferenceHub([able, FixedWorker(steady("a", constrains=True))]) as hub:
+        assert (await hub.generate(bound)).token_ids
+        async with hub.lend(1) as lent:
+            assert (await lent.generate(bound)).token_ids
+    assert not free.started
 
 
 @pytest.mark.parametrize(

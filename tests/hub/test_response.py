@@ -32,6 +32,20 @@ def test_the_rest_of_a_response_is_asked_for_after_what_there_is():
     assert (prompt, sampling.max_tokens) == ([0, 1, 2, 7, 8], 8)
 
 
+def test_a_response_under_a_constraint_begins_anew_with_another_worker():
+    """Whose constraint would begin where the other's broke off."""
+    asked = request(max_tokens=10, prompt=3)
+    asked = replace(asked, sampling=replace(asked.sampling, constraint="{}"))
+    told = []
+    response = Response(asked, on_new=lambda _: None, on_sampled=told.append)
+    assert response.add(part(4, None), worker="a") is None
+    assert response.rest() == ([0, 1, 2], asked.sampling)
+    assert response.add(part(10, None), worker="a") is None, "what lacks its end is no answer"
+    whole = response.add(part(2, None, "stop"), worker="b")
+    assert (whole.token_ids, whole.worker) == ([7, 7], "b")
+    assert told == [0, 0, 2]
+
+
 def test_an_answer_that_is_whole_at_once_names_its_worker_and_the_temperature_asked_for():
     new = []
     response = Response(request(max_tokens=2), on_new=new.append, on_sampled=None)

@@ -1,6 +1,7 @@
 """Real vLLM servers behind the hub: two of them, shared by these tests, on the CPU build."""
 
 import asyncio
+import json
 import os
 import shutil
 import signal
@@ -13,24 +14,30 @@ from itertools import groupby
 from pathlib import Path
 
 import aiohttp
+import jsonschema
+import numpy as np
 import psutil
 import pytest
 import pytest_asyncio
 import torch
+from openai import AsyncOpenAI, BadRequestError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples import attach_to_vllm
+from flash.door import Door
 from flash.errors import InferenceFailure, PublishFailure
 from flash.hub.http_worker import HttpWorker
 from flash.hub.hub import InferenceHub
 from flash.hub.vllm_pool import VllmPool
 from flash.system.machine import gpus, has_vllm
+from flash.tools.formats import FORMATS
 from flash.types import Completion, GenerateRequest, SamplingParams, Scores, Weights
 from flash.warm_start.small_policy import create
 from flash.worker.shared import SharedWeights
 from tests.hub.deltas import stepped
 from tests.processes import Watch
+from tests.tools.templates import HERMES, tokenizer_of
 
 pytestmark = [
     pytest.mark.slow,
@@ -46,13 +53,16 @@ RETURN_S = 300  # for a server to be started anew on a busy machine
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> list[Path]:
-    """Small policies, with tied embeddings, one seed each."""
+    """Small policies, with tied embeddings, one seed each; they speak in bytes."""
     folder = tmp_path_factory.mktemp("models")
     words = [f"w{n}" for n in range(300)]
-    return [
+    models = [
         create(folder / str(seed), words, layers=2, hidden_size=64, heads=2, seed=seed)
         for seed in range(3)
     ]
+    for model in models:
+        tokenizer_of(HERMES).save_pretrained(model)
+    return models
 
 
 def make_pool(model: Path, log_dir: Path, size: int, arguments=()) -> VllmPool:
@@ -199,6 +209,93 @@ async def test_logprobs_are_the_models_own_after_the_temperature(servers):
         answer = await servers.hub.generate(request(60, temperature=temperature))
         assert len(answer.token_ids) == 60
         servers.assert_exact(PROMPT, answer, temperature)
+
+
+async def test_an_answer_ends_where_nothing_more_is_needed(servers):
+    """Also one that is streamed; sooner than by its length."""
+    tokenizer = AutoTokenizer.from_pretrained(servers.models[0])
+    for max_tokens in (100, 900):
+        sampling = SamplingParams(max_tokens=max_tokens, stop=("a", "e", "i", "o", "u", "t", "n"))
+        asked = GenerateRequest(token_ids=PROMPT, sampling=sampling)
+        answer = await servers.hub.generate(asked)
+        if max_tokens == 900:
+            assert answer.finish_reason == "stop"
+        *others, last = map(tokenizer.decode, answer.token_ids)
+        assert last in sampling.stop or answer.finish_reason == "length"
+        assert not {*others} & {*sampling.stop}
+        servers.assert_exact(PROMPT, answer)
+
+
+async def test_an_answer_keeps_to_its_schema_and_a_demanded_call_is_made(servers):
+    """By a policy that would never do so by itself; its logprobs are of what the grammar leaves."""
+    tokenizer = AutoTokenizer.from_pretrained(servers.models[0])
+    tokenizer.response_template = FORMATS["hermes"]
+    options = {"max_tokens": 500, "temperature": 1.0, "max_sequence_tokens": 1000}
+    schema = {
+        "type": "object",
+        "properties": {"to": {"enum": ["north", "south"]}, "far": {"type": "boolean"}},
+        "required": ["to", "far"],
+        "additionalProperties": False,
+    }
+    tool = {"type": "function", "function": {"name": "move", "parameters": schema}}
+    given = {"type": "json_schema", "json_schema": {"name": "place", "schema": schema}}
+    asked = {"model": "policy", "messages": [{"role": "user", "content": "Where?"}]}
+
+    async def generate(token_ids, sampling):
+        return await servers.hub.generate(GenerateRequest(token_ids=token_ids, sampling=sampling))
+
+    async with Door(servers.hub, tokenizer=tokenizer, model="policy") as door:
+        session = door.open(generate, **options)
+        async with AsyncOpenAI(base_url=session.base_url, api_key=session.api_key) as client:
+            create = client.chat.completions.create
+            words = await create(**asked, response_format=given)
+            calls = await create(
+                **asked, tools=[tool], tool_choice="required", parallel_tool_calls=False
+            )
+            with pytest.raises(BadRequestError, match="response_format="):
+                unknown = {"name": "x", "schema": {"$ref": "#/nowhere"}}
+                await create(
+                    **asked, response_format={"type": "json_schema", "json_schema": unknown}
+                )
+        sequences = session.sequences()
+    (call,) = calls.choices[0].message.tool_calls
+    said = [words.choices[0].message.content, call.function.arguments]
+    for text in said:
+        jsonschema.validate(json.loads(text), schema)
+    assert call.function.name == "move"
+    for sequence in sequences:
+        assert not sequence.loss_mask.any()
+        own = logprobs(servers.model_of[servers.hub.version], sequence.token_ids.tolist())
+        known = sequence.turns[1:] >= 0
+        told, own = sequence.logprobs[1:][known], np.array(own)[known]
+        assert (told > own - 1e-3).all()
+        assert told.sum() > own.sum() + 10
+
+
+@pytest.mark.parametrize(("mode", "versions"), [("keep", 2), ("abort", 1)])
+async def test_a_constraint_holds_through_a_publish(servers, mode, versions):
+    """Where the request is broken off, it begins anew."""
+    tokenizer = AutoTokenizer.from_pretrained(servers.models[0])
+    schema = {"type": "array", "items": {"const": "w" * 50}, "minItems": 12, "maxItems": 12}
+    form = {"type": "json_schema", "json_schema": schema}
+    sampling = SamplingParams(
+        max_tokens=1000,
+        stop_token_ids=(tokenizer.eos_token_id,),
+        constraint=json.dumps({"type": "structural_tag", "format": form}),
+    )
+    under_way = asyncio.Event()
+    asked = GenerateRequest(token_ids=PROMPT, sampling=sampling)
+    call = asyncio.create_task(
+        servers.hub.generate(asked, on_sampled=lambda sampled: sampled and under_way.set())
+    )
+    await under_way.wait()
+    await servers.publish(mode)
+    answer = await call
+    assert len(set(answer.versions)) == versions
+    assert answer.versions[-1] == servers.hub.version
+    assert answer.finish_reason == "stop"
+    # Its end is any that the model's files name, of which one is a byte here.
+    jsonschema.validate(json.loads(tokenizer.decode(answer.token_ids[:-1])), schema)
 
 
 async def test_nobody_without_the_key_reaches_any_route(servers):
