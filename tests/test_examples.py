@@ -201,9 +201,9 @@ def test_a_package_with_an_environment_is_installed_and_trained_with_a_loss_of_o
     assert all(line["tokens/trained"] > 0 for line in steps)
 
 
-@pytest.mark.parametrize("hosts", [0, pytest.param(1, marks=slow)])
+@pytest.mark.parametrize(("hosts", "most"), [(0, 3), (0, 4), pytest.param(1, 3, marks=slow)])
 async def test_a_policy_calls_tools_of_its_environment_of_which_one_is_a_step(
-    tmp_path, monkeypatch, hosts
+    tmp_path, monkeypatch, hosts, most
 ):
     monkeypatch.chdir(EXAMPLES.parent)
     config = load(
@@ -212,7 +212,7 @@ async def test_a_policy_calls_tools_of_its_environment_of_which_one_is_a_step(
             "env": {"name": "examples.tools.shelf:ShelfEnv", "eval_options": {}, "hosts": hosts},
             "agent.style": "chat",
             "agent.style_options": {},
-            "agent.max_turns": 3,
+            "agent.max_turns": most,
             "agent.max_sequence_tokens": 8192,
         },
     )

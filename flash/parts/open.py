@@ -82,9 +82,13 @@ async def open_parts(
 
     Raises ValueError for what the model or the machine can't do.
     """
-    # Not on the loop: it imports torch, for seconds, in which an explorer would not be heard of.
+    # Not on the loop: they import torch and parsers of calls, for seconds, in which an explorer
+    # would not be heard of.
     tokenizer = await asyncio.to_thread(load_tokenizer, model)
-    styles = {name: make_style(of_set, tokenizer) for name, of_set in config.own_sets.items()}
+    styles = {
+        name: await asyncio.to_thread(make_style, of_set, tokenizer)
+        for name, of_set in config.own_sets.items()
+    }
     async with (
         open_hub(
             config,

@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 from typing_extensions import TypeAliasType
 
 from flash.explorer.messages import Ended, Said, _dtype, decoder, encoder, exact
+from flash.explorer.remote import RemoteEpisode
 from flash.rollout.history import Sampled
-from flash.types import Completion, SampledSequence, ToolUse, Trajectory
+from flash.types import Completion, SampledSequence, Task, ToolUse, Trajectory
 
 
 def test_numbers_and_arrays_of_other_kinds_arrive_as_what_they_are():
@@ -43,6 +44,13 @@ def test_numbers_and_arrays_of_other_kinds_arrive_as_what_they_are():
     assert (heard.reward, heard.turns, heard.success) == (2.0, 1, True)
     assert (heard.turn_rewards, heard.turn_states) == ([0.5], ["a", ("b", 1)])
     assert heard.role_rewards == {"coder": 0.5}
+
+
+async def test_an_episode_elsewhere_knows_at_its_end_what_it_called():
+    uses = {"add": ToolUse(calls=2)}
+    episode = RemoteEpisode(1, Task(0), hub=None)
+    episode.follow(Ended(prompt_tokens=1, generated_tokens=2, turns=1, seconds={}, tool_uses=uses))
+    assert episode.tool_uses == uses
 
 
 @pytest.mark.parametrize("experts", [np.array([[3, -1], [0, 7]], np.int16), None])

@@ -7,7 +7,7 @@ from flash.environments.hosts import EnvHosts
 from flash.environments.inline import InlineEnvs
 from flash.errors import EnvFailure
 from flash.tools.environment import EnvTools, offered_by
-from flash.tools.tool import Toolbox, ToolCall
+from flash.tools.tool import PROBE, Toolbox, ToolCall
 from flash.types import Task, ToolUse
 
 ODD = """
@@ -159,6 +159,20 @@ async def test_calls_are_counted_by_tool_with_those_that_went_wrong():
     )
     counts = {tool: (use.calls, use.errors, use.late) for tool, use in uses.items()}
     assert counts == {"look": (2, 1, 0), "_unknown": (2, 2, 0)}
+
+
+class Late:
+    schema = PROBE
+
+    async def call(self, arguments, *, timeout_s):
+        raise TimeoutError
+
+
+async def test_calls_past_their_deadline_are_counted_as_such():
+    uses: dict[str, ToolUse] = {}
+    box = Toolbox([Late()], timeout_s=3, max_chars=100, uses=uses)
+    await box.answer([call("probe", '{"argument": "a"}')])
+    assert (uses["probe"].calls, uses["probe"].errors, uses["probe"].late) == (1, 0, 1)
 
 
 class NotATuple:
