@@ -6,6 +6,7 @@ A new one joins by a row.
 import contextlib
 import dataclasses
 import functools
+import json
 import random
 
 import msgspec
@@ -63,11 +64,12 @@ ODD = [
 ]
 ODD += ["[99999999999999999999 0]", r"\boxed{99999999999999999999}", "[-1 -1 -1]", "<tool_call>"]
 
+OF_QUESTIONS = Row("questions", {}, "4", "datasets")
 OF_A_SERVER = Row("openenv", {"observation": "text"}, "3", "websockets")
 
 each = pytest.mark.parametrize(
     "row",
-    [*ROWS, pytest.param(OF_A_SERVER, marks=pytest.mark.slow)],
+    [*ROWS, OF_QUESTIONS, pytest.param(OF_A_SERVER, marks=pytest.mark.slow)],
     ids=lambda row: f"{row.name} {row.options}",
     indirect=True,
 )
@@ -79,8 +81,20 @@ def openenv_url():
         yield f"{url}/numbers"
 
 
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    path = tmp_path_factory.mktemp("questions") / "questions.jsonl"
+    rows = ({"question": f"What is {n} + 1?", "answer": n + 1} for n in range(50))
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
 @pytest.fixture
 def row(request):
+    if request.param is OF_QUESTIONS:
+        return dataclasses.replace(
+            OF_QUESTIONS, options={"path": request.getfixturevalue("questions")}
+        )
     if request.param is not OF_A_SERVER:
         return request.param
     pytest.importorskip(OF_A_SERVER.needs)
