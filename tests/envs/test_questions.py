@@ -10,7 +10,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from flash.config import load, try_environment
+from flash.config import try_environment
+from flash.environments.config import EnvConfig
 from flash.envs.questions import QuestionsEnv
 
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k_train_500.jsonl"
@@ -90,9 +91,8 @@ def test_the_seed_decides_the_question_and_the_splits_share_none(tmp_path):
 
 
 def test_a_source_that_is_none_of_questions_is_named_with_the_remedy(tmp_path):
-    env = load("gsm8k").env.model_copy(update={"options": {}})
     with pytest.raises(ValueError, match=r"env\.options: path='' must name files .* on the hub"):
-        try_environment(env)
+        try_environment(EnvConfig(name="questions"))
     with pytest.raises(ValueError, match=r"nowhere\.jsonl' can't be read: No such file"):
         QuestionsEnv(path=str(tmp_path / "nowhere.jsonl"))
     with pytest.raises(ValueError, match=r"question='a\.' must name a field"):
@@ -217,9 +217,8 @@ def test_a_file_is_read_once_and_again_when_it_has_changed(tmp_path):
 def test_every_solution_of_gsm8k_is_right():
     solutions = [json.loads(line) for line in GSM8K.read_text().splitlines()]
     right_answers = {entry["question"]: entry["answer"] for entry in solutions}
-    config = load("gsm8k", {"env.options.path": str(GSM8K)})
     for split in ("train", "heldout"):
-        env = QuestionsEnv(**config.env.options, split=split)
+        env = QuestionsEnv(path=str(GSM8K), split=split)
         for seed in range(100):
             question, _ = env.reset(seed=seed)
             assert env.step(right_answers[question].splitlines()[-1])[1] == 1.0
