@@ -1,13 +1,12 @@
 """Questions with known answers, of any data set: RLVR on GSM8K and the like."""
 
-import contextlib
 import functools
 import json
 import re
 import string
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Literal
@@ -142,7 +141,7 @@ def _read(source: RowSource, state: State, question: str, answer: str) -> _Quest
 
     if not are_lines(rows):
         rows = rows.select_columns(_columns(rows, source, question=question, answer=answer))
-    with without_bars(), _in_utf8(source):
+    with without_bars():
         found = rows.map(
             _problems,
             batched=True,
@@ -173,15 +172,6 @@ def _columns(rows: Any, source: RowSource, **fields: str) -> list[str]:
     return [*columns]
 
 
-@contextlib.contextmanager
-def _in_utf8(source: RowSource) -> Iterator[None]:
-    """ValueError for texts that are not, which only their use tells."""
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{source} is not UTF-8 ({error}): save it as UTF-8") from error
-
-
 def _problems(
     columns: Mapping[str, Sequence[Any]],
     numbers: Sequence[int],
@@ -204,6 +194,8 @@ def _problems(
             found["answer"].append(str(answer))
             found["is_number"].append(isinstance(answer, Decimal))
             found["held_out"].append(held_out)
+    except UnicodeDecodeError as error:  # only the use of a column tells
+        raise ValueError(f"{source} is not UTF-8 ({error}): save it as UTF-8") from error
     except ValueError as error:
         raise ValueError(f"{source}, {error}") from error
     return found

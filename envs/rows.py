@@ -52,13 +52,15 @@ class RowSource:
         revision: str = "",
     ) -> "RowSource":
         """ValueError, which names the option, for what can't be one."""
-        paths = (path,) if isinstance(path, str) else tuple(path)
+        paths = (
+            (path,) if isinstance(path, str) else tuple(path) if isinstance(path, Sequence) else ()
+        )
         if not paths or not all(isinstance(each, str) and each for each in paths):
             raise ValueError(
                 f"path={path!r} must name files (jsonl, json, csv, parquet, arrow), a folder of "
                 f"them, or a data set on the hub, as openai/gsm8k"
             )
-        for option, value in (("subset", subset), ("split", split), ("revision", revision)):
+        for option, value in (("subset", subset), ("data_split", split), ("revision", revision)):
             if not isinstance(value, str):
                 raise ValueError(f"{option}={value!r} must be a text")
         return cls(paths=paths, subset=subset, split=split, revision=revision)
@@ -142,15 +144,6 @@ def entries(
             yield f"line {number + 1}", _parsed(line, number)
 
 
-def each_entry(rows: "Dataset") -> Iterator[tuple[str, Any]]:
-    """Likewise of all rows."""
-    first = 0
-    for batch in rows.iter(batch_size=1000):
-        size = len(next(iter(batch.values())))
-        yield from entries(batch, range(first, first + size))
-        first += size
-
-
 def _parsed(line: str, number: int) -> Any:
     try:
         return json.loads(line)
@@ -195,9 +188,10 @@ def _arguments(source: RowSource) -> dict[str, Any]:
     kinds = {_suffix(file) for file in files}
     builders = {_BUILDERS.get(kind) for kind in kinds}
     if len(kinds) > 1 or None in builders:
+        found = ", ".join(sorted(kind or "no suffix" for kind in kinds))
         raise ValueError(
-            f"{source} has files of {', '.join(sorted(kinds))}: give files of one kind of "
-            f"{', '.join(_BUILDERS)}, compressed or not"
+            f"{source} has files of {found}: give files of one kind of {', '.join(_BUILDERS)}, "
+            f"compressed or not"
         )
     builder = builders.pop()
     how = {"sep": "\t"} if kinds == {".tsv"} else {}
@@ -223,7 +217,7 @@ def _cause(error: BaseException) -> str:
 def _remedy(source: RowSource) -> str:
     if source.is_on_hub():
         return (
-            "correct the name, subset, split or revision; without a connection it must be in the "
-            "hub's cache, and a gated one wants HF_TOKEN"
+            "correct the name, subset, data_split or revision; without a connection it must be in "
+            "the hub's cache, and a gated one wants HF_TOKEN"
         )
-    return "correct the file, in UTF-8, or the name of the subset or split"
+    return "correct the file, in UTF-8, or subset or data_split"

@@ -47,6 +47,7 @@ ROWS = [
     Row("textarena", {"id": "TowerOfHanoi-v0"}, "A B", "textarena", seeds_differ=False),
     Row("gem", {"id": "game:GuessTheNumber-v0-random"}, r"\boxed{2}", "gem"),
     Row("gem", {"id": "game:Minesweeper-v0-random"}, r"\boxed{reveal 0 0}", "gem"),
+    Row("alfworld", {}, "look", "alfworld"),
     Row("sokoban", {}, "Up"),
     Row("webshop", {"products": 50}, "search[shoes]", "bm25s"),
     Row("gymnasium", {"id": "flash.envs.frozen_lake:flash/FrozenLakeText-v0"}, "right"),

@@ -14,6 +14,7 @@ from flash.config import try_environment
 from flash.environments.config import EnvConfig
 from flash.envs.questions import QuestionsEnv
 
+HELD_OUT = {"q 4", "q 6", "q 15", "q 18"}  # of q 0 to q 19, by zlib.crc32
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k_train_500.jsonl"
 
 
@@ -88,6 +89,8 @@ def test_the_seed_decides_the_question_and_the_splits_share_none(tmp_path):
     assert questions("heldout")
     assert len(questions("train")) + len(questions("heldout")) == 100
     assert not questions("train") & questions("heldout")
+    few = {f"q {n}" for n in range(20)}
+    assert questions("heldout") & few == HELD_OUT, "on every machine"
 
 
 def test_a_source_that_is_none_of_questions_is_named_with_the_remedy(tmp_path):
@@ -163,6 +166,10 @@ def test_a_file_in_another_encoding_is_named_with_the_remedy(tmp_path):
         file.write_bytes(line.encode(encoding))
         with pytest.raises(ValueError, match=r"one\.jsonl' can't be read: 'utf-8' .* in UTF-8"):
             QuestionsEnv(path=str(file))
+    listed = tmp_path / "listed.json"  # which the library reads by itself
+    listed.write_bytes(line.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"listed\.json' is not UTF-8 .*: save it as UTF-8"):
+        QuestionsEnv(path=str(listed))
     file.write_bytes(b'{"question": "q", "answer": 1}\n' + line.encode("latin-1"))
     with pytest.raises(ValueError, match=r"one\.jsonl' .*UTF-8"):
         QuestionsEnv(path=str(file))
@@ -334,7 +341,9 @@ def test_a_data_set_s_own_splits_and_parts_of_them_are_read(tmp_path):
         ({"path": "a.jsonl", "revision": "main"}, "revision='main' is of a data set on the hub"),
         ({"path": "a.jsonl", "subset": "main"}, "subset='main' is of a data set on the hub"),
         ({"path": "empty.json"}, r"path='empty\.json' has no rows"),
-        ({"path": "a.jsonl", "data_split": 1}, "split=1 must be a text"),
+        ({"path": "a.jsonl", "data_split": 1}, "data_split=1 must be a text"),
+        ({"path": "plain"}, r"files of no suffix: give files of one kind of \.jsonl"),
+        ({"path": 5}, "path=5 must name files"),
         ({"path": [1]}, r"path=\[1\] must name files"),
         ({"path": "*.parquet"}, r"path='\*\.parquet' can't be read: No such file"),
         ({"path": "."}, "path='.' can't be read: "),
@@ -344,7 +353,7 @@ def test_a_source_that_can_t_be_is_named_with_its_option(tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.jsonl").write_text('{"question": "q", "answer": 1}\n')
     (tmp_path / "b.csv").write_text("question,answer\nq,1\n")
-    for name in ("empty.jsonl", "empty.json", "notes.txt"):
+    for name in ("empty.jsonl", "empty.json", "notes.txt", "plain"):
         (tmp_path / name).write_text("")
     with pytest.raises(ValueError, match=says):
         QuestionsEnv(**options)

@@ -123,7 +123,7 @@ async def test_a_data_set_of_the_hub_is_read_by_its_name_and_then_without_a_conn
             {"path": "org/none"},
         )
         assert found[:2] == [train, test]
-    remedy = ": correct the name, subset, split or revision; "
+    remedy = ": correct the name, subset, data_split or revision; "
     for error, says in zip(
         found[2:],
         (
