@@ -244,6 +244,7 @@ async def test_a_policy_calls_a_function_and_an_mcp_server(tmp_path, monkeypatch
         "gsm8k",
         {
             "env.options": {"path": str(tmp_path / "q.jsonl")},
+            "env.eval_options": {"split": "heldout"},
             "agent.tools": "examples.tools.calculator:calculate",
             "agent.mcp": [server],
             "agent.sandbox": sandbox,

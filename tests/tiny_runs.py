@@ -47,7 +47,8 @@ def questions(folder: Path) -> dict[str, object]:
     (folder / "questions.jsonl").write_text("\n".join(lines))
     return {
         "model": str(model),
-        "env.options.path": str(folder / "questions.jsonl"),
+        "env.options": {"path": str(folder / "questions.jsonl")},
+        "env.eval_options": {"split": "heldout"},
         "agent.max_tokens": 8,
         "rollout.filters": "",
     }

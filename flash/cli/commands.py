@@ -100,11 +100,17 @@ def _eval(arguments: Sequence[str]) -> None:
     parser.add_argument("--env", action="append", default=[])
     parser.add_argument("--tokenizer")
     parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--compare", nargs=2, metavar="FILE")
     options, words = parser.parse_known_args(arguments)
-    sources, overrides = split_words(words, options=parser.names())
-    source = only(sources, "a run's folder, a checkpoint, a preset or a YAML file")
     if options.json not in (None, "-"):
         _check_can_write(Path(options.json))
+    if options.compare is not None:
+        if words or options.env or options.tokenizer:
+            raise ValueError("--compare plays nothing: give two files of --json, and no more")
+        _compare(options.compare, options.json)
+        return
+    sources, overrides = split_words(words, options=parser.names())
+    source = only(sources, "a run's folder, a checkpoint, a preset or a YAML file")
     from flash.evaluate import evaluate, plan
 
     planned = plan(source, overrides, envs=options.env, tokenizer=options.tokenizer)
@@ -119,6 +125,13 @@ def _eval(arguments: Sequence[str]) -> None:
     show(report, options.json)
     if not report.complete:
         raise SystemExit(128 + signal.SIGINT)
+
+
+def _compare(files: Sequence[str], json: str | None) -> None:
+    from flash.evaluation.comparison import compare, read_report, show
+
+    first, second = (read_report(Path(file)) for file in files)
+    show(compare(first, second), json)
 
 
 def _check_can_write(path: Path) -> None:

@@ -36,6 +36,7 @@ _EVAL = """\
   flash eval runs/alfworld/checkpoints/step_000010 --eval.tasks 256
   flash eval --env frozen_lake --env my_env:MyEnv --model http://host:8000 --eval.samples 8
   flash eval gsm8k --model Qwen/Qwen2.5-0.5B-Instruct --json results.json
+  flash eval --compare before.json after.json
 
   --env NAME              an environment, or a preset or YAML file with its settings; several are
                           played at the same time, in the place of those that are configured
@@ -43,6 +44,7 @@ _EVAL = """\
                           vLLM or SGLang, or of /v1/completions with token ids, as it is
   --tokenizer NAME        or a folder: of a server's model, if the server does not say it
   --json FILE             the results as data, with each episode; -: to stdout, and no table
+  --compare FILE FILE     plays nothing: how two such results differ, task by task
 
 A run's folder, a preset or a YAML file says how; fields given here change it, and without any of
 these agent.style is chat. A server's key: --engine.api_key '$NAME', of a variable. Nothing is
@@ -174,7 +176,11 @@ _PLAN = """\
 """
 _USAGE = {
     "train": ("[PRESET|FILE.yaml] [--field.sub value …]", _TRAIN),
-    "eval": ("[RUN|CHECKPOINT|PRESET|FILE.yaml] [--env NAME …] [--model MODEL|URL]", _EVAL),
+    "eval": (
+        "[RUN|CHECKPOINT|PRESET|FILE.yaml] [--env NAME …] [--model MODEL|URL] "
+        "| --compare FILE FILE",
+        _EVAL,
+    ),
     "show": ("RUN [--step N]", _SHOW),
     "replay": (
         "RUN [--episode N|--group N|--worst|--dropped [REASON]|--rescore …|--retrain]",

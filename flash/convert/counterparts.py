@@ -55,11 +55,7 @@ QUESTIONS = "questions"
 OF_QUESTIONS = (
     "env.name", "env.options", "agent.style", "agent.style_options", "agent.max_turns"
 )  # fmt: skip
-OF_FILES = "files of problems; here each line has a question and an answer"
-MAKE_QUESTIONS = (
-    "write the data as JSON Lines, each with a question and an answer, and give it as "
-    "env.options.path"
-)
+OF_FILES = "data sets; here env.options.question and answer name their fields"
 
 
 def environment(name: str) -> str | None:
@@ -87,13 +83,16 @@ def questions() -> dict[str, Any]:
     return {"env.name": QUESTIONS} | {f"agent.{field}": preset[field] for field in fields}
 
 
-def questions_of(given: Given) -> Answer:
-    """A file, or what a hub calls so, that problems are read from."""
-    paths = given.value if isinstance(given.value, list) else [given.value]
-    if len(paths) == 1 and str(paths[0]).endswith(".jsonl"):
-        return questions() | {"env.options": {"path": str(paths[0])}}
-    named = ", ".join(map(str, paths))
-    return Placeholder(questions(), f"{named} is no file of JSON Lines: {MAKE_QUESTIONS}")
+def questions_of(given: Given, **options: Any) -> Answer:
+    """The data set of that path, files or a name on the hub, read with these options."""
+    named = given.value if isinstance(given.value, list) else [given.value]
+    paths = [str(path) for path in named]
+    if unset := [path for path in paths if "$" in path]:
+        return Placeholder(
+            questions(),
+            f"{', '.join(unset)} names a variable that is not set: give env.options.path",
+        )
+    return questions() | {"env.options": {"path": paths if len(paths) > 1 else paths[0], **options}}
 
 
 def model(given: Given) -> Answer:

@@ -10,7 +10,6 @@ from typing import Any
 
 from flash.convert.counterparts import (
     AGGREGATIONS,
-    MAKE_QUESTIONS,
     MODEL,
     OF_GPUS,
     OF_QUESTIONS,
@@ -71,6 +70,12 @@ _ADVANTAGES = {
     "step_wise_grpo": "grpo", "gigpo": "gigpo",
 }  # fmt: skip
 _WORKFLOWS_OF_QUESTIONS = ("math", "boxed", "gsm8k", "simple_workflow", "rm_gallery")
+# What is said of a data set, and the option that it is here.
+_OF_DATASET = {
+    "subset_name": "subset", "split": "data_split", "format.prompt_key": "question",
+    "format.response_key": "answer",
+}  # fmt: skip
+_ONE_TASKSET = "buffer.explorer_input.taskset"
 _TASKSET = "buffer.explorer_input.taskset*"
 _TASKSETS = "buffer.explorer_input.tasksets.*"
 _MODEL = "explorer.rollout_model."
@@ -199,14 +204,35 @@ def _task_set(given: Given) -> Answer:
     )
     if (world := environment(workflow)) is not None:
         return {"task_sets": {name: {"env": {"name": world}}}, "env.name": world}
-    path, asked = source.text(f"{section}.path"), questions()
+    asked = questions()
     agent = {field: asked[f"agent.{field}"] for field in ("style_options", "max_turns")}
-    of_set: dict[str, Any] = {"env": {"name": QUESTIONS}, "agent": agent}
-    fields = {"task_sets": {name: of_set}, "env.name": QUESTIONS}
-    if not path.endswith(".jsonl"):
-        return Placeholder(fields, f"{named}: {MAKE_QUESTIONS}, of task_sets.{name}")
-    of_set["env"]["options"] = {"path": path}
+    options = {
+        option: source[f"{section}.{key}"]
+        for key, option in {"path": "path", **_OF_DATASET}.items()
+        if source.get(f"{section}.{key}") is not None
+    }
+    env: dict[str, Any] = {"name": QUESTIONS} | ({"options": options} if options else {})
+    fields = {"task_sets": {name: {"env": env, "agent": agent}}, "env.name": QUESTIONS}
+    if "path" not in options:
+        return Placeholder(fields, f"{named} has no path: give task_sets.{name}.env.options.path")
     return fields
+
+
+def _reads(key: str) -> Becomes:
+    """How a taskset's data set is read."""
+
+    def how(given: Given) -> Answer:
+        source, section = given.source, given.key.removesuffix(f".{key}")
+        if section != _ONE_TASKSET:
+            return _task_set(Given(f"{section}.path", given.value, source))
+        workflow = source.text(
+            f"{section}.default_workflow_type", "buffer.explorer_input.default_workflow_type"
+        )
+        if environment(workflow) is not None:
+            return NoMeaning("an environment makes its own tasks")
+        return {"env.options": {_OF_DATASET[key]: given.value}}
+
+    return Becomes(("env.options", "task_sets", "env.name"), "of a data set, likewise", how)
 
 
 def _gpus(given: Given) -> Answer:
@@ -472,16 +498,7 @@ _RULES: dict[str, Rule] = {
     f"{_TASKSET}.storage_type": Depends(
         ("file",), "an environment reads its file", "an environment makes tasks from seeds"
     ),
-    f"{_TASKSET}.subset_name": Missing(MAKE_QUESTIONS),
-    f"{_TASKSET}.split": NoMeaning(
-        "training and held-out tasks are told apart by env.eval_options"
-    ),
-    f"{_TASKSET}.format.prompt_key": Depends(
-        ("question",), "the questions' own key", MAKE_QUESTIONS
-    ),
-    f"{_TASKSET}.format.response_key": Depends(
-        ("answer",), "the answers' own key", MAKE_QUESTIONS
-    ),
+    **{f"{_TASKSET}.{key}": _reads(key) for key in _OF_DATASET},
     f"{_TASKSET}.format.*": Missing("an environment of your own reads what it likes: env.name"),
     f"{_TASKSET}.rollout_args.temperature": is_field(
         "agent.temperature", "of sampling; the trainer accounts for it"

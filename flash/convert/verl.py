@@ -5,10 +5,10 @@ here counts samples. By default workers are on the trainer's own GPUs, in turns 
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from flash.convert.counterparts import (
-    MAKE_QUESTIONS,
     MODEL,
     OF_FILES,
     OF_GPUS,
@@ -37,6 +37,7 @@ from flash.convert.rules import (
     Given,
     Missing,
     NoMeaning,
+    Placeholder,
     Rule,
     System,
     by_name,
@@ -127,6 +128,24 @@ def _loss_mode(given: Given) -> Answer:
     if given.value not in _LOSSES:
         return Missing(f"{given.value}: there is no such objective: see docs/objectives.md")
     return {"trainer.objective.name": _objective(given.source)}
+
+
+def _of_prompt(key: Any) -> dict[str, Any]:
+    return {"question": f"{key}.0.content"}  # a list of messages
+
+
+def _train_files(given: Given) -> Answer:
+    key = given.source.text("data.prompt_key", default="prompt")
+    return questions_of(given, **_of_prompt(key), answer="reward_model.ground_truth")
+
+
+def _val_files(given: Given) -> Answer:
+    """Then all of the others are trained on."""
+    held_out = questions_of(given)
+    if isinstance(held_out, Placeholder):
+        return Missing(held_out.why.replace("env.options", "env.eval_options"))
+    assert isinstance(held_out, Mapping)
+    return {"env.options": {"split": "all"}, "env.eval_options": held_out["env.options"]}
 
 
 def _bypass(given: Given) -> Answer:
@@ -506,15 +525,20 @@ RULES: dict[str, Rule] = {
     ),
     f"{_CORRECTION}*": Missing("the objectives masked_is and icepop leave out by low and high"),
     "algorithm.*": Missing("see docs/objectives.md for losses and advantages"),
-    "data.train_files": Becomes(OF_QUESTIONS, OF_FILES, questions_of),
-    "data.val_files": NoMeaning("held-out questions are of the same file: env.eval_options"),
+    "data.train_files": Becomes(OF_QUESTIONS, OF_FILES, _train_files),
+    "data.val_files": Becomes(
+        ("env.eval_options", "env.options"), "files of held-out problems", _val_files
+    ),
+    "data.prompt_key": is_field(
+        "env.options", "a prompt's first message is the question", _of_prompt
+    ),
     "data.val_batch_size": Becomes(
         ("eval.tasks",), "episodes of an evaluation, likewise",
         lambda given: (
             {"eval.tasks": int(given.value)} if given.value > 0 else NoMeaning("all of val_files")
         ),
     ),
-    "data.*_key": Missing(MAKE_QUESTIONS),
+    "data.*_key": Missing("env.options.question and answer name the fields that are asked"),
     "data.custom_cls.*": Missing("an environment of your own is env.name=module:Class"),
     "data.tool_config_path": Missing("an environment of your own gives tools: env.name"),
     "data.*max_samples": Missing("write a shorter file"),

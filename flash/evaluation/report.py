@@ -143,8 +143,13 @@ def _mean(values: Sequence[int]) -> float | None:
 
 def markdown(report: Report) -> str:
     """A table with a row for each environment."""
+    return as_markdown(_table(report))
+
+
+def as_markdown(table: Table) -> str:
+    """A table as it can be pasted."""
     page = io.StringIO()
-    Console(file=page, width=_WIDE).print(_table(report))  # a row that wraps can't be pasted
+    Console(file=page, width=_WIDE).print(table)  # a row that wraps can't be pasted
     return page.getvalue().strip()
 
 
@@ -186,13 +191,18 @@ def caption(report: Report) -> str:
 
 def show(report: Report, json: str | None) -> None:
     """Prints the table; the report as JSON goes to that file, or alone to stdout for `-`."""
-    data = msgspec.json.format(msgspec.json.encode(report), indent=1).decode()
+    show_as(report, f"{markdown(report)}\n\n{caption(report)}", json)
+
+
+def show_as(found: msgspec.Struct, page: str, json: str | None) -> None:
+    """Prints the page; what was found goes as JSON to that file, or alone to stdout for `-`."""
+    data = msgspec.json.format(msgspec.json.encode(found), indent=1).decode()
     if json == "-":
         print(data)
         return
     if json is not None:
         Path(json).write_text(data + "\n", encoding="utf-8")
-    print(f"{markdown(report)}\n\n{caption(report)}")
+    print(page)
 
 
 def _rate(found: Estimate | None) -> str:

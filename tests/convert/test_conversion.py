@@ -228,7 +228,52 @@ def row_of(system: str, leaves, key: str):
             "env.name",
             "alfworld",
         ),
-        ("verl", VERL | {"data.train_files": "sums.jsonl"}, "env.options", {"path": "sums.jsonl"}),
+        (
+            "verl",
+            VERL | {"data.train_files": ["a.parquet", "b.parquet"], "data.prompt_key": "asked"},
+            "env.options",
+            {
+                "path": ["a.parquet", "b.parquet"],
+                "question": "asked.0.content",
+                "answer": "reward_model.ground_truth",
+            },
+        ),
+        (
+            "verl",
+            VERL | {"data.train_files": "a.parquet", "data.val_files": "b.parquet"},
+            "env.options",
+            {
+                "path": "a.parquet",
+                "question": "prompt.0.content",
+                "answer": "reward_model.ground_truth",
+                "split": "all",
+            },
+        ),
+        (
+            "verl",
+            VERL | {"data.train_files": "a.parquet", "data.val_files": "b.parquet"},
+            "env.eval_options",
+            {"path": "b.parquet"},
+        ),
+        (
+            "trinity",
+            TRINITY
+            | {
+                "buffer.explorer_input.taskset.path": "openai/gsm8k",
+                "buffer.explorer_input.taskset.subset_name": "main",
+                "buffer.explorer_input.taskset.split": "train",
+                "buffer.explorer_input.taskset.format.prompt_key": "question",
+                "buffer.explorer_input.taskset.format.response_key": "answer",
+            },
+            "env.options",
+            {
+                "path": "openai/gsm8k",
+                "subset": "main",
+                "data_split": "train",
+                "question": "question",
+                "answer": "answer",
+            },
+        ),
         ("verl", VERL | {"data.train_files": "sums.jsonl"}, "agent.max_turns", 1),
         (
             "verl",
@@ -399,9 +444,28 @@ def test_several_tasksets_are_task_sets_with_environments_or_questions():
     assert worlds["sums"]["env"] == {"name": "questions", "options": {"path": "sums.jsonl"}}
     assert worlds["sums"]["agent"]["max_turns"] == 1
     assert not any("sums" in what for what in found.decide)
-    elsewhere = converted("trinity", leaves | {f"{sets}.1.path": "org/sums"})
-    assert elsewhere.settings["task_sets"]["sums"]["env"] == {"name": "questions"}
-    assert any("task_sets.sums" in what for what in elsewhere.decide)
+    how = {f"{sets}.1.subset_name": "main", f"{sets}.1.format.prompt_key": "asked"}
+    elsewhere = made("trinity", **leaves | how | {f"{sets}.1.path": "org/sums"})
+    assert elsewhere["task_sets"]["sums"]["env"]["options"] == {
+        "path": "org/sums",
+        "subset": "main",
+        "question": "asked",
+    }
+    assert "env.options" not in elsewhere
+    del leaves[f"{sets}.1.path"]
+    nowhere = converted("trinity", leaves)
+    assert nowhere.settings["task_sets"]["sums"]["env"] == {"name": "questions"}
+    assert any("give task_sets.sums.env.options.path" in what for what in nowhere.decide)
+
+
+def test_files_that_variables_name_are_to_decide():
+    found = converted("verl", VERL | {"data.train_files": "$DATA/a.parquet"})
+    assert found.settings["env.name"] == "questions"
+    assert "env.options" not in found.settings
+    assert any("$DATA/a.parquet names a variable that is not set" in what for what in found.decide)
+    leaves = VERL | {"data.train_files": "a.parquet", "data.val_files": "$DATA/b.parquet"}
+    assert "split" not in made("verl", **leaves)["env.options"]
+    assert row_of("verl", leaves, "data.val_files").note.endswith("give env.eval_options.path")
 
 
 def test_environments_that_are_not_played_change_nothing():

@@ -6,6 +6,7 @@ A new one joins by a row.
 import contextlib
 import dataclasses
 import functools
+import json
 import random
 
 import msgspec
@@ -47,6 +48,7 @@ ROWS = [
     Row("textarena", {"id": "TowerOfHanoi-v0"}, "A B", "textarena", seeds_differ=False),
     Row("gem", {"id": "game:GuessTheNumber-v0-random"}, r"\boxed{2}", "gem"),
     Row("gem", {"id": "game:Minesweeper-v0-random"}, r"\boxed{reveal 0 0}", "gem"),
+    Row("alfworld", {}, "look", "alfworld"),
     Row("sokoban", {}, "Up"),
     Row("webshop", {"products": 50}, "search[shoes]", "bm25s"),
     Row("gymnasium", {"id": "flash.envs.frozen_lake:flash/FrozenLakeText-v0"}, "right"),
@@ -64,6 +66,7 @@ ODD = [
 ]
 ODD += ["[99999999999999999999 0]", r"\boxed{99999999999999999999}", "[-1 -1 -1]", "<tool_call>"]
 
+OF_QUESTIONS = Row("questions", {}, "4", "datasets")
 OF_A_SERVER = Row("openenv", {"observation": "text"}, "3", "websockets")
 OF_FOLDERS = Row("harbor", {"without": ["image"]}, "```bash\ncat log.txt\n```")
 
@@ -71,6 +74,7 @@ each = pytest.mark.parametrize(
     "row",
     [
         *ROWS,
+        OF_QUESTIONS,
         pytest.param(OF_A_SERVER, marks=pytest.mark.slow),
         pytest.param(OF_FOLDERS, marks=[pytest.mark.slow, needs_sandbox]),
     ],
@@ -94,6 +98,14 @@ def folders(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    path = tmp_path_factory.mktemp("questions") / "questions.jsonl"
+    rows = ({"question": f"What is {n} + 1?", "answer": n + 1} for n in range(50))
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
 @pytest.fixture
 def row(request):
     match request.param:
@@ -102,6 +114,8 @@ def row(request):
             own = {"url": request.getfixturevalue("openenv_url")}
         case Row(name="harbor"):
             own = {"path": str(request.getfixturevalue("folders"))}
+        case Row(name="questions"):
+            own = {"path": request.getfixturevalue("questions")}
         case _:
             own = {}
     return dataclasses.replace(request.param, options=request.param.options | own)
