@@ -33,10 +33,12 @@ def make(constructor: Callable[[], TextEnv]) -> TextEnv:
 
 def deterministic(env: TextEnv) -> bool:
     """Whether its `metadata` says that seed, options and actions decide all that it answers."""
-    try:
-        return truth(env.metadata["deterministic"]) is True
-    except Exception:  # the boundary: what is no gymnasium.Env may have anything there, or nothing
-        return False
+    return _says(env, "deterministic")
+
+
+def blocks(env: TextEnv) -> bool:
+    """Whether its `metadata` says that it waits for others, so that it needs a host."""
+    return _says(env, "blocks")
 
 
 def reset(env: TextEnv, task: Task) -> Observation:
@@ -74,6 +76,13 @@ def close(env: TextEnv) -> None:
 def check_again(what: str, seen: Observation) -> Observation:
     """Of what came from another process, whose word alone is not enough."""
     return _observation(what, seen.text, seen.reward, seen.terminated, seen.truncated, seen.info)
+
+
+def _says(env: TextEnv, name: str) -> bool:
+    try:
+        return truth(env.metadata[name]) is True
+    except Exception:  # the boundary: what is no gymnasium.Env may have anything there, or nothing
+        return False
 
 
 def _call(what: str, function: Callable[..., Any], *args: Any, **named: Any) -> Any:

@@ -1,0 +1,392 @@
+"""Problems with tests, from files in the shapes that people have.
+
+    MBPP             text or prompt, test_list, challenge_test_list, test_setup_code, test_imports
+    LiveCodeBench    question_content, starter_code, public_test_cases, private_test_cases, metadata
+    APPS, TACO, verl a question, and inputs, outputs and fn_name, which may be JSON in a field
+
+Which one an entry has is told by its fields.
+"""
+
+import base64
+import binascii
+import functools
+import io
+import json
+import logging
+import pickle
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from flash.envs.questions import _lines, _rows
+
+from .assertions import Assertion, defined, split, stands_alone
+
+logger = logging.getLogger(__name__)
+
+Split = Literal["train", "heldout", "all"]
+
+_HOW = "Answer with Python code in one block, ```python … ```."
+_HELDOUT_SHARE = 5  # one problem of so many is held out
+_MOST_BYTES = 1 << 28  # of the private tests of a problem, unpacked
+_MODULES = (
+    *("string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random"),
+    *("statistics", "itertools", "functools", "operator", "io", "sys", "json", "typing"),
+    "builtins",  # the last, so that none of its names is another's
+)
+# What LiveCodeBench lets solutions take for granted; in one line, so that lines keep their places.
+PRELUDE = "; ".join(
+    [f"from {module} import *; import {module}" for module in _MODULES]
+    + ["sys.setrecursionlimit(50_000)"]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """What a program reads, and what it should write."""
+
+    stdin: str
+    stdout: str
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call of a function, with plain data of JSON; any of `expected` is right."""
+
+    name: str
+    arguments: Sequence[Any]
+    expected: Sequence[Any]
+
+
+Test = Program | Call | Assertion
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """A question and its tests, all of one kind.
+
+    prelude, setup: code that runs before an answer's and after it.
+    judge_setup: code that runs before assertions are judged, where no answer's code is.
+    packed: more hidden tests, as LiveCodeBench packs them.
+    """
+
+    question: str  # all that an answer's author is told
+    public: tuple[Test, ...]
+    hidden: tuple[Test, ...]
+    prelude: str = ""
+    setup: str = ""
+    judge_setup: str = ""
+    packed: str = field(default="", repr=False)
+    function: str = ""  # of packed tests
+
+    def hidden_tests(self) -> tuple[Test, ...]:
+        """All of them. ValueError if those that are packed can't be read."""
+        return self.hidden + _cases(unpacked(self.packed), self.function, "private_test_cases")
+
+
+def read(path: str, *, split: Split, public: int, unusable: str) -> list[Problem]:
+    """The problems of a file, which is read once. ValueError names the line, and what is wrong.
+
+    Args:
+        public: so many tests are shown, where the file does not tell which.
+        unusable: `refuse` a file with a problem that can't be tested, or `skip` those, and say so.
+    """
+    if not path:
+        raise ValueError(
+            "path is missing: give a file of problems with tests, as MBPP's, LiveCodeBench's, "
+            "APPS's or TACO's, in JSON Lines, JSON or Parquet"
+        )
+    try:
+        state = Path(path).expanduser().stat()
+    except OSError as error:
+        raise ValueError(f"path={path!r} can't be read: {error.strerror}") from error
+    problems = _read(path, state.st_mtime_ns, state.st_size, public, unusable == "skip")
+    chosen = [p for p in problems if split == "all" or split == split_of(p.question)]
+    if not chosen:
+        raise ValueError(f"path={path!r} has no {split} problems: give a longer file")
+    return chosen
+
+
+def split_of(question: str) -> Split:
+    """A question belongs to one of them, wherever it stands."""
+    return "heldout" if zlib.crc32(question.encode()) % _HELDOUT_SHARE == 0 else "train"
+
+
+@functools.lru_cache(maxsize=4)  # each episode makes an environment anew
+def _read(path: str, changed_ns: int, size: int, public: int, skip: bool) -> list[Problem]:
+    problems, skipped = list[Problem](), list[ValueError]()
+    for where, entry in _entries(path):
+        try:
+            problem = of_entry(json.loads(entry) if isinstance(entry, str) else entry, public)
+            problem.question.encode()
+        except (ValueError, RecursionError) as error:
+            mistake = ValueError(f"path={path!r}, {where}: {error}")
+            if not skip:
+                raise mistake from error
+            skipped.append(mistake)
+        else:
+            problems.append(problem)
+    if skipped:
+        logger.warning(
+            "path=%r: %d of %d problems are left out; the first one: %s",
+            path, len(skipped), len(skipped) + len(problems), skipped[0],
+        )  # fmt: skip
+    return problems
+
+
+def _entries(path: str) -> Iterator[tuple[str, Any]]:
+    """Each with its place; a text is JSON that is still to be read."""
+    if Path(path).suffix == ".parquet":
+        yield from ((f"row {number}", row) for number, row in _rows(path))
+        return
+    lines = list(_lines(path))
+    if Path(path).suffix == ".json" or (lines and lines[0][1].strip() == "["):
+        text = "\n".join(line for _, line in lines)
+        try:
+            entries = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"path={path!r} is not JSON: {error}") from error
+        if not isinstance(entries, list):
+            raise ValueError(f"path={path!r} must be a list of problems, [{{…}}, …]")
+        yield from ((f"entry {number}", entry) for number, entry in enumerate(entries, start=1))
+        return
+    yield from ((f"line {number}", line) for number, line in lines)
+
+
+# ── shapes ───────────────────────────────────────────────────────────────────────────────────
+
+
+def of_entry(entry: Any, public: int) -> Problem:
+    """A problem of any of the shapes. ValueError names the field, and what it must be."""
+    if not isinstance(entry, Mapping):
+        raise ValueError("it is not an object with a question and tests")
+    if "test_list" in entry:
+        return _of_mbpp(entry, public)
+    if "public_test_cases" in entry:
+        return _of_livecodebench(entry)
+    return _of_inputs(entry, public)
+
+
+def _of_mbpp(entry: Mapping[str, Any], public: int) -> Problem:
+    imports = "\n".join(_texts(entry, "test_imports"))
+    setup = _text(entry, "test_setup_code")
+    known = defined(imports)
+    judge_setup = imports
+    if stands_alone(setup, known):  # else it makes use of what the answer defines
+        known |= defined(setup)
+        judge_setup = f"{imports}\n{setup}"
+    tests = list[Test]()
+    for name in ("test_list", "challenge_test_list"):
+        for number, source in enumerate(_texts(entry, name)):
+            try:
+                tests.append(split(source, known))
+            except ValueError as error:
+                raise ValueError(f"{name}[{number}]={_shown(source)}: {error}") from error
+    if not tests:
+        raise ValueError("test_list is empty, so that nothing could be right")
+    shown = "\n".join(test.source for test in tests[:public] if isinstance(test, Assertion))
+    return Problem(
+        question=(
+            f"{_question(entry)}\n\nIt is tested like this:\n```python\n{shown}\n```\n\n{_HOW}"
+        ),
+        public=tuple(tests[:public]),
+        hidden=tuple(tests[public:]),
+        setup=f"{imports}\n{setup}",
+        judge_setup=judge_setup,
+    )
+
+
+def _of_livecodebench(entry: Mapping[str, Any]) -> Problem:
+    metadata = _object(entry.get("metadata") or {}, "metadata")
+    function = metadata.get("func_name") or ""
+    shown = _cases(_json(entry["public_test_cases"]), function, "public_test_cases")
+    private = entry.get("private_test_cases") or []
+    packed = private if isinstance(private, str) and not private.lstrip().startswith("[") else ""
+    hidden = () if packed else _cases(_json(private), function, "private_test_cases")
+    if not (shown or hidden or packed):
+        raise ValueError("public_test_cases and private_test_cases are empty: give tests")
+    return Problem(
+        question=_asked(entry, function),
+        public=shown,
+        hidden=hidden,
+        packed=packed,
+        function=function,
+        prelude=PRELUDE,
+    )
+
+
+def _of_inputs(entry: Mapping[str, Any], public: int) -> Problem:
+    found = _inputs(entry)
+    inputs, outputs = found["inputs"], found.get("outputs")
+    if not isinstance(inputs, list) or not isinstance(outputs, list):
+        raise ValueError("inputs and outputs must be lists, of a test each")
+    if len(inputs) != len(outputs) or not inputs:
+        raise ValueError(
+            f"it has {len(inputs)} inputs and {len(outputs)} outputs: give as many of both, and "
+            f"one at least"
+        )
+    function = found.get("fn_name") or ""
+    make = functools.partial(_call, function) if function else _program
+    tests = [make(given, wanted) for given, wanted in zip(inputs, outputs, strict=True)]
+    return Problem(
+        question=_asked(entry, function),
+        public=tuple(tests[:public]),
+        hidden=tuple(tests[public:]),
+        prelude=PRELUDE,
+    )
+
+
+def _inputs(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What has the inputs: the entry itself, or JSON in it."""
+    places = {"input_output": entry.get("input_output")}
+    if isinstance(entry.get("reward_model"), Mapping):
+        places["reward_model.ground_truth"] = entry["reward_model"].get("ground_truth")
+    for name, value in {"": entry, **places}.items():
+        found = _object(value, name) if value else {}
+        if "inputs" in found:
+            return found
+    raise ValueError(
+        "it has no tests: give test_list (as MBPP), public_test_cases (as LiveCodeBench) or inputs "
+        "and outputs (as APPS and TACO, also as JSON in input_output or reward_model.ground_truth);"
+        f" it has {', '.join(map(repr, entry)) or 'none'}"
+    )
+
+
+def _call(function: str, given: Any, wanted: Any) -> Call:
+    arguments = [_json(line) for line in given.split("\n")] if isinstance(given, str) else given
+    expected = _json(wanted) if isinstance(given, str) and isinstance(wanted, str) else wanted
+    if not isinstance(arguments, list):
+        raise ValueError(f"inputs has {_shown(given)}: it must be a list of {function}'s arguments")
+    # In APPS some are in a list of their own, and some are not.
+    alone = expected if isinstance(expected, list) and len(expected) == 1 else []
+    return Call(function, arguments, [expected, *alone])
+
+
+def _program(given: Any, wanted: Any) -> Program:
+    texts = ["\n".join(each) if _is_texts(each) else each for each in (given, wanted)]
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(
+                f"inputs and outputs have {_shown(text)}: what a program reads and writes must be "
+                f"a text, or a list of its lines; what is called needs a fn_name"
+            )
+    return Program(*texts)
+
+
+def _cases(cases: Any, function: str, name: str) -> tuple[Test, ...]:
+    """LiveCodeBench's: of a program or, with `function`, calls with an argument in each line."""
+    if not isinstance(cases, list):
+        raise ValueError(f"{name} must be a list of tests")
+    tests = list[Test]()
+    for number, case in enumerate(cases):
+        match case:
+            case {"input": str(given), "output": str(wanted), "testtype": "stdin"}:
+                tests.append(Program(given, wanted))
+            case {"input": str(given), "output": str(wanted), "testtype": "functional"} if function:
+                arguments = [_json(line) for line in given.split("\n")]
+                tests.append(Call(function, arguments, [_json(wanted)]))
+            case _:
+                raise ValueError(
+                    f"{name}[{number}]={_shown(case)} must have input and output, which are texts, "
+                    f"and testtype: stdin, or functional where metadata has a func_name"
+                )
+    return tuple(tests)
+
+
+# ── questions ────────────────────────────────────────────────────────────────────────────────
+
+
+def _asked(entry: Mapping[str, Any], function: str) -> str:
+    parts = [_question(entry)]
+    starter = _text(entry, "starter_code").rstrip()
+    if function:
+        parts.append(f"Write the function {function!r}.")
+    else:
+        parts.append("Write a program that reads standard input and writes standard output.")
+    if starter:
+        parts.append(f"Begin with this:\n```python\n{starter}\n```")
+    parts.append(_HOW)
+    return "\n\n".join(parts)
+
+
+def _question(entry: Mapping[str, Any]) -> str:
+    for name in ("question_content", "question", "problem", "prompt", "text"):
+        value = entry.get(name)
+        if isinstance(value, list):  # messages
+            contents = [m.get("content") for m in value if isinstance(m, Mapping)]
+            value = "\n\n".join(each for each in contents if isinstance(each, str))
+        if isinstance(value, str) and value.strip():
+            return value.strip()
+    raise ValueError(
+        "it has no question: give question, problem, prompt, text or question_content; it has "
+        + ", ".join(map(repr, entry))
+    )
+
+
+# ── fields ───────────────────────────────────────────────────────────────────────────────────
+
+
+def unpacked(text: str) -> Any:
+    """Tests of LiveCodeBench: a pickle of a text of JSON, packed by zlib, in base64.
+
+    A pickle runs what it names, so one that names anything is refused.
+    """
+    if not text:
+        return []
+    try:
+        unpacking = zlib.decompressobj()
+        content = unpacking.decompress(base64.b64decode(text), _MOST_BYTES)
+        if not unpacking.eof:
+            raise ValueError(f"it is not whole, or more than {_MOST_BYTES} bytes")
+        value = _TextsAlone(io.BytesIO(content)).load()
+        if not isinstance(value, str):
+            raise ValueError("it holds no text")
+        return _json(value)
+    except (ValueError, binascii.Error, zlib.error, pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(f"private_test_cases can't be unpacked: {error}") from error
+
+
+class _TextsAlone(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"its pickle names {module}.{name}, and may hold a text alone")
+
+
+def _json(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{_shown(value)} is not JSON: {error}") from error
+
+
+def _object(value: Any, name: str) -> Mapping[str, Any]:
+    found = _json(value)
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{name}={_shown(value)} must be an object, or JSON of one")
+    return found
+
+
+def _text(entry: Mapping[str, Any], name: str) -> str:
+    value = entry.get(name) or ""
+    if not isinstance(value, str):
+        raise ValueError(f"{name}={_shown(value)} must be a text")
+    return value
+
+
+def _texts(entry: Mapping[str, Any], name: str) -> list[str]:
+    value = entry.get(name) or []
+    if not _is_texts(value):
+        raise ValueError(f"{name}={_shown(value)} must be a list of texts")
+    return list(value)
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else f"{text[:60]}…"
