@@ -1,0 +1,123 @@
+"""The command line of a sandbox by bubblewrap, and whether this machine can have one."""
+
+import contextlib
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from flash.sandbox.sandbox import WORK, SandboxUnavailable
+
+FOLDERS = (WORK, "/tmp", "/dev/shm")
+"""What is writable."""
+
+_NOBODY = 65534  # who we are in a sandbox where root opens it
+_IDS = ("--uid", "1000", "--gid", "1000")  # as seen from inside
+_INSIDE = Path(__file__).with_name("inside.py")
+_INSIDE_THERE = "/.flash/inside.py"
+_SYSTEM = (
+    "/usr", "/etc/alternatives", "/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d",
+    "/etc/localtime",
+)  # fmt: skip
+_OF_USR = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
+_USERS = "root:x:0:0::/:/bin/sh\nsandbox:x:1000:1000::/tmp:/bin/sh\n"
+_GROUPS = "root:x:0:\nsandbox:x:1000:\n"
+# Nobody could not pass the folders above some of what he may see: root's own is closed. They are
+# mounted where he can, in a mount namespace of its own; that nothing is needed of /sys is its use.
+_AS_NOBODY = f"""
+mount -t tmpfs -o mode=755 none /sys || exit
+while [ "$1" != -- ]; do
+  if [ -d "$1" ]; then mkdir -p "/sys$1"; else mkdir -p "/sys${{1%/*}}" && : > "/sys$1"; fi
+  mount --rbind "$1" "/sys$1" || exit
+  shift
+done
+shift
+exec setpriv --reuid={_NOBODY} --regid={_NOBODY} --clear-groups -- "$@"
+"""
+
+
+@contextlib.contextmanager
+def command_line(argument: str, *, seen: Sequence[Path]) -> Iterator[tuple[list[str], list[int]]]:
+    """What opens a sandbox and runs `inside.py` in it, and the descriptors that it is to inherit.
+
+    Raises SandboxUnavailable for a command that is not installed.
+    """
+    check_installed()
+    with contextlib.ExitStack() as opened:
+        descriptors: list[int] = []
+
+        def data(descriptor: int, there: str) -> list[str]:
+            opened.callback(os.close, descriptor)
+            descriptors.append(descriptor)
+            return ["--ro-bind-data", str(descriptor), there]
+
+        prefix = "/sys" if os.geteuid() == 0 else ""
+        mounts = [word for folder in ("/run", *FOLDERS) for word in ("--dir", folder)]
+        for path in seen:
+            mounts += ["--ro-bind", f"{prefix}{path}", str(path)]
+        for path in map(Path, _OF_USR):
+            if path.is_symlink():
+                mounts += ["--symlink", str(path.readlink()), str(path)]
+        command = [
+            "bwrap", "--unshare-all", "--unshare-user", "--disable-userns", *_IDS,
+            "--hostname", "sandbox", "--die-with-parent", "--new-session", "--as-pid-1",
+            "--cap-drop", "ALL", "--cap-add", "CAP_SYS_ADMIN", "--clearenv",
+            "--proc", "/proc", "--dev", "/dev",
+            *mounts, "--remount-ro", "/dev",
+            *data(_memory(_USERS), "/etc/passwd"),
+            *data(_memory(_GROUPS), "/etc/group"),
+            *data(os.open(_INSIDE, os.O_RDONLY), _INSIDE_THERE),
+            "--remount-ro", "/", "--chdir", "/",
+            "--", sys.executable, "-IS", _INSIDE_THERE, argument,
+        ]  # fmt: skip
+        if prefix:
+            command = [
+                *("unshare", "--mount", "--propagation", "private"),
+                *("sh", "-c", _AS_NOBODY, "sh", *map(str, seen), "--", *command),
+            ]
+        yield command, descriptors
+
+
+def python_path() -> str:
+    """PATH in a sandbox: this Python's own commands first."""
+    return os.pathsep.join(
+        dict.fromkeys(
+            (f"{sys.prefix}/bin", f"{sys.base_prefix}/bin", "/usr/local/bin", "/usr/bin", "/bin")
+        )
+    )
+
+
+def check_installed() -> None:
+    needs = ["bwrap", *(("unshare", "mount", "setpriv") if os.geteuid() == 0 else ())]
+    packages = {"bwrap": "bubblewrap", "mount": "mount"}
+    for name in needs:
+        if shutil.which(name) is None:
+            package = packages.get(name, "util-linux")
+            raise SandboxUnavailable(
+                f"a local sandbox needs {name!r}, which is not installed: run `apt-get install "
+                f"{package}`, or what this system has in its place"
+            )
+
+
+def seen_of(readable: Sequence[Path]) -> list[Path]:
+    """What is seen of this machine: those above first, and none that is seen with another."""
+    wanted = {
+        *map(Path, _SYSTEM),
+        *(path for path in map(Path, _OF_USR) if not path.is_symlink()),
+        *map(Path, (sys.prefix, sys.base_prefix)),
+        *(path.absolute() for path in readable),
+    }
+    seen: list[Path] = []
+    for path in sorted(path for path in wanted if path.exists()):
+        if not any(path.is_relative_to(above) for above in seen):
+            seen.append(path)
+    return seen
+
+
+def _memory(text: str) -> int:
+    """A descriptor of a file that has no name."""
+    descriptor = os.memfd_create("sandbox")
+    os.write(descriptor, text.encode())
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return descriptor
