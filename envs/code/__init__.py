@@ -49,6 +49,7 @@ class CodeEnv(ProblemEnv):
         one_of("split", split, ("train", "heldout", "all"))
         one_of("unusable", unusable, ("refuse", "skip"))
         at_least("public_tests", public_tests, 1)
+        self._problems = read(path, split=split, public=public_tests, unusable=unusable)
         super().__init__(
             turns=turns,
             rewards=rewards,
@@ -58,7 +59,6 @@ class CodeEnv(ProblemEnv):
             tolerance=tolerance,
             sandbox=sandbox,
         )
-        self._problems = read(path, split=split, public=public_tests, unusable=unusable)
 
     def problem(self, seed: int) -> Problem:
         return self._problems[seed % len(self._problems)]

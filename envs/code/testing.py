@@ -190,7 +190,7 @@ async def _passed(
         for test, lines in zip(tests, given, strict=True)
         if isinstance(test, Assertion) and len(lines) == len(test.expressions)
     ]
-    judged = any(isinstance(test, Assertion) for test in tests)  # or their set-up at least
+    judged = whole or problem.judge_setup.strip()  # which may fail, and not by the answer
     holds = iter(await _judged(problem.judge_setup, whole, rules) if judged else ())
     return [
         _as_expected(test, lines)

@@ -6,6 +6,7 @@ A new one joins by a row.
 import contextlib
 import dataclasses
 import functools
+import json
 import random
 
 import msgspec
@@ -25,6 +26,7 @@ from flash.rollout.episode import Episode
 from flash.types import Task
 from flash.virtual_time import in_virtual_time
 from tests import openenv
+from tests.sandboxes import needs_sandbox
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +66,16 @@ ODD = [
 ODD += ["[99999999999999999999 0]", r"\boxed{99999999999999999999}", "[-1 -1 -1]", "<tool_call>"]
 
 OF_A_SERVER = Row("openenv", {"observation": "text"}, "3", "websockets")
+OF_A_FILE = Row("code", {"split": "all"}, "def f(x): return x + 1")
+OF_SANDBOXES = [OF_A_FILE, Row("formulas", {}, "def f(x, y, z): return x + y")]
 
 each = pytest.mark.parametrize(
     "row",
-    [*ROWS, pytest.param(OF_A_SERVER, marks=pytest.mark.slow)],
+    [
+        *ROWS,
+        pytest.param(OF_A_SERVER, marks=pytest.mark.slow),
+        *(pytest.param(row, marks=[pytest.mark.slow, needs_sandbox]) for row in OF_SANDBOXES),
+    ],
     ids=lambda row: f"{row.name} {row.options}",
     indirect=True,
 )
@@ -79,8 +87,19 @@ def openenv_url():
         yield f"{url}/numbers"
 
 
+@pytest.fixture(scope="module")
+def problems(tmp_path_factory):
+    path = tmp_path_factory.mktemp("code") / "problems.jsonl"
+    problems = ({"text": f"Add {n}.", "test_list": [f"assert f(0) == {n}"]} for n in range(12))
+    path.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    return str(path)
+
+
 @pytest.fixture
 def row(request):
+    if request.param is OF_A_FILE:
+        path = request.getfixturevalue("problems")
+        return dataclasses.replace(OF_A_FILE, options=OF_A_FILE.options | {"path": path})
     if request.param is not OF_A_SERVER:
         return request.param
     pytest.importorskip(OF_A_SERVER.needs)

@@ -8,15 +8,9 @@ import pytest
 
 from flash.envs.code import CodeEnv
 from flash.envs.code.inside import decoded, encoded
-from flash.sandbox import SandboxUnavailable
-from flash.sandbox.choose import check_sandbox
+from tests.sandboxes import needs_sandbox
 
-try:
-    check_sandbox("local")
-except SandboxUnavailable as missing:
-    pytest.skip(str(missing), allow_module_level=True)
-
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, needs_sandbox]
 
 DOUBLE = {
     "text": "Double it.",
