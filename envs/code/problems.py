@@ -172,11 +172,14 @@ def of_entry(entry: Any, public: int) -> Problem:
 def _of_mbpp(entry: Mapping[str, Any], public: int) -> Problem:
     imports = "\n".join(_texts(entry, "test_imports"))
     setup = _text(entry, "test_setup_code")
-    known = defined(imports)
     judge_setup = imports
-    if stands_alone(setup, known):  # else it makes use of what the answer defines
-        known |= defined(setup)
-        judge_setup = f"{imports}\n{setup}"
+    try:
+        known = defined(imports)
+        if stands_alone(setup, known):  # else it makes use of what the answer defines
+            known |= defined(setup)
+            judge_setup = f"{imports}\n{setup}"
+    except ValueError as error:
+        raise ValueError(f"test_imports or test_setup_code: {error}") from error
     tests = list[Test]()
     for name in ("test_list", "challenge_test_list"):
         for number, source in enumerate(_texts(entry, name)):
@@ -200,7 +203,7 @@ def _of_mbpp(entry: Mapping[str, Any], public: int) -> Problem:
 
 def _of_livecodebench(entry: Mapping[str, Any]) -> Problem:
     metadata = _object(entry.get("metadata") or {}, "metadata")
-    function = metadata.get("func_name") or ""
+    function = _text(metadata, "func_name")
     shown = _cases(_json(entry["public_test_cases"]), function, "public_test_cases")
     private = entry.get("private_test_cases") or []
     packed = private if isinstance(private, str) and not private.lstrip().startswith("[") else ""
@@ -227,7 +230,7 @@ def _of_inputs(entry: Mapping[str, Any], public: int) -> Problem:
             f"it has {len(inputs)} inputs and {len(outputs)} outputs: give as many of both, and "
             f"one at least"
         )
-    function = found.get("fn_name") or ""
+    function = _text(found, "fn_name")
     make = functools.partial(_call, function) if function else _program
     tests = [make(given, wanted) for given, wanted in zip(inputs, outputs, strict=True)]
     return Problem(

@@ -13,7 +13,7 @@ import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from importlib import resources
 from typing import Any
 
@@ -65,15 +65,18 @@ async def tested(code: str, problem: Problem, tests: Sequence[Test], rules: Rule
     programs = [test for test in tests if isinstance(test, Program)]
     asked = [test for test in tests if isinstance(test, Call | Assertion)]
     async with open_sandbox(rules.sandbox, limits=rules.limits) as sandbox:
-        if programs:
-            return await _programs(source, programs, sandbox, rules)
+        ran = await _programs(source, programs, sandbox, rules) if programs else []
+        if not asked:
+            return ran
         lines, failure = await _answers(source, problem.setup, asked, sandbox, rules)
     given = [list(itertools.islice(lines, len(_requests(test)))) for test in asked]
     passed = await _passed(problem, asked, given, rules)
-    return [
-        Result(True) if well else Result(False, _told(test, lines, failure))
-        for test, lines, well in zip(asked, given, passed, strict=True)
-    ]
+    answered = (
+        Result(well, "" if well else _told(test, values, failure))
+        for test, values, well in zip(asked, given, passed, strict=True)
+    )
+    of_programs = iter(ran)
+    return [next(of_programs if isinstance(test, Program) else answered) for test in tests]
 
 
 # ── programs ─────────────────────────────────────────────────────────────────────────────────
@@ -149,7 +152,7 @@ def _same_numbers(words: Sequence[str], wanted: Sequence[str], tolerance: float)
             allowed = room * max(Decimal(1), abs(right)) if "." in other else Decimal(0)
             if not abs(number - right) <= allowed:
                 return False
-    except InvalidOperation:  # no number, or none that can be compared
+    except ArithmeticError:  # no number, or none that can be compared
         return False
     return True
 

@@ -178,6 +178,7 @@ CHEATS = {
     "leaves at once": ("programs", "import os; os._exit(0)"),
     "leaves when called": ("calls", "import os\ndef longest(x): os._exit(0)"),
     "is killed": ("asserts", "import os\ndef double(x): os.kill(os.getpid(), 9)"),
+    "kills all": ("asserts", "import os\ntry: os.kill(-1, 9)\nfinally: os.kill(1, 9)"),
     "is equal to all": ("calls", f"{EQUAL}\ndef longest(x): return Equal()"),
     "is equal to all within": ("asserts", f"{EQUAL}\ndef double(x): return [Equal()]"),
     "changes what is builtin": (
@@ -304,6 +305,23 @@ def test_methods_of_a_solution_are_called_and_usual_names_are_there(reward):
     assert reward(entry, code.format("tuple(items[-n:])")) == 1  # a tuple counts as a list
     assert reward(entry, code.format("set(items[-n:])")) == 0
     assert reward(entry, "def last(items, n): return items[len(items) - n:]") == 1
+
+
+def test_a_problem_may_have_tests_of_both_kinds(env):
+    shown = [{"input": "2", "output": "4", "testtype": "stdin"}]
+    hidden = [{"input": "3", "output": "9", "testtype": "functional"}, *shown]
+    asked = env(
+        {
+            "question_content": "?",
+            "metadata": {"func_name": "f"},
+            "public_test_cases": shown,
+            "private_test_cases": hidden,
+        }
+    )
+    *_, info = asked.step("def f(x): return 9\nif __name__ == '__main__': print(4)")
+    assert (info["passed"], info["tests"]) == (3, 3)
+    asked.reset(seed=0)
+    assert asked.step("def f(x): return 8\nif __name__ == '__main__': print(4)")[4]["passed"] == 2
 
 
 def test_values_come_out_as_they_went_in():
