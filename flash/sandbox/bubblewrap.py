@@ -38,9 +38,12 @@ exec setpriv --reuid={_NOBODY} --regid={_NOBODY} --clear-groups -- "$@"
 
 
 @contextlib.contextmanager
-def command_line(argument: str, *, seen: Sequence[Path]) -> Iterator[tuple[list[str], list[int]]]:
+def command_line(
+    argument: str, *, seen: Sequence[Path], joins: Path | None
+) -> Iterator[tuple[list[str], list[int]]]:
     """What opens a sandbox and runs `inside.py` in it, and the descriptors that it is to inherit.
 
+    `seen` is what is seen of this machine, `joins` a file that processes join a control group by.
     Raises SandboxUnavailable for a command that is not installed.
     """
     check_installed()
@@ -76,6 +79,8 @@ def command_line(argument: str, *, seen: Sequence[Path]) -> Iterator[tuple[list[
                 *("unshare", "--mount", "--propagation", "private"),
                 *("sh", "-c", _AS_NOBODY, "sh", *map(str, seen), "--", *command),
             ]
+        if joins is not None:
+            command = ["sh", "-c", 'echo 0 > "$0" && exec "$@"', str(joins), *command]
         yield command, descriptors
 
 

@@ -15,6 +15,7 @@ from typing import IO, Any, Self
 from flash.errors import EnvFailure, one_line
 from flash.sandbox.bubblewrap import FOLDERS, check_installed, command_line, python_path, seen_of
 from flash.sandbox.inside import HEADER
+from flash.sandbox.memory import MemoryGroup
 from flash.sandbox.sandbox import WORK, Limits, Outcome, Sandbox, SandboxUnavailable
 from flash.system.shortage import when_there_is_room
 
@@ -59,10 +60,12 @@ class LocalSandbox(Sandbox):
         self._readable = readable
         self._control: socket.socket | None = None  # each message is the descriptors of a command
         self._process: asyncio.subprocess.Process | None = None
+        self._memory: MemoryGroup | None = None
         self._started: list[LocalStarted] = []
 
     async def __aenter__(self) -> Self:
         try:
+            self._memory = MemoryGroup.make(self.limits.memory_mb << 20)
             with _lost(), tempfile.TemporaryFile() as stderr:
                 async with asyncio.timeout(_START_TIMEOUT_S):
                     await when_there_is_room(partial(self._open, stderr))
@@ -87,6 +90,7 @@ class LocalSandbox(Sandbox):
             "seconds": seconds,
             "output_bytes": self.limits.output_bytes if output_bytes is None else output_bytes,
         }
+        kills_before = self._kills()
         with _lost():
             async with asyncio.timeout(seconds + _GRACE_S):
                 asked = await _Asked.ask(self._control, request, stdin)
@@ -98,7 +102,7 @@ class LocalSandbox(Sandbox):
             returncode=answer["returncode"],
             stdout=stdout,
             stderr=stderr,
-            ended=answer["ended"],
+            ended=answer["ended"] if self._kills() == kills_before else "memory",
             cut=answer["cut"],
         )
 
@@ -139,26 +143,36 @@ class LocalSandbox(Sandbox):
             except TimeoutError:
                 self._process.kill()
                 await self._process.wait()
+        if self._memory is not None:
+            await self._memory.remove()
+            self._memory = None
+
+    def _kills(self) -> int:
+        return 0 if self._memory is None else self._memory.kills
 
     async def _open(self, stderr: IO[bytes]) -> None:
-        limits, seen = self.limits, seen_of(self._readable)
+        limits, seen, memory = self.limits, seen_of(self._readable), self._memory
+        rlimits = {
+            "RLIMIT_NPROC": limits.processes + _OWN_PROCESSES,
+            "RLIMIT_FSIZE": limits.disk_mb << 20,
+            "RLIMIT_NOFILE": _OPEN_FILES,
+            "RLIMIT_CORE": 0,
+        }
+        if memory is None:
+            rlimits["RLIMIT_AS"] = limits.memory_mb << 20
         argument = {
             "readable": list(map(str, seen)),
             "folders": FOLDERS,
             "disk_mb": limits.disk_mb,
-            "rlimits": {
-                "RLIMIT_AS": limits.memory_mb << 20,
-                "RLIMIT_NPROC": limits.processes + _OWN_PROCESSES,
-                "RLIMIT_FSIZE": limits.disk_mb << 20,
-                "RLIMIT_NOFILE": _OPEN_FILES,
-                "RLIMIT_CORE": 0,
-            },
+            "rlimits": rlimits,
         }
         if self._control is not None:  # of an attempt before
             self._control.close()
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.setblocking(False)
-        line = command_line(json.dumps(argument), seen=seen)
+        line = command_line(
+            json.dumps(argument), seen=seen, joins=None if memory is None else memory.members
+        )
         with theirs, line as (command, descriptors):
             self._process = await asyncio.create_subprocess_exec(
                 *command,

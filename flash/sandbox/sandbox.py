@@ -29,7 +29,8 @@ class Limits:
     """Of one sandbox.
 
     seconds: for one command, unless it is run with another number.
-    memory_mb: of each process.
+    memory_mb: of all its processes and files together, where control groups can be made; else of
+        the address space of each process.
     processes: and threads, at once.
     disk_mb: of all files that it writes.
     output_bytes: of each stream of one command; what is more is thrown away.
@@ -48,14 +49,15 @@ class Outcome:
 
     returncode: negative for a signal, as of `subprocess`; 127 if there is no such command or
         folder, which stderr tells; None if it did not end by itself.
-    ended: killed: by the kernel, where memory ended, or by somebody outside.
+    ended: memory: the limit was reached, and the kernel killed some of it; killed: by somebody
+        outside.
     cut: whether more than the limit was written to stdout or stderr.
     """
 
     returncode: int | None
     stdout: bytes
     stderr: bytes
-    ended: Literal["exited", "deadline", "killed"]
+    ended: Literal["exited", "deadline", "memory", "killed"]
     cut: bool = False
 
 

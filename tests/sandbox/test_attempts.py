@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from flash.sandbox import FileFailure, Limits, open_sandbox
+from flash.sandbox.memory import MemoryGroup
 from tests.sandboxes import MARK, marked, needs_sandbox
 
 pytestmark = [pytest.mark.slow, needs_sandbox]
@@ -44,7 +45,6 @@ DENIED = {
     "type into a terminal": ("open('/dev/tty')", "No such device"),
     "lift a limit": ("resource.setrlimit(resource.RLIMIT_NPROC, (999, 999))", "not allowed"),
     "ask the internet": ("socket.create_connection(('1.1.1.1', 53), 5)", "unreachable"),
-    "take all memory": ("bytearray(1 << 30)", "MemoryError"),
     "start threads without end": (
         "[threading.Thread(target=time.sleep, args=(9,), daemon=True).start() for _ in range(999)]",
         "can't start new thread",
@@ -148,6 +148,30 @@ async def test_a_fork_bomb_ends_at_the_limit_and_at_the_deadline():
         assert (outcome.ended, outcome.stdout[:4]) == ("deadline", b"full")
         assert (await sandbox.run(["echo", "unharmed"])).stdout == b"unharmed\n"
     assert not marked()
+
+
+async def test_memory_ends_at_the_limit():
+    async with open_sandbox(limits=LIMITS) as sandbox:
+        outcome = await python(sandbox, "bytearray(1 << 30)")
+        assert outcome.ended == "memory" or b"MemoryError" in outcome.stderr
+        assert (await sandbox.run(["echo", "unharmed"])).stdout == b"unharmed\n"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "[os.fork() or (bytearray(60 << 20), time.sleep(9)) for _ in range(9)]; os.wait()",
+        "[m.write(bytes(60 << 20)) for m in [mmap.mmap(-1, 60 << 20) for _ in range(9)]]",
+    ],
+)
+async def test_memory_is_limited_for_all_processes_together(code):
+    group = MemoryGroup.make(1 << 20)
+    if group is None:
+        pytest.skip("no control group can be made here: run as root, or under systemd")
+    await group.remove()
+    async with open_sandbox(limits=LIMITS) as sandbox:
+        assert (await python(sandbox, f"import mmap\n{code}")).ended == "memory"
+        assert (await sandbox.run(["echo", "unharmed"])).stdout == b"unharmed\n"
 
 
 async def test_output_without_end_is_cut_and_kept_nowhere():
