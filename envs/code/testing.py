@@ -90,14 +90,14 @@ async def _programs(
     due = now() + rules.answer_seconds
     results = list[Result]()
     for test in tests:
-        left = due - now()
-        if left <= 0 or (rules.stop_early and results and not results[-1].passed):
+        seconds = min(rules.test_seconds, due - now())
+        if seconds <= 0 or (rules.stop_early and results and not results[-1].passed):
             results.append(Result(False, _NOT_REACHED))
             continue
         outcome = await sandbox.run(
             [*_PYTHON, _PROGRAM],
             stdin=test.stdin.encode(),
-            seconds=min(rules.test_seconds, left),
+            seconds=seconds,
             output_bytes=2 * len(test.stdout.encode()) + _MORE_OUTPUT,
         )
         results.append(_ran(test, outcome, rules.tolerance))

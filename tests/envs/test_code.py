@@ -70,6 +70,8 @@ def reward(env):
 @each_kind
 def test_code_that_passes_all_tests_earns_1_and_other_code_0(reward, kind):
     entry, code = RIGHT[kind]
+    if kind != "programs":  # in which it is what is tested
+        code += "\nprint('debugging', flush=True)"
     assert reward(entry, f"So:\n```python\n{code}\n```\n") == 1
     assert reward(entry, "```python\nprint('no')\n```") == 0
     assert reward(entry, "I don't know.") == 0
@@ -197,6 +199,10 @@ CHEATS = {
         "    except OSError: pass\nos._exit(0)",
     ),
     "says that it passed all": ("programs", "print('OK: 3 of 3 tests passed')"),
+    "writes more than is read": (
+        "programs",
+        "print(str(sum(map(int, input().split()))) + ' ' * 500_000 + 'and more')",
+    ),
     "changes files": (
         "programs",
         "open('program.py', 'w').write('print(3)')\n"
@@ -240,12 +246,10 @@ def test_what_would_go_on_for_ever_is_ended(reward, kind, code):
 
 
 def test_all_tests_of_an_answer_share_its_time(env):
-    numbers = range(50)
-    entry = {"question": "?", "inputs": ["1"] * 50, "outputs": list(map(str, numbers))}
-    asked = env(entry, test_seconds=0.4, answer_seconds=1.0, rewards="fraction")
-    began = time.monotonic()
-    assert asked.step("import time\ntime.sleep(10)")[1] == 0
-    assert time.monotonic() - began < 10  # and not 50 times 0.4
+    entry = {"question": "?", "inputs": ["1"] * 50, "outputs": ["1"] * 50}
+    asked = env(entry, test_seconds=1, answer_seconds=1, rewards="fraction")
+    *_, info = asked.step("import time\ntime.sleep(0.7)\nprint(1)")
+    assert info["passed"] <= 1  # for the second one 0.3 s are left, or less
 
 
 def test_a_test_may_say_what_it_likes_of_a_value(reward):
