@@ -1,9 +1,11 @@
 """Code with tests: problems from a file, or generated formulas."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import gymnasium
 
+from flash.envs.rows import RowSource
 from flash.sandbox.choose import Kind
 
 from .env import ProblemEnv, Rewards, at_least, one_of
@@ -17,9 +19,9 @@ class CodeEnv(ProblemEnv):
     """One problem of a file; all else is as in ProblemEnv.
 
     Args:
-        path: a file of problems in one of the shapes of `problems.py`: JSON Lines, a list in
-            `.json`, or `.parquet`. It is read once.
-        split: `train`, `heldout`, or `all`; a question belongs to one of the first two.
+        path, subset, data_split, revision: files of problems, a folder of them, or a data set on
+            the hub, as of QuestionsEnv; rows are in one of the shapes of `problems.py`.
+        split: `train`, `heldout`, or `all` of them; a question belongs to one of the first two.
         turns: answers in an episode, at most.
         rewards: `all` or `fraction`.
         public_tests: so many tests of a problem are public, where the file does not tell which.
@@ -34,7 +36,10 @@ class CodeEnv(ProblemEnv):
     def __init__(
         self,
         *,
-        path: str = "",
+        path: str | Sequence[str] = "",
+        subset: str = "",
+        data_split: str = "train",
+        revision: str = "",
         split: Split = "train",
         public_tests: int = 1,
         unusable: Literal["refuse", "skip"] = "refuse",
@@ -49,7 +54,8 @@ class CodeEnv(ProblemEnv):
         one_of("split", split, ("train", "heldout", "all"))
         one_of("unusable", unusable, ("refuse", "skip"))
         at_least("public_tests", public_tests, 1)
-        self._problems = read(path, split=split, public=public_tests, unusable=unusable)
+        source = RowSource.of(path, subset=subset, split=data_split, revision=revision)
+        self._problems = read(source, split=split, public=public_tests, unusable=unusable)
         super().__init__(
             turns=turns,
             rewards=rewards,

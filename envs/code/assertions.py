@@ -26,8 +26,9 @@ class Assertion:
     test: str
 
 
-def split(source: str, known: frozenset[str]) -> Assertion:
-    """`known` are the names that are not the answer's, beside the builtin ones.
+def split(source: str, known: frozenset[str], asked_for: frozenset[str] = frozenset()) -> Assertion:
+    """`known` are the names that are not the answer's, beside the builtin ones; those `asked_for`
+    are, whatever else they name: a problem may ask for a function `sum`.
 
     ValueError for what can't be split: no single assertion, or a call for each turn of a loop.
     """
@@ -36,7 +37,8 @@ def split(source: str, known: frozenset[str]) -> Assertion:
             pass
         case _:
             raise ValueError("it must be a single assert statement")
-    splitter = _Splitter(known | _BUILTIN | _bound(test), in_loops=_bound(test))
+    in_loops = _bound(test)
+    splitter = _Splitter((known | _BUILTIN | in_loops) - asked_for, in_loops=in_loops)
     judged = ast.unparse(ast.fix_missing_locations(cast(ast.expr, splitter.visit(test))))
     if not splitter.expressions:
         raise ValueError("it calls nothing that an answer could define")
@@ -46,6 +48,12 @@ def split(source: str, known: frozenset[str]) -> Assertion:
 def defined(source: str) -> frozenset[str]:
     """The names that a text of Python defines. ValueError if it is none."""
     return _bound(_parsed(source))
+
+
+def functions(source: str) -> frozenset[str]:
+    """The names of its functions and classes, but for those within others. ValueError as above."""
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    return frozenset(node.name for node in _parsed(source).body if isinstance(node, kinds))
 
 
 def stands_alone(source: str, known: frozenset[str]) -> bool:

@@ -1,6 +1,7 @@
 """Problems with tests, from files in the shapes that people have.
 
-    MBPP             text or prompt, test_list, challenge_test_list, test_setup_code, test_imports
+    MBPP             text or prompt, test_list, challenge_test_list, test_setup_code, test_imports;
+                     code, whose functions are those that are asked for
     LiveCodeBench    question_content, starter_code, public_test_cases, private_test_cases, metadata
     APPS, TACO, verl a question, and inputs, outputs and fn_name, which may be JSON in a field
 
@@ -9,6 +10,7 @@ Which one an entry has is told by its fields.
 
 import base64
 import binascii
+import contextlib
 import functools
 import io
 import json
@@ -17,12 +19,11 @@ import pickle
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-from flash.envs.questions import _lines, _rows
+from flash.envs.rows import RowSource, State, entries, open_rows
 
-from .assertions import Assertion, defined, split, stands_alone
+from .assertions import Assertion, defined, functions, split, stands_alone
 
 logger = logging.getLogger(__name__)
 
@@ -86,27 +87,34 @@ class Problem:
         return self.hidden + _cases(unpacked(self.packed), self.function, "private_test_cases")
 
 
-def read(path: str, *, split: Split, public: int, unusable: str) -> list[Problem]:
-    """The problems of a file, which is read once. ValueError names the line, and what is wrong.
+@dataclass(frozen=True, slots=True)
+class Problems:
+    """Those in rows of these numbers; a row is read anew each time, for it may be large."""
+
+    rows: Any  # a Dataset, mapped from a file
+    numbers: Sequence[int]
+    public: int
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, place: int) -> Problem:
+        number = self.numbers[place]
+        ((_, entry),) = entries(self.rows[number : number + 1], [number])
+        return of_entry(entry, self.public)
+
+
+def read(source: RowSource, *, split: Split, public: int, unusable: str) -> Problems:
+    """The problems of files or a data set. ValueError names the row, and what is wrong.
 
     Args:
-        public: so many tests are shown, where the file does not tell which.
-        unusable: `refuse` a file with a problem that can't be tested, or `skip` those, and say so.
+        public: so many tests are shown, where the row does not tell which.
+        unusable: `refuse` a problem that can't be tested, or `skip` those, and say so.
     """
-    if not path:
-        raise ValueError(
-            "path is missing: give a file of problems with tests, as MBPP's, LiveCodeBench's, "
-            "APPS's or TACO's, in JSON Lines, JSON or Parquet"
-        )
-    try:
-        state = Path(path).expanduser().stat()
-    except OSError as error:
-        raise ValueError(f"path={path!r} can't be read: {error.strerror}") from error
-    problems = _read(path, state.st_mtime_ns, state.st_size, public, unusable == "skip")
-    chosen = [p for p in problems if split == "all" or split == split_of(p.question)]
-    if not chosen:
-        raise ValueError(f"path={path!r} has no {split} problems: give a longer file")
-    return chosen
+    problems = _read(source, source.state(), public, unusable == "skip")[split]
+    if not len(problems):
+        raise ValueError(f"{source} has no {split} problems: give more")
+    return problems
 
 
 def split_of(question: str) -> Split:
@@ -115,44 +123,35 @@ def split_of(question: str) -> Split:
 
 
 @functools.lru_cache(maxsize=4)  # each episode makes an environment anew
-def _read(path: str, changed_ns: int, size: int, public: int, skip: bool) -> list[Problem]:
-    problems, skipped = list[Problem](), list[ValueError]()
-    for where, entry in _entries(path):
+def _read(source: RowSource, state: State, public: int, skip: bool) -> Mapping[Split, Problems]:
+    rows = open_rows(source)
+    numbers: dict[Split, list[int]] = {"train": [], "heldout": [], "all": []}
+    skipped = list[str]()
+    for number, place, entry in _each(rows, source):
         try:
-            problem = of_entry(json.loads(entry) if isinstance(entry, str) else entry, public)
-            problem.question.encode()
+            of_split = split_of(of_entry(entry, public).question)
         except (ValueError, RecursionError) as error:
-            mistake = ValueError(f"path={path!r}, {where}: {error}")
+            mistake = f"{source}, {place}: {error}"
             if not skip:
-                raise mistake from error
+                raise ValueError(mistake) from error
             skipped.append(mistake)
         else:
-            problems.append(problem)
+            numbers[of_split].append(number)
+            numbers["all"].append(number)
     if skipped:
-        logger.warning(
-            "path=%r: %d of %d problems are left out; the first one: %s",
-            path, len(skipped), len(skipped) + len(problems), skipped[0],
-        )  # fmt: skip
-    return problems
+        total = len(skipped) + len(numbers["all"])
+        logger.warning("%d of %d problems are left out: %s", len(skipped), total, skipped[0])
+    return {chosen: Problems(rows, found, public) for chosen, found in numbers.items()}
 
 
-def _entries(path: str) -> Iterator[tuple[str, Any]]:
-    """Each with its place; a text is JSON that is still to be read."""
-    if Path(path).suffix == ".parquet":
-        yield from ((f"row {number}", row) for number, row in _rows(path))
-        return
-    lines = list(_lines(path))
-    if Path(path).suffix == ".json" or (lines and lines[0][1].strip() == "["):
-        text = "\n".join(line for _, line in lines)
+def _each(rows: Any, source: RowSource) -> Iterator[tuple[int, str, Any]]:
+    """Of each row its number, its place in words, and what is in it."""
+    for number in range(len(rows)):
         try:
-            entries = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"path={path!r} is not JSON: {error}") from error
-        if not isinstance(entries, list):
-            raise ValueError(f"path={path!r} must be a list of problems, [{{…}}, …]")
-        yield from ((f"entry {number}", entry) for number, entry in enumerate(entries, start=1))
-        return
-    yield from ((f"line {number}", line) for number, line in lines)
+            for place, entry in entries(rows[number : number + 1], [number]):  # none if blank
+                yield number, place, entry
+        except ValueError as error:
+            raise ValueError(f"{source}, {error}") from error
 
 
 # ── shapes ───────────────────────────────────────────────────────────────────────────────────
@@ -180,11 +179,14 @@ def _of_mbpp(entry: Mapping[str, Any], public: int) -> Problem:
             judge_setup = f"{imports}\n{setup}"
     except ValueError as error:
         raise ValueError(f"test_imports or test_setup_code: {error}") from error
+    asked_for = frozenset[str]()
+    with contextlib.suppress(ValueError):  # it need not be there
+        asked_for = functions(_text(entry, "code"))
     tests = list[Test]()
     for name in ("test_list", "challenge_test_list"):
         for number, source in enumerate(_texts(entry, name)):
             try:
-                tests.append(split(source, known))
+                tests.append(split(source, known, asked_for))
             except ValueError as error:
                 raise ValueError(f"{name}[{number}]={_shown(source)}: {error}") from error
     if not tests:

@@ -12,6 +12,7 @@ from pyarrow import parquet
 from flash.envs.code.assertions import split
 from flash.envs.code.problems import Call, Program, read, split_of, unpacked
 from flash.envs.code.testing import same_output
+from flash.envs.rows import RowSource
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def problems(tmp_path):
     def of(*entries, public=1, unusable="refuse", chosen="all"):
         path = tmp_path / "problems.jsonl"
         path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-        return read(str(path), split=chosen, public=public, unusable=unusable)
+        return list(read(RowSource.of(str(path)), split=chosen, public=public, unusable=unusable))
 
     return of
 
@@ -46,6 +47,18 @@ def test_mbpp_shows_its_first_test_and_hides_the_others(problems):
     (two,) = problems(MBPP | {"prompt": "Twice."}, public=2)
     assert two.question.startswith("Twice.")
     assert (len(two.public), two.hidden) == (2, ())
+
+
+def test_a_function_that_is_asked_for_may_have_the_name_of_a_builtin_one(problems):
+    entry = {"text": "?", "test_list": ["assert list(sum(2, 3)) == list((5,))"]}
+    code = "def sum(list, b):\n    return [list + b]"
+    (one,) = problems(entry | {"code": code})
+    assert (one.public[0].expressions, one.public[0].test) == (
+        ("sum(2, 3)",),
+        "list(_values[0]) == list((5,))",
+    )
+    with pytest.raises(ValueError, match="it calls nothing that an answer could define"):
+        problems(entry | {"code": "def total("})
 
 
 @pytest.mark.parametrize("pack", [list, json.dumps, lambda cases: packed(json.dumps(cases))])
@@ -164,9 +177,9 @@ def test_a_problem_that_can_not_be_tested_is_named_with_its_line(problems, entry
 
 def test_what_is_left_out_is_told(problems, caplog):
     problems(APPS, {}, {}, unusable="skip")
-    assert "2 of 3 problems are left out; the first one: path=" in caplog.text
+    assert "2 of 3 problems are left out: path=" in caplog.text
     assert "line 2: it has no tests" in caplog.text
-    with pytest.raises(ValueError, match="has no all problems: give a longer file"):
+    with pytest.raises(ValueError, match="has no all problems: give more"):
         problems({}, unusable="skip")
 
 
@@ -181,17 +194,24 @@ def test_the_splits_share_no_problem(problems):
 def test_json_and_parquet_hold_what_json_lines_hold(problems, tmp_path):
     entries = [MBPP | {"text": str(number)} for number in range(3)]
     wanted = problems(*entries)
-    for indent in (None, 2):
-        path = tmp_path / "problems.json"
-        path.write_text(json.dumps(entries, indent=indent))
-        assert read(str(path), split="all", public=1, unusable="refuse") == wanted
-    path = tmp_path / "problems.parquet"
-    parquet.write_table(pyarrow.Table.from_pylist(entries), path)
-    assert read(str(path), split="all", public=1, unusable="refuse") == wanted
-    path = tmp_path / "one.json"
-    path.write_text(json.dumps(entries[0]))
-    with pytest.raises(ValueError, match="must be a list of problems"):
-        read(str(path), split="all", public=1, unusable="refuse")
+    (tmp_path / "problems.json").write_text(json.dumps(entries))
+    parquet.write_table(pyarrow.Table.from_pylist(entries), tmp_path / "problems.parquet")
+    for name in ("problems.json", "problems.parquet"):
+        source = RowSource.of(str(tmp_path / name))
+        assert list(read(source, split="all", public=1, unusable="refuse")) == wanted
+
+
+def test_a_line_that_is_not_json_is_named(problems, tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(f"{json.dumps(APPS)}\n\n{{\n")
+    with pytest.raises(ValueError, match=r"bad\.jsonl', line 3 is not JSON"):
+        read(RowSource.of(str(path)), split="all", public=1, unusable="skip")
+
+
+def test_of_many_rows_a_seed_s_is_read_alone(problems):
+    entries = [APPS | {"question": f"Add {number}."} for number in range(40)]
+    seen = [one.question.splitlines()[0] for one in problems(*entries)]
+    assert seen == [f"Add {number}." for number in range(40)]
 
 
 @pytest.mark.parametrize(
