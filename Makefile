@@ -19,7 +19,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist loadfile --no-loadsco
 GPU := $(shell command -v nvidia-smi 2>/dev/null)
 # The engines that vLLM is needed for, or may be.
 VLLM_FOR := vllm $(if $(GPU),auto)
-EXTRAS := alfworld,reasoning,textarena,gem,openenv,webshop,mcp,postgres,parquet,ray,lora,dev$(if $(GPU),$(comma)gpu)
+EXTRAS := alfworld,reasoning,textarena,gem,openenv,webshop,mcp,postgres,parquet,datasets,ray,lora,dev$(if $(GPU),$(comma)gpu)
 READY := .venv/.ready
 LOWEST := .venv-lowest
 VLLM_READY := .venv/.vllm_ready

@@ -1,18 +1,22 @@
-"""Questions with known answers, from a file: RLVR on GSM8K and the like."""
+"""Questions with known answers, of any data set: RLVR on GSM8K and the like."""
 
+import contextlib
 import functools
 import json
 import re
 import string
 import zlib
-from codecs import BOM_UTF16_BE, BOM_UTF16_LE
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
-from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import gymnasium
+import numpy as np
 from gymnasium import spaces
+
+from .rows import RowSource, State, are_lines, entries, open_rows, without_bars
 
 _JOINS = r"[-+−–.,/:^×]"  # between digits they make a date, a range, a fraction …, and no number
 _NUMBER = re.compile(
@@ -23,11 +27,13 @@ _NUMBER = re.compile(
     re.VERBOSE,
 )
 _NUMBER_ALONE = re.compile(rf"[$€£¥₹]?{_NUMBER.pattern}\s*[$€£¥₹%]?\.?", re.VERBOSE)
-_LINE_END = re.compile(r"\r\n|\r|\n")  # no others: U+2028 may stand in a text of JSON
 _BEFORE_ANSWER = "####"  # in GSM8K the solution comes first
 _HELDOUT_SHARE = 5  # one question of so many is held out
+_FORM = 1  # of problems in the cache; another number where `_problems` makes others of a row
+_FEATURES = {"question": "string", "answer": "string", "is_number": "bool", "held_out": "bool"}
 _TEXT: dict[str, Any] = {"max_length": 20_000, "charset": string.printable}
 
+Split = Literal["train", "heldout", "all"]
 _Problem = tuple[str, str | Decimal]
 
 
@@ -41,10 +47,19 @@ class QuestionsEnv(gymnasium.Env[str, str]):
     1,2, 1/2, 1e3.
 
     Args:
-        path: a file of JSON Lines in UTF-8, or a Parquet file (`.parquet`); each line or row has a
-            `question` and an `answer`, a text or a number; where the answer has a `####` in it,
-            what follows that. It is read once.
-        split: `train` or `heldout`; a question belongs to one of them, wherever it stands.
+        path: files (JSON Lines, JSON, CSV, Parquet, Arrow; also as patterns, `data/*.jsonl`), a
+            folder of them, or a data set on the hub, as openai/gsm8k.
+        subset: which of a data set's configurations, if it has several.
+        data_split: which of its own splits is read, or a part of one: `train[:1000]`.
+        revision: of the hub's, a commit, branch or tag.
+        question, answer: the fields, dotted where they are within others: `prompt.0.content`. A
+            question is a text, an answer a text or a number; of one with a `####` in it counts
+            what follows that.
+        split: `train`, `heldout`, or `all` of what is read; a question belongs to one of the first
+            two, wherever it stands.
+
+    The rows are read once on a machine, and then mapped from the library's cache. Raises
+    ValueError, which names the option or the row, for what can't be asked.
     """
 
     metadata: dict[str, Any] = {  # noqa: RUF012  (gymnasium's own type)
@@ -54,20 +69,27 @@ class QuestionsEnv(gymnasium.Env[str, str]):
     observation_space = spaces.Text(**_TEXT)  # of the class: one takes longer to make than all else
     action_space = spaces.Text(min_length=0, **_TEXT)
 
-    def __init__(self, *, path: str = "", split: Literal["train", "heldout"] = "train") -> None:
-        if split not in ("train", "heldout"):
-            raise ValueError(f"split={split!r} must be 'train' or 'heldout'")
-        if not path:
-            raise ValueError(
-                "path is missing: give a file of JSON Lines, as in GSM8K's train.jsonl, or Parquet"
-            )
-        try:
-            state = Path(path).expanduser().stat()
-        except OSError as error:
-            raise ValueError(f"path={path!r} can't be read: {error.strerror}") from error
-        self._problems = _read(path, state.st_mtime_ns, state.st_size)[split]
-        if not self._problems:
-            raise ValueError(f"path={path!r} has no {split} questions: give a longer file")
+    def __init__(
+        self,
+        *,
+        path: str | Sequence[str] = "",
+        subset: str = "",
+        data_split: str = "train",
+        revision: str = "",
+        question: str = "question",
+        answer: str = "answer",
+        split: Split = "train",
+    ) -> None:
+        if split not in ("train", "heldout", "all"):
+            raise ValueError(f"split={split!r} must be 'train', 'heldout' or 'all'")
+        for option, field in (("question", question), ("answer", answer)):
+            if not isinstance(field, str) or not all(field.split(".")):
+                raise ValueError(f"{option}={field!r} must name a field, dotted within others")
+        source = RowSource.of(path, subset=subset, split=data_split, revision=revision)
+        self._questions = _read(source, source.state(), question, answer)
+        self._rows = self._questions.rows[split]
+        if not len(self._rows):
+            raise ValueError(f"{source} has no questions of split={split!r}: give more")
         self._answer: str | Decimal = ""
 
     def reset(
@@ -76,7 +98,7 @@ class QuestionsEnv(gymnasium.Env[str, str]):
         super().reset(seed=seed)
         if seed is None:
             seed = int(self.np_random.integers(2**31))
-        question, self._answer = self._problems[seed % len(self._problems)]
+        question, self._answer = self._questions.problem(self._rows[seed % len(self._rows)])
         return question, {}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
@@ -97,90 +119,121 @@ def _value(number: re.Match[str]) -> Decimal:
     return value if number["sign"] in (None, "+") else -value
 
 
+@dataclass(frozen=True, slots=True)
+class _Questions:
+    """All problems of a source, in a table that is mapped from a file; `rows` of each split."""
+
+    table: Any  # pyarrow's
+    rows: Mapping[Split, np.ndarray]
+
+    def problem(self, row: int) -> _Problem:
+        question, answer, is_number = (
+            self.table.column(name)[row].as_py() for name in ("question", "answer", "is_number")
+        )
+        return question, Decimal(answer) if is_number else answer
+
+
 @functools.lru_cache(maxsize=4)  # each episode makes an environment anew
-def _read(path: str, changed_ns: int, size: int) -> dict[str, list[_Problem]]:
-    """The problems of each split. ValueError names the line, and its field, that holds none."""
-    found: dict[str, list[_Problem]] = {"train": [], "heldout": []}
-    in_rows = Path(path).suffix == ".parquet"
-    for number, entry in _rows(path) if in_rows else _lines(path):
-        try:
-            question, answer = _problem(entry if in_rows else _parsed(entry))
-            held_out = zlib.crc32(question.encode()) % _HELDOUT_SHARE == 0
-        except (ValueError, RecursionError) as error:
-            unit = "row" if in_rows else "line"
-            raise ValueError(f"path={path!r}, {unit} {number}: {error}") from error
-        found["heldout" if held_out else "train"].append((question, answer))
+def _read(source: RowSource, state: State, question: str, answer: str) -> _Questions:
+    """ValueError names the field, or the row and its field, that holds no problem."""
+    rows = open_rows(source)
+    import datasets  # noqa: PLC0415  (it is there, and has been imported)
+    from datasets.fingerprint import Hasher  # noqa: PLC0415
+
+    if not are_lines(rows):
+        rows = rows.select_columns(_columns(rows, source, question=question, answer=answer))
+    with without_bars(), _in_utf8(source):
+        found = rows.map(
+            _problems,
+            batched=True,
+            with_indices=True,
+            fn_kwargs={"fields": (question, answer), "source": str(source)},
+            remove_columns=rows.column_names,
+            features=datasets.Features({k: datasets.Value(v) for k, v in _FEATURES.items()}),
+            new_fingerprint=Hasher.hash((rows._fingerprint, question, answer, _FORM)),
+        )
+    held_out = found.data.column("held_out").to_numpy()
+    every = np.arange(len(found))
+    return _Questions(
+        table=found.data,
+        rows={"train": every[~held_out], "heldout": every[held_out], "all": every},
+    )
+
+
+def _columns(rows: Any, source: RowSource, **fields: str) -> list[str]:
+    """Those that the fields are in. ValueError if one is not there."""
+    columns = {field.split(".")[0]: option for option, field in fields.items()}
+    for column, option in columns.items():
+        if column not in rows.column_names:
+            raise ValueError(
+                f"{source} has no field {column!r}: it has "
+                f"{', '.join(map(repr, rows.column_names))}; name the one that is meant, "
+                f"env.options.{option}"
+            )
+    return [*columns]
+
+
+@contextlib.contextmanager
+def _in_utf8(source: RowSource) -> Iterator[None]:
+    """ValueError for texts that are not, which only their use tells."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source} is not UTF-8 ({error}): save it as UTF-8") from error
+
+
+def _problems(
+    columns: Mapping[str, Sequence[Any]],
+    numbers: Sequence[int],
+    *,
+    fields: tuple[str, str],
+    source: str,
+) -> dict[str, list[Any]]:
+    """The problems in a batch of rows, as columns of texts and what they mean."""
+    found = defaultdict[str, list[Any]](list, {name: [] for name in _FEATURES})
+    try:
+        for place, entry in entries(columns, numbers):
+            try:
+                question, answer = _problem(
+                    _field(entry, fields[0]), _field(entry, fields[1]), fields
+                )
+                held_out = zlib.crc32(question.encode()) % _HELDOUT_SHARE == 0
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}") from error
+            found["question"].append(question)
+            found["answer"].append(str(answer))
+            found["is_number"].append(isinstance(answer, Decimal))
+            found["held_out"].append(held_out)
+    except ValueError as error:
+        raise ValueError(f"{source}, {error}") from error
     return found
 
 
-def _lines(path: str) -> Iterator[tuple[int, str]]:
-    """Those that are not blank, with their numbers."""
-    try:
-        content = Path(path).expanduser().read_bytes()
-    except OSError as error:
-        raise ValueError(f"path={path!r} can't be read: {error.strerror}") from error
-    if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) or b"\0" in content[:1000]:
-        raise ValueError(f"path={path!r} is UTF-16, or no text: save it as UTF-8")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        wrong = len(_LINE_END.split(content[: error.start].decode("latin-1")))
-        raise ValueError(
-            f"path={path!r}, line {wrong} is not UTF-8 ({error.reason}): save the file as UTF-8"
-        ) from error
-    for number, line in enumerate(_LINE_END.split(text), start=1):
-        if line.strip():
-            yield number, line
+def _field(row: Mapping[str, Any], name: str) -> Any:
+    """What is at a dotted name; a number is an item's place in a list."""
+    value: Any = row
+    for part in name.split("."):
+        if isinstance(value, Mapping) and part in value:
+            value = value[part]
+        elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            raise ValueError(f"it has no {name!r}: {part!r} is not in {_shown(value)}")
+    return value
 
 
-def _rows(path: str) -> Iterator[tuple[int, Any]]:
-    """Of a Parquet file, with their numbers, from 1."""
-    try:
-        import pyarrow  # noqa: PLC0415
-        from pyarrow import parquet  # noqa: PLC0415
-    except ImportError as error:
-        raise ValueError(
-            f"path={path!r} needs pyarrow, which is not installed ({error}): "
-            "pip install 'flash-rl[parquet]', or give JSON Lines"
-        ) from error
-    number = 0
-    try:
-        with parquet.ParquetFile(Path(path).expanduser()) as file:
-            for batch in file.iter_batches():
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-    except (OSError, pyarrow.ArrowException) as error:
-        raise ValueError(f"path={path!r} can't be read as Parquet: {error}") from error
-
-
-def _parsed(line: str) -> Any:
-    try:
-        return json.loads(
-            line, parse_int=Decimal, parse_float=Decimal, parse_constant=_refuse_constant
-        )
-    except json.JSONDecodeError as error:
-        raise ValueError(f"it is not JSON: {error.msg} at character {error.pos + 1}") from error
-
-
-def _problem(entry: Any) -> _Problem:
-    if not isinstance(entry, dict):
-        raise ValueError('it is not an object {"question": …, "answer": …}')
-    for field in ("question", "answer"):
-        if field not in entry:
-            raise ValueError(f"it has no {field!r}; it has {', '.join(map(repr, entry)) or 'none'}")
-    question, answer = entry["question"], entry["answer"]
+def _problem(question: Any, answer: Any, fields: tuple[str, str]) -> _Problem:
     if not isinstance(question, str) or not question.strip():
-        raise ValueError(f"question={_shown(question)} must be a text that is not empty")
-    if isinstance(answer, int | float) and not isinstance(answer, bool):  # of Parquet
-        answer = Decimal(str(answer))
-    if isinstance(answer, Decimal) and answer.is_finite():
-        return question, answer
+        raise ValueError(f"{fields[0]}={_shown(question)} must be a text that is not empty")
+    if isinstance(answer, int | float | Decimal) and not isinstance(answer, bool):
+        exact = Decimal(str(answer))
+        if exact.is_finite():
+            return question, exact
     if not isinstance(answer, str):
-        raise ValueError(f"answer={_shown(answer)} must be a text or a number")
+        raise ValueError(f"{fields[1]}={_shown(answer)} must be a text or a number")
     alone = answer.rpartition(_BEFORE_ANSWER)[2].strip()
     if not alone:
-        raise ValueError(f"answer={_shown(answer)} is empty, so that nothing could be right")
+        raise ValueError(f"{fields[1]}={_shown(answer)} is empty, so that nothing could be right")
     number = _NUMBER_ALONE.fullmatch(alone)
     return question, _value(number) if number else alone
 
@@ -188,10 +241,6 @@ def _problem(entry: Any) -> _Problem:
 def _shown(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else f"{text[:60]}…"
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON")
 
 
 gymnasium.register("flash/Questions-v0", entry_point="flash.envs.questions:QuestionsEnv")

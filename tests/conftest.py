@@ -1,6 +1,7 @@
 """Shared by all tests."""
 
 import asyncio
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Generator, Iterator
@@ -35,6 +36,13 @@ def _default_event_loop() -> Iterator[None]:
     yield
     asyncio.set_event_loop(None)
     loop.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Where `datasets`, which asks once for it, puts the rows of files that tests make."""
+    os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets"))
+    yield
 
 
 @pytest.fixture(scope="session")

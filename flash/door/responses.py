@@ -225,15 +225,16 @@ class Request:
         """None for what is to be ignored."""
         kind = given.get("type", "message") if isinstance(given, dict) else "message"
         within = ("input", number)
-        if kind not in _KINDS:
-            if kind in ignore:
+        shape = _KINDS.get(kind) if isinstance(kind, str) else None
+        if shape is None:
+            if isinstance(kind, str) and kind in ignore:
                 return None
             raise refused(
                 f"input[{number}].type", kind,
                 f"this door knows {', '.join(_KINDS)}: leave it out, or have the door ignore such "
                 f"items by their type (agent.ignore)",
             )  # fmt: skip
-        item = _VOCABULARY.part(_KINDS[kind], given, ignore=ignore, within=within)
+        item = _VOCABULARY.part(shape, given, ignore=ignore, within=within)
         if not isinstance(item, _Reference):
             return item
         for answer in self._kept.values():

@@ -13,6 +13,7 @@ episode's samples; the run's token serves clients that train nothing.
 
 import asyncio
 import hashlib
+import itertools
 import json
 import logging
 import secrets
@@ -59,6 +60,8 @@ _S = TypeVar("_S", bound=Session)
 _MESSAGES = "/v1/messages"
 _CONNECTIONS_A_RESPONSE = 4  # that a token may have, busy or idle
 _READ_TIMEOUT_S = 60.0  # for a client to read its answer
+_MAX_DEPTH = 100  # of a body; more than a tool's schema has
+_HOLDERS = (dict, list)
 
 
 class Door:
@@ -361,7 +364,13 @@ async def _json(request: web.Request) -> Any:
             _dumps(body).encode()  # half a surrogate pair is no text
     except (ValueError, RecursionError) as error:
         raise ApiError(400, "the body is not JSON, or not UTF-8") from error
-    return body
+    level = [body]
+    for _ in range(_MAX_DEPTH):
+        inner = [v.values() if isinstance(v, dict) else v for v in level if isinstance(v, _HOLDERS)]
+        if not inner:
+            return body
+        level = list(itertools.chain.from_iterable(inner))
+    raise ApiError(400, f"the body is nested deeper than {_MAX_DEPTH} levels")
 
 
 async def _stream(request: web.Request, frames: Iterable[Frame]) -> web.StreamResponse:

@@ -229,3 +229,79 @@ def test_what_can_not_be_honoured_is_refused_by_name(field, changes):
 )  # fmt: skip
 def test_it_may_be_overlooked(ignore, changes):
     assert ask(ignore=[ignore], **changes).ask.messages == [{"role": "user", "content": "hi"}]
+
+
+def test_items_become_messages_and_what_is_said_between_two_others_is_one():
+    def thought(text):
+        content = [{"type": "reasoning_text", "text": text}]
+        return {"type": "reasoning", "summary": [], "content": content}
+
+    def call(arguments):
+        return {"type": "function_call", "call_id": "c", "name": "look", "arguments": arguments}
+
+    asked = ask(
+        instructions="i", temperature=0.5, tools=[TOOL], tool_choice="none",
+        input=[
+            {"role": "developer", "content": "d"},
+            {"role": "user", "content": [{"type": "input_text", "text": "u"},
+                                         {"type": "input_text", "text": "v"}]},
+            thought("a"), thought("b"), {"role": "assistant", "content": "c"},
+            {"type": "message", "role": "assistant",
+             "content": [{"type": "output_text", "text": "d"}]},
+            call('{"at": 1}'), call("{not"),
+            {"type": "function_call_output", "call_id": "c", "output": "o"},
+            {"role": "assistant", "content": "e"},
+            {"role": "user", "content": "w"},
+            {"role": "assistant", "content": "f"},
+        ],
+    ).ask  # fmt: skip
+    calls = [
+        {"id": "c", "type": "function", "function": {"name": "look", "arguments": arguments}}
+        for arguments in ({"at": 1}, "{not")
+    ]
+    assert asked.messages == [
+        {"role": "system", "content": "i"},
+        {"role": "system", "content": "d"},
+        {"role": "user", "content": "uv"},
+        {"role": "assistant", "content": "cd", "reasoning_content": "ab", "tool_calls": calls},
+        {"role": "tool", "content": "o", "tool_call_id": "c"},
+        {"role": "assistant", "content": "e"},
+        {"role": "user", "content": "w"},
+        {"role": "assistant", "content": "f"},
+    ]
+    assert asked.temperature == 0.5
+    assert not asked.parse_tools
+
+
+async def test_an_answer_tells_what_was_asked_and_how_far_it_came(enter):
+    async with enter() as house:
+        _, client = house.open()
+        house.says = [house.tokens("too long")[:3], END]
+        cut = await client.responses.create(
+            model="policy", input="hi", max_output_tokens=3, store=False, temperature=1.0
+        )
+        assert (cut.store, cut.temperature, cut.max_output_tokens) == (False, 1.0, 3)
+        assert [item.status for item in cut.output] == ["incomplete"]
+        assert cut.usage.total_tokens == cut.usage.input_tokens + 3
+        silent = await client.responses.create(model="policy", input="hi")
+        assert [item.type for item in silent.output] == ["message"]
+        assert (silent.store, silent.output_text) == (True, "")
+
+
+async def test_a_streams_items_begin_empty_and_end_whole(enter):
+    async with enter() as house:
+        _, client = house.open()
+        house.says = [CALL + END]
+        stream = await client.responses.create(
+            model="policy", input="find it", tools=[TOOL], stream=True
+        )
+        events = [event async for event in stream]
+    begun = [event.item for event in events if event.type == "response.output_item.added"]
+    assert [item.status for item in begun] == ["in_progress"] * 3
+    assert [item.content for item in begun[:2]] == [[], []]
+    assert begun[2].arguments == ""
+    whole = events[-1].response.output
+    assert [e.item for e in events if e.type == "response.output_item.done"] == whole
+    (thought,) = [e.text for e in events if e.type == "response.reasoning_text.done"]
+    (text,) = [e.text for e in events if e.type == "response.output_text.done"]
+    assert (thought, text) == ("where", "I look.")

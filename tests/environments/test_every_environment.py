@@ -65,6 +65,7 @@ ODD = [
 ]
 ODD += ["[99999999999999999999 0]", r"\boxed{99999999999999999999}", "[-1 -1 -1]", "<tool_call>"]
 
+OF_QUESTIONS = Row("questions", {}, "4", "datasets")
 OF_A_SERVER = Row("openenv", {"observation": "text"}, "3", "websockets")
 OF_A_FILE = Row("code", {"split": "all"}, "def f(x): return x + 1")
 OF_SANDBOXES = [OF_A_FILE, Row("formulas", {}, "def f(x, y, z): return x + y")]
@@ -73,6 +74,7 @@ each = pytest.mark.parametrize(
     "row",
     [
         *ROWS,
+        OF_QUESTIONS,
         pytest.param(OF_A_SERVER, marks=pytest.mark.slow),
         *(pytest.param(row, marks=[pytest.mark.slow, needs_sandbox]) for row in OF_SANDBOXES),
     ],
@@ -90,16 +92,25 @@ def openenv_url():
 @pytest.fixture(scope="module")
 def problems(tmp_path_factory):
     path = tmp_path_factory.mktemp("code") / "problems.jsonl"
-    problems = ({"text": f"Add {n}.", "test_list": [f"assert f(0) == {n}"]} for n in range(12))
-    path.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    rows = ({"text": f"Add {n}.", "test_list": [f"assert f(0) == {n}"]} for n in range(12))
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    path = tmp_path_factory.mktemp("questions") / "questions.jsonl"
+    rows = ({"question": f"What is {n} + 1?", "answer": n + 1} for n in range(50))
+    path.write_text("\n".join(map(json.dumps, rows)))
     return str(path)
 
 
 @pytest.fixture
 def row(request):
-    if request.param is OF_A_FILE:
-        path = request.getfixturevalue("problems")
-        return dataclasses.replace(OF_A_FILE, options=OF_A_FILE.options | {"path": path})
+    for of_rows, name in ((OF_QUESTIONS, "questions"), (OF_A_FILE, "problems")):
+        if request.param is of_rows:
+            path = request.getfixturevalue(name)
+            return dataclasses.replace(of_rows, options=of_rows.options | {"path": path})
     if request.param is not OF_A_SERVER:
         return request.param
     pytest.importorskip(OF_A_SERVER.needs)

@@ -1,4 +1,5 @@
 import contextlib
+import gzip
 import json
 import time
 from decimal import Decimal
@@ -88,16 +89,20 @@ def test_the_seed_decides_the_question_and_the_splits_share_none(tmp_path):
     assert not questions("train") & questions("heldout")
 
 
-def test_a_file_that_is_none_of_questions_is_named_with_the_line(tmp_path):
-    env = load("gsm8k").env
-    with pytest.raises(ValueError, match=r"env\.options: path is missing: give a file of JSON Lin"):
+def test_a_source_that_is_none_of_questions_is_named_with_the_remedy(tmp_path):
+    env = load("gsm8k").env.model_copy(update={"options": {}})
+    with pytest.raises(ValueError, match=r"env\.options: path='' must name files .* on the hub"):
         try_environment(env)
     with pytest.raises(ValueError, match=r"nowhere\.jsonl' can't be read: No such file"):
         QuestionsEnv(path=str(tmp_path / "nowhere.jsonl"))
-    file = tmp_path / "bad.jsonl"
-    file.write_text('{"question": "q", "answer": "1"}\n{"question": "q"}\n')
-    with pytest.raises(ValueError, match=r"bad\.jsonl', line 2: it has no 'answer'; it has 'quest"):
-        QuestionsEnv(path=str(file))
+    with pytest.raises(ValueError, match=r"question='a\.' must name a field"):
+        QuestionsEnv(path="a.jsonl", question="a.")
+    with pytest.raises(ValueError, match="split='test' must be 'train', 'heldout' or 'all'"):
+        QuestionsEnv(path="a.jsonl", split="test")
+    file = tmp_path / "other.jsonl"
+    file.write_text('{"question": "q", "reply": "1"}\n')
+    with pytest.raises(ValueError, match=r"line 1: it has no 'question\.text': 'text' is not in"):
+        QuestionsEnv(path=str(file), question="question.text", answer="reply")
 
 
 @pytest.mark.parametrize(
@@ -106,24 +111,49 @@ def test_a_file_that_is_none_of_questions_is_named_with_the_line(tmp_path):
         ('{"question": "q", "answer": null}', "answer=null must be a text or a number"),
         ('{"question": "q", "answer": ["1"]}', r'answer=\["1"\] must be a text or a number'),
         ('{"question": "q", "answer": true}', "answer=true must be a text or a number"),
-        ('{"question": "q", "answer": NaN}', "NaN is no number of JSON"),
+        ('{"question": "q", "answer": NaN}', "answer=NaN must be a text or a number"),
         ('{"question": "q", "answer": " "}', 'answer=" " is empty, so that nothing could be right'),
         ('{"question": "q", "answer": "so 1 ####"}', 'answer="so 1 ####" is empty'),
         ('{"question": " ", "answer": "1"}', 'question=" " must be a text that is not empty'),
-        ('{"question": 5, "answer": "1"}', 'question="5" must be a text'),
-        ('{"question": "\\ud800", "answer": "1"}', "surrogates not allowed"),
-        ('["q", "1"]', "it is not an object"),
-        ("{}", "it has no 'question'; it has none"),
-        ('{"question": "q", "answer": "1"', "it is not JSON: Expecting ',' delimiter at char"),
-        ("[" * 100_000, "recursion"),
+        ('{"question": 5, "answer": "1"}', "question=5 must be a text"),
+        ('{"question": "\\ud800", "answer": "1"}', ".* surrogates not allowed"),
+        ('["q", "1"]', "it has no 'question': 'question' is not in"),
+        ('{"question": "q"}', "it has no 'answer': 'answer' is not in {\"question\": \"q\"}"),
+        ("5", "it has no 'question': 'question' is not in 5"),
     ],
 )
 def test_a_wrong_line_is_named_with_its_number_and_field(tmp_path, line, says):
     file = tmp_path / "bad.jsonl"
     good = '{"question": "q", "answer": 1}'
     file.write_bytes(f"\ufeff{good}\r\n\r\n{line}\r\n{good}".encode())
-    with pytest.raises(ValueError, match=rf"bad\.jsonl', line 3: .*{says}"):
+    with pytest.raises(ValueError, match=rf"bad\.jsonl', line 3: {says}"):
         QuestionsEnv(path=str(file))
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"question": "q", "answer": "1"', "Expecting ',' delimiter at character 3"),
+        ("[" * 100_000, ".*recursion"),
+        ("1" * 5000, ".*digits"),
+    ],
+)
+def test_a_line_that_is_not_json_is_named_with_its_number(tmp_path, line, says):
+    file = tmp_path / "bad.jsonl"
+    file.write_text('{"question": "q", "answer": 1}\n' + line)
+    with pytest.raises(ValueError, match=rf"bad\.jsonl', line 2 is not JSON: {says}"):
+        QuestionsEnv(path=str(file))
+
+
+def test_answers_of_any_kind_may_be_beside_each_other(tmp_path):
+    """Also what looks like a time, and has none of the digits lost."""
+    answers = [1, "blue", "2024-05-03", 0.1, 10**22, "#### 7", "007"]
+    file = tmp_path / "mixed.jsonl"
+    rows = [{"question": f"q {n}", "answer": a, "id": [n, str(n)][n % 2]} for n, a in
+            enumerate(answers)]  # fmt: skip
+    file.write_text("\n\n".join(map(json.dumps, rows)))
+    means = [Decimal(1), "blue", "2024-05-03", Decimal("0.1"), Decimal(10**22), Decimal(7)]
+    assert list(_asked(path=str(file)).values()) == [*means, Decimal(7)]
 
 
 def test_a_file_in_another_encoding_is_named_with_the_remedy(tmp_path):
@@ -131,10 +161,10 @@ def test_a_file_in_another_encoding_is_named_with_the_remedy(tmp_path):
     line = '{"question": "q", "answer": "é"}\n'
     for encoding in ("utf-16", "utf-16-le", "utf-16-be"):
         file.write_bytes(line.encode(encoding))
-        with pytest.raises(ValueError, match=r"one\.jsonl' is UTF-16, or no text: save it as UTF"):
+        with pytest.raises(ValueError, match=r"one\.jsonl' can't be read: 'utf-8' .* in UTF-8"):
             QuestionsEnv(path=str(file))
     file.write_bytes(b'{"question": "q", "answer": 1}\n' + line.encode("latin-1"))
-    with pytest.raises(ValueError, match=r"one\.jsonl', line 2 is not UTF-8 .*: save the file as"):
+    with pytest.raises(ValueError, match=r"one\.jsonl' .*UTF-8"):
         QuestionsEnv(path=str(file))
 
 
@@ -225,7 +255,6 @@ def test_a_parquet_file_asks_what_json_lines_ask(tmp_path, answers):
         ({"question": ["a", ""], "answer": [1, 2]}, "row 2: question="),
         ({"question": ["a"], "answer": [float("nan")]}, "row 1: answer="),
         ({"question": ["a"], "answer": [True]}, "row 1: answer=true must be"),
-        ({"prompt": ["a"], "answer": [1]}, "row 1: it has no 'question'; it has 'prompt'"),
     ],
 )
 def test_a_row_that_is_no_problem_is_named_with_its_field(tmp_path, columns, told):
@@ -236,5 +265,87 @@ def test_a_row_that_is_no_problem_is_named_with_its_field(tmp_path, columns, tol
 def test_a_file_that_only_says_it_is_parquet_is_refused(tmp_path):
     path = tmp_path / "none.parquet"
     path.write_text('{"question": "a", "answer": "1"}\n')
-    with pytest.raises(ValueError, match="can't be read as Parquet"):
+    with pytest.raises(ValueError, match=r"none\.parquet' can't be read: Parquet magic bytes"):
         QuestionsEnv(path=str(path))
+
+
+def _asked(**options: Any) -> dict[str, str | Decimal]:
+    """All questions with their answers."""
+    env = QuestionsEnv(**{"split": "all", **options})
+    return {env.reset(seed=seed)[0]: env._answer for seed in range(100)}
+
+
+def test_every_kind_of_file_folder_and_pattern_asks_the_same(tmp_path):
+    rows = {"question": [f"q {n}" for n in range(20)], "answer": [*range(20)]}
+    expected = {f"q {n}": Decimal(n) for n in range(20)}
+    folder = tmp_path / "of_lines"
+    folder.mkdir()
+    lines = [json.dumps({"question": q, "answer": n}) + "\n" for n, q in enumerate(expected)]
+    (folder / "a.jsonl").write_text("".join(lines[:7]))
+    (folder / "b.jsonl").write_text("".join(lines[7:]))
+    table = tmp_path / "questions.csv"
+    table.write_text("question,answer\n" + "".join(f"q {n},{n}\n" for n in range(20)))
+    tabs = tmp_path / "questions.tsv"
+    tabs.write_text(table.read_text().replace(",", "\t"))
+    listed = tmp_path / "questions.json"
+    listed.write_text(json.dumps([json.loads(line) for line in lines]))
+    packed = tmp_path / "questions.jsonl.gz"
+    packed.write_bytes(gzip.compress("".join(lines).encode()))
+    for path in (
+        _parquet(tmp_path, rows), str(folder), f"{folder}/*.jsonl", str(table), str(tabs),
+        [str(folder / "a.jsonl"), str(folder / "b.jsonl")], str(listed), str(packed),
+    ):  # fmt: skip
+        assert _asked(path=path) == expected, path
+
+
+def test_fields_may_have_other_names_and_be_within_others(tmp_path):
+    prompts = [[{"role": "user", "content": f"q {n}"}] for n in range(5)]
+    marks = [{"style": "rule", "ground_truth": str(n)} for n in range(5)]
+    path = _parquet(tmp_path, {"prompt": prompts, "reward_model": marks})
+    asked = _asked(path=path, question="prompt.0.content", answer="reward_model.ground_truth")
+    assert asked == {f"q {n}": Decimal(n) for n in range(5)}
+    with pytest.raises(ValueError, match=r"row 1: it has no 'prompt\.1\.content': '1' is not in"):
+        _asked(path=path, question="prompt.1.content", answer="reward_model.ground_truth")
+
+
+def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path):
+    path = _parquet(tmp_path, {"question": ["a"], "reply": [1]})
+    with pytest.raises(ValueError, match=r"no field 'answer': it has 'question', 'reply'; name .*"):
+        QuestionsEnv(path=path)
+
+
+def test_a_data_set_s_own_splits_and_parts_of_them_are_read(tmp_path):
+    for split, first in (("train", 0), ("test", 100)):
+        rows = [{"question": f"q {n}", "answer": n} for n in range(first, first + 10)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    path = str(tmp_path)
+    assert set(_asked(path=path)) == {f"q {n}" for n in range(10)}
+    assert set(_asked(path=path, data_split="test")) == {f"q {n}" for n in range(100, 110)}
+    assert set(_asked(path=path, data_split="train[2:4]")) == {"q 2", "q 3"}
+    with pytest.raises(ValueError, match=r"can't be read: Unknown split \"dev\".*: correct"):
+        _asked(path=path, data_split="dev")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"path": ["a.jsonl", "b.csv"]}, r"files of \.csv, \.jsonl: give files of one kind"),
+        ({"path": "notes.txt"}, r"files of \.txt: give files of one kind of \.jsonl"),
+        ({"path": "empty.jsonl"}, r"path='empty\.jsonl' can't be read: .* no data"),
+        ({"path": "a.jsonl", "revision": "main"}, "revision='main' is of a data set on the hub"),
+        ({"path": "a.jsonl", "subset": "main"}, "subset='main' is of a data set on the hub"),
+        ({"path": "empty.json"}, r"path='empty\.json' has no rows"),
+        ({"path": "a.jsonl", "data_split": 1}, "split=1 must be a text"),
+        ({"path": [1]}, r"path=\[1\] must name files"),
+        ({"path": "*.parquet"}, r"path='\*\.parquet' can't be read: No such file"),
+        ({"path": "."}, "path='.' can't be read: "),
+    ],
+)
+def test_a_source_that_can_t_be_is_named_with_its_option(tmp_path, monkeypatch, options, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"question": "q", "answer": 1}\n')
+    (tmp_path / "b.csv").write_text("question,answer\nq,1\n")
+    for name in ("empty.jsonl", "empty.json", "notes.txt"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(ValueError, match=says):
+        QuestionsEnv(**options)
