@@ -116,6 +116,12 @@ class AgentConfig(Section):
         2, ge=1, description="that run those functions which are no coroutines"
     )
 
+    sandbox: Literal["none", "local"] = Field(
+        "none",
+        description="where functions and MCP commands run: none: in processes of this machine; "
+        "local: in sandboxes (bubblewrap), without network, functions in one of each episode's own",
+    )
+
     @property
     def has_tools(self) -> bool:
         """Whether the policy can call any."""

@@ -13,6 +13,8 @@ from flash.config.agent import AgentConfig
 from flash.config.fields import RunFields
 from flash.environments.config import EnvConfig
 from flash.errors import EnvFailure
+from flash.sandbox import SandboxUnavailable
+from flash.sandbox.bubblewrap import check_installed
 from flash.system import machine
 
 
@@ -53,6 +55,7 @@ def check_run(config: RunFields) -> None:
         ("agent.samples", config.agent.samples != "whole"),
         ("agent.tools", bool(config.agent.tools)),
         ("agent.mcp", bool(config.agent.mcp)),
+        ("agent.sandbox", config.agent.sandbox != "none"),
         ("env.hosts", config.env.hosts > 0),
     ):
         if given:
@@ -67,7 +70,13 @@ def check_run(config: RunFields) -> None:
 
 def check_tools(agent: AgentConfig) -> None:
     """That the agent's tools are there, and that its style can offer them."""
+    in_sandbox = agent.sandbox != "none"
     if not agent.has_tools:
+        if in_sandbox:
+            raise ValueError(
+                f"agent.sandbox={agent.sandbox} is for what agent.tools and agent.mcp name, and "
+                f"they are empty: leave it out"
+            )
         return
     from flash.tools.functions import function_of  # noqa: PLC0415  (seconds to import)
 
@@ -78,6 +87,11 @@ def check_tools(agent: AgentConfig) -> None:
         )
     for name in agent.tools:
         function_of(name)
+    if in_sandbox:
+        try:
+            check_installed()
+        except SandboxUnavailable as error:
+            raise ValueError(f"agent.sandbox={agent.sandbox}: {error}") from error
     if agent.mcp and importlib.util.find_spec("mcp") is None:
         raise ValueError(
             f"agent.mcp needs a package that is not installed: run {machine.how_to_install('mcp')}"

@@ -35,7 +35,7 @@ KINDS: Final[Mapping[str, Kind]] = {
             *["alpha", "batch_size", "group_size", "publish_every", "task_sets"],
             *_of("env", "name options eval_options"),
             *_of("engine", "dtype update_mode vllm_args sglang_args"),
-            *_of("agent", "run env ignore roles samples style style_options tools mcp"),
+            *_of("agent", "run env ignore roles samples style style_options tools mcp sandbox"),
             *_of("agent", "tool_chars max_turns max_tokens max_sequence_tokens temperature"),
             *_of("reward", "name run url model prompt max_score max_tokens"),
             *_of("rollout", "schedule redundant_groups redundant_episodes filters on_stale"),
@@ -83,7 +83,7 @@ _MADE_FROM = "which is what its small policy was made from"
 # What the episodes of a group must have in common, or their rewards can't be compared.
 _OF_A_GROUP = (
     *("group_size", "env.name", "env.options", "reward", "brought"),
-    *_of("agent", "run roles samples style style_options tools mcp"),
+    *_of("agent", "run roles samples style style_options tools mcp sandbox"),
 )
 _SETS = "task_sets"
 

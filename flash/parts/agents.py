@@ -175,6 +175,7 @@ async def _open_tools(playing: Playing, start: StartProcess) -> AsyncIterator[_T
         settings.tools,
         settings.mcp,
         processes=settings.tool_processes,
+        sandbox=None if settings.sandbox == "none" else settings.sandbox,
         timeout_s=settings.tool_timeout_s,
         max_chars=settings.tool_chars,
         log_dir=playing.log_dir,

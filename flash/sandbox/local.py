@@ -23,6 +23,7 @@ _START_TIMEOUT_S = 60.0
 _GRACE_S = 15.0  # more than the kernel takes to end all of a command, on a busy machine
 _ENVIRONMENT = {"PATH": python_path(), "HOME": "/tmp", "LANG": "C.UTF-8"}
 _OPEN_FILES = 1024
+_LINE_BYTES = 1 << 20  # of a command that goes on, the longest line that can be read as one
 _OWN_PROCESSES = 3  # of `inside.py`, beside a command's
 
 
@@ -286,7 +287,7 @@ def _lost() -> Iterator[None]:
 
 
 async def _reader(descriptor: int) -> asyncio.StreamReader:
-    reader = asyncio.StreamReader()
+    reader = asyncio.StreamReader(limit=_LINE_BYTES)
     await asyncio.get_running_loop().connect_read_pipe(
         lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(descriptor, "rb", buffering=0)
     )

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from flash.deadline import Deadline
 from flash.errors import EnvFailure, one_line
+from flash.sandbox import Kind
 from flash.tools.config import McpConfig
+from flash.tools.mcp_sandboxed import mcp_in_sandbox
 from flash.tools.tool import Schema, ToolError
 
 if TYPE_CHECKING:
@@ -27,11 +29,13 @@ class McpServer:
 
     Args:
         log_path: what a command writes to its standard error.
+        sandbox: of which kind a command runs in one, if it does.
     """
 
-    def __init__(self, config: McpConfig, *, log_path: Path) -> None:
+    def __init__(self, config: McpConfig, *, log_path: Path, sandbox: Kind | None = None) -> None:
         self._config = config
         self._log_path = log_path
+        self._sandbox = sandbox
         self._tasks = asyncio.TaskGroup()
         self._connection: _Connection | None = None
         self._connecting = asyncio.Lock()  # held while the connection is made, or made anew
@@ -83,7 +87,9 @@ class McpServer:
     async def _connected(self) -> "_Connection":
         async with self._connecting:
             if self._connection is None or self._connection.closing.is_set():
-                connection = _Connection(self._config, self._log_path, self._tasks)
+                connection = _Connection(
+                    self._config, self._log_path, self._tasks, sandbox=self._sandbox
+                )
                 self._connection = connection
                 try:
                     with Deadline(_START_TIMEOUT_S):
@@ -123,12 +129,20 @@ class McpServer:
 class _Connection:
     """One client, in a task of its own, as its transports need it."""
 
-    def __init__(self, config: McpConfig, log_path: Path, tasks: asyncio.TaskGroup) -> None:
+    def __init__(
+        self,
+        config: McpConfig,
+        log_path: Path,
+        tasks: asyncio.TaskGroup,
+        *,
+        sandbox: Kind | None,
+    ) -> None:
         self.closing = asyncio.Event()
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.client: Client
         self._config = config
         self._log_path = log_path
+        self._sandbox = sandbox
         self._task = tasks.create_task(self._run(), name=f"MCP server {config}")
 
     def close(self) -> None:
@@ -163,6 +177,13 @@ class _Connection:
         command, *args = self._config.command
         given = (entry.partition("=") for entry in self._config.env)
         env = {name: value if set_here else os.environ[name] for name, set_here, value in given}
+        if self._sandbox is not None:
+            transport = mcp_in_sandbox(
+                self._sandbox, self._config.command, env=env, log_path=self._log_path
+            )
+            async with Client(transport) as client:
+                yield client
+            return
         parameters = StdioServerParameters(command=command, args=args, env=env)
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
         with self._log_path.open("a") as log:

@@ -2,24 +2,28 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
 from flash.answers import shown
 from flash.errors import EnvFailure
+from flash.sandbox import Kind, check_sandbox
 from flash.system.pool import ProcessPool
 from flash.system.process import Child, StartProcess
 from flash.tools.config import McpConfig
 from flash.tools.functions import (
     FIELD,
     CoroutineTool,
+    Function,
     ProcessTool,
     function_of,
     is_coroutine,
+    schema_of,
 )
 from flash.tools.host import ToolHost
 from flash.tools.mcp import McpServer, McpTool
+from flash.tools.sandboxed import SandboxedFunctions
 from flash.tools.tool import Schema, Tool, Toolbox, name_of
 
 
@@ -30,6 +34,7 @@ class Toolset:
         functions: by `module:name`. Coroutines run in the event loop, all others in `processes`.
         servers: of those that are for each episode one is opened at the start, too, to be asked
             what it has.
+        sandbox: of which kind functions and commands run in sandboxes, if they do.
         timeout_s, max_chars: of one call, of one result.
         log_dir: where processes and servers write.
         start: starts each process.
@@ -43,6 +48,7 @@ class Toolset:
         servers: Sequence[McpConfig],
         *,
         processes: int = 2,
+        sandbox: Kind | None = None,
         timeout_s: float = 60.0,
         max_chars: int = 20_000,
         log_dir: Path,
@@ -51,9 +57,11 @@ class Toolset:
         self.schemas: list[Schema] = []
         self._functions = functions
         self._servers = [
-            _Servers(server, log_dir / f"mcp_{n}.log") for n, server in enumerate(servers)
+            _Servers(server, log_dir / f"mcp_{n}.log", sandbox) for n, server in enumerate(servers)
         ]
         self._processes = processes
+        self._sandbox = sandbox
+        self._sandboxed: SandboxedFunctions | None = None
         self._timeout_s = timeout_s
         self._max_chars = max_chars
         self._log_dir = log_dir
@@ -77,6 +85,8 @@ class Toolset:
         """What one episode can call, until it is left."""
         async with contextlib.AsyncExitStack() as opened:
             tools = list(self._tools)
+            if self._sandboxed is not None:
+                tools += await opened.enter_async_context(self._sandboxed.of_episode())
             for servers in self._servers:
                 server = await opened.enter_async_context(servers.of_episode())
                 tools += (McpTool(schema, server) for schema in servers.schemas)
@@ -84,6 +94,25 @@ class Toolset:
 
     async def _open(self) -> None:
         functions = {name: function_of(name) for name in self._functions}
+        if self._sandbox is not None:
+            await asyncio.to_thread(check_sandbox, self._sandbox)
+        if self._sandbox is None:
+            await self._open_here(functions)
+        elif functions:
+            self._sandboxed = SandboxedFunctions(self._sandbox, functions)
+            await self._sandboxed.check()
+        self.schemas += (schema_of(name, function) for name, function in functions.items())
+        for servers in self._servers:
+            await self._opened.enter_async_context(servers)
+            self.schemas += servers.schemas
+        names = [name_of(schema) for schema in self.schemas]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(
+                f"{FIELD} and agent.mcp have two tools named {twice[0]!r}: leave one out (a server "
+                f"offers its `tools` only)"
+            )
+
+    async def _open_here(self, functions: Mapping[str, Function]) -> None:
         if blocking := [name for name, made in functions.items() if not is_coroutine(made)]:
             pool = ProcessPool(
                 "flash.tools.host",
@@ -102,24 +131,15 @@ class Toolset:
                 if name in blocking
                 else CoroutineTool(name, function)
             )
-        self.schemas += (tool.schema for tool in self._tools)
-        for servers in self._servers:
-            await self._opened.enter_async_context(servers)
-            self.schemas += servers.schemas
-        names = [name_of(schema) for schema in self.schemas]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(
-                f"{FIELD} and agent.mcp have two tools named {twice[0]!r}: leave one out (a server "
-                f"offers its `tools` only)"
-            )
 
 
 class _Servers:
     """One MCP server for all episodes, or one for each."""
 
-    def __init__(self, config: McpConfig, log_path: Path) -> None:
+    def __init__(self, config: McpConfig, log_path: Path, sandbox: Kind | None) -> None:
         self.schemas: list[Schema] = []
         self._config = config
+        self._sandbox = sandbox
         self._log_path = log_path
         self._room = asyncio.Semaphore(config.at_once)
         self._shared: McpServer | None = None
@@ -155,4 +175,4 @@ class _Servers:
             yield server
 
     def _server(self) -> McpServer:
-        return McpServer(self._config, log_path=self._log_path)
+        return McpServer(self._config, log_path=self._log_path, sandbox=self._sandbox)

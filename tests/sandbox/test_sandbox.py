@@ -11,8 +11,7 @@ import psutil
 import pytest
 
 from flash.errors import EnvFailure
-from flash.sandbox import FileFailure, SandboxUnavailable, open_sandbox
-from flash.sandbox.choose import check_sandbox
+from flash.sandbox import FileFailure, SandboxUnavailable, check_sandbox, open_sandbox
 from tests.processes import Watch
 from tests.sandboxes import MARK, marked, needs_sandbox
 

@@ -88,3 +88,18 @@ def blocks() -> None:
 def dies() -> None:
     """With its process."""
     os._exit(3)
+
+
+def prints(what: str) -> str:
+    """Says and answers.
+
+    Args:
+        what: it
+    """
+    print(what)
+    return what
+
+
+def hoards() -> int:
+    """Takes 4 GB."""
+    return len(b"x" * (4 << 30))

@@ -1,7 +1,6 @@
 """Real MCP servers, over standard streams and over HTTP: what they offer, and their end."""
 
 import asyncio
-import json
 import os
 import signal
 import sys
@@ -14,8 +13,8 @@ from examples.tools.notes_server import server as notes
 from flash.errors import EnvFailure
 from flash.tools.config import McpConfig
 from flash.tools.mcp import McpServer
-from flash.tools.tool import ToolCall
 from flash.tools.toolset import Toolset
+from tests.tools.calls import asked
 
 pytestmark = pytest.mark.slow
 
@@ -40,15 +39,6 @@ def dies() -> str:
 
 server.run()
 """
-
-
-def call(name, **arguments):
-    return ToolCall(id="call1", name=name, arguments=json.dumps(arguments))
-
-
-async def asked(box, name, **arguments):
-    (result,) = await box.answer([call(name, **arguments)])
-    return result
 
 
 @pytest.fixture
