@@ -122,9 +122,9 @@ class ProblemEnv(gymnasium.Env[str, str]):
         self._left = 0
         counted = results[len(public) :] or results
         share = sum(result.passed for result in counted) / len(counted)
-        success = all(result.passed for result in results)
-        reward = share if self._fraction else float(success)
-        return "", reward, True, False, self._info(results)
+        info = self._info(results)
+        reward = share if self._fraction else float(info["success"])
+        return "", reward, True, False, info
 
     def _run(self, code: str, tests: Sequence[Test]) -> list[Result]:
         assert self._problem is not None

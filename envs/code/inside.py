@@ -13,10 +13,12 @@ import itertools
 import json
 import os
 import sys
+import traceback
 import types
 from collections.abc import ItemsView, Iterator, KeysView, ValuesView
 from typing import Any, TextIO
 
+SETUP_FAILED = 3  # the exit code of a judge
 _MOST_ITEMS = 100_000  # that are taken of an iterator
 _KINDS: dict[str, Any] = {"tuple": tuple, "set": set, "frozenset": frozenset, "bytes": bytes}
 
@@ -52,7 +54,11 @@ def _value(request: dict[str, Any], names: dict[str, Any]) -> Any:
 def judge(told: dict[str, Any], out: TextIO) -> None:
     """Whether each assertion holds: a `test` over `_values`, which are lines of `answer`."""
     names: dict[str, Any] = {}
-    exec(compile(told["setup"], "setup.py", "exec"), names)
+    try:
+        exec(compile(told["setup"], "setup.py", "exec"), names)
+    except BaseException:  # SystemExit too
+        traceback.print_exc()
+        sys.exit(SETUP_FAILED)
     json.dump([_holds(each["test"], each["values"], names) for each in told["assertions"]], out)
 
 

@@ -83,8 +83,11 @@ class Problem:
     function: str = ""  # of packed tests
 
     def hidden_tests(self) -> tuple[Test, ...]:
-        """All of them. ValueError if those that are packed can't be read."""
-        return self.hidden + _cases(unpacked(self.packed), self.function, "private_test_cases")
+        """All of them. ValueError if those that are packed can't be read, or there are no tests."""
+        tests = self.hidden + _cases(unpacked(self.packed), self.function, "private_test_cases")
+        if not (self.public or tests):
+            raise ValueError("private_test_cases is empty, and so is public_test_cases")
+        return tests
 
 
 @dataclass(frozen=True, slots=True)

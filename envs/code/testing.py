@@ -21,7 +21,7 @@ from flash.sandbox import Limits, Outcome, Sandbox, open_sandbox
 from flash.sandbox.choose import Kind
 
 from .assertions import Assertion
-from .inside import decoded
+from .inside import SETUP_FAILED, decoded
 from .problems import Call, Problem, Program, Test
 
 _PYTHON = ("python3", "-I")  # led by no variables, and by no files beside it
@@ -208,10 +208,10 @@ async def _judged(setup: str, assertions: Sequence[dict[str, Any]], rules: Rules
     async with open_sandbox(rules.sandbox, limits=rules.limits) as sandbox:
         told = {"setup": setup, "assertions": assertions}
         outcome = await _inside("judge", told, sandbox, seconds=_JUDGE_S)
-    if outcome.ended != "exited":  # values that are too large for a test
-        return [False] * len(assertions)
-    if outcome.returncode != 0:
+    if outcome.returncode == SETUP_FAILED:
         raise RuntimeError(f"the tests' own set-up failed: {_why(outcome)}")
+    if outcome.returncode != 0:  # values that are too large for a test, say
+        return [False] * len(assertions)
     holds: list[bool] = json.loads(outcome.stdout)
     return holds
 

@@ -67,7 +67,7 @@ ODD += ["[99999999999999999999 0]", r"\boxed{99999999999999999999}", "[-1 -1 -1]
 
 OF_QUESTIONS = Row("questions", {}, "4", "datasets")
 OF_A_SERVER = Row("openenv", {"observation": "text"}, "3", "websockets")
-OF_A_FILE = Row("code", {"split": "all"}, "def f(x): return x + 1")
+OF_A_FILE = Row("code", {"split": "all"}, "def f(x): return x + 1", "datasets")
 OF_SANDBOXES = [OF_A_FILE, Row("formulas", {}, "def f(x, y, z): return x + y")]
 
 each = pytest.mark.parametrize(

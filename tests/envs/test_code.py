@@ -296,6 +296,12 @@ def test_a_set_up_that_fails_is_no_answer_s_fault(reward):
         reward(entry, "def f(x): return x")
 
 
+def test_values_that_are_too_much_for_a_test_fail_it(reward):
+    entry = {"text": "?", "test_list": ["assert len('x' * f(1)) == 1"]}
+    assert reward(entry, "def f(x): return 1") == 1
+    assert reward(entry, "def f(x): return 10 ** 12") == 0
+
+
 def test_methods_of_a_solution_are_called_and_usual_names_are_there(reward):
     cases = [{"input": "[1,2,3]\n2", "output": "[2,3]", "testtype": "functional"}]
     entry = {

@@ -109,6 +109,14 @@ def test_a_pickle_that_is_no_text_is_refused_and_not_run(text, says, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_packed_tests_that_are_none_are_told_when_they_are_read(problems):
+    (one,) = problems(LIVE | {"public_test_cases": "[]", "private_test_cases": packed("[]")})
+    with pytest.raises(
+        ValueError, match="private_test_cases is empty, and so is public_test_cases"
+    ):
+        one.hidden_tests()
+
+
 def test_inputs_and_outputs_are_found_where_people_have_them(problems):
     tests = {"inputs": APPS["inputs"], "outputs": APPS["outputs"]}
     message = [{"role": "user", "content": "Add."}]
