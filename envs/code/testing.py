@@ -121,8 +121,8 @@ def _why(outcome: Outcome) -> str:
     """How it ended, if not well."""
     if outcome.ended == "deadline":
         return _LATE
-    if outcome.ended == "killed":
-        return "It was killed, most likely for want of memory."
+    if outcome.ended == "memory":
+        return "It took too much memory."
     if outcome.cut:
         return "It wrote too much."
     said = outcome.stderr.decode(errors="replace").strip()

@@ -142,31 +142,40 @@ SECRETS = {
 LOOK = """
 import gc, glob, os, re, sys
 def seen():
+    yield from (repr(given) for given in (sys.argv, os.environ))
     frame = sys._getframe()
     while frame:
-        yield str(frame.f_locals) + str(frame.f_globals)
+        yield repr(list(frame.f_locals.values()))
         frame = frame.f_back
-    yield from (str(each) for each in gc.get_objects() if isinstance(each, (str, list, dict)))
-    yield str(sys.argv) + str(os.environ)
+    for each in gc.get_objects():
+        if type(each) in (list, tuple, dict):
+            items = list(each.values() if type(each) is dict else each)
+            yield from (item for item in items if type(item) is str)
     paths = glob.glob("/proc/[0-9]*/cmdline") + glob.glob("/proc/[0-9]*/environ")
-    for folder in ("/work", "/tmp", "/dev/shm", "/run", os.getcwd()):
-        paths += [os.path.join(path, name) for path, _, names in os.walk(folder) for name in names]
+    for folder in ("/work", "/tmp", "/dev/shm", "/run"):
+        for path, folders, names in os.walk(folder):
+            folders[:] = [each for each in folders if os.path.join(path, each) != sys.prefix]
+            paths += [os.path.join(path, name) for name in names]
     for path in paths:
         try:
             yield open(path, errors="replace").read()
         except OSError:
             pass
-found = re.findall("secret-[0-9a-f]+", " ".join(seen()))
 def f(x):
-    return found[0] if found else ""
-print(f(1))
+    found = [re.search("secret-[0-9a-f]+", text) for text in list(seen())]
+    return next((each[0] for each in found if each), "")
 """
 
 
 @pytest.mark.parametrize("kind", SECRETS)
 def test_an_expected_value_is_nowhere_where_the_code_runs(reward, kind):
     assert reward(SECRETS[kind], f"print('{SECRET}')\ndef f(x): return '{SECRET}'") == 1
-    assert reward(SECRETS[kind], LOOK, test_seconds=20) == 0
+    assert reward(SECRETS[kind], f"{LOOK}\nprint(f(1))", test_seconds=20) == 0
+
+
+def test_that_look_finds_what_is_there(reward):
+    shown = {"question": "?", "inputs": [[SECRET]], "outputs": [SECRET], "fn_name": "f"}
+    assert reward(shown, LOOK, test_seconds=20) == 1
 
 
 EQUAL = """
