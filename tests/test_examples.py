@@ -25,6 +25,7 @@ from flash.parts.model import make_style
 from flash.rollout.episode import Episode
 from flash.telemetry.folder import read_lines
 from flash.warm_start.small_policy import create
+from tests.sandboxes import needs_sandbox
 from tests.tools.templates import TEMPLATES, tokenizer_of
 from tests.wheels import build_wheel
 
@@ -174,7 +175,8 @@ def test_a_package_with_an_environment_is_installed_and_trained_with_a_loss_of_o
 
 
 @slow
-async def test_a_policy_calls_a_function_and_an_mcp_server(tmp_path, monkeypatch):
+@pytest.mark.parametrize("sandbox", ["none", pytest.param("local", marks=needs_sandbox)])
+async def test_a_policy_calls_a_function_and_an_mcp_server(tmp_path, monkeypatch, sandbox):
     """As a run opens them: the function in a process, the server of the episode alone."""
     monkeypatch.chdir(EXAMPLES.parent)
     (tmp_path / "q.jsonl").write_text('{"question": "What is (2 + 3) * 4?", "answer": 20}\n')
@@ -185,6 +187,7 @@ async def test_a_policy_calls_a_function_and_an_mcp_server(tmp_path, monkeypatch
             "env.options": {"path": str(tmp_path / "q.jsonl")},
             "agent.tools": "examples.tools.calculator:calculate",
             "agent.mcp": [server],
+            "agent.sandbox": sandbox,
             "agent.style": "chat",
             "agent.style_options": {},
             "agent.max_turns": 4,
@@ -214,6 +217,8 @@ async def test_a_policy_calls_a_function_and_an_mcp_server(tmp_path, monkeypatch
         open_agents({"": playing}, door=None, hub=hub) as agents,
     ):
         trajectory = await agents.make[""]().play(Episode(1, Task(0), hub=hub))
+    in_processes = (tmp_path / "tool_0.log").exists()
+    assert in_processes == (sandbox == "none")
     assert trajectory.turn_states[1:] == [
         "20\nnote 1",
         "brackets first",

@@ -3,14 +3,16 @@
 import contextlib
 import os
 import shutil
+import stat
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from flash.sandbox.sandbox import WORK, SandboxUnavailable
+from flash.sandbox.seccomp import without_keyrings
 
 FOLDERS = (WORK, "/tmp", "/dev/shm")
-"""What is writable."""
+"""What is writable in each."""
 
 _NOBODY = 65534  # who we are in a sandbox where root opens it
 _IDS = ("--uid", "1000", "--gid", "1000")  # as seen from inside
@@ -21,25 +23,25 @@ _SYSTEM = (
     "/etc/localtime",
 )  # fmt: skip
 _OF_USR = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
-_USERS = "root:x:0:0::/:/bin/sh\nsandbox:x:1000:1000::/tmp:/bin/sh\n"
-_GROUPS = "root:x:0:\nsandbox:x:1000:\n"
-# Nobody could not pass the folders above some of what he may see: root's own is closed. They are
-# mounted where he can, in a mount namespace of its own; that nothing is needed of /sys is its use.
-_AS_NOBODY = f"""
+_USERS = b"root:x:0:0::/:/bin/sh\nsandbox:x:1000:1000::/tmp:/bin/sh\n"
+_GROUPS = b"root:x:0:\nsandbox:x:1000:\n"
+# What lies in folders that are closed to nobody, as root's own is, is mounted where it is not, in a
+# mount namespace of its own. Of /sys nothing is needed here, so it has room for that.
+_OPENING = """
 mount -t tmpfs -o mode=755 none /sys || exit
 while [ "$1" != -- ]; do
-  if [ -d "$1" ]; then mkdir -p "/sys$1"; else mkdir -p "/sys${{1%/*}}" && : > "/sys$1"; fi
+  if [ -d "$1" ]; then mkdir -p "/sys$1"; else mkdir -p "/sys${1%/*}" && : > "/sys$1"; fi
   mount --rbind "$1" "/sys$1" || exit
   shift
 done
 shift
-exec setpriv --reuid={_NOBODY} --regid={_NOBODY} --clear-groups -- "$@"
+exec "$@"
 """
 
 
 @contextlib.contextmanager
 def command_line(
-    argument: str, *, seen: Sequence[Path], joins: Path | None
+    argument: str, *, seen: Sequence[Path], folders: Sequence[str], joins: Path | None
 ) -> Iterator[tuple[list[str], list[int]]]:
     """What opens a sandbox and runs `inside.py` in it, and the descriptors that it is to inherit.
 
@@ -50,15 +52,16 @@ def command_line(
     with contextlib.ExitStack() as opened:
         descriptors: list[int] = []
 
-        def data(descriptor: int, there: str) -> list[str]:
+        def given(descriptor: int) -> str:
             opened.callback(os.close, descriptor)
             descriptors.append(descriptor)
-            return ["--ro-bind-data", str(descriptor), there]
+            return str(descriptor)
 
-        prefix = "/sys" if os.geteuid() == 0 else ""
-        mounts = [word for folder in ("/run", *FOLDERS) for word in ("--dir", folder)]
+        is_root = os.geteuid() == 0
+        closed = [path for path in seen if is_root and _is_closed(path)]
+        mounts = [word for folder in ("/run", *folders) for word in ("--dir", folder)]
         for path in seen:
-            mounts += ["--ro-bind", f"{prefix}{path}", str(path)]
+            mounts += ["--ro-bind", f"/sys{path}" if path in closed else str(path), str(path)]
         for path in map(Path, _OF_USR):
             if path.is_symlink():
                 mounts += ["--symlink", str(path.readlink()), str(path)]
@@ -68,16 +71,22 @@ def command_line(
             "--cap-drop", "ALL", "--cap-add", "CAP_SYS_ADMIN", "--clearenv",
             "--proc", "/proc", "--dev", "/dev",
             *mounts, "--remount-ro", "/dev",
-            *data(_memory(_USERS), "/etc/passwd"),
-            *data(_memory(_GROUPS), "/etc/group"),
-            *data(os.open(_INSIDE, os.O_RDONLY), _INSIDE_THERE),
-            "--remount-ro", "/", "--chdir", "/",
+            "--ro-bind-data", given(_memory(_USERS)), "/etc/passwd",
+            "--ro-bind-data", given(_memory(_GROUPS)), "/etc/group",
+            "--ro-bind-data", given(os.open(_INSIDE, os.O_RDONLY)), _INSIDE_THERE,
+            "--remount-ro", "/", "--chdir", "/", "--seccomp", given(_memory(without_keyrings())),
             "--", sys.executable, "-IS", _INSIDE_THERE, argument,
         ]  # fmt: skip
-        if prefix:
+        if is_root:
+            nobody = str(_NOBODY)
+            command = [
+                *("setpriv", "--reuid", nobody, "--regid", nobody, "--clear-groups", "--"),
+                *command,
+            ]
+        if closed:
             command = [
                 *("unshare", "--mount", "--propagation", "private"),
-                *("sh", "-c", _AS_NOBODY, "sh", *map(str, seen), "--", *command),
+                *("sh", "-c", _OPENING, "sh", *map(str, closed), "--", *command),
             ]
         if joins is not None:
             command = ["sh", "-c", 'echo 0 > "$0" && exec "$@"', str(joins), *command]
@@ -94,6 +103,11 @@ def python_path() -> str:
 
 
 def check_installed() -> None:
+    """Raises SandboxUnavailable for a command that is not there, or an unknown kind of machine."""
+    try:
+        without_keyrings()
+    except ValueError as error:
+        raise SandboxUnavailable(str(error)) from error
     needs = ["bwrap", *(("unshare", "mount", "setpriv") if os.geteuid() == 0 else ())]
     packages = {"bwrap": "bubblewrap", "mount": "mount"}
     for name in needs:
@@ -120,9 +134,14 @@ def seen_of(readable: Sequence[Path]) -> list[Path]:
     return seen
 
 
-def _memory(text: str) -> int:
+def _is_closed(path: Path) -> bool:
+    """Whether not everybody can pass the folders above."""
+    return not all(above.stat().st_mode & stat.S_IXOTH for above in path.resolve().parents)
+
+
+def _memory(content: bytes) -> int:
     """A descriptor of a file that has no name."""
     descriptor = os.memfd_create("sandbox")
-    os.write(descriptor, text.encode())
+    os.write(descriptor, content)
     os.lseek(descriptor, 0, os.SEEK_SET)
     return descriptor

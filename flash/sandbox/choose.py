@@ -21,13 +21,18 @@ def check_sandbox(kind: Kind) -> None:
 
 
 def open_sandbox(
-    kind: Kind = "local", *, limits: Limits = _LIMITS, readable: Sequence[Path] = ()
+    kind: Kind = "local",
+    *,
+    limits: Limits = _LIMITS,
+    readable: Sequence[Path] = (),
+    writable: Sequence[str] = (),
 ) -> Sandbox:
     """A sandbox to be entered: `async with open_sandbox() as sandbox`.
 
     Args:
         readable: files and folders of this machine that are seen in it, at their own paths, beside
             the system and this Python with its packages.
+        writable: folders at its root that may be written to, beside /work, /tmp and /dev/shm.
     """
     assert kind == "local", "the configuration has no other"
-    return LocalSandbox(limits, readable)
+    return LocalSandbox(limits, readable, writable)

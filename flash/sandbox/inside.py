@@ -219,6 +219,8 @@ def _start(request: dict[str, Any], streams: list[int], rlimits: dict[str, int])
     if init == 0:
         try:
             _init(request, streams, rlimits, tell)
+        except OSError as error:
+            os.write(streams[2], f"no process can be made for it: {error}\n".encode())
         finally:
             os._exit(1)
     os.close(tell)

@@ -33,7 +33,10 @@ def check_local() -> None:
 
     async def try_one() -> None:
         async with LocalSandbox(Limits()) as sandbox:
-            await sandbox.run(["true"])
+            outcome = await sandbox.run(["true"])
+            if outcome.returncode != 0:
+                said = outcome.stderr.decode(errors="replace")
+                raise EnvFailure(f"no command runs in it: {said or outcome.ended}")
 
     try:
         with ThreadPoolExecutor(1) as thread:  # where no event loop runs yet
@@ -54,11 +57,15 @@ class LocalSandbox(Sandbox):
 
     Args:
         readable: files and folders of this machine that are seen in it, at their own paths.
+        writable: folders at its root that may be written to, beside those of each.
     """
 
-    def __init__(self, limits: Limits, readable: Sequence[Path] = ()) -> None:
+    def __init__(
+        self, limits: Limits, readable: Sequence[Path] = (), writable: Sequence[str] = ()
+    ) -> None:
         super().__init__(limits)
         self._readable = readable
+        self._writable = writable
         self._control: socket.socket | None = None  # each message is the descriptors of a command
         self._process: asyncio.subprocess.Process | None = None
         self._memory: MemoryGroup | None = None
@@ -112,22 +119,21 @@ class LocalSandbox(Sandbox):
     ) -> "LocalStarted":
         request = _request(argv, env, cwd) | {"seconds": None}
         pipes = [os.pipe() for _ in range(3)]
-        (stdin, _), (_, stdout), (_, stderr) = pipes
-        theirs = (stdin, stdout, stderr)
-        ours = [end for pipe in pipes for end in pipe if end not in theirs]
-        try:
-            with _lost():
-                asked = await _Asked.ask(self._control, request, streams=theirs)
-        except BaseException:
-            for end in ours:
-                os.close(end)
-            raise
-        finally:
-            for end in theirs:
-                os.close(end)
-        started = LocalStarted(
-            asked, await _writer(ours[0]), await _reader(ours[1]), await _reader(ours[2])
-        )
+        theirs = (pipes[0][0], pipes[1][1], pipes[2][1])
+        with contextlib.ExitStack() as failing:
+            files = [
+                failing.enter_context(os.fdopen(end, mode, buffering=0))
+                for end, mode in ((pipes[0][1], "wb"), (pipes[1][0], "rb"), (pipes[2][0], "rb"))
+            ]
+            try:
+                with _lost():
+                    asked = await _Asked.ask(self._control, request, streams=theirs)
+            finally:
+                for end in theirs:
+                    os.close(end)
+            failing.callback(asked.close)
+            started = await LocalStarted.attend(asked, *files)
+            failing.pop_all()
         self._started.append(started)
         return started
 
@@ -153,6 +159,7 @@ class LocalSandbox(Sandbox):
 
     async def _open(self, stderr: IO[bytes]) -> None:
         limits, seen, memory = self.limits, seen_of(self._readable), self._memory
+        folders = list(dict.fromkeys((*FOLDERS, *self._writable)))
         rlimits = {
             "RLIMIT_NPROC": limits.processes + _OWN_PROCESSES,
             "RLIMIT_FSIZE": limits.disk_mb << 20,
@@ -163,7 +170,7 @@ class LocalSandbox(Sandbox):
             rlimits["RLIMIT_AS"] = limits.memory_mb << 20
         argument = {
             "readable": list(map(str, seen)),
-            "folders": FOLDERS,
+            "folders": folders,
             "disk_mb": limits.disk_mb,
             "rlimits": rlimits,
         }
@@ -172,7 +179,10 @@ class LocalSandbox(Sandbox):
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.setblocking(False)
         line = command_line(
-            json.dumps(argument), seen=seen, joins=None if memory is None else memory.members
+            json.dumps(argument),
+            seen=seen,
+            folders=folders,
+            joins=None if memory is None else memory.members,
         )
         with theirs, line as (command, descriptors):
             self._process = await asyncio.create_subprocess_exec(
@@ -203,11 +213,30 @@ class LocalStarted:
         stdin: asyncio.StreamWriter,
         stdout: asyncio.StreamReader,
         stderr: asyncio.StreamReader,
+        transports: Sequence[asyncio.BaseTransport],
     ) -> None:
         self.stdin = stdin
         self.stdout = stdout
         self.stderr = stderr
         self._asked = asked
+        self._transports = transports
+
+    @classmethod
+    async def attend(cls, asked: "_Asked", stdin: IO[bytes], *outputs: IO[bytes]) -> Self:
+        """With our ends of its pipes."""
+        loop = asyncio.get_running_loop()
+        nothing, stdout, stderr = (asyncio.StreamReader(limit=_LINE_BYTES) for _ in range(3))
+        writing, protocol = await loop.connect_write_pipe(
+            partial(asyncio.StreamReaderProtocol, nothing), stdin
+        )
+        transports: list[asyncio.BaseTransport] = [writing]
+        for reader, pipe in zip((stdout, stderr), outputs, strict=True):
+            reading, _ = await loop.connect_read_pipe(
+                partial(asyncio.StreamReaderProtocol, reader), pipe
+            )
+            transports.append(reading)
+        writer = asyncio.StreamWriter(writing, protocol, nothing, loop)
+        return cls(asked, writer, stdout, stderr, transports)
 
     async def wait(self) -> int | None:
         with _lost():
@@ -221,7 +250,8 @@ class LocalStarted:
     def close(self) -> None:
         """Gives up all that is held for it."""
         self._asked.close()
-        self.stdin.close()
+        for transport in self._transports:
+            transport.close()
 
 
 class _Asked:
@@ -284,20 +314,3 @@ def _lost() -> Iterator[None]:
         yield
     except (OSError, EOFError) as error:
         raise EnvFailure(f"the sandbox was lost: {one_line(error)}") from error
-
-
-async def _reader(descriptor: int) -> asyncio.StreamReader:
-    reader = asyncio.StreamReader(limit=_LINE_BYTES)
-    await asyncio.get_running_loop().connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(descriptor, "rb", buffering=0)
-    )
-    return reader
-
-
-async def _writer(descriptor: int) -> asyncio.StreamWriter:
-    loop = asyncio.get_running_loop()
-    nothing = asyncio.StreamReader()
-    transport, protocol = await loop.connect_write_pipe(
-        lambda: asyncio.StreamReaderProtocol(nothing), os.fdopen(descriptor, "wb", buffering=0)
-    )
-    return asyncio.StreamWriter(transport, protocol, nothing, loop)

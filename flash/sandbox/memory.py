@@ -4,12 +4,15 @@ version 1 or 2, where this process may make some."""
 import asyncio
 import contextlib
 import itertools
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, Self
 
 import psutil
+
+logger = logging.getLogger(__name__)
 
 _ROOT = Path("/sys/fs/cgroup")
 _NAME = "flash-sandbox"
@@ -48,7 +51,7 @@ class MemoryGroup:
     @classmethod
     def make(cls, limit_bytes: int) -> Self | None:
         """None where this process may make none."""
-        for parent, files in _parents():
+        for parent, files in parents():
             _sweep(parent)
             name = f"{_NAME}-{os.getpid()}-{next(_numbers)}"
             with contextlib.suppress(OSError):
@@ -72,12 +75,13 @@ class MemoryGroup:
             try:
                 self._folder.rmdir()
                 return
-            except OSError:
+            except OSError as error:
+                why = error
                 await asyncio.sleep(wait_s)
-        self._folder.rmdir()
+        logger.warning("a control group of a sandbox can't be removed: %s", why)
 
 
-def _parents(
+def parents(
     root: Path = _ROOT, own: Path = Path("/proc/self/cgroup")
 ) -> Iterator[tuple[Path, _Files]]:
     """Where a group with a limit can be made: below our own group, or beside it.

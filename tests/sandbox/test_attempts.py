@@ -43,6 +43,14 @@ DENIED = {
     "rename the host": ("call(libc.sethostname(b'x', 1))", "not permitted"),
     "set the clock": ("time.clock_settime(time.CLOCK_REALTIME, 0)", "not permitted"),
     "type into a terminal": ("open('/dev/tty')", "No such device"),
+    "read keys of the kernel": (
+        "call(libc.syscall(KEYCTL, 10, -3, b'user', b'k', 0))",
+        "not permitted",
+    ),
+    "call it as another machine does": (
+        "call(libc.syscall(KEYCTL | 0x40000000, 0, -3, 0))",
+        "permitted|not implemented",
+    ),
     "lift a limit": ("resource.setrlimit(resource.RLIMIT_NPROC, (999, 999))", "not allowed"),
     "ask the internet": ("socket.create_connection(('1.1.1.1', 53), 5)", "unreachable"),
     "start threads without end": (
@@ -64,6 +72,7 @@ DENIED = {
 PRELUDE = """
 import contextlib, ctypes, os, resource, socket, sys, threading, time
 libc = ctypes.CDLL(None, use_errno=True)
+KEYCTL = {"x86_64": 250, "aarch64": 219}[os.uname().machine]
 def call(result):
     if result < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
@@ -83,6 +92,11 @@ async def test_it_is_denied(attempt):
         assert re.search(why, outcome.stderr.decode())
         again = await sandbox.run(["echo", "unharmed"])
     assert again.stdout == b"unharmed\n"
+
+
+def test_the_table_tells_of_every_attempt():
+    told = (Path(__file__).parents[2] / "docs/sandbox.md").read_text()
+    assert [attempt for attempt in DENIED if attempt not in told] == []
 
 
 async def test_what_is_beside_the_system_is_not_seen(tmp_path):
@@ -119,9 +133,12 @@ async def test_no_server_of_this_machine_is_reached():
 
 
 async def test_nothing_is_inherited_but_the_standard_streams():
+    code = "import os; print(sorted(map(int, os.listdir('/proc/self/fd'))))"
     async with open_sandbox(limits=LIMITS) as sandbox:
-        outcome = await python(sandbox, "print(sorted(map(int, os.listdir('/proc/self/fd'))))")
-    assert outcome.stdout == b"[0, 1, 2, 3]\n"  # 3: the folder that is listed
+        outcome = await sandbox.run([sys.executable, "-c", code])
+        started = await sandbox.start([sys.executable, "-c", code])
+        told = await started.stdout.read()
+    assert outcome.stdout == told == b"[0, 1, 2, 3]\n"  # 3: the folder that is listed
 
 
 async def test_its_init_can_not_be_killed_nor_anybody_elses_process():

@@ -55,6 +55,8 @@ async def test_commands_see_the_same_files_and_not_each_other(tmp_path):
     async with open_sandbox() as sandbox, open_sandbox() as other:
         await sandbox.write("a/b", b"one")
         assert (await sandbox.run(["cat", "/work/a/b"])).stdout == b"one"
+        await sandbox.write("-", b"no option")
+        assert await sandbox.read("-") == b"no option"
         await sandbox.run(["sh", "-c", "printf two > /tmp/c"])
         assert await sandbox.read("/tmp/c") == b"two"
         await sandbox.copy_in(tmp_path / "tree", "t")
@@ -101,7 +103,9 @@ async def begun(sandbox, command="echo begun > f; sleep 99"):
     listener = await sandbox.start(["sh", "-c", "mkfifo f; echo listens; cat f"])
     assert await listener.stdout.readline() == b"listens\n"
     daemon = f"setsid sh -c 'sleep 99' {MARK} &"
-    running = asyncio.create_task(sandbox.run(["sh", "-c", f"{daemon} {command}", MARK]))
+    running = asyncio.create_task(
+        sandbox.run(["sh", "-c", f"{daemon} {command}", MARK], seconds=600)
+    )
     assert await listener.stdout.readline() == b"begun\n"
     return running
 
