@@ -1,13 +1,11 @@
 """One problem after another, whose answer is code that is run in a sandbox."""
 
-import asyncio
 import functools
 import re
 import string
 from abc import abstractmethod
-from collections.abc import Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, TypeVar
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import gymnasium
 from gymnasium import spaces
@@ -20,15 +18,12 @@ from .testing import Result, Rules, tested
 
 Rewards = Literal["all", "fraction"]
 
-_T = TypeVar("_T")
 _BLOCK = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
 _AGAIN = "Mend it, and answer with the whole code in one block."
 _TEXT: dict[str, Any] = {"max_length": 100_000, "charset": string.printable}
 _PROCESSES = 32
 _DISK_MB = 64
 _OUTPUT_BYTES = 4_000_000
-# One thread, which stays: a sandbox ends with the thread that opened it.
-_SANDBOXES = ThreadPoolExecutor(1, "sandboxes")
 
 
 class ProblemEnv(gymnasium.Env[str, str]):
@@ -128,7 +123,7 @@ class ProblemEnv(gymnasium.Env[str, str]):
 
     def _run(self, code: str, tests: Sequence[Test]) -> list[Result]:
         assert self._problem is not None
-        return _waited(tested(code, self._problem, tests, self._rules)) if tests else []
+        return tested(code, self._problem, tests, self._rules) if tests else []
 
     def _info(self, results: Sequence[Result]) -> dict[str, Any]:
         assert self._problem is not None
@@ -141,11 +136,6 @@ def code_of(answer: str) -> str:
     """The last fenced block, or all of it if there is none."""
     blocks: list[str] = _BLOCK.findall(answer)
     return blocks[-1] if blocks else answer
-
-
-def _waited(coroutine: Coroutine[Any, Any, _T]) -> _T:
-    """Its result, also where an event loop runs in this thread, which waits."""
-    return _SANDBOXES.submit(lambda: asyncio.run(coroutine)).result()
 
 
 def one_of(name: str, value: object, allowed: Sequence[str]) -> None:

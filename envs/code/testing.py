@@ -7,17 +7,19 @@
 What the code prints besides, which tests it counts as passed and how it exits is of no account.
 """
 
-import asyncio
+import contextlib
 import functools
 import itertools
 import json
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from importlib import resources
 from typing import Any
 
-from flash.sandbox import Limits, Outcome, Sandbox, open_sandbox
+from flash.sandbox import Limits, Outcome, open_sandbox
+from flash.sandbox.blocking import BlockingSandbox
 from flash.sandbox.choose import Kind
 
 from .assertions import Assertion
@@ -59,18 +61,18 @@ class Rules:
     stop_early: bool
 
 
-async def tested(code: str, problem: Problem, tests: Sequence[Test], rules: Rules) -> list[Result]:
+def tested(code: str, problem: Problem, tests: Sequence[Test], rules: Rules) -> list[Result]:
     """A result for each test, in their order. EnvFailure if there is no sandbox any more."""
     source = f"{problem.prelude}\n{code}"
     programs = [test for test in tests if isinstance(test, Program)]
     asked = [test for test in tests if isinstance(test, Call | Assertion)]
-    async with open_sandbox(rules.sandbox, limits=rules.limits) as sandbox:
-        ran = await _programs(source, programs, sandbox, rules) if programs else []
+    with _opened(rules) as sandbox:
+        ran = _programs(source, programs, sandbox, rules) if programs else []
         if not asked:
             return ran
-        lines, failure = await _answers(source, problem.setup, asked, sandbox, rules)
+        lines, failure = _answers(source, problem.setup, asked, sandbox, rules)
     given = [list(itertools.islice(lines, len(_requests(test)))) for test in asked]
-    passed = await _passed(problem, asked, given, rules)
+    passed = _passed(problem, asked, given, rules)
     answered = (
         Result(well, "" if well else _told(test, values, failure))
         for test, values, well in zip(asked, given, passed, strict=True)
@@ -79,22 +81,25 @@ async def tested(code: str, problem: Problem, tests: Sequence[Test], rules: Rule
     return [next(of_programs if isinstance(test, Program) else answered) for test in tests]
 
 
+def _opened(rules: Rules) -> "contextlib.closing[BlockingSandbox]":
+    return contextlib.closing(BlockingSandbox(open_sandbox(rules.sandbox, limits=rules.limits)))
+
+
 # ── programs ─────────────────────────────────────────────────────────────────────────────────
 
 
-async def _programs(
-    source: str, tests: Sequence[Program], sandbox: Sandbox, rules: Rules
+def _programs(
+    source: str, tests: Sequence[Program], sandbox: BlockingSandbox, rules: Rules
 ) -> list[Result]:
-    await sandbox.write(_PROGRAM, source.encode(errors="replace"))
-    now = asyncio.get_running_loop().time
-    due = now() + rules.answer_seconds
+    sandbox.write(_PROGRAM, source.encode(errors="replace"))
+    due = time.monotonic() + rules.answer_seconds
     results = list[Result]()
     for test in tests:
-        seconds = min(rules.test_seconds, due - now())
+        seconds = min(rules.test_seconds, due - time.monotonic())
         if seconds <= 0 or (rules.stop_early and results and not results[-1].passed):
             results.append(Result(False, _NOT_REACHED))
             continue
-        outcome = await sandbox.run(
+        outcome = sandbox.run(
             [*_PYTHON, _PROGRAM],
             stdin=test.stdin.encode(),
             seconds=seconds,
@@ -160,12 +165,16 @@ def _same_numbers(words: Sequence[str], wanted: Sequence[str], tolerance: float)
 # ── calls and assertions ─────────────────────────────────────────────────────────────────────
 
 
-async def _answers(
-    source: str, setup: str, tests: Sequence[Call | Assertion], sandbox: Sandbox, rules: Rules
+def _answers(
+    source: str,
+    setup: str,
+    tests: Sequence[Call | Assertion],
+    sandbox: BlockingSandbox,
+    rules: Rules,
 ) -> tuple[Iterator[str], str]:
     """A line for each request that it came to, and why it came to no more."""
     requests = [request for test in tests for request in _requests(test)]
-    outcome = await _inside(
+    outcome = _inside(
         "answer",
         {"code": source, "setup": setup, "requests": requests},
         sandbox,
@@ -181,7 +190,7 @@ def _requests(test: Call | Assertion) -> list[dict[str, Any]]:
     return [{"expression": expression} for expression in test.expressions]
 
 
-async def _passed(
+def _passed(
     problem: Problem,
     tests: Sequence[Call | Assertion],
     given: Sequence[Sequence[str]],
@@ -194,7 +203,7 @@ async def _passed(
         if isinstance(test, Assertion) and len(lines) == len(test.expressions)
     ]
     judged = whole or problem.judge_setup.strip()  # which may fail, and not by the answer
-    holds = iter(await _judged(problem.judge_setup, whole, rules) if judged else ())
+    holds = iter(_judged(problem.judge_setup, whole, rules) if judged else ())
     return [
         _as_expected(test, lines)
         if isinstance(test, Call)
@@ -203,11 +212,11 @@ async def _passed(
     ]
 
 
-async def _judged(setup: str, assertions: Sequence[dict[str, Any]], rules: Rules) -> list[bool]:
+def _judged(setup: str, assertions: Sequence[dict[str, Any]], rules: Rules) -> list[bool]:
     """Whether each holds. RuntimeError if the problem's own code fails."""
-    async with open_sandbox(rules.sandbox, limits=rules.limits) as sandbox:
+    with _opened(rules) as sandbox:
         told = {"setup": setup, "assertions": assertions}
-        outcome = await _inside("judge", told, sandbox, seconds=_JUDGE_S)
+        outcome = _inside("judge", told, sandbox, seconds=_JUDGE_S)
     if outcome.returncode == SETUP_FAILED:
         raise RuntimeError(f"the tests' own set-up failed: {_why(outcome)}")
     if outcome.returncode != 0:  # values that are too large for a test, say
@@ -216,8 +225,10 @@ async def _judged(setup: str, assertions: Sequence[dict[str, Any]], rules: Rules
     return holds
 
 
-async def _inside(role: str, told: dict[str, Any], sandbox: Sandbox, *, seconds: float) -> Outcome:
-    return await sandbox.run(
+def _inside(
+    role: str, told: dict[str, Any], sandbox: BlockingSandbox, *, seconds: float
+) -> Outcome:
+    return sandbox.run(
         [*_PYTHON, "-c", _program_inside(), role],
         stdin=json.dumps(told).encode(),
         seconds=seconds,
