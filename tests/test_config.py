@@ -310,7 +310,7 @@ def test_a_missing_environment_is_asked_for():
 
 
 def test_a_source_that_is_no_preset_and_no_file_lists_the_presets(tmp_path):
-    with pytest.raises(ValueError, match=r"neither a preset \(alfworld, frozen_lake, "):
+    with pytest.raises(ValueError, match=r"neither a preset \(alfworld, code, "):
         load("alfred")
     (tmp_path / "config.yaml").write_text("env: frozen_lake")
     with pytest.raises(ValueError, match=r"nor a YAML file: of a run give .*/config\.yaml$"):

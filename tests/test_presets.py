@@ -9,14 +9,25 @@ import pytest
 from flash import config as configuration
 from flash.telemetry.folder import read_lines
 from flash.telemetry.metrics import METRICS
-from tests.tiny_runs import OUTCOMES, questions, run, tiny
+from tests.sandboxes import needs_sandbox
+from tests.tiny_runs import OUTCOMES, problems, questions, run, tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
-@pytest.mark.parametrize("preset", sorted(configuration.presets()))
+FROM_ELSEWHERE = {"gsm8k": questions, "code": problems}
+
+
+@pytest.mark.parametrize(
+    "preset",
+    [
+        pytest.param(name, marks=needs_sandbox if name in ("code", "formulas") else ())
+        for name in sorted(configuration.presets())
+    ],
+)
 async def test_a_tiny_run_of_each_preset_leaves_a_whole_and_true_folder(preset, tmp_path, capsys):
-    config = tiny(preset, tmp_path, **questions(tmp_path) if preset == "gsm8k" else {})
+    brought = FROM_ELSEWHERE[preset](tmp_path) if preset in FROM_ELSEWHERE else {}
+    config = tiny(preset, tmp_path, **brought)
     summary = await run(config)
     assert "engine: " in capsys.readouterr().out
     folder = Path(summary["folder"])

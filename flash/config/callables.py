@@ -166,5 +166,10 @@ def try_environment(env: EnvConfig) -> None:
                 f"env.name={env.name!r} is not an environment: it lacks {', '.join(lacks)}; name a "
                 f"class with the methods of a gymnasium.Env"
             )
+        if env.hosts == 0 and boundary.blocks(made):
+            raise ValueError(
+                f"env.hosts=0 would have env.name={env.name!r} wait in the event loop, and all "
+                f"episodes with it: set env.hosts to the number of episodes that may wait at once"
+            )
         with contextlib.suppress(EnvFailure):  # harms no episode, and is told in the run
             boundary.close(made)

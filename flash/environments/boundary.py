@@ -35,10 +35,12 @@ def make(constructor: Callable[[], TextEnv]) -> TextEnv:
 
 def deterministic(env: TextEnv) -> bool:
     """Whether its `metadata` says that seed, options and actions decide all that it answers."""
-    try:
-        return truth(env.metadata["deterministic"]) is True
-    except Exception:  # the boundary: what is no gymnasium.Env may have anything there, or nothing
-        return False
+    return _says(env, "deterministic")
+
+
+def blocks(env: TextEnv) -> bool:
+    """Whether its `metadata` says that it waits for others, so that it needs a host."""
+    return _says(env, "blocks")
 
 
 def reset(env: TextEnv, task: Task) -> Observation:
@@ -91,6 +93,13 @@ def check_again(what: str, seen: Observation) -> Observation:
 def check_result(tool: str, text: str) -> str:
     """A result of that tool, as it is, if it is a text that can be read."""
     return _text(f"tool {tool!r}", "result", text)
+
+
+def _says(env: TextEnv, name: str) -> bool:
+    try:
+        return truth(env.metadata[name]) is True
+    except Exception:  # the boundary: what is no gymnasium.Env may have anything there, or nothing
+        return False
 
 
 def _call(what: str, function: Callable[..., Any], *args: Any, **named: Any) -> Any:

@@ -69,6 +69,8 @@ ODD += ["[99999999999999999999 0]", r"\boxed{99999999999999999999}", "[-1 -1 -1]
 OF_QUESTIONS = Row("questions", {}, "4", "datasets")
 OF_A_SERVER = Row("openenv", {"observation": "text"}, "3", "websockets")
 OF_FOLDERS = Row("harbor", {"without": ["image"]}, "```bash\ncat log.txt\n```")
+OF_A_FILE = Row("code", {"split": "all"}, "def f(x): return x + 1", "datasets")
+OF_SANDBOXES = [OF_A_FILE, Row("formulas", {}, "def f(x, y, z): return x + y")]
 
 each = pytest.mark.parametrize(
     "row",
@@ -77,6 +79,7 @@ each = pytest.mark.parametrize(
         OF_QUESTIONS,
         pytest.param(OF_A_SERVER, marks=pytest.mark.slow),
         pytest.param(OF_FOLDERS, marks=[pytest.mark.slow, needs_sandbox]),
+        *(pytest.param(row, marks=[pytest.mark.slow, needs_sandbox]) for row in OF_SANDBOXES),
     ],
     ids=lambda row: f"{row.name} {row.options}",
     indirect=True,
@@ -99,6 +102,14 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def problems(tmp_path_factory):
+    path = tmp_path_factory.mktemp("code") / "problems.jsonl"
+    rows = ({"text": f"Add {n}.", "test_list": [f"assert f(0) == {n}"]} for n in range(12))
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
 def questions(tmp_path_factory):
     path = tmp_path_factory.mktemp("questions") / "questions.jsonl"
     rows = ({"question": f"What is {n} + 1?", "answer": n + 1} for n in range(50))
@@ -116,6 +127,8 @@ def row(request):
             own = {"path": str(request.getfixturevalue("folders"))}
         case Row(name="questions"):
             own = {"path": request.getfixturevalue("questions")}
+        case Row(name="code"):
+            own = {"path": request.getfixturevalue("problems")}
         case _:
             own = {}
     return dataclasses.replace(request.param, options=request.param.options | own)
