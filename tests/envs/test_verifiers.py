@@ -24,13 +24,12 @@ from flash.rollout.episode import Episode
 from flash.rollout.loop import RolloutLoop
 from flash.system.process import Child
 from flash.types import Task
-from tests import venvs
 from tests.door.conftest import enter, tokenizer
+from tests.environments import lamps
 
 __all__ = ["enter", "tokenizer"]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-LAMPS = Path(__file__).parents[1] / "environments" / "verifiers_lamps"
 PLAYER = Path(verifiers.__file__).with_name("verifiers_player.py")
 END = "<|im_end|>"
 TOOLS = {"model", "strict"}  # what the door must overlook for verifiers' tools
@@ -38,7 +37,7 @@ TOOLS = {"model", "strict"}  # what the door must overlook for verifiers' tools
 
 @pytest.fixture(scope="session")
 def python():
-    return str(venvs.python("verifiers", "verifiers==0.3.1", beside=[LAMPS]))
+    return lamps.python()
 
 
 @pytest.fixture
@@ -46,9 +45,10 @@ def opened(python, tmp_path):
     """Opens the lamps, with these arguments."""
 
     def opened(**args):
-        lamps = Verifiers(id="vf-lamps", python=python, args=args)
-        env = kept_environment(())
-        return lamps.opened(partial(Child.of_command, log_path=tmp_path / "agent_0.log", env=env))
+        start = partial(
+            Child.of_command, log_path=tmp_path / "agent_0.log", env=kept_environment(())
+        )
+        return Verifiers(id="vf-lamps", python=python, args=args).opened(start)
 
     return opened
 

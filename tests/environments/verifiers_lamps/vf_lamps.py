@@ -1,5 +1,6 @@
 """An environment as packages of verifiers are: a lamp to be found with a tool, in some turns."""
 
+import os
 import sys
 import time
 
@@ -65,7 +66,7 @@ def load_environment(
         rubric.add_reward_func(compared)
     return Asked(
         dataset=rows(PLACES),
-        eval_dataset=rows(["attic"]) if held_out else None,
+        eval_dataset=rows([os.environ.get("LAMP", "attic")]) if held_out else None,
         tools=[look],
         system_prompt="Find the lamp.",
         rubric=rubric,
