@@ -1,16 +1,14 @@
 """OpenEnv's own servers for tests, in a Python of their own, for it takes a hundred packages."""
 
 import contextlib
-import fcntl
 import os
-import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
+from tests import venvs
 
 _PACKAGE = "openenv-core==0.3.0"
 _VENV = Path(sys.prefix) / "openenv"
@@ -19,27 +17,9 @@ _APPS = Path(__file__).parent / "environments"
 
 
 def python() -> Path:
-    """A Python that has the package, and beside it the environment that `openenv init` makes.
-
-    Made once; skips the test where it can't be installed.
-    """
-    uv = shutil.which("uv", path=f"{Path(sys.prefix) / 'bin'}{os.pathsep}{os.environ['PATH']}")
-    if uv is None:
-        pytest.skip(f"needs {_PACKAGE}, and uv to install it")
-    made, ready = _VENV / "bin" / "python", _VENV / _PACKAGE
-    with Path(f"{_VENV}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # tests run side by side
-        if not ready.exists():
-            for command in (
-                [uv, "venv", "--clear", "--python", sys.executable, str(_VENV)],
-                [uv, "pip", "install", "--python", str(made), _PACKAGE],
-                [made.with_name("openenv"), "init", _ECHO.name, "--output-dir", str(_VENV)],
-            ):
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    pytest.skip(f"needs {_PACKAGE}: {done.stdout[-300:]}{done.stderr[-300:]}")
-            ready.touch()
-    return made
+    """A Python that has the package, and beside it the environment that `openenv init` makes."""
+    init = [_VENV / "bin" / "openenv", "init", _ECHO.name, "--output-dir", _VENV]
+    return venvs.python(_VENV.name, _PACKAGE, init)
 
 
 @contextlib.contextmanager

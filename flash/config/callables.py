@@ -21,7 +21,8 @@ from flash.system import machine
 def check_run(config: RunFields) -> None:
     """That the user's agent can be started, and that no setting speaks of another's."""
     run = config.agent.run
-    if config.agent.env and (not run or isinstance(run, str)):
+    act: Any = registry.function(run, "agent.run") if run and isinstance(run, str) else None
+    if config.agent.env and not (isinstance(run, tuple) or inspect.isclass(act)):
         raise ValueError(
             f"agent.env={list(config.agent.env)} is for agents that are commands, and agent.run="
             f"{run!r} is none: leave it out"
@@ -41,15 +42,19 @@ def check_run(config: RunFields) -> None:
                 f"install it, or give its path"
             )
     else:
-        act = registry.function(run, "agent.run")
-        if not inspect.iscoroutinefunction(act):
+        is_kept = inspect.isclass(act) and hasattr(act, "opened")
+        played = act.__call__ if is_kept else act
+        if not inspect.iscoroutinefunction(played):
             raise ValueError(f"agent.run={run!r} is not a coroutine function: write async def")
         try:
-            inspect.signature(act).bind(**dict.fromkeys(takes))
+            inspect.signature(played).bind(*[None] * is_kept, **dict.fromkeys(takes))
         except TypeError as error:
             raise ValueError(
                 f"agent.run={run!r} must take {', '.join(takes[:-1])} and {takes[-1]}: {error}"
             ) from None
+        if is_kept:
+            check_arguments(act, config.env.options, "env.options")
+            check_arguments(act, config.env.options | config.env.eval_options, "env.eval_options")
     for field, given in (
         ("agent.max_turns", config.agent.max_turns is not None),
         ("agent.samples", config.agent.samples != "whole"),
@@ -127,17 +132,38 @@ def check_arguments(make: Any, options: Mapping[str, Any], field: str) -> None:
 def try_environments(config: RunFields) -> None:
     """Makes each environment once for training and once for evaluation, to see that it can be.
 
-    Takes seconds where they import much. ValueError says what a constructor objects to.
+    Agents that are kept, too. Takes seconds where they import much. ValueError says what a
+    constructor objects to.
     """
     for name, of_set in config.own_sets.items():
-        if not of_set.uses_environment:
-            continue
         try:
-            try_environment(of_set.env)
+            if of_set.uses_environment:
+                try_environment(of_set.env)
+            _try_kept(of_set.agent, of_set.env)
         except ValueError as error:
             if not name:
                 raise
             raise ValueError(f"task_sets.{name}: {error}") from error
+
+
+def _try_kept(agent: AgentConfig, env: EnvConfig) -> None:
+    if not isinstance(agent.run, str) or not agent.run:
+        return
+    make: Any = registry.function(agent.run, "agent.run")
+    if inspect.isclass(make):
+        from flash.door.kept import kept_environment  # noqa: PLC0415  (imports a server)
+
+        for field, options in (
+            ("env.options", env.options),
+            ("env.eval_options", env.options | env.eval_options),
+        ):
+            try:
+                kept: Any = make(**options)
+                kept.check(kept_environment(agent.env))
+            except ValueError as error:
+                raise ValueError(f"{field}: {' '.join(str(error).split())}") from error
+            except TypeError as error:  # it need not name the value
+                raise ValueError(f"{field}={options}: {' '.join(str(error).split())}") from error
 
 
 def try_environment(env: EnvConfig) -> None:

@@ -126,8 +126,9 @@ class RunFields(Section):
 
     @property
     def uses_environment(self) -> bool:
-        """An agent of the user's own has a world of its own; but a small policy has a teacher."""
-        return not self.agent.run or self.model == SMALL
+        """An agent of the user's own has a world of its own; but a small policy has a teacher,
+        unless servers have a model of theirs."""
+        return not self.agent.run or (self.model == SMALL and not self.engine.urls)
 
     @property
     def brought(self) -> frozenset[str]:

@@ -7,7 +7,7 @@ import json
 import os
 import shlex
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -52,7 +52,7 @@ class CommandAgent:
         env: Sequence[str] = (),
     ) -> None:
         self._command = tuple(command)
-        self._env = _environment(env)
+        self._env = environment_of(env)
         self._log_dir = log_dir
         self._name = name
         self._new_numbers = itertools.count()
@@ -121,11 +121,13 @@ class CommandAgent:
             await process.end()
 
 
-def _environment(listed: Sequence[str]) -> dict[str, str]:
+def environment_of(listed: Sequence[str], *, but: Collection[str] = ()) -> dict[str, str]:
+    """The environment variables of a command of the user's: what all have `but` these, and what is
+    listed."""
     env = {
         name: value
         for name, value in os.environ.items()
-        if name in _PASSED or name.startswith("LC_")
+        if (name in _PASSED and name not in but) or name.startswith("LC_")
     }
     for entry in listed:
         name, given, value = entry.partition("=")

@@ -134,8 +134,10 @@ class DoorSession(Session):
     def _no_room(self, length: str) -> ApiError:
         return ApiError(
             400,
-            f"the prompt has {length}, which leaves no room to answer in "
-            f"max_sequence_tokens={self._max_sequence_tokens}: send a shorter one",
+            # By OpenAI's own first words clients know that a conversation is too long.
+            f"This model's maximum context length is {self._max_sequence_tokens} tokens "
+            f"(max_sequence_tokens={self._max_sequence_tokens}), and the prompt has {length}: send "
+            f"a shorter one, which leaves room to answer",
             code="context_length_exceeded",
         )
 

@@ -2,16 +2,18 @@
 
 import asyncio
 import contextlib
+import inspect
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from flash import registry
 from flash.config import Config
 from flash.door import Door
 from flash.door.command import CommandAgent
+from flash.door.kept import KeptAgent, kept_environment
 from flash.environments.hosts import EnvHosts
 from flash.environments.inline import InlineEnvs
 from flash.hub.hub import InferenceHub
@@ -70,12 +72,17 @@ async def open_agents(
             name: await opened.enter_async_context(_open_tools(playing, start))
             for name, playing in sets.items()
         }
+        acts = {
+            name: await opened.enter_async_context(_open_act(playing, heldout=heldout))
+            for name, playing in sets.items()
+        }
         yield Agents(
             make={
                 name: _factory(
                     playing,
                     envs=envs[name],
                     tools=tools[name],
+                    act=acts[name],
                     door=door,
                     roles=make_roles(playing.config.agent.roles, hub=hub, earlier=earlier),
                     heldout=heldout,
@@ -91,6 +98,7 @@ def _factory(
     *,
     envs: EnvSource | None,
     tools: "_Tools | None",
+    act: Callable[..., Any] | None,
     door: Door | None,
     roles: Mapping[str, Role],
     heldout: bool,
@@ -106,15 +114,10 @@ def _factory(
         "experts": config.trainer.router_replay and not heldout,
         "reward_stage": playing.reward,
     }
-    if settings.run:
+    if act is not None:
         assert door is not None, "it is open wherever an agent of the user's own runs"
         external = registry.agent("external")
         options = _env_options(config, heldout=heldout)
-        if isinstance(settings.run, str):
-            act = registry.function(settings.run, "agent.run")
-        else:
-            name = "heldout_agent" if heldout else "agent"
-            act = CommandAgent(settings.run, log_dir=playing.log_dir, name=name, env=settings.env)
         return lambda: external(door=door, act=act, options=options, roles=roles, **common)
     agent = registry.agent("environment")
     return lambda: agent(
@@ -127,6 +130,29 @@ def _factory(
         step_timeout_s=settings.step_timeout_s * (2 if config.env.hosts else 1),
         **common,
     )
+
+
+@contextlib.asynccontextmanager
+async def _open_act(playing: Playing, *, heldout: bool) -> AsyncIterator[Callable[..., Any] | None]:
+    """The agent of the user's own, if there is one; what it keeps is open."""
+    config = playing.config
+    run, env = config.agent.run, config.agent.env
+    name = "heldout_agent" if heldout else "agent"
+    if not run:
+        yield None
+        return
+    if not isinstance(run, str):
+        yield CommandAgent(run, log_dir=playing.log_dir, name=name, env=env)
+        return
+    act: Any = registry.function(run, "agent.run")
+    if not inspect.isclass(act):
+        yield act
+        return
+    kept = cast(KeptAgent, act(**_env_options(config, heldout=heldout)))
+    log_path = playing.log_dir / f"{name}_0.log"
+    start = partial(Child.of_command, log_path=log_path, env=kept_environment(env))
+    async with kept.opened(start):
+        yield kept
 
 
 @contextlib.asynccontextmanager

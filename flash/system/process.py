@@ -165,22 +165,45 @@ class Child:
         `answers` says how they are read; by default they are pickles. `pass_fds` are its own, too,
         by the same numbers.
         """
+        return await cls.of_command(
+            [sys.executable, "-m", module, *args],
+            name=name,
+            log_path=log_path,
+            env={**os.environ, **(env or {})},
+            answers=answers or Pickles(),
+            pass_fds=pass_fds,
+            cwd=cwd,
+        )
+
+    @classmethod
+    async def of_command(
+        cls,
+        command: Sequence[str],
+        *,
+        name: str,
+        log_path: Path,
+        env: Mapping[str, str],
+        answers: Answers,
+        pass_fds: Sequence[int] = (),
+        cwd: str | None = None,
+    ) -> "Child":
+        """As `start`, of a program that answers as `serve` does; `env` is all of its environment.
+
+        It finds the number of its socket in FLASH_CHILD_FD.
+        """
         ours, theirs = socket.socketpair()
         log_path.parent.mkdir(parents=True, exist_ok=True)
         with theirs, log_path.open("ab") as log:
             process = await start_guarded(
-                sys.executable,
-                "-m",
-                module,
-                *args,
+                *command,
                 stdout=log,
                 stderr=log,
                 pass_fds=[theirs.fileno(), *pass_fds],
-                env={**os.environ, **(env or {}), _FD_VARIABLE: str(theirs.fileno())},
+                env={**env, _FD_VARIABLE: str(theirs.fileno())},
                 cwd=cwd,
             )
         reader, writer = await asyncio.open_unix_connection(sock=ours)
-        return cls(name, process, reader, writer, log_path, answers or Pickles())
+        return cls(name, process, reader, writer, log_path, answers)
 
     @property
     def pid(self) -> int:

@@ -17,6 +17,8 @@ from flash.evaluation.report import EpisodeResult, Report, caption, environment_
 from flash.fakes import FakeWorker, worker_app
 from flash.seeds import HELDOUT_SEEDS
 from flash.warm_start import small_policy
+from tests.door.conftest import RESPONSE_TEMPLATE
+from tests.environments import lamps
 
 PLAIN = {"agent.style": "plain", "agent.max_tokens": 4, "agent.max_turns": 3}
 KEY = "a-servers-key"
@@ -169,6 +171,27 @@ async def test_an_agent_of_ones_own_plays_through_the_door(model):
     assert (found.played, found.failed) == (6, 0)
     assert found.success.mean == 1.0
     assert found.unfinished == 0, "nobody can say that of a world of its own"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+async def test_environments_of_verifiers_are_evaluated_on_their_evaluation_set(model, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = (
+        "{{ tools | tojson if tools else '' }} {% for m in messages %}{{ m.content }} {% endfor %}"
+    )
+    tokenizer.response_template = RESPONSE_TEMPLATE
+    tokenizer.save_pretrained(model)
+    options = {"id": "vf-lamps", "python": lamps.python()}
+    changes = {
+        "agent.run": "flash.agents.verifiers:Verifiers", "agent.ignore": ["strict"],
+        "agent.env": ["LAMP="], "env.options": options,
+    }  # fmt: skip
+    async with Server(model).url() as url:
+        found = (await evaluated(url, changes, envs=("verifiers",))).environments["verifiers"]
+    assert (found.played, found.failed) == (6, 0)
+    assert found.success.mean == 1.0, "its one row has the answer that agent.env passes: none"
+    assert found.turns_mean == 3
 
 
 def episode(seed, reward=None, **changes):
