@@ -43,8 +43,8 @@ _HOW = (
 _RULES: dict[Seen, str] = {
     "grid": "# is a wall, _ floor, O a target, X a box, √ a box on a target, P you, S you on a "
     f"target. {_HOW}",
-    "words": "Each box is told as seen from you, and each free target as seen from the box. "
-    f"{_HOW}",
+    "words": "Each box is told as seen from you, and each free target as seen from the box; a "
+    f"box on a target is done. {_HOW}",
 }
 _NO_MOVE = "That is no move."
 _SYMBOLS = "#_OX√PS"
@@ -191,7 +191,7 @@ class SokobanEnv(gymnasium.Env[str, str]):
             raise ValueError(
                 f"min_pushes={min_pushes} must be at least 1, and at most max_pushes={max_pushes}"
             )
-        if observation not in _RULES:
+        if observation not in ("grid", "words"):
             raise ValueError(f"observation={observation!r} must be 'grid' or 'words'")
         if rewards not in ("gym_sokoban", "success"):
             raise ValueError(f"rewards={rewards!r} must be 'gym_sokoban' or 'success'")
