@@ -15,6 +15,7 @@ each.
 import heapq
 import itertools
 import random
+import string
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from gymnasium import spaces
 from flash.types import Observation, Task, Turn
 
 Split = Literal["train", "heldout"]
+Seen = Literal["grid", "words"]
 _State = tuple[int, int]  # where boxes are, and where the player may be between two pushes
 
 MOVES = ("Up", "Down", "Left", "Right")
@@ -35,12 +37,27 @@ STEP, BOX_ON, BOX_OFF, ALL_ON = -0.1, 1.0, -1.0, 10.0  # gym-sokoban's rewards
 
 _BY_WORD = {move.lower(): move for move in MOVES}
 _GOAL = "push every box onto a target"
-_RULES = (
-    "# is a wall, _ floor, O a target, X a box, √ a box on a target, P you, S you on a target. "
+_HOW = (
     f"Walk into a box to push it. Answer {', '.join(MOVES)}, or several with {SEPARATOR} between."
 )
+_RULES: dict[Seen, str] = {
+    "grid": "# is a wall, _ floor, O a target, X a box, √ a box on a target, P you, S you on a "
+    f"target. {_HOW}",
+    "words": "Each box is told as seen from you, and each free target as seen from the box; a "
+    f"box on a target is done. {_HOW}",
+}
 _NO_MOVE = "That is no move."
 _SYMBOLS = "#_OX√PS"
+_GROUND = {
+    "#": "wall",
+    "_": "floor",
+    "O": "target",
+    "X": "box",
+    "√": "done",
+    "P": "you",
+    "S": "you",
+}
+_SAME_ROW, _SAME_COLUMN = "same row", "same column"
 _FLOOR_SHARE = 0.75  # of the fields inside the outer walls
 _HELDOUT_SHARE = 5  # one room of so many is held out
 _ATTEMPTS = 1_000  # at a room with the pushes, and of the split, that are asked for
@@ -82,6 +99,30 @@ class Room:
             " ".join(self._symbol(row + column) for column in range(self.size)) for row in rows
         )
 
+    def words(self) -> str:
+        """Where each box is, and from there each free target; what is next to them and to you.
+
+        Walls farther away are not told.
+        """
+        free = list(_fields(self.targets & ~self.boxes))
+        told = list[str]()
+        for box in _fields(self.boxes):
+            told.append(f"box {self._way(self.player, box)}")
+            told += [f"target {self._way(box, target)}" for target in free]
+            told.append(self._around(box))
+        return "\n".join([*told, f"you {self._around(self.player)}"])
+
+    def _way(self, start: int, end: int) -> str:
+        """From field to field, in fields, as `2 up 1 left`."""
+        rows, columns = end // self.size - start // self.size, end % self.size - start % self.size
+        vertical = f"{abs(rows)} {'up' if rows < 0 else 'down'}" if rows else _SAME_ROW
+        horizontal = f"{abs(columns)} {'left' if columns < 0 else 'right'}"
+        return f"{vertical} {horizontal if columns else _SAME_COLUMN}"
+
+    def _around(self, field: int) -> str:
+        near = {move.lower(): field + step for move, step in _steps(self.size).items()}
+        return " ".join(f"{move} {_GROUND[self._symbol(there)]}" for move, there in near.items())
+
     def _symbol(self, field: int) -> str:
         target = self.targets >> field & 1
         if field == self.player:
@@ -106,6 +147,8 @@ class SokobanEnv(gymnasium.Env[str, str]):
         size: rows and columns with the outer walls, 5 to 12.
         boxes: how many, and as many targets.
         min_pushes, max_pushes: of the shortest solution, counted in pushes.
+        observation: `grid`, or `words` for small policies, to which a grid does not show where
+            things are: boxes and targets by their distance, and what is next to boxes and to you.
         rewards: `gym_sokoban`, or `success`: 1 when all boxes are on targets, 0 for all else.
         split: `train` or `heldout`; a room belongs to one of them, whatever the seed.
         max_steps: the episode is truncated after so many moves.
@@ -119,7 +162,7 @@ class SokobanEnv(gymnasium.Env[str, str]):
         "render_modes": [],
         "deterministic": True,
     }
-    observation_space = spaces.Text(max_length=1_000, charset=f"{_RULES}{_NO_MOVE}{_SYMBOLS}\n")
+    observation_space = spaces.Text(max_length=20_000, charset=f"{string.printable}{_SYMBOLS}")
     action_space = spaces.Text(min_length=0, max_length=1_000, charset=f"{''.join(MOVES)}| ")
 
     def __init__(
@@ -129,6 +172,7 @@ class SokobanEnv(gymnasium.Env[str, str]):
         boxes: int = 1,
         min_pushes: int = 1,
         max_pushes: int = 10,
+        observation: Seen = "grid",
         rewards: Literal["gym_sokoban", "success"] = "gym_sokoban",
         split: Split = "train",
         max_steps: int = 30,
@@ -147,6 +191,8 @@ class SokobanEnv(gymnasium.Env[str, str]):
             raise ValueError(
                 f"min_pushes={min_pushes} must be at least 1, and at most max_pushes={max_pushes}"
             )
+        if observation not in ("grid", "words"):
+            raise ValueError(f"observation={observation!r} must be 'grid' or 'words'")
         if rewards not in ("gym_sokoban", "success"):
             raise ValueError(f"rewards={rewards!r} must be 'gym_sokoban' or 'success'")
         if split not in ("train", "heldout"):
@@ -156,6 +202,7 @@ class SokobanEnv(gymnasium.Env[str, str]):
         if not 0 <= wander < 1:
             raise ValueError(f"wander={wander} must be 0 or more and below 1")
         self._rooms = (size, boxes, min_pushes, max_pushes, split)
+        self._seen: Seen = observation
         self._success_only = rewards == "success"
         self._max_steps = max_steps
         self._wander = wander
@@ -170,7 +217,7 @@ class SokobanEnv(gymnasium.Env[str, str]):
             seed = int(self.np_random.integers(2**31))
         self._room = generate(seed, *self._rooms)
         self._steps = 0
-        return f"{_RULES}\n{self._room.text()}", self._info()
+        return f"{_RULES[self._seen]}\n{self._shown()}", self._info()
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         reward, known = 0.0, True
@@ -180,7 +227,7 @@ class SokobanEnv(gymnasium.Env[str, str]):
             reward += self._play(move)
             if not known or self._room.solved or self._steps == self._max_steps:
                 break
-        text = self._room.text() if known else f"{_NO_MOVE}\n{self._room.text()}"
+        text = self._shown() if known else f"{_NO_MOVE}\n{self._shown()}"
         solved = self._room.solved
         truncated = not solved and self._steps >= self._max_steps
         if self._success_only:
@@ -200,6 +247,9 @@ class SokobanEnv(gymnasium.Env[str, str]):
             + (ALL_ON if self._room.solved else 0.0)
         )
 
+    def _shown(self) -> str:
+        return self._room.text() if self._seen == "grid" else self._room.words()
+
     def _info(self) -> dict[str, Any]:
         return {
             "goal": _GOAL,
@@ -210,8 +260,17 @@ class SokobanEnv(gymnasium.Env[str, str]):
     # ── for a small policy ───────────────────────────────────────────────────────────────────
 
     def vocabulary(self) -> list[str]:
-        """Every word of observations and actions; the rules are one."""
-        return [_RULES, _GOAL, _NO_MOVE, SEPARATOR, *MOVES, *_SYMBOLS]
+        """Every word of observations and actions; the rules are one.
+
+        In words a distance is one too, and so is what lies in a direction.
+        """
+        words = [_RULES[self._seen], _GOAL, _NO_MOVE, SEPARATOR, *MOVES]
+        if self._seen == "grid":
+            return [*words, *_SYMBOLS]
+        size, *_ = self._rooms
+        ways = [f"{fields} {move}" for fields in range(1, size - 2) for move in MOVES]
+        near = [f"{move} {ground}" for move in MOVES for ground in sorted(set(_GROUND.values()))]
+        return [*words, *ways, *near, _SAME_ROW, _SAME_COLUMN, "box", "target", "you"]
 
     def demonstrate(self, task: Task) -> list[Turn]:
         """A shortest solution, a move a turn, with the random moves that `wander` asks for.

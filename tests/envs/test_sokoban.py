@@ -1,5 +1,6 @@
 """Sokoban's rooms, its rules and rewards, and what an agent may answer."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -196,6 +197,43 @@ def test_demonstrations_end_with_all_boxes_on_targets_in_words_of_the_vocabulary
         assert lengths == [len(solve(generate(s, 6, 1, 1, 10, "train"))) for s in range(20)]
 
 
+def test_words_tell_each_box_from_you_each_free_target_from_it_and_what_is_near():
+    start = room("""
+        # # # # # #
+        # O _ _ # #
+        # _ _ X P #
+        # _ _ _ _ #
+        # √ _ _ _ #
+        # # # # # #
+    """)
+    env = in_room(start, boxes=2, observation="words")
+    assert start.words().splitlines() == [
+        "box same row 1 left",
+        "target 1 up 2 left",
+        "up floor down floor left floor right you",
+        "box 2 down 3 left",
+        "target 3 up same column",
+        "up floor down wall left wall right floor",
+        "you up wall down floor left box right wall",
+    ]
+    text, *_ = env.step("fly")
+    assert text == f"That is no move.\n{start.words()}"
+    text, *_ = env.step("Left")
+    assert text.splitlines()[:2] == ["box same row 1 left", "target 1 up 1 left"]
+    assert text in env.observation_space
+
+
+@pytest.mark.parametrize("size", [5, 12])
+def test_the_words_of_every_room_are_phrases_of_the_vocabulary(size):
+    env = SokobanEnv(size=size, boxes=2, observation="words")
+    known = sorted(env.vocabulary(), key=len, reverse=True)
+    phrases = re.compile("|".join(map(re.escape, known)), re.IGNORECASE)
+    for seed in range(20):
+        for turn in env.demonstrate(Task(seed)):
+            assert not phrases.sub("", turn.observation.text).split()
+            assert turn.observation.text in env.observation_space
+
+
 def test_gymnasium_makes_it():
     env = gymnasium.make("flash/Sokoban-v0", size=5)
     assert env.reset(seed=1)[1]["admissible_commands"] == list(MOVES)
@@ -206,6 +244,7 @@ def test_gymnasium_makes_it():
     [({"size": 5.5}, "size=5.5 must be a whole"), ({"size": 4}, "size=4"),
      ({"boxes": 5}, "boxes=5"), ({"min_pushes": 0}, "min_pushes=0"),
      ({"min_pushes": 9, "max_pushes": 3}, "max_pushes=3"), ({"rewards": "no"}, "rewards='no'"),
+     ({"observation": "json"}, "observation='json'"),
      ({"split": "test"}, "split='test'"), ({"max_steps": 0}, "max_steps=0"),
      ({"wander": 1}, "wander=1"),
      ({"size": 5, "min_pushes": 60, "max_pushes": 60}, "min_pushes=60")],
