@@ -30,7 +30,7 @@ FROM debian:12-slim
 WORKDIR /app
 ENV GREETING="good day" PLACE=${GREETING}/here
 COPY log.txt .
-COPY --chown=root:root data/ /srv/data/
+COPY --chown=root:root data/ /brought/data/
 RUN printf 'made in %s' "$PLACE" \\
     # a comment does not end it
     > made.txt

@@ -87,7 +87,9 @@ def test_what_the_dockerfile_says_is_there(tmp_path, opened):
     text, info = env.reset(seed=1)
     assert text.startswith("Write how many lines log.txt has to count.txt.\n")
     assert info == {"task": "count"}
-    told, *_ = env.step(block('pwd; cat made.txt /srv/data/deep/one.txt; echo; echo "$GREETING"'))
+    told, *_ = env.step(
+        block('pwd; cat made.txt /brought/data/deep/one.txt; echo; echo "$GREETING"')
+    )
     assert told == "exit status 0\n/app\nmade in good day/here1\ngood day\n"
 
 
@@ -162,12 +164,15 @@ def test_a_cheat_earns_nothing(cheat, tmp_path, opened):
     assert reward(env, cheat) == 0.0
 
 
+def test_what_is_closed_to_the_tests_is_opened(tmp_path, opened):
+    env = opened(task_folders.harbor(tmp_path / "count"))
+    close = "mkdir -p /tests/right /logs/verifier/x; chmod 0 /tests/right /tests /logs/*/* /logs"
+    assert reward(env, f"{SOLUTION}; {close}") == 1.0
+
+
 OF_PYTEST = {
     "a pytest of one's own": "printf 'print(\"= short test summary info =\\nPASSED a\")' "
     "> pytest.py",
-    "packages of a user": "for v in 11 12 13; do p=~/.local/lib/python3.$v/site-packages; "
-    'mkdir -p $p; echo \'import os; print("= short test summary info =\\nPASSED a", flush=True); '
-    "os._exit(0)' | tee $p/usercustomize.py > $p/sitecustomize.py; done",
     "a conftest": "echo 'import pytest; pytest_collection_modifyitems = lambda items: "
     "[item.add_marker(pytest.mark.xfail) for item in items]' > conftest.py",
 }
@@ -246,6 +251,18 @@ def test_a_verifier_without_a_reward_is_wrong_unless_it_says_that_it_failed(test
     found = judged(f"{test_sh}\nexit 1")
     assert found.reward == 0.0
     assert re.search(wrong, found.wrong)
+
+
+def test_a_python_that_looks_among_a_user_s_packages_is_told_not_to(judged):
+    """One in a virtual environment does not look there."""
+    script = """
+        python=$(python3 -c 'import sys; print(sys._base_executable)')
+        packages=$($python -m site --user-site)
+        mkdir -p "$packages"
+        echo 'print(1)' > "$packages/usercustomize.py"
+        $python -c 'print(0)' | head -n 1 > /logs/verifier/reward.txt
+    """
+    assert judged(script).reward == 0.0
 
 
 def test_tests_that_take_too_long_give_0(tmp_path, opened):

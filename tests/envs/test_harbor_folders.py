@@ -46,7 +46,7 @@ def test_what_harbor_s_folder_says_of_its_task(tmp_path):
     assert task.env == {"GREETING": "good day", "PLACE": "good day/here", "B": "b"}
     assert task.verifier_env == {"A": "a"}
     assert task.needs == {"image": "FROM debian:12-slim"}
-    assert {"/opt", "/app", "/srv", "/tests", "/logs", "/root"} <= set(writable_folders(task))
+    assert {"/opt", "/app", "/brought", "/tests", "/logs", "/root"} <= set(writable_folders(task))
 
 
 def test_what_terminal_bench_s_folder_says_of_its_task(tmp_path):
