@@ -84,6 +84,7 @@ def test_environments_and_agents_know_the_seams_only(path):
         "flash.types", "flash.errors", "flash.rollout.episode",
         "flash.warm_start.small_policy", "flash.conversation", "flash.turn_check",
         "flash.reward.outcome", "flash.answers", "flash.deadline", "flash.tools", "flash.roles",
+        "flash.sandbox",
     )  # fmt: skip
     for name in imports(path):
         if name.split(".")[0] == "flash":

@@ -5,9 +5,9 @@ from typing import Literal
 
 import gymnasium
 
-from flash.envs.rows import RowSource
 from flash.sandbox.choose import Kind
 
+from ..rows import RowSource
 from .env import ProblemEnv, Rewards, at_least, one_of
 from .formulas import FormulasEnv
 from .problems import Problem, Split, read

@@ -21,8 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from flash.envs.rows import RowSource, State, entries, open_rows
-
+from ..rows import RowSource, State, entries, open_rows
 from .assertions import Assertion, defined, functions, split, stands_alone
 
 logger = logging.getLogger(__name__)
