@@ -5,7 +5,6 @@ import json
 import re
 import string
 import zlib
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -37,7 +36,7 @@ _Problem = tuple[str, str | Decimal]
 
 
 class QuestionsEnv(gymnasium.Env[str, str]):
-    """One question of the file; the action is the answer.
+    """One question of a data set; the action is the answer.
 
     Reward 1 for the right answer, else 0. Where the answer is a number, the last number of the
     action counts, so that a sentence may be around it; texts must be equal but for case and spaces.
@@ -85,9 +84,8 @@ class QuestionsEnv(gymnasium.Env[str, str]):
             if not isinstance(field, str) or not all(field.split(".")):
                 raise ValueError(f"{option}={field!r} must name a field, dotted within others")
         source = RowSource.of(path, subset=subset, split=data_split, revision=revision)
-        self._questions = _read(source, source.state(), question, answer)
-        self._rows = self._questions.rows[split]
-        if not len(self._rows):
+        self._problems = _read(source, source.state(), question, answer)[split]
+        if not self._problems:
             raise ValueError(f"{source} has no questions of split={split!r}: give more")
         self._answer: str | Decimal = ""
 
@@ -97,7 +95,7 @@ class QuestionsEnv(gymnasium.Env[str, str]):
         super().reset(seed=seed)
         if seed is None:
             seed = int(self.np_random.integers(2**31))
-        question, self._answer = self._questions.problem(self._rows[seed % len(self._rows)])
+        question, self._answer = self._problems[seed % len(self._problems)]
         return question, {}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
@@ -119,13 +117,17 @@ def _value(number: re.Match[str]) -> Decimal:
 
 
 @dataclass(frozen=True, slots=True)
-class _Questions:
-    """All problems of a source, in a table that is mapped from a file; `rows` of each split."""
+class _Problems:
+    """Those of a split: `rows` of a table that is mapped from a file."""
 
     table: Any  # pyarrow's
-    rows: Mapping[Split, np.ndarray]
+    rows: np.ndarray
 
-    def problem(self, row: int) -> _Problem:
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> _Problem:
+        row = self.rows[number]
         question, answer, is_number = (
             self.table.column(name)[row].as_py() for name in ("question", "answer", "is_number")
         )
@@ -133,7 +135,7 @@ class _Questions:
 
 
 @functools.lru_cache(maxsize=4)  # each episode makes an environment anew
-def _read(source: RowSource, state: State, question: str, answer: str) -> _Questions:
+def _read(source: RowSource, state: State, question: str, answer: str) -> Mapping[Split, _Problems]:
     """ValueError names the field, or the row and its field, that holds no problem."""
     rows = open_rows(source)
     import datasets  # noqa: PLC0415  (it is there, and has been imported)
@@ -153,10 +155,12 @@ def _read(source: RowSource, state: State, question: str, answer: str) -> _Quest
         )
     held_out = found.data.column("held_out").to_numpy()
     every = np.arange(len(found))
-    return _Questions(
-        table=found.data,
-        rows={"train": every[~held_out], "heldout": every[held_out], "all": every},
-    )
+    rows_of: dict[Split, np.ndarray] = {
+        "train": every[~held_out],
+        "heldout": every[held_out],
+        "all": every,
+    }
+    return {split: _Problems(found.data, of_split) for split, of_split in rows_of.items()}
 
 
 def _columns(rows: Any, source: RowSource, **fields: str) -> list[str]:
@@ -180,7 +184,7 @@ def _problems(
     source: str,
 ) -> dict[str, list[Any]]:
     """The problems in a batch of rows, as columns of texts and what they mean."""
-    found = defaultdict[str, list[Any]](list, {name: [] for name in _FEATURES})
+    found: dict[str, list[Any]] = {name: [] for name in _FEATURES}
     try:
         for place, entry in entries(columns, numbers):
             try:
