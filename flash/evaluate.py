@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import re
 import tempfile
 from collections import defaultdict
@@ -16,6 +17,8 @@ from flash.checkpoints import newest_checkpoint
 from flash.errors import EpisodeFailure
 from flash.evaluation.play import heldout_tasks, play
 from flash.evaluation.report import EpisodeResult, Report, environment_result, episode_result
+from flash.hub.chat_worker import framed
+from flash.hub.worker import Worker
 from flash.parts.devices import check_devices
 from flash.parts.model import check_model_files, load_tokenizer
 from flash.parts.open import open_parts
@@ -36,6 +39,7 @@ class Plan:
     config: configuration.Config
     checkpoint: Path | None = None
     url: str = ""
+    served: str = ""  # the name of the server's model, if it has several
     tokenizer: str | None = None  # of the server's model, if it does not say it
 
 
@@ -68,9 +72,11 @@ def plan(
     changes |= _environments(envs)
     changes["trainer.lora.publish"] = "merged"  # it is one model
     is_server = isinstance(model, str) and "://" in model
+    served = ""
     if is_server:
         _check_key(changes)
-        changes["engine.urls"] = [server_url(str(changes.pop("model")))]
+        url, served = server_url(str(changes.pop("model")))
+        changes["engine.urls"] = [url]
     elif tokenizer is not None:
         raise ValueError(
             f"--tokenizer {tokenizer} is a server's: leave it out, or give --model URL"
@@ -82,6 +88,7 @@ def plan(
         config=config,
         checkpoint=checkpoint,
         url=config.engine.urls[0] if is_server else "",
+        served=served,
         tokenizer=tokenizer,
     )
 
@@ -184,6 +191,16 @@ def _check_model(config: configuration.Config) -> None:
         )
 
 
+def _check_chats(config: configuration.Config, url: str) -> None:
+    """ValueError for agents that have no messages to send."""
+    for of_set in config.own_sets.values():
+        if not of_set.agent.run and of_set.agent.style != "chat":
+            raise ValueError(
+                f"agent.style={of_set.agent.style} with --model {url}, which has chat alone: use "
+                f"--agent.style chat"
+            )
+
+
 @contextlib.asynccontextmanager
 async def _opened(
     planned: Plan, say: Callable[[str], None]
@@ -192,15 +209,25 @@ async def _opened(
     config = planned.config
     if planned.url:
         api_key = revealed(config.engine.api_key)
-        served = await ask_server(planned.url, tokenizer=planned.tokenizer, api_key=api_key)
+        served = await ask_server(
+            planned.url, name=planned.served, tokenizer=planned.tokenizer, api_key=api_key
+        )
         try:
-            await asyncio.to_thread(load_tokenizer, served.source)
+            tokenizer = await asyncio.to_thread(load_tokenizer, served.source)
         except ValueError as error:
             raise ValueError(
                 f"--model {planned.url} serves {served.name}, of which no tokenizer is known here: "
                 f"give --tokenizer NAME or a folder ({error})"
             ) from error
-        yield Weights(version=0, path=Path(served.source)), served
+        if served.speaks != "chat":
+            yield Weights(version=0, path=Path(served.source)), served
+            return
+        _check_chats(config, planned.url)
+        with tempfile.TemporaryDirectory(prefix="flash-eval-") as folder:
+            framed(tokenizer).save_pretrained(folder)
+            its_model = {"model_type": "llama", "vocab_size": len(tokenizer)}  # for its size alone
+            (Path(folder) / "config.json").write_text(json.dumps(its_model))
+            yield Weights(version=0, path=Path(folder)), served
         return
     if planned.checkpoint is None:
         local = Path(config.model).expanduser()
@@ -235,14 +262,9 @@ async def _play(
     def note(episode: Episode, end: Trajectory | EpisodeFailure) -> None:
         results[episode.task.task_set].append(episode_result(episode, end))
 
-    def fixed(tokenizer: Any) -> Any:
+    def fixed(tokenizer: Any) -> Worker:
         assert served is not None
-
-        def encode(text: str) -> list[int]:
-            ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
-            return ids
-
-        return served.worker(encode, api_key=revealed(config.engine.api_key))
+        return served.worker(tokenizer, api_key=revealed(config.engine.api_key))
 
     clock = asyncio.get_running_loop().time
     with own_logs("flash-eval-") as log_dir:

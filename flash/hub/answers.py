@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from flash.hub.worker import BadRequest, OnTokens, WorkerFailure
+from flash.hub.worker import BadRequest, OnTokens, WorkerBusy, WorkerFailure
 from flash.routed import unpacked
 from flash.types import Completion, Experts, FinishReason, SamplingParams
 
@@ -19,7 +19,8 @@ _CLAMPED_LOGPROB = -9000.0
 _LINE_BYTES, _LINE_BYTES_A_TOKEN = 1 << 22, 1 << 13
 _HTTP_CLIENT_ERROR, _HTTP_SERVER_ERROR = 400, 500
 # Their fault is not the request's: the worker is busy or gone, or lacks our key.
-_HTTP_NOT_THE_REQUEST = (401, 403, 404, 408, 429)
+_HTTP_TOO_MANY = 429
+_HTTP_NOT_THE_REQUEST = (401, 403, 404, 408, _HTTP_TOO_MANY)
 _EVENT = b"data: "
 _DONE = b"data: [DONE]"
 
@@ -198,4 +199,4 @@ def refusal(status: int, message: str) -> BadRequest | WorkerFailure:
     of_the_request = _HTTP_CLIENT_ERROR <= status < _HTTP_SERVER_ERROR
     if of_the_request and status not in _HTTP_NOT_THE_REQUEST:
         return BadRequest(message)
-    return WorkerFailure(message)
+    return WorkerBusy(message) if status == _HTTP_TOO_MANY else WorkerFailure(message)

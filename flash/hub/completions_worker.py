@@ -5,7 +5,8 @@ The prompt is a list of token ids, which vLLM, SGLang and llama.cpp take. Where 
 sampled; and there are no logprobs, so nothing can be trained on it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
@@ -43,17 +44,15 @@ class CompletionsWorker(ServerClient):
 
     Args:
         model: what the server calls the model.
-        encode: tokenises a text as it stands, without special tokens.
+        tokenizer: of that model, for its texts.
     """
 
     constrains = False  # who it is is not known, and many would overlook it
 
-    def __init__(
-        self, url: str, *, model: str, encode: Callable[[str], list[int]], api_key: str = ""
-    ) -> None:
+    def __init__(self, url: str, *, model: str, tokenizer: Any, api_key: str = "") -> None:
         super().__init__(url, api_key=api_key)
         self._model = model
-        self._encode = encode
+        self._tokenizer = tokenizer
 
     async def generate(
         self,
@@ -82,7 +81,8 @@ class CompletionsWorker(ServerClient):
             choice = _decode(answer).choices[0]
         tokens = choice.token_ids
         if tokens is None:
-            tokens = self._encode(choice.text)[: sampling.max_tokens]
+            encoded = self._tokenizer.encode(choice.text, add_special_tokens=False)
+            tokens = encoded[: sampling.max_tokens]
             if choice.finish_reason == "stop" and len(tokens) < sampling.max_tokens:
                 tokens += sampling.stop_token_ids[:1]
         if not tokens:

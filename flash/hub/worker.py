@@ -11,6 +11,10 @@ class WorkerFailure(FlashError):
     """The worker did not answer, or answered that it can't; the request may go elsewhere."""
 
 
+class WorkerBusy(WorkerFailure):
+    """It has had as many requests as it takes for a while."""
+
+
 class WorkerBroken(WorkerFailure):
     """It answers what can't be true, or hangs: if it gets well at all, by being started anew."""
 

@@ -1,13 +1,14 @@
 """Servers that `flash eval` plays on as they are: what they speak, and of which model."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
 
+from flash.hub.chat_worker import ROUTE as CHAT
+from flash.hub.chat_worker import ChatWorker
 from flash.hub.completions_worker import ROUTE as COMPLETIONS
 from flash.hub.completions_worker import CompletionsWorker
 from flash.hub.fixed_worker import FixedWorker
@@ -21,10 +22,12 @@ _NO_ROUTE = (404, 405, 501)
 _NO_KEY = (401, 403)
 _HTTP_CLIENT_ERROR = 400
 # In this order: who has an earlier one has the later ones too, and these say less.
-_ROUTES: dict[str, Literal["vllm", "sglang", "completions"]] = {
+Protocol = Literal["vllm", "sglang", "completions", "chat"]
+_ROUTES: dict[str, Protocol] = {
     "/inference/v1/generate": "vllm",
     "/generate": "sglang",
     COMPLETIONS: "completions",
+    CHAT: "chat",
 }
 
 
@@ -34,19 +37,18 @@ class Served:
     tokenizer of that comes from."""
 
     url: str
-    speaks: Literal["vllm", "sglang", "completions"]
+    speaks: Protocol
     name: str
     source: str
 
-    def worker(self, encode: Callable[[str], list[int]], *, api_key: str) -> Worker:
-        """What asks it for tokens; `encode` tokenises a text, where it tells no tokens."""
+    def worker(self, tokenizer: Any, *, api_key: str) -> Worker:
+        """What asks it for tokens, or tokenises its text where it tells none."""
         if self.speaks == "vllm":
             return FixedWorker(HttpWorker(self.url, api_key=api_key))
         if self.speaks == "sglang":
             return FixedWorker(SglangWorker(self.url, api_key=api_key))
-        return FixedWorker(
-            CompletionsWorker(self.url, model=self.name, encode=encode, api_key=api_key)
-        )
+        of_text = ChatWorker if self.speaks == "chat" else CompletionsWorker
+        return FixedWorker(of_text(self.url, model=self.name, tokenizer=tokenizer, api_key=api_key))
 
 
 class _Card(msgspec.Struct):
@@ -58,8 +60,12 @@ class _Cards(msgspec.Struct):
     data: list[_Card]
 
 
-def server_url(given: str) -> str:
-    """Without the /v1 that OpenAI's clients want. ValueError for what can't be, or holds a key."""
+def server_url(given: str) -> tuple[str, str]:
+    """Without the /v1 that OpenAI's clients want; and the model's name, which may stand after a #.
+
+    ValueError for what can't be, or holds a key.
+    """
+    given, _, name = given.partition("#")
     if not is_url(given):
         raise ValueError(f"--model {given} is not a URL: write http://host:8000")
     parts = urlsplit(given)
@@ -69,21 +75,21 @@ def server_url(given: str) -> str:
             f"--model {parts.scheme}://…{host}…: a URL is kept in the results, and must hold no "
             f"key: export it, and give --engine.api_key '$NAME'"
         )
-    return given.rstrip("/").removesuffix("/v1")
+    return given.rstrip("/").removesuffix("/v1"), name
 
 
-async def ask_server(url: str, *, tokenizer: str | None, api_key: str) -> Served:
-    """What a server at that URL speaks, and which model it has; `tokenizer` is where that model's
-    comes from, if the server does not say it.
+async def ask_server(url: str, *, name: str, tokenizer: str | None, api_key: str) -> Served:
+    """What a server at that URL speaks, and which model it has, of several that of that `name`;
+    `tokenizer` is where that model's comes from, if the server does not say it.
 
-    Raises ValueError, with what can be done, for one that can't be reached, refuses the key, has
-    several models or none, or has none of the routes that take token ids.
+    Raises ValueError, with what can be done, for one that can't be reached, refuses the key, lacks
+    the model, or has none of the routes.
     """
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     timeout = aiohttp.ClientTimeout(total=_ASK_TIMEOUT_S)
     try:
         async with aiohttp.ClientSession(headers=headers, timeout=timeout) as session:
-            card = await _model_at(session, url)
+            card = await _model_at(session, url, name)
             for route, speaks in _ROUTES.items():
                 # An empty request starts nothing: who has the route objects to it.
                 async with session.post(f"{url}{route}", json={}) as response:
@@ -95,13 +101,12 @@ async def ask_server(url: str, *, tokenizer: str | None, api_key: str) -> Served
             f"--model {url} can't be reached: {why}: start the server, or correct the URL"
         ) from error
     raise ValueError(
-        f"--model {url} has none of {', '.join(_ROUTES)}: episodes are sampled token by token, so "
-        f"an endpoint of chat alone can't be played: serve the model with vLLM, SGLang or "
-        f"llama.cpp, or give its name or folder"
+        f"--model {url} has none of {', '.join(_ROUTES)}: give the URL of a server that has one, "
+        f"or the model's name or folder"
     )
 
 
-async def _model_at(session: aiohttp.ClientSession, url: str) -> _Card:
+async def _model_at(session: aiohttp.ClientSession, url: str, name: str) -> _Card:
     async with session.get(f"{url}/v1/models") as response:
         if response.status in _NO_KEY:
             raise ValueError(
@@ -121,10 +126,11 @@ async def _model_at(session: aiohttp.ClientSession, url: str) -> _Card:
             f"--model {url} names no models at /v1/models ({error}): give the URL of a server "
             f"that speaks OpenAI's protocol"
         ) from error
-    if len(cards) != 1:
+    meant = [card for card in cards if name in (card.id, "")]
+    if len(meant) != 1:
         names = ", ".join(card.id for card in cards) or "none"
         raise ValueError(
-            f"--model {url} serves {len(cards)} models ({names}), and must serve one: start a "
-            f"server of the one that is meant"
+            f"--model {url}{'#' * bool(name)}{name} serves {names}: name one of several that it "
+            f"serves, as {url}#NAME"
         )
-    return cards[0]
+    return meant[0]

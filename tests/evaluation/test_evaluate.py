@@ -19,6 +19,7 @@ from flash.seeds import HELDOUT_SEEDS
 from flash.warm_start import small_policy
 from tests.door.conftest import RESPONSE_TEMPLATE
 from tests.environments import lamps
+from tests.tools.templates import HERMES, tokenizer_of
 
 PLAIN = {"agent.style": "plain", "agent.max_tokens": 4, "agent.max_turns": 3}
 KEY = "a-servers-key"
@@ -36,12 +37,14 @@ class Server:
     def __init__(self, model, worker=None, *, routes=("/v1/completions",), answer=None):
         self.asked: list[dict] = []
         self.keys: set[str] = set()
+        self.served = ["served"]
         self._answer = answer or {"text": "north", "finish_reason": "stop"}
         app = web.Application() if worker is None else worker_app(worker)
 
         async def models(request):
             self.keys.add(request.headers.get("Authorization", ""))
-            return web.json_response({"data": [{"id": "served", "root": str(model)}]})
+            cards = [{"id": name, "root": str(model)} for name in self.served]
+            return web.json_response({"data": cards})
 
         async def complete(request):
             body = await request.json()
@@ -126,9 +129,87 @@ async def test_a_key_goes_to_the_server_and_into_no_result(model, monkeypatch):
     assert KEY.encode() not in msgspec.json.encode(report)
 
 
-async def test_a_server_of_chat_alone_is_refused_with_what_can_be_done(model):
-    async with Server(model, routes=("/v1/chat/completions",)).url() as url:
-        with pytest.raises(ValueError, match=f"^--model {url} has none of .*: serve the model"):
+CHAT = PLAIN | {
+    "agent.style": "chat", "agent.style_options": {"system": "Be brief."}, "agent.max_tokens": 20,
+}  # fmt: skip
+SAYS_NORTH = {"message": {"role": "assistant", "content": "north"}, "finish_reason": "stop"}
+
+
+@pytest.fixture
+def any_text(tmp_path):
+    """A folder with a tokenizer of bytes."""
+    tokenizer_of(HERMES).save_pretrained(tmp_path / "bytes")
+    config = {"model_type": "llama", "vocab_size": 300}
+    (tmp_path / "bytes/config.json").write_text(json.dumps(config))
+    return tmp_path / "bytes"
+
+
+def chat(model, answer=SAYS_NORTH):
+    return Server(model, routes=("/v1/chat/completions",), answer=answer)
+
+
+async def test_a_server_of_chat_alone_is_told_messages_and_its_words_are_the_actions(any_text):
+    server = chat(any_text)
+    async with server.url() as url:
+        report = await evaluated(f"{url}/v1", CHAT)
+    result = report.environments["frozen_lake"]
+    assert (result.played, report.model, report.server) == (6, "served", url)
+    longest = max((asked["messages"] for asked in server.asked), key=len)
+    roles = [message["role"] for message in longest]
+    assert roles == ["system", "user", "assistant", "user", "assistant", "user"]
+    assert longest[0]["content"] == "Be brief."
+    assert longest[2]["content"] == "north"
+    assert "You can: " in longest[-1]["content"]
+    assert {(asked["model"], asked["max_tokens"]) for asked in server.asked} == {("served", 20)}
+
+
+async def test_what_it_was_cut_at_is_told_and_the_conversation_goes_on(any_text):
+    server = chat(any_text, {"message": {"content": "north north"}, "finish_reason": "length"})
+    async with server.url() as url:
+        report = await evaluated(url, CHAT)
+    assert report.environments["frozen_lake"].cut > 0
+    assert max(len(asked["messages"]) for asked in server.asked) == 6
+
+
+async def test_an_agent_of_ones_own_plays_on_chat_alone_through_the_door(any_text):
+    server = chat(any_text)
+    async with server.url() as url:
+        report = await evaluated(
+            url, {"agent.run": "tests.evaluation.asks_once:act", "agent.max_tokens": 4}
+        )
+    assert report.environments["frozen_lake"].played == 6
+    assert all(asked["messages"][-1]["role"] == "user" for asked in server.asked)
+
+
+async def test_one_of_several_models_is_named_after_the_url(any_text):
+    server = chat(any_text)
+    server.served = ["other", "served"]
+    async with server.url() as url:
+        for wrong in ("", "#third"):
+            with pytest.raises(ValueError, match=f"{wrong} serves other, served: name one .*#NAME"):
+                await evaluated(f"{url}{wrong}", CHAT)
+        report = await evaluated(f"{url}/v1#served", CHAT)
+    assert report.model == "served"
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (PLAIN, "agent.style=plain with --model http.*: use --agent.style chat"),
+        (CHAT | {"agent.tools": ["examples.tools.calculator"]}, "tools"),
+    ],
+)
+async def test_what_chat_alone_can_not_play_is_refused_before_a_start(any_text, changes, told):
+    server = chat(any_text)
+    async with server.url() as url:
+        with pytest.raises(ValueError, match=told):
+            await evaluated(url, changes)
+    assert not server.asked
+
+
+async def test_a_server_with_no_route_that_is_known_is_refused(model):
+    async with Server(model, routes=()).url() as url:
+        with pytest.raises(ValueError, match=f"^--model {url} has none of .*: give the URL"):
             await evaluated(url)
 
 
