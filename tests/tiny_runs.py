@@ -58,7 +58,8 @@ def problems(folder: Path) -> dict[str, object]:
     """What the preset code gets from elsewhere."""
     tests = ({"text": f"Add {n}.", "test_list": [f"assert f(1) == {n + 1}"]} for n in range(60))
     (folder / "problems.jsonl").write_text("\n".join(map(json.dumps, tests)))
-    return {**questions(folder), "env.options.path": str(folder / "problems.jsonl"), "env.hosts": 2}
+    options = {"path": str(folder / "problems.jsonl")}
+    return {**questions(folder), "env.options": options, "env.hosts": 2}
 
 
 async def run(config, stop=None):
