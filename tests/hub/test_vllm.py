@@ -229,7 +229,9 @@ async def test_an_answer_ends_where_nothing_more_is_needed(servers):
 async def test_an_answer_keeps_to_its_schema_and_a_demanded_call_is_made(servers):
     """By a policy that would never do so by itself; its logprobs are of what the grammar leaves."""
     tokenizer = AutoTokenizer.from_pretrained(servers.models[0])
-    tokenizer.response_template = FORMATS["hermes"]
+    hermes = FORMATS["hermes"]
+    fields = {name: field for name, field in hermes["fields"].items() if name != "thinking"}
+    tokenizer.response_template = hermes | {"fields": fields}  # it would think to the last token
     options = {"max_tokens": 500, "temperature": 1.0, "max_sequence_tokens": 1000}
     schema = {
         "type": "object",
