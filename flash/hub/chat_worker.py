@@ -1,4 +1,4 @@
-"""A server of OpenAI's /v1/chat/completions, for evaluations: it is told messages, and tells text.
+"""A server of OpenAI's /v1/chat/completions: it is told messages, and tells text.
 
 A conversation is tokens here. So it is written in a chat template of its own (`framed`), in which
 tokens that no text holds say where a message begins, and for each request it is read back from
@@ -12,11 +12,12 @@ from typing import Any
 
 import msgspec
 
-from flash.hub.server_client import ServerClient
-from flash.hub.worker import BadRequest, OnTokens, WorkerBusy, WorkerFailure
-from flash.types import Completion, FinishReason, SamplingParams
+from flash.hub.text_worker import TextWorker
+from flash.hub.worker import BadRequest, OnTokens, WorkerBusy
+from flash.types import Completion, SamplingParams
 
 ROUTE = "/v1/chat/completions"
+_NEWER_LIMIT = "max_completion_tokens"
 _WAITS_S = (1, 2, 4, 8, 16, *[30] * 20)  # where a service has had enough requests for a while
 _MARK = f"-{secrets.token_hex(8)}|>"  # so that no text is taken for one of these tokens
 _BEGINS = {f"<|{role}{_MARK}": role for role in ("system", "user", "assistant")}
@@ -64,25 +65,16 @@ class _Answer(msgspec.Struct):
 _decode = msgspec.json.Decoder(_Answer).decode
 
 
-class ChatWorker(ServerClient):
-    """Client of one server at `url`; it has no control routes, so it serves a FixedWorker.
-
-    Args:
-        model: what the server calls the model.
-        tokenizer: a `framed` one.
-    """
-
-    constrains = False
+class ChatWorker(TextWorker):
+    """As TextWorker, with a `framed` tokenizer."""
 
     def __init__(self, url: str, *, model: str, tokenizer: Any, api_key: str = "") -> None:
-        super().__init__(url, api_key=api_key)
-        self._model = model
-        self._tokenizer = tokenizer
+        super().__init__(url, model=model, tokenizer=tokenizer, api_key=api_key)
         self._begins = {
             tokenizer.convert_tokens_to_ids(mark): role for mark, role in _BEGINS.items()
         }
         self._ends: int = tokenizer.convert_tokens_to_ids(_ENDS)
-        self._limit = "max_tokens"
+        self._limit = "max_tokens"  # what the server calls it
 
     async def generate(
         self,
@@ -91,27 +83,23 @@ class ChatWorker(ServerClient):
         sampling: SamplingParams,
         on_tokens: OnTokens | None = None,
     ) -> Completion:
-        messages = self._messages(token_ids)
+        messages, limit = self._messages(token_ids), self._limit
         try:
-            return await self._answer(messages, sampling)
+            return await self._answer(messages, limit, sampling)
         except BadRequest as error:
             # OpenAI's newer models know the limit by this name alone, many servers by the other.
-            if "max_completion_tokens" not in str(error) or self._limit != "max_tokens":
+            if _NEWER_LIMIT not in str(error) or limit == _NEWER_LIMIT:
                 raise
-            self._limit = "max_completion_tokens"
-        return await self._answer(messages, sampling)
+            self._limit = _NEWER_LIMIT
+        return await self._answer(messages, _NEWER_LIMIT, sampling)
 
-    async def abort(self, request_id: str) -> None:
-        """The connection of a request that was cancelled is closed, which is all there is."""
-
-    async def check_health(self) -> None:
-        await self._call("GET", "/v1/models")
-
-    async def _answer(self, messages: Sequence[_Message], sampling: SamplingParams) -> Completion:
+    async def _answer(
+        self, messages: Sequence[_Message], limit: str, sampling: SamplingParams
+    ) -> Completion:
         request = {
             "model": self._model,
             "messages": messages,
-            self._limit: sampling.max_tokens,
+            limit: sampling.max_tokens,
             "temperature": sampling.temperature,
         }
         for wait_s in _WAITS_S:
@@ -143,23 +131,9 @@ class ChatWorker(ServerClient):
     def _whole(self, answer: bytes, sampling: SamplingParams) -> Completion:
         with self._readable(answer):
             choice = _decode(answer).choices[0]
-        text = choice.message.content or ""
-        tokens = self._tokenizer.encode(text, add_special_tokens=False)
-        if choice.finish_reason != "length":
-            tokens.append(self._ends)
-        cut = choice.finish_reason == "length" or len(tokens) > sampling.max_tokens
-        ended: FinishReason = "length" if cut else "stop"
-        tokens = tokens[: sampling.max_tokens]
-        if not tokens:
-            raise WorkerFailure(f"{self.name}{ROUTE} answered nothing: {answer[:300]!r}")
-        return Completion(
-            token_ids=tokens,
-            logprobs=[0.0] * len(tokens),
-            versions=[0] * len(tokens),
-            temperature=sampling.temperature,
-            finish_reason=ended,
-            worker=self.name,
-        )
+        ended = choice.finish_reason != "length"
+        tokens = self._tokens(choice.message.content or "", ended=ended, sampling=sampling)
+        return self._completion(tokens, answer, ended=ended, sampling=sampling)
 
 
 def _text(tokenizer: Any, token_ids: Sequence[int]) -> str:

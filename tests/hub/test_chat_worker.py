@@ -15,7 +15,6 @@ from flash.hub.worker import BadRequest, WorkerFailure
 from flash.types import SamplingParams
 from tests.tools.templates import HERMES, tokenizer_of
 
-SAMPLING = SamplingParams(max_tokens=20, temperature=0.5)
 TALK = [
     {"role": "system", "content": "s ü"},
     {"role": "user", "content": "<|begins|> hi\n"},
@@ -27,6 +26,12 @@ TALK = [
 @pytest.fixture
 def tokenizer():
     return framed(tokenizer_of(HERMES))
+
+
+@pytest.fixture
+def sampling(tokenizer):
+    stops = ChatTemplate(tokenizer).stop_token_ids
+    return SamplingParams(max_tokens=20, temperature=0.5, stop_token_ids=stops)
 
 
 @contextlib.asynccontextmanager
@@ -53,10 +58,10 @@ def says(text, why="stop"):
     return 200, {"choices": [{"message": {"content": text}, "finish_reason": why}]}
 
 
-async def test_a_conversation_is_read_back_from_its_tokens_as_it_was(tokenizer):
+async def test_a_conversation_is_read_back_from_its_tokens_as_it_was(tokenizer, sampling):
     prompt = ChatTemplate(tokenizer).prompt(TALK)
     async with worker(tokenizer, says("ö k")) as (client, asked):
-        answer = await client.generate("r", prompt, SAMPLING)
+        answer = await client.generate("r", prompt, sampling)
     assert asked == [{"model": "m", "messages": TALK, "max_tokens": 20, "temperature": 0.5}]
     assert tokenizer.decode(answer.token_ids[:-1]) == "ö k"
     assert answer.token_ids[-1] == tokenizer.eos_token_id
@@ -72,44 +77,44 @@ async def test_a_conversation_is_read_back_from_its_tokens_as_it_was(tokenizer):
         (says("ab", "tool_calls"), 3, "stop"),
     ],
 )
-async def test_an_answer_has_no_more_tokens_than_it_may(tokenizer, answer, tokens, why):
+async def test_an_answer_has_no_more_tokens_than_it_may(tokenizer, sampling, answer, tokens, why):
     prompt = ChatTemplate(tokenizer).prompt(TALK)
     async with worker(tokenizer, answer) as (client, _):
-        completion = await client.generate("r", prompt, SAMPLING)
+        completion = await client.generate("r", prompt, sampling)
     assert (len(completion.token_ids), completion.finish_reason) == (tokens, why)
 
 
-async def test_a_limit_that_has_another_name_there_is_given_it_from_then_on(tokenizer):
+async def test_a_limit_that_has_another_name_there_is_given_it_from_then_on(tokenizer, sampling):
     prompt = ChatTemplate(tokenizer).prompt(TALK)
     refused = 400, {"error": {"message": "use 'max_completion_tokens' instead"}}
     async with worker(tokenizer, refused, says("a"), says("b"), refused) as (client, asked):
-        await client.generate("r", prompt, SAMPLING)
-        await client.generate("r", prompt, SAMPLING)
+        await client.generate("r", prompt, sampling)
+        await client.generate("r", prompt, sampling)
         with pytest.raises(BadRequest):
-            await client.generate("r", prompt, SAMPLING)
+            await client.generate("r", prompt, sampling)
     names = ["max_tokens", *["max_completion_tokens"] * 3]
     assert [next(name for name in body if name.startswith("max")) for body in asked] == names
 
 
-async def test_who_has_had_enough_requests_is_asked_again_later(tokenizer, monkeypatch):
+async def test_who_has_had_enough_requests_is_asked_again_later(tokenizer, sampling, monkeypatch):
     monkeypatch.setattr(chat_worker, "_WAITS_S", (0, 0))
     prompt = ChatTemplate(tokenizer).prompt(TALK)
     busy = 429, {"error": {"message": "slow down"}}
     async with worker(tokenizer, busy, busy, says("a"), busy, busy, busy) as (client, _):
-        assert (await client.generate("r", prompt, SAMPLING)).finish_reason == "stop"
+        assert (await client.generate("r", prompt, sampling)).finish_reason == "stop"
         with pytest.raises(WorkerFailure, match="slow down"):
-            await client.generate("r", prompt, SAMPLING)
+            await client.generate("r", prompt, sampling)
 
 
-async def test_what_is_no_conversation_or_no_answer_is_told(tokenizer):
+async def test_what_is_no_conversation_or_no_answer_is_told(tokenizer, sampling):
     prompt = ChatTemplate(tokenizer).prompt(TALK)
     async with worker(tokenizer, (200, {"choices": []}), says("", "length")) as (client, asked):
         with pytest.raises(BadRequest, match="has chat alone"):
-            await client.generate("r", tokenizer.encode("hi"), SAMPLING)
+            await client.generate("r", tokenizer.encode("hi"), sampling)
         assert not asked
         for _ in range(2):
             with pytest.raises(WorkerFailure):
-                await client.generate("r", prompt, SAMPLING)
+                await client.generate("r", prompt, sampling)
 
 
 def test_a_tokenizer_that_has_not_every_text_is_refused():
