@@ -112,14 +112,10 @@ class ChatWorker(TextWorker):
     def _messages(self, token_ids: Sequence[int]) -> list[_Message]:
         """The conversation that the tokens hold, without the answer's beginning."""
         messages: list[tuple[str, list[int]]] = []
-        within = False
         for token in token_ids:
             if token in self._begins:
                 messages.append((self._begins[token], []))
-                within = True
-            elif token == self._ends:
-                within = False
-            elif within:
+            elif token != self._ends and messages:
                 messages[-1][1].append(token)
         if len(messages) < 2:
             raise BadRequest(

@@ -109,8 +109,9 @@ async def test_who_has_had_enough_requests_is_asked_again_later(tokenizer, sampl
 async def test_what_is_no_conversation_or_no_answer_is_told(tokenizer, sampling):
     prompt = ChatTemplate(tokenizer).prompt(TALK)
     async with worker(tokenizer, (200, {"choices": []}), says("", "length")) as (client, asked):
-        with pytest.raises(BadRequest, match="has chat alone"):
-            await client.generate("r", tokenizer.encode("hi"), sampling)
+        for nothing in (tokenizer.encode("hi"), prompt[-1:]):
+            with pytest.raises(BadRequest, match="has chat alone"):
+                await client.generate("r", nothing, sampling)
         assert not asked
         for _ in range(2):
             with pytest.raises(WorkerFailure):
