@@ -110,6 +110,8 @@ def open_rows(source: RowSource) -> "Dataset":
             f"{source} needs datasets, which is not installed ({error}): "
             f"pip install 'flash-rl[datasets]'"
         ) from error
+    # Else each reading is told to its makers, which takes seconds where there is no network.
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     arguments = _arguments(source)
     if arguments["path"] == "text":
         arguments["features"] = datasets.Features({_LINE: datasets.Value("string")})

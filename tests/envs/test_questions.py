@@ -1,6 +1,7 @@
 import contextlib
 import gzip
 import json
+import socket
 import time
 from decimal import Decimal
 from pathlib import Path
@@ -302,6 +303,15 @@ def test_every_kind_of_file_folder_and_pattern_asks_the_same(tmp_path):
         [str(folder / "a.jsonl"), str(folder / "b.jsonl")], str(listed), str(packed),
     ):  # fmt: skip
         assert _asked(path=path) == expected, path
+
+
+def test_nobody_is_told_of_files_of_this_machine(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *given, **more: asked.append(given) or [])
+    file = tmp_path / "told.jsonl"
+    file.write_text('{"question": "q 0", "answer": 1}\n')
+    QuestionsEnv(path=str(file), split="all")
+    assert not asked
 
 
 def test_fields_may_have_other_names_and_be_within_others(tmp_path):
