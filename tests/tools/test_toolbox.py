@@ -10,6 +10,7 @@ from flash.errors import EnvFailure
 from flash.tools.functions import CoroutineTool, schema_of
 from flash.tools.tool import Toolbox, ToolCall
 from flash.tools.toolset import Toolset
+from flash.types import ToolUse
 from flash.virtual_time import in_virtual_time
 from tests.tools import functions
 
@@ -84,9 +85,12 @@ async def test_calls_run_side_by_side_each_with_its_own_deadline():
         """Never ends."""
         await asyncio.Event().wait()
 
-    box = boxed(meets, sleeps)
+    uses: dict[str, ToolUse] = {}
+    box = boxed(meets, sleeps, uses=uses)
     calls = [call("meets", whose="a"), call("sleeps"), call("meets", whose="b")]
     assert await box.answer(calls) == ["a", "Error: sleeps took longer than 5 s", "b"]
+    assert uses["meets"] == ToolUse(calls=2)
+    assert uses["sleeps"] == ToolUse(calls=1, late=1, seconds=5.0)
 
 
 @pytest.mark.parametrize(
